@@ -1,0 +1,32 @@
+# Everything from nothing but Python (3.10 or newer, with venv) and a package index.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test lint types doctest clean
+
+demo: $(READY)  ## train a student from a teacher on real digits, in less than a minute
+	$(BIN)/lkd fit --config configs/digits/kd.yaml
+
+test: $(READY)  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+doctest: $(READY)  ## run the examples in the docstrings
+	$(BIN)/python -m pytest --doctest-modules lkd
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "lkd needs Python 3.10 or newer; name one with: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv

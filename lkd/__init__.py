@@ -1,0 +1,81 @@
+"""Lightning Knowledge Distillation: make small image classifiers learn from large ones."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lkd.datamodules import (
+        CIFAR10DataModule,
+        CIFAR100DataModule,
+        DigitsDataModule,
+        FashionMNISTDataModule,
+        ImageDataModule,
+        ImageFolderDataModule,
+        ImageNetDataModule,
+        MNISTDataModule,
+        STL10DataModule,
+        SVHNDataModule,
+        SyntheticDataModule,
+        TinyImageNetDataModule,
+    )
+    from lkd.losses import DistillLoss
+    from lkd.modules import ClassificationModule, DistillModule
+    from lkd.taps import FeatureTaps
+    from lkd.types import Batch, Normalization, Outputs, Probe
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "lkd.datamodules": (
+        "CIFAR10DataModule",
+        "CIFAR100DataModule",
+        "DigitsDataModule",
+        "FashionMNISTDataModule",
+        "ImageDataModule",
+        "ImageFolderDataModule",
+        "ImageNetDataModule",
+        "MNISTDataModule",
+        "STL10DataModule",
+        "SVHNDataModule",
+        "SyntheticDataModule",
+        "TinyImageNetDataModule",
+    ),
+    "lkd.losses": ("DistillLoss",),
+    "lkd.modules": ("ClassificationModule", "DistillModule"),
+    "lkd.taps": ("FeatureTaps",),
+    "lkd.types": ("Batch", "Normalization", "Outputs", "Probe"),
+}
+
+__all__ = [  # noqa: PLE0604
+    "Batch",
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "ClassificationModule",
+    "DigitsDataModule",
+    "DistillLoss",
+    "DistillModule",
+    "FashionMNISTDataModule",
+    "FeatureTaps",
+    "ImageDataModule",
+    "ImageFolderDataModule",
+    "ImageNetDataModule",
+    "MNISTDataModule",
+    "Normalization",
+    "Outputs",
+    "Probe",
+    "STL10DataModule",
+    "SVHNDataModule",
+    "SyntheticDataModule",
+    "TinyImageNetDataModule",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `lkd --help` must not wait for torch."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module 'lkd' has no attribute {name!r}")

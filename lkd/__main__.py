@@ -1,0 +1,65 @@
+"""The `lkd` command. Answers that need no torch are given here, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+
+from lkd import __version__
+
+_COMMANDS = ("fit", "validate", "test", "predict")
+
+_HELP = f"""\
+lkd {__version__}: make small image classifiers learn from large ones
+
+usage: lkd COMMAND --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
+
+commands
+  fit        train a network, alone or from a teacher
+  validate   measure a checkpoint on the validation images
+  test       measure a checkpoint on the test images
+  predict    write a checkpoint's predictions for the test images
+
+The first steps
+  lkd fit --config configs/digits/kd.yaml                   a student learns from a teacher, in less than a minute
+  lkd test --ckpt_path runs/.../checkpoints/best.ckpt       the run's own config.yaml is taken
+
+Options
+  --config FILE        a file of settings; later ones, and --KEY VALUE, go over earlier ones. lkd's own lie in configs/
+  --ckpt_path FILE     a checkpoint to continue from (fit) or to measure
+  --KEY VALUE          any setting, as in --model.init_args.distill_weight 0.5 or --trainer.max_epochs 10
+  --print_config       print all settings and stop
+  --debug              show the whole traceback of an error (also: LKD_DEBUG=1)
+  --help, --version    'lkd COMMAND --help' tells all settings of a command
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments behind `lkd`; None: this process's.
+
+    Returns:
+        The exit code: 0, or 2 after a mistake that the user can mend.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    if args[0] == "--version":
+        print(f"lkd {__version__}")
+        return 0
+    if args[0] not in _COMMANDS:
+        nearest = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; the commands are {', '.join(_COMMANDS)}"
+        print(f"lkd: error: there is no command {args[0]!r}{hint}", file=sys.stderr)
+        return 2
+    from lkd.cli import run
+
+    return run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""Callbacks: what is shown and kept of a run."""
+
+from lkd.callbacks.monitor import ImagesPerSecond, NetworkSummary
+from lkd.callbacks.predictions import PredictionWriter
+from lkd.callbacks.report import FitReport
+
+__all__ = ["FitReport", "ImagesPerSecond", "NetworkSummary", "PredictionWriter"]

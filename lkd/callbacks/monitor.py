@@ -1,0 +1,110 @@
+"""What is shown of a run: the networks' sizes, the speed, the layout of the curves."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+_LAYOUT = {
+    "lkd": {
+        "accuracy": ["Multiline", ["train/acc", "val/acc", "val/teacher_acc"]],
+        "loss": ["Multiline", ["train/loss", "train/hard", "val/loss"]],
+        "agreement with the teacher": ["Multiline", ["val/agreement"]],
+    }
+}
+
+
+class NetworkSize(NamedTuple):
+    """What a network costs: parameters, and operations for one input (None if unknown)."""
+
+    name: str
+    kind: str
+    parameters: int
+    flops: int | None
+
+
+def network_size(name: str, network: nn.Module, example: Any | None) -> NetworkSize:
+    """Count a network's parameters and, for one example, its floating point operations.
+
+    Args:
+        name: What to call the network.
+        network: Any module.
+        example: One input `(1, ...)`; None: operations are not counted.
+
+    Returns:
+        The counts; a multiplication with its addition counts as two operations.
+    """
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    if example is None:
+        return NetworkSize(name, type(network).__name__, parameters, None)
+    training = network.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network.eval()(example)
+    network.train(training)
+    return NetworkSize(name, type(network).__name__, parameters, counter.get_total_flops())
+
+
+class NetworkSummary(L.Callback):
+    """At the start of fit, show the networks' parameters and operations, in the terminal and in TensorBoard.
+
+    TensorBoard also gets a layout (Custom Scalars) that overlays the curves of training, validation and teacher.
+    """
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count, print, and write."""
+        example = pl_module.example_input()
+        names = pl_module.network_names
+        sizes = [network_size(name, getattr(pl_module, name), example) for name in names]
+        table = Table("", "network", "parameters", "MFLOP per image", title_justify="left")
+        rows = [(size.name, size.kind, f"{size.parameters:,}", _mega(size.flops)) for size in sizes]
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                lines = ["| | network | parameters | MFLOP per image |", "|---|---|---|---|"]
+                lines += [f"| {' | '.join(row)} |" for row in rows]
+                logger.experiment.add_text("networks", "\n".join(lines))
+                logger.experiment.add_custom_scalars(_LAYOUT)
+
+
+def _mega(flops: int | None) -> str:
+    return "?" if flops is None else f"{flops / 1e6:,.2f}"
+
+
+class ImagesPerSecond(L.Callback):
+    """Log `train/images_per_s`, the speed of training over all processes, once an epoch; validation excluded."""
+
+    def __init__(self) -> None:
+        self._images = 0
+        self._seconds = 0.0
+        self._since = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start counting."""
+        self._images, self._seconds, self._since = 0, 0.0, time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count a batch, from the end of the one before."""
+        now = time.perf_counter()
+        self._images += len(pl_module.unpack(batch).target)
+        self._seconds, self._since = self._seconds + now - self._since, now
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave validation out."""
+        self._since = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the epoch's speed."""
+        if self._seconds:
+            pl_module.log("train/images_per_s", trainer.world_size * self._images / self._seconds)

@@ -1,0 +1,78 @@
+"""The table at the end of a run."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+
+class FitReport(L.Callback):
+    """At the end of fit: teacher, student (best by validation, and last), gap, and where things lie.
+
+    TensorBoard's HParams page gets the hyperparameters with these figures as `final/...`.
+    """
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print and write."""
+        figures = _figures(trainer)
+        if not figures:
+            return
+        console = Console(soft_wrap=True)
+        console.print(_table(pl_module.network_names[0], figures))
+        for line in _where(trainer):
+            console.print(line, highlight=False, markup=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                metrics = {f"final/{name}": figure for name, figure in figures.items()}
+                logger.log_hyperparams(dict(pl_module.hparams_initial), metrics)
+
+
+def _figures(trainer: L.Trainer) -> dict[str, float]:
+    """Accuracies on the validation split, as far as they were measured."""
+    measured = trainer.callback_metrics
+    figures = {
+        "teacher_acc": measured.get("val/teacher_acc"),
+        "best_acc": _best(trainer),
+        "last_acc": measured.get("val/acc"),
+    }
+    return {name: float(figure) for name, figure in figures.items() if figure is not None}
+
+
+def _best(trainer: L.Trainer) -> float | None:
+    checkpoint = trainer.checkpoint_callback
+    if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.monitor != "val/acc":
+        return None
+    score = checkpoint.best_model_score
+    return None if score is None else float(score)
+
+
+def _table(network: str, figures: dict[str, float]) -> Table:
+    table = Table("", "accuracy on the validation images")
+    rows = {"teacher": "teacher_acc", f"{network}, best": "best_acc", f"{network}, last": "last_acc"}
+    for label, name in rows.items():
+        if name in figures:
+            table.add_row(label, f"{figures[name]:.2%}")
+    if {"teacher_acc", "best_acc"} <= set(figures):
+        table.add_row("best - teacher", f"{100 * (figures['best_acc'] - figures['teacher_acc']):+.2f} points")
+    return table
+
+
+def _where(trainer: L.Trainer) -> list[str]:
+    lines = []
+    checkpoint = trainer.checkpoint_callback
+    if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
+        path = checkpoint.best_model_path
+        path = str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
+        lines += [f"checkpoint: {path}", f"test it:    lkd test --ckpt_path {shlex.quote(path)}"]
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            lines.append(f"curves:     tensorboard --host localhost --logdir {shlex.quote(str(logger.root_dir))}")
+    return lines

@@ -1,0 +1,130 @@
+"""The command line: Lightning's CLI with lkd's defaults, and its answers to mistakes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lkd.arguments import prepare
+from lkd.callbacks import FitReport, ImagesPerSecond, NetworkSummary, PredictionWriter
+from lkd.mistakes import explain
+
+_MISTAKES = (ArgumentError, MisconfigurationException, OSError, TypeError, ValueError, yaml.YAMLError)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keep the resolved config in the run's folder, and as text in TensorBoard."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write the text."""
+        config = self.parser.dump(self.config, skip_none=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("config", "\n".join(f"    {line}" for line in config.splitlines()))
+
+
+class LkdCLI(LightningCLI):
+    """`lkd fit | validate | test | predict`.
+
+    Args:
+        args: The arguments behind `lkd`.
+        name: The run's name: its folder below `runs/`.
+    """
+
+    def __init__(self, args: Sequence[str], name: str) -> None:
+        self.run_name = name
+        quiet = {"exit_on_error": False}
+        super().__init__(
+            model_class=L.LightningModule,
+            datamodule_class=L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            # the whole validation split before the first epoch: how good is the teacher?
+            trainer_defaults={"num_sanity_val_steps": -1, "enable_model_summary": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={**quiet, **{command: dict(quiet) for command in self.subcommands()}},
+            args=list(args),
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse without Lightning's warning about `args`: `main` gets them, not `sys.argv`."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """The config's word holds: Lightning would let the checkpoint's hyperparameters override it."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The settings that are lkd's own."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/acc",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The trainer, with a TensorBoard logger for fit unless the config says otherwise, and lkd's callbacks."""
+        fit = self.subcommand == "fit"
+        config = self._get(self.config_init, "trainer")
+        folder = config.get("default_root_dir") or "runs"
+        if config.get("logger") in (None, True):
+            kwargs["logger"] = fit and TensorBoardLogger(folder, self.run_name, default_hp_metric=False)
+        callbacks: list[L.Callback] = [NetworkSummary(), ImagesPerSecond(), FitReport()] if fit else []
+        if fit and kwargs.get("logger", config.get("logger")) and not config.get("fast_dev_run"):
+            callbacks.append(LearningRateMonitor())
+        if self.subcommand == "predict":
+            callbacks.append(PredictionWriter())
+        self.trainer_defaults["callbacks"] = callbacks
+        if not fit:
+            self.save_config_callback = None
+        return super().instantiate_trainer(**kwargs)
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        args: The arguments behind `lkd`, the command first.
+
+    Returns:
+        The exit code: 0, or 2 after a mistake that the user can mend.
+    """
+    debug = "--debug" in args or os.environ.get("LKD_DEBUG", "") not in ("", "0")
+    args = [arg for arg in args if arg != "--debug"]
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a console script would not find the user's own classes
+    _quieten()
+    try:
+        LkdCLI(*prepare(args))
+    except _MISTAKES as error:
+        if debug:
+            raise
+        print(f"lkd: error: {explain(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _quieten() -> None:
+    """Leave out what Lightning says of every run."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")

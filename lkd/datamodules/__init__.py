@@ -1,0 +1,57 @@
+"""Images for training, validation and test, as Lightning data modules."""
+
+from lkd.datamodules.archives import (
+    ArchiveDataModule,
+    CIFAR10DataModule,
+    CIFAR100DataModule,
+    FashionMNISTDataModule,
+    MNISTDataModule,
+    STL10DataModule,
+    SVHNDataModule,
+)
+from lkd.datamodules.base import ImageDataModule, Split
+from lkd.datamodules.dataset import ImageDataset, ImageError, ImageSource
+from lkd.datamodules.digits import DigitsDataModule
+from lkd.datamodules.draws import permutation, uniform
+from lkd.datamodules.folder import ImageFolderDataModule, ImageNetDataModule
+from lkd.datamodules.sampler import EpochSampler, Key
+from lkd.datamodules.synthetic import SyntheticDataModule
+from lkd.datamodules.tiny_imagenet import TinyImageNetDataModule
+from lkd.datamodules.transforms import (
+    BatchTransform,
+    CenterCrop,
+    ImageTransform,
+    RandomCrop,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+)
+
+__all__ = [
+    "ArchiveDataModule",
+    "BatchTransform",
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "CenterCrop",
+    "DigitsDataModule",
+    "EpochSampler",
+    "FashionMNISTDataModule",
+    "ImageDataModule",
+    "ImageDataset",
+    "ImageError",
+    "ImageFolderDataModule",
+    "ImageNetDataModule",
+    "ImageSource",
+    "ImageTransform",
+    "Key",
+    "MNISTDataModule",
+    "RandomCrop",
+    "RandomHorizontalFlip",
+    "RandomResizedCrop",
+    "STL10DataModule",
+    "SVHNDataModule",
+    "Split",
+    "SyntheticDataModule",
+    "TinyImageNetDataModule",
+    "permutation",
+    "uniform",
+]

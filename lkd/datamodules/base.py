@@ -1,0 +1,228 @@
+"""What all data modules share: splits, loaders, seeds and checks."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from lkd.datamodules.dataset import ImageDataset, ImageSource
+from lkd.datamodules.sampler import EpochSampler
+from lkd.datamodules.split import stratified
+from lkd.datamodules.transforms import BatchTransform, CenterCrop, ImageTransform
+from lkd.types import IGNORE_INDEX, Batch, Normalization
+
+Split = Literal["train", "val", "test"]
+
+
+class ImageDataModule(L.LightningDataModule, ABC):
+    """Images for training, validation and test.
+
+    A concrete one sets the attributes below and overrides `make_dataset`. Validation images are cut from the
+    training images, unless `make_dataset("val")` returns some. Order and augmentation are a function of
+    (seed, epoch, index of the image), whatever the batch size and the number of workers and processes.
+
+    Args:
+        batch_size: Images in a batch, in each process.
+        num_workers: Processes that read images; by default none for data in memory, else up to 4.
+        val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
+        split_seed: Seed of that choice; not the run's, so that teacher and students agree.
+        seed: Seed of order and augmentation; by default the run's.
+        augment: Random changes of training images; by default the data set's usual ones, `[]` for none.
+        mean: Mean of each channel, of pixels in [0, 1]; by default the data set's.
+        std: Standard deviation of each channel; by default the data set's.
+
+    Attributes:
+        num_classes: Number of classes.
+        class_names: Their names; their numbers if not given.
+        input_shape: Channels, height and width of an image.
+        resize: How images of another size are brought to `input_shape`, without randomness.
+        datasets: The data sets of the splits, after `setup`.
+    """
+
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+    input_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: ImageTransform = CenterCrop()
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        num_workers: int | None = None,
+        val_size: int | float = 0.1,
+        split_seed: int = 0,
+        seed: int | None = None,
+        augment: list[ImageTransform | BatchTransform] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.val_size = val_size
+        self.split_seed = split_seed
+        self.seed = seed
+        self.augment = augment
+        if mean is not None:
+            self.mean = mean
+        if std is not None:
+            self.std = std
+        self.datasets: dict[Split, ImageDataset] = {}
+
+    @abstractmethod
+    def make_dataset(self, split: Split) -> ImageSource | None:
+        """Opens the images of a split.
+
+        Args:
+            split: Which ones.
+
+        Returns:
+            A data set of (image, class), see `ImageSource`; None for "val" to have it cut from "train".
+        """
+
+    def default_augment(self) -> list[ImageTransform | BatchTransform]:
+        """The augmentation that is usual for this data set."""
+        return []
+
+    def setup(self, stage: str) -> None:
+        """Opens the splits that a stage needs, once.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+        """
+        for name in ("num_classes", "input_shape", "mean", "std"):
+            if not hasattr(self, name):
+                raise TypeError(f"{type(self).__name__} must set the attribute {name}")
+        if len(self.mean) != self.input_shape[0]:
+            raise ValueError(
+                f"mean has {len(self.mean)} values, but images have {self.input_shape[0]} channels"
+            )
+        self.class_names = self.class_names or tuple(str(c) for c in range(self.num_classes))
+        if stage in ("fit", "validate") and "train" not in self.datasets:
+            self._setup_train()
+        if stage in ("test", "predict") and "test" not in self.datasets:
+            self.datasets["test"] = self._wrap(*self._open("test"))
+
+    def _setup_train(self) -> None:
+        source, target = self._open("train")
+        held_out = torch.zeros(len(target), dtype=torch.bool)
+        val = self.make_dataset("val")
+        if val is not None:
+            self.datasets["val"] = self._wrap(val, self._targets("val", val))
+        elif self.val_size != 0:
+            held_out[stratified(target, self.val_size, self.split_seed)] = True
+            self.datasets["val"] = self._wrap(source, target, held_out)
+        augment = self.default_augment() if self.augment is None else self.augment
+        self.datasets["train"] = self._wrap(source, target, ~held_out, augment)
+
+    def _open(self, split: Split) -> tuple[ImageSource, Tensor]:
+        source = self.make_dataset(split)
+        if source is None:
+            raise ValueError(
+                f"{type(self).__name__}.make_dataset({split!r}) must return a data set, got None"
+            )
+        return source, self._targets(split, source)
+
+    def _targets(self, split: Split, source: ImageSource) -> Tensor:
+        """The class of every image, without reading the images if the source has `targets`."""
+        where = f"the {split} split of {type(self).__name__}"
+        if len(source) == 0:
+            raise ValueError(f"{where} has no images")
+        found: Any
+        if isinstance(source, TensorDataset):
+            image, found = source.tensors
+            if image.dtype != torch.uint8 or image.dim() != 4:
+                got = f"{image.dtype} {tuple(image.shape)}"
+                raise TypeError(f"{where} must have uint8 images (N, C, H, W), got {got}")
+        elif hasattr(source, "targets"):
+            found = source.targets
+        else:
+            found = [source[i][1] for i in range(len(source))]
+        target = torch.as_tensor(found).to(torch.int64)
+        wrong = target[((target < 0) | (target >= self.num_classes)) & (target != IGNORE_INDEX)]
+        if len(wrong):
+            raise ValueError(
+                f"{where} has label {int(wrong[0])}, and {len(wrong)} of its {len(target)} labels are "
+                f"outside the {self.num_classes} classes, 0 to {self.num_classes - 1}; correct the labels or "
+                f"num_classes, or mark images without a label by {IGNORE_INDEX}"
+            )
+        return target
+
+    def _wrap(
+        self,
+        source: ImageSource,
+        target: Tensor,
+        chosen: Tensor | None = None,
+        augment: Sequence[ImageTransform | BatchTransform] = (),
+    ) -> ImageDataset:
+        first = [t for t in augment if isinstance(t, ImageTransform)]
+        if first and (len(first) > 1 or first[0] is not augment[0]):
+            name = type(first[-1]).__name__
+            raise ValueError(
+                f"augment may have {name} in the first place only, as it brings images to one size"
+            )
+        return ImageDataset(
+            source,
+            target,
+            torch.arange(len(target)) if chosen is None else chosen.nonzero().squeeze(1),
+            self.input_shape,
+            Normalization(self.mean, self.std),
+            first[0] if first else self.resize,
+            [t for t in augment if isinstance(t, BatchTransform)],
+            int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,
+        )
+
+    def _loader(self, split: Split) -> DataLoader[Batch]:
+        if split not in self.datasets:
+            raise ValueError(
+                f"{type(self).__name__} has no {split} images yet; call prepare_data() and setup()"
+            )
+        dataset = self.datasets[split]
+        processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        training = split == "train"
+        sampler = EpochSampler(dataset, processes, rank, shuffle=training, seed=dataset.seed)
+        workers = self.num_workers
+        if workers is None:
+            workers = 0 if isinstance(dataset.source, TensorDataset) else min(4, os.cpu_count() or 1)
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,  # by name, as Lightning repeats it for predict
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            # A rest of one image would break BatchNorm, and compiled steps want one shape. Which images are
+            # left out differs from epoch to epoch.
+            drop_last=training and len(sampler) >= self.batch_size,
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Training images, augmented and shuffled, in full batches unless there is but one."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Validation images; no loader if `val_size` is 0."""
+        return [] if "train" in self.datasets and "val" not in self.datasets else self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Test images."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Test images."""
+        return self._loader("test")
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

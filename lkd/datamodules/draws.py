@@ -1,0 +1,91 @@
+"""Random numbers as a pure function of (seed, epoch, index): no state, the same on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ORDER, SPLIT, IMAGE = 2**32 - 1, 2**32 - 2, 2**31
+"""Streams of the training order, of the validation split, and the first of those that read an image.
+
+Batch transforms draw from the streams 0, 1, 2, ... in their order.
+"""
+
+_WORD = 0xFFFFFFFF
+_PIECE = 2**16  # indices hashed at a time: what fits a processor's cache
+
+
+def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
+    """Philox4x32-10, a random bijection of 128-bit counters.
+
+    Args:
+        counter: Four 32-bit words `(4, ...)`, int64.
+        key: Two 32-bit words.
+
+    Returns:
+        Four random 32-bit words `(4, ...)`, int64.
+
+    References:
+        Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011), section 3.3.
+    """
+    pair = (2, *[1] * (counter.dim() - 1))
+    weyl = torch.tensor([0x9E3779B9, 0xBB67AE85], device=counter.device).view(pair)
+    multiplier = torch.tensor([0xD2511F53, 0xCD9E8D57], device=counter.device).view(pair)
+    round_key = torch.tensor(key, device=counter.device).view(pair)
+    even, odd = counter[0::2], counter[1::2]
+    for _ in range(10):
+        # An int64 product wraps around, which leaves its 64 bits as those of the unsigned product. Only what
+        # is multiplied must be free of higher bits; the rest is masked once, at the end.
+        product = (even * multiplier).flip(0)
+        even = ((product >> 32) ^ odd ^ round_key) & _WORD
+        odd = product
+        round_key = round_key + weyl
+    return torch.stack((even[0], odd[0], even[1], odd[1])) & _WORD
+
+
+def _words(seed: int, epoch: int | Tensor, index: Tensor, stream: int | Tensor) -> Tensor:
+    zero = 0 * (index + epoch + stream)  # of the shape that all broadcast to
+    counter = torch.stack([zero + word for word in (index & _WORD, index >> 32, epoch, stream)])
+    return philox(counter, (seed & _WORD, seed >> 32 & _WORD))
+
+
+def uniform(seed: int, epoch: int | Tensor, index: Tensor, stream: int | Tensor) -> Tensor:
+    """Four uniform numbers for each sample, in [0, 1).
+
+    Args:
+        seed: Any integer; its low 64 bits count.
+        epoch: Epoch of each sample, broadcast against `index`.
+        index: Samples `(...)`, int64.
+        stream: Tells apart numbers that serve different purposes, broadcast against `index`.
+
+    Returns:
+        `(..., 4)`, float32, multiples of 2^-24. That is as fine as float32 is just below 1, so that
+        `floor(number * n)` never rounds up to `n`.
+
+    Example:
+        >>> uniform(seed=0, epoch=0, index=torch.tensor([0]), stream=0)
+        tensor([[0.3990, 0.8805, 0.7357, 0.6055]])
+    """
+    words = _words(seed, epoch, index, stream) >> 8
+    return words.movedim(0, -1).to(torch.float32) * 2.0**-24
+
+
+def permutation(seed: int, epoch: int, size: int, stream: int = ORDER) -> Tensor:
+    """A random order of `size` samples: they are sorted by a 63-bit hash of (seed, epoch, index).
+
+    Unlike a generator seeded with `seed + epoch`, run 1 does not repeat the orders of run 0 an epoch early.
+
+    Args:
+        seed: Any integer; its low 64 bits count.
+        epoch: Number of the epoch.
+        size: Number of samples.
+        stream: Tells apart orders that serve different purposes.
+
+    Returns:
+        `(size,)`, int64.
+    """
+    hashes = [torch.zeros(0, dtype=torch.int64)]
+    for start in range(0, size, _PIECE):
+        high, low = _words(seed, epoch, torch.arange(start, min(start + _PIECE, size)), stream)[:2]
+        hashes.append((high << 31) | (low >> 1))
+    return torch.cat(hashes).argsort(stable=True)

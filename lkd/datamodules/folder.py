@@ -1,0 +1,112 @@
+"""Data sets that are folders of image files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from lkd.datamodules.base import ImageDataModule, Split
+from lkd.datamodules.files import ImageFiles, class_folders, read_tree, split_folder
+from lkd.datamodules.transforms import (
+    BatchTransform,
+    CenterCrop,
+    ImageTransform,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+)
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """Any folder of images, `root/train/<class>/` and `root/test/<class>/`; the classes are the sorted names.
+
+    If there is `root/val/<class>/` too, it is used for validation. Without `root/test`, it is the test set,
+    and validation images are cut from the training images.
+
+    Args:
+        root: The folder.
+        image_size: Height and width that images are brought to.
+        in_channels: 3 for colour, 1 for gray.
+        crop_ratio: Share of an image's shorter side that is evaluated, at its centre; images that have the
+            size already are taken whole.
+        batch_size: Images in a batch, in each process.
+        num_workers: Processes that read images; by default up to 4.
+        val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
+        split_seed: Seed of that choice; not the run's, so that teacher and students agree.
+        seed: Seed of order and augmentation; by default the run's.
+        augment: Random changes of training images; by default RandomResizedCrop and RandomHorizontalFlip.
+        mean: Mean of each channel, of pixels in [0, 1]; by default ImageNet's.
+        std: Standard deviation of each channel; by default ImageNet's.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int = 224,
+        in_channels: Literal[1, 3] = 3,
+        crop_ratio: float = 0.875,
+        batch_size: int = 128,
+        num_workers: int | None = None,
+        val_size: int | float = 0.1,
+        split_seed: int = 0,
+        seed: int | None = None,
+        augment: list[ImageTransform | BatchTransform] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        # The gray statistics are the means of the colours'.
+        self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.449,), (0.226,))
+        self.input_shape = (in_channels, image_size, image_size)
+        super().__init__(batch_size, num_workers, val_size, split_seed, seed, augment, mean, std)
+        self.root = root
+        self.resize = CenterCrop(crop_ratio)
+
+    def default_augment(self) -> list[ImageTransform | BatchTransform]:
+        """Parts of the image, and their mirror images."""
+        return [RandomResizedCrop(), RandomHorizontalFlip()]
+
+    def setup(self, stage: str) -> None:
+        """Finds the classes, and opens the splits that a stage needs."""
+        self.class_names = class_folders(Path(self.root) / "train")
+        self.num_classes = len(self.class_names)
+        super().setup(stage)
+
+    def make_dataset(self, split: Split) -> ImageFiles | None:
+        """See `ImageDataModule.make_dataset`."""
+        folder = split_folder(Path(self.root), split)
+        return None if folder is None else read_tree(folder, self.class_names)
+
+
+class ImageNetDataModule(ImageFolderDataModule):
+    """ImageNet (ILSVRC 2012), unpacked to `root/train/<class>/` and `root/val/<class>/`, the test set.
+
+    Args:
+        root: The folder.
+        image_size: Height and width that images are brought to.
+        in_channels: 3 for colour, 1 for gray.
+        crop_ratio: Share of an image's shorter side that is evaluated, at its centre.
+        batch_size: Images in a batch, in each process.
+        num_workers: Processes that read images; by default up to 4.
+        val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
+        split_seed: Seed of that choice; not the run's, so that teacher and students agree.
+        seed: Seed of order and augmentation; by default the run's.
+        augment: Random changes of training images; by default RandomResizedCrop and RandomHorizontalFlip.
+        mean: Mean of each channel, of pixels in [0, 1].
+        std: Standard deviation of each channel.
+
+    References:
+        Russakovsky et al.: ImageNet large scale visual recognition challenge (2014), arXiv:1409.0575.
+    """
+
+    num_classes = 1000
+
+    def setup(self, stage: str) -> None:
+        """Finds the classes, and opens the splits that a stage needs."""
+        found = len(class_folders(Path(self.root) / "train"))
+        if found != 1000:
+            raise ValueError(
+                f"{self.root}/train has {found} class folders, ImageNet has 1000; "
+                "for another choice of classes use ImageFolderDataModule"
+            )
+        super().setup(stage)

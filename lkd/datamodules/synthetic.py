@@ -1,0 +1,68 @@
+"""Generated images, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import TensorDataset
+
+from lkd.datamodules.base import ImageDataModule, Split
+from lkd.datamodules.transforms import BatchTransform, ImageTransform
+
+
+class SyntheticDataModule(ImageDataModule):
+    """Images made up of a smooth pattern for each class and noise, the same in every run; easy to learn.
+
+    Args:
+        num_classes: Number of classes.
+        input_shape: Channels, height and width.
+        train_size: Training images, validation included.
+        test_size: Test images.
+        batch_size: Images in a batch, in each process.
+        num_workers: Processes that read images; by default none.
+        val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
+        split_seed: Seed of that choice; not the run's, so that teacher and students agree.
+        seed: Seed of order and augmentation; by default the run's.
+        augment: Random changes of training images; by default none.
+        mean: Mean of each channel, of pixels in [0, 1].
+        std: Standard deviation of each channel.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        input_shape: tuple[int, int, int] = (3, 32, 32),
+        train_size: int = 1000,
+        test_size: int = 200,
+        batch_size: int = 128,
+        num_workers: int | None = None,
+        val_size: int | float = 0.1,
+        split_seed: int = 0,
+        seed: int | None = None,
+        augment: list[ImageTransform | BatchTransform] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        self.num_classes = num_classes
+        self.input_shape = input_shape
+        self.mean, self.std = (0.5,) * input_shape[0], (0.25,) * input_shape[0]
+        super().__init__(batch_size, num_workers, val_size, split_seed, seed, augment, mean, std)
+        self.train_size = train_size
+        self.test_size = test_size
+
+    def make_dataset(self, split: Split) -> TensorDataset | None:
+        """See `ImageDataModule.make_dataset`."""
+        if split == "val":
+            return None
+        size = self.train_size if split == "train" else self.test_size
+        channels, height, width = self.input_shape
+        coarse = torch.rand(self.num_classes, channels, 4, 4, generator=torch.Generator().manual_seed(0))
+        pattern = (
+            F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
+            .mul(192)
+            .to(torch.uint8)
+        )
+        generator = torch.Generator().manual_seed(1 if split == "train" else 2)
+        noise = torch.randint(64, (size, *self.input_shape), dtype=torch.uint8, generator=generator)
+        target = torch.arange(size) % self.num_classes
+        return TensorDataset(noise.add_(pattern[target]), target)

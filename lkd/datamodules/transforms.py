@@ -1,0 +1,175 @@
+"""Augmentation. Nothing here draws random numbers: every sample comes with its own, uniform in [0, 1).
+
+So one implementation serves an image in a worker and a whole batch on a GPU, with the same result.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+
+class BatchTransform(ABC):
+    """Changes the images of a batch, each by its own draws."""
+
+    @abstractmethod
+    def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
+        """Transforms a batch.
+
+        Args:
+            image: `(B, C, H, W)`, uint8, on any device.
+            draws: `(B, 4)`, uniform in [0, 1), on the same device.
+
+        Returns:
+            `(B, C, H, W)`, uint8.
+        """
+
+
+class ImageTransform(ABC):
+    """Brings one image of any size to the size of the batch, before the batch is made."""
+
+    @abstractmethod
+    def __call__(self, image: Image.Image, size: tuple[int, int], draws: Tensor) -> Image.Image:
+        """Transforms an image.
+
+        Args:
+            image: Of mode L or RGB.
+            size: Height and width to return.
+            draws: `(10, 4)`, uniform in [0, 1).
+        """
+
+
+@dataclass(frozen=True)
+class RandomCrop(BatchTransform):
+    """Pads with zeros and cuts the original size out again, at a random place.
+
+    Args:
+        padding: Pixels added on each side.
+    """
+
+    padding: int = 4
+
+    def __post_init__(self) -> None:
+        if self.padding < 0:
+            raise ValueError(f"RandomCrop needs a padding of 0 or more pixels, got {self.padding}")
+
+    def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
+        """Shifts every image by its first two draws."""
+        b, c, h, w = image.shape
+        padded = F.pad(image, (self.padding,) * 4)
+        top, left = (draws[:, :2] * (2 * self.padding + 1)).long().view(b, 2, 1, 1).unbind(1)
+        # Each row of a crop is w bytes in a row of the padded batch: b * c * h short copies, which on a CPU
+        # take a third of the time of gathering pixels.
+        plane = torch.arange(b * c, device=image.device).view(b, c, 1)
+        row = plane * padded.shape[2] + top + torch.arange(h, device=image.device)
+        start = (row * padded.shape[3] + left).flatten()
+        return padded.flatten().unfold(0, w, 1).index_select(0, start).view(b, c, h, w)
+
+
+@dataclass(frozen=True)
+class RandomHorizontalFlip(BatchTransform):
+    """Mirrors images left to right.
+
+    Args:
+        p: Probability of an image to be mirrored.
+    """
+
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"RandomHorizontalFlip needs a probability p between 0 and 1, got {self.p}")
+
+    def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
+        """Mirrors the images whose first draw is below `p`."""
+        size = len(image)
+        both = torch.cat((image, image.flip(-1)))
+        # Whole images are chosen: on a CPU a quarter of the time of torch.where.
+        return both.index_select(0, torch.arange(size, device=image.device) + size * (draws[:, 0] < self.p))
+
+
+@dataclass(frozen=True)
+class CenterCrop(ImageTransform):
+    """Scales an image so that the size covers `ratio` of its tighter side, and cuts out the centre.
+
+    An image that has the size already is left as it is, so that small images stored at the networks' size are
+    not blurred.
+
+    Args:
+        ratio: Share of the tighter side that is kept; 0.875 is 224 out of 256.
+    """
+
+    ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"CenterCrop needs a ratio above 0 and up to 1, got {self.ratio}")
+
+    def __call__(self, image: Image.Image, size: tuple[int, int], draws: Tensor) -> Image.Image:
+        """Cuts out the centre; the draws are not used."""
+        if (image.height, image.width) == size:
+            return image
+        height, width = (round(side / self.ratio) for side in size)
+        if height * image.width >= width * image.height:
+            scaled = [height, height * image.width // image.height]
+        else:
+            scaled = [width * image.height // image.width, width]
+        centre: Image.Image = TF.center_crop(TF.resize(image, scaled), list(size))
+        return centre
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop(ImageTransform):
+    """Cuts out a random part of the image and scales it to the size; listed first in `augment`.
+
+    Args:
+        scale: Range of the part's area, as a share of the image's.
+        ratio: Range of the part's width divided by its height.
+
+    References:
+        Szegedy et al.: Going deeper with convolutions (2014), arXiv:1409.4842, section 6. As in torchvision,
+        a part that does not fit is drawn again, ten times at most; then the largest in the centre is taken.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"RandomResizedCrop needs a scale with 0 < low <= high <= 1, got {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"RandomResizedCrop needs a ratio with 0 < low <= high, got {self.ratio}")
+
+    def __call__(self, image: Image.Image, size: tuple[int, int], draws: Tensor) -> Image.Image:
+        """Cuts out the part that `box` chooses."""
+        part: Image.Image = TF.resized_crop(image, *self.box(image.height, image.width, draws), list(size))
+        return part
+
+    def box(self, height: int, width: int, draws: Tensor) -> tuple[int, int, int, int]:
+        """Chooses the part.
+
+        Args:
+            height: Height of the image in pixels.
+            width: Width of the image in pixels.
+            draws: `(tries, 4)`, uniform in [0, 1): area, ratio, vertical and horizontal place.
+
+        Returns:
+            Top, left, height and width in pixels.
+        """
+        (low, high), (narrow, wide) = self.scale, self.ratio
+        for area, shape, vertical, horizontal in draws.tolist():
+            pixels = height * width * (low + (high - low) * area)
+            ratio = narrow * (wide / narrow) ** shape
+            h, w = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
+            if 0 < h <= height and 0 < w <= width:
+                return int(vertical * (height - h + 1)), int(horizontal * (width - w + 1)), h, w
+        ratio = min(max(width / height, narrow), wide)
+        h, w = min(height, round(width / ratio)), min(width, round(height * ratio))
+        return (height - h) // 2, (width - w) // 2, h, w

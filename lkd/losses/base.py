@@ -1,0 +1,135 @@
+"""What a criterion is, and how several are added."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from lkd.types import Batch, Outputs, Probe
+
+
+class DistillLoss(nn.Module, ABC):
+    """What a student is asked to imitate.
+
+    A criterion's parameters train with the student, and its parameters and buffers are saved in the checkpoint.
+    To write one, override `forward`, and `build` if it has adapters. Terms that it returns are logged under
+    `train/<name>`, where the name is the class's in lower case.
+
+    Args:
+        student_layers: Names of the student's layers whose features it reads, as in `named_modules()`; a name
+            followed by `:input` reads what goes into the layer.
+        teacher_layers: The same for the teacher.
+    """
+
+    needs_index: ClassVar[bool] = False
+    """Whether `forward` reads `Batch.index`."""
+
+    reads_logits: ClassVar[bool] = True
+    """Whether `forward` compares logits; then student and teacher must have the same classes."""
+
+    def __init__(self, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.student_layers = tuple(student_layers)
+        self.teacher_layers = tuple(teacher_layers)
+
+    @property
+    def name(self) -> str:
+        """The criterion's name in logs."""
+        return type(self).__name__.lower()
+
+    def build(self, student: Probe, teacher: Probe) -> None:  # noqa: B027  (a hook: doing nothing is a right answer)
+        """Make the adapters, once the shapes of all features are known.
+
+        It is called before the optimizer is made, and before a checkpoint's weights are loaded.
+
+        Args:
+            student: The student and its outputs for one blank input.
+            teacher: The teacher and its outputs for one blank input.
+        """
+
+    @abstractmethod
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """Compare student and teacher.
+
+        Args:
+            student: What the student answered; gradients flow into it.
+            teacher: What the teacher answered, without gradient.
+            batch: The batch that both saw.
+
+        Returns:
+            A scalar, or named scalars that are to be added.
+        """
+
+
+def named_terms(name: str, loss: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a criterion returned, as named terms: a scalar gets the criterion's name.
+
+    Args:
+        name: The criterion's name.
+        loss: A scalar, or named scalars.
+
+    Returns:
+        `{name: scalar}` or `{name_key: scalar, ...}`.
+    """
+    if isinstance(loss, Tensor):
+        return {name: loss}
+    return {f"{name}_{key}": term for key, term in loss.items()}
+
+
+class WeightedSum(DistillLoss):
+    """Several criteria at once, each with its weight.
+
+    Args:
+        criteria: Name (for logs and for `weights`) to criterion.
+        weights: Name to weight, at least 0; a criterion without one weighs 1.
+
+    Raises:
+        ValueError: If there is no criterion, a weight is negative, or a weight names no criterion.
+
+    Example:
+        >>> from lkd.losses import KD
+        >>> both = WeightedSum({"soft": KD(temperature=4.0), "hard": KD(temperature=1.0)}, weights={"soft": 0.5})
+        >>> both.weights
+        {'soft': 0.5, 'hard': 1.0}
+    """
+
+    def __init__(self, criteria: dict[str, DistillLoss], weights: dict[str, float] | None = None) -> None:
+        weights = weights or {}
+        if not criteria:
+            raise ValueError("WeightedSum needs at least one criterion")
+        if unknown := sorted(set(weights) - set(criteria)):
+            raise ValueError(f"WeightedSum has weights for {unknown}, but its criteria are {sorted(criteria)}")
+        if negative := {name: weight for name, weight in weights.items() if weight < 0}:
+            raise ValueError(f"weights must not be negative, got {negative}")
+        super().__init__(
+            [layer for criterion in criteria.values() for layer in criterion.student_layers],
+            [layer for criterion in criteria.values() for layer in criterion.teacher_layers],
+        )
+        self.criteria = nn.ModuleDict(criteria)
+        self.weights = {name: float(weights.get(name, 1.0)) for name in criteria}
+
+    @property
+    def needs_index(self) -> bool:  # type: ignore[override]
+        """Whether one of the criteria reads `Batch.index`."""
+        return any(criterion.needs_index for criterion in self.criteria.values())
+
+    @property
+    def reads_logits(self) -> bool:  # type: ignore[override]
+        """Whether one of the criteria compares logits."""
+        return any(criterion.reads_logits for criterion in self.criteria.values())
+
+    def build(self, student: Probe, teacher: Probe) -> None:
+        """Build each criterion."""
+        for criterion in self.criteria.values():
+            criterion.build(student, teacher)  # type: ignore[operator]
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """The weighted terms of all criteria, by name."""
+        terms = {}
+        for name, criterion in self.criteria.items():
+            for key, term in named_terms(name, criterion(student, teacher, batch)).items():
+                terms[key] = self.weights[name] * term
+        return terms

@@ -1,0 +1,129 @@
+"""Answers to mistakes: one sentence that says what to do."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+_KEY = re.compile(r'Parser key "(.*)":$')
+_CLASS = re.compile(r"Problem with given class_path '(.*)':$")
+_SCAFFOLD = re.compile(
+    r"Does not validate against|Subtypes: |Errors:$|Given value type: |Expected a <class 'NoneType'>|Expected a path but "
+)
+_TOP = ("trainer", "model", "data", "checkpoint", "seed_everything", "ckpt_path", "config", "print_config")
+
+
+def explain(error: BaseException) -> str:
+    """The sentence for the user.
+
+    Args:
+        error: What was raised while parsing, building or running.
+
+    Returns:
+        What is wrong and what to do, without the parser's scaffold or a worker's traceback.
+    """
+    text = str(error) or type(error).__name__
+    if "Original Traceback" in text:  # from a data loader's worker: the message is its last line
+        text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
+    keys, classes, reasons, value = _read(text)
+    if len(reasons) == len(text.splitlines()):
+        return _unknown_option(text) or text
+    where, reason = ".".join(keys), " ".join(reasons)
+    return _unknown_setting(classes, reason) or _unknown_class(classes, reason) or _other(where, classes, reason, value)
+
+
+def _read(text: str) -> tuple[list[str], list[str], list[str], str | None]:
+    """The parser's message taken apart: path of keys, classes on the way, reasons, the value given."""
+    keys: list[str] = []
+    classes: list[str] = []
+    reasons: list[str] = []
+    value = None
+    for line in (line.strip().removeprefix("- ") for line in text.splitlines()):
+        if key := _KEY.match(line):
+            keys.append(key[1])
+        elif kind := _CLASS.match(line):
+            classes.append(kind[1])
+        elif line.startswith("Given value: "):
+            value = value or line.removeprefix("Given value: ")
+        elif line and not _SCAFFOLD.match(line):
+            reasons.append(line)
+    return keys, classes, reasons, value
+
+
+def _unknown_option(text: str) -> str | None:
+    found = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)
+    if not found:
+        return None
+    known = [*_TOP, *(f"trainer.{name}" for name in _settings(L.Trainer))]
+    known += [f"checkpoint.{name}" for name in _settings(ModelCheckpoint)]
+    option = found[1]
+    if option.split(".")[0] not in _TOP:
+        option = option.split(".")[0]
+    return f"lkd has no setting {option!r}{_nearest(option, known)}"
+
+
+def _unknown_setting(classes: list[str], reason: str) -> str | None:
+    found = re.search(r"Option '(.*?)' is not accepted", reason)
+    if not found or not classes:
+        return None
+    setting = found[1].split(".")[0]
+    return f"{classes[-1]} has no setting {setting!r}{_nearest(setting, _settings(_find(classes[-1])))}"
+
+
+def _unknown_class(classes: list[str], reason: str) -> str | None:
+    if not classes or not re.search(r"has no attribute|No module named|is not a package", reason):
+        return None
+    path, _, name = classes[-1].rpartition(".")
+    try:
+        module = import_module(path)
+    except (ImportError, ValueError):
+        return f"there is no module {path!r}, named in {classes[-1]!r}{_nearest(path, sys.modules)}"
+    known = getattr(module, "__all__", None) or _own_names(module)
+    return f"there is no {name!r} in {path}{_nearest(name, known)}"
+
+
+def _other(where: str, classes: list[str], reason: str, value: str | None) -> str:
+    if found := re.search(r"the following arguments are required: (.*)", reason):
+        return f"{classes[-1] if classes else 'lkd'} needs values for {found[1]}"
+    reason = re.sub(r"Expected an? (?:<class '([\w.]+)'>|typing\.)", r"expected \1", reason)
+    reason = re.sub(r"\. Got value: ", ", got ", reason)
+    if reason.startswith("expected") and "got" not in reason and value is not None:
+        reason = f"{reason}, got {value}"
+    return f"{where}: {reason}" if where and reason.startswith("expected") else reason
+
+
+def _find(class_path: str) -> Any:
+    path, _, name = class_path.rpartition(".")
+    return getattr(import_module(path), name)
+
+
+def _own_names(module: Any) -> list[str]:
+    return [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+
+
+def _settings(kind: Any) -> list[str]:
+    """Names of the arguments of a function, or of a class and those that it inherits from."""
+    makers = [base.__init__ for base in kind.__mro__ if "__init__" in vars(base)] if inspect.isclass(kind) else [kind]
+    names = {
+        name
+        for maker in makers
+        for name, parameter in inspect.signature(maker).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and name != "self"
+    }
+    return sorted(names)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if nearest:
+        return f"; did you mean {nearest[0]!r}?"
+    return f"; there are {', '.join(sorted(known))}" if len(known) <= 30 else ""

@@ -1,0 +1,205 @@
+"""Networks of torchvision and timm by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+import torchvision
+from torch import nn
+
+
+def torchvision_model(
+    name: str, num_classes: int, in_channels: int = 3, weights: str | None = None, small_images: bool = False
+) -> nn.Module:
+    """One of torchvision's classification networks.
+
+    Args:
+        name: A name of `torchvision.models.list_models(torchvision.models)`, such as `resnet18`.
+        num_classes: Number of logits. Where trained weights have another number, the last layer is a new one.
+        in_channels: Channels of the images. Where trained weights have another number, the sum of the first
+            layer's kernels is divided equally among the channels: an image whose channels are all equal is
+            answered as before.
+        weights: Trained weights to start from, such as `IMAGENET1K_V1` or `DEFAULT`, downloaded once; null
+            starts from random ones.
+        small_images: Adapt the stem to images of about 32x32: its first convolution gets stride 1 and 3x3
+            kernels (of larger trained ones the middle is kept), and the max pooling behind it is taken out.
+
+    Returns:
+        The network; it returns logits `(B, num_classes)` in training too.
+
+    Raises:
+        ValueError: If there is no such network, it has no such weights, or its stem cannot be adapted.
+        FileNotFoundError: If the weights cannot be downloaded.
+
+    Example:
+        >>> network = torchvision_model("resnet18", num_classes=10, in_channels=1, small_images=True)
+        >>> network.conv1, network.maxpool
+        (Conv2d(1, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False), Identity())
+    """
+    _check_name("torchvision has no network", name, torchvision.models.list_models(module=torchvision.models))
+    network: nn.Module
+    if weights is None:
+        network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    else:
+        network = _pretrained(name, weights, num_classes)
+    _drop_auxiliary_heads(network, in_channels)
+    _adapt_stem(network, name, in_channels, small_images, trained=weights is not None)
+    return network
+
+
+def timm_model(
+    name: str, num_classes: int, in_channels: int = 3, pretrained: bool = False, small_images: bool = False
+) -> nn.Module:
+    """One of timm's networks; needs `pip install 'lkd[timm]'`.
+
+    Args:
+        name: A name of `timm.list_models()`, such as `resnet18`, or of `timm.list_pretrained()`, such as
+            `resnet18.a1_in1k`.
+        num_classes: Number of logits. Where trained weights have another number, the last layer is a new one.
+        in_channels: Channels of the images; timm adapts trained weights to it.
+        pretrained: Whether to start from trained weights; they are downloaded once.
+        small_images: Adapt the stem to images of about 32x32: its first convolution gets stride 1 and 3x3
+            kernels (of larger trained ones the middle is kept), and the max pooling behind it is taken out.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: If timm is not installed, there is no such network, it has no trained weights, or its stem
+            cannot be adapted.
+        FileNotFoundError: If the weights cannot be downloaded.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError("timm_model needs timm, which is not installed; pip install 'lkd[timm]'") from error
+    if ":" not in name:  # names such as hf-hub:USER/NETWORK and local-dir:FOLDER are found elsewhere
+        family = name.split(".")[0]
+        _check_name("timm has no network", family, timm.list_models())
+        if pretrained or name != family:
+            trained = timm.list_pretrained(f"{family}.*")
+            _check_name("timm has no trained weights", name, [family, *trained] if trained else [])
+    try:
+        network: nn.Module = timm.create_model(
+            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the trained weights of timm's {name} are not here and could not be downloaded "
+            f"({_first_line(error)}); bring Hugging Face's cache folder ($HF_HOME, by default "
+            "~/.cache/huggingface) from a machine that has them, or set pretrained to false"
+        ) from error
+    if small_images:
+        _adapt_stem(network, name, in_channels, small_images, trained=pretrained)
+    return network
+
+
+def _check_name(lacking: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
+        raise ValueError(f"{lacking} {name!r}; nearest names: {', '.join(nearest) or 'none'}")
+
+
+def _pretrained(name: str, weights: str, num_classes: int) -> nn.Module:
+    available = torchvision.models.get_model_weights(name)
+    entry = weights.split(".")[-1]  # torchvision also writes ResNet18_Weights.IMAGENET1K_V1
+    _check_name(f"torchvision's {name} has no weights", entry, list(available.__members__))
+    url = available[entry].url
+    try:
+        network: nn.Module = torchvision.models.get_model(name, weights=available[entry])
+    except OSError as error:
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+        raise FileNotFoundError(
+            f"the weights {entry} of torchvision's {name} are not here and could not be downloaded "
+            f"({_first_line(error)}); get {url} elsewhere and put it at {file}, or set weights to null"
+        ) from error
+    if num_classes != len(available[entry].meta["categories"]):
+        _replace_classifier(network, num_classes)
+    return network
+
+
+def _replace_classifier(network: nn.Module, num_classes: int) -> None:
+    modules = network.named_modules()
+    path, last = [(path, layer) for path, layer in modules if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
+    if isinstance(last, nn.Conv2d):  # SqueezeNet
+        network.set_submodule(path, nn.Conv2d(last.in_channels, num_classes, kernel_size=1))
+    else:
+        network.set_submodule(path, nn.Linear(last.in_features, num_classes))
+
+
+def _drop_auxiliary_heads(network: nn.Module, in_channels: int) -> None:
+    """GoogLeNet and Inception v3: with these heads they return a tuple in training."""
+    changes = {"aux_logits": False, "aux1": None, "aux2": None, "AuxLogits": None}
+    if in_channels != 3:
+        changes["transform_input"] = False  # it renormalises red, green and blue
+    for attribute, value in changes.items():
+        if hasattr(network, attribute):
+            setattr(network, attribute, value)
+
+
+def _adapt_stem(network: nn.Module, name: str, in_channels: int, small_images: bool, trained: bool) -> None:
+    """Change the first convolution in place, so that its class (padding as in TensorFlow, say) stays."""
+    convolutions = [(path, layer) for path, layer in network.named_modules() if isinstance(layer, nn.Conv2d)]
+    if not convolutions:
+        raise ValueError(f"{name} has no convolution that small_images could adapt; leave small_images out")
+    path, stem = convolutions[0]
+    kernels = stem.weight.detach()
+    if in_channels != stem.in_channels:
+        kernels = (kernels.sum(dim=1, keepdim=True) / in_channels).repeat(1, in_channels, 1, 1)
+    if small_images and stem.stride != (1, 1):
+        if stem.kernel_size == stem.stride:
+            size = "x".join(map(str, stem.stride))
+            raise ValueError(
+                f"{name} cuts images into patches of {size} pixels and has no stem that small_images adapts; "
+                "leave small_images out and resize the images to what the network was made for, or take a "
+                "convolutional network, such as resnet18"
+            )
+        kernels = _middle(kernels)
+        stem.kernel_size, stem.stride, stem.padding = (3, 3), (1, 1), (1, 1)
+        _remove_stem_pool(network, path)
+    if kernels.shape != stem.weight.shape:
+        stem.in_channels = in_channels
+        stem.weight = nn.Parameter(kernels.clone())
+        if not trained:
+            stem.reset_parameters()
+    if small_images:
+        _check_runs(network, name, stem)
+
+
+def _middle(kernels: torch.Tensor) -> torch.Tensor:
+    top, left = (kernels.shape[2] - 3) // 2, (kernels.shape[3] - 3) // 2
+    return kernels[:, :, top : top + 3, left : left + 3]
+
+
+def _remove_stem_pool(network: nn.Module, stem_path: str) -> None:
+    """Replace the max pooling behind the stem, if it comes before the next strided convolution."""
+    paths = list(dict(network.named_modules()))
+    for path in paths[paths.index(stem_path) + 1 :]:
+        layer = network.get_submodule(path)
+        if isinstance(layer, nn.MaxPool2d):
+            network.set_submodule(path, nn.Identity())
+            return
+        if isinstance(layer, nn.Conv2d) and layer.stride != (1, 1):
+            return
+
+
+def _check_runs(network: nn.Module, name: str, stem: nn.Conv2d) -> None:
+    """Fail here, not in training, where a stem has branches or the network is made for one size of images."""
+    network.eval()
+    try:
+        with torch.no_grad():
+            network(stem.weight.new_zeros(1, stem.in_channels, 32, 32))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(
+            f"{name} does not take images of 32x32 even with its stem adapted ({_first_line(error)}); leave "
+            "small_images out and resize the images, or take a network with a plain stem, such as resnet18"
+        ) from error
+    network.train()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,172 @@
+"""Reading trained weights from files that others wrote, without running anything that stands in them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+PRETRAINED = Path(__file__).with_name("pretrained")
+"""The folder of the weights that ship with the package."""
+
+_PACKAGED = "lkd:"
+_CONTAINERS = ("state_dict", "model", "model_state_dict", "net")
+_PREFIXES = ("module.", "model.", "student.", "network.", "net.", "_orig_mod.")
+_SYNONYMS = (("linear", "fc"), ("shortcut", "downsample"))
+
+
+def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
+    """Read trained weights into a network.
+
+    The file is a safetensors file, or a PyTorch file with a state dict, alone or under `state_dict`
+    (Lightning) or `model` (the CIFAR-100 benchmark); no code in it is run. Prefixes that wrappers leave
+    (`module.`, `model.`, `student.`, ...) are taken off, `linear` and `shortcut` are read as `fc` and
+    `downsample` (or the other way round) where the network has those, and numbers are cast to the network's
+    type. If anything does not fit, the network stays as it was.
+
+    Args:
+        network: The network; its weights are changed in place.
+        path: The file; or `lkd:NAME` for weights that ship with the package.
+
+    Returns:
+        The same network.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file holds no weights, would have to run code, or does not fit the network; the
+            message then names missing, unexpected and wrongly shaped tensors.
+
+    Example:
+        >>> import tempfile
+        >>> from lkd.models import resnet8
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"state_dict": resnet8(num_classes=10).state_dict()}, f"{folder}/best.ckpt")
+        ...     network = load_weights(resnet8(num_classes=10), f"{folder}/best.ckpt")
+    """
+    file = _locate(path)
+    tensors = _fit_names(_read(file), network)
+    _check_fit(tensors, network, file)
+    network.load_state_dict(tensors, strict=False)
+    return network
+
+
+def _locate(path: str | Path) -> Path:
+    if str(path).startswith(_PACKAGED):
+        name = str(path).removeprefix(_PACKAGED)
+        available = sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))
+        if name not in available:
+            names = ", ".join(_PACKAGED + known for known in available) or "none"
+            raise FileNotFoundError(f"no weights {path} ship with lkd; available: {names}")
+        return PRETRAINED / f"{name}.safetensors"
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file
+    if file.is_dir():
+        raise FileNotFoundError(f"{file} is a folder; give the path of a weights file in it")
+    siblings = [sibling.name for sibling in file.parent.iterdir()] if file.parent.is_dir() else []
+    nearest = difflib.get_close_matches(file.name, siblings, n=3)
+    hint = f"beside it lie {', '.join(nearest)}" if nearest else "train it first, or correct the path"
+    raise FileNotFoundError(f"there is no weights file {file}; {hint}")
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    entries = content if isinstance(content, Mapping) else {}
+    inner = [entries[key] for key in _CONTAINERS if isinstance(entries.get(key), Mapping)]
+    for candidate in (*inner, entries):
+        tensors = {str(key): value for key, value in candidate.items() if isinstance(value, Tensor)}
+        if tensors:
+            return tensors
+    found = f"a dictionary of {_some(map(str, entries))}" if entries else f"a {type(content).__name__}"
+    raise ValueError(
+        f"{file} holds no weights but {found}; it should hold a state dict, alone or under 'state_dict' or "
+        "'model'"
+    )
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a safetensors file, or it is damaged ({error})") from error
+
+
+def _read_torch(file: Path) -> object:
+    try:
+        # Training scripts save their options beside the weights; a Namespace is only a bag of attributes.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content: object = torch.load(file, map_location="cpu", weights_only=True)
+            return content
+    except Exception as error:  # damaged bytes can raise anything in the unpickler
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{file} is not loaded: reading it would have to run code ({named[1]}); if you trust it, "
+                "read it once with torch.load(..., weights_only=False) and save its state dict by itself"
+            ) from error
+        raise ValueError(
+            f"{file} is not a weights file that PyTorch reads, or it is damaged ({type(error).__name__})"
+        ) from error
+
+
+def _fit_names(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Take off the prefix under which most names are the network's; others (adapters', say) are left out."""
+    wanted = network.state_dict().keys()
+    candidates = []
+    for prefix in _prefixes(tensors):
+        names = [name for name in tensors if name.startswith(prefix)]
+        candidates.append(_rename({name.removeprefix(prefix): tensors[name] for name in names}, wanted))
+    return max(candidates, key=lambda candidate: len(candidate.keys() & wanted))
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """All combinations of known prefixes with which some name begins, the empty one first."""
+    prefixes = [""]
+    for prefix in prefixes:  # it grows while it is walked
+        longer = (prefix + known for known in _PREFIXES)
+        prefixes += [candidate for candidate in longer if any(name.startswith(candidate) for name in names)]
+    return prefixes
+
+
+def _rename(tensors: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+    for pair in _SYNONYMS:
+        for theirs, ours in (pair, pair[::-1]):
+            if _has_part(wanted, ours) and not _has_part(wanted, theirs) and not _has_part(tensors, ours):
+                part = re.compile(rf"(?<![^.]){theirs}(?=\.)")
+                tensors = {part.sub(ours, name): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _has_part(names: Iterable[str], part: str) -> bool:
+    return any(part in name.split(".") for name in names)
+
+
+def _check_fit(tensors: Mapping[str, Tensor], network: nn.Module, file: Path) -> None:
+    own = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+    # Files from before PyTorch 0.4.1 do not count BatchNorm's batches.
+    missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in tensors if name not in own]
+    reshaped = [
+        f"{name} is {tuple(tensors[name].shape)} in the file and {tuple(value.shape)} in the network"
+        for name, value in own.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    if any(problems.values()):
+        listed = "; ".join(f"{problem}: {_some(names)}" for problem, names in problems.items() if names)
+        raise ValueError(
+            f"the weights in {file} do not fit {type(network).__name__}; {listed}; build the network as it "
+            "was when it was trained (classes, input channels, depth, shortcuts), or choose its file"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
+    return ", ".join(listed[:4]) + more

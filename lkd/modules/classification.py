@@ -1,0 +1,326 @@
+"""Training one network with labels: teachers, and students alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lkd import __version__
+from lkd.models import load_weights
+from lkd.modules.meter import Meter
+from lkd.taps import FeatureTaps
+from lkd.types import IGNORE_INDEX, Batch, Probe
+
+_LOGITS = " logits"
+_OBJECTS = ("model", "student", "teacher", "criterion", "optimizer", "lr_scheduler")
+
+
+def accuracy() -> Metric:
+    """Share of images whose largest logit, or given class, is the target; those without a label do not count."""
+    return MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX, validate_args=False)
+
+
+class ClassificationModule(L.LightningModule):
+    """Train a classifier with labels.
+
+    Batches are `Batch`, `(input, target)`, `(input, target, index)` or a dict with these keys; override `unpack`
+    for others. Curves: `train/loss`, `train/<term>`, `train/acc` (means over the steps since the last point), and
+    per epoch `val/loss` (cross-entropy), `val/acc`.
+
+    Args:
+        model: The network; returns logits `(B, K)`.
+        optimizer: Makes the optimizer from the parameters that train.
+        lr_scheduler: Makes the learning rate's schedule, stepped once an epoch, from the optimizer; None: constant.
+        label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
+        model_ckpt: File with weights to start from: anything that `lkd.models.load_weights` reads.
+
+    Raises:
+        ValueError: If `label_smoothing` is out of range, or the file's weights do not fit.
+    """
+
+    network_names: tuple[str, ...] = ("model",)
+    """Attributes that hold networks, the one in training first."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        label_smoothing: float = 0.0,
+        model_ckpt: str | None = None,
+    ) -> None:
+        super().__init__()
+        # From Python, networks stay out of the checkpoint's hyperparameters (they would be pickled); from the CLI,
+        # the hyperparameters are the config's plain values, from which load_from_checkpoint rebuilds everything.
+        self.save_hyperparameters(ignore=[] if _given_hyperparameters.get() is not None else _OBJECTS)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {label_smoothing}")
+        self.model = load_weights(model, model_ckpt) if model_ckpt else model
+        self.label_smoothing = label_smoothing
+        self.metrics = nn.ModuleDict({stage: nn.ModuleDict(self.make_metrics()) for stage in ("val", "test")})
+        self._make_optimizer = optimizer
+        self._make_lr_scheduler = lr_scheduler
+        self._meter = Meter()
+        self._watched: dict[str, Tensor] = {}
+
+    def unpack(self, batch: Any) -> Batch:
+        """What the data gave, as a `Batch`; override it for data of other forms.
+
+        Args:
+            batch: A `Batch`, `(input, target)`, `(input, target, index)`, or a dict with these keys.
+
+        Raises:
+            TypeError: If it is none of these.
+        """
+        if isinstance(batch, Batch):
+            return batch
+        if isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+            return Batch(*batch)
+        if isinstance(batch, Mapping) and {"input", "target"} <= set(batch):
+            return Batch(batch["input"], batch["target"], batch.get("index"))
+        raise TypeError(
+            f"a batch must be (input, target), (input, target, index) or a dict with these keys, got {type(batch)}; "
+            f"override {type(self).__name__}.unpack for other data"
+        )
+
+    def forward(self, input: Any) -> Tensor:
+        """Logits `(B, K)` of the network in training."""
+        logits: Tensor = self.model(input)
+        return logits
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is to be minimised.
+
+        Args:
+            batch: One batch.
+
+        Returns:
+            The logits `(B, K)`, and named weighted terms; the loss is their sum.
+        """
+        logits = self(batch.input)
+        return logits, {"hard": self.hard_loss(logits, batch.target)}
+
+    def hard_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy with the labels, the mean over the images that have one.
+
+        Args:
+            logits: `(B, K)`.
+            target: `(B,)`; `IGNORE_INDEX` where there is no label.
+
+        Returns:
+            A scalar in nats; 0 if no image has a label.
+
+        Raises:
+            ValueError: If a label is out of range (noticed on the CPU; a GPU stops with an assertion).
+        """
+        return self._cross_entropy(logits, target, self.label_smoothing)
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        labelled = (target != IGNORE_INDEX).sum()
+        try:
+            total = F.cross_entropy(
+                logits.float() if logits.dtype != torch.float64 else logits,
+                target,
+                ignore_index=IGNORE_INDEX,
+                reduction="sum",
+                label_smoothing=label_smoothing,
+            )
+        except IndexError as error:
+            raise ValueError(
+                f"a label is out of range ({error}): the network has {logits.shape[1]} classes, so labels must lie "
+                f"in 0..{logits.shape[1] - 1}, or be {IGNORE_INDEX} for images without one"
+            ) from error
+        return total / labelled.clamp(min=1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The sum of `losses`."""
+        batch = self.unpack(batch)
+        logits, terms = self.losses(batch)
+        loss = torch.stack(list(terms.values())).sum()
+        self.watch(self.network_names[0], logits)
+        counts = {
+            "correct": (logits.argmax(1) == batch.target).sum(),
+            "labelled": (batch.target != IGNORE_INDEX).sum(),
+        }
+        self._meter.update({"loss": loss, **terms, **counts, **self._watched}, self.global_step)
+        return loss
+
+    def watch(self, network: str, logits: Tensor) -> None:
+        """Remember whether a network's logits are finite: the error message names who failed first.
+
+        Args:
+            network: The network's name.
+            logits: What it answered in this step.
+        """
+        self._watched[f"{network}{_LOGITS}"] = logits.detach().float().mean()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log a point every `log_every_n_steps` steps, and at least one an epoch."""
+        every, seen = self.trainer.log_every_n_steps, batch_idx + 1
+        if every and (seen % every == 0 or (self.trainer.is_last_batch and seen < every)):
+            self._log_training()
+
+    def on_validation_epoch_start(self) -> None:
+        """Notice a loss that is not finite before a checkpoint is written."""
+        if not self.trainer.sanity_checking:
+            self._check_finite(self._meter.first_bad(self.all_gather))
+
+    def _log_training(self) -> None:
+        self._check_finite(self._meter.first_bad(self.all_gather))
+        means = self._meter.means(self.all_gather)
+        means["acc"] = means.pop("correct") / max(means.pop("labelled"), 1e-9)
+        curves = {f"train/{name}": mean for name, mean in means.items() if not name.endswith(_LOGITS)}
+        bar = {name: curves.pop(name) for name in ("train/loss", "train/acc")}
+        self.log_dict(bar, prog_bar=True, logger=False)
+        self.log_dict(curves, logger=False)
+        for logger in self.loggers:
+            logger.log_metrics({**bar, **curves}, step=self.global_step)
+
+    def _check_finite(self, first_bad: dict[str, int]) -> None:
+        if not first_bad:
+            return
+        step = min(first_bad.values())
+        names = [name for name, bad_step in first_bad.items() if bad_step == step]
+        terms = [name for name in names if name != "loss" and not name.endswith(_LOGITS)]
+        networks = [name for name in names if name.endswith(_LOGITS)]
+        blame = f"{' and '.join(networks)} were not finite there" if networks else "all logits were still finite there"
+        remedy = (
+            "check its weights, its input normalization and the precision it runs in"
+            if any(name.startswith("teacher") for name in networks)
+            else "lower the learning rate, clip gradients (--trainer.gradient_clip_val 1) or take a wider precision"
+        )
+        raise ValueError(f"the loss is not finite since step {step}, in {', '.join(terms)}; {blame}; {remedy}")
+
+    def make_metrics(self) -> dict[str, Metric]:
+        """Name to metric, for each of the stages `val` and `test`."""
+        return {"loss": MeanMetric(), "acc": accuracy()}
+
+    def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> None:
+        """Measure one batch of validation or test.
+
+        Args:
+            metrics: One stage's metrics, as `make_metrics` made them.
+            batch: One batch.
+        """
+        self._update_metrics(metrics, batch, self(batch.input))
+
+    def _update_metrics(self, metrics: Mapping[str, Metric], batch: Batch, logits: Tensor) -> None:
+        labelled = (batch.target != IGNORE_INDEX).sum()
+        metrics["loss"].update(self._cross_entropy(logits, batch.target), weight=labelled)
+        metrics["acc"].update(logits, batch.target)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Measure one batch."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Measure one batch."""
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        metrics: Any = self.metrics[stage]
+        self.update_metrics(metrics, self.unpack(batch))
+        self.log_dict({f"{stage}/{name}": metric for name, metric in metrics.items()}, prog_bar=stage == "val")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Logits `(B, K)`."""
+        logits: Tensor = self(self.unpack(batch).input)
+        return logits
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over what trains (never a teacher), and the schedule."""
+        optimizer = self._make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        if self._make_lr_scheduler is None:
+            return optimizer
+        scheduler = self._make_lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            monitor = getattr(scheduler, "monitor", "val/loss")
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[typeddict-item]
+
+    def setup(self, stage: str) -> None:
+        """Check that networks and data fit before anything runs."""
+        example = self.example_input()
+        if example is not None:
+            self.build(example)
+
+    def example_input(self) -> Any | None:
+        """One blank input: `example_input_array` if it is set, else an image of the datamodule's `input_shape`."""
+        if self.example_input_array is not None:
+            return self.example_input_array
+        shape = self._data_attribute("input_shape")
+        return None if shape is None else torch.zeros(1, *shape, device=self.device)
+
+    def _data_attribute(self, name: str) -> Any | None:
+        datamodule = getattr(self._trainer, "datamodule", None)
+        return getattr(datamodule, name, None)
+
+    def build(self, example: Any) -> None:
+        """Run a blank input through what is trained, and check what comes out.
+
+        Args:
+            example: One blank input.
+
+        Raises:
+            ValueError: If a network cannot take it, or has fewer classes than the data.
+        """
+        self.probe("model", FeatureTaps(self.model), example)
+
+    def probe(self, name: str, taps: FeatureTaps, example: Any) -> Probe:
+        """Run a blank input through one network.
+
+        Args:
+            name: What the network is called in the error message.
+            taps: The network, with the layers to read.
+            example: One blank input.
+
+        Returns:
+            The network and its outputs.
+
+        Raises:
+            ValueError: If the network cannot take the input, or has fewer classes than the data.
+        """
+        try:
+            probe = taps.probe(example)
+        except RuntimeError as error:
+            shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"the {name} cannot take this data's input {shape}: {reason}; give the network the data's number of "
+                "channels (in_channels) and image size, or the data the network's"
+            ) from error
+        num_classes, in_data = probe.outputs.logits.shape[1], self._data_attribute("num_classes")
+        if in_data is not None and in_data > num_classes:
+            raise ValueError(
+                f"the data has {in_data} classes, the {name} only {num_classes}; set the network's num_classes to {in_data}"
+            )
+        return probe
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the shape of the input, from which `on_load_checkpoint` builds what depends on it."""
+        shape = self._data_attribute("input_shape")
+        checkpoint["lkd"] = {"version": __version__, "input_shape": None if shape is None else tuple(shape)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Outside a Trainer, build what depends on the input before the weights arrive."""
+        made_by = str(checkpoint.get("hyper_parameters", {}).get("_class_path", type(self).__name__))
+        if made_by.rpartition(".")[2] not in {kind.__name__ for kind in type(self).__mro__}:
+            raise ValueError(
+                f"this checkpoint was made by {made_by}, not by {type(self).__name__}; "
+                "LightningModule.load_from_checkpoint(path) finds the right class"
+            )
+        shape = checkpoint.get("lkd", {}).get("input_shape")
+        if self._trainer is None and (shape is not None or self.example_input_array is not None):
+            self.build(torch.zeros(1, *shape) if shape is not None else self.example_input_array)

@@ -1,0 +1,245 @@
+"""Training a student to imitate a frozen teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import SGD
+from torchmetrics import Metric
+
+from lkd.losses import KD, DistillLoss, named_terms
+from lkd.models import load_weights
+from lkd.modules.classification import ClassificationModule, accuracy
+from lkd.taps import FeatureTaps
+from lkd.types import IGNORE_INDEX, Batch, Normalization, Outputs
+
+
+class DistillModule(ClassificationModule):
+    """Train a student with labels and with a teacher's answers.
+
+    The loss is `hard_weight * cross-entropy + distill_weight * criterion`. The teacher is frozen, always in eval
+    mode, and neither in the optimizer nor in checkpoints nor in DDP's synchronisation. The student is `self.model`
+    (and `self.student`), so a checkpoint's weights serve as another run's teacher.
+
+    To write a method of one's own, override `distill_loss`, or write a `DistillLoss` and pass it as `criterion`.
+
+    Beside `ClassificationModule`'s curves: `train/hard`, `train/<criterion>` (as weighted), `val/teacher_acc`, and
+    `val/agreement`, the share of images for which student and teacher choose the same class.
+
+    Args:
+        student: The network in training; returns logits `(B, K)`.
+        teacher: The network to imitate; returns logits `(B, K)`.
+        criterion: What the student imitates; None: `KD(temperature=4.0)`.
+        teacher_ckpt: File with the teacher's weights: anything that `lkd.models.load_weights` reads. None: the
+            teacher is taken as it is.
+        student_ckpt: File with weights for the student to start from.
+        distill_weight: Weight of the criterion, at least 0.
+        hard_weight: Weight of the cross-entropy with the labels, at least 0; 0: labels are not used.
+        teacher_normalization: How the teacher wants its images normalised, if not as the datamodule does it.
+        optimizer: Makes the optimizer from the parameters that train (the student's and the criterion's).
+        lr_scheduler: Makes the learning rate's schedule, stepped once an epoch, from the optimizer; None: constant.
+        label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
+
+    Raises:
+        ValueError: If a weight is negative or both are 0, or a file's weights do not fit.
+
+    References:
+        Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531).
+    """
+
+    network_names = ("student", "teacher")
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        criterion: DistillLoss | None = None,
+        teacher_ckpt: str | None = None,
+        student_ckpt: str | None = None,
+        distill_weight: float = 0.9,
+        hard_weight: float = 0.1,
+        teacher_normalization: Normalization | None = None,
+        optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(student, optimizer, lr_scheduler, label_smoothing, student_ckpt)
+        for name, weight in (("distill_weight", distill_weight), ("hard_weight", hard_weight)):
+            if not weight >= 0:
+                raise ValueError(f"{name} must not be negative, got {weight}")
+        if distill_weight == hard_weight == 0:
+            raise ValueError("distill_weight and hard_weight are both 0, so there is nothing to learn; set one of them")
+        self.teacher = load_weights(teacher, teacher_ckpt) if teacher_ckpt else teacher
+        self.criterion = criterion if criterion is not None else KD(temperature=4.0)
+        self.distill_weight = distill_weight
+        self.hard_weight = hard_weight
+        self.teacher_normalization = teacher_normalization
+        self.student_taps = FeatureTaps(self.student, self.criterion.student_layers)
+        self.teacher_taps = FeatureTaps(self.teacher, self.criterion.teacher_layers)
+        self.register_buffer("teacher_scale", None, persistent=False)
+        self.register_buffer("teacher_shift", None, persistent=False)
+        self._built = False
+        self._hide_teacher()
+
+    @property
+    def student(self) -> nn.Module:
+        """The network in training."""
+        return self.model
+
+    def _hide_teacher(self) -> None:
+        self.teacher.requires_grad_(False).eval()
+        tensors = chain(self.teacher.named_parameters(), self.teacher.named_buffers())
+        own = ["teacher_scale", "teacher_shift", *(f"teacher.{name}" for name, _ in tensors)]
+        self._ddp_params_and_buffers_to_ignore = own
+        self.register_state_dict_post_hook(_drop_teacher)
+        self.register_load_state_dict_post_hook(_forgive_teacher)
+
+    def train(self, mode: bool = True) -> DistillModule:
+        """Set the mode of everything but the teacher, which stays in eval."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's logits `(B, K)`; the weighted terms `hard` and those of the criterion."""
+        with torch.no_grad():  # not inference_mode: its tensors cannot be saved for backward
+            teacher = self.teacher_outputs(batch)
+        student = self.student_taps(batch.input)
+        self.watch("teacher", teacher.logits)
+        terms = {}
+        if self.hard_weight:
+            terms["hard"] = self.hard_weight * self.hard_loss(student.logits, batch.target)
+        if self.distill_weight:
+            self._check_index(batch)
+            loss = self.distill_loss(student, teacher, batch)
+            terms |= {name: self.distill_weight * term for name, term in named_terms(self.distill_name, loss).items()}
+        return student.logits, terms
+
+    def _check_index(self, batch: Batch) -> None:
+        if self.criterion.needs_index and batch.index is None:
+            raise ValueError(
+                f"criterion {type(self.criterion).__name__} needs sample indices; this datamodule's batches have none: "
+                "let them be (input, target, index), with the sample's position in the data set"
+            )
+
+    def distill_loss(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """Compare student and teacher; by default the criterion does it.
+
+        Args:
+            student: What the student answered.
+            teacher: What the teacher answered, without gradient.
+            batch: The batch that both saw.
+
+        Returns:
+            A scalar, or named scalars that are added.
+        """
+        loss: Tensor | dict[str, Tensor] = self.criterion(student, teacher, batch)
+        return loss
+
+    @property
+    def distill_name(self) -> str:
+        """What the distillation's term is called in logs."""
+        overridden = type(self).distill_loss is not DistillModule.distill_loss
+        return "distill" if overridden else self.criterion.name
+
+    def teacher_outputs(self, batch: Batch) -> Outputs:
+        """What the teacher says of a batch; override it for several teachers, or one that changes.
+
+        Args:
+            batch: One batch, normalised for the student.
+        """
+        return self.teacher_taps(self.teacher_input(batch.input))
+
+    def teacher_input(self, input: Any) -> Any:
+        """The student's input, normalised as the teacher wants it."""
+        return input if self.teacher_scale is None else input * self.teacher_scale + self.teacher_shift
+
+    def setup(self, stage: str) -> None:
+        """Check that networks, criterion and data fit before anything runs."""
+        if self.teacher_normalization is not None:
+            self._renormalize(self.teacher_normalization)
+        super().setup(stage)
+        if not self._built and type(self.criterion).build is not DistillLoss.build:
+            raise ValueError(
+                f"{type(self.criterion).__name__} builds its adapters from the shape of the input, which is not known; "
+                "use a datamodule with `input_shape`, or set the module's `example_input_array`"
+            )
+
+    def _renormalize(self, teacher: Normalization) -> None:
+        mean, std = self._data_attribute("mean"), self._data_attribute("std")
+        if mean is None or std is None:
+            raise ValueError(
+                "teacher_normalization needs to know how the data is normalised; use a datamodule with `mean` and `std`"
+            )
+        if len(mean) != len(teacher.mean):
+            raise ValueError(
+                f"teacher_normalization has {len(teacher.mean)} channels, the data has {len(mean)}; give one mean and "
+                "one std per channel"
+            )
+        data_mean, data_std, teacher_mean, teacher_std = (
+            torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (mean, std, teacher.mean, teacher.std)
+        )
+        self.teacher_scale = data_std / teacher_std
+        self.teacher_shift = (data_mean - teacher_mean) / teacher_std
+
+    def build(self, example: Any) -> None:
+        """Check both networks on a blank input, and let the criterion build its adapters."""
+        student = self.probe("student", self.student_taps, example)
+        teacher = self.probe("teacher", self.teacher_taps, example)
+        num_classes = [probe.outputs.logits.shape[1] for probe in (student, teacher)]
+        if num_classes[0] != num_classes[1] and self.criterion.reads_logits and self.distill_weight:
+            raise ValueError(
+                f"the student has {num_classes[0]} classes, the teacher {num_classes[1]}; {type(self.criterion).__name__} "
+                "compares their logits and needs the same classes in both: set the same num_classes"
+            )
+        if not self._built:
+            self.criterion.build(student, teacher)
+            self._built = True
+            if num_classes[0] != num_classes[1]:
+                for metrics in self.metrics.values():
+                    metrics.pop("agreement")
+                    metrics.pop("teacher_acc")
+
+    def make_metrics(self) -> dict[str, Metric]:
+        """Those of `ClassificationModule`, the teacher's accuracy, and the agreement with it."""
+        return {**super().make_metrics(), "teacher_acc": accuracy(), "agreement": accuracy()}
+
+    def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> None:
+        """Measure student and teacher on one batch."""
+        logits = self(batch.input)
+        self._update_metrics(metrics, batch, logits)
+        if "agreement" in metrics:
+            teacher_logits = self.teacher_outputs(batch).logits
+            teacher, self._num_classes = teacher_logits.argmax(1), teacher_logits.shape[1]
+            metrics["teacher_acc"].update(teacher, batch.target)
+            metrics["agreement"].update(logits, torch.where(batch.target == IGNORE_INDEX, IGNORE_INDEX, teacher))
+
+    def on_validation_epoch_end(self) -> None:
+        """Before the first epoch, say how good the teacher is."""
+        if not self.trainer.sanity_checking or "teacher_acc" not in self.metrics["val"]:
+            return
+        acc = self.metrics["val"]["teacher_acc"].compute().item()
+        chance = 1 / self._num_classes
+        self.print(f"The teacher's accuracy on the validation images: {acc:.2%}")
+        if (acc - chance) / (1 - chance) < 0.1:
+            rank_zero_warn(
+                f"the teacher's accuracy on the validation images is {acc:.2%}, near chance ({chance:.2%}): its weights "
+                "may be untrained (teacher_ckpt), its classes in another order, or its images normalised otherwise "
+                "(teacher_normalization)"
+            )
+
+
+def _drop_teacher(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}teacher.")]:
+        del state[key]
+
+
+def _forgive_teacher(module: DistillModule, keys: Any) -> None:
+    own = {f"teacher.{name}" for name in module.teacher.state_dict()}
+    keys.missing_keys[:] = [key for key in keys.missing_keys if key not in own]

@@ -1,0 +1,60 @@
+"""Means of training curves without waiting for the device in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+class Meter:
+    """Sums named scalars on their device; reads them out, once in a while, as means.
+
+    It also remembers, on the device, the first step at which each of them was not finite.
+    """
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._sums: Tensor | None = None
+        self._first_bad: Tensor | None = None
+        self._count = 0
+
+    def update(self, values: Mapping[str, Tensor], step: int) -> None:
+        """Add one step's values.
+
+        Args:
+            values: Scalars on one device, under the same names in every step between two readings.
+            step: The step's number, for the error if one of them is not finite.
+        """
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        bad = torch.where(stacked.isfinite(), torch.inf, float(step))
+        if self._sums is None or self._first_bad is None:
+            self._names, self._sums, self._first_bad = tuple(values), stacked, bad
+        else:
+            self._sums, self._first_bad = self._sums + stacked, torch.minimum(self._first_bad, bad)
+        self._count += 1
+
+    def first_bad(self, gather: Callable[[Tensor], Tensor]) -> dict[str, int]:
+        """Name to the first step at which it was not finite, for those that were not.
+
+        Args:
+            gather: Brings a tensor of all processes together: `(...)` to `(world, ...)` or, alone, unchanged.
+        """
+        if self._first_bad is None:
+            return {}
+        steps = gather(self._first_bad).view(-1, len(self._names)).amin(0).tolist()
+        return {name: int(step) for name, step in zip(self._names, steps, strict=True) if step != torch.inf}
+
+    def means(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Name to mean over the steps and processes since the last reading; starts again.
+
+        Args:
+            gather: As for `first_bad`.
+        """
+        if self._sums is None:
+            return {}
+        means = (gather(self._sums) / self._count).view(-1, len(self._names)).mean(0).tolist()
+        names = self._names
+        self._names, self._sums, self._first_bad, self._count = (), None, None, 0
+        return dict(zip(names, means, strict=True))

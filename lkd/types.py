@@ -1,0 +1,68 @@
+"""The small things that everything passes around."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100
+"""The target of an image that has no label: it counts in no hard loss and in no metric."""
+
+
+class Batch(NamedTuple):
+    """What one step sees.
+
+    Attributes:
+        input: What the networks take: images `(B, C, H, W)`, float, normalised; or, for other data, whatever
+            the user's networks are called with.
+        target: Classes `(B,)`, int64; `IGNORE_INDEX` where there is no label.
+        index: Position of each sample in its data set `(B,)`, int64; None if the data does not tell.
+    """
+
+    input: Any
+    target: Tensor
+    index: Tensor | None = None
+
+
+class Outputs(NamedTuple):
+    """What one network answers.
+
+    Attributes:
+        logits: `(B, K)`, before softmax.
+        features: Layer name to what that layer returned.
+    """
+
+    logits: Tensor
+    features: Mapping[str, Any]
+
+
+class Probe(NamedTuple):
+    """A network and its `Outputs` for one blank input: what a criterion needs to build its adapters."""
+
+    network: nn.Module
+    outputs: Outputs
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """How images are normalised for a network: `(image - mean) / std` per channel, image in [0, 1].
+
+    Args:
+        mean: One value per channel.
+        std: One positive value per channel.
+
+    Raises:
+        ValueError: If the lengths differ or a standard deviation is not positive.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"normalization needs as many means as stds, got {len(self.mean)} and {len(self.std)}")
+        if min(self.std) <= 0:
+            raise ValueError(f"normalization needs positive stds, got {self.std}")

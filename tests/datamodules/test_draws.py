@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from lkd.datamodules.draws import SPLIT, permutation, philox, uniform
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # known answers published with Random123, kat_vectors, philox4x32 with 10 rounds
+        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_philox_gives_the_published_numbers(counter, key, expected):
+    words = philox(torch.tensor(counter), tuple(key))
+    assert " ".join(f"{w:08x}" for w in words.tolist()) == expected
+
+
+def test_philox_is_the_same_for_one_counter_and_for_many():
+    counter = torch.randint(2**32, (4, 3, 5), generator=torch.Generator().manual_seed(0))
+    many = philox(counter, (1, 2))
+    for i in range(3):
+        for j in range(5):
+            assert torch.equal(many[:, i, j], philox(counter[:, i, j], (1, 2)))
+
+
+def test_uniform_puts_seed_epoch_index_and_stream_where_it_says():
+    seed, epoch, index, stream = 2**33 + 5, 7, 2**34 + 11, 3
+    words = philox(torch.tensor([11, 4, epoch, stream]), (5, 2))
+    expected = (words >> 8).double() / 2**24
+    assert torch.equal(uniform(seed, epoch, torch.tensor(index), stream).double(), expected)
+
+
+def test_uniform_broadcasts_epochs_and_streams():
+    index, epoch, stream = torch.arange(5), torch.tensor([0, 1, 0, 1, 2]), torch.arange(3)[:, None]
+    drawn = uniform(9, epoch, index, stream)
+    assert drawn.shape == (3, 5, 4)
+    assert torch.equal(drawn[2, 3], uniform(9, 1, index[3], 2))
+
+
+def test_uniform_is_uniform_and_every_argument_matters():
+    index = torch.arange(20_000)
+    drawn = uniform(0, 0, index, 0)
+    assert drawn.dtype == torch.float32
+    assert 0 <= drawn.min() < 1e-3
+    assert 1 - 1e-3 < drawn.max() < 1
+    assert torch.allclose(drawn.mean(0), torch.tensor(0.5), atol=0.01)
+    assert torch.allclose(drawn.var(0), torch.tensor(1 / 12), atol=0.002)
+    others = (uniform(1, 0, index, 0), uniform(0, 1, index, 0), uniform(0, 0, index + 1, 0))
+    for other in (*others, uniform(0, 0, index, 1), uniform(2**32, 0, index, 0), drawn.roll(1, dims=1)):
+        correlation = torch.corrcoef(torch.stack((drawn.flatten(), other.flatten())))[0, 1]
+        assert abs(correlation) < 0.02
+
+
+def test_scaled_draws_stay_below_the_scale():
+    largest = torch.tensor(1 - 2.0**-24)  # the largest number that uniform can give
+    n = torch.arange(1, 10_000)
+    assert torch.equal((largest * n).long(), n - 1)
+
+
+@pytest.mark.parametrize("size", [0, 1, 10, 2**16 + 3])
+def test_permutation_has_every_sample_once(size):
+    assert torch.equal(permutation(3, 4, size).sort().values, torch.arange(size))
+
+
+def test_permutation_differs_by_seed_and_epoch_and_never_by_their_sum():
+    orders = [tuple(permutation(seed, epoch, 50).tolist()) for seed in range(6) for epoch in range(6)]
+    assert len(set(orders)) == 36
+    assert not torch.equal(permutation(0, 0, 50), permutation(0, 0, 50, SPLIT))
+    assert torch.equal(permutation(2, 3, 50), permutation(2, 3, 50))
+
+
+def test_permutation_leaves_no_trace_of_the_order_before():
+    places = torch.stack([permutation(0, epoch, 100).argsort() for epoch in range(400)]).double()
+    assert torch.allclose(places.mean(0), torch.tensor(49.5, dtype=torch.float64), atol=8)  # 5.5 deviations

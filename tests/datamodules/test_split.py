@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from lkd.datamodules.split import stratified
+from lkd.types import IGNORE_INDEX
+
+
+def targets(*counts):
+    target = torch.cat([torch.full((n,), c) for c, n in enumerate(counts)])
+    return target[torch.randperm(len(target), generator=torch.Generator().manual_seed(0))]
+
+
+@pytest.mark.parametrize(
+    ("counts", "size", "expected"),
+    [
+        ((100, 100, 100), 0.1, (10, 10, 10)),
+        ((100, 200, 300), 0.05, (5, 10, 15)),
+        ((100, 200, 300), 60, (10, 20, 30)),
+        ((10, 10, 10), 7, (3, 2, 2)),  # one over: to the first of equals
+        ((55, 25, 20), 10, (6, 2, 2)),  # 5.5, 2.5, 2.0
+        ((13, 18, 29), 0.25, (3, 5, 7)),  # 3.25, 4.5, 7.25
+    ],
+)
+def test_classes_get_their_share(counts, size, expected):
+    target = targets(*counts)
+    chosen = stratified(target, size, seed=0)
+    assert tuple(target[chosen].bincount().tolist()) == expected
+    assert torch.equal(chosen, chosen.unique())
+
+
+def test_choice_depends_on_the_seed_alone_and_takes_everyone_in_turn():
+    target = targets(40, 40)
+    assert torch.equal(stratified(target, 0.25, 3), stratified(target, 0.25, 3))
+    often = torch.zeros(80)
+    for seed in range(400):
+        often[stratified(target, 0.25, seed)] += 1
+    assert often.min() > 60  # 100 expected, deviation 8.7
+    assert often.max() < 140
+
+
+def test_samples_without_a_label_are_not_chosen():
+    target = torch.cat((targets(20, 20), torch.full((60,), IGNORE_INDEX)))
+    chosen = stratified(target, 0.5, 0)
+    assert target[chosen].bincount().tolist() == [10, 10]
+
+
+@pytest.mark.parametrize("size", [-0.1, -3, 30, 31, 2.5, 0.001, 0.999])
+def test_impossible_sizes_are_refused(size):
+    message = f"val_size must be a fraction between 0 and 1 .* below the 30 training images .* got {size}"
+    with pytest.raises(ValueError, match=message):
+        stratified(targets(15, 15), size, 0)
+
+
+def test_a_class_without_validation_images_is_refused():
+    with pytest.raises(
+        ValueError, match="val_size 5 leaves no validation image of class 1, which has 2 of the 52"
+    ):
+        stratified(targets(50, 2), 5, 0)
+
+
+def test_a_class_without_training_images_is_refused():
+    with pytest.raises(
+        ValueError, match=r"val_size 0.9 leaves no training image of class 0, which has 1 of the 51"
+    ):
+        stratified(targets(1, 50), 0.9, 0)

@@ -1,0 +1,180 @@
+"""Networks of torchvision and timm: classes, channels, small stems, weights, and answers to mistakes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from lkd.models import timm_model, torchvision_model
+
+CONVOLUTIONAL = [
+    "alexnet",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "inception_v3",
+    "mnasnet0_5",
+    "mobilenet_v3_small",
+    "resnet18",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_0",
+]
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+@torch.no_grad()
+def test_small_images_reach_the_second_layer_whole(name: str) -> None:
+    sizes = []
+    with torch.device("meta"):  # shapes without numbers: quick
+        network = torchvision_model(name, num_classes=7, in_channels=2, small_images=True)
+        convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+        convolutions[1].register_forward_pre_hook(lambda layer, args: sizes.append(tuple(args[0].shape[2:])))
+        assert network.train()(torch.rand(2, 2, 32, 32)).shape == (2, 7)  # no tuple with auxiliary logits
+    assert sizes == [(32, 32)]
+
+
+def test_small_images_resnet_is_the_benchmarks() -> None:
+    """ResNet-18 for CIFAR: 3x3 stem, no pooling, so that the last stage sees 4x4."""
+    network = torchvision_model("resnet18", num_classes=100, small_images=True)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 11_220_132  # as in models.json
+    seen = []
+    network.layer4.register_forward_hook(lambda layer, args, output: seen.append(tuple(output.shape)))
+    network(torch.zeros(2, 3, 32, 32))
+    assert seen == [(2, 512, 4, 4)]
+    assert network.conv1.weight.std() > 0.05  # drawn anew for the small kernel, not what was in memory
+
+
+def test_stem_without_stride_stays() -> None:
+    with torch.device("meta"):
+        stem = torchvision_model("vgg11_bn", num_classes=2, small_images=True).features
+    assert [type(layer) for layer in stem[:4]] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
+
+
+@pytest.mark.parametrize("name", ["vit_b_32", "swin_t", "convnext_tiny"])
+def test_patches_cannot_be_adapted(name: str) -> None:
+    message = rf"{name} cuts images into patches of .* leave small_images out"
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        torchvision_model(name, num_classes=2, small_images=True)
+
+
+def put_into_cache(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """Random weights where torch.hub keeps what it downloaded; returns the network that has them."""
+    monkeypatch.setenv("TORCH_HOME", str(folder))
+    network = torchvision.models.get_model(name, weights=None)
+    file = (
+        folder
+        / "hub"
+        / "checkpoints"
+        / torchvision.models.get_model_weights(name)["DEFAULT"].url.split("/")[-1]
+    )
+    file.parent.mkdir(parents=True)
+    torch.save(network.state_dict(), file)
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "squeezenet1_1"])
+@torch.no_grad()
+def test_trained_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = put_into_cache(name, tmp_path, monkeypatch)
+    color, gray = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 64, 64)
+
+    same = torchvision_model(name, num_classes=1000, weights="DEFAULT").eval()
+    torch.testing.assert_close(same(color), trained(color))
+
+    network = torchvision_model(name, num_classes=1000, in_channels=2, weights="IMAGENET1K_V1").eval()
+    torch.testing.assert_close(network(gray.expand(-1, 2, -1, -1)), trained(gray.expand(-1, 3, -1, -1)))
+
+    network = torchvision_model(name, num_classes=5, weights="DEFAULT")
+    assert network.train()(color).shape == (2, 5)
+    kept = trained.state_dict()
+    changed = [key for key, value in network.eval().state_dict().items() if value.shape != kept[key].shape]
+    assert {key.rpartition(".")[0] for key in changed} <= {"fc", "classifier.1"}
+
+
+def test_small_images_keep_the_middle_of_trained_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = put_into_cache("squeezenet1_0", tmp_path, monkeypatch)
+    network = torchvision_model("squeezenet1_0", num_classes=1000, weights="DEFAULT", small_images=True)
+    assert torch.equal(network.features[0].weight, trained.features[0].weight[:, :, 2:5, 2:5])
+    assert torch.equal(network.features[0].bias, trained.features[0].bias)
+
+
+def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    with pytest.raises(
+        FileNotFoundError, match=r"\(no route to host\); get https://\S+\.pth elsewhere"
+    ) as error:
+        torchvision_model("resnet18", num_classes=10, weights="IMAGENET1K_V1")
+    assert f"put it at {tmp_path}/hub/checkpoints/resnet18-f37072fd.pth" in str(error.value)
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with pytest.raises(
+        FileNotFoundError, match=r"resnet18 .* \(no route to host\); bring .* pretrained to false"
+    ):
+        timm_model("resnet18", num_classes=10, pretrained=True)
+
+
+@torch.no_grad()
+def test_timm() -> None:
+    network = timm_model("test_resnet", num_classes=5, in_channels=2)
+    assert network(torch.rand(2, 2, 64, 64)).shape == (2, 5)
+    network = timm_model("resnet10t", num_classes=5, small_images=True)  # a stem of three convolutions
+    seen = []
+    network.layer1.register_forward_hook(lambda layer, args, output: seen.append(tuple(args[0].shape[2:])))
+    assert network(torch.rand(2, 3, 32, 32)).shape == (2, 5)
+    assert seen == [(32, 32)]
+    assert network.training
+    with pytest.raises(ValueError, match="test_vit cuts images into patches of 16x16"):
+        timm_model("test_vit", num_classes=5, small_images=True)
+    with pytest.raises(
+        ValueError, match=r"repvgg_a0 does not take images of 32x32 even with its stem adapted \(The"
+    ):
+        timm_model("repvgg_a0", num_classes=5, small_images=True)
+
+
+@pytest.mark.parametrize(
+    ("factory", "name", "options", "message"),
+    [
+        (torchvision_model, "resnt18", {}, "torchvision has no network 'resnt18'; nearest names: resnet18"),
+        (torchvision_model, "fcn_resnet50", {}, "torchvision has no network 'fcn_resnet50'"),
+        (
+            torchvision_model,
+            "resnet50",
+            {"weights": "IMAGENET1K_V3"},
+            "torchvision's resnet50 has no weights 'IMAGENET1K_V3'; nearest names: IMAGENET1K_V2",
+        ),
+        (timm_model, "resnt18", {}, "timm has no network 'resnt18'; nearest names: resnet18"),
+        (
+            timm_model,
+            "resnet18.a7_in1k",
+            {},
+            "timm has no trained weights 'resnet18.a7_in1k'; .*resnet18.a1_in1k",
+        ),
+        (
+            timm_model,
+            "botnet50ts_256",
+            {"pretrained": True},
+            "timm has no trained weights .*; nearest names: none",
+        ),
+    ],
+)
+def test_unknown_names(factory: object, name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        factory(name, num_classes=10, **options)
+
+
+def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match=r"needs timm, which is not installed; pip install 'lkd\[timm\]'"):
+        timm_model("resnet18", num_classes=10)

@@ -1,0 +1,269 @@
+"""Reading weights files of other people's making: layouts, names, types, mistakes, and files that attack."""
+
+import argparse
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lkd import models
+from lkd.models import load_weights, resnet8
+from lkd.models import weights as weights_module
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+State = dict[str, Tensor]
+
+
+def prefixed(prefix: str, state: State) -> State:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def without_counts(state: State) -> State:
+    return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+
+
+def akamaster(state: State) -> dict[str, object]:
+    """The layout of the public CIFAR-10 teachers: from DataParallel and an old PyTorch, `linear` for `fc`."""
+    renamed = {re.sub("^fc", "linear", name): tensor for name, tensor in without_counts(state).items()}
+    return {"state_dict": prefixed("module.", renamed), "best_prec1": 91.78}
+
+
+LAYOUTS: dict[str, Callable[[State], object]] = {
+    "plain": lambda state: state,
+    "akamaster": akamaster,
+    "benchmark": lambda state: {"epoch": 240, "model": state, "accuracy": torch.tensor(76.4)},
+    "options": lambda state: {"opt": argparse.Namespace(lr=0.05), "model": state},
+    "student": lambda state: (
+        prefixed("student.", state) | prefixed("teacher.", {"fc.weight": torch.zeros(3, 3)})
+    ),
+    "compiled": lambda state: prefixed("_orig_mod.", state),
+    "nested": lambda state: {"state_dict": prefixed("model._orig_mod.module.", state)},
+    "half": lambda state: {n: t.half() if t.is_floating_point() else t for n, t in state.items()},
+    "beside": lambda state: {
+        "state_dict": prefixed("model.", state) | {"criterion.adapter.weight": torch.zeros(2)},
+        "optimizer_states": [{"state": {0: {"momentum_buffer": torch.zeros(2)}}}],
+    },
+}
+
+
+def trained(seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    network = resnet8(num_classes=5)
+    network(torch.rand(4, 3, 8, 8))  # moves the running statistics, so that they too are tested
+    return network
+
+
+def assert_same_weights(network: nn.Module, other: nn.Module, **tolerance: float) -> None:
+    state, expected = without_counts(network.state_dict()), without_counts(other.state_dict())
+    assert state.keys() == expected.keys()
+    torch.testing.assert_close(list(state.values()), list(expected.values()), **tolerance)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, legacy: bool, tmp_path: Path) -> None:
+    source, network = trained(), resnet8(num_classes=5)
+    file = tmp_path / "weights.th"
+    torch.save(LAYOUTS[layout](source.state_dict()), file, _use_new_zipfile_serialization=not legacy)
+    assert load_weights(network, file) is network
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if layout == "half" else {"rtol": 0.0, "atol": 0.0}
+    assert_same_weights(network, source, **tolerance)
+    assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_safetensors(dtype: torch.dtype, tmp_path: Path) -> None:
+    source, network = trained(), resnet8(num_classes=5)
+    save_file(prefixed("module.", source.to(dtype).state_dict()), tmp_path / "weights.safetensors")
+    load_weights(network, str(tmp_path / "weights.safetensors"))
+    assert_same_weights(network, source.float(), rtol=0.0, atol=0.0)
+
+
+def test_lightning_checkpoint(tmp_path: Path) -> None:
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.criterion = trained(), nn.Linear(2, 2)
+
+    trainer = Trainer(logger=False, accelerator="cpu", barebones=True)
+    trainer.strategy.connect(Module())
+    trainer.save_checkpoint(tmp_path / "best.ckpt")
+    assert_same_weights(
+        load_weights(resnet8(num_classes=5), tmp_path / "best.ckpt"), trained(), rtol=0, atol=0
+    )
+
+
+class Wrapped(nn.Module):
+    """A user's network whose own layer is called `model`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.linear = nn.Linear(2, 3), nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module.model."])
+def test_a_networks_own_layer_called_model(prefix: str, tmp_path: Path) -> None:
+    source, network = Wrapped(), Wrapped()
+    torch.save(prefixed(prefix, source.state_dict()), tmp_path / "weights.pt")
+    assert_same_weights(load_weights(network, tmp_path / "weights.pt"), source, rtol=0, atol=0)
+
+
+def test_benchmark_resnet18_fits_torchvision(tmp_path: Path) -> None:
+    """The benchmark's ResNet-18 says `shortcut` and `linear` where torchvision says `downsample` and `fc`."""
+    shapes = json.loads((REFERENCE / "models.json").read_text())["models"]["ResNet18"]["state_dict"]
+    state = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(shapes.items())}
+    save_file(state, tmp_path / "resnet18.safetensors")
+    network = models.torchvision_model("resnet18", num_classes=100, small_images=True)
+    load_weights(network, tmp_path / "resnet18.safetensors")
+    assert torch.equal(network.layer2[0].downsample[1].weight, state["layer2.0.shortcut.1.weight"])
+    assert torch.equal(network.fc.bias, state["linear.bias"])
+
+
+def test_mismatch_is_one_message_and_changes_nothing(tmp_path: Path) -> None:
+    source = models.resnet14(num_classes=100, in_channels=1, shortcut="A").state_dict()
+    torch.save(prefixed("module.", source), tmp_path / "teacher.pth")
+    network, before = trained(), trained()
+    with pytest.raises(ValueError, match="do not fit CIFARResNet") as error:
+        load_weights(network, tmp_path / "teacher.pth")
+    message = str(error.value)
+    assert str(tmp_path / "teacher.pth") in message
+    assert "missing: layer2.0.downsample.0.weight, " in message
+    assert "and 6 more" in message  # of 10: of BatchNorm's five tensors the count may be missing
+    assert "unexpected: layer1.1.conv1.weight, " in message
+    assert "conv1.weight is (16, 1, 3, 3) in the file and (16, 3, 3, 3) in the network" in message
+    assert "fc.weight is (100, 64) in the file and (5, 64) in the network" in message
+    assert "num_batches_tracked" not in message.split("unexpected")[0]
+    assert "\n" not in message
+    assert_same_weights(network, before, rtol=0, atol=0)
+
+
+class Attack:
+    """Pickled, it asks to run a command when it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("write", ["zip", "legacy", "pickle0", "pickle2", "pickle4", "safetensors"])
+def test_code_in_a_file_is_not_run(
+    write: str, force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker, file = tmp_path / "marker", tmp_path / ("w.safetensors" if write == "safetensors" else "w.pt")
+    content = {"state_dict": resnet8(num_classes=5).state_dict(), "extra": Attack(marker)}
+    if write.startswith("pickle"):
+        file.write_bytes(pickle.dumps(content["extra"], protocol=int(write[-1])))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=write != "legacy")
+    if force:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    told = (
+        r"would have to run code \(\w+\.system\)"
+        if write in ("zip", "legacy", "pickle0", "pickle2")
+        else "is not a"
+    )
+    with pytest.raises(ValueError, match=told):
+        load_weights(resnet8(num_classes=5), file)
+    assert not marker.exists()
+    if write != "safetensors":  # the attack is a real one
+        torch.load(file, weights_only=False) if not write.startswith("pickle") else pickle.loads(
+            file.read_bytes()
+        )
+        assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "text.pth",
+            b"not weights",
+            r"text.pth is not a weights file that PyTorch reads, or it is damaged \(",
+        ),
+        ("empty.pth", b"", r"is not a weights file .* \(EOFError\)"),
+        ("pointer.safetensors", b"version https://git-lfs", "is not a safetensors file, or it is damaged"),
+        (
+            "optimizer.pt",
+            {"epoch": 3, "optimizer": {}},
+            "holds no weights but a dictionary of epoch, optimizer; it",
+        ),
+        ("tensor.pt", torch.zeros(3), "holds no weights but a Tensor; it should hold a state dict"),
+        ("network.pt", nn.Linear(2, 2), r"run code \(torch.nn.modules.linear.Linear\)"),
+    ],
+)
+def test_files_without_weights(name: str, content: object, message: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(ValueError, match=message):
+        load_weights(resnet8(num_classes=5), file)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.9])
+@pytest.mark.parametrize("name", ["best.pt", "best.safetensors"])
+def test_damaged_files(name: str, keep: float, tmp_path: Path) -> None:
+    file, state = tmp_path / name, trained().state_dict()
+    save_file(state, file) if file.suffix == ".safetensors" else torch.save(state, file)
+    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+    with pytest.raises(ValueError, match="or it is damaged"):
+        load_weights(resnet8(num_classes=5), file)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "resnet56.pth")
+    with pytest.raises(
+        FileNotFoundError, match=r"no weights file .*resnet65.pth; beside it lie resnet56.pth"
+    ):
+        load_weights(resnet8(num_classes=5), tmp_path / "resnet65.pth")
+    with pytest.raises(FileNotFoundError, match=r"no weights file .*; train it first, or correct the path"):
+        load_weights(resnet8(num_classes=5), tmp_path / "nowhere" / "best.ckpt")
+    with pytest.raises(FileNotFoundError, match="is a folder; give the path of a weights file in it"):
+        load_weights(resnet8(num_classes=5), tmp_path)
+
+
+def test_packaged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "PRETRAINED", tmp_path / "pretrained")
+    with pytest.raises(FileNotFoundError, match="no weights lkd:digits ship with lkd; available: none"):
+        load_weights(resnet8(num_classes=5), "lkd:digits")
+    (tmp_path / "pretrained").mkdir()
+    save_file(trained().state_dict(), tmp_path / "pretrained" / "digits.safetensors")
+    assert_same_weights(load_weights(resnet8(num_classes=5), "lkd:digits"), trained(), rtol=0, atol=0)
+    with pytest.raises(FileNotFoundError, match="no weights lkd:digit ship with lkd; available: lkd:digits"):
+        load_weights(resnet8(num_classes=5), "lkd:digit")
+
+
+if "LKD_WEIGHTS" in os.environ:
+    FILES = sorted(Path(os.environ["LKD_WEIGHTS"]).glob("resnet*.th"))
+
+    @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+    @torch.no_grad()
+    def test_real_teachers(file: Path) -> None:
+        """The public CIFAR-10 teachers give the original code's numbers, on eight images of planes."""
+        depth = int(re.match(r"resnet(\d+)", file.name)[1])
+        network = load_weights(getattr(models, f"resnet{depth}")(num_classes=10, shortcut="A"), file).eval()
+        reference = load_file(REFERENCE / "akamaster_resnet20.safetensors")
+        image = reference["case0.input.image_uint8_nhwc"].permute(0, 3, 1, 2) / 255
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+        features: State = {}
+        for layer in ("layer1", "layer2", "layer3"):
+            network.get_submodule(layer).register_forward_hook(
+                lambda module, args, output, layer=layer: features.update({layer: output})
+            )
+        logits = network((image - mean) / std)
+        assert (logits.argmax(dim=1) == reference["case0.input.target"]).sum() >= 6
+        if depth == 20:
+            torch.testing.assert_close(logits.double(), reference["case0.expected.logits"], rtol=0, atol=1e-4)
+            for layer, feature in features.items():
+                expected = reference[f"case0.expected.{layer}_mean_over_hw"]
+                torch.testing.assert_close(feature.mean(dim=(2, 3)).double(), expected, rtol=0, atol=1e-4)
