@@ -68,7 +68,7 @@ class FeatureTaps:
         logits = _logits(self.network(input))
         if unreached := [name for name in self.layers if name not in self._features]:
             raise ValueError(f"the forward pass of {type(self.network).__name__} did not reach the layers {unreached}")
-        return Outputs(logits, dict(self._features))
+        return Outputs(logits, {name: self._features[name] for name in self.layers})
 
     def probe(self, input: Any) -> Probe:
         """Run the network once in eval mode, leaving its modes and statistics as they were.

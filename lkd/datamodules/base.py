@@ -112,6 +112,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
             self._setup_train()
         if stage in ("test", "predict") and "test" not in self.datasets:
             self.datasets["test"] = self._wrap(*self._open("test"))
+        for dataset in self.datasets.values():  # each time: the next run of a program may have another seed
+            dataset.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
     def _setup_train(self) -> None:
         source, target = self._open("train")
@@ -179,7 +181,6 @@ class ImageDataModule(L.LightningDataModule, ABC):
             Normalization(self.mean, self.std),
             first[0] if first else self.resize,
             [t for t in augment if isinstance(t, BatchTransform)],
-            int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,
         )
 
     def _loader(self, split: Split) -> DataLoader[Batch]:

@@ -57,11 +57,8 @@ class SyntheticDataModule(ImageDataModule):
         size = self.train_size if split == "train" else self.test_size
         channels, height, width = self.input_shape
         coarse = torch.rand(self.num_classes, channels, 4, 4, generator=torch.Generator().manual_seed(0))
-        pattern = (
-            F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
-            .mul(192)
-            .to(torch.uint8)
-        )
+        smooth = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
+        pattern = (smooth * 192).to(torch.uint8)
         generator = torch.Generator().manual_seed(1 if split == "train" else 2)
         noise = torch.randint(64, (size, *self.input_shape), dtype=torch.uint8, generator=generator)
         target = torch.arange(size) % self.num_classes

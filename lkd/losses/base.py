@@ -68,7 +68,7 @@ def named_terms(name: str, loss: Tensor | Mapping[str, Tensor]) -> dict[str, Ten
     """What a criterion returned, as named terms: a scalar gets the criterion's name.
 
     Args:
-        name: The criterion's name.
+        name: The criterion's name; empty for one whose terms have names enough.
         loss: A scalar, or named scalars.
 
     Returns:
@@ -76,7 +76,7 @@ def named_terms(name: str, loss: Tensor | Mapping[str, Tensor]) -> dict[str, Ten
     """
     if isinstance(loss, Tensor):
         return {name: loss}
-    return {f"{name}_{key}": term for key, term in loss.items()}
+    return {f"{name}_{key}" if name else key: term for key, term in loss.items()}
 
 
 class WeightedSum(DistillLoss):
@@ -87,19 +87,22 @@ class WeightedSum(DistillLoss):
         weights: Name to weight, at least 0; a criterion without one weighs 1.
 
     Raises:
-        ValueError: If there is no criterion, a weight is negative, or a weight names no criterion.
+        ValueError: If there is no criterion, a weight is negative or names no criterion, or a criterion is called
+            `hard`, `loss` or `acc`, as other curves are.
 
     Example:
         >>> from lkd.losses import KD
-        >>> both = WeightedSum({"soft": KD(temperature=4.0), "hard": KD(temperature=1.0)}, weights={"soft": 0.5})
+        >>> both = WeightedSum({"soft": KD(temperature=4.0), "sharp": KD(temperature=1.0)}, weights={"soft": 0.5})
         >>> both.weights
-        {'soft': 0.5, 'hard': 1.0}
+        {'soft': 0.5, 'sharp': 1.0}
     """
 
     def __init__(self, criteria: dict[str, DistillLoss], weights: dict[str, float] | None = None) -> None:
         weights = weights or {}
         if not criteria:
             raise ValueError("WeightedSum needs at least one criterion")
+        if taken := sorted({"hard", "loss", "acc"} & set(criteria)):
+            raise ValueError(f"a criterion in WeightedSum must not be called {taken}: other curves have this name")
         if unknown := sorted(set(weights) - set(criteria)):
             raise ValueError(f"WeightedSum has weights for {unknown}, but its criteria are {sorted(criteria)}")
         if negative := {name: weight for name, weight in weights.items() if weight < 0}:
@@ -110,6 +113,11 @@ class WeightedSum(DistillLoss):
         )
         self.criteria = nn.ModuleDict(criteria)
         self.weights = {name: float(weights.get(name, 1.0)) for name in criteria}
+
+    @property
+    def name(self) -> str:
+        """Empty: each criterion has its own name."""
+        return ""
 
     @property
     def needs_index(self) -> bool:  # type: ignore[override]

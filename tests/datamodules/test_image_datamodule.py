@@ -197,18 +197,16 @@ def test_a_label_out_of_range_is_named(label):
     source.tensors[1][:4] = label
     message = (
         f"the train split of Given has label {label}, and 4 of its 30 labels are outside the 3 classes, "
-        "0 to 2; "
-        "correct the labels or num_classes"
+        "0 to 2; correct the labels or num_classes"
     )
     with pytest.raises(ValueError, match=message):
         Given(source).setup("fit")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named_in_one_sentence(workers):
+def test_an_unreadable_image_is_named_in_one_sentence():
     source, _ = items("pil")
     source[17] = (np.zeros((4, 4)), 2)
-    datamodule = Given(source, num_workers=workers)
+    datamodule = Given(source, num_workers=0)
     datamodule.setup("test")
     with pytest.raises(ValueError, match="image number 17 cannot be read") as caught:
         list(datamodule.test_dataloader())

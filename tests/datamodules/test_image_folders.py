@@ -97,9 +97,11 @@ def test_nested_folders_odd_names_and_other_files(tmp_path, write_tree):
     assert files.path(1).name == "ünï 1.PNG"
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("damage", ["noise", "short", "empty", "gone"])
-def test_a_corrupt_image_is_named(write_tree, workers, damage):
+@pytest.mark.parametrize(
+    ("damage", "workers"),  # a worker that raised takes PyTorch 5 s to end: one case of it
+    [("noise", 0), ("noise", 1), ("short", 0), ("empty", 0), ("gone", 0)],
+)
+def test_a_corrupt_image_is_named(write_tree, damage, workers):
     root = write_tree(PETS)
     path = Path(root, "test", "dog", "0002.jpg")
     content = path.read_bytes()

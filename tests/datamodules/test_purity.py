@@ -114,17 +114,20 @@ def test_view_of_a_whole_batch_on_the_device_is_what_the_loader_gives():
 
 
 def test_seed_is_the_runs_unless_given(monkeypatch):
+    def same(a, b):
+        return all(torch.equal(a[i], b[i]) for i in a)
+
+    given = {seed: reference(in_memory(seed=seed), 0) for seed in (0, 7, 8)}
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
-    from_run, given, other = (reference(in_memory(seed=seed), 0) for seed in (None, 7, 8))
-    assert all(torch.equal(from_run[i], given[i]) for i in given)
-    assert not all(torch.equal(from_run[i], other[i]) for i in given)
+    datamodule = in_memory()
+    assert same(reference(datamodule, 0), given[7])
+    assert not same(reference(datamodule, 0), given[8])
+    assert same(reference(in_memory(seed=8), 0), given[8])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "8")  # the next run, with the same data module
+    assert same(reference(datamodule, 0), given[8])
+    assert datamodule.train_dataloader().sampler.seed == 8
     monkeypatch.delenv("PL_GLOBAL_SEED")
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(
-            reference(in_memory(), 0).values(), reference(in_memory(seed=0), 0).values(), strict=True
-        )
-    )
+    assert same(reference(in_memory(), 0), given[0])
 
 
 def test_nothing_global_is_drawn():

@@ -66,12 +66,8 @@ def put_into_cache(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Random weights where torch.hub keeps what it downloaded; returns the network that has them."""
     monkeypatch.setenv("TORCH_HOME", str(folder))
     network = torchvision.models.get_model(name, weights=None)
-    file = (
-        folder
-        / "hub"
-        / "checkpoints"
-        / torchvision.models.get_model_weights(name)["DEFAULT"].url.split("/")[-1]
-    )
+    url = torchvision.models.get_model_weights(name)["DEFAULT"].url
+    file = folder / "hub" / "checkpoints" / url.split("/")[-1]
     file.parent.mkdir(parents=True)
     torch.save(network.state_dict(), file)
     return network.eval()

@@ -1,0 +1,360 @@
+from __future__ import annotations
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from lkd import Batch, DistillLoss, DistillModule, Normalization, Outputs, Probe
+from lkd.losses import KD, WeightedSum
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Watch(Callback):
+    """What a training step sees of the teacher."""
+
+    def __init__(self) -> None:
+        self.modes: set[bool] = set()
+        self.student_modes: set[bool] = set()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.modes |= {module.training for module in pl_module.teacher.modules()}
+        self.student_modes |= {module.training for module in pl_module.student.modules()}
+
+
+class Hint(DistillLoss):
+    """Has an adapter, which exists only once shapes are known."""
+
+    reads_logits = False
+
+    def __init__(self) -> None:
+        super().__init__(student_layers=["layer2"], teacher_layers=["layer2"])
+
+    def build(self, student: Probe, teacher: Probe) -> None:
+        shapes = [probe.outputs.features["layer2"].shape[1] for probe in (student, teacher)]
+        self.adapter = nn.Conv2d(*shapes, 1)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return F.mse_loss(self.adapter(student.features["layer2"]), teacher.features["layer2"])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_teacher_is_invisible_to_training(distill, data, trainer, precision: str, compiled: bool) -> None:
+    module = distill()
+    teacher, student = _state(module.teacher), _state(module.student)
+    if compiled:
+        module.student.compile(backend="aot_eager")
+        module.teacher.compile(backend="aot_eager")
+    watch = Watch()
+    trainer(precision=precision, callbacks=[watch]).fit(module, data)
+    assert _equal(teacher, _state(module.teacher))
+    assert not _equal(student, _state(module.student))
+    assert watch.modes == {False}
+    assert watch.student_modes == {True}
+    assert all(parameter.grad is None for parameter in module.teacher.parameters())
+
+
+@pytest.mark.parametrize("loop", ["validate", "test", "predict"])
+def test_nothing_changes_in_evaluation(distill, data, trainer, loop: str) -> None:
+    module = distill()
+    before = _state(module), _state(module.teacher)
+    getattr(trainer(), loop)(module, data)
+    assert _equal(before[0], _state(module))
+    assert _equal(before[1], _state(module.teacher))
+
+
+def test_compiled_module_trains_as_the_eager_one(distill, data, trainer) -> None:
+    modules = [distill(), distill()]
+    trainer(max_epochs=1).fit(modules[0], data)
+    trainer(max_epochs=1).fit(torch.compile(modules[1], backend="aot_eager"), data)
+    for name, tensor in modules[0].state_dict().items():
+        torch.testing.assert_close(modules[1].state_dict()[name], tensor, msg=name)
+
+
+def test_teacher_is_not_in_the_optimizer(distill) -> None:
+    module = distill()
+    optimizer = module.configure_optimizers()
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in module.student.parameters()}
+
+
+def test_train_mode_leaves_the_teacher_in_eval(distill) -> None:
+    module = distill()
+    module.train()
+    assert module.student.training
+    assert not any(part.training for part in module.teacher.modules())
+    wrapped = nn.Sequential(module).train()
+    assert wrapped[0].student.training
+    assert not any(part.training for part in module.teacher.modules())
+
+
+def test_state_dict_has_no_teacher_and_loads_strictly(distill) -> None:
+    module, other = distill(), distill()
+    state = module.state_dict()
+    assert state
+    assert not [name for name in state if "teacher" in name]
+    nn.init.zeros_(other.student.conv1.weight)
+    other.load_state_dict(state)
+    assert _equal(_state(other), _state(module))
+    state["model.stray"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*model.stray"):
+        other.load_state_dict(state)
+    del state["model.stray"], state["model.conv1.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*model.conv1.weight"):
+        other.load_state_dict(state)
+
+
+def test_deepcopy_has_its_own_teacher_and_taps(distill, data, trainer) -> None:
+    module = distill(criterion=Hint())
+    other = copy.deepcopy(module)
+    before = _state(module)
+    trainer(max_epochs=1).fit(other, data)
+    assert _equal(_state(module), before)
+    assert other.teacher is not module.teacher
+    assert other.teacher_taps.network is other.teacher
+    assert not [name for name in other.state_dict() if "teacher" in name]
+    assert not any(part.training for part in other.teacher.modules())
+
+
+def test_loss_is_the_weighted_sum(distill) -> None:
+    module = distill(distill_weight=0.7, hard_weight=0.2, criterion=KD(temperature=3.0)).eval()
+    image, target = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, -100])
+    logits, terms = module.losses(Batch(image, target))
+    student, teacher = module.student(image), module.teacher(image)
+    soft = nn.KLDivLoss(reduction="batchmean")((student / 3).log_softmax(1), (teacher / 3).softmax(1))
+    torch.testing.assert_close(logits, student)
+    torch.testing.assert_close(terms["kd"], 0.7 * 9 * soft)
+    torch.testing.assert_close(terms["hard"], 0.2 * F.cross_entropy(student[:5], target[:5]))
+
+
+def test_terms_with_weight_zero_are_left_out(distill) -> None:
+    batch = Batch(torch.randn(2, 3, 8, 8), torch.tensor([-100, -100]))
+    assert set(distill(hard_weight=0.0).losses(batch)[1]) == {"kd"}
+    assert set(distill(distill_weight=0.0).losses(batch)[1]) == {"hard"}
+
+
+def test_batch_without_labels_has_a_finite_loss(distill) -> None:
+    _, terms = distill().losses(Batch(torch.randn(2, 3, 8, 8), torch.tensor([-100, -100])))
+    assert terms["hard"] == 0
+    assert terms["kd"] > 0
+
+
+class Mine(DistillModule):
+    """The short style: fifteen lines of a user's own."""
+
+    def distill_loss(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return F.mse_loss(student.logits, teacher.logits)
+
+
+def test_overriding_distill_loss(distill) -> None:
+    module = distill(Mine, distill_weight=2.0).eval()
+    batch = Batch(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
+    _, terms = module.losses(batch)
+    expected = F.mse_loss(module.student(batch.input), module.teacher(batch.input))
+    torch.testing.assert_close(terms["distill"], 2 * expected)
+
+
+def test_criteria_are_logged_by_name(distill, data, trainer) -> None:
+    both = WeightedSum({"soft": KD(), "hint": Hint()}, weights={"hint": 3.0})
+    engine = trainer(max_epochs=1)
+    engine.fit(distill(criterion=both), data)
+    names = {"loss", "acc", "hard", "soft", "hint"}
+    assert {name.removeprefix("train/") for name in engine.callback_metrics if name.startswith("train/")} == names
+
+
+def test_adapters_train_and_come_back(distill, data, trainer, tmp_path) -> None:
+    module = distill(criterion=Hint())
+    engine = trainer(max_epochs=1)
+    engine.fit(module, data)
+    trained = engine.optimizers[0].param_groups[0]["params"]
+    assert any(parameter is module.criterion.adapter.weight for parameter in trained)
+    engine.save_checkpoint(tmp_path / "hint.ckpt")
+    other = distill(criterion=Hint())
+    loaded = DistillModule.load_from_checkpoint(
+        tmp_path / "hint.ckpt", student=other.student, teacher=other.teacher, criterion=other.criterion
+    )
+    assert _equal(_state(loaded), _state(module))
+
+
+def test_checkpoint_is_small_and_safe(data, trainer, tmp_path) -> None:
+    from lkd.models import resnet20, resnet56
+
+    module = DistillModule(resnet20(num_classes=4), resnet56(num_classes=4))
+    engine = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    engine.fit(module, data)
+    engine.save_checkpoint(tmp_path / "run.ckpt")
+    content = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert not [name for name in content["state_dict"] if "teacher" in name]
+    tensors = [*module.student.state_dict().values()]
+    tensors += [value["momentum_buffer"] for value in content["optimizer_states"][0]["state"].values()]
+    own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert (tmp_path / "run.ckpt").stat().st_size < 1.1 * own
+
+
+def test_teacher_gets_its_own_normalization(distill, data, trainer) -> None:
+    module = distill(teacher_normalization=Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    trainer(max_epochs=1).fit(module, data)
+    pixels = torch.rand(2, 3, 8, 8)
+    mean, std = torch.tensor((0.1, 0.2, 0.3)).view(3, 1, 1), torch.tensor((0.4, 0.5, 0.6)).view(3, 1, 1)
+    torch.testing.assert_close(module.teacher_input((pixels - 0.5) / 0.25), (pixels - mean) / std)
+    assert not [name for name in module.state_dict() if "scale" in name]
+
+
+def test_teacher_accuracy_and_agreement(distill, data, trainer) -> None:
+    module = distill()
+    engine = trainer()
+    (metrics,) = engine.validate(module, data, verbose=False)
+    batch = next(iter(data.val_dataloader()))
+    module.eval()
+    with torch.no_grad():
+        student, teacher = module.student(batch.input).argmax(1), module.teacher(batch.input).argmax(1)
+    assert metrics["val/acc"] == pytest.approx((student == batch.target).float().mean().item())
+    assert metrics["val/teacher_acc"] == pytest.approx((teacher == batch.target).float().mean().item())
+    assert metrics["val/agreement"] == pytest.approx((student == teacher).float().mean().item())
+
+
+def test_teacher_is_measured_before_the_first_epoch(distill, data, trainer, tiny, capsys) -> None:
+    teacher = tiny()
+    nn.init.zeros_(teacher.fc.weight)  # always the same class
+    with pytest.warns(UserWarning, match=r"near chance.*teacher_ckpt.*another order.*teacher_normalization"):
+        trainer(num_sanity_val_steps=-1, max_epochs=1).fit(distill(teacher=teacher), data)
+    assert "The teacher's accuracy on the validation images: " in capsys.readouterr().out
+
+
+def test_good_teacher_draws_no_warning(distill, data, trainer, tiny, capsys, recwarn) -> None:
+    from lkd import ClassificationModule
+
+    teacher = ClassificationModule(tiny(), optimizer=lambda parameters: SGD(parameters, lr=0.1, momentum=0.9))
+    trainer(max_epochs=10).fit(teacher, data)
+    trainer(num_sanity_val_steps=-1, max_epochs=1).fit(distill(teacher=teacher.model), data)
+    assert "The teacher's accuracy on the validation images: " in capsys.readouterr().out
+    assert not [warning for warning in recwarn if "near chance" in str(warning.message)]
+
+
+class Blow(nn.Module):
+    """A network whose answers are not finite from its n-th training pass on."""
+
+    def __init__(self, network: nn.Module, after: int) -> None:
+        super().__init__()
+        self.network, self.after, self.calls = network, after, 0
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits = self.network(image)
+        self.calls += torch.is_grad_enabled() or self.after < 0
+        return logits * torch.nan if self.calls > abs(self.after) else logits
+
+
+def test_loss_that_is_not_finite_names_the_student(data, trainer, tiny) -> None:
+    module = DistillModule(Blow(tiny(), after=2), tiny())
+    with pytest.raises(ValueError, match=r"not finite since step 2, in hard, kd; student logits were not finite"):
+        trainer().fit(module, data)
+
+
+def test_loss_that_is_not_finite_names_the_teacher(data, trainer, tiny) -> None:
+    module = DistillModule(tiny(), Blow(tiny(), after=-3))
+    with pytest.raises(ValueError, match=r"since step \d+, in kd; teacher logits .* check its weights"):
+        trainer(num_sanity_val_steps=0, limit_val_batches=0).fit(module, data)
+
+
+class Infinite(DistillLoss):
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return student.logits.sum() * torch.inf
+
+
+def test_loss_that_is_not_finite_names_the_criterion(distill, data, trainer) -> None:
+    with pytest.raises(ValueError, match=r"since step 0, in infinite; all logits were still finite"):
+        trainer(num_sanity_val_steps=0).fit(distill(criterion=Infinite()), data)
+
+
+def test_mistakes_in_the_constructor(distill, tiny) -> None:
+    with pytest.raises(ValueError, match=r"hard_weight must not be negative, got -1"):
+        distill(hard_weight=-1)
+    with pytest.raises(ValueError, match=r"distill_weight must not be negative, got nan"):
+        distill(distill_weight=float("nan"))
+    with pytest.raises(ValueError, match="both 0"):
+        distill(hard_weight=0, distill_weight=0)
+    with pytest.raises(ValueError, match=r"label_smoothing must be at least 0 and less than 1, got 1"):
+        distill(label_smoothing=1.0)
+    with pytest.raises(FileNotFoundError, match=r"no weights file nowhere.pth"):
+        distill(teacher_ckpt="nowhere.pth")
+
+
+def test_class_counts_must_agree(tiny, data, trainer) -> None:
+    with pytest.raises(ValueError, match=r"the student has 4 classes, the teacher 5; KD compares their logits"):
+        trainer().fit(DistillModule(tiny(), tiny(num_classes=5)), data)
+    with pytest.raises(ValueError, match=r"the data has 4 classes, the student only 3"):
+        trainer().fit(DistillModule(tiny(num_classes=3), tiny()), data)
+
+
+def test_features_may_come_from_a_teacher_of_other_classes(tiny, data, trainer) -> None:
+    engine = trainer(max_epochs=1)
+    engine.fit(DistillModule(tiny(), tiny(num_classes=7), criterion=Hint()), data)
+    assert "val/acc" in engine.callback_metrics
+    assert "val/agreement" not in engine.callback_metrics
+
+
+def test_channels_must_agree(tiny, data, trainer) -> None:
+    with pytest.raises(ValueError, match=r"the student cannot take this data's input \(1, 3, 8, 8\).*in_channels"):
+        trainer().fit(DistillModule(tiny(in_channels=1), tiny()), data)
+
+
+class Indexed(KD):
+    needs_index = True
+
+
+def test_criterion_that_needs_indices(distill) -> None:
+    module = distill(criterion=Indexed())
+    batch = Batch(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="criterion Indexed needs sample indices; this datamodule's batches have none"):
+        module.losses(batch)
+    module.losses(batch._replace(index=torch.tensor([5, 6])))
+
+
+class Plain(L.LightningDataModule):
+    """Someone's own data: tuples, and no `input_shape`."""
+
+    def train_dataloader(self):
+        images = torch.randn(32, 3, 8, 8)
+        return torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(images, (images.mean((1, 2, 3)) > 0).long()), batch_size=8
+        )
+
+    val_dataloader = train_dataloader
+
+
+def test_plain_data_will_do(distill, trainer) -> None:
+    engine = trainer(max_epochs=1)
+    engine.fit(distill(), Plain())
+    assert "val/agreement" in engine.callback_metrics
+
+
+def test_adapters_need_the_input_shape(distill, trainer) -> None:
+    with pytest.raises(ValueError, match=r"Hint builds its adapters.*input_shape.*example_input_array"):
+        trainer().fit(distill(criterion=Hint()), Plain())
+    module = distill(criterion=Hint())
+    module.example_input_array = torch.zeros(1, 3, 8, 8)
+    engine = trainer(max_epochs=1)
+    engine.fit(module, Plain())
+    assert "train/hint" in engine.callback_metrics
+    assert any(parameter is module.criterion.adapter.weight for parameter in engine.optimizers[0].param_groups[0]["params"])
+
+
+def test_normalization_needs_the_data_s(distill, data, trainer) -> None:
+    wanted = Normalization((0.1,), (0.4,))
+    with pytest.raises(ValueError, match="needs to know how the data is normalised"):
+        trainer().fit(distill(teacher_normalization=wanted), Plain())
+    with pytest.raises(ValueError, match="has 1 channels, the data has 3"):
+        trainer().fit(distill(teacher_normalization=wanted), data)

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from lkd import FeatureTaps
+from lkd.models import resnet8
+
+LAYERS = ["layer1.0.bn1", "layer1.0.bn2", "layer1.0.relu", "layer1", "layer2:input", "avgpool"]
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    """Its BatchNorms are followed by `+=` and by ReLU in place."""
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(num_classes=10).eval()
+
+
+def _by_hand(network: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """The same layers, computed without hooks."""
+    block = network.layer1[0]
+    stem = network.maxpool(network.relu(network.bn1(network.conv1(image))))
+    bn1 = block.bn1(block.conv1(stem))
+    bn2 = block.bn2(block.conv2(bn1.relu()))
+    first = (bn2 + stem).relu()
+    layer1 = network.layer1[1](first.clone())
+    pooled = network.avgpool(network.layer4(network.layer3(network.layer2(layer1.clone()))))
+    return dict(zip(LAYERS, (bn1, bn2, first, layer1, layer1, pooled), strict=True))
+
+
+@pytest.mark.parametrize("probed", [False, True])
+def test_features_are_what_the_layers_returned(network: nn.Module, probed: bool) -> None:
+    image = torch.randn(2, 3, 32, 32)
+    taps = FeatureTaps(network, LAYERS)
+    if probed:
+        taps.probe(torch.zeros(1, 3, 32, 32))
+    outputs = taps(image)
+    expected = _by_hand(network, image)
+    assert list(outputs.features) == LAYERS
+    for name in LAYERS:
+        torch.testing.assert_close(outputs.features[name], expected[name], msg=name)
+    torch.testing.assert_close(outputs.logits, network(image))
+
+
+def test_probe_leaves_modes_and_statistics(network: nn.Module) -> None:
+    network.train()
+    network.layer2.eval()
+    before = copy.deepcopy(network.state_dict())
+    FeatureTaps(network, ["layer1"]).probe(torch.randn(1, 3, 32, 32))
+    assert network.training
+    assert network.layer3.training
+    assert not network.layer2.training
+    assert not network.layer2[0].bn1.training
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_gradient_flows_through_features(network: nn.Module) -> None:
+    outputs = FeatureTaps(network, ["layer1"])(torch.randn(2, 3, 32, 32))
+    outputs.features["layer1"].square().sum().backward()
+    assert network.conv1.weight.grad.abs().sum() > 0
+    assert network.layer2[0].conv1.weight.grad is None
+
+
+def test_dropout_in_place_behind_a_tapped_layer() -> None:
+    network = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5, inplace=True), nn.Linear(64, 2))
+    taps = FeatureTaps(network, ["0"])
+    taps.probe(torch.zeros(1, 4))
+    image = torch.randn(3, 4)
+    network.train()
+    torch.testing.assert_close(taps(image).features["0"], network[0](image))
+
+
+def test_adds_nothing_to_the_state_dict() -> None:
+    network = resnet8(num_classes=10)
+    keys = list(network.state_dict())
+    FeatureTaps(network, ["layer1"])
+    assert list(network.state_dict()) == keys
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda taps: pickle.loads(pickle.dumps(taps))])
+def test_copies_read_their_own_network(how) -> None:
+    taps = FeatureTaps(resnet8(num_classes=10).eval(), ["layer1"])
+    other = how(taps)
+    nn.init.zeros_(other.network.conv1.weight)
+    image = torch.randn(2, 3, 16, 16)
+    assert not torch.equal(taps(image).features["layer1"], other(image).features["layer1"])
+    torch.testing.assert_close(other(image).logits, other.network(image))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiles_as_one_graph(network: nn.Module, in_place: bool) -> None:
+    taps = FeatureTaps(network, LAYERS)
+    image = torch.randn(2, 3, 32, 32)
+    eager = taps(image)
+    if in_place:
+        keys = list(network.state_dict())
+        network.compile(fullgraph=True, backend="aot_eager")
+        compiled = taps(image)
+        assert list(network.state_dict()) == keys
+    else:
+        compiled = torch.compile(taps, fullgraph=True, backend="aot_eager")(image)
+    for name in LAYERS:
+        torch.testing.assert_close(compiled.features[name], eager.features[name], msg=name)
+
+
+def test_unknown_layer_gets_the_nearest_names() -> None:
+    with pytest.raises(ValueError, match=r"CIFARResNet has no layer 'layre2'; nearest names: layer2"):
+        FeatureTaps(resnet8(num_classes=10), ["layre2"])
+
+
+def test_layer_that_is_not_reached() -> None:
+    network = nn.Sequential(nn.Linear(4, 2))
+    network.spare = nn.Linear(1, 1)
+    network.forward = lambda input: network[0](input)
+    with pytest.raises(ValueError, match=r"did not reach the layers \['spare'\]"):
+        FeatureTaps(network, ["spare"])(torch.zeros(1, 4))
+
+
+class _Answer(nn.Module):
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, input: Tensor) -> object:
+        if self.kind is dict:
+            return {"logits": input}
+        return type("ModelOutput", (), {"logits": input})() if self.kind is object else [input]
+
+
+def test_logits_of_other_networks() -> None:
+    for kind in (dict, object):
+        assert torch.equal(FeatureTaps(_Answer(kind))(torch.ones(2, 3)).logits, torch.ones(2, 3))
+    with pytest.raises(TypeError, match="must return logits"):
+        FeatureTaps(_Answer(list))(torch.ones(2, 3))
