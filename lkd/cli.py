@@ -76,7 +76,6 @@ class LkdCLI(LightningCLI):
                 "checkpoint.monitor": "val/acc",
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
                 "checkpoint.enable_version_counter": False,
             }
         )
@@ -88,15 +87,21 @@ class LkdCLI(LightningCLI):
         folder = config.get("default_root_dir") or "runs"
         if config.get("logger") in (None, True):
             kwargs["logger"] = fit and TensorBoardLogger(folder, self.run_name, default_hp_metric=False)
-        callbacks: list[L.Callback] = [NetworkSummary(), ImagesPerSecond(), FitReport()] if fit else []
-        if fit and kwargs.get("logger", config.get("logger")) and not config.get("fast_dev_run"):
-            callbacks.append(LearningRateMonitor())
-        if self.subcommand == "predict":
-            callbacks.append(PredictionWriter())
-        self.trainer_defaults["callbacks"] = callbacks
+        logged = bool(kwargs.get("logger", config.get("logger"))) and not config.get("fast_dev_run")
+        self.trainer_defaults["callbacks"] = _callbacks(str(self.subcommand), logged)
         if not fit:
             self.save_config_callback = None
         return super().instantiate_trainer(**kwargs)
+
+
+def _callbacks(command: str, logged: bool) -> list[L.Callback]:
+    if command == "predict":
+        return [PredictionWriter()]
+    if command != "fit":
+        return []
+    # ModelCheckpoint's own `save_last` writes only when there is a new best
+    last = ModelCheckpoint(filename="last", enable_version_counter=False)
+    return [NetworkSummary(), ImagesPerSecond(), FitReport(), last, *([LearningRateMonitor()] if logged else [])]
 
 
 def run(args: Sequence[str]) -> int:

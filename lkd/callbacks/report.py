@@ -37,21 +37,21 @@ class FitReport(L.Callback):
 
 def _figures(trainer: L.Trainer) -> dict[str, float]:
     """Accuracies on the validation split, as far as they were measured."""
-    measured = trainer.callback_metrics
+    measured, best = trainer.callback_metrics, _best_checkpoint(trainer)
     figures = {
         "teacher_acc": measured.get("val/teacher_acc"),
-        "best_acc": _best(trainer),
+        "best_acc": best.best_model_score if best else None,
         "last_acc": measured.get("val/acc"),
     }
     return {name: float(figure) for name, figure in figures.items() if figure is not None}
 
 
-def _best(trainer: L.Trainer) -> float | None:
-    checkpoint = trainer.checkpoint_callback
-    if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.monitor != "val/acc":
-        return None
-    score = checkpoint.best_model_score
-    return None if score is None else float(score)
+def _best_checkpoint(trainer: L.Trainer) -> ModelCheckpoint | None:
+    """The callback that keeps the checkpoint of the best accuracy, if it has kept one."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor == "val/acc" and callback.best_model_path:
+            return callback
+    return None
 
 
 def _table(network: str, figures: dict[str, float]) -> Table:
@@ -67,8 +67,8 @@ def _table(network: str, figures: dict[str, float]) -> Table:
 
 def _where(trainer: L.Trainer) -> list[str]:
     lines = []
-    checkpoint = trainer.checkpoint_callback
-    if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
+    checkpoint = _best_checkpoint(trainer)
+    if checkpoint is not None:
         path = checkpoint.best_model_path
         path = str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
         lines += [f"checkpoint: {path}", f"test it:    lkd test --ckpt_path {shlex.quote(path)}"]

@@ -186,7 +186,7 @@ class ClassificationModule(L.LightningModule):
         self.log_dict(bar, prog_bar=True, logger=False)
         self.log_dict(curves, logger=False)
         for logger in self.loggers:
-            logger.log_metrics({**bar, **curves}, step=self.global_step)
+            logger.log_metrics({**bar, **curves}, step=self.global_step - 1)  # as Lightning counts
 
     def _check_finite(self, first_bad: dict[str, int]) -> None:
         if not first_bad:

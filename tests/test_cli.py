@@ -1,0 +1,180 @@
+"""What a user of the command line sees and finds."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import lkd
+from lkd.__main__ import main
+from lkd.arguments import configs_folder, find_config, prepare
+
+SHORT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The folder of a short run of the digits."""
+    folder = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["fit", "--config", "configs/digits/kd.yaml", *SHORT]) == 0
+    return folder / "runs/digits/kd/version_0"
+
+
+@pytest.mark.parametrize("option", ["--help", "-h", "--version"])
+def test_help_does_not_wait_for_torch(option: str) -> None:
+    code = f"import sys; from lkd.__main__ import main; main([{option!r}]); sys.exit('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert lkd.__version__ in answer.stdout
+
+
+def test_fit_leaves_all_that_is_needed(run: Path) -> None:
+    assert (run / "checkpoints/best.ckpt").is_file()
+    assert (run / "checkpoints/last.ckpt").is_file()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["class_path"] == "lkd.DistillModule"
+    assert config["seed_everything"] == 0
+
+
+def test_tensorboard_has_the_curves(run: Path) -> None:
+    events = EventAccumulator(str(run))
+    events.Reload()
+    curves = {"loss", "hard", "kd", "acc", "images_per_s"}
+    assert {f"train/{name}" for name in curves} <= set(events.Tags()["scalars"])
+    assert {"val/acc", "val/loss", "val/teacher_acc", "val/agreement", "lr-SGD"} <= set(events.Tags()["scalars"])
+    assert {"final/best_acc", "final/last_acc", "final/teacher_acc"} <= set(events.Tags()["scalars"])
+    assert "hp_metric" not in events.Tags()["scalars"]
+    assert {"config/text_summary", "networks/text_summary", "custom_scalars__config__"} <= set(events.Tags()["tensors"])
+    loss, hard, kd = (events.Scalars(f"train/{name}") for name in ("loss", "hard", "kd"))
+    assert len(loss) == 2
+    for total, *terms in zip(loss, hard, kd, strict=True):
+        assert total.value == pytest.approx(sum(term.value for term in terms), rel=1e-5)
+    assert [point.step for point in loss] == [point.step for point in events.Scalars("val/acc")]
+
+
+def test_table_at_the_end(tmp_path, capfd) -> None:
+    assert main(["fit", "--config", "digits/kd", *SHORT]) == 0
+    shown = capfd.readouterr().out
+    assert "The teacher's accuracy on the validation images: 99.65%" in shown
+    for part in ("teacher", "student, best", "student, last", "best - teacher", "points", "5,142", "77,754"):
+        assert part in shown
+    assert "checkpoint: runs/digits/kd/version_0/checkpoints/best.ckpt" in shown
+    assert "lkd test --ckpt_path runs/digits/kd/version_0/checkpoints/best.ckpt" in shown
+    assert "tensorboard --host localhost --logdir runs/digits/kd" in shown
+
+
+def test_flops_are_those_of_a_count_by_hand() -> None:
+    from lkd.callbacks.monitor import network_size
+    from lkd.models import CIFARResNet
+
+    network = CIFARResNet(8, (4, 4, 8, 16), 10, in_channels=1)
+    stages = [(4, 4, 64), (4, 8, 16), (8, 16, 4)]
+    macs = 64 * 9 * 4 + 16 * 10
+    for before, after, pixels in stages:
+        macs += pixels * 9 * after * (before + after) + (pixels * before * after if before != after else 0)
+    size = network_size("student", network, torch.zeros(1, 1, 8, 8))
+    assert size.flops == 2 * macs
+    assert size.parameters == sum(parameter.numel() for parameter in network.parameters())
+    assert network.training
+
+
+def test_checkpoint_alone_is_enough_to_test(run: Path, capsys) -> None:
+    assert main(["test", "--ckpt_path", str(run / "checkpoints/best.ckpt")]) == 0
+    shown = capsys.readouterr().out
+    assert "test/acc" in shown
+    assert "test/teacher_acc" in shown
+    assert not Path("lightning_logs").exists()
+
+
+def test_predictions(run: Path, capsys) -> None:
+    assert main(["predict", "--ckpt_path", str(run / "checkpoints/best.ckpt")]) == 0
+    assert "359 predictions: predictions.csv" in capsys.readouterr().out
+    rows = list(csv.DictReader(Path("predictions.csv").open()))
+    assert len({row["index"] for row in rows}) == len(rows) == 359
+    module = L.LightningModule.load_from_checkpoint(run / "checkpoints/best.ckpt").eval()
+    data = lkd.DigitsDataModule(batch_size=359)
+    data.setup("predict")
+    batch = next(iter(data.predict_dataloader()))
+    with torch.no_grad():
+        probability, chosen = module(batch.input).softmax(1).max(1)
+    assert [int(row["class"]) for row in rows] == chosen.tolist()
+    assert [float(row["probability"]) for row in rows] == pytest.approx(probability.tolist(), abs=2e-6)
+
+
+def test_continue_from_the_last_checkpoint(run: Path, capsys) -> None:
+    last = str(run / "checkpoints/last.ckpt")
+    assert main(["fit", "--ckpt_path", last, "--trainer.max_epochs=3", "--trainer.default_root_dir=more"]) == 0
+    (more,) = Path("more").rglob("last.ckpt")
+    old, new = (torch.load(path, weights_only=True) for path in (last, more))
+    assert (old["epoch"], new["epoch"]) == (1, 2)
+    assert new["global_step"] == old["global_step"] * 3 // 2
+
+
+def test_the_run_s_class_comes_back(run: Path) -> None:
+    module = L.LightningModule.load_from_checkpoint(run / "checkpoints/best.ckpt")
+    assert type(module) is lkd.DistillModule
+    assert module.criterion.temperature == 4.0
+    with pytest.raises(Exception, match="model"):
+        lkd.ClassificationModule.load_from_checkpoint(run / "checkpoints/best.ckpt")
+
+
+OWN = """
+    from torch import Tensor
+    from lkd import Batch, DistillLoss, DistillModule, Outputs
+
+    class Mine(DistillModule):
+        def __init__(self, *args, stretch: float = 2.0, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            self.stretch = stretch
+
+    class Gap(DistillLoss):
+        def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+            return (student.logits - teacher.logits).abs().mean()
+"""
+
+
+def test_own_classes_in_the_current_folder(tmp_path) -> None:
+    Path("own.py").write_text(textwrap.dedent(OWN))
+    settings = ["--model=own.Mine", "--model.init_args.stretch=3", "--model.init_args.criterion=own.Gap"]
+    command = [sys.executable, "-c", "import sys; from lkd.__main__ import main; sys.exit(main())"]
+    done = subprocess.run(
+        [*command, "fit", "--config", "digits/kd", *settings, *SHORT], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    code = """
+        import lightning as L, own
+        module = L.LightningModule.load_from_checkpoint("runs/digits/kd/version_0/checkpoints/best.ckpt")
+        print(type(module) is own.Mine, type(module.criterion) is own.Gap, module.stretch)
+        lkd_type = own.DistillModule
+        try:
+            lkd_type.load_from_checkpoint("runs/digits/kd/version_0/checkpoints/best.ckpt")
+        except ValueError as error:
+            print(error)
+    """
+    shown = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("True True 3")
+    assert "this checkpoint was made by own.Mine, not by DistillModule" in shown.stdout
+
+
+def test_names_of_runs() -> None:
+    assert prepare(["fit", "--config", "configs/digits/kd.yaml"])[1] == "digits/kd"
+    assert prepare(["fit", "--config=data/digits", "--config", "methods/kd"])[1] == "digits+kd"
+    Path("mine.yaml").write_text("{}")
+    assert prepare(["fit", "-c", "mine.yaml"]) == (["fit", "--config", "mine.yaml"], "mine")
+
+
+def test_a_file_goes_before_lkd_s_own_config() -> None:
+    Path("configs/digits").mkdir(parents=True)
+    Path("configs/digits/kd.yaml").write_text("{}")
+    assert find_config("configs/digits/kd.yaml") == Path("configs/digits/kd.yaml")
+    assert find_config("configs/digits/student.yaml") == configs_folder() / "digits/student.yaml"

@@ -1,0 +1,112 @@
+"""Every file in configs/ trains: complete ones as they are, overlays in combination; on small data of the same form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+import yaml
+from PIL import Image
+
+from lkd import models
+from lkd.__main__ import main
+from lkd.arguments import configs_folder
+
+FOLDER = configs_folder()
+COMPLETE = sorted(str(path.relative_to(FOLDER)) for folder in ("digits", "cifar10") for path in FOLDER.glob(f"{folder}/*.yaml"))
+OVERLAYS = {kind: sorted(path.stem for path in (FOLDER / kind).glob("*.yaml")) for kind in ("data", "pairs", "methods", "trainer")}
+CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar100": 100}
+PAIR_OF = {"digits": "digits", "mnist": "resnet20_resnet8_gray10", "fashion_mnist": "resnet20_resnet8_gray10"}
+PAIR_OF |= {"cifar100": "resnet56_resnet20_100", "imagenet": "resnet34_resnet18_imagenet"}
+SHORT = [
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+def _tree(classes: int, size: int = 32, splits: tuple[str, ...] = ("train", "test")) -> str:
+    """A folder of images, enough to train and to validate."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+    for split in splits:
+        for number in range(classes):
+            folder = Path("tree", split, f"{number:04}")
+            folder.mkdir(parents=True)
+            for copy in range(2 if split == "train" else 1):
+                image.save(folder / f"{copy}.png")
+    return "tree"
+
+
+@pytest.fixture(autouse=True)
+def _no_downloads(monkeypatch) -> None:
+    """torchvision's trained weights would be fetched; random ones have the same form."""
+    get_model = torchvision.models.get_model
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None, **rest: get_model(name, **rest))
+
+
+@pytest.mark.parametrize("config", COMPLETE)
+def test_complete_configs(config: str) -> None:
+    settings = ["--data.init_args.batch_size=8"]
+    if config.startswith("cifar10"):
+        settings += [f"--data.init_args.root={_tree(10)}", "--data.init_args.val_size=10"]
+    if "teacher_ckpt: runs" in (FOLDER / config).read_text():
+        torch.save(models.resnet56(num_classes=10, shortcut="A").state_dict(), "teacher.pth")
+        settings += ["--model.init_args.teacher_ckpt=teacher.pth"]
+    assert main(["fit", "--config", config, *settings, *SHORT]) == 0
+    assert list(Path("runs").rglob("best.ckpt"))
+
+
+def _data_settings(data: str) -> list[str]:
+    if data in ("digits", "synthetic"):
+        return ["--data.init_args.batch_size=8"]
+    classes = CLASSES.get(data, 10)
+    root = _tree(classes, splits=("train", "val") if data == "imagenet" else ("train", "test"))
+    small = ["--data.init_args.batch_size=4", f"--data.init_args.val_size={classes}", "--data.init_args.num_workers=0"]
+    return [f"--data.init_args.root={root}", *small]
+
+
+@pytest.mark.parametrize("data", OVERLAYS["data"])
+def test_data_overlays(data: str) -> None:
+    pair = PAIR_OF.get(data, "resnet56_resnet20_10")
+    settings = _data_settings(data)
+    if data == "tiny_imagenet":
+        settings += [f"--model.init_args.{network}.init_args.num_classes=200" for network in ("student", "teacher")]
+    configs = ["--config", f"data/{data}", "--config", f"pairs/{pair}", "--config", "methods/kd"]
+    assert main(["fit", *configs, *settings, *SHORT]) == 0
+
+
+@pytest.mark.parametrize("pair", [pair for pair in OVERLAYS["pairs"] if pair not in PAIR_OF.values()])
+def test_pair_overlays(pair: str) -> None:
+    classes = int(pair.rpartition("_")[2])
+    settings = [f"--data.init_args.num_classes={classes}", "--data.init_args.batch_size=4"]
+    configs = ["--config", "data/synthetic", "--config", f"pairs/{pair}", "--config", "methods/kd"]
+    assert main(["fit", *configs, *settings, *SHORT]) == 0
+
+
+@pytest.mark.parametrize("kind", ["methods", "trainer"])
+def test_other_overlays_keep_their_settings(kind: str) -> None:
+    for name in OVERLAYS[kind]:
+        configs = ["--config", "data/digits", "--config", "pairs/digits", "--config", f"{kind}/{name}"]
+        assert main(["fit", *configs, *SHORT]) == 0
+        (saved,) = Path("runs", f"digits+digits+{name}").rglob("config.yaml")
+        resolved, given = yaml.safe_load(saved.read_text()), yaml.safe_load((FOLDER / kind / f"{name}.yaml").read_text())
+        for key, value in given.get("model", {}).get("init_args", {}).items():
+            assert _contains(resolved["model"]["init_args"][key], value), key
+
+
+def _contains(resolved: object, given: object) -> bool:
+    if isinstance(given, dict):
+        return isinstance(resolved, dict) and all(_contains(resolved[key], value) for key, value in given.items())
+    return resolved == given
+
+
+def test_every_overlay_is_run_above() -> None:
+    assert set(OVERLAYS["pairs"]) >= set(PAIR_OF.values())
+    folders = {path.parent.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml")}
+    assert folders == {"digits", "cifar10", *OVERLAYS}

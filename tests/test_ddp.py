@@ -1,0 +1,58 @@
+"""Two processes (gloo): equal students, equal metrics, a teacher that stays out of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+SPY = """
+    import hashlib, json
+    from pathlib import Path
+    import lightning as L
+    import torch
+
+    def digest(network):
+        sums = hashlib.sha256()
+        for tensor in network.state_dict().values():
+            sums.update(tensor.numpy().tobytes())
+        return sums.hexdigest()
+
+    class Spy(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            self.teacher = digest(pl_module.teacher)
+            if trainer.global_rank == 1:  # a broadcast would bring rank 0's statistics here
+                pl_module.teacher.bn1.running_mean += 1
+                self.teacher = digest(pl_module.teacher)
+
+        def on_fit_end(self, trainer, pl_module):
+            seen = {
+                "student": digest(pl_module.student),
+                "teacher_kept": digest(pl_module.teacher) == self.teacher,
+                "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            }
+            Path(f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
+"""
+
+
+def test_two_processes_end_equal(tmp_path) -> None:
+    Path("spy.py").write_text(textwrap.dedent(SPY))
+    command = [sys.executable, "-m", "lkd", "fit", "--config", "digits/kd", "--trainer.max_epochs=2"]
+    settings = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    spy = ["--trainer.callbacks+=spy.Spy", "--trainer.enable_progress_bar=false", "--data.init_args.val_size=0.1"]
+    done = subprocess.run([*command, *settings, *spy], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (json.loads(Path(f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["student"] == second["student"]
+    assert first["teacher_kept"]
+    assert second["teacher_kept"]
+    speed = "train/images_per_s"
+    assert first["metrics"].pop(speed) > 0
+    second["metrics"].pop(speed)
+    assert first["metrics"] == pytest.approx(second["metrics"], nan_ok=False)
+    assert {"train/loss", "train/kd", "val/acc", "val/agreement"} <= set(first["metrics"])
+    assert len(list(Path("runs").rglob("config.yaml"))) == 1
