@@ -28,10 +28,18 @@ def main() -> None:
     """Train, store, load again, measure."""
     config = configs_folder() / "digits" / "teacher.yaml"
     with tempfile.TemporaryDirectory() as folder:
-        args = ["fit", "--config", str(config), f"--seed_everything={SEED}", f"--trainer.default_root_dir={folder}"]
+        args = [
+            "fit",
+            "--config",
+            str(config),
+            f"--seed_everything={SEED}",
+            f"--trainer.default_root_dir={folder}",
+        ]
         cli = LkdCLI(args, "teacher")
         best = load_weights(resnet8(num_classes=10, in_channels=1), cli.trainer.checkpoint_callback.best_model_path)
-    weights = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in best.state_dict().items()}
+    weights = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in best.state_dict().items()
+    }
     save_file(weights, FILE)
     module = lkd.ClassificationModule(load_weights(resnet8(num_classes=10, in_channels=1), FILE))
     trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
@@ -44,8 +52,14 @@ def main() -> None:
         "test_acc": round(tested["test/acc"], 4),
         "versions": {"lkd": lkd.__version__, "torch": torch.__version__, "lightning": L.__version__},
     }
-    save_file(weights, FILE, metadata={name: value if isinstance(value, str) else json.dumps(value) for name, value in record.items()})
-    print(f"{FILE.name}: {FILE.stat().st_size} bytes, validation {record['val_acc']:.2%}, test {record['test_acc']:.2%}")
+    save_file(
+        weights,
+        FILE,
+        metadata={name: value if isinstance(value, str) else json.dumps(value) for name, value in record.items()},
+    )
+    print(
+        f"{FILE.name}: {FILE.stat().st_size} bytes, validation {record['val_acc']:.2%}, test {record['test_acc']:.2%}"
+    )
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ _HOMES = {
     "lkd.types": ("Batch", "Normalization", "Outputs", "Probe"),
 }
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "Batch",
     "CIFAR10DataModule",
     "CIFAR100DataModule",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -11,6 +11,7 @@ import yaml
 import lkd
 
 _CONFIG = ("--config", "-c")
+_CLASS_KEYS = ("class_path", "init_args")
 _CKPT_KEYWORDS = ("last", "best", "hpc", "null", "none")
 
 
@@ -87,10 +88,22 @@ def find_config(name: str) -> Path:
 
 def _well_formed(path: Path) -> Path:
     try:
-        yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    for key, nearest in _misspelt(config):
+        raise ValueError(f"{path} has a key {key!r}; did you mean {nearest!r}?")
     return path
+
+
+def _misspelt(config: object) -> Iterator[tuple[str, str]]:
+    """Keys that are nearly `class_path` or `init_args`: the parser would speak of everything but them."""
+    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        yield from _misspelt(value)
+    for key in config if isinstance(config, dict) else ():
+        for nearest in difflib.get_close_matches(str(key), _CLASS_KEYS, n=1, cutoff=0.8):
+            if key not in _CLASS_KEYS:
+                yield str(key), nearest
 
 
 def _existing_checkpoint(name: str) -> Path | None:

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lkd.arguments import prepare
-from lkd.callbacks import FitReport, ImagesPerSecond, NetworkSummary, PredictionWriter
+from lkd.callbacks import FitReport, ImagesPerSecond, NetworkSummary, PredictionWriter, ProgressBar
 from lkd.mistakes import explain
 
 _MISTAKES = (ArgumentError, MisconfigurationException, OSError, TypeError, ValueError, yaml.YAMLError)
@@ -68,6 +68,17 @@ class LkdCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """The config's word holds: Lightning would let the checkpoint's hyperparameters override it."""
 
+    def before_instantiate_classes(self) -> None:
+        """Nobody wants to measure a network that was never trained."""
+        config = self.config[self.subcommand]
+        own = config.get("model", {}).get("init_args", {})
+        trained = config.get("ckpt_path") or own.get("model_ckpt") or own.get("student_ckpt")
+        if self.subcommand != "fit" and not trained:
+            raise ValueError(
+                f"lkd {self.subcommand} needs a checkpoint: give --ckpt_path FILE, or the weights of someone else's "
+                "network as --model.init_args.model_ckpt FILE (student_ckpt for a DistillModule)"
+            )
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The settings that are lkd's own."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -89,6 +100,9 @@ class LkdCLI(LightningCLI):
             kwargs["logger"] = fit and TensorBoardLogger(folder, self.run_name, default_hp_metric=False)
         logged = bool(kwargs.get("logger", config.get("logger"))) and not config.get("fast_dev_run")
         self.trainer_defaults["callbacks"] = _callbacks(str(self.subcommand), logged)
+        own_bar = any(isinstance(callback, L.pytorch.callbacks.ProgressBar) for callback in config["callbacks"] or [])
+        if config.get("enable_progress_bar") is not False and not own_bar:
+            self.trainer_defaults["callbacks"].append(ProgressBar())
         if not fit:
             self.save_config_callback = None
         return super().instantiate_trainer(**kwargs)
@@ -101,7 +115,13 @@ def _callbacks(command: str, logged: bool) -> list[L.Callback]:
         return []
     # ModelCheckpoint's own `save_last` writes only when there is a new best
     last = ModelCheckpoint(filename="last", enable_version_counter=False)
-    return [NetworkSummary(), ImagesPerSecond(), FitReport(), last, *([LearningRateMonitor()] if logged else [])]
+    return [
+        NetworkSummary(),
+        ImagesPerSecond(),
+        FitReport(),
+        last,
+        *([LearningRateMonitor()] if logged else []),
+    ]
 
 
 def run(args: Sequence[str]) -> int:
@@ -115,8 +135,8 @@ def run(args: Sequence[str]) -> int:
     """
     debug = "--debug" in args or os.environ.get("LKD_DEBUG", "") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a console script would not find the user's own classes
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a console script would not find the user's own classes
     _quieten()
     try:
         LkdCLI(*prepare(args))
@@ -128,8 +148,18 @@ def run(args: Sequence[str]) -> int:
     return 0
 
 
+_KNOWN = (  # what Lightning warns of in every run, though all is as it should be
+    ".*does not have many workers.*",
+    ".*treespec, LeafSpec.*",
+    ".*in eval mode at the start of training.*",
+    ".*number of training batches .* is smaller than the logging interval.*",
+    ".*The dirpath has changed from.*",
+)
+
+
 def _quieten() -> None:
-    """Leave out what Lightning says of every run."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    for message in _KNOWN:
+        warnings.filterwarnings("ignore", message)
+    warnings.formatwarning = lambda message, *_, **__: f"lkd: warning: {message}\n"

@@ -16,7 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 _KEY = re.compile(r'Parser key "(.*)":$')
 _CLASS = re.compile(r"Problem with given class_path '(.*)':$")
 _SCAFFOLD = re.compile(
-    r"Does not validate against|Subtypes: |Errors:$|Given value type: |Expected a <class 'NoneType'>|Expected a path but "
+    r"Does not validate against|Subtypes: |Errors:$|Given value type: "
+    r"|Expected a <class 'NoneType'>|Expected a path but "
 )
 _TOP = ("trainer", "model", "data", "checkpoint", "seed_everything", "ckpt_path", "config", "print_config")
 
@@ -71,11 +72,11 @@ def _unknown_option(text: str) -> str | None:
 
 
 def _unknown_setting(classes: list[str], reason: str) -> str | None:
-    found = re.search(r"Option '(.*?)' is not accepted", reason)
+    found = re.search(r"Option '(.*?)' is not accepted(?:\. Got value: Namespace\(class_path='(.*?)')?", reason)
     if not found or not classes:
         return None
-    setting = found[1].split(".")[0]
-    return f"{classes[-1]} has no setting {setting!r}{_nearest(setting, _settings(_find(classes[-1])))}"
+    setting, kind = found[1].split(".")[0], found[2] or classes[-1]
+    return f"{kind} has no setting {setting!r}{_nearest(setting, _settings(_find(kind)))}"
 
 
 def _unknown_class(classes: list[str], reason: str) -> str | None:
@@ -111,7 +112,8 @@ def _own_names(module: Any) -> list[str]:
 
 def _settings(kind: Any) -> list[str]:
     """Names of the arguments of a function, or of a class and those that it inherits from."""
-    makers = [base.__init__ for base in kind.__mro__ if "__init__" in vars(base)] if inspect.isclass(kind) else [kind]
+    own = [vars(base).get("__init__") for base in kind.__mro__] if inspect.isclass(kind) else [kind]
+    makers = [maker for maker in own if inspect.isfunction(maker)]
     names = {
         name
         for maker in makers

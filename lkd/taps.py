@@ -107,7 +107,7 @@ class FeatureTaps:
 
 
 def _find_layer(network: nn.Module, name: str) -> nn.Module:
-    layers = dict(network.named_modules())
+    layers: dict[str, nn.Module] = dict(network.named_modules())
     if name and name in layers:
         return layers[name]
     known = [layer for layer in layers if layer]

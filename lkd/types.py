@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 
     input: Any
     target: Tensor
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
 class Outputs(NamedTuple):

@@ -32,7 +32,9 @@ def tiny() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def data() -> SyntheticDataModule:
-    return SyntheticDataModule(num_classes=4, input_shape=(3, 8, 8), train_size=64, test_size=24, val_size=16, batch_size=16)
+    return SyntheticDataModule(
+        num_classes=4, input_shape=(3, 8, 8), train_size=64, test_size=24, val_size=16, batch_size=16
+    )
 
 
 @pytest.fixture

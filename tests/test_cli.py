@@ -99,7 +99,7 @@ def test_checkpoint_alone_is_enough_to_test(run: Path, capsys) -> None:
 def test_predictions(run: Path, capsys) -> None:
     assert main(["predict", "--ckpt_path", str(run / "checkpoints/best.ckpt")]) == 0
     assert "359 predictions: predictions.csv" in capsys.readouterr().out
-    rows = list(csv.DictReader(Path("predictions.csv").open()))
+    rows = list(csv.DictReader(Path("predictions.csv").read_text().splitlines()))
     assert len({row["index"] for row in rows}) == len(rows) == 359
     module = L.LightningModule.load_from_checkpoint(run / "checkpoints/best.ckpt").eval()
     data = lkd.DigitsDataModule(batch_size=359)
@@ -147,9 +147,7 @@ def test_own_classes_in_the_current_folder(tmp_path) -> None:
     Path("own.py").write_text(textwrap.dedent(OWN))
     settings = ["--model=own.Mine", "--model.init_args.stretch=3", "--model.init_args.criterion=own.Gap"]
     command = [sys.executable, "-c", "import sys; from lkd.__main__ import main; sys.exit(main())"]
-    done = subprocess.run(
-        [*command, "fit", "--config", "digits/kd", *settings, *SHORT], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, "fit", "--config", "digits/kd", *settings, *SHORT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     code = """
         import lightning as L, own

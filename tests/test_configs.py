@@ -16,8 +16,13 @@ from lkd.__main__ import main
 from lkd.arguments import configs_folder
 
 FOLDER = configs_folder()
-COMPLETE = sorted(str(path.relative_to(FOLDER)) for folder in ("digits", "cifar10") for path in FOLDER.glob(f"{folder}/*.yaml"))
-OVERLAYS = {kind: sorted(path.stem for path in (FOLDER / kind).glob("*.yaml")) for kind in ("data", "pairs", "methods", "trainer")}
+COMPLETE = sorted(
+    str(path.relative_to(FOLDER)) for folder in ("digits", "cifar10") for path in FOLDER.glob(f"{folder}/*.yaml")
+)
+OVERLAYS = {
+    kind: sorted(path.stem for path in (FOLDER / kind).glob("*.yaml"))
+    for kind in ("data", "pairs", "methods", "trainer")
+}
 CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar100": 100}
 PAIR_OF = {"digits": "digits", "mnist": "resnet20_resnet8_gray10", "fashion_mnist": "resnet20_resnet8_gray10"}
 PAIR_OF |= {"cifar100": "resnet56_resnet20_100", "imagenet": "resnet34_resnet18_imagenet"}
@@ -67,7 +72,11 @@ def _data_settings(data: str) -> list[str]:
         return ["--data.init_args.batch_size=8"]
     classes = CLASSES.get(data, 10)
     root = _tree(classes, splits=("train", "val") if data == "imagenet" else ("train", "test"))
-    small = ["--data.init_args.batch_size=4", f"--data.init_args.val_size={classes}", "--data.init_args.num_workers=0"]
+    small = [
+        "--data.init_args.batch_size=4",
+        f"--data.init_args.val_size={classes}",
+        "--data.init_args.num_workers=0",
+    ]
     return [f"--data.init_args.root={root}", *small]
 
 
@@ -95,7 +104,10 @@ def test_other_overlays_keep_their_settings(kind: str) -> None:
         configs = ["--config", "data/digits", "--config", "pairs/digits", "--config", f"{kind}/{name}"]
         assert main(["fit", *configs, *SHORT]) == 0
         (saved,) = Path("runs", f"digits+digits+{name}").rglob("config.yaml")
-        resolved, given = yaml.safe_load(saved.read_text()), yaml.safe_load((FOLDER / kind / f"{name}.yaml").read_text())
+        resolved, given = (
+            yaml.safe_load(saved.read_text()),
+            yaml.safe_load((FOLDER / kind / f"{name}.yaml").read_text()),
+        )
         for key, value in given.get("model", {}).get("init_args", {}).items():
             assert _contains(resolved["model"]["init_args"][key], value), key
 

@@ -43,7 +43,11 @@ def test_two_processes_end_equal(tmp_path) -> None:
     Path("spy.py").write_text(textwrap.dedent(SPY))
     command = [sys.executable, "-m", "lkd", "fit", "--config", "digits/kd", "--trainer.max_epochs=2"]
     settings = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    spy = ["--trainer.callbacks+=spy.Spy", "--trainer.enable_progress_bar=false", "--data.init_args.val_size=0.1"]
+    spy = [
+        "--trainer.callbacks+=spy.Spy",
+        "--trainer.enable_progress_bar=false",
+        "--data.init_args.val_size=0.1",
+    ]
     done = subprocess.run([*command, *settings, *spy], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = (json.loads(Path(f"rank{rank}.json").read_text()) for rank in (0, 1))

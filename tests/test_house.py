@@ -46,7 +46,9 @@ def _imported(tree: ast.AST) -> set[str]:
     return parts
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__init__.py" or path.parent != PACKAGE], ids=str)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.name != "__init__.py" or path.parent != PACKAGE], ids=str
+)
 def test_imports_point_down(path: Path) -> None:
     own = _part(path)
     for part in _imported(ast.parse(path.read_text())) - {own}:

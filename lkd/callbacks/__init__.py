@@ -2,6 +2,7 @@
 
 from lkd.callbacks.monitor import ImagesPerSecond, NetworkSummary
 from lkd.callbacks.predictions import PredictionWriter
+from lkd.callbacks.progress import ProgressBar
 from lkd.callbacks.report import FitReport
 
-__all__ = ["FitReport", "ImagesPerSecond", "NetworkSummary", "PredictionWriter"]
+__all__ = ["FitReport", "ImagesPerSecond", "NetworkSummary", "PredictionWriter", "ProgressBar"]

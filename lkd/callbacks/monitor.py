@@ -60,7 +60,7 @@ class NetworkSummary(L.Callback):
     """
 
     @rank_zero_only
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Count, print, and write."""
         example = pl_module.example_input()
         names = pl_module.network_names
@@ -90,21 +90,21 @@ class ImagesPerSecond(L.Callback):
         self._seconds = 0.0
         self._since = 0.0
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start counting."""
         self._images, self._seconds, self._since = 0, 0.0, time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count a batch, from the end of the one before."""
         now = time.perf_counter()
         self._images += len(pl_module.unpack(batch).target)
         self._seconds, self._since = self._seconds + now - self._since, now
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Leave validation out."""
         self._since = time.perf_counter()
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log the epoch's speed."""
         if self._seconds:
             pl_module.log("train/images_per_s", trainer.world_size * self._images / self._seconds)

@@ -27,7 +27,7 @@ class PredictionWriter(BasePredictionWriter):
     def write_on_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        pl_module: Any,
         prediction: Tensor,
         batch_indices: Sequence[int] | None,
         batch: Any,
@@ -37,12 +37,12 @@ class PredictionWriter(BasePredictionWriter):
         """Keep one batch's lines."""
         index = pl_module.unpack(batch).index
         indices = [None] * len(prediction) if index is None else index.tolist()
-        names = getattr(trainer.datamodule, "class_names", None)
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
         probabilities, classes = prediction.float().softmax(1).max(1)
         for position, chosen, probability in zip(indices, classes.tolist(), probabilities.tolist(), strict=True):
             self._rows.append((position, chosen, names[chosen] if names else "", round(probability, 6)))
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write the file and say where it is."""
         several = trainer.world_size > 1
         path = self.path.with_suffix(f".{trainer.global_rank}{self.path.suffix}") if several else self.path

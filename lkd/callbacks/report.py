@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -20,11 +21,13 @@ class FitReport(L.Callback):
     """
 
     @rank_zero_only
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Print and write."""
         figures = _figures(trainer)
         if not figures:
             return
+        if trainer.progress_bar_callback is not None:  # it would draw itself over what follows
+            trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
         console = Console(soft_wrap=True)
         console.print(_table(pl_module.network_names[0], figures))
         for line in _where(trainer):

@@ -104,9 +104,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             if not hasattr(self, name):
                 raise TypeError(f"{type(self).__name__} must set the attribute {name}")
         if len(self.mean) != self.input_shape[0]:
-            raise ValueError(
-                f"mean has {len(self.mean)} values, but images have {self.input_shape[0]} channels"
-            )
+            raise ValueError(f"mean has {len(self.mean)} values, but images have {self.input_shape[0]} channels")
         self.class_names = self.class_names or tuple(str(c) for c in range(self.num_classes))
         if stage in ("fit", "validate") and "train" not in self.datasets:
             self._setup_train()
@@ -130,9 +128,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def _open(self, split: Split) -> tuple[ImageSource, Tensor]:
         source = self.make_dataset(split)
         if source is None:
-            raise ValueError(
-                f"{type(self).__name__}.make_dataset({split!r}) must return a data set, got None"
-            )
+            raise ValueError(f"{type(self).__name__}.make_dataset({split!r}) must return a data set, got None")
         return source, self._targets(split, source)
 
     def _targets(self, split: Split, source: ImageSource) -> Tensor:
@@ -170,9 +166,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         first = [t for t in augment if isinstance(t, ImageTransform)]
         if first and (len(first) > 1 or first[0] is not augment[0]):
             name = type(first[-1]).__name__
-            raise ValueError(
-                f"augment may have {name} in the first place only, as it brings images to one size"
-            )
+            raise ValueError(f"augment may have {name} in the first place only, as it brings images to one size")
         return ImageDataset(
             source,
             target,
@@ -185,9 +179,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def _loader(self, split: Split) -> DataLoader[Batch]:
         if split not in self.datasets:
-            raise ValueError(
-                f"{type(self).__name__} has no {split} images yet; call prepare_data() and setup()"
-            )
+            raise ValueError(f"{type(self).__name__} has no {split} images yet; call prepare_data() and setup()")
         dataset = self.datasets[split]
         processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         training = split == "train"

@@ -49,12 +49,8 @@ def class_folders(folder: Path) -> tuple[str, ...]:
         FileNotFoundError: If the folder is missing or has no class folders.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {folder}; expected one folder of images for each class in it"
-        )
-    names = sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+        raise FileNotFoundError(f"there is no folder {folder}; expected one folder of images for each class in it")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise FileNotFoundError(f"{folder} has no class folders; expected {folder}/<class>/<image files>")
     return tuple(names)

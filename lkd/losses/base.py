@@ -40,7 +40,7 @@ class DistillLoss(nn.Module, ABC):
         """The criterion's name in logs."""
         return type(self).__name__.lower()
 
-    def build(self, student: Probe, teacher: Probe) -> None:  # noqa: B027  (a hook: doing nothing is a right answer)
+    def build(self, student: Probe, teacher: Probe) -> None:
         """Make the adapters, once the shapes of all features are known.
 
         It is called before the optimizer is made, and before a checkpoint's weights are loaded.

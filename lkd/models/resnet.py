@@ -131,9 +131,7 @@ class CIFARResNet(nn.Module):
         return logits
 
 
-def _stage(
-    in_channels: int, out_channels: int, num_blocks: int, stride: int, shortcut: Shortcut
-) -> nn.Sequential:
+def _stage(in_channels: int, out_channels: int, num_blocks: int, stride: int, shortcut: Shortcut) -> nn.Sequential:
     first = _BasicBlock(in_channels, out_channels, stride, shortcut)
     others = [_BasicBlock(out_channels, out_channels, 1, shortcut) for _ in range(num_blocks - 1)]
     return nn.Sequential(first, *others)
@@ -145,9 +143,7 @@ def _check_arguments(
     if depth < 8 or depth % 6 != 2:
         raise ValueError(f"depth of a CIFAR ResNet must be 6n + 2 (8, 14, 20, 26, ...), got {depth}")
     if len(num_filters) != 4:
-        raise ValueError(
-            f"num_filters must be 4 numbers (the stem and three stages), got {list(num_filters)}"
-        )
+        raise ValueError(f"num_filters must be 4 numbers (the stem and three stages), got {list(num_filters)}")
     if min(*num_filters, num_classes, in_channels) < 1:
         raise ValueError(
             f"num_filters, num_classes and in_channels must be at least 1, got {list(num_filters)}, "

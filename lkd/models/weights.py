@@ -86,8 +86,7 @@ def _read(file: Path) -> dict[str, Tensor]:
             return tensors
     found = f"a dictionary of {_some(map(str, entries))}" if entries else f"a {type(content).__name__}"
     raise ValueError(
-        f"{file} holds no weights but {found}; it should hold a state dict, alone or under 'state_dict' or "
-        "'model'"
+        f"{file} holds no weights but {found}; it should hold a state dict, alone or under 'state_dict' or 'model'"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -168,18 +168,22 @@ class ClassificationModule(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log a point every `log_every_n_steps` steps, and at least one an epoch."""
-        every, seen = self.trainer.log_every_n_steps, batch_idx + 1
+        every, seen = cast("int", self.trainer.log_every_n_steps), batch_idx + 1  # type: ignore[attr-defined]
         if every and (seen % every == 0 or (self.trainer.is_last_batch and seen < every)):
             self._log_training()
 
     def on_validation_epoch_start(self) -> None:
         """Notice a loss that is not finite before a checkpoint is written."""
         if not self.trainer.sanity_checking:
-            self._check_finite(self._meter.first_bad(self.all_gather))
+            self._check_finite(self._meter.first_bad(self._gather))
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """`(...)` of all processes as `(world, ...)`; unchanged where there is one."""
+        return cast("Tensor", self.all_gather(tensor))
 
     def _log_training(self) -> None:
-        self._check_finite(self._meter.first_bad(self.all_gather))
-        means = self._meter.means(self.all_gather)
+        self._check_finite(self._meter.first_bad(self._gather))
+        means = self._meter.means(self._gather)
         means["acc"] = means.pop("correct") / max(means.pop("labelled"), 1e-9)
         curves = {f"train/{name}": mean for name, mean in means.items() if not name.endswith(_LOGITS)}
         bar = {name: curves.pop(name) for name in ("train/loss", "train/acc")}
@@ -207,19 +211,25 @@ class ClassificationModule(L.LightningModule):
         """Name to metric, for each of the stages `val` and `test`."""
         return {"loss": MeanMetric(), "acc": accuracy()}
 
-    def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> None:
-        """Measure one batch of validation or test.
+    def stage_metrics(self, stage: str) -> dict[str, Metric]:
+        """The metrics of `val` or `test`, by name."""
+        return dict(cast("nn.ModuleDict", self.metrics[stage]).items())  # type: ignore[arg-type]
+
+    def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> Tensor:
+        """Measure one batch of validation or test. Metrics that are not updated are not logged.
 
         Args:
             metrics: One stage's metrics, as `make_metrics` made them.
             batch: One batch.
-        """
-        self._update_metrics(metrics, batch, self(batch.input))
 
-    def _update_metrics(self, metrics: Mapping[str, Metric], batch: Batch, logits: Tensor) -> None:
+        Returns:
+            The logits `(B, K)` of the network in training.
+        """
+        logits: Tensor = self(batch.input)
         labelled = (batch.target != IGNORE_INDEX).sum()
         metrics["loss"].update(self._cross_entropy(logits, batch.target), weight=labelled)
         metrics["acc"].update(logits, batch.target)
+        return logits
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure one batch."""
@@ -230,9 +240,11 @@ class ClassificationModule(L.LightningModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, stage: str, batch: Any) -> None:
-        metrics: Any = self.metrics[stage]
+        metrics = self.stage_metrics(stage)
         self.update_metrics(metrics, self.unpack(batch))
-        self.log_dict({f"{stage}/{name}": metric for name, metric in metrics.items()}, prog_bar=stage == "val")
+        updated = {f"{stage}/{name}": metric for name, metric in metrics.items() if metric.update_called}
+        self.log_dict({name: updated.pop(name) for name in [f"{stage}/acc"]}, prog_bar=stage == "val")
+        self.log_dict(updated)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Logits `(B, K)`."""
@@ -248,7 +260,7 @@ class ClassificationModule(L.LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             monitor = getattr(scheduler, "monitor", "val/loss")
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[typeddict-item]
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def setup(self, stage: str) -> None:
         """Check that networks and data fit before anything runs."""
@@ -304,7 +316,8 @@ class ClassificationModule(L.LightningModule):
         num_classes, in_data = probe.outputs.logits.shape[1], self._data_attribute("num_classes")
         if in_data is not None and in_data > num_classes:
             raise ValueError(
-                f"the data has {in_data} classes, the {name} only {num_classes}; set the network's num_classes to {in_data}"
+                f"the data has {in_data} classes, the {name} only {num_classes}; "
+                f"set the network's num_classes to {in_data}"
             )
         return probe
 

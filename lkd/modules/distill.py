@@ -97,8 +97,8 @@ class DistillModule(ClassificationModule):
         tensors = chain(self.teacher.named_parameters(), self.teacher.named_buffers())
         own = ["teacher_scale", "teacher_shift", *(f"teacher.{name}" for name, _ in tensors)]
         self._ddp_params_and_buffers_to_ignore = own
-        self.register_state_dict_post_hook(_drop_teacher)
-        self.register_load_state_dict_post_hook(_forgive_teacher)
+        self.register_state_dict_post_hook(_drop_teacher)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_forgive_teacher)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> DistillModule:
         """Set the mode of everything but the teacher, which stays in eval."""
@@ -183,7 +183,8 @@ class DistillModule(ClassificationModule):
                 "one std per channel"
             )
         data_mean, data_std, teacher_mean, teacher_std = (
-            torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (mean, std, teacher.mean, teacher.std)
+            torch.tensor(values, device=self.device).view(1, -1, 1, 1)
+            for values in (mean, std, teacher.mean, teacher.std)
         )
         self.teacher_scale = data_std / teacher_std
         self.teacher_shift = (data_mean - teacher_mean) / teacher_std
@@ -195,43 +196,42 @@ class DistillModule(ClassificationModule):
         num_classes = [probe.outputs.logits.shape[1] for probe in (student, teacher)]
         if num_classes[0] != num_classes[1] and self.criterion.reads_logits and self.distill_weight:
             raise ValueError(
-                f"the student has {num_classes[0]} classes, the teacher {num_classes[1]}; {type(self.criterion).__name__} "
-                "compares their logits and needs the same classes in both: set the same num_classes"
+                f"the student has {num_classes[0]} classes, the teacher {num_classes[1]}; "
+                f"{type(self.criterion).__name__} compares their logits and needs the same classes in both: "
+                "set the same num_classes"
             )
         if not self._built:
             self.criterion.build(student, teacher)
             self._built = True
-            if num_classes[0] != num_classes[1]:
-                for metrics in self.metrics.values():
-                    metrics.pop("agreement")
-                    metrics.pop("teacher_acc")
 
     def make_metrics(self) -> dict[str, Metric]:
         """Those of `ClassificationModule`, the teacher's accuracy, and the agreement with it."""
         return {**super().make_metrics(), "teacher_acc": accuracy(), "agreement": accuracy()}
 
-    def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> None:
+    def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> Tensor:
         """Measure student and teacher on one batch."""
-        logits = self(batch.input)
-        self._update_metrics(metrics, batch, logits)
-        if "agreement" in metrics:
-            teacher_logits = self.teacher_outputs(batch).logits
-            teacher, self._num_classes = teacher_logits.argmax(1), teacher_logits.shape[1]
+        logits = super().update_metrics(metrics, batch)
+        teacher_logits = self.teacher_outputs(batch).logits
+        if teacher_logits.shape == logits.shape:
+            teacher = teacher_logits.argmax(1)
             metrics["teacher_acc"].update(teacher, batch.target)
-            metrics["agreement"].update(logits, torch.where(batch.target == IGNORE_INDEX, IGNORE_INDEX, teacher))
+            metrics["agreement"].update(logits, teacher.masked_fill(batch.target == IGNORE_INDEX, IGNORE_INDEX))
+            self._num_classes = logits.shape[1]
+        return logits
 
     def on_validation_epoch_end(self) -> None:
         """Before the first epoch, say how good the teacher is."""
-        if not self.trainer.sanity_checking or "teacher_acc" not in self.metrics["val"]:
+        metric = self.stage_metrics("val")["teacher_acc"]
+        if not self.trainer.sanity_checking or not metric.update_called:
             return
-        acc = self.metrics["val"]["teacher_acc"].compute().item()
+        acc = float(metric.compute())
         chance = 1 / self._num_classes
         self.print(f"The teacher's accuracy on the validation images: {acc:.2%}")
         if (acc - chance) / (1 - chance) < 0.1:
             rank_zero_warn(
-                f"the teacher's accuracy on the validation images is {acc:.2%}, near chance ({chance:.2%}): its weights "
-                "may be untrained (teacher_ckpt), its classes in another order, or its images normalised otherwise "
-                "(teacher_normalization)"
+                f"the teacher's accuracy on the validation images is {acc:.2%}, near chance ({chance:.2%}): "
+                "its weights may be untrained (teacher_ckpt), its classes in another order, or its images normalised "
+                "otherwise (teacher_normalization)"
             )
 
 

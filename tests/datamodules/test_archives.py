@@ -162,7 +162,5 @@ def test_without_download_the_message_is_the_same(cls, tmp_path):
     datamodule = cls(str(tmp_path), download=False)
     datamodule.prepare_data()
     for stage in ("fit", "test"):
-        with pytest.raises(
-            FileNotFoundError, match=rf"{cls.title} is not in \S+ \(download is off\); put .* into "
-        ):
+        with pytest.raises(FileNotFoundError, match=rf"{cls.title} is not in \S+ \(download is off\); put .* into "):
             datamodule.setup(stage)

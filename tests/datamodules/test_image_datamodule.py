@@ -42,9 +42,7 @@ def tensors(size=30, shape=(1, 4, 4), num_classes=3):
 def items(kind, size=30, shape=(4, 4)):
     rng = np.random.default_rng(0)
     arrays = [rng.integers(256, size=shape, dtype=np.uint8) for _ in range(size)]
-    convert = {"pil": Image.fromarray, "array": lambda a: a, "tensor": lambda a: torch.as_tensor(a)[None]}[
-        kind
-    ]
+    convert = {"pil": Image.fromarray, "array": lambda a: a, "tensor": lambda a: torch.as_tensor(a)[None]}[kind]
     return [(convert(array), i % 3) for i, array in enumerate(arrays)], arrays
 
 
@@ -171,9 +169,7 @@ def test_images_without_a_label_are_kept_for_training():
 
 
 def test_resized_crop_works_on_images_in_memory():
-    datamodule = Given(
-        tensors(shape=(1, 4, 4)), augment=[RandomResizedCrop(), RandomHorizontalFlip()], num_workers=0
-    )
+    datamodule = Given(tensors(shape=(1, 4, 4)), augment=[RandomResizedCrop(), RandomHorizontalFlip()], num_workers=0)
     datamodule.setup("fit")
     assert datamodule.train_dataloader().dataset.stored is None
     assert next(iter(datamodule.train_dataloader())).input.shape == (27, 1, 4, 4)
@@ -227,18 +223,14 @@ def test_mistakes_are_answered():
     fails("positive stds", std=(0.0,))
     fails("the train split of Given has no images", train=[])
     fails("the test split of Given has no images", setup="test", train=[])
-    fails(
-        "val_size must be a fraction between 0 and 1 .* below the 30 training images .* got 40", val_size=40
-    )
+    fails("val_size must be a fraction between 0 and 1 .* below the 30 training images .* got 40", val_size=40)
     fails("val_size 2 leaves no validation image of class 2", val_size=2)
     fails("RandomResizedCrop in the first place only", augment=[RandomCrop(1), RandomResizedCrop()])
     fails("CenterCrop in the first place only", augment=[RandomResizedCrop(), CenterCrop()])
     fails(r"must return a data set, got None", train=None)
     floats = TensorDataset(torch.rand(5, 1, 4, 4), torch.zeros(5))
     fails(r"must have uint8 images \(N, C, H, W\), got torch.float32 \(5, 1, 4, 4\)", TypeError, train=floats)
-    with pytest.raises(
-        ValueError, match=r"Given has no train images yet; call prepare_data\(\) and setup\(\)"
-    ):
+    with pytest.raises(ValueError, match=r"Given has no train images yet; call prepare_data\(\) and setup\(\)"):
         Given(tensors()).train_dataloader()
 
 

@@ -105,9 +105,7 @@ def test_a_corrupt_image_is_named(write_tree, damage, workers):
     root = write_tree(PETS)
     path = Path(root, "test", "dog", "0002.jpg")
     content = path.read_bytes()
-    path.write_bytes(
-        {"noise": b"\x00" * 50, "short": content[: len(content) // 2], "empty": b"", "gone": b""}[damage]
-    )
+    path.write_bytes({"noise": b"\x00" * 50, "short": content[: len(content) // 2], "empty": b"", "gone": b""}[damage])
     datamodule = folder(root, num_workers=workers)
     datamodule.setup("test")
     if damage == "gone":
@@ -169,18 +167,14 @@ def test_class_folders_that_are_numbers_are_ordered_as_such(write_tree, prefix):
 
 
 def test_archives_check_the_number_of_class_folders(write_tree):
-    with pytest.raises(
-        ValueError, match=r"train has 2 class folders, CIFAR-10 has 10 classes; for other images use"
-    ):
+    with pytest.raises(ValueError, match=r"train has 2 class folders, CIFAR-10 has 10 classes; for other images use"):
         CIFAR10DataModule(write_tree(PETS)).setup("fit")
 
 
 def test_imagenet_checks_the_number_of_class_folders(write_tree):
     datamodule = ImageNetDataModule(write_tree(PETS))
     assert (datamodule.num_classes, datamodule.input_shape) == (1000, (3, 224, 224))
-    with pytest.raises(
-        ValueError, match=r"train has 2 class folders, ImageNet has 1000; .* ImageFolderDataModule"
-    ):
+    with pytest.raises(ValueError, match=r"train has 2 class folders, ImageNet has 1000; .* ImageFolderDataModule"):
         datamodule.setup("fit")
 
 

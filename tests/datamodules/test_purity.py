@@ -145,9 +145,7 @@ def test_data_set_survives_pickling_for_spawned_workers():
     datamodule.setup("fit")
     dataset = datamodule.datasets["train"]
     keys = [Key(1, 3), Key(1, 5)]
-    assert torch.equal(
-        pickle.loads(pickle.dumps(dataset)).__getitems__(keys).input, dataset.__getitems__(keys).input
-    )
+    assert torch.equal(pickle.loads(pickle.dumps(dataset)).__getitems__(keys).input, dataset.__getitems__(keys).input)
 
 
 class Recorder(L.LightningModule):

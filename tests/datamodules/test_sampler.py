@@ -49,6 +49,4 @@ def test_it_is_what_lightning_leaves_alone():
 def test_more_processes_than_samples():
     shares = [list(sampler) for sampler in samplers(2, 5, seed=1)]
     assert [len(share) for share in shares] == [1] * 5
-    assert torch.equal(
-        torch.tensor([share[0].position for share in shares]), permutation(1, 0, 2)[torch.arange(5) % 2]
-    )
+    assert torch.equal(torch.tensor([share[0].position for share in shares]), permutation(1, 0, 2)[torch.arange(5) % 2])

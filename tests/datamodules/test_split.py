@@ -52,14 +52,10 @@ def test_impossible_sizes_are_refused(size):
 
 
 def test_a_class_without_validation_images_is_refused():
-    with pytest.raises(
-        ValueError, match="val_size 5 leaves no validation image of class 1, which has 2 of the 52"
-    ):
+    with pytest.raises(ValueError, match="val_size 5 leaves no validation image of class 1, which has 2 of the 52"):
         stratified(targets(50, 2), 5, 0)
 
 
 def test_a_class_without_training_images_is_refused():
-    with pytest.raises(
-        ValueError, match=r"val_size 0.9 leaves no training image of class 0, which has 1 of the 51"
-    ):
+    with pytest.raises(ValueError, match=r"val_size 0.9 leaves no training image of class 0, which has 1 of the 51"):
         stratified(targets(1, 50), 0.9, 0)

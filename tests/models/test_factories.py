@@ -92,9 +92,7 @@ def test_trained_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {key.rpartition(".")[0] for key in changed} <= {"fc", "classifier.1"}
 
 
-def test_small_images_keep_the_middle_of_trained_kernels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_images_keep_the_middle_of_trained_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = put_into_cache("squeezenet1_0", tmp_path, monkeypatch)
     network = torchvision_model("squeezenet1_0", num_classes=1000, weights="DEFAULT", small_images=True)
     assert torch.equal(network.features[0].weight, trained.features[0].weight[:, :, 2:5, 2:5])
@@ -108,16 +106,12 @@ def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(
-        FileNotFoundError, match=r"\(no route to host\); get https://\S+\.pth elsewhere"
-    ) as error:
+    with pytest.raises(FileNotFoundError, match=r"\(no route to host\); get https://\S+\.pth elsewhere") as error:
         torchvision_model("resnet18", num_classes=10, weights="IMAGENET1K_V1")
     assert f"put it at {tmp_path}/hub/checkpoints/resnet18-f37072fd.pth" in str(error.value)
 
     monkeypatch.setattr(timm, "create_model", refuse)
-    with pytest.raises(
-        FileNotFoundError, match=r"resnet18 .* \(no route to host\); bring .* pretrained to false"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"resnet18 .* \(no route to host\); bring .* pretrained to false"):
         timm_model("resnet18", num_classes=10, pretrained=True)
 
 
@@ -133,9 +127,7 @@ def test_timm() -> None:
     assert network.training
     with pytest.raises(ValueError, match="test_vit cuts images into patches of 16x16"):
         timm_model("test_vit", num_classes=5, small_images=True)
-    with pytest.raises(
-        ValueError, match=r"repvgg_a0 does not take images of 32x32 even with its stem adapted \(The"
-    ):
+    with pytest.raises(ValueError, match=r"repvgg_a0 does not take images of 32x32 even with its stem adapted \(The"):
         timm_model("repvgg_a0", num_classes=5, small_images=True)
 
 

@@ -41,9 +41,7 @@ LAYOUTS: dict[str, Callable[[State], object]] = {
     "akamaster": akamaster,
     "benchmark": lambda state: {"epoch": 240, "model": state, "accuracy": torch.tensor(76.4)},
     "options": lambda state: {"opt": argparse.Namespace(lr=0.05), "model": state},
-    "student": lambda state: (
-        prefixed("student.", state) | prefixed("teacher.", {"fc.weight": torch.zeros(3, 3)})
-    ),
+    "student": lambda state: prefixed("student.", state) | prefixed("teacher.", {"fc.weight": torch.zeros(3, 3)}),
     "compiled": lambda state: prefixed("_orig_mod.", state),
     "nested": lambda state: {"state_dict": prefixed("model._orig_mod.module.", state)},
     "half": lambda state: {n: t.half() if t.is_floating_point() else t for n, t in state.items()},
@@ -96,9 +94,7 @@ def test_lightning_checkpoint(tmp_path: Path) -> None:
     trainer = Trainer(logger=False, accelerator="cpu", barebones=True)
     trainer.strategy.connect(Module())
     trainer.save_checkpoint(tmp_path / "best.ckpt")
-    assert_same_weights(
-        load_weights(resnet8(num_classes=5), tmp_path / "best.ckpt"), trained(), rtol=0, atol=0
-    )
+    assert_same_weights(load_weights(resnet8(num_classes=5), tmp_path / "best.ckpt"), trained(), rtol=0, atol=0)
 
 
 class Wrapped(nn.Module):
@@ -158,9 +154,7 @@ class Attack:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("write", ["zip", "legacy", "pickle0", "pickle2", "pickle4", "safetensors"])
-def test_code_in_a_file_is_not_run(
-    write: str, force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_in_a_file_is_not_run(write: str, force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marker, file = tmp_path / "marker", tmp_path / ("w.safetensors" if write == "safetensors" else "w.pt")
     content = {"state_dict": resnet8(num_classes=5).state_dict(), "extra": Attack(marker)}
     if write.startswith("pickle"):
@@ -169,18 +163,12 @@ def test_code_in_a_file_is_not_run(
         torch.save(content, file, _use_new_zipfile_serialization=write != "legacy")
     if force:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    told = (
-        r"would have to run code \(\w+\.system\)"
-        if write in ("zip", "legacy", "pickle0", "pickle2")
-        else "is not a"
-    )
+    told = r"would have to run code \(\w+\.system\)" if write in ("zip", "legacy", "pickle0", "pickle2") else "is not a"
     with pytest.raises(ValueError, match=told):
         load_weights(resnet8(num_classes=5), file)
     assert not marker.exists()
     if write != "safetensors":  # the attack is a real one
-        torch.load(file, weights_only=False) if not write.startswith("pickle") else pickle.loads(
-            file.read_bytes()
-        )
+        torch.load(file, weights_only=False) if not write.startswith("pickle") else pickle.loads(file.read_bytes())
         assert marker.exists()
 
 
@@ -222,9 +210,7 @@ def test_damaged_files(name: str, keep: float, tmp_path: Path) -> None:
 
 def test_missing_files(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "resnet56.pth")
-    with pytest.raises(
-        FileNotFoundError, match=r"no weights file .*resnet65.pth; beside it lie resnet56.pth"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no weights file .*resnet65.pth; beside it lie resnet56.pth"):
         load_weights(resnet8(num_classes=5), tmp_path / "resnet65.pth")
     with pytest.raises(FileNotFoundError, match=r"no weights file .*; train it first, or correct the path"):
         load_weights(resnet8(num_classes=5), tmp_path / "nowhere" / "best.ckpt")

@@ -349,7 +349,9 @@ def test_adapters_need_the_input_shape(distill, trainer) -> None:
     engine = trainer(max_epochs=1)
     engine.fit(module, Plain())
     assert "train/hint" in engine.callback_metrics
-    assert any(parameter is module.criterion.adapter.weight for parameter in engine.optimizers[0].param_groups[0]["params"])
+    assert any(
+        parameter is module.criterion.adapter.weight for parameter in engine.optimizers[0].param_groups[0]["params"]
+    )
 
 
 def test_normalization_needs_the_data_s(distill, data, trainer) -> None:

@@ -1,0 +1,33 @@
+"""The progress bar."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar with loss, accuracy, and the time left until the end of fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._start = (0.0, 0)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, pl_module)
+        self._start = (time.monotonic(), trainer.global_step)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+        """What is shown behind the bar."""
+        metrics: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
+        metrics.pop("v_num", None)
+        since, first_step = self._start
+        done, steps = trainer.global_step - first_step, trainer.estimated_stepping_batches - trainer.global_step
+        if done and 0 < steps < float("inf"):
+            metrics["left"] = str(timedelta(seconds=round((time.monotonic() - since) / done * steps)))
+        return metrics

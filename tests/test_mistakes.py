@@ -1,0 +1,308 @@
+"""Each mistake gets one sentence with the remedy, and exit code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lkd.__main__ import main
+from lkd.models import resnet8, resnet14
+
+SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture
+def answer(capsys, monkeypatch):
+    """Runs lkd and returns what it says of the mistake."""
+    monkeypatch.delenv("LKD_DEBUG", raising=False)
+
+    def run(*args: str) -> str:
+        assert main([*args]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lkd: error: ")]
+        assert "Traceback" not in line
+        return line.removeprefix("lkd: error: ")
+
+    return run
+
+
+@pytest.fixture
+def fit(answer):
+    """`lkd fit` of the digits with some settings."""
+    return lambda *settings: answer("fit", "--config", "configs/digits/kd.yaml", *SHORT, *settings)
+
+
+def _changed(*path: str, name: str, value: object = None) -> str:
+    """A copy of the digits' config in which the last key of the path is called otherwise."""
+    from lkd.arguments import find_config
+
+    config = yaml.safe_load(find_config("digits/kd").read_text())
+    place = config
+    for key in path[:-1]:
+        place = place[key]
+    place[name] = place.pop(path[-1]) if value is None else value
+    Path("changed.yaml").write_text(yaml.safe_dump(config))
+    return "changed.yaml"
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "says"),
+    [
+        (("trainer",), "trianer", "lkd has no setting 'trianer'; did you mean 'trainer'?"),
+        (
+            ("trainer", "max_epochs"),
+            "max_epoch",
+            "lkd has no setting 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?",
+        ),
+        (
+            ("model", "init_args", "student"),
+            "studnet",
+            "lkd.DistillModule has no setting 'studnet'; did you mean 'student'?",
+        ),
+        (
+            ("model", "init_args", "criterion", "init_args", "temperature"),
+            "temprature",
+            "lkd.losses.KD has no setting 'temprature'; did you mean 'temperature'?",
+        ),
+        (
+            ("model", "init_args", "student", "init_args", "depth"),
+            "dept",
+            "lkd.models.CIFARResNet has no setting 'dept'; did you mean 'depth'?",
+        ),
+        (
+            ("model", "init_args", "optimizer", "init_args", "lr"),
+            "lrr",
+            "torch.optim.SGD has no setting 'lrr'; did you mean 'lr'?",
+        ),
+        (
+            ("data", "init_args", "batch_size"),
+            "batchsize",
+            "lkd.DigitsDataModule has no setting 'batchsize'; did you mean 'batch_size'?",
+        ),
+        (("model", "init_args"), "init_arg", "changed.yaml has a key 'init_arg'; did you mean 'init_args'?"),
+        (
+            ("model", "class_path"),
+            "classpath",
+            "changed.yaml has a key 'classpath'; did you mean 'class_path'?",
+        ),
+    ],
+)
+def test_misspelt_key(answer, path, name, says) -> None:
+    assert says in answer("fit", "--config", _changed(*path, name=name))
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        (
+            "--model.init_args.distil_weight=1",
+            "lkd.DistillModule has no setting 'distil_weight'; did you mean 'distill_weight'?",
+        ),
+        ("--data.batchsize=1", "lkd.DigitsDataModule has no setting 'batchsize'; did you mean 'batch_size'?"),
+        (
+            "--trainer.max_eposch=1",
+            "lkd has no setting 'trainer.max_eposch'; did you mean 'trainer.max_epochs'?",
+        ),
+        ("--confg=a.yaml", "lkd has no setting 'confg'; did you mean 'config'?"),
+        ("--trainer.max_epochs=three", "trainer.max_epochs: expected int, got three"),
+        ("--data.init_args.batch_size=many", "data.batch_size: expected int, got many"),
+    ],
+)
+def test_misspelt_option(fit, setting, says) -> None:
+    assert says in fit(setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("--model.init_args.criterion=lkd.losses.KDD", "there is no 'KDD' in lkd.losses; did you mean 'KD'?"),
+        (
+            "--model.init_args.student=lkd.models.resnet9",
+            "there is no 'resnet9' in lkd.models; did you mean 'resnet8'?",
+        ),
+        (
+            "--data=lkd.DigitDataModule",
+            "there is no 'DigitDataModule' in lkd; did you mean 'DigitsDataModule'?",
+        ),
+        ("--model=lkd.DistilModule", "there is no 'DistilModule' in lkd; did you mean 'DistillModule'?"),
+        ("--model=lkdd.DistillModule", "there is no module 'lkdd'"),
+    ],
+)
+def test_misspelt_class(fit, setting, says) -> None:
+    assert says in fit(setting)
+
+
+def test_unknown_command(answer) -> None:
+    assert answer("fti") == "there is no command 'fti'; did you mean 'fit'?"
+
+
+def test_missing_files(answer, fit) -> None:
+    assert "there is no config 'digits/kdd.yaml'; the nearest of lkd's own are digits/kd.yaml" in answer(
+        "fit", "--config", "digits/kdd.yaml"
+    )
+    assert "there is no checkpoint 'best.ckpt'" in fit("--ckpt_path=best.ckpt")
+    assert "there is no weights file teacher.pth" in fit("--model.init_args.teacher_ckpt=teacher.pth")
+    assert "lkd:digits_resnet8" in fit("--model.init_args.teacher_ckpt=lkd:digits")
+    Path("lone.ckpt").touch()
+    assert "give the config that it was trained with" in answer("test", "--ckpt_path", "lone.ckpt")
+
+
+def test_nothing_to_run(answer) -> None:
+    assert "data, fit.model" in answer("fit")
+    assert "lkd.DistillModule needs values for student, teacher" in answer(
+        "fit", "--model=lkd.DistillModule", "--data=lkd.DigitsDataModule"
+    )
+
+
+def test_yaml_that_is_none(answer) -> None:
+    Path("bad.yaml").write_text("model: {a: [1\ntrainer:\n\t- x")
+    assert "bad.yaml is no YAML" in answer("fit", "--config", "bad.yaml")
+
+
+def test_measuring_without_a_checkpoint(answer) -> None:
+    says = answer("test", "--config", "configs/digits/kd.yaml")
+    assert "lkd test needs a checkpoint" in says
+    assert "--ckpt_path" in says
+
+
+def test_class_counts(fit) -> None:
+    settings = ["--model.init_args.teacher_ckpt=null", "--model.init_args.teacher.init_args.num_classes=12"]
+    assert "the student has 10 classes, the teacher 12" in fit(*settings)
+    settings = [f"--model.init_args.{name}.init_args.num_classes=7" for name in ("student", "teacher")]
+    assert "the data has 10 classes, the student only 7" in fit("--model.init_args.teacher_ckpt=null", *settings)
+
+
+def test_channels(fit) -> None:
+    says = fit("--model.init_args.student.init_args.in_channels=3")
+    assert "the student cannot take this data's input (1, 1, 8, 8)" in says
+    assert "in_channels" in says
+
+
+LABELS = """
+import torch
+from torch.utils.data import TensorDataset
+import lkd
+
+class Known(lkd.ImageDataModule):
+    num_classes, input_shape, mean, std = 10, (1, 8, 8), (0.5,), (0.5,)
+    def make_dataset(self, split):
+        if split != "val":
+            return TensorDataset(torch.zeros(60, 1, 8, 8, dtype=torch.uint8), torch.arange(60) % 12)
+
+class Foreign(lkd.DigitsDataModule):
+    def setup(self, stage):
+        super().setup(stage)
+        for dataset in self.datasets.values():
+            dataset.target = dataset.target + 5
+"""
+
+
+@pytest.mark.parametrize("kind", ["Known", "Foreign"])
+def test_label_out_of_range(answer, kind, monkeypatch) -> None:
+    Path(f"labels_{kind.lower()}.py").write_text(LABELS)
+    monkeypatch.syspath_prepend(Path.cwd())
+    config = ["--config", "pairs/digits", "--config", "methods/kd"]
+    says = answer("fit", *config, f"--data=labels_{kind.lower()}.{kind}", *SHORT)
+    assert ("has label 10" if kind == "Known" else "a label is out of range") in says
+    assert "0 to 9" in says or "0..9" in says
+
+
+def test_unknown_layer(answer) -> None:
+    Path("hints.py").write_text(
+        "from lkd import DistillLoss\n"
+        "class Hint(DistillLoss):\n"
+        "    def __init__(self, layer: str) -> None:\n"
+        "        super().__init__([layer], [layer])\n"
+        "    def forward(self, student, teacher, batch):\n"
+        "        return (student.features - teacher.features).mean()\n"
+    )
+    criterion = [
+        "--model.init_args.criterion=hints.Hint",
+        "--model.init_args.criterion.init_args.layer=layr2",
+    ]
+    says = answer("fit", "--config", "digits/kd", *criterion)
+    assert "CIFARResNet has no layer 'layr2'; nearest names: layer2" in says
+
+
+def _images(*names: str) -> str:
+    for name in names:
+        Path("tree", name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(Path("tree", name))
+    return "--data.init_args.root=tree"
+
+
+def _folder(answer, root: str, *settings: str) -> str:
+    configs = ["--config", "data/folder", "--config", "pairs/resnet56_resnet20_10"]
+    classes = [f"--model.init_args.{name}.init_args.num_classes=2" for name in ("student", "teacher")]
+    small = [
+        "--data.init_args.image_size=32",
+        "--data.init_args.batch_size=4",
+        "--data.init_args.num_workers=0",
+    ]
+    return answer("fit", *configs, *classes, *small, root, *SHORT, *settings)
+
+
+def test_image_folders(answer) -> None:
+    assert "nowhere" in _folder(answer, "--data.init_args.root=nowhere")
+    Path("tree/train").mkdir(parents=True)
+    assert "tree/train" in _folder(answer, "--data.init_args.root=tree")
+    Path("tree/train/cat").mkdir()
+    Path("tree/train/dog").mkdir()
+    says = _folder(answer, _images("test/cat/0.png", "test/dog/0.png"))
+    assert "no images in the class folders cat, dog of tree/train" in says
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_image(answer, workers: int) -> None:
+    root = _images(
+        *(f"{split}/{name}/{i}.png" for split in ("train", "test") for name in ("cat", "dog") for i in range(8))
+    )
+    Path("tree/train/dog/5.png").write_bytes(b"no image")
+    settings = [
+        "--data.init_args.val_size=2",
+        "--data.init_args.batch_size=2",
+        f"--data.init_args.num_workers={workers}",
+    ]
+    says = _folder(answer, root, *settings)
+    assert "tree/train/dog/5.png cannot be read" in says
+
+
+def test_data_that_is_not_there(answer, monkeypatch) -> None:
+    def offline(*args: object, **rest: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    torch.save(resnet14(num_classes=10).state_dict(), "teacher.pth")
+    configs = ["--config", "data/cifar10", "--config", "pairs/resnet56_resnet20_10"]
+    says = answer("fit", *configs, *SHORT)
+    assert "cifar-10-python.tar.gz" in says
+    assert "data" in says
+    assert "configs/digits/kd.yaml needs no download" in says
+
+
+def test_weights_of_other_shapes(fit) -> None:
+    torch.save(resnet8(num_classes=12, in_channels=1).state_dict(), "twelve.pth")
+    says = fit("--model.init_args.teacher_ckpt=twelve.pth")
+    assert "fc.weight is (12, 64) in the file and (10, 64) in the network" in says
+
+
+def test_numbers_out_of_range(fit) -> None:
+    assert "temperature must be greater than 0, got 0" in fit("--model.init_args.criterion.init_args.temperature=0")
+    assert "hard_weight must not be negative, got -1" in fit("--model.init_args.hard_weight=-1")
+
+
+def test_loss_that_is_not_finite(fit) -> None:
+    says = fit("--model.init_args.optimizer.init_args.lr=1e30")
+    assert "the loss is not finite since step" in says
+    assert "student logits were not finite" in says
+
+
+def test_traceback_on_demand(monkeypatch) -> None:
+    with pytest.raises(ValueError, match="temperature must be greater than 0"):
+        main(["fit", "--config", "digits/kd", "--model.init_args.criterion.init_args.temperature=0", "--debug"])
+    monkeypatch.setenv("LKD_DEBUG", "1")
+    with pytest.raises(ValueError, match="temperature must be greater than 0"):
+        main(["fit", "--config", "digits/kd", "--model.init_args.criterion.init_args.temperature=0"])
