@@ -154,6 +154,7 @@ _KNOWN = (  # what Lightning warns of in every run, though all is as it should b
     ".*in eval mode at the start of training.*",
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*The dirpath has changed from.*",
+    ".*callbacks used to create the checkpoint need to be provided.*",
 )
 
 

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 _LAYOUT = {
     "lkd": {
         "accuracy": ["Multiline", ["train/acc", "val/acc", "val/teacher_acc"]],
-        "loss": ["Multiline", ["train/loss", "train/hard", "val/loss"]],
+        "loss": ["Multiline", ["train/loss", "val/loss"]],
+        "terms of the training loss": ["Multiline", ["train/(?!acc$|images_per_s$)"]],
         "agreement with the teacher": ["Multiline", ["val/agreement"]],
     }
 }

@@ -35,7 +35,9 @@ class FitReport(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 metrics = {f"final/{name}": figure for name, figure in figures.items()}
-                logger.log_hyperparams(dict(pl_module.hparams_initial), metrics)
+                settings = {name.lstrip("_"): value for name, value in pl_module.hparams_initial.items()}
+                settings.pop("instantiator", None)  # Lightning's note of how to build the module again
+                logger.log_hyperparams(settings, metrics)
 
 
 def _figures(trainer: L.Trainer) -> dict[str, float]:

@@ -32,7 +32,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         batch_size: Images in a batch, in each process.
         num_workers: Processes that read images; by default none for data in memory, else up to 4.
         val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
-        split_seed: Seed of that choice; not the run's, so that teacher and students agree.
+        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all.
+        drop_unlabelled: Leave the others out of training; otherwise they stay, without a label, for the teacher.
+        split_seed: Seed of these choices; not the run's, so that teacher and students agree.
         seed: Seed of order and augmentation; by default the run's.
         augment: Random changes of training images; by default the data set's usual ones, `[]` for none.
         mean: Mean of each channel, of pixels in [0, 1]; by default the data set's.
@@ -58,6 +60,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
         batch_size: int = 128,
         num_workers: int | None = None,
         val_size: int | float = 0.1,
+        label_size: int | float = 1.0,
+        drop_unlabelled: bool = False,
         split_seed: int = 0,
         seed: int | None = None,
         augment: list[ImageTransform | BatchTransform] | None = None,
@@ -70,6 +74,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.val_size = val_size
+        self.label_size = label_size
+        self.drop_unlabelled = drop_unlabelled
         self.split_seed = split_seed
         self.seed = seed
         self.augment = augment
@@ -123,7 +129,19 @@ class ImageDataModule(L.LightningDataModule, ABC):
             held_out[stratified(target, self.val_size, self.split_seed)] = True
             self.datasets["val"] = self._wrap(source, target, held_out)
         augment = self.default_augment() if self.augment is None else self.augment
-        self.datasets["train"] = self._wrap(source, target, ~held_out, augment)
+        labelled = self._labelled(target, ~held_out)
+        chosen = labelled if self.drop_unlabelled else ~held_out
+        self.datasets["train"] = self._wrap(source, target.where(labelled, IGNORE_INDEX), chosen, augment)
+
+    def _labelled(self, target: Tensor, training: Tensor) -> Tensor:
+        """Which training images keep their label `(N,)`, bool."""
+        if self.label_size == 1:
+            return training & (target != IGNORE_INDEX)
+        position = training.nonzero().squeeze(1)
+        chosen = stratified(target[position], self.label_size, self.split_seed, "label_size", ("labelled",))
+        labelled = torch.zeros_like(training)
+        labelled[position[chosen]] = True
+        return labelled
 
     def _open(self, split: Split) -> tuple[ImageSource, Tensor]:
         source = self.make_dataset(split)

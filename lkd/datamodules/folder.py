@@ -33,7 +33,9 @@ class ImageFolderDataModule(ImageDataModule):
         batch_size: Images in a batch, in each process.
         num_workers: Processes that read images; by default up to 4.
         val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
-        split_seed: Seed of that choice; not the run's, so that teacher and students agree.
+        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all.
+        drop_unlabelled: Leave the others out of training; otherwise they stay, without a label, for the teacher.
+        split_seed: Seed of these choices; not the run's, so that teacher and students agree.
         seed: Seed of order and augmentation; by default the run's.
         augment: Random changes of training images; by default RandomResizedCrop and RandomHorizontalFlip.
         mean: Mean of each channel, of pixels in [0, 1]; by default ImageNet's.
@@ -49,6 +51,8 @@ class ImageFolderDataModule(ImageDataModule):
         batch_size: int = 128,
         num_workers: int | None = None,
         val_size: int | float = 0.1,
+        label_size: int | float = 1.0,
+        drop_unlabelled: bool = False,
         split_seed: int = 0,
         seed: int | None = None,
         augment: list[ImageTransform | BatchTransform] | None = None,
@@ -58,7 +62,9 @@ class ImageFolderDataModule(ImageDataModule):
         # The gray statistics are the means of the colours'.
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.449,), (0.226,))
         self.input_shape = (in_channels, image_size, image_size)
-        super().__init__(batch_size, num_workers, val_size, split_seed, seed, augment, mean, std)
+        super().__init__(
+            batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed, seed, augment, mean, std
+        )
         self.root = root
         self.resize = CenterCrop(crop_ratio)
 
@@ -89,7 +95,9 @@ class ImageNetDataModule(ImageFolderDataModule):
         batch_size: Images in a batch, in each process.
         num_workers: Processes that read images; by default up to 4.
         val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
-        split_seed: Seed of that choice; not the run's, so that teacher and students agree.
+        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all.
+        drop_unlabelled: Leave the others out of training; otherwise they stay, without a label, for the teacher.
+        split_seed: Seed of these choices; not the run's, so that teacher and students agree.
         seed: Seed of order and augmentation; by default the run's.
         augment: Random changes of training images; by default RandomResizedCrop and RandomHorizontalFlip.
         mean: Mean of each channel, of pixels in [0, 1].

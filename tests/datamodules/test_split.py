@@ -59,3 +59,26 @@ def test_a_class_without_validation_images_is_refused():
 def test_a_class_without_training_images_is_refused():
     with pytest.raises(ValueError, match=r"val_size 0.9 leaves no training image of class 0, which has 1 of the 51"):
         stratified(targets(1, 50), 0.9, 0)
+
+
+def test_some_images_keep_their_label():
+    from lkd import SyntheticDataModule
+
+    def training(**settings):
+        data = SyntheticDataModule(num_classes=4, input_shape=(3, 8, 8), train_size=200, val_size=40, **settings)
+        data.setup("fit")
+        dataset = data.datasets["train"]
+        return dataset.index, dataset.target[dataset.index], data.datasets["val"].target
+
+    index, target, val = training(label_size=20)
+    assert len(index) == 160
+    assert target[target != IGNORE_INDEX].bincount().tolist() == [5, 5, 5, 5]
+    assert (val != IGNORE_INDEX).all()
+    few, labels, _ = training(label_size=20, drop_unlabelled=True)
+    assert torch.equal(few, index[target != IGNORE_INDEX])
+    assert torch.equal(labels, target[target != IGNORE_INDEX])
+    assert torch.equal(training(label_size=20, seed=5)[1], target)
+    assert not torch.equal(training(label_size=20, split_seed=5)[1], target)
+    assert (training()[1] != IGNORE_INDEX).all()
+    with pytest.raises(ValueError, match="label_size 3 leaves no labelled image of class 3"):
+        training(label_size=3)

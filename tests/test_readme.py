@@ -1,0 +1,69 @@
+"""What the README shows is run as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import resnet18
+
+from lkd.__main__ import main
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [line for kind, text in BLOCKS if kind == "console" for line in text.splitlines() if line.startswith("lkd ")]
+SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture
+def reader(monkeypatch) -> None:
+    """The folder of someone who saved every named file of the README, and has a shop."""
+    monkeypatch.syspath_prepend(Path.cwd())
+    for _, text in BLOCKS:
+        if named := re.match(r"# (\w+\.(py|yaml))\n", text):
+            Path(named[1]).write_text(text)
+    rng = np.random.default_rng(0)
+    for split, name, number in ((s, c, n) for s in ("train", "test") for c in ("hat", "shoe") for n in range(20)):
+        folder = Path("shop", split, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
+    torch.save(resnet18(num_classes=2).state_dict(), "teacher.pth")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(command: str, reader: None) -> None:
+    assert main([*shlex.split(command)[1:], *SHORT]) == 0
+    (best,) = Path("runs").rglob("best.ckpt")
+    assert main(["test", "--ckpt_path", str(best), "--trainer.accelerator=cpu"]) == 0
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) == 6
+
+
+def test_own_criterion_logs_its_terms(reader: None) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(["fit", "--config", "configs/digits/kd.yaml", "--config", "gap.yaml", *SHORT]) == 0
+    (run,) = Path("runs").rglob("version_0")
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert {"train/gap_logits", "train/gap_features"} <= set(events.Tags()["scalars"])
+    content = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    assert "criterion.adapter.weight" in content["state_dict"]
+
+
+def test_python(capsys) -> None:
+    (script,) = (text for kind, text in BLOCKS if kind == "python" and text.startswith("import lightning"))
+    exec(compile(script, "README.md", "exec"), {})
+    assert "test/agreement" in capsys.readouterr().out
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (Path(__file__).parent.parent / target).exists(), target
