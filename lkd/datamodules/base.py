@@ -130,8 +130,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
             self.datasets["val"] = self._wrap(source, target, held_out)
         augment = self.default_augment() if self.augment is None else self.augment
         labelled = self._labelled(target, ~held_out)
+        kept = target.masked_fill(~held_out & ~labelled, IGNORE_INDEX)
         chosen = labelled if self.drop_unlabelled else ~held_out
-        self.datasets["train"] = self._wrap(source, target.where(labelled, IGNORE_INDEX), chosen, augment)
+        self.datasets["train"] = self._wrap(source, kept, chosen, augment)
 
     def _labelled(self, target: Tensor, training: Tensor) -> Tensor:
         """Which training images keep their label `(N,)`, bool."""
