@@ -24,7 +24,7 @@ from lkd.taps import FeatureTaps
 from lkd.types import IGNORE_INDEX, Batch, Probe
 
 _LOGITS = " logits"
-_OBJECTS = ("model", "student", "teacher", "criterion", "optimizer", "lr_scheduler")
+_OBJECTS = ("model", "student", "teacher", "criterion", "optimizer", "lr_scheduler", "teacher_normalization")
 
 
 def accuracy() -> Metric:
@@ -193,10 +193,10 @@ class ClassificationModule(L.LightningModule):
             logger.log_metrics({**bar, **curves}, step=self.global_step - 1)  # as Lightning counts
 
     def _check_finite(self, first_bad: dict[str, int]) -> None:
-        if not first_bad:
+        if "loss" not in first_bad:
             return
-        step = min(first_bad.values())
-        names = [name for name, bad_step in first_bad.items() if bad_step == step]
+        step = first_bad["loss"]
+        names = [name for name, bad_step in first_bad.items() if bad_step <= step]
         terms = [name for name in names if name != "loss" and not name.endswith(_LOGITS)]
         networks = [name for name in names if name.endswith(_LOGITS)]
         blame = f"{' and '.join(networks)} were not finite there" if networks else "all logits were still finite there"

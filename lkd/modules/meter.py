@@ -24,13 +24,14 @@ class Meter:
         """Add one step's values.
 
         Args:
-            values: Scalars on one device, under the same names in every step between two readings.
+            values: Scalars on one device. Where the names are others than in the step before, as when a weight
+                rises from 0, it starts again.
             step: The step's number, for the error if one of them is not finite.
         """
         stacked = torch.stack([value.detach().float() for value in values.values()])
         bad = torch.where(stacked.isfinite(), torch.inf, float(step))
-        if self._sums is None or self._first_bad is None:
-            self._names, self._sums, self._first_bad = tuple(values), stacked, bad
+        if self._sums is None or self._first_bad is None or self._names != tuple(values):
+            self._names, self._sums, self._first_bad, self._count = tuple(values), stacked, bad, 0
         else:
             self._sums, self._first_bad = self._sums + stacked, torch.minimum(self._first_bad, bad)
         self._count += 1

@@ -192,7 +192,8 @@ def test_adapters_train_and_come_back(distill, data, trainer, tmp_path) -> None:
 def test_checkpoint_is_small_and_safe(data, trainer, tmp_path) -> None:
     from lkd.models import resnet20, resnet56
 
-    module = DistillModule(resnet20(num_classes=4), resnet56(num_classes=4))
+    own = Normalization((0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
+    module = DistillModule(resnet20(num_classes=4), resnet56(num_classes=4), teacher_normalization=own)
     engine = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
     engine.fit(module, data)
     engine.save_checkpoint(tmp_path / "run.ckpt")

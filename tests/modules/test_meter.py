@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lkd.modules.meter import Meter
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def test_means_since_the_last_reading() -> None:
+    meter = Meter()
+    for step, value in enumerate((1.0, 2.0, 6.0)):
+        meter.update({"a": torch.tensor(value), "b": torch.tensor(step)}, step)
+    assert meter.means(_alone) == {"a": 3.0, "b": 1.0}
+    assert meter.means(_alone) == {}
+    meter.update({"a": torch.tensor(5.0)}, 3)
+    assert meter.means(_alone) == {"a": 5.0}
+
+
+def test_means_over_processes() -> None:
+    meter = Meter()
+    meter.update({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, 0)
+    assert meter.means(lambda sums: torch.stack([sums, sums + 2])) == {"a": 2.0, "b": 3.0}
+
+
+def test_first_step_that_is_not_finite() -> None:
+    meter = Meter()
+    for step, value in enumerate((1.0, float("inf"), 1.0, float("nan"))):
+        meter.update({"a": torch.tensor(value), "b": torch.tensor(1.0)}, 10 + step)
+    assert meter.first_bad(_alone) == {"a": 11}
+    elsewhere = torch.tensor([torch.inf, 7.0])
+    assert meter.first_bad(lambda own: torch.stack([own, elsewhere])) == {"a": 11, "b": 7}
+    meter.means(_alone)
+    assert meter.first_bad(_alone) == {}
+
+
+def test_other_names_start_again() -> None:
+    meter = Meter()
+    meter.update({"a": torch.tensor(9.0)}, 0)
+    meter.update({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, 1)
+    meter.update({"a": torch.tensor(2.0), "b": torch.tensor(2.0)}, 2)
+    assert meter.means(_alone) == pytest.approx({"a": 1.5, "b": 2.0})
+
+
+def test_values_keep_no_graph() -> None:
+    meter = Meter()
+    weight = torch.ones((), requires_grad=True)
+    meter.update({"a": weight * 2}, 0)
+    assert not meter._sums.requires_grad
