@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from lkd.types import Batch, Outputs, Probe
 
 
+RESERVED = ("hard", "loss", "acc")
+"""Names of curves that a criterion must not take."""
+
+
 class DistillLoss(nn.Module, ABC):
     """What a student is asked to imitate.
 
@@ -101,7 +105,7 @@ class WeightedSum(DistillLoss):
         weights = weights or {}
         if not criteria:
             raise ValueError("WeightedSum needs at least one criterion")
-        if taken := sorted({"hard", "loss", "acc"} & set(criteria)):
+        if taken := sorted(set(RESERVED) & set(criteria)):
             raise ValueError(f"a criterion in WeightedSum must not be called {taken}: other curves have this name")
         if unknown := sorted(set(weights) - set(criteria)):
             raise ValueError(f"WeightedSum has weights for {unknown}, but its criteria are {sorted(criteria)}")
@@ -139,5 +143,9 @@ class WeightedSum(DistillLoss):
         terms = {}
         for name, criterion in self.criteria.items():
             for key, term in named_terms(name, criterion(student, teacher, batch)).items():
+                if key in terms:
+                    raise ValueError(
+                        f"two criteria in WeightedSum have a term called {key!r}; call one of them otherwise"
+                    )
                 terms[key] = self.weights[name] * term
         return terms

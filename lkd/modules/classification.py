@@ -151,8 +151,8 @@ class ClassificationModule(L.LightningModule):
         loss = torch.stack(list(terms.values())).sum()
         self.watch(self.network_names[0], logits)
         counts = {
-            "correct": (logits.argmax(1) == batch.target).sum(),
-            "labelled": (batch.target != IGNORE_INDEX).sum(),
+            "correct answers": (logits.argmax(1) == batch.target).sum(),
+            "labelled images": (batch.target != IGNORE_INDEX).sum(),
         }
         self._meter.update({"loss": loss, **terms, **counts, **self._watched}, self.global_step)
         return loss
@@ -184,7 +184,7 @@ class ClassificationModule(L.LightningModule):
     def _log_training(self) -> None:
         self._check_finite(self._meter.first_bad(self._gather))
         means = self._meter.means(self._gather)
-        means["acc"] = means.pop("correct") / max(means.pop("labelled"), 1e-9)
+        means["acc"] = means.pop("correct answers") / max(means.pop("labelled images"), 1e-9)
         curves = {f"train/{name}": mean for name, mean in means.items() if not name.endswith(_LOGITS)}
         bar = {name: curves.pop(name) for name in ("train/loss", "train/acc")}
         self.log_dict(bar, prog_bar=True, logger=False)

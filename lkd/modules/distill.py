@@ -14,6 +14,7 @@ from torch.optim import SGD
 from torchmetrics import Metric
 
 from lkd.losses import KD, DistillLoss, named_terms
+from lkd.losses.base import RESERVED
 from lkd.models import load_weights
 from lkd.modules.classification import ClassificationModule, accuracy
 from lkd.taps import FeatureTaps
@@ -77,6 +78,11 @@ class DistillModule(ClassificationModule):
             raise ValueError("distill_weight and hard_weight are both 0, so there is nothing to learn; set one of them")
         self.teacher = load_weights(teacher, teacher_ckpt) if teacher_ckpt else teacher
         self.criterion = criterion if criterion is not None else KD(temperature=4.0)
+        if self.distill_name in RESERVED:
+            raise ValueError(
+                f"the criterion {type(self.criterion).__name__} would be logged as {self.distill_name!r}, the name of "
+                "another curve; call the class otherwise"
+            )
         self.distill_weight = distill_weight
         self.hard_weight = hard_weight
         self.teacher_normalization = teacher_normalization

@@ -361,3 +361,51 @@ def test_normalization_needs_the_data_s(distill, data, trainer) -> None:
         trainer().fit(distill(teacher_normalization=wanted), Plain())
     with pytest.raises(ValueError, match="has 1 channels, the data has 3"):
         trainer().fit(distill(teacher_normalization=wanted), data)
+
+
+class Hard(KD):
+    """Its curve would hide the cross-entropy's."""
+
+
+def test_names_of_other_curves_are_taken(distill) -> None:
+    with pytest.raises(ValueError, match=r"the criterion Hard would be logged as 'hard', the name of another curve"):
+        distill(criterion=Hard())
+
+
+class Two(KD):
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return {"b_c": super().forward(student, teacher, batch)}
+
+
+class One(KD):
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return {"c": super().forward(student, teacher, batch)}
+
+
+def test_no_term_is_lost_in_a_sum(distill) -> None:
+    module = distill(criterion=WeightedSum({"a": Two(), "a_b": One()}))
+    with pytest.raises(ValueError, match="two criteria in WeightedSum have a term called 'a_b_c'"):
+        module.losses(Batch(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])))
+
+
+def test_accuracy_in_training_counts_labelled_images(distill, data, trainer) -> None:
+    """Against a count by hand, with a student that does not change."""
+    data.label_size = 12
+    module = distill(optimizer=lambda parameters: SGD(parameters, lr=0.0), hard_weight=1.0)
+    right = seen = 0
+
+    class Count(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            nonlocal right, seen
+            with torch.no_grad():
+                chosen = pl_module.student(batch.input).argmax(1)
+            labelled = batch.target != -100
+            right += int((chosen == batch.target)[labelled].sum())
+            seen += int(labelled.sum())
+
+    for norm in (part for part in module.student.modules() if isinstance(part, nn.BatchNorm2d)):
+        norm.momentum = 0.0
+    engine = trainer(max_epochs=1, callbacks=[Count()])
+    engine.fit(module, data)
+    assert seen == 12
+    assert float(engine.callback_metrics["train/acc"]) == pytest.approx(right / seen)
