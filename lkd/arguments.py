@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,9 +11,8 @@ import yaml
 
 import lkd
 
-_CONFIG = ("--config", "-c")
 _CLASS_KEYS = ("class_path", "init_args")
-_CKPT_KEYWORDS = ("last", "best", "hpc", "null", "none")
+_NEWEST = ("last", "best")
 
 
 def prepare(args: Sequence[str]) -> tuple[list[str], str]:
@@ -29,35 +29,19 @@ def prepare(args: Sequence[str]) -> tuple[list[str], str]:
     Raises:
         FileNotFoundError: If a config or the checkpoint does not exist.
     """
-    prepared, configs, ckpt_path = [args[0]], [], None
-    for option, value in _pairs(args[1:]):
-        if option in _CONFIG and value is not None:
-            configs.append(find_config(value))
-            prepared += ["--config", str(configs[-1])]
-            continue
-        if option == "--ckpt_path" and value is not None:
-            ckpt_path = _existing_checkpoint(value)
-        prepared += [option] if value is None else [option, value]
-    if ckpt_path is not None and not configs:
-        configs = [_config_of(ckpt_path)]
-        prepared[1:1] = ["--config", str(configs[0])]
-    return prepared, _run_name(configs)
-
-
-def _pairs(args: Sequence[str]) -> list[tuple[str, str | None]]:
-    """`--key=value` and `--key value` as pairs; what has no value goes with None."""
-    pairs: list[tuple[str, str | None]] = []
-    rest = list(args)
-    while rest:
-        option = rest.pop(0)
-        if option in (*_CONFIG, "--ckpt_path") and rest:
-            pairs.append((option, rest.pop(0)))
-        elif option.startswith(("--config=", "--ckpt_path=")):
-            name, _, value = option.partition("=")
-            pairs.append((name, value))
-        else:
-            pairs.append((option, None))
-    return pairs
+    parser = ArgumentParser(prog="lkd", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    parser.add_argument("--ckpt_path")
+    parser.add_argument("--trainer.default_root_dir", dest="root")
+    given, rest = parser.parse_known_args(args[1:])
+    configs = [find_config(name) for name in given.config]
+    if given.root is not None:
+        rest.append(f"--trainer.default_root_dir={given.root}")
+    if given.ckpt_path not in (None, "null"):
+        path = _find_checkpoint(given.ckpt_path, Path(given.root or "runs"), _run_name(configs))
+        configs = configs or [_config_of(path)]
+        rest.append(f"--ckpt_path={path}")
+    return [args[0], *(f"--config={path}" for path in configs), *rest], _run_name(configs)
 
 
 def configs_folder() -> Path:
@@ -91,6 +75,11 @@ def _well_formed(path: Path) -> Path:
         config = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no settings; it should have keys such as model, data and trainer")
+    for key in {"model", "data", "trainer"} & set(config):
+        if not isinstance(config[key], dict) and not (isinstance(config[key], str) and key != "trainer"):
+            raise ValueError(f"{path} should have settings below {key!r}, got {config[key]!r}")
     for key, nearest in _misspelt(config):
         raise ValueError(f"{path} has a key {key!r}; did you mean {nearest!r}?")
     return path
@@ -106,22 +95,31 @@ def _misspelt(config: object) -> Iterator[tuple[str, str]]:
                 yield str(key), nearest
 
 
-def _existing_checkpoint(name: str) -> Path | None:
-    if name in _CKPT_KEYWORDS or Path(name).exists():
-        return Path(name) if Path(name).is_file() else None
-    near = sorted(str(path) for path in Path("runs").rglob("*.ckpt")) if Path("runs").is_dir() else []
-    hint = f"; there are {', '.join(near[:4])}" if near else "; a run writes it to runs/<name>/version_<n>/checkpoints/"
+def _find_checkpoint(name: str, root: Path, run: str) -> Path:
+    """A checkpoint's path: the file itself, or the `last` or `best` of the newest run of that name."""
+    if Path(name).is_file():
+        return Path(name)
+    if name in _NEWEST:
+        found = sorted((root / run).glob(f"version_*/checkpoints/{name}.ckpt"), key=lambda path: path.stat().st_mtime)
+        if found:
+            return found[-1]
+        raise FileNotFoundError(f"no run in {root / run} has left a {name}.ckpt; give the checkpoint's path")
+    near = sorted(str(path) for path in root.rglob("*.ckpt")) if root.is_dir() else []
+    hint = (
+        f"; there are {', '.join(near[:4])}" if near else f"; a run writes it to {root}/<name>/version_<n>/checkpoints/"
+    )
     raise FileNotFoundError(f"there is no checkpoint {name!r}{hint}")
 
 
 def _config_of(ckpt_path: Path) -> Path:
-    config = ckpt_path.resolve().parent.parent / "config.yaml"
-    if not config.is_file():
-        raise FileNotFoundError(
-            f"no --config is given, and the checkpoint {str(ckpt_path)!r} does not lie in a run's folder "
-            f"({str(config)!r} does not exist); give the config that it was trained with"
-        )
-    return config
+    """The config of the run in whose folder a checkpoint lies."""
+    for folder in list(ckpt_path.resolve().parents)[:3]:
+        if (folder / "config.yaml").is_file():
+            return folder / "config.yaml"
+    raise FileNotFoundError(
+        f"no --config is given, and there is no config.yaml beside the checkpoint {str(ckpt_path)!r} or above it; "
+        "give the config that it was trained with"
+    )
 
 
 def _run_name(configs: Sequence[Path]) -> str:

@@ -53,6 +53,7 @@ class LkdCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},  # without a logger there is no new folder for each run
             # the whole validation split before the first epoch: how good is the teacher?
             trainer_defaults={"num_sanity_val_steps": -1, "enable_model_summary": False},
             seed_everything_default=0,
@@ -87,7 +88,6 @@ class LkdCLI(LightningCLI):
                 "checkpoint.monitor": "val/acc",
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
-                "checkpoint.enable_version_counter": False,
             }
         )
 
@@ -99,7 +99,10 @@ class LkdCLI(LightningCLI):
         if config.get("logger") in (None, True):
             kwargs["logger"] = fit and TensorBoardLogger(folder, self.run_name, default_hp_metric=False)
         logged = bool(kwargs.get("logger", config.get("logger"))) and not config.get("fast_dev_run")
-        self.trainer_defaults["callbacks"] = _callbacks(str(self.subcommand), logged)
+        kept = config.get("enable_checkpointing") is not False
+        if not kept:
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
+        self.trainer_defaults["callbacks"] = _callbacks(str(self.subcommand), logged, kept)
         own_bar = any(isinstance(callback, L.pytorch.callbacks.ProgressBar) for callback in config["callbacks"] or [])
         if config.get("enable_progress_bar") is not False and not own_bar:
             self.trainer_defaults["callbacks"].append(ProgressBar())
@@ -108,20 +111,15 @@ class LkdCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def _callbacks(command: str, logged: bool) -> list[L.Callback]:
+def _callbacks(command: str, logged: bool, kept: bool) -> list[L.Callback]:
     if command == "predict":
         return [PredictionWriter()]
     if command != "fit":
         return []
-    # ModelCheckpoint's own `save_last` writes only when there is a new best
-    last = ModelCheckpoint(filename="last", enable_version_counter=False)
-    return [
-        NetworkSummary(),
-        ImagesPerSecond(),
-        FitReport(),
-        last,
-        *([LearningRateMonitor()] if logged else []),
-    ]
+    callbacks: list[L.Callback] = [NetworkSummary(), ImagesPerSecond(), FitReport()]
+    if kept:  # ModelCheckpoint's own `save_last` writes only when there is a new best
+        callbacks.append(ModelCheckpoint(filename="last", enable_version_counter=False))
+    return [*callbacks, LearningRateMonitor()] if logged else callbacks
 
 
 def run(args: Sequence[str]) -> int:
@@ -154,6 +152,7 @@ _KNOWN = (  # what Lightning warns of in every run, though all is as it should b
     ".*in eval mode at the start of training.*",
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*The dirpath has changed from.*",
+    ".*all_gather is deprecated.*",
     ".*callbacks used to create the checkpoint need to be provided.*",
 )
 

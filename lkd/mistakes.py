@@ -80,25 +80,28 @@ def _unknown_setting(classes: list[str], reason: str) -> str | None:
 
 
 def _unknown_class(classes: list[str], reason: str) -> str | None:
-    if not classes or not re.search(r"has no attribute|No module named|is not a package", reason):
+    if missing := re.search(r"No module named '(.*?)'", reason):
+        named = f", named in {classes[-1]!r}" if classes else ""
+        return f"there is no module {missing[1]!r}{named}{_nearest(missing[1], sys.modules)}"
+    found = re.search(r"module '(.*?)' has no attribute '(.*?)'", reason)
+    if not found:
         return None
-    path, _, name = classes[-1].rpartition(".")
-    try:
-        module = import_module(path)
-    except (ImportError, ValueError):
-        return f"there is no module {path!r}, named in {classes[-1]!r}{_nearest(path, sys.modules)}"
+    path, name = found[1], found[2]
+    module = import_module(path)
     known = getattr(module, "__all__", None) or _own_names(module)
     return f"there is no {name!r} in {path}{_nearest(name, known)}"
 
 
 def _other(where: str, classes: list[str], reason: str, value: str | None) -> str:
     if found := re.search(r"the following arguments are required: (.*)", reason):
-        return f"{classes[-1] if classes else 'lkd'} needs values for {found[1]}"
+        own = re.search(r"class_path='(.*?)'", value or "")
+        return f"{own[1] if own else classes[-1] if classes else 'lkd'} needs values for {found[1]}"
     reason = re.sub(r"Expected an? (?:<class '([\w.]+)'>|typing\.)", r"expected \1", reason)
     reason = re.sub(r"\. Got value: ", ", got ", reason)
-    if reason.startswith("expected") and "got" not in reason and value is not None:
+    reason = reason.replace(" expected ", " or ")
+    if value is not None and "got " not in reason and not value.startswith(("NestedArg", "Namespace", "{")):
         reason = f"{reason}, got {value}"
-    return f"{where}: {reason}" if where and reason.startswith("expected") else reason
+    return f"{where}: {reason}" if where else reason
 
 
 def _find(class_path: str) -> Any:
@@ -128,4 +131,4 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if nearest:
         return f"; did you mean {nearest[0]!r}?"
-    return f"; there are {', '.join(sorted(known))}" if len(known) <= 30 else ""
+    return f"; there are {', '.join(sorted(known))}" if len(known) <= 30 else "; 'lkd COMMAND --help' lists all"

@@ -65,7 +65,7 @@ class FeatureTaps:
             ValueError: If a layer was not reached.
         """
         self._features.clear()
-        logits = _logits(self.network(input))
+        logits = logits_of(self.network(input))
         if unreached := [name for name in self.layers if name not in self._features]:
             raise ValueError(f"the forward pass of {type(self.network).__name__} did not reach the layers {unreached}")
         return Outputs(logits, {name: self._features[name] for name in self.layers})
@@ -118,12 +118,22 @@ def _find_layer(network: nn.Module, name: str) -> nn.Module:
     )
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a network returned: a tensor, `.logits`, or `["logits"]`.
+
+    Args:
+        output: What the network returned.
+
+    Raises:
+        TypeError: If there are none.
+    """
     if isinstance(output, dict):
         output = output.get("logits")
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
-        raise TypeError(f"a network must return logits (a tensor, `.logits` or `['logits']`), got {type(output)}")
+        raise TypeError(
+            f"a network must return logits (a tensor, `.logits` or `['logits']`), got {type(output).__name__}"
+        )
     return logits
 
 

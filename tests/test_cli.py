@@ -120,6 +120,53 @@ def test_continue_from_the_last_checkpoint(run: Path, capsys) -> None:
     assert new["global_step"] == old["global_step"] * 3 // 2
 
 
+def test_newest_checkpoint_of_a_run(capsys) -> None:
+    for _ in range(2):
+        assert main(["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1"]) == 0
+    prepared, _ = prepare(["fit", "--config", "digits/kd", "--ckpt_path", "last"])
+    assert prepared[-1] == "--ckpt_path=runs/digits/kd/version_1/checkpoints/last.ckpt"
+    assert main(["test", "--config", "digits/kd", "--ckpt_path", "best"]) == 0
+    assert "test/acc" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+def test_precisions(precision: str) -> None:
+    assert (
+        main(["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1", f"--trainer.precision={precision}"])
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "left"),
+    [
+        ("--trainer.enable_checkpointing=false", set()),
+        ("--trainer.fast_dev_run=true", set()),
+        ("--checkpoint.save_top_k=-1", {"best.ckpt", "best-v1.ckpt", "last.ckpt"}),
+        ("--trainer.limit_val_batches=0", {"last.ckpt"}),
+        ("--data.init_args.val_size=0", {"last.ckpt"}),
+    ],
+)
+def test_what_is_left_of_a_run(setting: str, left: set[str]) -> None:
+    assert main(["fit", "--config", "digits/kd", *SHORT, setting]) == 0
+    assert {path.name for path in Path().rglob("*.ckpt")} == left
+
+
+def test_two_runs_without_a_logger() -> None:
+    for _ in range(2):
+        assert main(["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1", "--trainer.logger=false"]) == 0
+    assert Path("config.yaml").is_file()
+
+
+def test_csv_logger_gets_the_same_curves() -> None:
+    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.init_args.save_dir=csv"]
+    assert main(["fit", "--config", "digits/kd", *SHORT, *logger]) == 0
+    (metrics,) = Path("csv").rglob("metrics.csv")
+    assert {"train/loss", "train/kd", "val/acc", "val/teacher_acc"} <= set(
+        metrics.read_text().splitlines()[0].split(",")
+    )
+
+
 def test_the_run_s_class_comes_back(run: Path) -> None:
     module = L.LightningModule.load_from_checkpoint(run / "checkpoints/best.ckpt")
     assert type(module) is lkd.DistillModule
@@ -168,7 +215,7 @@ def test_names_of_runs() -> None:
     assert prepare(["fit", "--config", "configs/digits/kd.yaml"])[1] == "digits/kd"
     assert prepare(["fit", "--config=data/digits", "--config", "methods/kd"])[1] == "digits+kd"
     Path("mine.yaml").write_text("{}")
-    assert prepare(["fit", "-c", "mine.yaml"]) == (["fit", "--config", "mine.yaml"], "mine")
+    assert prepare(["fit", "-c", "mine.yaml"]) == (["fit", "--config=mine.yaml"], "mine")
 
 
 def test_a_file_goes_before_lkd_s_own_config() -> None:

@@ -129,6 +129,9 @@ def test_misspelt_option(fit, setting, says) -> None:
         ),
         ("--model=lkd.DistilModule", "there is no 'DistilModule' in lkd; did you mean 'DistillModule'?"),
         ("--model=lkdd.DistillModule", "there is no module 'lkdd'"),
+        ("--model.init_args.optimizer=torch.optim.Addam", "there is no 'Addam' in torch.optim; did you mean 'Adam'?"),
+        ("--model.init_args.lr_scheduler=torch.optim.lr_scheduler.StepLR", "StepLR needs values for step_size"),
+        ("--model.init_args.criterion=math.pi", "model.criterion: Import path does not correspond to a subclass"),
     ],
 )
 def test_misspelt_class(fit, setting, says) -> None:
@@ -146,6 +149,8 @@ def test_missing_files(answer, fit) -> None:
     assert "there is no checkpoint 'best.ckpt'" in fit("--ckpt_path=best.ckpt")
     assert "there is no weights file teacher.pth" in fit("--model.init_args.teacher_ckpt=teacher.pth")
     assert "lkd:digits_resnet8" in fit("--model.init_args.teacher_ckpt=lkd:digits")
+    assert "no run in runs/digits/kd has left a last.ckpt" in fit("--ckpt_path=last")
+    assert "--config: expected one argument" in answer("fit", "--config")
     Path("lone.ckpt").touch()
     assert "give the config that it was trained with" in answer("test", "--ckpt_path", "lone.ckpt")
 
@@ -160,6 +165,40 @@ def test_nothing_to_run(answer) -> None:
 def test_yaml_that_is_none(answer) -> None:
     Path("bad.yaml").write_text("model: {a: [1\ntrainer:\n\t- x")
     assert "bad.yaml is no YAML" in answer("fit", "--config", "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "changed.yaml holds no settings; it should have keys such as model"),
+        ("- a\n- b", "changed.yaml holds no settings"),
+        ("trainer: [1]", "changed.yaml should have settings below 'trainer', got [1]"),
+        ("model:", "changed.yaml should have settings below 'model', got None"),
+    ],
+)
+def test_yaml_of_another_form(answer, text, says) -> None:
+    Path("changed.yaml").write_text(text)
+    assert says in answer("fit", "--config", "changed.yaml")
+
+
+CRITERIA = """
+from lkd import DistillLoss
+class Vector(DistillLoss):
+    def forward(self, student, teacher, batch):
+        return (student.logits - teacher.logits).square().mean(1)
+class Number(DistillLoss):
+    def forward(self, student, teacher, batch):
+        return {"gap": 1.0}
+"""
+
+
+def test_criterion_that_returns_no_scalar(answer, monkeypatch) -> None:
+    Path("returns.py").write_text(CRITERIA)
+    monkeypatch.syspath_prepend(Path.cwd())
+    fit = ["fit", "--config", "digits/kd", *SHORT]
+    says = answer(*fit, "--model.init_args.criterion=returns.Vector")
+    assert "the criterion vector must return a scalar tensor, or a dict of them, got a tensor of shape (64,)" in says
+    assert "got float" in answer(*fit, "--model.init_args.criterion=returns.Number")
 
 
 def test_measuring_without_a_checkpoint(answer) -> None:

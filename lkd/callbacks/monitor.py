@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 _LAYOUT = {
@@ -47,6 +47,8 @@ def network_size(name: str, network: nn.Module, example: Any | None) -> NetworkS
     parameters = sum(parameter.numel() for parameter in network.parameters())
     if example is None:
         return NetworkSize(name, type(network).__name__, parameters, None)
+    if isinstance(example, Tensor) and example.is_floating_point():
+        example = example.to(next(network.parameters(), example).dtype)
     training = network.training
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network.eval()(example)
@@ -108,4 +110,4 @@ class ImagesPerSecond(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log the epoch's speed."""
         if self._seconds:
-            pl_module.log("train/images_per_s", trainer.world_size * self._images / self._seconds)
+            pl_module.log("train/images_per_s", trainer.world_size * self._images / self._seconds, sync_dist=True)

@@ -59,6 +59,8 @@ class ImageFolderDataModule(ImageDataModule):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
     ) -> None:
+        if image_size < 1:
+            raise ValueError(f"image_size must be 1 or more, got {image_size}")
         # The gray statistics are the means of the colours'.
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.449,), (0.226,))
         self.input_shape = (in_channels, image_size, image_size)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lkd.types import Batch, Outputs, Probe
 
-
 RESERVED = ("hard", "loss", "acc")
 """Names of curves that a criterion must not take."""
 
@@ -77,10 +76,19 @@ def named_terms(name: str, loss: Tensor | Mapping[str, Tensor]) -> dict[str, Ten
 
     Returns:
         `{name: scalar}` or `{name_key: scalar, ...}`.
+
+    Raises:
+        TypeError: If it is neither.
     """
-    if isinstance(loss, Tensor):
-        return {name: loss}
-    return {f"{name}_{key}" if name else key: term for key, term in loss.items()}
+    terms = loss if isinstance(loss, Mapping) else {"": loss}
+    for term in terms.values():
+        if not isinstance(term, Tensor) or term.dim() > 0:
+            got = f"a tensor of shape {tuple(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+            raise TypeError(
+                f"the criterion {name or 'in a sum'} must return a scalar tensor, or a dict of them, got {got}; "
+                "take the mean over the batch, and keep it a tensor"
+            )
+    return {"_".join(part for part in (name, key) if part): term for key, term in terms.items()}
 
 
 class WeightedSum(DistillLoss):

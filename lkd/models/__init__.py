@@ -1,6 +1,9 @@
 """Networks, and reading trained weights into them."""
 
 from lkd.models.factories import timm_model, torchvision_model
+from lkd.models.imagenet_resnet import ImageNetResNet, resnet18, resnet50
+from lkd.models.layers import layer_names
+from lkd.models.mobilenet import MobileNetV2, mobilenetv2
 from lkd.models.resnet import (
     CIFARResNet,
     resnet8,
@@ -13,20 +16,44 @@ from lkd.models.resnet import (
     resnet56,
     resnet110,
 )
+from lkd.models.shufflenet import ShuffleNetV1, ShuffleNetV2, shufflev1, shufflev2
+from lkd.models.vgg import VGG, vgg8, vgg11, vgg13, vgg16, vgg19
 from lkd.models.weights import load_weights
+from lkd.models.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
 
 __all__ = [
+    "VGG",
     "CIFARResNet",
+    "ImageNetResNet",
+    "MobileNetV2",
+    "ShuffleNetV1",
+    "ShuffleNetV2",
+    "WideResNet",
+    "layer_names",
     "load_weights",
+    "mobilenetv2",
     "resnet8",
     "resnet8x4",
     "resnet14",
+    "resnet18",
     "resnet20",
     "resnet32",
     "resnet32x4",
     "resnet44",
+    "resnet50",
     "resnet56",
     "resnet110",
+    "shufflev1",
+    "shufflev2",
     "timm_model",
     "torchvision_model",
+    "vgg8",
+    "vgg11",
+    "vgg13",
+    "vgg16",
+    "vgg19",
+    "wrn_16_1",
+    "wrn_16_2",
+    "wrn_40_1",
+    "wrn_40_2",
 ]

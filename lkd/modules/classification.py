@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lkd import __version__
 from lkd.models import load_weights
 from lkd.modules.meter import Meter
-from lkd.taps import FeatureTaps
+from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Probe
 
 _LOGITS = " logits"
@@ -97,8 +97,7 @@ class ClassificationModule(L.LightningModule):
 
     def forward(self, input: Any) -> Tensor:
         """Logits `(B, K)` of the network in training."""
-        logits: Tensor = self.model(input)
-        return logits
+        return logits_of(self.model(input))
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """What is to be minimised.
@@ -176,6 +175,10 @@ class ClassificationModule(L.LightningModule):
         """Notice a loss that is not finite before a checkpoint is written."""
         if not self.trainer.sanity_checking:
             self._check_finite(self._meter.first_bad(self._gather))
+
+    def on_train_epoch_end(self) -> None:
+        """The same, where there is no validation."""
+        self._check_finite(self._meter.first_bad(self._gather))
 
     def _gather(self, tensor: Tensor) -> Tensor:
         """`(...)` of all processes as `(world, ...)`; unchanged where there is one."""
@@ -313,7 +316,10 @@ class ClassificationModule(L.LightningModule):
                 f"the {name} cannot take this data's input {shape}: {reason}; give the network the data's number of "
                 "channels (in_channels) and image size, or the data the network's"
             ) from error
-        num_classes, in_data = probe.outputs.logits.shape[1], self._data_attribute("num_classes")
+        shape = tuple(probe.outputs.logits.shape)
+        if len(shape) != 2:
+            raise ValueError(f"the {name} must return logits (batch, classes), got the shape {shape} for one input")
+        num_classes, in_data = shape[1], self._data_attribute("num_classes")
         if in_data is not None and in_data > num_classes:
             raise ValueError(
                 f"the data has {in_data} classes, the {name} only {num_classes}; "

@@ -233,7 +233,7 @@ class DistillModule(ClassificationModule):
         acc = float(metric.compute())
         chance = 1 / self._num_classes
         self.print(f"The teacher's accuracy on the validation images: {acc:.2%}")
-        if (acc - chance) / (1 - chance) < 0.1:
+        if acc - chance < 0.1 * (1 - chance):
             rank_zero_warn(
                 f"the teacher's accuracy on the validation images is {acc:.2%}, near chance ({chance:.2%}): "
                 "its weights may be untrained (teacher_ckpt), its classes in another order, or its images normalised "

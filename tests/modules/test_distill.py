@@ -270,6 +270,21 @@ def test_loss_that_is_not_finite_names_the_teacher(data, trainer, tiny) -> None:
         trainer(num_sanity_val_steps=0, limit_val_batches=0).fit(module, data)
 
 
+def test_loss_that_fails_late_is_noticed_without_validation(data, trainer, tiny) -> None:
+    data.batch_size = 8
+    module = DistillModule(Blow(tiny(), after=5), tiny())
+    with pytest.raises(ValueError, match="not finite since step 5"):
+        trainer(max_epochs=1, log_every_n_steps=4, limit_val_batches=0).fit(module, data)
+
+
+def test_logits_must_be_two_dimensional(data, trainer, tiny) -> None:
+    student = nn.Sequential(tiny(), nn.Unflatten(1, (2, 2)))
+    with pytest.raises(
+        ValueError, match=r"the student must return logits \(batch, classes\), got the shape \(1, 2, 2\)"
+    ):
+        trainer().fit(DistillModule(student, tiny()), data)
+
+
 class Infinite(DistillLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         return student.logits.sum() * torch.inf

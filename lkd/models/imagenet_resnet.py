@@ -1,0 +1,172 @@
+"""The ResNets of ImageNet, with a stem for small images."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from lkd.models.parts import check_counts, initialize_convolutions
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )
+
+
+class _BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut; the input of `relu2` is their sum."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = _shortcut(in_channels, width, stride)
+        self.relu2 = nn.ReLU()
+
+    def forward(self, feature: Tensor) -> Tensor:
+        residual = self.relu1(self.bn1(self.conv1(feature)))
+        residual = self.bn2(self.conv2(residual))
+        output: Tensor = self.relu2(residual + self.shortcut(feature))
+        return output
+
+
+class _Bottleneck(nn.Module):
+    """A 3x3 convolution of a quarter of the channels between 1x1 ones; the input of `relu3` is the sum."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        out_channels = width * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU()
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.shortcut = _shortcut(in_channels, out_channels, stride)
+        self.relu3 = nn.ReLU()
+
+    def forward(self, feature: Tensor) -> Tensor:
+        residual = self.relu1(self.bn1(self.conv1(feature)))
+        residual = self.relu2(self.bn2(self.conv2(residual)))
+        residual = self.bn3(self.conv3(residual))
+        output: Tensor = self.relu3(residual + self.shortcut(feature))
+        return output
+
+
+_Block = type[_BasicBlock] | type[_Bottleneck]
+_DEPTHS: dict[int, tuple[_Block, tuple[int, int, int, int]]] = {
+    18: (_BasicBlock, (2, 2, 2, 2)),
+    34: (_BasicBlock, (3, 4, 6, 3)),
+    50: (_Bottleneck, (3, 4, 6, 3)),
+    101: (_Bottleneck, (3, 4, 23, 3)),
+    152: (_Bottleneck, (3, 8, 36, 3)),
+}
+
+
+class ImageNetResNet(nn.Module):
+    """A ResNet of ImageNet for small images: its stem is a 3x3 convolution without stride and pooling.
+
+    Images may have any size; the four stages see it whole, halved, quartered and at an eighth. Layers to read: the
+    benchmark's features f0 to f4 are `relu`, `layer1`, `layer2`, `layer3`, `layer4` (after ReLU), the pooled feature
+    `(B, C)` is `flatten`; its pre-activations of the stages are what goes into the last ReLU of their last blocks:
+    `layer1.1.relu2:input` and so on in ResNet-18, `layer1.2.relu3:input`, `layer2.3.relu3:input`,
+    `layer3.5.relu3:input`, `layer4.2.relu3:input` in ResNet-50.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152: the number of layers with weights.
+        num_classes: Number of logits.
+        in_channels: Channels of the images: 3 for colour, 1 for gray.
+
+    Raises:
+        ValueError: If there is no such depth, or a count is not positive.
+
+    References:
+        He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, 2015 (arXiv 1512.03385). Names and order of
+        the weights are those of the CIFAR-100 distillation benchmark (Tian et al., arXiv 1910.10699), which halves the
+        resolution in a bottleneck's 3x3 convolution, not in its first.
+
+    Example:
+        >>> import torch
+        >>> ImageNetResNet(depth=18, num_classes=10, in_channels=1)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, depth: Literal[18, 34, 50, 101, 152], num_classes: int, in_channels: int = 3) -> None:
+        super().__init__()
+        if depth not in _DEPTHS:
+            raise ValueError(
+                f"depth of a ResNet of ImageNet must be one of {', '.join(map(str, _DEPTHS))}, got {depth}; "
+                "CIFARResNet has others"
+            )
+        check_counts(num_classes=num_classes, in_channels=in_channels)
+        block, (first, second, third, fourth) = _DEPTHS[depth]
+        self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU()
+        self.layer1 = _stage(block, 64, 64, first, 1)
+        self.layer2 = _stage(block, 64 * block.expansion, 128, second, 2)
+        self.layer3 = _stage(block, 128 * block.expansion, 256, third, 2)
+        self.layer4 = _stage(block, 256 * block.expansion, 512, fourth, 2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.linear = nn.Linear(512 * block.expansion, num_classes)
+        initialize_convolutions(self)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            image: `(B, in_channels, H, W)`, float, normalised.
+
+        Returns:
+            Logits `(B, num_classes)`.
+        """
+        feature = self.relu(self.bn1(self.conv1(image)))
+        feature = self.layer4(self.layer3(self.layer2(self.layer1(feature))))
+        logits: Tensor = self.linear(self.flatten(self.avgpool(feature)))
+        return logits
+
+
+def _stage(block: _Block, in_channels: int, width: int, num_blocks: int, stride: int) -> nn.Sequential:
+    others = [block(width * block.expansion, width, 1) for _ in range(num_blocks - 1)]
+    return nn.Sequential(block(in_channels, width, stride), *others)
+
+
+def resnet18(num_classes: int, in_channels: int = 3) -> ImageNetResNet:
+    """ResNet-18 of ImageNet for small images: 11 million parameters (100 classes).
+
+    Args:
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+
+    Returns:
+        The network.
+    """
+    return ImageNetResNet(18, num_classes, in_channels)
+
+
+def resnet50(num_classes: int, in_channels: int = 3) -> ImageNetResNet:
+    """ResNet-50 of ImageNet for small images: 24 million parameters (100 classes).
+
+    Args:
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+
+    Returns:
+        The network.
+    """
+    return ImageNetResNet(50, num_classes, in_channels)

@@ -1,0 +1,119 @@
+"""MobileNetV2 for small images."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lkd.models.parts import check_counts, initialize_convolutions
+
+# Of each stage: channels at width 1, blocks, stride of the first.
+_STAGES = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
+_STEM = 32
+_POOLED = 1280
+
+
+class _InvertedResidual(nn.Module):
+    """Expand by 1x1, filter each channel by 3x3, project by 1x1; no ReLU at the end, where the blocks add up."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = in_channels * expansion
+        self.is_residual = stride == 1 and in_channels == out_channels
+        self.conv = nn.Sequential(
+            *_conv_bn_relu(in_channels, inner, 1),
+            *_conv_bn_relu(inner, inner, 3, stride, groups=inner),
+            *_conv_bn_relu(inner, out_channels, 1)[:2],
+        )
+
+    def forward(self, feature: Tensor) -> Tensor:
+        output: Tensor = self.conv(feature)
+        return feature + output if self.is_residual else output
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 for small images, whose last stage sees 2x2 of 32x32 pixels.
+
+    Layers to read: the benchmark's features f0 to f4 are `conv1`, `blocks.1`, `blocks.2`, `blocks.4`, `blocks.6`, the
+    pooled feature `(B, 1280)` is `flatten`. The benchmark has no pre-activations here; no ReLU follows a stage, so that
+    f1 to f4 can serve as such.
+
+    Args:
+        width: Factor of the channels, 1 for the paper's; the last, 1280, grow with it but never shrink.
+        num_classes: Number of logits.
+        in_channels: Channels of the images: 3 for colour, 1 for gray.
+        expansion: Factor of the channels within a block.
+
+    Raises:
+        ValueError: If a count is not positive, or the width leaves a stage without channels.
+
+    References:
+        Sandler, Howard, Zhu, Zhmoginov, Chen: MobileNetV2: Inverted Residuals and Linear Bottlenecks, CVPR 2018
+        (arXiv 1801.04381). Strides, names and order of the weights are those of the CIFAR-100 distillation benchmark
+        (Tian et al., arXiv 1910.10699): the second stage keeps the resolution, and the first expands too, by 1.
+
+    Example:
+        >>> import torch
+        >>> MobileNetV2(width=0.25, num_classes=10, in_channels=1).eval()(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, width: float, num_classes: int, in_channels: int = 3, expansion: int = 6) -> None:
+        super().__init__()
+        if int(_STAGES[0][0] * width) < 1:
+            raise ValueError(f"width must leave each stage some channels, at least {1 / _STAGES[0][0]}, got {width}")
+        check_counts(num_classes=num_classes, in_channels=in_channels, expansion=expansion)
+        before = int(_STEM * width)
+        pooled = max(_POOLED, int(_POOLED * width))
+        self.conv1 = nn.Sequential(*_conv_bn_relu(in_channels, before, 3, stride=2))
+        self.blocks = nn.Sequential()
+        for channels, num_blocks, stride in _STAGES:
+            after = int(channels * width)
+            first = _InvertedResidual(before, after, stride, expansion if len(self.blocks) else 1)
+            others = [_InvertedResidual(after, after, 1, expansion) for _ in range(num_blocks - 1)]
+            self.blocks.append(nn.Sequential(first, *others))
+            before = after
+        self.conv2 = nn.Sequential(*_conv_bn_relu(before, pooled, 1))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        linear = nn.Linear(pooled, num_classes)
+        self.classifier = nn.Sequential(linear)
+        initialize_convolutions(self)
+        nn.init.normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            image: `(B, in_channels, H, W)`, float, normalised.
+
+        Returns:
+            Logits `(B, num_classes)`.
+        """
+        feature = self.conv2(self.blocks(self.conv1(image)))
+        logits: Tensor = self.classifier(self.flatten(self.avgpool(feature)))
+        return logits
+
+
+def _conv_bn_relu(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
+) -> list[nn.Module]:
+    padding = kernel_size // 2
+    return [
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(),
+    ]
+
+
+def mobilenetv2(num_classes: int, in_channels: int = 3) -> MobileNetV2:
+    """MobileNetV2 of half the width for small images: 0.81 million parameters (100 classes).
+
+    Args:
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+
+    Returns:
+        The network.
+    """
+    return MobileNetV2(0.5, num_classes, in_channels)

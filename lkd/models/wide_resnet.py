@@ -1,0 +1,149 @@
+"""Wide ResNets for small images."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+
+from lkd.models.parts import check_counts, initialize_convolutions
+
+
+class _Block(nn.Module):
+    """BatchNorm and ReLU before each of two convolutions; a new shape is projected from behind the first ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.relu1 = nn.ReLU()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.relu2 = nn.ReLU()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.convShortcut: nn.Module | None = None  # the published checkpoints' name
+        if stride != 1 or in_channels != out_channels:
+            self.convShortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        active = self.relu1(self.bn1(feature))
+        residual: Tensor = self.conv2(self.relu2(self.bn2(self.conv1(active))))
+        return residual + (feature if self.convShortcut is None else self.convShortcut(active))
+
+
+class WideResNet(nn.Module):
+    """A wide ResNet for small images: a 3x3 convolution, three stages of pre-activation blocks, a mean over the pixels.
+
+    Images may have any size; the three stages see it whole, halved and quartered. Layers to read: the benchmark's
+    features f0 to f3 are `conv1`, `block1`, `block2`, `block3` (sums that no BatchNorm and no ReLU has seen yet), the
+    pooled feature `(B, C)` is `flatten`; its pre-activations of the stages are `block2.layer.0.bn1`,
+    `block3.layer.0.bn1` and `bn1`, and behind their ReLU `block2.layer.0.relu1`, `block3.layer.0.relu1` and `relu`.
+
+    Args:
+        depth: Number of layers with weights, 6n + 4: each stage has n blocks of two.
+        widen_factor: The stages have 16, 32 and 64 times as many channels as this.
+        num_classes: Number of logits.
+        in_channels: Channels of the images: 3 for colour, 1 for gray.
+
+    Raises:
+        ValueError: If the depth is not 6n + 4, or a count is not positive.
+
+    References:
+        Zagoruyko, Komodakis: Wide Residual Networks, BMVC 2016 (arXiv 1605.07146). Names and order of the weights are
+        those of the CIFAR-100 distillation benchmark (Tian et al., arXiv 1910.10699); like it, without dropout.
+
+    Example:
+        >>> import torch
+        >>> network = WideResNet(depth=10, widen_factor=1, num_classes=10, in_channels=1)
+        >>> network(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, depth: int, widen_factor: int, num_classes: int, in_channels: int = 3) -> None:
+        super().__init__()
+        if depth < 10 or depth % 6 != 4:
+            raise ValueError(f"depth of a wide ResNet must be 6n + 4 (10, 16, 22, 28, ...), got {depth}")
+        check_counts(widen_factor=widen_factor, num_classes=num_classes, in_channels=in_channels)
+        num_blocks = (depth - 4) // 6
+        widths = (16 * widen_factor, 32 * widen_factor, 64 * widen_factor)
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.block1 = _stage(16, widths[0], num_blocks, 1)
+        self.block2 = _stage(widths[0], widths[1], num_blocks, 2)
+        self.block3 = _stage(widths[1], widths[2], num_blocks, 2)
+        self.bn1 = nn.BatchNorm2d(widths[2])
+        self.relu = nn.ReLU()
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(widths[2], num_classes)
+        initialize_convolutions(self)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            image: `(B, in_channels, H, W)`, float, normalised.
+
+        Returns:
+            Logits `(B, num_classes)`.
+        """
+        feature = self.block3(self.block2(self.block1(self.conv1(image))))
+        logits: Tensor = self.fc(self.flatten(self.avgpool(self.relu(self.bn1(feature)))))
+        return logits
+
+
+def _stage(in_channels: int, out_channels: int, num_blocks: int, stride: int) -> nn.Sequential:
+    first = _Block(in_channels, out_channels, stride)
+    others = [_Block(out_channels, out_channels, 1) for _ in range(num_blocks - 1)]
+    return nn.Sequential(OrderedDict(layer=nn.Sequential(first, *others)))
+
+
+def wrn_16_1(num_classes: int, in_channels: int = 3) -> WideResNet:
+    """Wide ResNet of depth 16 and width 1: 0.18 million parameters (100 classes).
+
+    Args:
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+
+    Returns:
+        The network.
+    """
+    return WideResNet(16, 1, num_classes, in_channels)
+
+
+def wrn_16_2(num_classes: int, in_channels: int = 3) -> WideResNet:
+    """Wide ResNet of depth 16 and width 2: 0.70 million parameters (100 classes).
+
+    Args:
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+
+    Returns:
+        The network.
+    """
+    return WideResNet(16, 2, num_classes, in_channels)
+
+
+def wrn_40_1(num_classes: int, in_channels: int = 3) -> WideResNet:
+    """Wide ResNet of depth 40 and width 1: 0.57 million parameters (100 classes).
+
+    Args:
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+
+    Returns:
+        The network.
+    """
+    return WideResNet(40, 1, num_classes, in_channels)
+
+
+def wrn_40_2(num_classes: int, in_channels: int = 3) -> WideResNet:
+    """Wide ResNet of depth 40 and width 2: 2.3 million parameters (100 classes).
+
+    Args:
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+
+    Returns:
+        The network.
+    """
+    return WideResNet(40, 2, num_classes, in_channels)
