@@ -31,7 +31,7 @@ Options
   --KEY VALUE          any setting, as in --model.init_args.distill_weight 0.5 or --trainer.max_epochs 10
   --print_config       print all settings and stop
   --debug              show the whole traceback of an error (also: LKD_DEBUG=1)
-  --help, --version    'lkd COMMAND --help' tells all settings of a command, and with --model.help CLASS those of a class
+  --help, --version    'lkd COMMAND --help' tells all settings; with --model.help CLASS, those of a class
 """
 
 
