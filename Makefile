@@ -7,6 +7,7 @@ READY := .venv/ready
 
 demo: $(READY)  ## train a student from a teacher on real digits, in less than a minute
 	$(BIN)/lkd fit --config configs/digits/kd.yaml
+	@echo "for the commands above, first:  . $(BIN)/activate"
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest

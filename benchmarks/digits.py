@@ -64,7 +64,8 @@ def main() -> None:
     print(f"\n| test accuracy, % | mean | standard deviation | seeds 0 to {options.seeds - 1} |\n|---|---|---|---|")
     for name, values in rows.items():
         each = ", ".join(f"{value:.2f}" for value in values)
-        print(f"| {name} | {statistics.mean(values):.2f} | {statistics.stdev(values):.2f} | {each} |")
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        print(f"| {name} | {statistics.mean(values):.2f} | {spread:.2f} | {each} |")
     versions = f"lkd {lkd.__version__}, torch {torch.__version__}, lightning {L.__version__}"
     print(f"\n{versions}, Python {platform.python_version()}, {os.cpu_count()} {platform.machine()} cores")
 

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jsonargparse._typehints as typehints
 import lightning as L
 import yaml
 from jsonargparse import ArgumentError
+from jsonargparse._util import import_object
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lkd.arguments import prepare
 from lkd.callbacks import FitReport, ImagesPerSecond, NetworkSummary, PredictionWriter, ProgressBar
+from lkd.losses import DistillLoss
 from lkd.mistakes import explain
 
 _MISTAKES = (ArgumentError, MisconfigurationException, OSError, TypeError, ValueError, yaml.YAMLError)
@@ -64,7 +72,12 @@ class LkdCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without Lightning's warning about `args`: `main` gets them, not `sys.argv`."""
-        self.config = parser.parse_args(args)
+        keep = typehints.discard_init_args_on_class_path_change
+        typehints.discard_init_args_on_class_path_change = partial(_discard, keep)
+        try:
+            self.config = parser.parse_args(args)
+        finally:
+            typehints.discard_init_args_on_class_path_change = keep
 
     def _parse_ckpt_path(self) -> None:
         """The config's word holds: Lightning would let the checkpoint's hyperparameters override it."""
@@ -111,6 +124,20 @@ class LkdCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+def _discard(keep: Callable[..., None], parser: Any, old: Any, new: Any) -> None:
+    """Where a config names another class, settings of the old one must not go over to the new one in silence.
+
+    jsonargparse keeps those that both have. For a module or data module that is wanted (`--model mine.Mine`); an
+    optimizer, a schedule or a criterion begins with its own defaults.
+    """
+    keep(parser, old, new)
+    if old and "init_args" in old and old["class_path"] != new["class_path"]:
+        kind = import_object(old["class_path"])
+        if isinstance(kind, type) and issubclass(kind, (Optimizer, LRScheduler, DistillLoss)):
+            for name in list(vars(old["init_args"])):
+                old["init_args"].pop(name)
+
+
 def _callbacks(command: str, logged: bool, kept: bool) -> list[L.Callback]:
     if command == "predict":
         return [PredictionWriter()]
@@ -129,7 +156,7 @@ def run(args: Sequence[str]) -> int:
         args: The arguments behind `lkd`, the command first.
 
     Returns:
-        The exit code: 0, or 2 after a mistake that the user can mend.
+        The exit code: 0, 2 after a mistake that the user can mend, 143 after SIGTERM.
     """
     debug = "--debug" in args or os.environ.get("LKD_DEBUG", "") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
@@ -138,6 +165,8 @@ def run(args: Sequence[str]) -> int:
     _quieten()
     try:
         LkdCLI(*prepare(args))
+    except SIGTERMException:  # a SystemExit with code 0: what waits for the run would take it for done
+        return 128 + signal.SIGTERM
     except _MISTAKES as error:
         if debug:
             raise

@@ -81,8 +81,10 @@ def _unknown_setting(classes: list[str], reason: str) -> str | None:
 
 def _unknown_class(classes: list[str], reason: str) -> str | None:
     if missing := re.search(r"No module named '(.*?)'", reason):
-        named = f", named in {classes[-1]!r}" if classes else ""
-        return f"there is no module {missing[1]!r}{named}{_nearest(missing[1], sys.modules)}"
+        where = f" (looked for in importing {classes[-1]!r})" if classes else ""
+        nearest = difflib.get_close_matches(missing[1], sys.modules, n=1, cutoff=0.75)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "modules of your own are found in the current folder"
+        return f"there is no module {missing[1]!r}{where}; {hint}"
     found = re.search(r"module '(.*?)' has no attribute '(.*?)'", reason)
     if not found:
         return None

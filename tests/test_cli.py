@@ -6,6 +6,7 @@ import csv
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import lightning as L
@@ -165,6 +166,33 @@ def test_csv_logger_gets_the_same_curves() -> None:
     assert {"train/loss", "train/kd", "val/acc", "val/teacher_acc"} <= set(
         metrics.read_text().splitlines()[0].split(",")
     )
+
+
+@pytest.mark.parametrize("how", ["option", "file"])
+def test_another_class_begins_with_its_own_defaults(how: str) -> None:
+    """SGD's learning rate, momentum and weight decay, from the config or the signature, are no business of AdamW."""
+    Path("own.yaml").write_text(
+        "model:\n  class_path: lkd.DistillModule\n  init_args:\n    optimizer: {class_path: torch.optim.AdamW}\n"
+    )
+    given = ["--config", "own.yaml"] if how == "file" else ["--model.init_args.optimizer=torch.optim.AdamW"]
+    assert main(["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1", *given]) == 0
+    (saved,) = Path("runs").rglob("config.yaml")
+    optimizer = yaml.safe_load(saved.read_text())["model"]["init_args"]["optimizer"]
+    assert optimizer["class_path"] == "torch.optim.AdamW"
+    assert optimizer["init_args"]["lr"] == 0.001
+    assert optimizer["init_args"]["weight_decay"] == 0.01
+
+
+def test_sigterm_is_no_success() -> None:
+    command = [sys.executable, "-m", "lkd", "fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while not list(Path("runs").rglob("last.ckpt")):
+        time.sleep(0.2)
+        assert process.poll() is None
+    process.terminate()
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "go on with: lkd fit --ckpt_path runs/digits/kd/version_0/checkpoints/last.ckpt" in shown
 
 
 def test_the_run_s_class_comes_back(run: Path) -> None:

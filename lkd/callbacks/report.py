@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
 
@@ -38,6 +39,20 @@ class FitReport(L.Callback):
                 settings = {name.lstrip("_"): value for name, value in pl_module.hparams_initial.items()}
                 settings.pop("instantiator", None)  # Lightning's note of how to build the module again
                 logger.log_hyperparams(settings, metrics)
+
+    @rank_zero_only
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """After an interruption, say how to go on."""
+        if isinstance(exception, (KeyboardInterrupt, SIGTERMException)):
+            last = [
+                path for callback in trainer.checkpoint_callbacks if (path := _path(callback)).endswith("last.ckpt")
+            ]
+            how = f"go on with: lkd fit --ckpt_path {shlex.quote(last[0])}" if last else "no checkpoint was written yet"
+            Console(soft_wrap=True).print(f"interrupted in epoch {trainer.current_epoch}; {how}", highlight=False)
+
+
+def _path(callback: L.Callback) -> str:
+    return str(getattr(callback, "best_model_path", ""))
 
 
 def _figures(trainer: L.Trainer) -> dict[str, float]:
