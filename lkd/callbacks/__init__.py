@@ -1,8 +1,9 @@
-"""Callbacks: what is shown and kept of a run."""
+"""Callbacks: what is shown and kept of a run, and weights that change from epoch to epoch."""
 
 from lkd.callbacks.monitor import ImagesPerSecond, NetworkSummary
 from lkd.callbacks.predictions import PredictionWriter
 from lkd.callbacks.progress import ProgressBar
 from lkd.callbacks.report import FitReport
+from lkd.callbacks.schedule import Schedule
 
-__all__ = ["FitReport", "ImagesPerSecond", "NetworkSummary", "PredictionWriter", "ProgressBar"]
+__all__ = ["FitReport", "ImagesPerSecond", "NetworkSummary", "PredictionWriter", "ProgressBar", "Schedule"]

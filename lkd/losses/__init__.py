@@ -1,6 +1,28 @@
 """Criteria: what a student is asked to imitate."""
 
 from lkd.losses.base import DistillLoss, WeightedSum, named_terms
-from lkd.losses.logit import KD
+from lkd.losses.ctkd import CTKD
+from lkd.losses.logit import KD, TTM, WTTM, LogitMSE, LogitStandardization
+from lkd.losses.logit_relation import DIST, SKD
+from lkd.losses.logit_target import DKD, NKD, RLD, WSLD
+from lkd.losses.teacher_free import USKD, TfKD
 
-__all__ = ["KD", "DistillLoss", "WeightedSum", "named_terms"]
+__all__ = [
+    "CTKD",
+    "DIST",
+    "DKD",
+    "KD",
+    "NKD",
+    "RLD",
+    "SKD",
+    "TTM",
+    "USKD",
+    "WSLD",
+    "WTTM",
+    "DistillLoss",
+    "LogitMSE",
+    "LogitStandardization",
+    "TfKD",
+    "WeightedSum",
+    "named_terms",
+]

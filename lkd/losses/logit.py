@@ -1,4 +1,4 @@
-"""Criteria that compare logits."""
+"""Criteria that compare a sample's logits as a whole, without its label."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses.base import DistillLoss
-from lkd.types import Batch, Outputs
+from lkd.types import Batch, Outputs, Probe
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -24,7 +24,13 @@ def _check_temperature(temperature: float) -> float:
     return float(temperature)
 
 
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+def _check_weights(**weights: float) -> None:
+    for name, weight in weights.items():
+        if not weight >= 0:
+            raise ValueError(f"{name} must not be negative, got {weight}; it weighs a term of the loss")
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
     r"""Kullback-Leibler divergence of the softened teacher from the softened student.
 
     $$ \tau^2 \; \frac{1}{B} \sum_i \sum_c p_{ic} (\log p_{ic} - \log q_{ic}), \quad
@@ -35,7 +41,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
     Args:
         student_logits: `(B, K)`.
         teacher_logits: `(B, K)`.
-        temperature: Greater than 0; a larger one flattens both distributions.
+        temperature: Greater than 0; a larger one flattens both distributions. A scalar tensor may be learned.
 
     Returns:
         A scalar in nats; float32 for logits in half precision, else the logits' type.
@@ -74,3 +80,220 @@ class KD(DistillLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `kd_loss`."""
         return kd_loss(student.logits, teacher.logits, self.temperature)
+
+
+def logit_mse_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    r"""Mean squared difference of the logits.
+
+    $$ \frac{1}{BK} \sum_{ic} (z_{s,ic} - z_{t,ic})^2 $$
+
+    It is what `kd_loss` tends to at large temperatures, but for a factor and the logits' mean over the classes.
+
+    Args:
+        student_logits: `(B, K)`.
+        teacher_logits: `(B, K)`.
+
+    Returns:
+        A scalar; float32 for logits in half precision, else the logits' type.
+
+    References:
+        Ba, Caruana: Do Deep Nets Really Need to be Deep?, NeurIPS 2014 (arXiv 1312.6184), who sum over the
+        classes and halve.
+
+    Example:
+        >>> logit_mse_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 1.0]])).item()
+        2.5
+    """
+    return F.mse_loss(_wide(student_logits), _wide(teacher_logits))
+
+
+class LogitMSE(DistillLoss):
+    """Regression of the logits themselves: their mean squared difference.
+
+    References:
+        Ba, Caruana: Do Deep Nets Really Need to be Deep?, NeurIPS 2014 (arXiv 1312.6184).
+        Kim et al.: Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge Distillation,
+        IJCAI 2021 (arXiv 2105.08919).
+    """
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """See `logit_mse_loss`."""
+        return logit_mse_loss(student.logits, teacher.logits)
+
+
+def _transformed(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Divergence of the softened teacher from the student as it is, `(B,)`."""
+    student = F.log_softmax(_wide(student_logits), dim=1)
+    teacher = F.log_softmax(_wide(teacher_logits) / temperature, dim=1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+
+
+def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 10.0) -> Tensor:
+    r"""Kullback-Leibler divergence of the softened teacher from the student, which is not softened.
+
+    $$ \frac{1}{B} \sum_i \mathrm{KL}(\mathrm{softmax}(z_{t,i} / \tau) \,\|\, \mathrm{softmax}(z_{s,i})) $$
+
+    Softening is the power transform $p^{\gamma} / \sum_c p_c^{\gamma}$ of the probabilities, $\gamma = 1 / \tau$.
+    The minimum, 0, is where the student's logits are the teacher's, divided by the temperature.
+
+    Args:
+        student_logits: `(B, K)`.
+        teacher_logits: `(B, K)`.
+        temperature: Greater than 0: 1 / the paper's exponent gamma.
+
+    Returns:
+        A scalar in nats; float32 for logits in half precision, else the logits' type.
+
+    References:
+        Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024 (arXiv 2402.11148).
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.5, 0.5, 0.0]]), torch.tensor([[3.0, 1.0, 0.0]])
+        >>> ttm_loss(student, teacher, temperature=2.0).item()
+        0.0
+    """
+    return _transformed(student_logits, teacher_logits, temperature).mean()
+
+
+def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 5.0) -> Tensor:
+    r"""`ttm_loss`, in which a sample weighs more the flatter the teacher's probabilities are.
+
+    $$ \frac{1}{B} \sum_i w_i \, \mathrm{KL}(\mathrm{softmax}(z_{t,i} / \tau) \,\|\, \mathrm{softmax}(z_{s,i})), \quad
+       w_i = \sum_c \mathrm{softmax}(z_{t,i})_c^{1 / \tau} $$
+
+    The weight lies between 1 (one class has it all) and $K^{1 - 1/\tau}$ (all classes alike).
+
+    Args:
+        student_logits: `(B, K)`.
+        teacher_logits: `(B, K)`.
+        temperature: Greater than 0: 1 / the paper's exponent gamma.
+
+    Returns:
+        A scalar in nats; float32 for logits in half precision, else the logits' type.
+
+    References:
+        Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024 (arXiv 2402.11148),
+        section 4.
+    """
+    flatness = torch.logsumexp(F.log_softmax(_wide(teacher_logits), dim=1) / temperature, dim=1).exp()
+    return (flatness * _transformed(student_logits, teacher_logits, temperature)).mean()
+
+
+class TTM(DistillLoss):
+    """Transformed teacher matching: the teacher is softened, the student is not.
+
+    Args:
+        temperature: Greater than 0; softens the teacher. It is 1 / the paper's exponent gamma.
+
+    Raises:
+        ValueError: If the temperature is not greater than 0.
+
+    References:
+        Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024 (arXiv 2402.11148).
+    """
+
+    def __init__(self, temperature: float = 10.0) -> None:
+        super().__init__()
+        self.temperature = _check_temperature(temperature)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """See `ttm_loss`."""
+        return ttm_loss(student.logits, teacher.logits, self.temperature)
+
+
+class WTTM(DistillLoss):
+    """Weighted transformed teacher matching: `TTM`, and the less sure the teacher, the more a sample weighs.
+
+    Args:
+        temperature: Greater than 0; softens the teacher. It is 1 / the paper's exponent gamma.
+
+    Raises:
+        ValueError: If the temperature is not greater than 0.
+
+    References:
+        Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024 (arXiv 2402.11148).
+    """
+
+    def __init__(self, temperature: float = 5.0) -> None:
+        super().__init__()
+        self.temperature = _check_temperature(temperature)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """See `wttm_loss`."""
+        return wttm_loss(student.logits, teacher.logits, self.temperature)
+
+
+def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
+    r"""Logits of each sample with mean 0 and standard deviation 1 over the classes.
+
+    $$ (z - \mathrm{mean}_c z) \, / \, (\mathrm{std}_c z + \epsilon) $$
+
+    Args:
+        logits: `(B, K)`.
+        eps: Added to the standard deviation, which divides by K - 1.
+
+    Returns:
+        `(B, K)`; float32 for logits in half precision, else the logits' type.
+
+    References:
+        Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427), which divides the
+        variance by K; this is the authors' code.
+
+    Example:
+        >>> standardize(torch.tensor([[10.0, 20.0, 30.0]])).tolist()
+        [[-1.0, 0.0, 1.0]]
+    """
+    logits = _wide(logits)
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + eps)
+
+
+class LogitStandardization(DistillLoss):
+    """Any criterion, on logits with mean 0 and standard deviation 1: the student need not match their size.
+
+    Every sample's logits, the student's and the teacher's, are standardised over the classes (`standardize`)
+    before the criterion compares them; what it reads besides stays as it is. Curves keep the criterion's name.
+
+    Args:
+        criterion: What compares the logits; the paper takes KD with temperature 2, DKD, CTKD or MLKD.
+        eps: Added to the standard deviation.
+
+    References:
+        Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427). The standard
+        deviation divides by K - 1, as in the authors' code; in the paper, by K.
+
+    Example:
+        >>> LogitStandardization(KD(temperature=2.0)).name
+        'kd'
+    """
+
+    def __init__(self, criterion: DistillLoss, eps: float = 1e-7) -> None:
+        super().__init__(criterion.student_layers, criterion.teacher_layers)
+        self.criterion = criterion
+        self.eps = eps
+
+    @property
+    def name(self) -> str:
+        """The criterion's."""
+        return self.criterion.name
+
+    @property
+    def needs_index(self) -> bool:  # type: ignore[override]
+        """Whether the criterion reads `Batch.index`."""
+        return self.criterion.needs_index
+
+    @property
+    def reads_logits(self) -> bool:  # type: ignore[override]
+        """Whether the criterion compares logits."""
+        return self.criterion.reads_logits
+
+    def build(self, student: Probe, teacher: Probe) -> None:
+        """Build the criterion."""
+        self.criterion.build(student, teacher)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """The criterion's value for the standardised logits."""
+        student, teacher = (
+            outputs._replace(logits=standardize(outputs.logits, self.eps)) for outputs in (student, teacher)
+        )
+        loss: Tensor | dict[str, Tensor] = self.criterion(student, teacher, batch)
+        return loss

@@ -1,0 +1,185 @@
+"""Criteria that compare relations between logits: of the classes with each other, of the batch's samples."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lkd.losses.base import DistillLoss
+from lkd.losses.logit import _check_temperature, _check_weights, _wide
+from lkd.types import Batch, Outputs
+
+
+def _dist(student_logits: Tensor, teacher_logits: Tensor, dim: int, temperature: float, eps: float) -> Tensor:
+    """1 - the mean correlation of probabilities along `dim`, times temperature²."""
+    student, teacher = (F.softmax(_wide(logits) / temperature, dim=1) for logits in (student_logits, teacher_logits))
+    student, teacher = (p - p.mean(dim, keepdim=True) for p in (student, teacher))
+    norms: Tensor = torch.linalg.vector_norm(student, dim=dim) * torch.linalg.vector_norm(teacher, dim=dim)
+    return temperature**2 * (1 - ((student * teacher).sum(dim) / (norms + eps)).mean())
+
+
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    eps: float = 1e-8,
+) -> Tensor:
+    r"""How far the student's probabilities are from being linear in the teacher's, within samples and classes.
+
+    $$ \beta \tau^2 \Big( 1 - \frac{1}{B} \sum_i \rho(q_{i \cdot}, p_{i \cdot}) \Big)
+       + \gamma \tau^2 \Big( 1 - \frac{1}{K} \sum_c \rho(q_{\cdot c}, p_{\cdot c}) \Big) $$
+
+    $\rho$ is Pearson's correlation, p and q are the teacher's and the student's softmax at temperature $\tau$. The
+    second part compares a class's probabilities over the samples of the batch; with several processes, of each
+    process's own.
+
+    Args:
+        student_logits: `(B, K)`.
+        teacher_logits: `(B, K)`.
+        beta: Weight of the relations between the classes of a sample.
+        gamma: Weight of the relations between the samples within a class.
+        temperature: Greater than 0.
+        eps: Added to the product of the norms in $\rho$.
+
+    Returns:
+        A scalar; float32 for logits in half precision, else the logits' type.
+
+    References:
+        Huang et al.: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv 2205.10536); the factor
+        $\tau^2$ is from the authors' code.
+
+    Example:
+        >>> student, teacher = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> round(dist_loss(student, teacher).item(), 4)
+        0.0
+    """
+    inter = _dist(student_logits, teacher_logits, 1, temperature, eps)
+    return beta * inter + gamma * _dist(student_logits, teacher_logits, 0, temperature, eps)
+
+
+class DIST(DistillLoss):
+    """Distillation from a stronger teacher: the student's probabilities shall be correlated with the teacher's.
+
+    Its curves are `train/dist_inter` (the classes of a sample) and `train/dist_intra` (the samples within a class).
+
+    Args:
+        beta: Weight of the relations between the classes of a sample.
+        gamma: Weight of the relations between the samples within a class.
+        temperature: Greater than 0; 4 for CIFAR, 1 for ImageNet.
+        eps: Added to the product of the norms in the correlation.
+
+    Raises:
+        ValueError: If a weight is negative or the temperature is not greater than 0.
+
+    References:
+        Huang et al.: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv 2205.10536).
+    """
+
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, eps: float = 1e-8) -> None:
+        super().__init__()
+        _check_weights(beta=beta, gamma=gamma)
+        self.beta = beta
+        self.gamma = gamma
+        self.temperature = _check_temperature(temperature)
+        self.eps = eps
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """The two parts of `dist_loss`."""
+        logits = student.logits, teacher.logits
+        return {
+            "inter": self.beta * _dist(*logits, 1, self.temperature, self.eps),
+            "intra": self.gamma * _dist(*logits, 0, self.temperature, self.eps),
+        }
+
+
+def skd_instance_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+    """`kd_loss` without the factor temperature²: the first part of `SKD`.
+
+    Args:
+        student_logits: `(B, K)`.
+        teacher_logits: `(B, K)`.
+        temperature: Greater than 0; a larger one flattens both distributions.
+
+    Returns:
+        A scalar in nats; float32 for logits in half precision, else the logits' type.
+
+    References:
+        Jeong, Lee, Choi: Streamlined Knowledge Distillation, CVPR 2026.
+    """
+    student = F.log_softmax(_wide(student_logits) / temperature, dim=1)
+    teacher = F.log_softmax(_wide(teacher_logits) / temperature, dim=1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def skd_direction_loss(student_logits: Tensor, teacher_logits: Tensor, tikhonov: float = 0.1) -> Tensor:
+    r"""Mahalanobis length of the difference of the Gramian matrices: the second part of `SKD`.
+
+    $$ \frac{1}{B} \sum_i \sqrt{D_i^\top \Sigma^{-1} D_i}, \quad D = G_s - G_t, \;
+       \Sigma = \mathrm{cov}(D) + \lambda I $$
+
+    G `(B, B)` holds the cosines between the logits of the batch's samples; with several processes, of each process's
+    own. Computed in single precision at least, also under autocast: there is a linear system to solve.
+
+    Args:
+        student_logits: `(B, K)`.
+        teacher_logits: `(B, K)`.
+        tikhonov: $\lambda$, greater than 0: what is added to the variances.
+
+    Returns:
+        A scalar; float32 for logits in half precision, else the logits' type. 0 for a single sample.
+
+    References:
+        Jeong, Lee, Choi: Streamlined Knowledge Distillation, CVPR 2026.
+    """
+    with torch.autocast(student_logits.device.type, enabled=False):
+        student, teacher = (F.normalize(_wide(logits), dim=1) for logits in (student_logits, teacher_logits))
+        difference = student @ student.T - teacher @ teacher.T
+        centred = difference - difference.mean(0)
+        num_samples = len(difference)
+        covariance = centred.T @ centred / max(num_samples - 1, 1)
+        covariance = covariance + tikhonov * torch.eye(num_samples, dtype=centred.dtype, device=centred.device)
+        # not torch.linalg.solve: its check for singular matrices, which these are not, waits for the device
+        solved, _ = torch.linalg.solve_ex(covariance, difference.T)
+        squares: Tensor = (difference * solved.T).sum(1)
+        # where student and teacher agree, the root has no derivative: its gradient is 0 there
+        return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt().mean()
+
+
+class SKD(DistillLoss):
+    """Streamlined knowledge distillation: the teacher's probabilities, and the directions of its logits.
+
+    Its curves are `train/skd_instance` (softened probabilities) and `train/skd_direction` (cosines between the
+    samples of the batch).
+
+    Args:
+        temperature: Greater than 0; softens the probabilities. There is no factor temperature².
+        tikhonov: Greater than 0; added to the variances of the cosines' differences. 0.1 is the authors' code's; the
+            paper does not say.
+        direction_weight: Weight of the directions.
+
+    Raises:
+        ValueError: If the weight is negative, or the temperature or `tikhonov` is not greater than 0.
+
+    References:
+        Jeong, Lee, Choi: Streamlined Knowledge Distillation, CVPR 2026.
+    """
+
+    def __init__(self, temperature: float = 4.0, tikhonov: float = 0.1, direction_weight: float = 1.0) -> None:
+        super().__init__()
+        if not tikhonov > 0:
+            raise ValueError(f"tikhonov must be greater than 0, got {tikhonov}; it keeps the covariance invertible")
+        _check_weights(direction_weight=direction_weight)
+        self.temperature = _check_temperature(temperature)
+        self.tikhonov = tikhonov
+        self.direction_weight = direction_weight
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """`skd_instance_loss` and `skd_direction_loss`."""
+        direction = skd_direction_loss(student.logits, teacher.logits, self.tikhonov)
+        return {
+            "instance": skd_instance_loss(student.logits, teacher.logits, self.temperature),
+            "direction": self.direction_weight * direction,
+        }

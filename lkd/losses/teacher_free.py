@@ -1,0 +1,203 @@
+"""Criteria that make the soft labels themselves, from the labels and the student: no teacher is asked.
+
+An image without a label (target `IGNORE_INDEX`) counts in none of them: each is a mean over the images that have one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lkd.losses.base import DistillLoss
+from lkd.losses.logit import _check_temperature, _check_weights, _wide
+from lkd.losses.logit_target import _kl, _labelled_mean, _log_others, _others, _own
+from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
+
+
+def tfkd_loss(
+    student_logits: Tensor, target: Tensor, temperature: float = 20.0, correct_probability: float = 0.99
+) -> Tensor:
+    r"""Hinton's loss with a virtual teacher: sure of the label, and indifferent to all other classes.
+
+    $$ \tau^2 \; \frac{1}{B} \sum_i
+       \mathrm{KL}(\mathrm{softmax}(\log u_i / \tau) \,\|\, \mathrm{softmax}(z_{s,i} / \tau)), \quad
+       u_{ic} = a \text{ if } c = y_i \text{ else } (1 - a) / (K - 1) $$
+
+    Args:
+        student_logits: `(B, K)`.
+        target: `(B,)`; images without a label (`IGNORE_INDEX`) do not count.
+        temperature: Greater than 0.
+        correct_probability: a, between 0 and 1: the virtual teacher's probability of the label.
+
+    Returns:
+        A scalar in nats; float32 for logits in half precision, else the logits' type.
+
+    References:
+        Yuan et al.: Revisiting Knowledge Distillation via Label Smoothing Regularization, CVPR 2020
+        (arXiv 1909.11723), the paper's regularisation Tf-KD_reg; the factor $\tau^2$ is Hinton's. The authors' code
+        differs: it takes the softmax of u / tau, not of log u / tau, leaves the student at temperature 1, and has a
+        factor of its own for each network.
+    """
+    student_logits = _wide(student_logits)
+    rest = math.log((1 - correct_probability) / (student_logits.shape[1] - 1))
+    virtual = torch.full_like(student_logits, rest).scatter(1, _own(target), math.log(correct_probability))
+    student, teacher = (F.log_softmax(logits / temperature, dim=1) for logits in (student_logits, virtual))
+    return temperature**2 * _labelled_mean(_kl(student, teacher), target)
+
+
+class TfKD(DistillLoss):
+    """Teacher-free distillation: a virtual teacher that is nearly sure of the label.
+
+    It is label smoothing at a high temperature; the teacher's answers are not used, nor images without a label. The
+    paper's other form, a student that learns from an earlier training of itself, is `KD` with that teacher.
+
+    Args:
+        temperature: Greater than 0; the paper takes 20 and more.
+        correct_probability: The virtual teacher's probability of the label, between 0 and 1.
+
+    Raises:
+        ValueError: If the temperature is not greater than 0, or the probability not between 0 and 1.
+
+    References:
+        Yuan et al.: Revisiting Knowledge Distillation via Label Smoothing Regularization, CVPR 2020
+        (arXiv 1909.11723). `tfkd_loss` says where the authors' code differs.
+    """
+
+    reads_logits = False
+
+    def __init__(self, temperature: float = 20.0, correct_probability: float = 0.99) -> None:
+        super().__init__()
+        if not 0 < correct_probability < 1:
+            raise ValueError(f"correct_probability must be between 0 and 1, got {correct_probability}; 0.99 is usual")
+        self.temperature = _check_temperature(temperature)
+        self.correct_probability = correct_probability
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """See `tfkd_loss`."""
+        return tfkd_loss(student.logits, batch.target, self.temperature, self.correct_probability)
+
+
+def _uskd_target(student_logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy with the label, weighed by how sure the student is of it."""
+    log_own = F.log_softmax(_wide(student_logits), dim=1).gather(1, _own(target)).squeeze(1)
+    squares = (2 * log_own.detach()).exp()
+    return _labelled_mean(-(squares + 1 - _labelled_mean(squares, target)) * log_own, target)
+
+
+def _uskd_weak(weak_logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of the weak head with smoothed labels."""
+    values = F.cross_entropy(
+        _wide(weak_logits), target, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=0.1
+    )
+    return _labelled_mean(values, target)
+
+
+def _uskd_nontarget(student_logits: Tensor, weak_logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of the other classes with Zipf's law over their ranks."""
+    own, student_logits = _own(target), _wide(student_logits)
+    log_student = F.log_softmax(student_logits, dim=1)
+    weak = F.softmax(_wide(weak_logits), dim=1)
+    score = weak / (1 - weak.gather(1, own) + 1e-6) + log_student / (1 - log_student.gather(1, own) + 1e-6)
+    rank = score.argsort(dim=1, descending=True).argsort(dim=1) + 1
+    zipf = _others(1 / rank.to(score.dtype), own)
+    zipf = zipf / zipf.sum(1, keepdim=True)
+    return _labelled_mean(-(zipf * _log_others(student_logits, own)).sum(1), target)
+
+
+def uskd_loss(
+    student_logits: Tensor,
+    weak_logits: Tensor,
+    target: Tensor,
+    alpha: float = 1.0,
+    beta: float = 0.1,
+    mu: float = 0.005,
+) -> Tensor:
+    r"""Soft labels that the student makes for itself, from its own answer and a weak one.
+
+    $$ \frac{1}{B} \sum_i \Big( -\alpha w_i \log p_{iy} - \beta \sum_{c \neq y} t_{ic} \log \hat p_{ic}
+       - \mu \sum_c l_{ic} \log v_{ic} \Big) $$
+
+    p is the student's softmax, $\hat p$ its softmax over the classes beside the label, v the weak softmax, l the label
+    smoothed by 0.1, and $w_i = p_{iy}^2 + 1 - \mathrm{mean}_j \, p_{jy}^2$, without gradient. The labels t of the other
+    classes follow Zipf's law, 1 / rank, normalised; the rank is that of
+    $v_c / (1 - v_y) + \log p_c / (1 - \log p_y)$.
+
+    Args:
+        student_logits: `(B, K)`, K at least 3.
+        weak_logits: `(B, K)`: what a linear head makes of an earlier feature.
+        target: `(B,)`; images without a label (`IGNORE_INDEX`) do not count.
+        alpha: Weight of the label.
+        beta: Weight of the other classes.
+        mu: Weight of the weak head's own loss.
+
+    Returns:
+        A scalar in nats; float32 for logits in half precision, else the logits' type.
+
+    Raises:
+        ValueError: If there are fewer than 3 classes.
+
+    References:
+        Yang et al.: From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023 (arXiv 2303.13005). The
+        rank's log p is the authors' code's; the paper has p there.
+    """
+    return (
+        alpha * _uskd_target(student_logits, target)
+        + beta * _uskd_nontarget(student_logits, weak_logits, target)
+        + mu * _uskd_weak(weak_logits, target)
+    )
+
+
+class USKD(DistillLoss):
+    """Universal self-knowledge distillation: soft labels from the student's own answer and a weak head's.
+
+    The weak head, a linear layer on an earlier feature of the student, trains with it. The teacher's answers are not
+    used, nor images without a label. Its curves are `train/uskd_target`, `train/uskd_nontarget` and
+    `train/uskd_weak`.
+
+    Args:
+        student_layer: Layer of the student whose feature the weak head reads: `(B, C)`, or `(B, C, H, W)`, of which
+            it takes the mean over the pixels.
+        alpha: Weight of the label.
+        beta: Weight of the other classes.
+        mu: Weight of the weak head's own loss.
+
+    Raises:
+        ValueError: If a weight is negative, the layer's feature has another form, or, in training, there are fewer
+            than 3 classes.
+
+    References:
+        Yang et al.: From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023 (arXiv 2303.13005).
+    """
+
+    reads_logits = False
+
+    def __init__(self, student_layer: str, alpha: float = 1.0, beta: float = 0.1, mu: float = 0.005) -> None:
+        super().__init__([student_layer])
+        _check_weights(alpha=alpha, beta=beta, mu=mu)
+        self.alpha = alpha
+        self.beta = beta
+        self.mu = mu
+
+    def build(self, student: Probe, teacher: Probe) -> None:
+        """Make the weak head."""
+        (layer,) = self.student_layers
+        shape = tuple(student.outputs.features[layer].shape)
+        if len(shape) not in (2, 4):
+            raise ValueError(
+                f"USKD reads a feature (B, C) or (B, C, H, W) of the student; its layer {layer!r} returns {shape}: "
+                "name another layer"
+            )
+        self.head = nn.Linear(shape[1], student.outputs.logits.shape[1])
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """The three parts of `uskd_loss`."""
+        (feature,) = (student.features[layer] for layer in self.student_layers)
+        weak = self.head(feature.mean((2, 3)) if feature.ndim == 4 else feature)
+        return {
+            "target": self.alpha * _uskd_target(student.logits, batch.target),
+            "nontarget": self.beta * _uskd_nontarget(student.logits, weak, batch.target),
+            "weak": self.mu * _uskd_weak(weak, batch.target),
+        }

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import lightning as L
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lkd import DistillModule
+from lkd.callbacks import Schedule
+from lkd.losses import CTKD, KD, WeightedSum
+
+
+class Watch(L.Callback):
+    """What is read from the module in each step, behind the epoch."""
+
+    def __init__(self, *reads: Callable[[DistillModule], float]) -> None:
+        self.reads = reads
+        self.seen: list[tuple[float, ...]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.seen.append((trainer.current_epoch, *(read(pl_module) for read in self.reads)))
+
+
+def test_a_warmup(distill, trainer, data) -> None:
+    """The authors of DKD: min(epoch / 20, 1), the first epoch being 1."""
+    module, watch = distill(distill_weight=0.8), Watch(lambda module: module.distill_weight)
+    trainer(max_epochs=4, callbacks=[Schedule("distill_weight", epochs=3), watch]).fit(module, data)
+    expected = [0.8 / 3, 1.6 / 3, 0.8, 0.8]
+    assert len(watch.seen) == 4 * len(data.train_dataloader())
+    for epoch, weight in watch.seen:
+        assert weight == pytest.approx(expected[epoch])
+    assert module.distill_weight == 0.8
+
+
+def test_a_cosine_is_ctkds_curriculum() -> None:
+    """Its lambda goes from 0 to -1: (cos(pi * epoch / 10) + 1) / 2 - 1, the first epoch being 1."""
+    schedule = Schedule("criterion.reversal", epochs=10, shape="cosine")
+    for epoch in range(15):
+        progress = min(epoch + 1, 10) / 10
+        assert schedule.factor(epoch) == pytest.approx(1 - (math.cos(math.pi * progress) + 1) / 2)
+
+
+def test_a_decay() -> None:
+    schedule = Schedule("hard_weight", epochs=4, start=1.0, end=0.2)
+    assert [schedule.factor(epoch) for epoch in range(5)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.2])
+
+
+def test_several_inside_a_sum(distill, trainer, data) -> None:
+    criterion = WeightedSum({"kd": KD(), "ctkd": CTKD(reversal=0.5)}, weights={"kd": 2.0})
+    watch = Watch(lambda _: criterion.weights["kd"], lambda _: criterion.criteria["ctkd"].reversal)
+    schedules = [
+        Schedule("criterion.weights.kd", epochs=2),
+        Schedule("criterion.criteria.ctkd.reversal", epochs=2, start=1.0, end=0.0),
+    ]
+    module = distill(criterion=criterion)
+    trainer(max_epochs=2, callbacks=[*schedules, watch]).fit(module, data)
+    assert set(watch.seen) == {(0, 1.0, 0.25), (1, 2.0, 0.0)}
+    assert criterion.weights["kd"] == 2.0
+
+
+def test_the_temperature_is_learned(distill, trainer, data) -> None:
+    """Where nothing is reversed, the temperature rests."""
+    still, learned = (distill(criterion=CTKD(reversal=reversal)) for reversal in (0.0, 1.0))
+    for module in (still, learned):
+        trainer(max_epochs=2, callbacks=[Schedule("criterion.reversal", epochs=2, shape="cosine")]).fit(module, data)
+    assert still.criterion.theta.item() == 1
+    assert learned.criterion.theta.item() != 1
+
+
+def test_resume_in_an_epoch(distill, trainer, data, tmp_path) -> None:
+    """Lightning starts no epoch then; theta and the schedule go on where they were (the data begins its epoch anew)."""
+    module, resumed = (distill(criterion=CTKD()) for _ in range(2))
+    save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+    before, after = (Watch(lambda module: module.criterion.reversal, _theta) for _ in range(2))
+    schedules = [Schedule("criterion.reversal", epochs=4) for _ in range(2)]
+    trainer(max_epochs=3, enable_checkpointing=True, callbacks=[schedules[0], before, save]).fit(module, data)
+    trainer(max_epochs=3, callbacks=[schedules[1], after]).fit(resumed, data, ckpt_path=tmp_path / "step=4.ckpt")
+    assert after.seen[0] == before.seen[4]
+    assert [seen[:2] for seen in after.seen] == [(1, 0.5)] * 2 + [(2, 0.75)] * 3
+
+
+def _theta(module: DistillModule) -> float:
+    return module.criterion.theta.item()
+
+
+def test_a_failure_gives_the_value_back(distill, trainer, data) -> None:
+    class Fail(L.Callback):
+        def on_train_batch_end(self, *args) -> None:
+            raise RuntimeError("stop")
+
+    module = distill(distill_weight=0.8)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(callbacks=[Schedule("distill_weight", epochs=9), Fail()]).fit(module, data)
+    assert module.distill_weight == 0.8
+
+
+@pytest.mark.parametrize("attribute", ["distil_weight", "criterion.weights.kd", "student", "criterion", "training"])
+def test_the_attribute_must_be_a_number(distill, trainer, data, attribute) -> None:
+    with pytest.raises(ValueError, match=f"'{attribute}' is .*; name one such as 'distill_weight'"):
+        trainer(callbacks=[Schedule(attribute, epochs=2)]).fit(distill(), data)
+
+
+def test_there_must_be_an_epoch() -> None:
+    with pytest.raises(ValueError, match="at least 1 epoch, got 0"):
+        Schedule("distill_weight", epochs=0)
