@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from lkd.datamodules.base import ImageDataModule, Split
 from lkd.datamodules.dataset import ImageSource
-from lkd.datamodules.files import class_folders, read_tree, split_folder
+from lkd.datamodules.files import class_folders, few, read_tree, split_folder
 from lkd.datamodules.transforms import BatchTransform, ImageTransform, RandomCrop, RandomHorizontalFlip
 
 _CIFAR100_CLASSES = """
@@ -118,7 +118,15 @@ class ArchiveDataModule(ImageDataModule):
             )
         if set(found) == set(self.class_names):
             return self.class_names
-        return tuple(sorted(found, key=int)) if all(name.isdecimal() for name in found) else found
+        if all(name.isdecimal() for name in found):
+            return tuple(sorted(found, key=int))
+        if set(found) & set(self.class_names):  # sorted, they would be in another order, with which no teacher agrees
+            unknown, missing = sorted(set(found) - set(self.class_names)), sorted(set(self.class_names) - set(found))
+            raise ValueError(
+                f"{folder} has class folders that {self.title} does not: {few(unknown)}; rename them to {few(missing)}, "
+                f"or all folders to the classes' numbers, 0 to {self.num_classes - 1}"
+            )
+        return found
 
     def make_dataset(self, split: Split) -> ImageSource | None:
         """See `ImageDataModule.make_dataset`."""
