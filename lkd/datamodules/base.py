@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -196,17 +196,17 @@ class ImageDataModule(L.LightningDataModule, ABC):
             [t for t in augment if isinstance(t, BatchTransform)],
         )
 
-    def _loader(self, split: Split) -> DataLoader[Batch]:
+    def _loader(self, split: Split, padded: bool = True) -> DataLoader[Batch]:
         if split not in self.datasets:
             raise ValueError(f"{type(self).__name__} has no {split} images yet; call prepare_data() and setup()")
         dataset = self.datasets[split]
         processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         training = split == "train"
-        sampler = EpochSampler(dataset, processes, rank, shuffle=training, seed=dataset.seed)
+        sampler = EpochSampler(dataset, processes, rank, training, dataset.seed, padded)
         workers = self.num_workers
         if workers is None:
             workers = 0 if isinstance(dataset.source, TensorDataset) else min(4, os.cpu_count() or 1)
-        return DataLoader(
+        return _Loader(
             dataset,
             batch_size=self.batch_size,  # by name, as Lightning repeats it for predict
             sampler=sampler,
@@ -232,8 +232,19 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Test images."""
-        return self._loader("test")
+        """Test images, each in one process."""
+        return self._loader("test", padded=False)
+
+
+class _Loader(DataLoader[Batch]):
+    """Starts its workers when the first batch is asked for.
+
+    Lightning makes the iterator of a resumed run before it tells the sampler the epoch; workers that began to read
+    then would read the first epoch again.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        yield from super().__iter__()
 
 
 def _as_it_is(batch: Any) -> Any:
