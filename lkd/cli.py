@@ -182,6 +182,7 @@ _KNOWN = (  # what Lightning warns of in every run, though all is as it should b
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*The dirpath has changed from.*",
     ".*all_gather is deprecated.*",
+    ".*WeightAveraging callback with a model that overrides the configure_model.*",
     ".*callbacks used to create the checkpoint need to be provided.*",
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -55,6 +55,7 @@ class DistillModule(ClassificationModule):
     """
 
     network_names = ("student", "teacher")
+    teacher: nn.Module
 
     def __init__(
         self,
@@ -88,28 +89,30 @@ class DistillModule(ClassificationModule):
         self.teacher_normalization = teacher_normalization
         self.student_taps = FeatureTaps(self.student, self.criterion.student_layers)
         self.teacher_taps = FeatureTaps(self.teacher, self.criterion.teacher_layers)
-        self.register_buffer("teacher_scale", None, persistent=False)
-        self.register_buffer("teacher_shift", None, persistent=False)
+        self.teacher_scale: Tensor | None = None
+        self.teacher_shift: Tensor | None = None
         self._built = False
-        self._hide_teacher()
+        self.teacher.requires_grad_(False).eval()
 
     @property
     def student(self) -> nn.Module:
         """The network in training."""
         return self.model
 
-    def _hide_teacher(self) -> None:
-        self.teacher.requires_grad_(False).eval()
-        tensors = chain(self.teacher.named_parameters(), self.teacher.named_buffers())
-        own = ["teacher_scale", "teacher_shift", *(f"teacher.{name}" for name, _ in tensors)]
-        self._ddp_params_and_buffers_to_ignore = own
-        self.register_state_dict_post_hook(_drop_teacher)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_forgive_teacher)  # type: ignore[no-untyped-call]
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep the teacher out of the module's tree, where everything that walks it (optimizers, checkpoints, DDP,
+        weight averaging, `unfreeze`) would find it."""
+        if name == "teacher":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
-    def train(self, mode: bool = True) -> DistillModule:
-        """Set the mode of everything but the teacher, which stays in eval."""
-        super().train(mode)
-        self.teacher.eval()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistillModule:
+        """Move and cast the teacher, and what normalises its images, with the module."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.teacher_scale is not None and self.teacher_shift is not None:
+            self.teacher_scale, self.teacher_shift = fn(self.teacher_scale), fn(self.teacher_shift)
         return self
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -163,8 +166,24 @@ class DistillModule(ClassificationModule):
         return self.teacher_taps(self.teacher_input(batch.input))
 
     def teacher_input(self, input: Any) -> Any:
-        """The student's input, normalised as the teacher wants it."""
-        return input if self.teacher_scale is None else input * self.teacher_scale + self.teacher_shift
+        """The student's input, normalised as the teacher wants it.
+
+        Raises:
+            ValueError: If that needs a data module's mean and std, and no Trainer has brought one yet.
+        """
+        if self.teacher_scale is not None:
+            return input * self.teacher_scale + self.teacher_shift
+        if self.teacher_normalization is not None:
+            raise ValueError(
+                "teacher_normalization needs the mean and std of a data module, which a Trainer brings; outside of one, "
+                "override teacher_input, or leave teacher_normalization out and normalise as the teacher wants it"
+            )
+        return input
+
+    def configure_model(self) -> None:
+        """Build for callbacks that copy the module before `setup` is called: Lightning's weight averaging."""
+        if not self._built and (example := self.example_input()) is not None:
+            self.build(example)
 
     def setup(self, stage: str) -> None:
         """Check that networks, criterion and data fit before anything runs."""
@@ -176,6 +195,16 @@ class DistillModule(ClassificationModule):
                 f"{type(self.criterion).__name__} builds its adapters from the shape of the input, which is not known; "
                 "use a datamodule with `input_shape`, or set the module's `example_input_array`"
             )
+        self._check_hidden()
+
+    def _check_hidden(self) -> None:
+        hidden = {id(tensor) for tensor in chain(self.teacher.parameters(), self.teacher.buffers())}
+        for name, tensor in chain(self.named_parameters(), self.named_buffers()):
+            if id(tensor) in hidden:
+                raise ValueError(
+                    f"{name} is the teacher's, and would get into training and checkpoints; what shall train needs a "
+                    "copy (copy.deepcopy), what shall only be read goes into a tuple, where PyTorch does not find it"
+                )
 
     def _renormalize(self, teacher: Normalization) -> None:
         mean, std = self._data_attribute("mean"), self._data_attribute("std")
@@ -239,13 +268,3 @@ class DistillModule(ClassificationModule):
                 "its weights may be untrained (teacher_ckpt), its classes in another order, or its images normalised "
                 "otherwise (teacher_normalization)"
             )
-
-
-def _drop_teacher(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for key in [key for key in state if key.startswith(f"{prefix}teacher.")]:
-        del state[key]
-
-
-def _forgive_teacher(module: DistillModule, keys: Any) -> None:
-    own = {f"teacher.{name}" for name in module.teacher.state_dict()}
-    keys.missing_keys[:] = [key for key in keys.missing_keys if key not in own]
