@@ -27,7 +27,9 @@ def test_resumed_run_is_the_uninterrupted_one(distill, data, trainer, tmp_path, 
 
     def fit(epochs: int, ckpt_path: str | None = None) -> tuple[DistillModule, Record]:
         record, path = Record(), str(tmp_path / f"to_{epochs}")
-        keep = L.pytorch.callbacks.ModelCheckpoint(path, "run", enable_version_counter=False, save_on_train_epoch_end=end)
+        keep = L.pytorch.callbacks.ModelCheckpoint(
+            path, "run", enable_version_counter=False, save_on_train_epoch_end=end
+        )
         module = distill(lr_scheduler=lambda optimizer: StepLR(optimizer, 1, 0.5))
         engine = trainer(max_epochs=epochs, callbacks=[record, keep], enable_checkpointing=True)
         engine.fit(module, data, ckpt_path=ckpt_path)

@@ -9,11 +9,11 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._pytree import tree_leaves
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -24,12 +24,15 @@ from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Probe
 
 _LOGITS = " logits"
-_OBJECTS = ("model", "student", "teacher", "criterion", "optimizer", "lr_scheduler", "teacher_normalization")
 
 
 def accuracy() -> Metric:
     """Share of images whose largest logit, or given class, is the target; those without a label do not count."""
     return MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX, validate_args=False)
+
+
+def _is_plain(value: Any) -> bool:
+    return all(leaf is None or isinstance(leaf, (bool, int, float, str)) for leaf in tree_leaves(value))
 
 
 class ClassificationModule(L.LightningModule):
@@ -62,9 +65,8 @@ class ClassificationModule(L.LightningModule):
         model_ckpt: str | None = None,
     ) -> None:
         super().__init__()
-        # From Python, networks stay out of the checkpoint's hyperparameters (they would be pickled); from the CLI,
-        # the hyperparameters are the config's plain values, from which load_from_checkpoint rebuilds everything.
-        self.save_hyperparameters(ignore=[] if _given_hyperparameters.get() is not None else _OBJECTS)
+        # From the CLI these are the config's values, from which load_from_checkpoint rebuilds everything.
+        self.save_hyperparameters()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {label_smoothing}")
         self.model = load_weights(model, model_ckpt) if model_ckpt else model
@@ -74,6 +76,10 @@ class ClassificationModule(L.LightningModule):
         self._make_lr_scheduler = lr_scheduler
         self._meter = Meter()
         self._watched: dict[str, Tensor] = {}
+
+    def _set_hparams(self, hp: Any) -> None:
+        """Keep plain values only, whoever calls `save_hyperparameters`: networks would be pickled into checkpoints."""
+        super()._set_hparams({name: value for name, value in self._to_hparams_dict(hp).items() if _is_plain(value)})
 
     def unpack(self, batch: Any) -> Batch:
         """What the data gave, as a `Batch`; override it for data of other forms.
@@ -187,6 +193,8 @@ class ClassificationModule(L.LightningModule):
     def _log_training(self) -> None:
         self._check_finite(self._meter.first_bad(self._gather))
         means = self._meter.means(self._gather)
+        if not means:  # a training_step of the user's own, which logs for itself
+            return
         means["acc"] = means.pop("correct answers") / max(means.pop("labelled images"), 1e-9)
         curves = {f"train/{name}": mean for name, mean in means.items() if not name.endswith(_LOGITS)}
         bar = {name: curves.pop(name) for name in ("train/loss", "train/acc")}
@@ -267,6 +275,9 @@ class ClassificationModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that networks and data fit before anything runs."""
+        for metric in self.modules():
+            if isinstance(metric, Metric):  # validate leaves inference tensors, which fit could not update
+                metric.reset()
         example = self.example_input()
         if example is not None:
             self.build(example)
