@@ -123,8 +123,8 @@ class ArchiveDataModule(ImageDataModule):
         if set(found) & set(self.class_names):  # sorted, they would be in another order, with which no teacher agrees
             unknown, missing = sorted(set(found) - set(self.class_names)), sorted(set(self.class_names) - set(found))
             raise ValueError(
-                f"{folder} has class folders that {self.title} does not: {few(unknown)}; rename them to {few(missing)}, "
-                f"or all folders to the classes' numbers, 0 to {self.num_classes - 1}"
+                f"{folder} has class folders that {self.title} does not: {few(unknown)}; rename them to "
+                f"{few(missing)}, or all folders to the classes' numbers, 0 to {self.num_classes - 1}"
             )
         return found
 

@@ -100,8 +100,7 @@ class DistillModule(ClassificationModule):
         return self.model
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Keep the teacher out of the module's tree, where everything that walks it (optimizers, checkpoints, DDP,
-        weight averaging, `unfreeze`) would find it."""
+        """Keep the teacher out of the module's tree: what walks it (DDP, averaging, `unfreeze`) is not to meet it."""
         if name == "teacher":
             object.__setattr__(self, name, value)
         else:
@@ -175,7 +174,7 @@ class DistillModule(ClassificationModule):
             return input * self.teacher_scale + self.teacher_shift
         if self.teacher_normalization is not None:
             raise ValueError(
-                "teacher_normalization needs the mean and std of a data module, which a Trainer brings; outside of one, "
+                "teacher_normalization needs the mean and std of a data module, which a Trainer brings; without one, "
                 "override teacher_input, or leave teacher_normalization out and normalise as the teacher wants it"
             )
         return input
