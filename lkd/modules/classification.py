@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import lightning as L
 import torch
@@ -24,6 +25,7 @@ from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Probe
 
 _LOGITS = " logits"
+Module = TypeVar("Module", bound=L.LightningModule)
 
 
 def accuracy() -> Metric:
@@ -35,6 +37,23 @@ def _is_plain(value: Any) -> bool:
     return all(leaf is None or isinstance(leaf, (bool, int, float, str)) for leaf in tree_leaves(value))
 
 
+def spawnable(kind: type[Module]) -> type[Module]:
+    """Make the default optimizer known to pickle, for strategies that spawn their processes.
+
+    It is a lambda, which the command line can show and change; pickle looks it up by its name, `<lambda>`.
+
+    Args:
+        kind: The class; its constructor's argument `optimizer` has the default.
+
+    Returns:
+        The same class.
+    """
+    default = inspect.signature(kind).parameters["optimizer"].default
+    setattr(kind, default.__name__, default)
+    return kind
+
+
+@spawnable
 class ClassificationModule(L.LightningModule):
     """Train a classifier with labels.
 

@@ -16,11 +16,12 @@ from torchmetrics import Metric
 from lkd.losses import KD, DistillLoss, named_terms
 from lkd.losses.base import RESERVED
 from lkd.models import load_weights
-from lkd.modules.classification import ClassificationModule, accuracy
+from lkd.modules.classification import ClassificationModule, accuracy, spawnable
 from lkd.taps import FeatureTaps
 from lkd.types import IGNORE_INDEX, Batch, Normalization, Outputs
 
 
+@spawnable
 class DistillModule(ClassificationModule):
     """Train a student with labels and with a teacher's answers.
 
