@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lkd import __version__
 from lkd.models import load_weights
+from lkd.models.weights import misfit
 from lkd.modules.meter import Meter
 from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Probe
@@ -363,7 +364,7 @@ class ClassificationModule(L.LightningModule):
         checkpoint["lkd"] = {"version": __version__, "input_shape": None if shape is None else tuple(shape)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Outside a Trainer, build what depends on the input before the weights arrive."""
+        """Before the weights arrive: outside a Trainer, build what depends on the input; in one, see if they fit."""
         made_by = str(checkpoint.get("hyper_parameters", {}).get("_class_path", type(self).__name__))
         if made_by.rpartition(".")[2] not in {kind.__name__ for kind in type(self).__mro__}:
             raise ValueError(
@@ -373,3 +374,10 @@ class ClassificationModule(L.LightningModule):
         shape = checkpoint.get("lkd", {}).get("input_shape")
         if self._trainer is None and (shape is not None or self.example_input_array is not None):
             self.build(torch.zeros(1, *shape) if shape is not None else self.example_input_array)
+        state = checkpoint.get("state_dict")
+        problems = misfit(state, self) if self._trainer is not None and self.strict_loading and state else ""
+        if problems:
+            raise ValueError(
+                f"the checkpoint does not fit this {type(self).__name__}; {problems}; take the config of the run that "
+                "wrote it"
+            )
