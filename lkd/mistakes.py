@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lkd.callbacks import BestCheckpoint
 
 _KEY = re.compile(r'Parser key "(.*)":$')
 _CLASS = re.compile(r"Problem with given class_path '(.*)':$")
@@ -64,7 +65,7 @@ def _unknown_option(text: str) -> str | None:
     if not found:
         return None
     known = [*_TOP, *(f"trainer.{name}" for name in _settings(L.Trainer))]
-    known += [f"checkpoint.{name}" for name in _settings(ModelCheckpoint)]
+    known += [f"checkpoint.{name}" for name in _settings(BestCheckpoint)]
     option = found[1]
     if option.split(".")[0] not in _TOP:
         option = option.split(".")[0]
