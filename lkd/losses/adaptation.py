@@ -35,7 +35,7 @@ def kta_loss(student_feature: Tensor, teacher_feature: Tensor, p: float = 1.0, q
         A scalar; float32 for features in half precision, else the features' type.
 
     References:
-        He et al.: Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019 (arXiv 1903.04688), equation 2,
+        He et al.: Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019 (arXiv 1903.04688),
         which sums the p-th powers for every p. The mean, and the root, are torchdistill's code.
 
     Example:
@@ -66,7 +66,7 @@ def affinity_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
         A scalar; float32 for features in half precision, else the features' type.
 
     References:
-        He et al.: Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019 (arXiv 1903.04688), section 3.2,
+        He et al.: Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019 (arXiv 1903.04688),
         where a pixel is a vector of all channels and there is one affinity of each pair of pixels; one for each
         channel is torchdistill's code.
 

@@ -33,8 +33,8 @@ def vid_loss(mean: Tensor, teacher_feature: Tensor, variance: Tensor) -> Tensor:
         A scalar in nats; float32 for features in half precision, else the features' type.
 
     References:
-        Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019 (arXiv 1904.05835),
-        equation 6; the mean over all elements is the authors' code.
+        Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019 (arXiv 1904.05835);
+        the mean over all elements is the CIFAR-100 benchmark's (Tian et al., arXiv 1910.10699).
 
     Example:
         >>> vid_loss(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), torch.ones(1)).item()
