@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lkd.layers import resolve_layers
 from lkd.types import Outputs, Probe
 
 _INPUT = ":input"
@@ -27,7 +28,8 @@ class FeatureTaps:
     Args:
         network: Any module whose output is a tensor of logits, or has them as `.logits` or `["logits"]`.
         layers: Names as in `network.named_modules()`; with `:input` behind the name, what goes into the layer
-            (its first positional argument).
+            (its first positional argument). `@stages` and the like stand for the network's own: see
+            `lkd.layers.resolve_layers`.
 
     Raises:
         ValueError: If the network has no layer of that name.
@@ -41,7 +43,7 @@ class FeatureTaps:
 
     def __init__(self, network: nn.Module, layers: Sequence[str] = ()) -> None:
         self.network = network
-        self.layers = tuple(dict.fromkeys(layers))
+        self.layers = tuple(dict.fromkeys(resolve_layers(network, layers)))
         self._features: dict[str, Any] = {}
         self._copied = frozenset(self.layers)
         self._versions: dict[str, list[int]] | None = None  # while probing: each feature's version when it was saved

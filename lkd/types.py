@@ -20,11 +20,15 @@ class Batch(NamedTuple):
             the user's networks are called with.
         target: Classes `(B,)`, int64; `IGNORE_INDEX` where there is no label.
         index: Position of each sample in its data set `(B,)`, int64; None if the data does not tell.
+        views: How many views of each image there are, one behind the other: `input` is then `(views * B, ...)`, first
+            all first views, and so are `target` and `index`. A view that is not to be classified has the target
+            `IGNORE_INDEX`.
     """
 
     input: Any
     target: Tensor
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    views: int = 1
 
 
 class Outputs(NamedTuple):

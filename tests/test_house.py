@@ -13,6 +13,7 @@ import lkd
 PACKAGE = Path(lkd.__file__).parent
 LEVEL = {
     "types": 0,
+    "layers": 0,
     "losses": 1,
     "functional": 1,
     "taps": 1,

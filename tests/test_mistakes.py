@@ -158,7 +158,7 @@ def test_missing_files(answer, fit) -> None:
 
 def test_nothing_to_run(answer) -> None:
     assert "data, fit.model" in answer("fit")
-    assert "lkd.DistillModule needs values for student, teacher" in answer(
+    assert "lkd.DistillModule needs values for student" in answer(
         "fit", "--model=lkd.DistillModule", "--data=lkd.DigitsDataModule"
     )
 

@@ -23,7 +23,8 @@ class Schedule(L.Callback):
         epochs: Over how many epochs, at least 1.
         start: The factor before the first epoch.
         end: The factor at last.
-        shape: `linear`, or `cosine`: slow at both ends.
+        shape: `linear`; `cosine`: slow at both ends; `step`: `start` in all of these epochs, then `end`, as in a method
+            that begins with a stage of its own.
 
     Raises:
         ValueError: If `epochs` is less than 1, or, before training, the module has no such number.
@@ -40,7 +41,7 @@ class Schedule(L.Callback):
         epochs: int,
         start: float = 0.0,
         end: float = 1.0,
-        shape: Literal["linear", "cosine"] = "linear",
+        shape: Literal["linear", "cosine", "step"] = "linear",
     ) -> None:
         if epochs < 1:
             raise ValueError(f"a Schedule needs at least 1 epoch, got {epochs}")
@@ -57,6 +58,8 @@ class Schedule(L.Callback):
         Args:
             epoch: Counted from 0.
         """
+        if self.shape == "step":
+            return self.start if epoch < self.epochs else self.end
         progress = min((epoch + 1) / self.epochs, 1.0)
         if self.shape == "cosine":
             progress = (1 - math.cos(math.pi * progress)) / 2

@@ -119,6 +119,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
         for dataset in self.datasets.values():  # each time: the next run of a program may have another seed
             dataset.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
+    @property
+    def num_samples(self) -> int | None:
+        """Number of images that a batch's `index` counts; None before the training images are opened."""
+        return len(self.datasets["train"].target) if "train" in self.datasets else None
+
     def _setup_train(self) -> None:
         source, target = self._open("train")
         held_out = torch.zeros(len(target), dtype=torch.bool)

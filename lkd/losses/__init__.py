@@ -1,25 +1,38 @@
 """Criteria: what a student is asked to imitate."""
 
-from lkd.losses.base import DistillLoss, WeightedSum, named_terms
+from lkd.losses.adaptation import KTA
+from lkd.losses.base import CompositeLoss, DistillLoss, WeightedSum, named_terms
 from lkd.losses.ctkd import CTKD
+from lkd.losses.feature import AT, NST, FitNet
 from lkd.losses.logit import KD, TTM, WTTM, LogitMSE, LogitStandardization
 from lkd.losses.logit_relation import DIST, SKD
 from lkd.losses.logit_target import DKD, NKD, RLD, WSLD
+from lkd.losses.masked import MGD
+from lkd.losses.regression import PAD, SRD, VID
 from lkd.losses.teacher_free import USKD, TfKD
 
 __all__ = [
+    "AT",
     "CTKD",
     "DIST",
     "DKD",
     "KD",
+    "KTA",
+    "MGD",
     "NKD",
+    "NST",
+    "PAD",
     "RLD",
     "SKD",
+    "SRD",
     "TTM",
     "USKD",
+    "VID",
     "WSLD",
     "WTTM",
+    "CompositeLoss",
     "DistillLoss",
+    "FitNet",
     "LogitMSE",
     "LogitStandardization",
     "TfKD",

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from lkd.layers import resolve_layers
 from lkd.types import Batch, Outputs, Probe
 
 RESERVED = ("hard", "loss", "acc")
@@ -23,15 +24,22 @@ class DistillLoss(nn.Module, ABC):
 
     Args:
         student_layers: Names of the student's layers whose features it reads, as in `named_modules()`; a name
-            followed by `:input` reads what goes into the layer.
+            followed by `:input` reads what goes into the layer; `@stages`, `@pooled` and the like stand for the
+            network's own layers (`lkd.layers.resolve_layers`).
         teacher_layers: The same for the teacher.
     """
+
+    needs_teacher: ClassVar[bool] = True
+    """Whether `forward` reads the teacher's answers; if not, a run needs no teacher."""
 
     needs_index: ClassVar[bool] = False
     """Whether `forward` reads `Batch.index`."""
 
     reads_logits: ClassVar[bool] = True
     """Whether `forward` compares logits; then student and teacher must have the same classes."""
+
+    num_views: ClassVar[int] = 1
+    """How many views of each image it reads (`Batch.views`): the data module's `views` makes them."""
 
     def __init__(self, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()) -> None:
         super().__init__()
@@ -42,6 +50,38 @@ class DistillLoss(nn.Module, ABC):
     def name(self) -> str:
         """The criterion's name in logs."""
         return type(self).__name__.lower()
+
+    def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        """Replace `@stages` and the like in `student_layers` and `teacher_layers` by the networks' own names.
+
+        Args:
+            student: The student.
+            teacher: The teacher; None if there is none.
+
+        Raises:
+            ValueError: If it is not known where such layers lie in the network.
+        """
+        self.student_layers = resolve_layers(student, self.student_layers)
+        self.teacher_layers = () if teacher is None else resolve_layers(teacher, self.teacher_layers)
+
+    def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+        """The features of `student_layers`, each with that of the teacher's layer in the same place.
+
+        Args:
+            student: What the student answered.
+            teacher: What the teacher answered.
+
+        Raises:
+            ValueError: If the numbers of layers differ.
+        """
+        ours, theirs = self.student_layers, self.teacher_layers
+        if len(ours) != len(theirs):
+            raise ValueError(
+                f"{type(self).__name__} compares the student's layers with the teacher's one by one, got {len(ours)} "
+                f"({', '.join(ours)}) and {len(theirs)} ({', '.join(theirs)}); name as many student_layers as "
+                "teacher_layers"
+            )
+        return [(student.features[own], teacher.features[other]) for own, other in zip(ours, theirs, strict=True)]
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the adapters, once the shapes of all features are known.
@@ -91,7 +131,57 @@ def named_terms(name: str, loss: Tensor | Mapping[str, Tensor]) -> dict[str, Ten
     return {"_".join(part for part in (name, key) if part): term for key, term in terms.items()}
 
 
-class WeightedSum(DistillLoss):
+class CompositeLoss(DistillLoss):
+    """A criterion made of others: it reads their layers, needs what they need, and builds them.
+
+    Args:
+        parts: The others, as `parts` will return them.
+    """
+
+    def __init__(self, parts: Sequence[DistillLoss]) -> None:
+        super().__init__(
+            [layer for part in parts for layer in part.student_layers],
+            [layer for part in parts for layer in part.teacher_layers],
+        )
+
+    @property
+    @abstractmethod
+    def parts(self) -> list[DistillLoss]:
+        """The criteria that it is made of."""
+
+    @property
+    def needs_teacher(self) -> bool:  # type: ignore[override]
+        """Whether one of the parts reads the teacher's answers."""
+        return any(part.needs_teacher for part in self.parts)
+
+    @property
+    def needs_index(self) -> bool:  # type: ignore[override]
+        """Whether one of the parts reads `Batch.index`."""
+        return any(part.needs_index for part in self.parts)
+
+    @property
+    def reads_logits(self) -> bool:  # type: ignore[override]
+        """Whether one of the parts compares logits."""
+        return any(part.reads_logits for part in self.parts)
+
+    @property
+    def num_views(self) -> int:  # type: ignore[override]
+        """How many views the part with the most of them reads."""
+        return max(part.num_views for part in self.parts)
+
+    def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        """Find the parts' layers."""
+        super().locate(student, teacher)
+        for part in self.parts:
+            part.locate(student, teacher)
+
+    def build(self, student: Probe, teacher: Probe) -> None:
+        """Build each part."""
+        for part in self.parts:
+            part.build(student, teacher)
+
+
+class WeightedSum(CompositeLoss):
     """Several criteria at once, each with its weight.
 
     Args:
@@ -119,10 +209,7 @@ class WeightedSum(DistillLoss):
             raise ValueError(f"WeightedSum has weights for {unknown}, but its criteria are {sorted(criteria)}")
         if negative := {name: weight for name, weight in weights.items() if weight < 0}:
             raise ValueError(f"weights must not be negative, got {negative}")
-        super().__init__(
-            [layer for criterion in criteria.values() for layer in criterion.student_layers],
-            [layer for criterion in criteria.values() for layer in criterion.teacher_layers],
-        )
+        super().__init__(list(criteria.values()))
         self.criteria = nn.ModuleDict(criteria)
         self.weights = {name: float(weights.get(name, 1.0)) for name in criteria}
 
@@ -132,19 +219,9 @@ class WeightedSum(DistillLoss):
         return ""
 
     @property
-    def needs_index(self) -> bool:  # type: ignore[override]
-        """Whether one of the criteria reads `Batch.index`."""
-        return any(criterion.needs_index for criterion in self.criteria.values())
-
-    @property
-    def reads_logits(self) -> bool:  # type: ignore[override]
-        """Whether one of the criteria compares logits."""
-        return any(criterion.reads_logits for criterion in self.criteria.values())
-
-    def build(self, student: Probe, teacher: Probe) -> None:
-        """Build each criterion."""
-        for criterion in self.criteria.values():
-            criterion.build(student, teacher)  # type: ignore[operator]
+    def parts(self) -> list[DistillLoss]:
+        """The criteria, in their order."""
+        return list(self.criteria.values())  # type: ignore[arg-type]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms of all criteria, by name."""

@@ -6,13 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lkd.losses.base import DistillLoss
-from lkd.types import Batch, Outputs, Probe
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """Half precision as float32: a softmax over many classes would lose its small probabilities."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+from lkd.losses.base import CompositeLoss, DistillLoss
+from lkd.losses.precision import wide
+from lkd.types import Batch, Outputs
 
 
 def _check_temperature(temperature: float) -> float:
@@ -54,8 +50,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
         >>> round(kd_loss(student, teacher, temperature=4.0).item(), 4)
         0.3309
     """
-    student = F.log_softmax(_wide(student_logits) / temperature, dim=1)
-    teacher = F.log_softmax(_wide(teacher_logits) / temperature, dim=1)
+    student = F.log_softmax(wide(student_logits) / temperature, dim=1)
+    teacher = F.log_softmax(wide(teacher_logits) / temperature, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
@@ -104,7 +100,7 @@ def logit_mse_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         >>> logit_mse_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 1.0]])).item()
         2.5
     """
-    return F.mse_loss(_wide(student_logits), _wide(teacher_logits))
+    return F.mse_loss(wide(student_logits), wide(teacher_logits))
 
 
 class LogitMSE(DistillLoss):
@@ -123,8 +119,8 @@ class LogitMSE(DistillLoss):
 
 def _transformed(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Divergence of the softened teacher from the student as it is, `(B,)`."""
-    student = F.log_softmax(_wide(student_logits), dim=1)
-    teacher = F.log_softmax(_wide(teacher_logits) / temperature, dim=1)
+    student = F.log_softmax(wide(student_logits), dim=1)
+    teacher = F.log_softmax(wide(teacher_logits) / temperature, dim=1)
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
@@ -175,7 +171,7 @@ def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
         Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024 (arXiv 2402.11148),
         section 4.
     """
-    flatness = torch.logsumexp(F.log_softmax(_wide(teacher_logits), dim=1) / temperature, dim=1).exp()
+    flatness = torch.logsumexp(F.log_softmax(wide(teacher_logits), dim=1) / temperature, dim=1).exp()
     return (flatness * _transformed(student_logits, teacher_logits, temperature)).mean()
 
 
@@ -243,11 +239,11 @@ def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
         >>> standardize(torch.tensor([[10.0, 20.0, 30.0]])).tolist()
         [[-1.0, 0.0, 1.0]]
     """
-    logits = _wide(logits)
+    logits = wide(logits)
     return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + eps)
 
 
-class LogitStandardization(DistillLoss):
+class LogitStandardization(CompositeLoss):
     """Any criterion, on logits with mean 0 and standard deviation 1: the student need not match their size.
 
     Every sample's logits, the student's and the teacher's, are standardised over the classes (`standardize`)
@@ -267,7 +263,7 @@ class LogitStandardization(DistillLoss):
     """
 
     def __init__(self, criterion: DistillLoss, eps: float = 1e-7) -> None:
-        super().__init__(criterion.student_layers, criterion.teacher_layers)
+        super().__init__([criterion])
         self.criterion = criterion
         self.eps = eps
 
@@ -277,18 +273,9 @@ class LogitStandardization(DistillLoss):
         return self.criterion.name
 
     @property
-    def needs_index(self) -> bool:  # type: ignore[override]
-        """Whether the criterion reads `Batch.index`."""
-        return self.criterion.needs_index
-
-    @property
-    def reads_logits(self) -> bool:  # type: ignore[override]
-        """Whether the criterion compares logits."""
-        return self.criterion.reads_logits
-
-    def build(self, student: Probe, teacher: Probe) -> None:
-        """Build the criterion."""
-        self.criterion.build(student, teacher)
+    def parts(self) -> list[DistillLoss]:
+        """The criterion."""
+        return [self.criterion]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
         """The criterion's value for the standardised logits."""

@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature, _check_weights, _wide
+from lkd.losses.logit import _check_temperature, _check_weights
+from lkd.losses.precision import wide
 from lkd.types import Batch, Outputs
 
 
 def _dist(student_logits: Tensor, teacher_logits: Tensor, dim: int, temperature: float, eps: float) -> Tensor:
     """1 - the mean correlation of probabilities along `dim`, times temperature²."""
-    student, teacher = (F.softmax(_wide(logits) / temperature, dim=1) for logits in (student_logits, teacher_logits))
+    student, teacher = (F.softmax(wide(logits) / temperature, dim=1) for logits in (student_logits, teacher_logits))
     student, teacher = (p - p.mean(dim, keepdim=True) for p in (student, teacher))
     norms: Tensor = torch.linalg.vector_norm(student, dim=dim) * torch.linalg.vector_norm(teacher, dim=dim)
     return temperature**2 * (1 - ((student * teacher).sum(dim) / (norms + eps)).mean())
@@ -109,8 +110,8 @@ def skd_instance_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     References:
         Jeong, Lee, Choi: Streamlined Knowledge Distillation, CVPR 2026.
     """
-    student = F.log_softmax(_wide(student_logits) / temperature, dim=1)
-    teacher = F.log_softmax(_wide(teacher_logits) / temperature, dim=1)
+    student = F.log_softmax(wide(student_logits) / temperature, dim=1)
+    teacher = F.log_softmax(wide(teacher_logits) / temperature, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
@@ -135,7 +136,7 @@ def skd_direction_loss(student_logits: Tensor, teacher_logits: Tensor, tikhonov:
         Jeong, Lee, Choi: Streamlined Knowledge Distillation, CVPR 2026.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
-        student, teacher = (F.normalize(_wide(logits), dim=1) for logits in (student_logits, teacher_logits))
+        student, teacher = (F.normalize(wide(logits), dim=1) for logits in (student_logits, teacher_logits))
         difference = student @ student.T - teacher @ teacher.T
         centred = difference - difference.mean(0)
         num_samples = len(difference)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature, _check_weights, _wide
+from lkd.losses.logit import _check_temperature, _check_weights
+from lkd.losses.precision import wide
 from lkd.types import IGNORE_INDEX, Batch, Outputs
 
 
@@ -71,7 +72,7 @@ def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
         Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022 (arXiv 2203.08679).
     """
     own = _own(target)
-    student, teacher = (_log_or_not(_wide(logits) / temperature, own) for logits in (student_logits, teacher_logits))
+    student, teacher = (_log_or_not(wide(logits) / temperature, own) for logits in (student_logits, teacher_logits))
     return temperature**2 * _labelled_mean(_kl(student, teacher), target)
 
 
@@ -97,7 +98,7 @@ def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
         Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022 (arXiv 2203.08679).
     """
     own = _own(target)
-    student, teacher = (_log_others(_wide(logits) / temperature, own) for logits in (student_logits, teacher_logits))
+    student, teacher = (_log_others(wide(logits) / temperature, own) for logits in (student_logits, teacher_logits))
     return temperature**2 * _labelled_mean(_kl(student, teacher), target)
 
 
@@ -182,7 +183,7 @@ def _nkd_target(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) 
     """The first part of `nkd_loss`."""
     own = _own(target)
     student, teacher = (
-        F.log_softmax(_wide(logits), dim=1).gather(1, own).squeeze(1) for logits in (student_logits, teacher_logits)
+        F.log_softmax(wide(logits), dim=1).gather(1, own).squeeze(1) for logits in (student_logits, teacher_logits)
     )
     return _labelled_mean(-teacher.exp() * student, target)
 
@@ -190,7 +191,7 @@ def _nkd_target(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) 
 def _nkd_nontarget(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """The second part of `nkd_loss`: `nckd_loss` and the teacher's entropy, which has no gradient."""
     own = _own(target)
-    student, teacher = (_log_others(_wide(logits) / temperature, own) for logits in (student_logits, teacher_logits))
+    student, teacher = (_log_others(wide(logits) / temperature, own) for logits in (student_logits, teacher_logits))
     return temperature**2 * _labelled_mean(-(teacher.exp() * student).sum(1), target)
 
 
@@ -285,7 +286,7 @@ def wsld_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
         Zhou et al.: Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective,
         ICLR 2021 (arXiv 2102.00650), whose factor alpha is `distill_weight` here.
     """
-    own, student_logits, teacher_logits = _own(target), _wide(student_logits), _wide(teacher_logits)
+    own, student_logits, teacher_logits = _own(target), wide(student_logits), wide(teacher_logits)
     student_ce, teacher_ce = (
         -F.log_softmax(logits.detach(), dim=1).gather(1, own).squeeze(1) for logits in (student_logits, teacher_logits)
     )
@@ -322,8 +323,8 @@ class WSLD(DistillLoss):
 
 def _scd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """The first part of `rld_loss`: sample confidence."""
-    student = _log_or_not(_wide(student_logits) / temperature, _own(target))
-    teacher = _log_or_not(_wide(teacher_logits) / temperature, teacher_logits.argmax(1, keepdim=True))
+    student = _log_or_not(wide(student_logits) / temperature, _own(target))
+    teacher = _log_or_not(wide(teacher_logits) / temperature, teacher_logits.argmax(1, keepdim=True))
     return temperature**2 * _labelled_mean(_kl(student, teacher), target)
 
 
@@ -333,7 +334,7 @@ def _mcd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, tempera
     nothing_left = masked.all(1, keepdim=True)
     masked = masked & ~nothing_left  # a softmax of nothing is not a number; these samples are left out below
     student, teacher = (
-        F.log_softmax((_wide(logits) / temperature).masked_fill(masked, -torch.inf), dim=1).masked_fill(masked, 0)
+        F.log_softmax((wide(logits) / temperature).masked_fill(masked, -torch.inf), dim=1).masked_fill(masked, 0)
         for logits in (student_logits, teacher_logits)
     )
     divergence = _kl(student, teacher).masked_fill(nothing_left.squeeze(1), 0)

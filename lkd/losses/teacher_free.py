@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature, _check_weights, _wide
+from lkd.losses.logit import _check_temperature, _check_weights
 from lkd.losses.logit_target import _kl, _labelled_mean, _log_others, _others, _own
+from lkd.losses.precision import wide
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 
@@ -41,7 +42,7 @@ def tfkd_loss(
         differs: it takes the softmax of u / tau, not of log u / tau, leaves the student at temperature 1, and has a
         factor of its own for each network.
     """
-    student_logits = _wide(student_logits)
+    student_logits = wide(student_logits)
     rest = math.log((1 - correct_probability) / (student_logits.shape[1] - 1))
     virtual = torch.full_like(student_logits, rest).scatter(1, _own(target), math.log(correct_probability))
     student, teacher = (F.log_softmax(logits / temperature, dim=1) for logits in (student_logits, virtual))
@@ -66,6 +67,7 @@ class TfKD(DistillLoss):
         (arXiv 1909.11723). `tfkd_loss` says where the authors' code differs.
     """
 
+    needs_teacher = False
     reads_logits = False
 
     def __init__(self, temperature: float = 20.0, correct_probability: float = 0.99) -> None:
@@ -82,7 +84,7 @@ class TfKD(DistillLoss):
 
 def _uskd_target(student_logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy with the label, weighed by how sure the student is of it."""
-    log_own = F.log_softmax(_wide(student_logits), dim=1).gather(1, _own(target)).squeeze(1)
+    log_own = F.log_softmax(wide(student_logits), dim=1).gather(1, _own(target)).squeeze(1)
     squares = (2 * log_own.detach()).exp()
     return _labelled_mean(-(squares + 1 - _labelled_mean(squares, target)) * log_own, target)
 
@@ -90,16 +92,16 @@ def _uskd_target(student_logits: Tensor, target: Tensor) -> Tensor:
 def _uskd_weak(weak_logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of the weak head with smoothed labels."""
     values = F.cross_entropy(
-        _wide(weak_logits), target, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=0.1
+        wide(weak_logits), target, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=0.1
     )
     return _labelled_mean(values, target)
 
 
 def _uskd_nontarget(student_logits: Tensor, weak_logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of the other classes with Zipf's law over their ranks."""
-    own, student_logits = _own(target), _wide(student_logits)
+    own, student_logits = _own(target), wide(student_logits)
     log_student = F.log_softmax(student_logits, dim=1)
-    weak = F.softmax(_wide(weak_logits), dim=1)
+    weak = F.softmax(wide(weak_logits), dim=1)
     score = weak / (1 - weak.gather(1, own) + 1e-6) + log_student / (1 - log_student.gather(1, own) + 1e-6)
     rank = score.argsort(dim=1, descending=True).argsort(dim=1) + 1
     zipf = _others(1 / rank.to(score.dtype), own)
@@ -172,9 +174,12 @@ class USKD(DistillLoss):
         Yang et al.: From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023 (arXiv 2303.13005).
     """
 
+    needs_teacher = False
     reads_logits = False
 
-    def __init__(self, student_layer: str, alpha: float = 1.0, beta: float = 0.1, mu: float = 0.005) -> None:
+    def __init__(
+        self, student_layer: str = "@stage2", alpha: float = 1.0, beta: float = 0.1, mu: float = 0.005
+    ) -> None:
         super().__init__([student_layer])
         _check_weights(alpha=alpha, beta=beta, mu=mu)
         self.alpha = alpha

@@ -1,8 +1,8 @@
 """Networks, and reading trained weights into them."""
 
+from lkd.layers import layer_names
 from lkd.models.factories import timm_model, torchvision_model
 from lkd.models.imagenet_resnet import ImageNetResNet, resnet18, resnet50
-from lkd.models.layers import layer_names
 from lkd.models.mobilenet import MobileNetV2, mobilenetv2
 from lkd.models.resnet import (
     CIFARResNet,

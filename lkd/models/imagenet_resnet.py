@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from lkd.layers import FeatureLayers
 from lkd.models.parts import check_counts, initialize_convolutions
 
 
@@ -125,6 +126,22 @@ class ImageNetResNet(nn.Module):
         self.flatten = nn.Flatten()
         self.linear = nn.Linear(512 * block.expansion, num_classes)
         initialize_convolutions(self)
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where the features lie."""
+        stages = ("layer1", "layer2", "layer3", "layer4")
+        relu, norm = ("relu3", "bn3") if isinstance(self.layer1[0], _Bottleneck) else ("relu2", "bn2")
+        last = [f"{stage}.{len(self.get_submodule(stage)) - 1}" for stage in stages]  # type: ignore[arg-type]
+        return FeatureLayers(
+            stem="relu",
+            stages=stages,
+            preacts=tuple(f"{block}.{relu}:input" for block in last),
+            norms=tuple(f"{block}.{norm}" for block in last),
+            map="avgpool:input",
+            pooled="flatten",
+            head="linear",
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lkd.layers import FeatureLayers
 from lkd.models.parts import check_counts, initialize_convolutions
 
 # Of each stage: channels at width 1, blocks, stride of the first.
@@ -80,6 +81,20 @@ class MobileNetV2(nn.Module):
         initialize_convolutions(self)
         nn.init.normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where the features lie: a stage ends in a linear bottleneck, so no activation is left out in `preacts`."""
+        stages = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")
+        return FeatureLayers(
+            stem="conv1",
+            stages=stages,
+            preacts=stages,
+            norms=tuple(f"{stage}.{len(self.get_submodule(stage)) - 1}.conv.7" for stage in stages),  # type: ignore[arg-type]
+            map="avgpool:input",
+            pooled="flatten",
+            head="classifier.0",
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images.

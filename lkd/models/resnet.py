@@ -7,6 +7,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lkd.layers import FeatureLayers
+
 Shortcut = Literal["A", "B"]
 
 
@@ -115,6 +117,21 @@ class CIFARResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where the features lie."""
+        stages = ("layer1", "layer2", "layer3")
+        last = [f"{stage}.{len(self.get_submodule(stage)) - 1}" for stage in stages]  # type: ignore[arg-type]
+        return FeatureLayers(
+            stem="relu",
+            stages=stages,
+            preacts=tuple(f"{block}.relu2:input" for block in last),
+            norms=tuple(f"{block}.bn2" for block in last),
+            map="avgpool:input",
+            pooled="flatten",
+            head="fc",
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images.

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lkd.layers import FeatureLayers
 from lkd.models.parts import check_counts
 
 _STEM = 24
@@ -94,6 +95,21 @@ class ShuffleNetV1(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.linear = nn.Linear(num_filters[-1], num_classes)
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where the features lie."""
+        stages = ("layer1", "layer2", "layer3")
+        last = [f"{stage}.{len(self.get_submodule(stage)) - 1}" for stage in stages]  # type: ignore[arg-type]
+        return FeatureLayers(
+            stem="relu",
+            stages=stages,
+            preacts=tuple(f"{block}.relu3:input" for block in last),
+            norms=tuple(f"{block}.bn3" for block in last),
+            map="avgpool:input",
+            pooled="flatten",
+            head="linear",
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images.
@@ -221,6 +237,20 @@ class ShuffleNetV2(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.linear = nn.Linear(pooled, num_classes)
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where the features lie; `norms` are not: half of a stage's last sum comes from further back."""
+        stages = ("layer1", "layer2", "layer3")
+        last = [f"{stage}.{len(self.get_submodule(stage)) - 1}" for stage in stages]  # type: ignore[arg-type]
+        return FeatureLayers(
+            stem="relu",
+            stages=stages,
+            preacts=tuple(f"{block}.relu3:input" for block in last),
+            map="avgpool:input",
+            pooled="flatten",
+            head="linear",
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images.

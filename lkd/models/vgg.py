@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from lkd.layers import FeatureLayers
 from lkd.models.parts import check_counts, initialize_convolutions
 
 _NUM_CONVOLUTIONS = {
@@ -83,6 +84,20 @@ class VGG(nn.Module):
         initialize_convolutions(self)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where the features lie."""
+        blocks = ("block1", "block2", "block3", "block4")
+        return FeatureLayers(
+            stem="relu0",
+            stages=("relu1", "relu2", "relu3", "relu4"),
+            preacts=blocks,
+            norms=tuple(f"{block}.{len(self.get_submodule(block)) - 1}" for block in blocks),  # type: ignore[arg-type]
+            map="avgpool:input",
+            pooled="flatten",
+            head="classifier",
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images.

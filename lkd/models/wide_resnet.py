@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from lkd.layers import FeatureLayers
 from lkd.models.parts import check_counts, initialize_convolutions
 
 
@@ -76,6 +77,20 @@ class WideResNet(nn.Module):
         self.fc = nn.Linear(widths[2], num_classes)
         initialize_convolutions(self)
         nn.init.zeros_(self.fc.bias)
+
+    @property
+    def feature_layers(self) -> FeatureLayers:
+        """Where the features lie: the benchmark's stages end before the BatchNorm of what follows."""
+        norms = ("block2.layer.0.bn1", "block3.layer.0.bn1", "bn1")
+        return FeatureLayers(
+            stem="conv1",
+            stages=("block1", "block2", "block3"),
+            preacts=norms,
+            norms=norms,
+            map="avgpool:input",
+            pooled="flatten",
+            head="fc",
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -26,7 +26,8 @@ from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Probe
 
 _LOGITS = " logits"
-Module = TypeVar("Module", bound=L.LightningModule)
+FROM_DATA = ("num_samples", "batch_size")
+"""What a criterion may leave to the datamodule: arguments of these names that are None."""
 
 
 def accuracy() -> Metric:
@@ -35,26 +36,19 @@ def accuracy() -> Metric:
 
 
 def _is_plain(value: Any) -> bool:
-    return all(leaf is None or isinstance(leaf, (bool, int, float, str)) for leaf in tree_leaves(value))
+    return all(type(leaf) in (bool, int, float, str, type(None)) for leaf in tree_leaves(value))
 
 
-def spawnable(kind: type[Module]) -> type[Module]:
-    """Make the default optimizer known to pickle, for strategies that spawn their processes.
+def _name_default(kind: type[L.LightningModule]) -> None:
+    """Let pickle find a class's default optimizer, for strategies that spawn their processes.
 
     It is a lambda, which the command line can show and change; pickle looks it up by its name, `<lambda>`.
-
-    Args:
-        kind: The class; its constructor's argument `optimizer` has the default.
-
-    Returns:
-        The same class.
     """
-    default = inspect.signature(kind).parameters["optimizer"].default
-    setattr(kind, default.__name__, default)
-    return kind
+    optimizer = inspect.signature(kind).parameters.get("optimizer")
+    if optimizer is not None and getattr(optimizer.default, "__name__", "") == "<lambda>":
+        setattr(kind, "<lambda>", optimizer.default)
 
 
-@spawnable
 class ClassificationModule(L.LightningModule):
     """Train a classifier with labels.
 
@@ -95,7 +89,12 @@ class ClassificationModule(L.LightningModule):
         self._make_optimizer = optimizer
         self._make_lr_scheduler = lr_scheduler
         self._meter = Meter()
+        self._kept_facts: dict[str, Any] = {}  # what a checkpoint tells of the data, outside a Trainer
         self._watched: dict[str, Tensor] = {}
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        _name_default(cls)
 
     def _set_hparams(self, hp: Any) -> None:
         """Keep plain values only, whoever calls `save_hyperparameters`: networks would be pickled into checkpoints."""
@@ -310,8 +309,9 @@ class ClassificationModule(L.LightningModule):
         return None if shape is None else torch.zeros(1, *shape, device=self.device)
 
     def _data_attribute(self, name: str) -> Any | None:
-        datamodule = getattr(self._trainer, "datamodule", None)
-        return getattr(datamodule, name, None)
+        if self._trainer is None:
+            return self._kept_facts.get(name)
+        return getattr(getattr(self._trainer, "datamodule", None), name, None)
 
     def build(self, example: Any) -> None:
         """Run a blank input through what is trained, and check what comes out.
@@ -324,13 +324,14 @@ class ClassificationModule(L.LightningModule):
         """
         self.probe("model", FeatureTaps(self.model), example)
 
-    def probe(self, name: str, taps: FeatureTaps, example: Any) -> Probe:
+    def probe(self, name: str, taps: FeatureTaps, example: Any, is_classifier: bool = True) -> Probe:
         """Run a blank input through one network.
 
         Args:
             name: What the network is called in the error message.
             taps: The network, with the layers to read.
             example: One blank input.
+            is_classifier: Whether its logits must be of the data's classes.
 
         Returns:
             The network and its outputs.
@@ -351,7 +352,7 @@ class ClassificationModule(L.LightningModule):
         if len(shape) != 2:
             raise ValueError(f"the {name} must return logits (batch, classes), got the shape {shape} for one input")
         num_classes, in_data = shape[1], self._data_attribute("num_classes")
-        if in_data is not None and in_data > num_classes:
+        if is_classifier and in_data is not None and in_data > num_classes:
             raise ValueError(
                 f"the data has {in_data} classes, the {name} only {num_classes}; "
                 f"set the network's num_classes to {in_data}"
@@ -359,21 +360,27 @@ class ClassificationModule(L.LightningModule):
         return probe
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the shape of the input, from which `on_load_checkpoint` builds what depends on it."""
+        """Keep what of the data `on_load_checkpoint` needs to build what depends on it."""
         shape = self._data_attribute("input_shape")
-        checkpoint["lkd"] = {"version": __version__, "input_shape": None if shape is None else tuple(shape)}
+        facts = {name: self._data_attribute(name) for name in FROM_DATA}
+        checkpoint["lkd"] = {
+            "version": __version__,
+            "input_shape": None if shape is None else tuple(shape),
+            **facts,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Before the weights arrive: outside a Trainer, build what depends on the input; in one, see if they fit."""
+        """Before the weights arrive: outside a Trainer, build what depends on the data; in one, see if they fit."""
         made_by = str(checkpoint.get("hyper_parameters", {}).get("_class_path", type(self).__name__))
         if made_by.rpartition(".")[2] not in {kind.__name__ for kind in type(self).__mro__}:
             raise ValueError(
                 f"this checkpoint was made by {made_by}, not by {type(self).__name__}; "
                 "LightningModule.load_from_checkpoint(path) finds the right class"
             )
-        shape = checkpoint.get("lkd", {}).get("input_shape")
-        if self._trainer is None and (shape is not None or self.example_input_array is not None):
-            self.build(torch.zeros(1, *shape) if shape is not None else self.example_input_array)
+        self._kept_facts = dict(checkpoint.get("lkd", {}))
+        example = self.example_input() if self._trainer is None else None
+        if example is not None:
+            self.build(example)
         state = checkpoint.get("state_dict")
         problems = misfit(state, self) if self._trainer is not None and self.strict_loading and state else ""
         if problems:
@@ -381,3 +388,6 @@ class ClassificationModule(L.LightningModule):
                 f"the checkpoint does not fit this {type(self).__name__}; {problems}; take the config of the run that "
                 "wrote it"
             )
+
+
+_name_default(ClassificationModule)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -16,12 +16,14 @@ from torchmetrics import Metric
 from lkd.losses import KD, DistillLoss, named_terms
 from lkd.losses.base import RESERVED
 from lkd.models import load_weights
-from lkd.modules.classification import ClassificationModule, accuracy, spawnable
+from lkd.modules.classification import FROM_DATA, ClassificationModule, accuracy
 from lkd.taps import FeatureTaps
-from lkd.types import IGNORE_INDEX, Batch, Normalization, Outputs
+from lkd.types import IGNORE_INDEX, Batch, Normalization, Outputs, Probe
+
+_NO_ANSWER = Outputs(torch.empty(0), {})
+"""What a criterion that asks no teacher is given as the teacher's outputs."""
 
 
-@spawnable
 class DistillModule(ClassificationModule):
     """Train a student with labels and with a teacher's answers.
 
@@ -36,7 +38,7 @@ class DistillModule(ClassificationModule):
 
     Args:
         student: The network in training; returns logits `(B, K)`.
-        teacher: The network to imitate; returns logits `(B, K)`.
+        teacher: The network to imitate; returns logits `(B, K)`. None, for criteria that ask none (`TfKD`, `USKD`).
         criterion: What the student imitates; None: `KD(temperature=4.0)`.
         teacher_ckpt: File with the teacher's weights: anything that `lkd.models.load_weights` reads. None: the
             teacher is taken as it is.
@@ -49,19 +51,22 @@ class DistillModule(ClassificationModule):
         label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
 
     Raises:
-        ValueError: If a weight is negative or both are 0, or a file's weights do not fit.
+        ValueError: If a weight is negative or both are 0, the criterion needs a teacher and there is none, or a file's
+            weights do not fit.
 
     References:
         Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531).
     """
 
-    network_names = ("student", "teacher")
-    teacher: nn.Module
+    network_names: tuple[str, ...] = ("student", "teacher")
+    saves_teacher: ClassVar[bool] = False
+    """Whether checkpoints hold the teacher, and processes share its statistics: for one that changes."""
+    teacher: nn.Module | None
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | None = None,
         criterion: DistillLoss | None = None,
         teacher_ckpt: str | None = None,
         student_ckpt: str | None = None,
@@ -78,8 +83,10 @@ class DistillModule(ClassificationModule):
                 raise ValueError(f"{name} must not be negative, got {weight}")
         if distill_weight == hard_weight == 0:
             raise ValueError("distill_weight and hard_weight are both 0, so there is nothing to learn; set one of them")
-        self.teacher = load_weights(teacher, teacher_ckpt) if teacher_ckpt else teacher
         self.criterion = criterion if criterion is not None else KD(temperature=4.0)
+        self.teacher = _load_teacher(teacher, teacher_ckpt)
+        if self.teacher is None:
+            self.network_names = ("student",)
         if self.distill_name in RESERVED:
             raise ValueError(
                 f"the criterion {type(self.criterion).__name__} would be logged as {self.distill_name!r}, the name of "
@@ -88,12 +95,13 @@ class DistillModule(ClassificationModule):
         self.distill_weight = distill_weight
         self.hard_weight = hard_weight
         self.teacher_normalization = teacher_normalization
+        self.criterion.locate(self.student, self.teacher)
         self.student_taps = FeatureTaps(self.student, self.criterion.student_layers)
-        self.teacher_taps = FeatureTaps(self.teacher, self.criterion.teacher_layers)
+        self.teacher_taps = None if self.teacher is None else FeatureTaps(self.teacher, self.criterion.teacher_layers)
         self.teacher_scale: Tensor | None = None
         self.teacher_shift: Tensor | None = None
         self._built = False
-        self.teacher.requires_grad_(False).eval()
+        self._freeze_teacher()
 
     @property
     def student(self) -> nn.Module:
@@ -102,7 +110,7 @@ class DistillModule(ClassificationModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep the teacher out of the module's tree: what walks it (DDP, averaging, `unfreeze`) is not to meet it."""
-        if name == "teacher":
+        if name == "teacher" and not self.saves_teacher:
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -110,31 +118,69 @@ class DistillModule(ClassificationModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistillModule:
         """Move and cast the teacher, and what normalises its images, with the module."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.teacher is not None and not self.saves_teacher:
+            self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.teacher_scale is not None and self.teacher_shift is not None:
             self.teacher_scale, self.teacher_shift = fn(self.teacher_scale), fn(self.teacher_shift)
         return self
 
+    def _freeze_teacher(self) -> None:
+        if self.teacher is not None:
+            self.teacher.requires_grad_(False).eval()
+        elif self.asks_teacher:
+            raise ValueError(
+                f"the criterion {type(self.criterion).__name__} compares the student with a teacher, and there is "
+                "none; give a teacher"
+            )
+
+    def train(self, mode: bool = True) -> DistillModule:
+        """Set the mode of everything but the teacher, which stays in eval."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the loss reads the teacher's answers."""
+        return self.criterion.needs_teacher or self._is_overridden
+
+    @property
+    def _is_overridden(self) -> bool:
+        return type(self).distill_loss is not DistillModule.distill_loss
+
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's logits `(B, K)`; the weighted terms `hard` and those of the criterion."""
-        with torch.no_grad():  # not inference_mode: its tensors cannot be saved for backward
-            teacher = self.teacher_outputs(batch)
-        student = self.student_taps(batch.input)
-        self.watch("teacher", teacher.logits)
+        student = self.student_outputs(batch)
         terms = {}
         if self.hard_weight:
             terms["hard"] = self.hard_weight * self.hard_loss(student.logits, batch.target)
         if self.distill_weight:
-            self._check_index(batch)
+            self._check_batch(batch)
+            teacher = _NO_ANSWER
+            if self.asks_teacher:
+                with torch.no_grad():  # not inference_mode: its tensors cannot be saved for backward
+                    teacher = self.teacher_outputs(batch)
+                self.watch("teacher", teacher.logits)
             loss = self.distill_loss(student, teacher, batch)
             terms |= {name: self.distill_weight * term for name, term in named_terms(self.distill_name, loss).items()}
+        if not self.hard_weight and self._trainer is not None and self.trainer.world_size > 1:
+            # a loss of features alone does not reach the classifier, and DDP waits for every parameter's gradient
+            first = next(iter(terms))
+            terms[first] = terms[first] + 0 * student.logits.float().sum()
         return student.logits, terms
 
-    def _check_index(self, batch: Batch) -> None:
+    def _check_batch(self, batch: Batch) -> None:
+        name = type(self.criterion).__name__
         if self.criterion.needs_index and batch.index is None:
             raise ValueError(
-                f"criterion {type(self.criterion).__name__} needs sample indices; this datamodule's batches have none: "
-                "let them be (input, target, index), with the sample's position in the data set"
+                f"criterion {name} needs sample indices; this datamodule's batches have none: let them be "
+                "(input, target, index), with the sample's position in the data set"
+            )
+        if self.criterion.num_views > 1 and batch.views != self.criterion.num_views:
+            raise ValueError(
+                f"criterion {name} reads {self.criterion.num_views} views of each image, and this datamodule's batches "
+                f"have {batch.views}: set its `views`, as in configs/methods/{name.lower()}.yaml"
             )
 
     def distill_loss(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
@@ -154,8 +200,15 @@ class DistillModule(ClassificationModule):
     @property
     def distill_name(self) -> str:
         """What the distillation's term is called in logs."""
-        overridden = type(self).distill_loss is not DistillModule.distill_loss
-        return "distill" if overridden else self.criterion.name
+        return "distill" if self._is_overridden else self.criterion.name
+
+    def student_outputs(self, batch: Batch) -> Outputs:
+        """What the student says of a batch, in training; override it for one whose answer is made otherwise.
+
+        Args:
+            batch: One batch.
+        """
+        return self.student_taps(batch.input)
 
     def teacher_outputs(self, batch: Batch) -> Outputs:
         """What the teacher says of a batch; override it for several teachers, or one that changes.
@@ -163,6 +216,8 @@ class DistillModule(ClassificationModule):
         Args:
             batch: One batch, normalised for the student.
         """
+        if self.teacher_taps is None:
+            raise ValueError(f"{type(self).__name__} has no teacher; override teacher_outputs, or give one")
         return self.teacher_taps(self.teacher_input(batch.input))
 
     def teacher_input(self, input: Any) -> Any:
@@ -198,6 +253,8 @@ class DistillModule(ClassificationModule):
         self._check_hidden()
 
     def _check_hidden(self) -> None:
+        if self.teacher is None or self.saves_teacher:
+            return
         hidden = {id(tensor) for tensor in chain(self.teacher.parameters(), self.teacher.buffers())}
         for name, tensor in chain(self.named_parameters(), self.named_buffers()):
             if id(tensor) in hidden:
@@ -227,17 +284,26 @@ class DistillModule(ClassificationModule):
     def build(self, example: Any) -> None:
         """Check both networks on a blank input, and let the criterion build its adapters."""
         student = self.probe("student", self.student_taps, example)
-        teacher = self.probe("teacher", self.teacher_taps, example)
-        num_classes = [probe.outputs.logits.shape[1] for probe in (student, teacher)]
-        if num_classes[0] != num_classes[1] and self.criterion.reads_logits and self.distill_weight:
-            raise ValueError(
-                f"the student has {num_classes[0]} classes, the teacher {num_classes[1]}; "
-                f"{type(self.criterion).__name__} compares their logits and needs the same classes in both: "
-                "set the same num_classes"
-            )
+        teacher = Probe(nn.Identity(), _NO_ANSWER)
+        if self.teacher_taps is not None:
+            compared = bool(self.criterion.reads_logits and self.distill_weight)
+            teacher = self.probe("teacher", self.teacher_taps, example, is_classifier=compared)
+            self._check_classes(student, teacher, compared)
         if not self._built:
+            for part in self.criterion.modules():
+                for name in FROM_DATA:
+                    if getattr(part, name, 0) is None:
+                        setattr(part, name, self._data_attribute(name))
             self.criterion.build(student, teacher)
             self._built = True
+
+    def _check_classes(self, student: Probe, teacher: Probe, compared: bool) -> None:
+        ours, theirs = (probe.outputs.logits.shape[1] for probe in (student, teacher))
+        if ours != theirs and compared:
+            raise ValueError(
+                f"the student has {ours} classes, the teacher {theirs}; {type(self.criterion).__name__} compares their "
+                "logits and needs the same classes in both: set the same num_classes"
+            )
 
     def make_metrics(self) -> dict[str, Metric]:
         """Those of `ClassificationModule`, the teacher's accuracy, and the agreement with it."""
@@ -246,6 +312,8 @@ class DistillModule(ClassificationModule):
     def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> Tensor:
         """Measure student and teacher on one batch."""
         logits = super().update_metrics(metrics, batch)
+        if self.teacher is None:
+            return logits
         teacher_logits = self.teacher_outputs(batch).logits
         if teacher_logits.shape == logits.shape:
             teacher = teacher_logits.argmax(1)
@@ -268,3 +336,11 @@ class DistillModule(ClassificationModule):
                 "its weights may be untrained (teacher_ckpt), its classes in another order, or its images normalised "
                 "otherwise (teacher_normalization)"
             )
+
+
+def _load_teacher(teacher: nn.Module | None, path: str | None) -> nn.Module | None:
+    if path is None:
+        return teacher
+    if teacher is None:
+        raise ValueError(f"teacher_ckpt {path!r} has weights for a teacher, but there is none; give a teacher")
+    return load_weights(teacher, path)

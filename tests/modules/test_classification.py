@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class OwnSettings(DistillModule):
     def __init__(self, student: nn.Module, teacher: nn.Module, extra: nn.Module, stretch: float = 2.0, **rest) -> None:
         super().__init__(student, teacher, **rest)
         self.save_hyperparameters()
-        self.save_hyperparameters({"networks": [extra], "sizes": [1, 2]})
+        self.save_hyperparameters({"networks": [extra], "sizes": [1, 2], "number": np.float64(1)})
         self.stretch = stretch
 
 
@@ -46,4 +47,4 @@ def test_networks_stay_out_of_the_hyperparameters(distill, data, trainer, tmp_pa
     engine.save_checkpoint(tmp_path / "own.ckpt")
     kept = torch.load(tmp_path / "own.ckpt", weights_only=True)["hyper_parameters"]
     assert {"stretch", "hard_weight", "sizes"} <= set(kept)
-    assert not {"student", "teacher", "extra", "optimizer", "networks"} & set(kept)
+    assert not {"student", "teacher", "extra", "optimizer", "networks", "number"} & set(kept)

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lkd import FeatureTaps
-from lkd.models import layer_names, resnet8, torchvision_model, vgg8
+from lkd.layers import resolve_layers
+from lkd.models import layer_names, resnet8, timm_model, torchvision_model, vgg8
+from tests.models.test_benchmark import REFERENCE, layers, without_numbers
 
 
 class Mixed(nn.Module):
@@ -63,3 +65,42 @@ def test_layers_without_a_tensor_and_without_a_call() -> None:
 def test_no_convolution() -> None:
     with pytest.raises(ValueError, match=r"Sequential has no convolution that tells which images .*; give an example"):
         layer_names(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_groups_are_the_benchmark_s(name: str) -> None:
+    """`@stages` and the like name what the benchmark's code reads; its BatchNorms are listed in the reference."""
+    network = without_numbers(name)
+    features, sums = layers(network)
+    assert resolve_layers(network, ["@stem", "@stages", "@pooled"]) == (*features, "flatten")
+    assert resolve_layers(network, ["@stage1", "@last_stage"]) == (features[1], features[-1])
+    if sums:
+        assert resolve_layers(network, ["@preacts"]) == tuple(sums[1:])
+    if norms := REFERENCE[name].get("bn_before_relu"):
+        assert resolve_layers(network, ["@norms"]) == tuple(norm.partition(":")[0] for norm in norms)
+    head, pooling = resolve_layers(network, ["@head", "@map"])
+    outputs = FeatureTaps(network.eval(), [f"{head}:input", pooling])(torch.empty(2, 3, 32, 32, device="meta"))
+    pooled, image = outputs.features.values()
+    assert pooled.shape == image.shape[:2]
+
+
+def test_groups_of_other_networks() -> None:
+    network = torchvision_model("resnet18", num_classes=10)
+    wanted = ("layer1", "layer2.1.bn2", "layer3.1.relu:input", "fc:input", "avgpool:input")
+    assert resolve_layers(network, ["@stage1", "@norm2", "@preact3", "@pooled", "@map"]) == wanted
+    network = timm_model("resnet10t", num_classes=10)
+    assert resolve_layers(network, ["@last_stage", "@pooled", "layer1"]) == ("layer4", "fc:input", "layer1")
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["@stages"], "it is not known which layers @stages of Sequential are; name them"),
+        (["@stage9"], "it is not known which layers @stage9"),
+        (["@stage0"], "it is not known which layers @stage0"),
+        (["@tail"], "there is no group of layers '@tail'; there are @stem, @stages"),
+    ],
+)
+def test_unknown_groups(names: list[str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        resolve_layers(nn.Sequential(nn.Linear(2, 2)), names)

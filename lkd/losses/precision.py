@@ -1,0 +1,57 @@
+"""Losses are computed in single precision at least, whatever precision the networks run in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Half precision as float32: sums and small probabilities would lose their digits.
+
+    Args:
+        tensor: Of any shape.
+
+    Returns:
+        The tensor itself, or its float32 copy.
+    """
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def full_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function compute in single precision at least: its tensors are widened, autocast is off inside.
+
+    For losses with matrix products, which autocast would otherwise run in half precision.
+
+    Args:
+        function: Takes at least one tensor, or one sequence of tensors, by position.
+
+    Returns:
+        The function, with the same signature.
+    """
+
+    @wraps(function)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        widened = [_widened(arg) for arg in args]
+        with torch.autocast(_device_of(widened), enabled=False):
+            return function(*widened, **kwargs)  # type: ignore[arg-type]
+
+    return wrapped
+
+
+def _device_of(args: list[object]) -> str:
+    flat = [part for arg in args for part in (arg if isinstance(arg, (list, tuple)) else [arg])]
+    return next(part.device.type for part in flat if isinstance(part, Tensor))
+
+
+def _widened(arg: object) -> object:
+    if isinstance(arg, Tensor):
+        return wide(arg)
+    return [_widened(part) for part in arg] if isinstance(arg, (list, tuple)) else arg

@@ -1,0 +1,91 @@
+"""What a row in the table of criteria that read features says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lkd import Batch, DistillLoss, Outputs, Probe
+
+SAMPLES, CLASSES = 8, 5
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class FeatureCase:
+    """A criterion that reads features, and what it promises.
+
+    Attributes:
+        make: Builds it; its layers are the names below.
+        student: Layer of the student to shape of its feature, without the batch.
+        teacher: The same for the teacher.
+        student_network: A network with the layers whose weights the criterion reads, if any.
+        teacher_network: The same for the teacher.
+        views: How many views of each image its batches have.
+        zero_at_equality: Whether it is 0, with no gradient, where all of the student's answers are the teacher's. Not
+            so with adapters.
+        batch_mean: Whether it is the mean of its values for the single samples, adapters in eval mode: then two
+            processes have the gradient of one.
+        reads_target: Whether it reads the labels; images without one then count as if they were not there.
+        min_samples: The smallest batch that it takes; 2 where a BatchNorm sees pooled features.
+        no_compile: Why torch.compile cannot make one graph of it; empty if it can.
+        lr: Learning rate of Adam at which 40 steps lower it by a tenth at least.
+    """
+
+    make: Callable[[], DistillLoss]
+    student: Shapes = field(default_factory=dict)
+    teacher: Shapes = field(default_factory=dict)
+    student_network: Callable[[], nn.Module] = nn.Identity
+    teacher_network: Callable[[], nn.Module] = nn.Identity
+    views: int = 1
+    zero_at_equality: bool = False
+    batch_mean: bool = False
+    reads_target: bool = False
+    min_samples: int = 1
+    no_compile: str = ""
+    lr: float = 0.05
+
+    def criterion(self) -> DistillLoss:
+        """The criterion, with adapters; the same each time."""
+        torch.manual_seed(0)
+        criterion = self.make()
+        student, teacher = self.answers(2)
+        criterion.build(Probe(self.student_network(), student), Probe(self.teacher_network(), teacher))
+        return criterion
+
+    def answers(self, samples: int = SAMPLES, size: float = 1.0, seed: int = 0) -> tuple[Outputs, Outputs]:
+        """What student and teacher say of a batch of that many images, in all views; features as behind a ReLU."""
+        generator = torch.Generator().manual_seed(seed)
+        both = []
+        for shapes in (self.student, self.teacher):
+            rows = samples * self.views
+            features = {
+                name: size * torch.randn(rows, *shape, generator=generator).relu() for name, shape in shapes.items()
+            }
+            both.append(Outputs(3 * size * torch.randn(rows, CLASSES, generator=generator), features))
+        return both[0], both[1]
+
+    def batch(self, samples: int = SAMPLES) -> Batch:
+        """The labels and the positions of that many images, in all views."""
+        index = torch.arange(samples).repeat(self.views)
+        return Batch(None, index % CLASSES, index, self.views)
+
+
+def changed(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
+    """Outputs with every tensor changed."""
+    return Outputs(change(outputs.logits), {name: change(feature) for name, feature in outputs.features.items()})
+
+
+def tensors(outputs: Outputs) -> list[Tensor]:
+    """Logits and features."""
+    return [outputs.logits, *outputs.features.values()]
+
+
+def value(criterion: DistillLoss, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+    """The sum of a criterion's terms; what it draws is the same each time."""
+    torch.manual_seed(0)
+    loss = criterion(student, teacher, batch)
+    return loss if isinstance(loss, Tensor) else torch.stack(list(loss.values())).sum()

@@ -1,0 +1,77 @@
+"""From a fixture's tensors to the values of lkd's own classes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lkd import Batch, DistillModule, Outputs, Probe
+from lkd.losses import DistillLoss, named_terms
+
+Values = dict[str, Tensor]
+Hyper = dict[str, float]
+
+
+class Given(nn.Module):
+    """A network that answers what stands in the fixture."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, input: dict[str, Tensor]) -> Tensor:
+        return input[self.name]
+
+
+def weighted(criterion: DistillLoss, inputs: Values, distill: float = 1.0, hard: float = 1.0) -> Values:
+    """The criterion of logits and the cross-entropy as DistillModule weighs them."""
+    student, teacher = Given("student_logits"), Given("teacher_logits")
+    module = DistillModule(student, teacher, criterion, distill_weight=distill, hard_weight=hard)
+    _, terms = module.losses(Batch(inputs, inputs["target"]))
+    weighted = torch.stack(list(terms.values())).sum()
+    return {"loss": (weighted - terms["hard"]) / distill, "ce": terms["hard"] / hard, "weighted": weighted}
+
+
+def layers(inputs: Values) -> tuple[list[str], list[str]]:
+    """Names for the student's and for the teacher's layers, as many as the fixture has features."""
+    kinds = ("student_features.", "teacher_features.")
+    ours, theirs = (sorted(key for key in inputs if key.startswith(kind)) for kind in kinds)
+    return ours, theirs
+
+
+def outputs(criterion: DistillLoss, inputs: Values) -> tuple[Outputs, Outputs]:
+    """What student and teacher say in the fixture: features `<network>_features.<number>` in the layers' order."""
+    both = []
+    for network, layers in (("student", criterion.student_layers), ("teacher", criterion.teacher_layers)):
+        features = {layer: inputs[f"{network}_features.{number}"] for number, layer in enumerate(layers)}
+        logits = inputs.get(f"{network}_logits", inputs.get("student_logits", torch.zeros(1, 1)))
+        both.append(Outputs(logits, features))
+    return both[0], both[1]
+
+
+def built(
+    criterion: DistillLoss, inputs: Values, student: nn.Module | None = None, teacher: nn.Module | None = None
+) -> DistillLoss:
+    """The criterion, its adapters made for the fixture's shapes, in float64 and in training mode.
+
+    Networks are given where the criterion reads their layers' weights.
+    """
+    probes = zip((student, teacher), outputs(criterion, inputs), strict=True)
+    criterion.build(*(Probe(network or nn.Identity(), output) for network, output in probes))
+    return criterion.double().train()
+
+
+def terms(criterion: DistillLoss, inputs: Values, index: Tensor | None = None, **parameters: Tensor) -> Values:
+    """A built criterion's terms, and their sum as `loss`, with its parameters as given: name in `named_parameters()`.
+
+    Raises:
+        KeyError: If it has no such parameter, or one that is not given.
+    """
+    names = {name for name, _ in criterion.named_parameters()}
+    if names != set(parameters):
+        raise KeyError(f"parameters are {sorted(names)}, given are {sorted(parameters)}")
+    student, teacher = outputs(criterion, inputs)
+    batch = Batch(None, inputs.get("target"), index)
+    found = named_terms("", functional_call(criterion, parameters, (student, teacher, batch)))
+    return {**found, "loss": torch.stack(list(found.values())).sum()}
