@@ -21,6 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -95,6 +96,16 @@ class LkdCLI(LightningCLI):
                 f"lkd {self.subcommand} needs a checkpoint: give --ckpt_path FILE, or the weights of someone else's "
                 "network as --model.init_args.model_ckpt FILE (student_ckpt for a DistillModule)"
             )
+        path = own.get("teacher_ckpt")
+        self.alone = self.subcommand != "fit" and bool(path) and not (Path(path).is_file() or path.startswith("lkd:"))
+        if self.alone:
+            own["teacher_ckpt"] = None
+            rank_zero_warn(f"there is no {path}, so the student is measured alone, without its teacher")
+
+    def after_instantiate_classes(self) -> None:
+        """A teacher without its weights is not measured."""
+        if self.alone:
+            self.model.network_names = ("student",)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The settings that are lkd's own."""

@@ -103,6 +103,20 @@ def test_checkpoint_alone_is_enough_to_test(run: Path, capsys) -> None:
     assert not Path("lightning_logs").exists()
 
 
+def test_student_is_measured_without_its_teacher(capsys, recwarn) -> None:
+    torch.save(lkd.models.resnet14(num_classes=10, in_channels=1).state_dict(), "teacher.pth")
+    teacher = ["--model.init_args.teacher=lkd.models.resnet14", "--model.init_args.teacher.init_args.in_channels=1"]
+    weights = "--model.init_args.teacher_ckpt=teacher.pth"
+    assert main(["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1", *teacher, weights]) == 0
+    Path("teacher.pth").unlink()
+    capsys.readouterr()
+    assert main(["test", "--ckpt_path", "runs/digits/kd/version_0/checkpoints/best.ckpt"]) == 0
+    shown = capsys.readouterr().out
+    assert "test/acc" in shown
+    assert "teacher" not in shown
+    assert [str(warning.message) for warning in recwarn if "measured alone" in str(warning.message)]
+
+
 def test_predictions(run: Path, capsys) -> None:
     assert main(["predict", "--ckpt_path", str(run / "checkpoints/best.ckpt")]) == 0
     assert "359 predictions: predictions.csv" in capsys.readouterr().out

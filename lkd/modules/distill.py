@@ -312,7 +312,7 @@ class DistillModule(ClassificationModule):
     def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> Tensor:
         """Measure student and teacher on one batch."""
         logits = super().update_metrics(metrics, batch)
-        if self.teacher is None:
+        if "teacher" not in self.network_names:
             return logits
         teacher_logits = self.teacher_outputs(batch).logits
         if teacher_logits.shape == logits.shape:
