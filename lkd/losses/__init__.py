@@ -1,22 +1,29 @@
 """Criteria: what a student is asked to imitate."""
 
 from lkd.losses.base import CompositeLoss, DistillLoss, WeightedSum, named_terms
-from lkd.losses.ctkd import CTKD
+from lkd.losses.crd import CRD
+from lkd.losses.ctkd import CTKD, InstanceCTKD
 from lkd.losses.feature import AT, FitNet
 from lkd.losses.logit import KD, TTM, WTTM, LogitMSE, LogitStandardization
 from lkd.losses.logit_relation import DIST, SKD
 from lkd.losses.logit_target import DKD, NKD, RLD, WSLD
+from lkd.losses.relation import CC, PKT, RKD, SP
 from lkd.losses.teacher_free import USKD, TfKD
 
 __all__ = [
     "AT",
+    "CC",
+    "CRD",
     "CTKD",
     "DIST",
     "DKD",
     "KD",
     "NKD",
+    "PKT",
+    "RKD",
     "RLD",
     "SKD",
+    "SP",
     "TTM",
     "USKD",
     "WSLD",
@@ -24,6 +31,7 @@ __all__ = [
     "CompositeLoss",
     "DistillLoss",
     "FitNet",
+    "InstanceCTKD",
     "LogitMSE",
     "LogitStandardization",
     "TfKD",
