@@ -6,6 +6,7 @@ from tests.losses.cases.base import FeatureCase
 VECTORS = {"student": {"a": (6,)}, "teacher": {"c": (9,)}}
 MAPS = {"student": {"a": (4, 8, 8), "b": (6, 4, 4)}, "teacher": {"c": (4, 8, 8), "d": (6, 4, 4)}}
 SAME = {"student": {"a": (6,)}, "teacher": {"c": (6,)}}
+MEMORIES = ("student_memory", "teacher_memory", "targets")
 
 
 def _crd(num_negatives: int = 16, own_class: bool = False) -> CRD:
@@ -20,9 +21,9 @@ CASES = {
     "CC-maps": FeatureCase(lambda: CC(["a", "b"], ["c", "d"], feat_dim=5, order=4), **MAPS),
     "CC-neighbours": FeatureCase(lambda: CC(["a"], ["c"], feat_dim=5, form="neighbours"), **VECTORS),
     "CC-plain": FeatureCase(lambda: CC(["a"], ["c"], feat_dim=None), **SAME, zero_at_equality=True),
-    "CRD": FeatureCase(_crd, **VECTORS),
-    "CRD-all": FeatureCase(lambda: _crd(own_class=True), **VECTORS),
-    "CRD-views": FeatureCase(_crd, **VECTORS, views=2),
+    "CRD": FeatureCase(_crd, **VECTORS, memories=MEMORIES),
+    "CRD-all": FeatureCase(lambda: _crd(own_class=True), **VECTORS, memories=MEMORIES),
+    "CRD-views": FeatureCase(_crd, **VECTORS, views=2, memories=MEMORIES),
     "InstanceCTKD": FeatureCase(InstanceCTKD, zero_at_equality=True, batch_mean=True, lr=0.2),
     "PKT": FeatureCase(lambda: PKT(["a"], ["c"]), **SAME, zero_at_equality=True),
     "PKT-sizes": FeatureCase(lambda: PKT(["a"], ["c"]), **VECTORS),
