@@ -175,7 +175,12 @@ def run(args: Sequence[str]) -> int:
         sys.path.insert(0, str(Path.cwd()))  # a console script would not find the user's own classes
     _quieten()
     try:
-        LkdCLI(*prepare(args))
+        if args[0] == "layers":
+            from lkd.listing import show_layers  # it uses LkdCLI
+
+            show_layers(args[1:])
+        else:
+            LkdCLI(*prepare(args))
     except SIGTERMException:  # a SystemExit with code 0: what waits for the run would take it for done
         return 128 + signal.SIGTERM
     except _MISTAKES as error:

@@ -14,15 +14,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.parity import adaptation, feature, logit, masked, regression
+from tests.parity import adaptation, feature, logit, masked, regression, relation
 
 FOLDER = Path(os.environ.get("LKD_FIXTURES", Path(__file__).parent / "reference"))
 METHODS = {
-    **logit.METHODS,
-    **feature.METHODS,
-    **regression.METHODS,
-    **masked.METHODS,
     **adaptation.METHODS,
+    **feature.METHODS,
+    **logit.METHODS,
+    **masked.METHODS,
+    **regression.METHODS,
+    **relation.METHODS,
 }
 
 

@@ -2,17 +2,21 @@
 
 from lkd.losses.adaptation import KTA
 from lkd.losses.base import CompositeLoss, DistillLoss, WeightedSum, named_terms
-from lkd.losses.ctkd import CTKD
+from lkd.losses.crd import CRD
+from lkd.losses.ctkd import CTKD, InstanceCTKD
 from lkd.losses.feature import AT, NST, FitNet
 from lkd.losses.logit import KD, TTM, WTTM, LogitMSE, LogitStandardization
 from lkd.losses.logit_relation import DIST, SKD
 from lkd.losses.logit_target import DKD, NKD, RLD, WSLD
 from lkd.losses.masked import MGD
 from lkd.losses.regression import PAD, SRD, VID
+from lkd.losses.relation import CC, PKT, RKD, SP
 from lkd.losses.teacher_free import USKD, TfKD
 
 __all__ = [
     "AT",
+    "CC",
+    "CRD",
     "CTKD",
     "DIST",
     "DKD",
@@ -22,8 +26,11 @@ __all__ = [
     "NKD",
     "NST",
     "PAD",
+    "PKT",
+    "RKD",
     "RLD",
     "SKD",
+    "SP",
     "SRD",
     "TTM",
     "USKD",
@@ -33,6 +40,7 @@ __all__ = [
     "CompositeLoss",
     "DistillLoss",
     "FitNet",
+    "InstanceCTKD",
     "LogitMSE",
     "LogitStandardization",
     "TfKD",

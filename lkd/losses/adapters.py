@@ -60,3 +60,13 @@ def check_dims(owner: str, dims: int, **features: Tensor) -> None:
             raise ValueError(
                 f"{owner} reads {forms[dims]}; the {name} layer returns {tuple(feature.shape)}: name another layer"
             )
+
+
+def embedding(feature: Tensor, feat_dim: int) -> nn.Sequential:
+    """A linear map of a feature, flattened if it is a map, to a vector.
+
+    Args:
+        feature: An example `(B, ...)`.
+        feat_dim: Length of the vector.
+    """
+    return nn.Sequential(nn.Flatten(), nn.Linear(feature[0].numel(), feat_dim))
