@@ -48,6 +48,13 @@ def ft_loss(student_factor: Tensor, teacher_factor: Tensor, p: float = 1.0) -> T
     return difference.abs().mean() if p == 1 else torch.linalg.vector_norm(difference, p, dim=1).mean()
 
 
+@full_precision
+def _relative_error(decoded: Tensor, feature: Tensor) -> Tensor:
+    """Squared distance by squared length, the mean over the samples: 1 for a decoder that says nothing."""
+    squares = feature.flatten(1).square().mean(1).clamp(min=1e-6)
+    return ((decoded - feature).flatten(1).square().mean(1) / squares).mean()
+
+
 def _convolutions(*channels: int, norm: bool) -> nn.Sequential:
     """3x3 convolutions from each number of channels to the next, each followed by a leaky ReLU."""
     layers: list[nn.Module] = []
@@ -71,7 +78,7 @@ class FT(DistillLoss):
         teacher_layers: The teacher's, as many.
         paraphrase_rate: A factor's channels per channel of the teacher's feature, greater than 0.
         p: Which norm of the factors' difference, at least 1.
-        reconstruction_weight: Weight of the paraphraser's mean squared error, at least 0.
+        reconstruction_weight: Weight of the paraphraser's squared error, by the feature's squared length, at least 0.
         factor_weight: Weight of the difference of the factors, at least 0.
 
     Raises:
@@ -81,7 +88,9 @@ class FT(DistillLoss):
     References:
         Kim, Park, Kwak: Paraphrasing Complex Network: Network Compression via Factor Transfer, NeurIPS 2018
         (arXiv 1802.04977). As in the CIFAR-100 benchmark, the translator has BatchNorm and the paraphraser none; its
-        transposed convolutions are convolutions, which with stride 1 is the same.
+        transposed convolutions are convolutions, which with stride 1 is the same. There, the error is not divided by
+        the feature's squared length: it then depends on the teacher which learning rate the paraphraser bears, and a
+        factor's length does not count anyway.
     """
 
     reads_logits = False
@@ -128,13 +137,10 @@ class FT(DistillLoss):
         terms = {}
         if self.reconstruction_weight:
             decoded = zip(self.decoders, factors, pairs, strict=True)
-            errors = [_mse(decoder(factor), theirs) for decoder, factor, (_, theirs) in decoded]
+            errors = [_relative_error(decoder(factor), theirs) for decoder, factor, (_, theirs) in decoded]
             terms["reconstruction"] = self.reconstruction_weight * torch.stack(errors).sum()
         if self.factor_weight:
             said = [translator(ours) for translator, (ours, _) in zip(self.translators, pairs, strict=True)]
             losses = [ft_loss(own, factor.detach(), self.p) for own, factor in zip(said, factors, strict=True)]
             terms["factor"] = self.factor_weight * torch.stack(losses).sum()
         return terms
-
-
-_mse = full_precision(F.mse_loss)

@@ -210,9 +210,9 @@ def kdsvd_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Te
 
     References:
         Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, ECCV 2018
-        (arXiv 1807.06819). The sign of a singular vector is arbitrary, and with it what is published as code, which
-        takes the teacher's as the library gives it. Here each of the teacher's vectors has its largest entry positive,
-        as its first one has behind a ReLU.
+        (arXiv 1807.06819). The sign of a singular vector is arbitrary. The CIFAR-100 benchmark takes the teacher's as
+        the library gives them, and its value is this loss with some signs; here each of the teacher's vectors has its
+        largest entry positive, as behind a ReLU the first one has all.
     """
     ours, theirs = [], []
     for student, teacher in zip(student_features, teacher_features, strict=True):
