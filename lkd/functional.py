@@ -1,17 +1,23 @@
 """The losses as pure functions: `from lkd import functional as KF; KF.kd_loss(student, teacher)`."""
 
 from lkd.losses.adaptation import affinity_loss, kta_loss
+from lkd.losses.boundary import ab_loss, ofd_loss, ofd_margin
+from lkd.losses.channel import ickd_loss
 from lkd.losses.crd import crd_loss
+from lkd.losses.factor import ft_loss
 from lkd.losses.feature import at_loss, nst_loss
+from lkd.losses.flow import fsp_loss, fsp_matrix, kdsvd_loss
 from lkd.losses.logit import kd_loss, logit_mse_loss, standardize, ttm_loss, wttm_loss
 from lkd.losses.logit_relation import dist_loss, skd_direction_loss, skd_instance_loss
 from lkd.losses.logit_target import dkd_loss, nckd_loss, nkd_loss, rld_loss, tckd_loss, wsld_loss
 from lkd.losses.masked import mgd_loss
 from lkd.losses.regression import pad_loss, srd_loss, vid_loss
 from lkd.losses.relation import cc_loss, cc_neighbour_loss, pkt_loss, rkd_angle_loss, rkd_distance_loss, sp_loss
+from lkd.losses.review import hcl_loss
 from lkd.losses.teacher_free import tfkd_loss, uskd_loss
 
 __all__ = [
+    "ab_loss",
     "affinity_loss",
     "at_loss",
     "cc_loss",
@@ -19,13 +25,21 @@ __all__ = [
     "crd_loss",
     "dist_loss",
     "dkd_loss",
+    "fsp_loss",
+    "fsp_matrix",
+    "ft_loss",
+    "hcl_loss",
+    "ickd_loss",
     "kd_loss",
+    "kdsvd_loss",
     "kta_loss",
     "logit_mse_loss",
     "mgd_loss",
     "nckd_loss",
     "nkd_loss",
     "nst_loss",
+    "ofd_loss",
+    "ofd_margin",
     "pad_loss",
     "pkt_loss",
     "rkd_angle_loss",

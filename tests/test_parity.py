@@ -14,16 +14,19 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.parity import adaptation, feature, logit, masked, regression, relation
+from tests.parity import adaptation, boundary, feature, flow, logit, masked, regression, relation, review
 
 FOLDER = Path(os.environ.get("LKD_FIXTURES", Path(__file__).parent / "reference"))
 METHODS = {
     **adaptation.METHODS,
+    **boundary.METHODS,
     **feature.METHODS,
+    **flow.METHODS,
     **logit.METHODS,
     **masked.METHODS,
     **regression.METHODS,
     **relation.METHODS,
+    **review.METHODS,
 }
 
 

@@ -2,29 +2,40 @@
 
 from lkd.losses.adaptation import KTA
 from lkd.losses.base import CompositeLoss, DistillLoss, WeightedSum, named_terms
+from lkd.losses.boundary import AB, OFD
+from lkd.losses.channel import ICKD
 from lkd.losses.crd import CRD
 from lkd.losses.ctkd import CTKD, InstanceCTKD
+from lkd.losses.factor import FT
 from lkd.losses.feature import AT, NST, FitNet
+from lkd.losses.flow import FSP, KDSVD
 from lkd.losses.logit import KD, TTM, WTTM, LogitMSE, LogitStandardization
 from lkd.losses.logit_relation import DIST, SKD
 from lkd.losses.logit_target import DKD, NKD, RLD, WSLD
 from lkd.losses.masked import MGD
 from lkd.losses.regression import PAD, SRD, VID
 from lkd.losses.relation import CC, PKT, RKD, SP
+from lkd.losses.review import ReviewKD
 from lkd.losses.teacher_free import USKD, TfKD
 
 __all__ = [
+    "AB",
     "AT",
     "CC",
     "CRD",
     "CTKD",
     "DIST",
     "DKD",
+    "FSP",
+    "FT",
+    "ICKD",
     "KD",
+    "KDSVD",
     "KTA",
     "MGD",
     "NKD",
     "NST",
+    "OFD",
     "PAD",
     "PKT",
     "RKD",
@@ -43,6 +54,7 @@ __all__ = [
     "InstanceCTKD",
     "LogitMSE",
     "LogitStandardization",
+    "ReviewKD",
     "TfKD",
     "WeightedSum",
     "named_terms",

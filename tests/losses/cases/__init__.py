@@ -1,12 +1,15 @@
 """The table of criteria that read features, or need more than one batch of logits: a file for each family."""
 
-from tests.losses.cases import adaptation, feature, masked, regression, relation
+from tests.losses.cases import adaptation, boundary, feature, flow, masked, regression, relation, review
 from tests.losses.cases.base import FeatureCase
 
 CASES: dict[str, FeatureCase] = {
     **adaptation.CASES,
+    **boundary.CASES,
     **feature.CASES,
+    **flow.CASES,
     **masked.CASES,
     **regression.CASES,
     **relation.CASES,
+    **review.CASES,
 }
