@@ -115,7 +115,12 @@ class BackboneKD(DistillLoss):
         features = self._features(student.outputs, teacher.outputs)
         if "pooled" in features:
             ours, theirs = features["pooled"]
-            check_dims("BackboneKD", 2, student_pooled=ours, teacher_pooled=theirs)
+            if ours.ndim != 2 or theirs.ndim != 2:
+                raise ValueError(
+                    f"BackboneKD reads pooled features (B, C); the student's is {tuple(ours.shape)}, the teacher's "
+                    f"{tuple(theirs.shape)}: name other layers (student_pooled, teacher_pooled), or set teacher_pooled "
+                    "to null for a teacher without a classifier"
+                )
             self.pooled_projection = nn.Linear(ours.shape[1], theirs.shape[1])
         if "patches" in features:
             ours, theirs = features["patches"]
