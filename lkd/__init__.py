@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         TinyImageNetDataModule,
     )
     from lkd.losses import DistillLoss
-    from lkd.modules import ClassificationModule, DistillModule
+    from lkd.modules import ClassificationModule, DistillModule, SimKDModule
     from lkd.taps import FeatureTaps
     from lkd.types import Batch, Normalization, Outputs, Probe
 
@@ -43,7 +43,7 @@ _HOMES = {
         "TinyImageNetDataModule",
     ),
     "lkd.losses": ("DistillLoss",),
-    "lkd.modules": ("ClassificationModule", "DistillModule"),
+    "lkd.modules": ("ClassificationModule", "DistillModule", "SimKDModule"),
     "lkd.taps": ("FeatureTaps",),
     "lkd.types": ("Batch", "Normalization", "Outputs", "Probe"),
 }
@@ -67,6 +67,7 @@ __all__ = [
     "Probe",
     "STL10DataModule",
     "SVHNDataModule",
+    "SimKDModule",
     "SyntheticDataModule",
     "TinyImageNetDataModule",
     "__version__",

@@ -26,6 +26,7 @@ OVERLAYS = {
 CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar100": 100}
 PAIR_OF = {"digits": "digits", "mnist": "resnet20_resnet8_gray10", "fashion_mnist": "resnet20_resnet8_gray10"}
 PAIR_OF |= {"cifar100": "resnet56_resnet20_100", "imagenet": "resnet34_resnet18_imagenet"}
+PAIR_OF_METHOD = {"deit": "resnet56_deit_tiny_100", "vitkd": "deit_small_deit_tiny_100"}
 SHORT = [
     "--trainer.max_epochs=1",
     "--trainer.limit_train_batches=2",
@@ -92,18 +93,23 @@ def test_data_overlays(data: str) -> None:
 
 @pytest.mark.parametrize("pair", [pair for pair in OVERLAYS["pairs"] if pair not in PAIR_OF.values()])
 def test_pair_overlays(pair: str) -> None:
-    classes = int(pair.rpartition("_")[2])
-    settings = [f"--data.init_args.num_classes={classes}", "--data.init_args.batch_size=4"]
     configs = ["--config", "data/synthetic", "--config", f"pairs/{pair}", "--config", "methods/kd"]
-    assert main(["fit", *configs, *settings, *SHORT]) == 0
+    assert main(["fit", *configs, *_synthetic_settings(pair), *SHORT]) == 0
+
+
+def _synthetic_settings(pair: str) -> list[str]:
+    classes = int(pair.rpartition("_")[2])
+    return [f"--data.init_args.num_classes={classes}", "--data.init_args.batch_size=4"]
 
 
 @pytest.mark.parametrize("kind", ["methods", "trainer"])
 def test_other_overlays_keep_their_settings(kind: str) -> None:
     for name in OVERLAYS[kind]:
-        configs = ["--config", "data/digits", "--config", "pairs/digits", "--config", f"{kind}/{name}"]
-        assert main(["fit", *configs, *SHORT]) == 0
-        (saved,) = Path("runs", f"digits+digits+{name}").rglob("config.yaml")
+        pair = PAIR_OF_METHOD.get(name, "digits")
+        data, settings = ("digits", []) if pair == "digits" else ("synthetic", _synthetic_settings(pair))
+        configs = ["--config", f"data/{data}", "--config", f"pairs/{pair}", "--config", f"{kind}/{name}"]
+        assert main(["fit", *configs, *settings, *SHORT]) == 0
+        (saved,) = Path("runs", f"{data}+{pair}+{name}").rglob("config.yaml")
         resolved, given = (
             yaml.safe_load(saved.read_text()),
             yaml.safe_load((FOLDER / kind / f"{name}.yaml").read_text()),

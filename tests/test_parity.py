@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.parity import adaptation, boundary, feature, flow, logit, masked, regression, relation, review
+from tests.parity import adaptation, boundary, feature, flow, head, logit, masked, regression, relation, review
 
 FOLDER = Path(os.environ.get("LKD_FIXTURES", Path(__file__).parent / "reference"))
 METHODS = {
@@ -22,6 +22,7 @@ METHODS = {
     **boundary.METHODS,
     **feature.METHODS,
     **flow.METHODS,
+    **head.METHODS,
     **logit.METHODS,
     **masked.METHODS,
     **regression.METHODS,

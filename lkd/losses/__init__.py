@@ -1,11 +1,14 @@
 """Criteria: what a student is asked to imitate."""
 
 from lkd.losses.adaptation import KTA
+from lkd.losses.backbone import BackboneKD
 from lkd.losses.base import CompositeLoss, DistillLoss, WeightedSum, named_terms
 from lkd.losses.boundary import AB, OFD
 from lkd.losses.channel import ICKD
+from lkd.losses.classifier import CATKD, SRRL, SimKD
 from lkd.losses.crd import CRD
 from lkd.losses.ctkd import CTKD, InstanceCTKD
+from lkd.losses.dist_plus import DISTPlus
 from lkd.losses.factor import FT
 from lkd.losses.feature import AT, NST, FitNet
 from lkd.losses.flow import FSP, KDSVD
@@ -13,14 +16,18 @@ from lkd.losses.logit import KD, TTM, WTTM, LogitMSE, LogitStandardization
 from lkd.losses.logit_relation import DIST, SKD
 from lkd.losses.logit_target import DKD, NKD, RLD, WSLD
 from lkd.losses.masked import MGD
+from lkd.losses.ofa import OFAKD
 from lkd.losses.regression import PAD, SRD, VID
 from lkd.losses.relation import CC, PKT, RKD, SP
 from lkd.losses.review import ReviewKD
+from lkd.losses.semckd import SemCKD
 from lkd.losses.teacher_free import USKD, TfKD
+from lkd.losses.vit import DeiT, ViTKD
 
 __all__ = [
     "AB",
     "AT",
+    "CATKD",
     "CC",
     "CRD",
     "CTKD",
@@ -35,6 +42,7 @@ __all__ = [
     "MGD",
     "NKD",
     "NST",
+    "OFAKD",
     "OFD",
     "PAD",
     "PKT",
@@ -43,19 +51,26 @@ __all__ = [
     "SKD",
     "SP",
     "SRD",
+    "SRRL",
     "TTM",
     "USKD",
     "VID",
     "WSLD",
     "WTTM",
+    "BackboneKD",
     "CompositeLoss",
+    "DISTPlus",
+    "DeiT",
     "DistillLoss",
     "FitNet",
     "InstanceCTKD",
     "LogitMSE",
     "LogitStandardization",
     "ReviewKD",
+    "SemCKD",
+    "SimKD",
     "TfKD",
+    "ViTKD",
     "WeightedSum",
     "named_terms",
 ]

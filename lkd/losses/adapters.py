@@ -61,6 +61,25 @@ def projections(pairs: Iterable[tuple[Tensor, Tensor]]) -> nn.ModuleList:
     return nn.ModuleList(projection(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs)
 
 
+def bottleneck(in_channels: int, inner_channels: int, out_channels: int) -> nn.Sequential:
+    """Convolutions 1x1, 3x3 and 1x1 without bias, with BatchNorm and ReLU between them.
+
+    Args:
+        in_channels: Channels of the student's feature.
+        inner_channels: Channels in between.
+        out_channels: Channels of the teacher's feature.
+    """
+    return nn.Sequential(
+        nn.Conv2d(in_channels, inner_channels, 1, bias=False),
+        nn.BatchNorm2d(inner_channels),
+        nn.ReLU(),
+        nn.Conv2d(inner_channels, inner_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(inner_channels),
+        nn.ReLU(),
+        nn.Conv2d(inner_channels, out_channels, 1, bias=False),
+    )
+
+
 def check_dims(owner: str, dims: int, **features: Tensor) -> None:
     """Say which layer has not the form that a criterion reads.
 

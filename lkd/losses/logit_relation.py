@@ -12,12 +12,17 @@ from lkd.losses.precision import wide
 from lkd.types import Batch, Outputs
 
 
+def _decorrelation(student: Tensor, teacher: Tensor, dim: int, eps: float) -> Tensor:
+    """1 - the mean of Pearson's correlation along `dim`."""
+    student, teacher = (values - values.mean(dim, keepdim=True) for values in (student, teacher))
+    norms: Tensor = torch.linalg.vector_norm(student, dim=dim) * torch.linalg.vector_norm(teacher, dim=dim)
+    return 1 - ((student * teacher).sum(dim) / (norms + eps)).mean()
+
+
 def _dist(student_logits: Tensor, teacher_logits: Tensor, dim: int, temperature: float, eps: float) -> Tensor:
     """1 - the mean correlation of probabilities along `dim`, times temperature²."""
     student, teacher = (F.softmax(wide(logits) / temperature, dim=1) for logits in (student_logits, teacher_logits))
-    student, teacher = (p - p.mean(dim, keepdim=True) for p in (student, teacher))
-    norms: Tensor = torch.linalg.vector_norm(student, dim=dim) * torch.linalg.vector_norm(teacher, dim=dim)
-    return temperature**2 * (1 - ((student * teacher).sum(dim) / (norms + eps)).mean())
+    return temperature**2 * _decorrelation(student, teacher, dim, eps)
 
 
 def dist_loss(

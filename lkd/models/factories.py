@@ -52,25 +52,34 @@ def torchvision_model(
 
 
 def timm_model(
-    name: str, num_classes: int, in_channels: int = 3, pretrained: bool = False, small_images: bool = False
+    name: str,
+    num_classes: int,
+    in_channels: int = 3,
+    pretrained: bool = False,
+    small_images: bool = False,
+    img_size: int | None = None,
+    patch_size: int | None = None,
 ) -> nn.Module:
     """One of timm's networks; needs `pip install 'lkd[timm]'`.
 
     Args:
         name: A name of `timm.list_models()`, such as `resnet18`, or of `timm.list_pretrained()`, such as
             `resnet18.a1_in1k`.
-        num_classes: Number of logits. Where trained weights have another number, the last layer is a new one.
+        num_classes: Number of logits. Where trained weights have another number, the last layer is a new one; 0: there
+            is no classifier, and the network returns its pooled feature.
         in_channels: Channels of the images; timm adapts trained weights to it.
         pretrained: Whether to start from trained weights; they are downloaded once.
         small_images: Adapt the stem to images of about 32x32: its first convolution gets stride 1 and 3x3
             kernels (of larger trained ones the middle is kept), and the max pooling behind it is taken out.
+        img_size: Rows and columns of the images, for a transformer that is made for one size; null: its own.
+        patch_size: Rows and columns of a transformer's patches; null: its own.
 
     Returns:
-        The network.
+        The network. One with a distillation head returns the mean of both heads' logits, in training too.
 
     Raises:
-        ValueError: If timm is not installed, there is no such network, it has no trained weights, or its stem
-            cannot be adapted.
+        ValueError: If timm is not installed, there is no such network, it has no trained weights, its stem cannot be
+            adapted, or it takes no `img_size` or `patch_size`.
         FileNotFoundError: If the weights cannot be downloaded.
     """
     try:
@@ -83,10 +92,18 @@ def timm_model(
         if pretrained or name != family:
             trained = timm.list_pretrained(f"{family}.*")
             _check_name("timm has no trained weights", name, [family, *trained] if trained else [])
+    sizes = {key: size for key, size in (("img_size", img_size), ("patch_size", patch_size)) if size is not None}
     try:
         network: nn.Module = timm.create_model(
-            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels
+            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, **sizes
         )
+    except TypeError as error:
+        if not sizes:
+            raise
+        raise ValueError(
+            f"timm's {name} takes no {' and no '.join(sizes)} ({_first_line(error)}); leave it out, or take a "
+            "transformer, such as deit_tiny_patch16_224"
+        ) from error
     except OSError as error:
         raise FileNotFoundError(
             f"the trained weights of timm's {name} are not here and could not be downloaded "

@@ -2,5 +2,6 @@
 
 from lkd.modules.classification import ClassificationModule
 from lkd.modules.distill import DistillModule
+from lkd.modules.simkd import SimKDModule
 
-__all__ = ["ClassificationModule", "DistillModule"]
+__all__ = ["ClassificationModule", "DistillModule", "SimKDModule"]

@@ -131,6 +131,17 @@ def test_timm() -> None:
         timm_model("repvgg_a0", num_classes=5, small_images=True)
 
 
+@torch.no_grad()
+def test_timm_transformers_for_small_images() -> None:
+    network = timm_model("deit_tiny_distilled_patch16_224", num_classes=5, img_size=32, patch_size=8)
+    assert network.patch_embed.grid_size == (4, 4)
+    assert network.training
+    assert network(torch.rand(2, 3, 32, 32)).shape == (2, 5)  # not a tuple of both heads' logits
+    assert timm_model("test_vit", num_classes=0, img_size=32)(torch.rand(2, 3, 32, 32)).shape == (2, 64)
+    with pytest.raises(ValueError, match=r"timm's resnet18 takes no img_size and no patch_size .*; leave it out"):
+        timm_model("resnet18", num_classes=5, img_size=32, patch_size=4)
+
+
 @pytest.mark.parametrize(
     ("factory", "name", "options", "message"),
     [

@@ -1,6 +1,6 @@
 """The table of criteria that read features, or need more than one batch of logits: a file for each family."""
 
-from tests.losses.cases import adaptation, boundary, feature, flow, masked, regression, relation, review
+from tests.losses.cases import adaptation, boundary, feature, flow, head, masked, regression, relation, review
 from tests.losses.cases.base import FeatureCase
 
 CASES: dict[str, FeatureCase] = {
@@ -8,6 +8,7 @@ CASES: dict[str, FeatureCase] = {
     **boundary.CASES,
     **feature.CASES,
     **flow.CASES,
+    **head.CASES,
     **masked.CASES,
     **regression.CASES,
     **relation.CASES,

@@ -1,0 +1,124 @@
+"""A student that borrows its teacher's classifier, in every loop and after reloading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from lkd import Batch, SimKDModule, SyntheticDataModule
+from lkd.__main__ import main
+from lkd.losses import KD, SimKD, WeightedSum
+
+
+@pytest.fixture
+def module(distill) -> SimKDModule:
+    return distill(SimKDModule, criterion=SimKD(), distill_weight=1.0, hard_weight=0.0)
+
+
+def _own_answer(module: SimKDModule, image: Tensor) -> Tensor:
+    """The student's layers up to the map, the projector, and the teacher's own classifier."""
+    features = []
+    hook = module.student.avgpool.register_forward_pre_hook(lambda layer, args: features.append(args[0]))
+    module.student(image)
+    hook.remove()
+    return module.teacher.fc(module.criterion.projector(features[0]).mean((2, 3)))
+
+
+def test_all_loops_answer_with_the_teachers_classifier(module, data, trainer) -> None:
+    trainer().fit(module, data)
+    module.eval()
+    image = torch.randn(5, 3, 8, 8)
+    expected = _own_answer(module, image)
+    torch.testing.assert_close(module(image), expected)
+    torch.testing.assert_close(module.predict_step(Batch(image, torch.zeros(5)), 0), expected)
+    logits, terms = module.losses(Batch(image, torch.zeros(5, dtype=torch.int64)))
+    torch.testing.assert_close(logits, expected)
+    assert set(terms) == {"simkd"}
+
+    batches = trainer().predict(module, data)
+    images = torch.cat([batch.input for batch in data.test_dataloader()])
+    torch.testing.assert_close(torch.cat(batches), _own_answer(module, images))
+    (measured,) = trainer().test(module, data)
+    target = torch.cat([batch.target for batch in data.test_dataloader()])
+    acc = (_own_answer(module, images).argmax(1) == target).float().mean()
+    assert measured["test/acc"] == pytest.approx(acc.item())
+
+
+def test_what_trains(module, data, trainer) -> None:
+    """Everything but both classifiers; DDP refuses parameters that train without a gradient."""
+    before = {}
+    trainer(max_steps=1, limit_val_batches=0).fit(module, data)
+    for name, parameter in module.named_parameters():
+        before[name] = parameter.detach().clone()
+    trainer(max_steps=2, limit_val_batches=0).fit(module, data)
+    frozen = {"model.fc.weight", "model.fc.bias", "criterion.head.weight", "criterion.head.bias"}
+    for name, parameter in module.named_parameters():
+        if name.startswith("teacher."):
+            continue
+        assert parameter.requires_grad == (name not in frozen), name
+        assert torch.equal(parameter, before[name]) == (name in frozen), name
+    assert torch.equal(module.criterion.head.weight, module.teacher.fc.weight)
+    assert module.criterion.head.weight is not module.teacher.fc.weight
+
+
+def test_a_checkpoint_has_all_that_answers(module, data, tiny, trainer, tmp_path) -> None:
+    """Also where the teacher of the new module is another: its classifier comes from the checkpoint."""
+    fitting = trainer(max_epochs=1)
+    fitting.fit(module, data)
+    fitting.save_checkpoint(tmp_path / "simkd.ckpt")
+    networks = {"student": tiny(seed=3), "teacher": tiny(seed=4), "criterion": SimKD()}
+    again = SimKDModule.load_from_checkpoint(tmp_path / "simkd.ckpt", **networks)
+    image = torch.randn(5, 3, 8, 8)
+    assert torch.equal(again.eval()(image), module.eval()(image))
+    assert not torch.equal(again.teacher.fc.weight, module.teacher.fc.weight)
+
+
+def test_from_the_command_line() -> None:
+    configs = ["--config", "data/digits", "--config", "pairs/digits", "--config", "methods/simkd"]
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", *configs, *short, "--trainer.accelerator=cpu"]) == 0
+    (path,) = Path("runs").rglob("best.ckpt")
+    module = L.LightningModule.load_from_checkpoint(path, map_location="cpu")
+    assert isinstance(module, SimKDModule)
+    image = torch.rand(4, 1, 8, 8)
+    expected = _own_answer(module.eval(), image)
+    torch.testing.assert_close(module(image), expected)
+    assert main(["predict", "--ckpt_path", str(path), "--trainer.accelerator=cpu"]) == 0
+
+
+def test_beside_other_criteria(distill, data, trainer) -> None:
+    """Logits are the borrowed classifier's, for all criteria of a sum."""
+    both = WeightedSum({"simkd": SimKD(), "kd": KD()})
+    module = distill(SimKDModule, criterion=both, distill_weight=1.0, hard_weight=1.0)
+    trainer(max_epochs=1).fit(module, data)
+    image = torch.randn(5, 3, 8, 8)
+    _, terms = module.eval().losses(Batch(image, torch.zeros(5, dtype=torch.int64)))
+    teacher = module.teacher(image)
+    expected = KD()(module.student_outputs(Batch(image, torch.zeros(5))), module.teacher_taps(image), None)
+    torch.testing.assert_close(terms["kd"], expected)
+    assert set(terms) == {"hard", "simkd", "kd"}
+    assert teacher.shape == module(image).shape
+
+
+def test_mistakes(distill, tiny, data, trainer) -> None:
+    with pytest.raises(ValueError, match=r"SimKDModule's student answers .* SimKD keeps, got KD; set criterion to"):
+        trainer().fit(distill(SimKDModule), data)
+    module = distill(SimKDModule, criterion=SimKD(), teacher=tiny(num_classes=3))
+    with pytest.raises(ValueError, match=r"the data has 4 classes, the teacher's classifier, .* only 3; take"):
+        trainer().fit(module, data)
+
+
+def test_maps_of_other_sizes(distill, trainer) -> None:
+    """A larger map of the student is averaged to the teacher's size, also where no teacher is asked."""
+    criterion = SimKD(student_layer="layer2", teacher_layer="@map")
+    module = distill(SimKDModule, criterion=criterion, distill_weight=1.0, hard_weight=0.0)
+    data = SyntheticDataModule(num_classes=4, input_shape=(3, 8, 8), train_size=32, val_size=8, batch_size=16)
+    trainer(max_epochs=1).fit(module, data)
+    image = torch.randn(2, 3, 8, 8)
+    answer = module.eval().student_outputs(Batch(image, torch.zeros(2)))
+    assert answer.features["@projected"].shape == module.teacher_taps(image).features[criterion.teacher_layers[0]].shape
+    assert answer.features["layer2"].shape[2] == 2 * answer.features["@projected"].shape[2]
