@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.parity import feature, logit
+from tests.parity import feature, logit, views
 
 FOLDER = Path(os.environ.get("LKD_FIXTURES", Path(__file__).parent / "reference"))
-METHODS = {**logit.METHODS, **feature.METHODS}
+METHODS = {**logit.METHODS, **feature.METHODS, **views.METHODS}
 
 
 def _cases() -> list[tuple[Path, str]]:

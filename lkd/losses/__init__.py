@@ -6,17 +6,22 @@ from lkd.losses.feature import AT, FitNet
 from lkd.losses.logit import KD, TTM, WTTM, LogitMSE, LogitStandardization
 from lkd.losses.logit_relation import DIST, SKD
 from lkd.losses.logit_target import DKD, NKD, RLD, WSLD
-from lkd.losses.teacher_free import USKD, TfKD
+from lkd.losses.mlkd import MLKD
+from lkd.losses.sskd import SSKD
+from lkd.losses.teacher_free import CSKD, USKD, TfKD
 
 __all__ = [
     "AT",
+    "CSKD",
     "CTKD",
     "DIST",
     "DKD",
     "KD",
+    "MLKD",
     "NKD",
     "RLD",
     "SKD",
+    "SSKD",
     "TTM",
     "USKD",
     "WSLD",

@@ -2,5 +2,6 @@
 
 from lkd.modules.classification import ClassificationModule
 from lkd.modules.distill import DistillModule
+from lkd.modules.noisy_student import NoisyStudentModule
 
-__all__ = ["ClassificationModule", "DistillModule"]
+__all__ = ["ClassificationModule", "DistillModule", "NoisyStudentModule"]
