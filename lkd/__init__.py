@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         TinyImageNetDataModule,
     )
     from lkd.losses import DistillLoss
-    from lkd.modules import ClassificationModule, DistillModule, SimKDModule
+    from lkd.modules import ClassificationModule, DistillModule, NoisyStudentModule, SimKDModule
     from lkd.taps import FeatureTaps
     from lkd.types import Batch, Normalization, Outputs, Probe
 
@@ -43,7 +43,7 @@ _HOMES = {
         "TinyImageNetDataModule",
     ),
     "lkd.losses": ("DistillLoss",),
-    "lkd.modules": ("ClassificationModule", "DistillModule", "SimKDModule"),
+    "lkd.modules": ("ClassificationModule", "DistillModule", "NoisyStudentModule", "SimKDModule"),
     "lkd.taps": ("FeatureTaps",),
     "lkd.types": ("Batch", "Normalization", "Outputs", "Probe"),
 }
@@ -62,6 +62,7 @@ __all__ = [
     "ImageFolderDataModule",
     "ImageNetDataModule",
     "MNISTDataModule",
+    "NoisyStudentModule",
     "Normalization",
     "Outputs",
     "Probe",

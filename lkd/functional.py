@@ -14,12 +14,14 @@ from lkd.losses.logit import kd_loss, logit_mse_loss, standardize, ttm_loss, wtt
 from lkd.losses.logit_relation import dist_loss, skd_direction_loss, skd_instance_loss
 from lkd.losses.logit_target import dkd_loss, nckd_loss, nkd_loss, rld_loss, tckd_loss, wsld_loss
 from lkd.losses.masked import mgd_loss
+from lkd.losses.mlkd import mlkd_batch_loss, mlkd_class_loss, mlkd_loss
 from lkd.losses.ofa import ofa_loss
 from lkd.losses.regression import pad_loss, srd_loss, vid_loss
 from lkd.losses.relation import cc_loss, cc_neighbour_loss, pkt_loss, rkd_angle_loss, rkd_distance_loss, sp_loss
 from lkd.losses.review import hcl_loss
 from lkd.losses.semckd import semckd_attention, semckd_loss
-from lkd.losses.teacher_free import tfkd_loss, uskd_loss
+from lkd.losses.sskd import sskd_ss_loss, sskd_tf_loss
+from lkd.losses.teacher_free import cskd_loss, tfkd_loss, uskd_loss
 from lkd.losses.vit import deit_loss, vitkd_generation_loss, vitkd_mimicking_loss
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "channel_relation_loss",
     "class_activation_maps",
     "crd_loss",
+    "cskd_loss",
     "deit_loss",
     "dist_loss",
     "dkd_loss",
@@ -46,6 +49,9 @@ __all__ = [
     "kta_loss",
     "logit_mse_loss",
     "mgd_loss",
+    "mlkd_batch_loss",
+    "mlkd_class_loss",
+    "mlkd_loss",
     "nckd_loss",
     "nkd_loss",
     "nst_loss",
@@ -65,6 +71,8 @@ __all__ = [
     "spatial_relation_loss",
     "srd_loss",
     "srrl_loss",
+    "sskd_ss_loss",
+    "sskd_tf_loss",
     "standardize",
     "tckd_loss",
     "tfkd_loss",

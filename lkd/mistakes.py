@@ -77,6 +77,8 @@ def _unknown_setting(classes: list[str], reason: str) -> str | None:
     if not found or not classes:
         return None
     setting, kind = found[1].split(".")[0], found[2] or classes[-1]
+    if _find(kind) is L.LightningDataModule:  # a method's overlay sets the data's views
+        return f"a config changes {setting!r} of the data before another has named it; put --config data/NAME first"
     return f"{kind} has no setting {setting!r}{_nearest(setting, _settings(_find(kind)))}"
 
 

@@ -182,6 +182,11 @@ def test_yaml_of_another_form(answer, text, says) -> None:
     assert says in answer("fit", "--config", "changed.yaml")
 
 
+def test_a_methods_views_before_the_data(answer) -> None:
+    says = answer("fit", "--config", "methods/mlkd", "--config", "data/digits", "--config", "pairs/digits")
+    assert says == "a config changes 'views' of the data before another has named it; put --config data/NAME first"
+
+
 CRITERIA = """
 from lkd import DistillLoss
 class Vector(DistillLoss):

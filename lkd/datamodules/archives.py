@@ -16,6 +16,7 @@ from lkd.datamodules.base import ImageDataModule, Split
 from lkd.datamodules.dataset import ImageSource
 from lkd.datamodules.files import class_folders, few, read_tree, split_folder
 from lkd.datamodules.transforms import BatchTransform, ImageTransform, RandomCrop, RandomHorizontalFlip
+from lkd.datamodules.views import Views
 
 _CIFAR100_CLASSES = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
@@ -47,6 +48,7 @@ class ArchiveDataModule(ImageDataModule):
         augment: Random changes of training images; by default the data set's usual ones, `[]` for none.
         mean: Mean of each channel, of pixels in [0, 1]; by default the data set's.
         std: Standard deviation of each channel; by default the data set's.
+        views: Which views of each training image a batch has; by default the image alone.
 
     Attributes:
         title: Name of the data set.
@@ -70,9 +72,10 @@ class ArchiveDataModule(ImageDataModule):
         augment: list[ImageTransform | BatchTransform] | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        views: Views | None = None,
     ) -> None:
         super().__init__(
-            batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed, seed, augment, mean, std
+            batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed, seed, augment, mean, std, views
         )
         self.root = root
         self.download = download

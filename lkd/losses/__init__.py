@@ -16,12 +16,14 @@ from lkd.losses.logit import KD, TTM, WTTM, LogitMSE, LogitStandardization
 from lkd.losses.logit_relation import DIST, SKD
 from lkd.losses.logit_target import DKD, NKD, RLD, WSLD
 from lkd.losses.masked import MGD
+from lkd.losses.mlkd import MLKD
 from lkd.losses.ofa import OFAKD
 from lkd.losses.regression import PAD, SRD, VID
 from lkd.losses.relation import CC, PKT, RKD, SP
 from lkd.losses.review import ReviewKD
 from lkd.losses.semckd import SemCKD
-from lkd.losses.teacher_free import USKD, TfKD
+from lkd.losses.sskd import SSKD
+from lkd.losses.teacher_free import CSKD, USKD, TfKD
 from lkd.losses.vit import DeiT, ViTKD
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "CATKD",
     "CC",
     "CRD",
+    "CSKD",
     "CTKD",
     "DIST",
     "DKD",
@@ -40,6 +43,7 @@ __all__ = [
     "KDSVD",
     "KTA",
     "MGD",
+    "MLKD",
     "NKD",
     "NST",
     "OFAKD",
@@ -52,6 +56,7 @@ __all__ = [
     "SP",
     "SRD",
     "SRRL",
+    "SSKD",
     "TTM",
     "USKD",
     "VID",

@@ -1,6 +1,6 @@
 """The table of criteria that read features, or need more than one batch of logits: a file for each family."""
 
-from tests.losses.cases import adaptation, boundary, feature, flow, head, masked, regression, relation, review
+from tests.losses.cases import adaptation, boundary, feature, flow, head, masked, regression, relation, review, views
 from tests.losses.cases.base import FeatureCase
 
 CASES: dict[str, FeatureCase] = {
@@ -13,4 +13,5 @@ CASES: dict[str, FeatureCase] = {
     **regression.CASES,
     **relation.CASES,
     **review.CASES,
+    **views.CASES,
 }
