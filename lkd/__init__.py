@@ -21,7 +21,15 @@ if TYPE_CHECKING:
         TinyImageNetDataModule,
     )
     from lkd.losses import DistillLoss
-    from lkd.modules import ClassificationModule, DistillModule
+    from lkd.modules import (
+        DOT,
+        ClassificationModule,
+        DistillModule,
+        DOTModule,
+        EarlyExitModule,
+        MutualModule,
+        PastTeacherModule,
+    )
     from lkd.taps import FeatureTaps
     from lkd.types import Batch, Normalization, Outputs, Probe
 
@@ -43,27 +51,40 @@ _HOMES = {
         "TinyImageNetDataModule",
     ),
     "lkd.losses": ("DistillLoss",),
-    "lkd.modules": ("ClassificationModule", "DistillModule"),
+    "lkd.modules": (
+        "DOT",
+        "ClassificationModule",
+        "DOTModule",
+        "DistillModule",
+        "EarlyExitModule",
+        "MutualModule",
+        "PastTeacherModule",
+    ),
     "lkd.taps": ("FeatureTaps",),
     "lkd.types": ("Batch", "Normalization", "Outputs", "Probe"),
 }
 
 __all__ = [
+    "DOT",
     "Batch",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
     "ClassificationModule",
+    "DOTModule",
     "DigitsDataModule",
     "DistillLoss",
     "DistillModule",
+    "EarlyExitModule",
     "FashionMNISTDataModule",
     "FeatureTaps",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageNetDataModule",
     "MNISTDataModule",
+    "MutualModule",
     "Normalization",
     "Outputs",
+    "PastTeacherModule",
     "Probe",
     "STL10DataModule",
     "SVHNDataModule",

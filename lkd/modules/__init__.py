@@ -2,5 +2,17 @@
 
 from lkd.modules.classification import ClassificationModule
 from lkd.modules.distill import DistillModule
+from lkd.modules.dot import DOT, DOTModule
+from lkd.modules.early_exit import EarlyExitModule
+from lkd.modules.mutual import MutualModule
+from lkd.modules.past_teacher import PastTeacherModule
 
-__all__ = ["ClassificationModule", "DistillModule"]
+__all__ = [
+    "DOT",
+    "ClassificationModule",
+    "DOTModule",
+    "DistillModule",
+    "EarlyExitModule",
+    "MutualModule",
+    "PastTeacherModule",
+]

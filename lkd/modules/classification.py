@@ -26,7 +26,16 @@ from lkd.types import IGNORE_INDEX, Batch, Probe
 _LOGITS = " logits"
 FROM_DATA = ("num_samples", "batch_size")
 """What a criterion may leave to the datamodule: arguments of these names that are None."""
-_OBJECTS = ("model", "student", "teacher", "criterion", "optimizer", "lr_scheduler", "teacher_normalization")
+_OBJECTS = (
+    "model",
+    "student",
+    "students",
+    "teacher",
+    "criterion",
+    "optimizer",
+    "lr_scheduler",
+    "teacher_normalization",
+)
 
 
 def accuracy() -> Metric:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -60,6 +60,9 @@ class DistillModule(ClassificationModule):
 
     network_names: tuple[str, ...] = ("student", "teacher")
 
+    saves_teacher: ClassVar[bool] = False
+    """Whether checkpoints hold the teacher, and processes share its statistics: for one that changes."""
+
     def __init__(
         self,
         student: nn.Module,
@@ -114,6 +117,8 @@ class DistillModule(ClassificationModule):
                 )
             return
         self.teacher.requires_grad_(False).eval()
+        if self.saves_teacher:
+            return
         tensors = chain(self.teacher.named_parameters(), self.teacher.named_buffers())
         own = ["teacher_scale", "teacher_shift", *(f"teacher.{name}" for name, _ in tensors)]
         self._ddp_params_and_buffers_to_ignore = own
@@ -244,13 +249,18 @@ class DistillModule(ClassificationModule):
             compared = bool(self.criterion.reads_logits and self.distill_weight)
             teacher = self.probe("teacher", self.teacher_taps, example, is_classifier=compared)
             self._check_classes(student, teacher, compared)
-        if not self._built:
-            for part in self.criterion.modules():
-                for name in FROM_DATA:
-                    if getattr(part, name, 0) is None:
-                        setattr(part, name, self._data_attribute(name))
-            self.criterion.build(student, teacher)
-            self._built = True
+        self.build_criterion(student, teacher)
+
+    def build_criterion(self, *probes: Probe) -> None:
+        """Let the criterion make its adapters, the first time."""
+        if self._built:
+            return
+        for part in self.criterion.modules():
+            for name in FROM_DATA:
+                if getattr(part, name, 0) is None:
+                    setattr(part, name, self._data_attribute(name))
+        self.criterion.build(*probes)
+        self._built = True
 
     def _check_classes(self, student: Probe, teacher: Probe, compared: bool) -> None:
         ours, theirs = (probe.outputs.logits.shape[1] for probe in (student, teacher))
