@@ -87,6 +87,7 @@ class LkdCLI(LightningCLI):
         config = self.config[self.subcommand]
         own = config.get("model", {}).get("init_args", {})
         trained = config.get("ckpt_path") or own.get("model_ckpt") or own.get("student_ckpt")
+        trained = trained or "lkd.models.load_weights" in str(own.get("model"))  # an ensemble's members bring theirs
         if self.subcommand != "fit" and not trained:
             raise ValueError(
                 f"lkd {self.subcommand} needs a checkpoint: give --ckpt_path FILE, or the weights of someone else's "
