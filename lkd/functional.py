@@ -15,6 +15,7 @@ from lkd.losses.logit_relation import dist_loss, skd_direction_loss, skd_instanc
 from lkd.losses.logit_target import dkd_loss, nckd_loss, nkd_loss, rld_loss, tckd_loss, wsld_loss
 from lkd.losses.masked import mgd_loss
 from lkd.losses.mlkd import mlkd_batch_loss, mlkd_class_loss, mlkd_loss
+from lkd.losses.multi_teacher import mixture_loss, teacher_confidence
 from lkd.losses.ofa import ofa_loss
 from lkd.losses.regression import pad_loss, srd_loss, vid_loss
 from lkd.losses.relation import cc_loss, cc_neighbour_loss, pkt_loss, rkd_angle_loss, rkd_distance_loss, sp_loss
@@ -49,6 +50,7 @@ __all__ = [
     "kta_loss",
     "logit_mse_loss",
     "mgd_loss",
+    "mixture_loss",
     "mlkd_batch_loss",
     "mlkd_class_loss",
     "mlkd_loss",
@@ -75,6 +77,7 @@ __all__ = [
     "sskd_tf_loss",
     "standardize",
     "tckd_loss",
+    "teacher_confidence",
     "tfkd_loss",
     "ttm_loss",
     "uskd_loss",

@@ -24,6 +24,11 @@ OVERLAYS = {
     for kind in ("data", "pairs", "methods", "trainer")
 }
 VIEWS = [name for name in OVERLAYS["methods"] if "views:" in (FOLDER / "methods" / f"{name}.yaml").read_text()]
+BEFORE = {  # runs that a config goes on from
+    "digits/takd.yaml": ["digits/assistant"],
+    "digits/multi_teacher.yaml": ["digits/assistant"],
+    "digits/born_again_ensemble.yaml": ["digits/born_again", "digits/born_again"],
+}
 CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar100": 100}
 PAIR_OF = {"digits": "digits", "mnist": "resnet20_resnet8_gray10", "fashion_mnist": "resnet20_resnet8_gray10"}
 PAIR_OF |= {"cifar100": "resnet56_resnet20_100", "imagenet": "resnet34_resnet18_imagenet"}
@@ -62,11 +67,13 @@ def test_complete_configs(config: str) -> None:
     settings = ["--data.init_args.batch_size=8"]
     if config.startswith("cifar10"):
         settings += [f"--data.init_args.root={_tree(10)}", "--data.init_args.val_size=10"]
-    if "teacher_ckpt: runs" in (FOLDER / config).read_text():
+    for earlier in BEFORE.get(config, []):
+        assert main(["fit", "--config", earlier, *settings, *SHORT]) == 0
+    if config.startswith("cifar10") and "teacher_ckpt: runs" in (FOLDER / config).read_text():
         torch.save(models.resnet56(num_classes=10, shortcut="A").state_dict(), "teacher.pth")
         settings += ["--model.init_args.teacher_ckpt=teacher.pth"]
     assert main(["fit", "--config", config, *settings, *SHORT]) == 0
-    assert list(Path("runs").rglob("best.ckpt"))
+    assert list(Path("runs", config.removesuffix(".yaml")).rglob("best.ckpt"))
 
 
 def _data_settings(data: str) -> list[str]:

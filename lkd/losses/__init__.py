@@ -4,6 +4,7 @@ from lkd.losses.adaptation import KTA
 from lkd.losses.backbone import BackboneKD
 from lkd.losses.base import CompositeLoss, DistillLoss, WeightedSum, named_terms
 from lkd.losses.boundary import AB, OFD
+from lkd.losses.byot import BYOT
 from lkd.losses.channel import ICKD
 from lkd.losses.classifier import CATKD, SRRL, SimKD
 from lkd.losses.crd import CRD
@@ -17,6 +18,7 @@ from lkd.losses.logit_relation import DIST, SKD
 from lkd.losses.logit_target import DKD, NKD, RLD, WSLD
 from lkd.losses.masked import MGD
 from lkd.losses.mlkd import MLKD
+from lkd.losses.multi_teacher import MultiTeacher
 from lkd.losses.ofa import OFAKD
 from lkd.losses.regression import PAD, SRD, VID
 from lkd.losses.relation import CC, PKT, RKD, SP
@@ -29,6 +31,7 @@ from lkd.losses.vit import DeiT, ViTKD
 __all__ = [
     "AB",
     "AT",
+    "BYOT",
     "CATKD",
     "CC",
     "CRD",
@@ -71,6 +74,7 @@ __all__ = [
     "InstanceCTKD",
     "LogitMSE",
     "LogitStandardization",
+    "MultiTeacher",
     "ReviewKD",
     "SemCKD",
     "SimKD",

@@ -289,13 +289,18 @@ class DistillModule(ClassificationModule):
             compared = bool(self.criterion.reads_logits and self.distill_weight)
             teacher = self.probe("teacher", self.teacher_taps, example, is_classifier=compared)
             self._check_classes(student, teacher, compared)
-        if not self._built:
-            for part in self.criterion.modules():
-                for name in FROM_DATA:
-                    if getattr(part, name, 0) is None:
-                        setattr(part, name, self._data_attribute(name))
-            self.criterion.build(student, teacher)
-            self._built = True
+        self.build_criterion(student, teacher)
+
+    def build_criterion(self, *probes: Probe) -> None:
+        """Let the criterion make its adapters, the first time."""
+        if self._built:
+            return
+        for part in self.criterion.modules():
+            for name in FROM_DATA:
+                if getattr(part, name, 0) is None:
+                    setattr(part, name, self._data_attribute(name))
+        self.criterion.build(*probes)
+        self._built = True
 
     def _check_classes(self, student: Probe, teacher: Probe, compared: bool) -> None:
         ours, theirs = (probe.outputs.logits.shape[1] for probe in (student, teacher))

@@ -1,6 +1,18 @@
 """The table of criteria that read features, or need more than one batch of logits: a file for each family."""
 
-from tests.losses.cases import adaptation, boundary, feature, flow, head, masked, regression, relation, review, views
+from tests.losses.cases import (
+    adaptation,
+    boundary,
+    feature,
+    flow,
+    head,
+    loops,
+    masked,
+    regression,
+    relation,
+    review,
+    views,
+)
 from tests.losses.cases.base import FeatureCase
 
 CASES: dict[str, FeatureCase] = {
@@ -9,6 +21,7 @@ CASES: dict[str, FeatureCase] = {
     **feature.CASES,
     **flow.CASES,
     **head.CASES,
+    **loops.CASES,
     **masked.CASES,
     **regression.CASES,
     **relation.CASES,
