@@ -186,7 +186,7 @@ class DistillModule(ClassificationModule):
         if self.criterion.num_views > 1 and batch.views != self.criterion.num_views:
             raise ValueError(
                 f"criterion {name} reads {self.criterion.num_views} views of each image, and this datamodule's batches "
-                f"have {batch.views}: set its `views`, as in configs/methods/{name.lower()}.yaml"
+                f"have {batch.views}: set its `views`, as the method's file in configs/methods/ does"
             )
 
     def distill_loss(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
