@@ -14,10 +14,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.parity import feature, head, logit
+from tests.parity import adaptation, feature, head, logit, masked, regression
 
 FOLDER = Path(os.environ.get("LKD_FIXTURES", Path(__file__).parent / "reference"))
-METHODS = {**logit.METHODS, **feature.METHODS, **head.METHODS}
+METHODS = {
+    **logit.METHODS,
+    **feature.METHODS,
+    **regression.METHODS,
+    **masked.METHODS,
+    **adaptation.METHODS,
+    **head.METHODS,
+}
 
 
 def _cases() -> list[tuple[Path, str]]:

@@ -177,7 +177,9 @@ class USKD(DistillLoss):
     needs_teacher = False
     reads_logits = False
 
-    def __init__(self, student_layer: str, alpha: float = 1.0, beta: float = 0.1, mu: float = 0.005) -> None:
+    def __init__(
+        self, student_layer: str = "@stage2", alpha: float = 1.0, beta: float = 0.1, mu: float = 0.005
+    ) -> None:
         super().__init__([student_layer])
         _check_weights(alpha=alpha, beta=beta, mu=mu)
         self.alpha = alpha

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import check_dims
+from lkd.losses.adapters import check_dims, generator
 from lkd.losses.base import DistillLoss
 from lkd.losses.logit import _check_temperature, _check_weights, kd_loss
 from lkd.losses.logit_target import _labelled_mean
@@ -153,9 +153,7 @@ class ViTKD(DistillLoss):
         self.shallow = nn.ModuleList(shallow)
         self.last = last
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.generation = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
-        )
+        self.generation = generator(width)
 
     def noise(self, tokens: Tensor) -> Tensor:
         """What decides which tokens are masked: those with the largest numbers.

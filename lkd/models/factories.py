@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -92,7 +93,9 @@ def timm_model(
         if pretrained or name != family:
             trained = timm.list_pretrained(f"{family}.*")
             _check_name("timm has no trained weights", name, [family, *trained] if trained else [])
-    sizes = {key: size for key, size in (("img_size", img_size), ("patch_size", patch_size)) if size is not None}
+    sizes: dict[str, Any] = {
+        key: size for key, size in (("img_size", img_size), ("patch_size", patch_size)) if size is not None
+    }
     try:
         network: nn.Module = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, **sizes

@@ -151,6 +151,10 @@ class DistillModule(ClassificationModule):
                 self.watch("teacher", teacher.logits)
             loss = self.distill_loss(student, teacher, batch)
             terms |= {name: self.distill_weight * term for name, term in named_terms(self.distill_name, loss).items()}
+        if not self.hard_weight and self._trainer is not None and self.trainer.world_size > 1:
+            # a loss of features alone does not reach the classifier, and DDP waits for every parameter's gradient
+            first = next(iter(terms))
+            terms[first] = terms[first] + 0 * student.logits.float().sum()
         return student.logits, terms
 
     def _check_batch(self, batch: Batch) -> None:

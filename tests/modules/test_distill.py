@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from lkd import Batch, DistillLoss, DistillModule, Normalization, Outputs, Probe
-from lkd.losses import KD, WeightedSum
+from lkd.losses import AT, KD, FitNet, TfKD, WeightedSum
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -424,3 +424,89 @@ def test_accuracy_in_training_counts_labelled_images(distill, data, trainer) -> 
     engine.fit(module, data)
     assert seen == 12
     assert float(engine.callback_metrics["train/acc"]) == pytest.approx(right / seen)
+
+
+class Asked(nn.Module):
+    """A teacher that counts the images it is shown."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.seen = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.seen += len(input)
+        return self.network(input)
+
+
+def test_a_criterion_that_asks_no_teacher_needs_none(tiny, data, trainer, tmp_path) -> None:
+    module = DistillModule(tiny(), criterion=TfKD(), distill_weight=0.5, hard_weight=0.5)
+    fitted = trainer()
+    fitted.fit(module, data)
+    fitted.save_checkpoint(tmp_path / "run.ckpt")
+    assert {"train/hard", "train/tfkd", "val/acc"} <= set(fitted.callback_metrics)
+    assert "val/teacher_acc" not in fitted.callback_metrics
+    other = DistillModule(tiny(seed=5), criterion=TfKD())
+    other.load_state_dict(torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"])
+    assert _equal(_state(module.student), _state(other.student))
+
+
+@pytest.mark.parametrize(("criterion", "weight"), [(TfKD, 1.0), (KD, 0.0)])
+def test_a_teacher_is_not_run_for_nothing(tiny, data, trainer, criterion, weight: float) -> None:
+    teacher = Asked(tiny(seed=2))
+    module = DistillModule(tiny(), teacher, criterion(), distill_weight=weight, hard_weight=1.0)
+    trainer(limit_val_batches=0, max_epochs=1).fit(module, data)
+    assert teacher.seen == 1  # the blank image
+
+
+def test_a_teacher_that_is_missed(tiny, data) -> None:
+    with pytest.raises(ValueError, match="the criterion KD compares the student with a teacher, and there is none"):
+        DistillModule(tiny())
+    with pytest.raises(ValueError, match=r"teacher_ckpt 'x.pth' has weights for a teacher, but there is none"):
+        DistillModule(tiny(), criterion=TfKD(), teacher_ckpt="x.pth")
+
+
+class Pair(DistillLoss):
+    """Reads two views, and how many images there are."""
+
+    num_views = 2
+    needs_index = True
+
+    def __init__(self, num_samples: int | None = None, batch_size: int | None = 7) -> None:
+        super().__init__()
+        self.num_samples, self.batch_size = num_samples, batch_size
+
+    def build(self, student: Probe, teacher: Probe) -> None:
+        self.register_buffer("memory", torch.zeros(self.num_samples or 1))
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return F.mse_loss(*student.logits.chunk(2))
+
+
+def test_views_are_counted(distill) -> None:
+    module = distill(criterion=Pair())
+    batch = Batch(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    with pytest.raises(ValueError, match=r"criterion Pair reads 2 views of each image, and .* have 1: set its `views`"):
+        module.losses(batch)
+    assert module.losses(batch._replace(views=2))[1]["pair"].isfinite()
+
+
+def test_a_criterion_learns_how_many_images_there_are(distill, data, trainer, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Pair, "num_views", 1)
+    module, fitted = distill(criterion=Pair()), trainer(max_epochs=1)
+    fitted.fit(module, data)
+    fitted.save_checkpoint(tmp_path / "run.ckpt")
+    assert module.criterion.memory.shape == (64,)
+    assert module.criterion.batch_size == 7  # given, so kept
+    again = DistillModule.load_from_checkpoint(
+        tmp_path / "run.ckpt", student=module.student, teacher=module.teacher, criterion=Pair()
+    )
+    assert again.criterion.memory.shape == (64,)
+
+
+def test_groups_of_layers_are_found(distill) -> None:
+    criterion = WeightedSum({"at": AT(), "hint": FitNet(["@last_stage"], ["layer2"])})
+    module = distill(criterion=criterion)
+    assert module.criterion.student_layers == ("layer1", "layer2", "layer3", "layer3")
+    assert criterion.criteria["at"].teacher_layers == ("layer1", "layer2", "layer3")
+    assert module.student_taps.layers == ("layer1", "layer2", "layer3")

@@ -108,9 +108,7 @@ def test_mistakes(distill, tiny, data, trainer) -> None:
     with pytest.raises(ValueError, match=r"SimKDModule's student answers .* SimKD keeps, got KD; set criterion to"):
         trainer().fit(distill(SimKDModule), data)
     module = distill(SimKDModule, criterion=SimKD(), teacher=tiny(num_classes=3))
-    with pytest.raises(
-        ValueError, match=r"the data has 4 classes, the teacher's classifier, .* only 3; take"
-    ):
+    with pytest.raises(ValueError, match=r"the data has 4 classes, the teacher's classifier, .* only 3; take"):
         trainer().fit(module, data)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lkd.losses import AT, FitNet
+from lkd.losses import AT, NST, FitNet
 from tests.parity.tools import Hyper, Values, built, layers, terms
 
 
@@ -21,4 +21,9 @@ def _fitnet(inputs: Values, hyper: Hyper) -> Values:
     return {"loss": loss, "weighted": hyper["feat_weight"] * loss}
 
 
-METHODS: dict[str, Callable[[Values, Hyper], Values]] = {"at": _at, "fitnet": _fitnet}
+def _nst(inputs: Values, hyper: Hyper) -> Values:
+    loss = terms(built(NST(*layers(inputs)), inputs), inputs)["loss"]
+    return {"loss": loss, "weighted": hyper["feat_weight"] * loss}
+
+
+METHODS: dict[str, Callable[[Values, Hyper], Values]] = {"at": _at, "fitnet": _fitnet, "nst": _nst}

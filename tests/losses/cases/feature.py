@@ -1,6 +1,6 @@
 """Criteria that compare feature maps pixel by pixel."""
 
-from lkd.losses import AT, FitNet
+from lkd.losses import AT, NST, FitNet
 from tests.losses.cases.base import FeatureCase
 
 LAYERS = (["a", "b"], ["c", "d"])
@@ -21,5 +21,15 @@ CASES = {
         student={"a": (4, 8, 8), "b": (6, 4, 4)},
         teacher={"c": (5, 4, 4), "d": (7, 4, 4)},
         batch_mean=True,
+    ),
+    "NST": FeatureCase(
+        lambda: NST(*LAYERS),
+        student={"a": (4, 8, 8), "b": (6, 4, 4)},
+        teacher={"c": (4, 8, 8), "d": (6, 4, 4)},
+        zero_at_equality=True,
+        batch_mean=True,
+    ),
+    "NST-sizes": FeatureCase(
+        lambda: NST(["a"], ["c"]), student={"a": (20, 8, 8)}, teacher={"c": (6, 4, 4)}, batch_mean=True
     ),
 }

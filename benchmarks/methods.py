@@ -1,0 +1,155 @@
+"""Every method on the same real images, networks and steps: test accuracy, and the cost of a step.
+
+    python benchmarks/methods.py IMAGES TEACHER [--seeds 3] [--methods kd dkd ...] [--processes 2] [--out FILE]
+
+IMAGES is a folder train/<class>/, test/<class>/ of CIFAR-10; TEACHER the weights of the teacher in methods.yaml, which
+says what is trained. Each overlay of configs/methods/ goes over it, through the command line's own code, with its
+paper's weights and the default layers; schedules over epochs are shortened in the ratio of this run's epochs to the
+literature's 240. The student is measured after its last step, on all test images: nothing is chosen by accuracy. Steps
+are timed while other runs share the machine, so their cost is a rough ratio. Left out are methods whose students are
+transformers. Finished runs are kept in FILE, and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+METHODS = HERE.parent / "configs" / "methods"
+ALONE = "(student alone)"
+LITERATURE = 240  # epochs of the CIFAR-100 benchmark, for which the overlays' schedules are written
+LEFT_OUT = {"deit": "its student is a transformer", "vitkd": "its networks are transformers"}
+
+
+def overlay(method: str, epochs: int, folder: Path) -> Path:
+    """The method's overlay with its schedules shortened; for the student alone, one without a criterion."""
+    if method == ALONE:
+        settings: dict[str, Any] = {"model": {"init_args": {"distill_weight": 0.0, "hard_weight": 1.0}}}
+    else:
+        settings = yaml.safe_load((METHODS / f"{method}.yaml").read_text())
+    for callback in settings.get("trainer", {}).get("callbacks+", []):
+        arguments = callback["init_args"]
+        arguments["epochs"] = max(1, round(arguments["epochs"] * epochs / LITERATURE))
+    path = folder / f"{method.strip('()').replace(' ', '_')}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def train(method: str, seed: int, images: str, teacher: str) -> dict[str, Any]:
+    """Train one method with one seed.
+
+    Returns:
+        Its test accuracy in percent, and images per second of training, without the first epoch's.
+    """
+    import torch
+
+    from lkd.arguments import prepare
+    from lkd.cli import LkdCLI
+
+    torch.set_num_threads(1)  # two runs at once on two cores: small networks do not fill two
+    with tempfile.TemporaryDirectory() as folder:
+        epochs = yaml.safe_load((HERE / "methods.yaml").read_text())["trainer"]["max_epochs"]
+        settings = [
+            f"--config={HERE / 'methods.yaml'}",
+            f"--config={overlay(method, epochs, Path(folder))}",
+            f"--seed_everything={seed}",
+            f"--data.init_args.root={images}",
+            f"--model.init_args.teacher_ckpt={teacher}",
+            f"--trainer.default_root_dir={folder}",
+            "--trainer.logger=false",
+            "--trainer.enable_checkpointing=false",
+        ]
+        start = time.perf_counter()
+        cli = LkdCLI(*prepare(["fit", *settings]))
+        seconds = time.perf_counter() - start
+        speed = float(cli.trainer.callback_metrics["train/images_per_s"])
+        (result,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+    return {"accuracy": 100 * result["test/acc"], "images_per_s": speed, "seconds": seconds}
+
+
+def _run(job: tuple[str, int, str, str]) -> dict[str, Any]:
+    method, seed, images, teacher = job
+    try:
+        return {"method": method, "seed": seed, **train(method, seed, images, teacher)}
+    except Exception:  # one method that fails must not end the others; it stands in the table as failed
+        return {"method": method, "seed": seed, "error": traceback.format_exc()}
+
+
+def table(results: list[dict[str, Any]]) -> Iterator[str]:
+    """The lines of the table, in Markdown, the best method first."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        found.setdefault(result["method"], []).append(result)
+    good = {method: runs for method, runs in found.items() if all("accuracy" in run for run in runs)}
+    means = {method: statistics.mean(run["accuracy"] for run in runs) for method, runs in good.items()}
+    yield "| method | test accuracy, % | standard deviation | n | to the student alone | time of a step, relative |"
+    yield "|---|---|---|---|---|---|"
+    base = good.get(ALONE, [])
+    for method in sorted(means, key=lambda name: -means[name]):
+        values = [run["accuracy"] for run in good[method]]
+        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
+        gain = f"{means[method] - means[ALONE]:+.2f}" if base else "-"
+        speeds = [statistics.median(run["images_per_s"] for run in runs) for runs in (base, good[method]) if runs]
+        cost = f"{speeds[0] / speeds[-1]:.2f}" if base else "-"
+        yield f"| {method} | {means[method]:.2f} | {spread} | {len(values)} | {gain} | {cost} |"
+    for method in sorted(set(found) - set(good)):
+        yield f"| {method} | failed | | | | |"
+
+
+def main() -> None:
+    """Run what is not in the file yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images")
+    parser.add_argument("teacher")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/methods.jsonl"))
+    options = parser.parse_args()
+    own = sorted(path.stem for path in METHODS.glob("*.yaml") if path.stem not in LEFT_OUT)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    results = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    done = {(result["method"], result["seed"]) for result in results if "accuracy" in result}
+    results = [result for result in results if "accuracy" in result]
+    images, teacher = (str(Path(path).resolve()) for path in (options.images, options.teacher))
+    jobs = [
+        (method, seed, images, teacher)
+        for seed in range(options.seeds)
+        for method in options.methods or [ALONE, *own]
+        if (method, seed) not in done
+    ]
+    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=8) as pool:
+        for result in pool.imap_unordered(_run, jobs):
+            results.append(result)
+            with options.out.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(result.get("error") or f"{result['method']} {result['seed']}: {result['accuracy']:.2f}", flush=True)
+    print("\n".join(table(results)))
+    _print_machine()
+
+
+def _print_machine() -> None:
+    import lightning
+    import torch
+
+    import lkd
+
+    versions = f"lkd {lkd.__version__}, torch {torch.__version__}, lightning {lightning.__version__}"
+    print(f"\n{versions}, Python {platform.python_version()}, {os.cpu_count()} {platform.machine()} cores")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The README's table of methods, made from the code: `python -m tests.method_table` writes it there."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import yaml
+
+import lkd.losses
+import lkd.modules
+from lkd.arguments import configs_folder
+from tests.test_parity import METHODS
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- methods: made by python -m tests.method_table -->", "<!-- end of methods -->"
+NO_METHOD = {"DistillLoss", "CompositeLoss", "WeightedSum", "ClassificationModule", "DistillModule"}
+PARITY_OF = {"logit_std_kd": "LogitStandardization", "ctkd_global": "CTKD", "pad_l2": "PAD"}
+
+
+def methods() -> dict[str, type]:
+    """Class name to criterion, or to module with a loop of its own."""
+    found = {}
+    for package in (lkd.losses, lkd.modules):
+        for name in package.__all__:
+            kind = getattr(package, name)
+            if inspect.isclass(kind) and name not in NO_METHOD:
+                found[name] = kind
+    return found
+
+
+def paper(kind: type) -> str:
+    """The first reference of a class's docstring: its authors, year and arXiv id."""
+    references = inspect.getdoc(kind).partition("References:")[2]
+    first = " ".join(references.split())
+    authors = re.match(r"(.*?):", first)
+    year, arxiv = re.search(r"\b(?:19|20)\d\d\b", first), re.search(r"arXiv (\d{4}\.\d{4,5})", first)
+    if not authors or not year:
+        raise ValueError(f"{kind.__name__} names no paper in its docstring (References: authors: title, where, year)")
+    link = f" ([{arxiv[1]}](https://arxiv.org/abs/{arxiv[1]}))" if arxiv and arxiv.start() < 250 else ""
+    return f"{authors[1]} {year[0]}{link}"
+
+
+def reads(kind: type) -> str:
+    """What a criterion reads, from its class attributes and the defaults of its layers."""
+    if not issubclass(kind, lkd.losses.DistillLoss):
+        return "what its criterion reads"
+    parameters = inspect.signature(kind).parameters
+    words = ["logits"] if kind.reads_logits is True or not kind.needs_teacher else []
+    for name in parameters:
+        default = parameters[name].default
+        if re.search(r"_layers?$|_heads?$", name):
+            given = default if isinstance(default, (tuple, list)) else [default]
+            words += [f"`{layer}`" for layer in given if isinstance(layer, str) and layer]
+            words += ["a layer that you name"] if default is inspect.Parameter.empty else []
+    words += ["sample indices"] if kind.needs_index is True else []
+    words += [f"{kind.num_views} views"] if isinstance(kind.num_views, int) and kind.num_views > 1 else []
+    words += ["no teacher"] if kind.needs_teacher is False else []
+    return ", ".join(dict.fromkeys(words)) or "what its criterion reads"
+
+
+def configs(name: str) -> list[str]:
+    """Overlays and complete configs that name a class."""
+    folder = configs_folder()
+    found = (
+        str(path.relative_to(folder).with_suffix(""))
+        for path in folder.rglob("*.yaml")
+        if name in {value.rpartition(".")[2] for value in _strings(yaml.safe_load(path.read_text()))}
+    )
+    return sorted(found, key=lambda config: (not config.startswith("methods/"), config.count("_"), config))
+
+
+def _strings(value: object) -> list[str]:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [value] if isinstance(value, str) else [string for part in parts for string in _strings(part)]
+
+
+def parity() -> set[str]:
+    """Names of the classes that tests/test_parity.py compares with the original's values, in lower case."""
+    return {PARITY_OF.get(file, file).replace("_", "").lower() for file in METHODS}
+
+
+def table() -> str:
+    """The table, in Markdown."""
+    compared = parity()
+    lines = ["| Method | Paper | reads | config | equal to the original |", "|---|---|---|---|---|"]
+    for name, kind in sorted(methods().items(), key=lambda item: item[0].lower()):
+        files = ", ".join(f"`{file}`" for file in configs(name)[:2])
+        equal = "value and gradient" if name.lower() in compared else "no reference"
+        lines.append(f"| `{name}` | {paper(kind)} | {reads(kind)} | {files} | {equal} |")
+    return "\n".join(lines)
+
+
+def written() -> str:
+    """The table as it stands in the README."""
+    return README.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+
+
+if __name__ == "__main__":
+    before, _, rest = README.read_text().partition(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
