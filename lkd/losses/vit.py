@@ -35,7 +35,7 @@ def tokens_to_map(owner: str, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
     patches = tokens[:, num_prefix_tokens:]
     num_patches = patches.shape[1]
     side = isqrt(num_patches)
-    if side == 0 or side * side != num_patches:
+    if num_prefix_tokens < 0 or side == 0 or side * side != num_patches:
         raise ValueError(
             f"{owner} reads tokens of a square grid of patches; a layer returns {tokens.shape[1]} tokens, which are "
             f"{num_patches} without {num_prefix_tokens} class tokens: set the number of class tokens (prefix_tokens), "
@@ -127,7 +127,7 @@ class ViTKD(DistillLoss):
         num_prefix_tokens: int = 1,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        _check_weights(alpha=alpha, beta=beta, num_prefix_tokens=num_prefix_tokens)
+        _check_weights(alpha=alpha, beta=beta)
         if not 0 < mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be greater than 0 and at most 1, got {mask_ratio}; 0.5 is usual")
         self.alpha = alpha
