@@ -21,7 +21,17 @@ if TYPE_CHECKING:
         TinyImageNetDataModule,
     )
     from lkd.losses import DistillLoss
-    from lkd.modules import ClassificationModule, DistillModule, SimKDModule
+    from lkd.modules import (
+        DOT,
+        ClassificationModule,
+        DistillModule,
+        DOTModule,
+        EarlyExitModule,
+        MutualModule,
+        NoisyStudentModule,
+        PastTeacherModule,
+        SimKDModule,
+    )
     from lkd.taps import FeatureTaps
     from lkd.types import Batch, Normalization, Outputs, Probe
 
@@ -43,27 +53,43 @@ _HOMES = {
         "TinyImageNetDataModule",
     ),
     "lkd.losses": ("DistillLoss",),
-    "lkd.modules": ("ClassificationModule", "DistillModule", "SimKDModule"),
+    "lkd.modules": (
+        "ClassificationModule",
+        "DOT",
+        "DOTModule",
+        "DistillModule",
+        "EarlyExitModule",
+        "MutualModule",
+        "NoisyStudentModule",
+        "PastTeacherModule",
+        "SimKDModule",
+    ),
     "lkd.taps": ("FeatureTaps",),
     "lkd.types": ("Batch", "Normalization", "Outputs", "Probe"),
 }
 
 __all__ = [
+    "DOT",
     "Batch",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
     "ClassificationModule",
+    "DOTModule",
     "DigitsDataModule",
     "DistillLoss",
     "DistillModule",
+    "EarlyExitModule",
     "FashionMNISTDataModule",
     "FeatureTaps",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageNetDataModule",
     "MNISTDataModule",
+    "MutualModule",
+    "NoisyStudentModule",
     "Normalization",
     "Outputs",
+    "PastTeacherModule",
     "Probe",
     "STL10DataModule",
     "SVHNDataModule",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from lkd import __version__
 
-_COMMANDS = ("fit", "validate", "test", "predict")
+_COMMANDS = ("fit", "validate", "test", "predict", "layers")
 
 _HELP = f"""\
 lkd {__version__}: make small image classifiers learn from large ones
@@ -20,6 +20,7 @@ commands
   validate   measure a checkpoint on the validation images
   test       measure a checkpoint on the test images
   predict    write a checkpoint's predictions for the test images
+  layers     print the layers of a network that a criterion can read
 
 The first steps
   lkd fit --config configs/digits/kd.yaml                   a student learns from a teacher, in less than a minute
@@ -32,6 +33,22 @@ Options
   --print_config       print all settings and stop
   --debug              show the whole traceback of an error (also: LKD_DEBUG=1)
   --help, --version    'lkd COMMAND --help' tells all settings; with --model.help CLASS, those of a class
+"""
+
+_LAYERS_HELP = """\
+usage: lkd layers CLASS_PATH [--KEY VALUE ...] [--input_size SIZE]
+       lkd layers --config FILE [--config OVERLAY ...] [--KEY VALUE ...] [--input_size SIZE]
+
+The layers of a network, or of a run's student and teacher, that can be named in a criterion's student_layers and
+teacher_layers, with the shapes of what they return and the groups (@stages, @pooled, ...) that they are in.
+
+  lkd layers lkd.models.resnet20 --num_classes 10
+  lkd layers lkd.models.timm_model --name vit_tiny_patch16_224 --num_classes 10 --input_size 224
+  lkd layers my_net.Net                                      my_net.py in the current folder
+  lkd layers --config configs/digits/kd.yaml
+
+  --input_size SIZE    224, or height and width (64 48), or channels too (3 64 48); without it, the data's size if a
+                       config names the data, else 32
 """
 
 
@@ -47,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(_HELP, end="")
+        return 0
+    if args[0] == "layers" and {"-h", "--help"} & set(args):
+        print(_LAYERS_HELP, end="")
         return 0
     if args[0] == "--version":
         print(f"lkd {__version__}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 
 import lkd
@@ -28,6 +30,7 @@ def prepare(args: Sequence[str]) -> tuple[list[str], str]:
 
     Raises:
         FileNotFoundError: If a config or the checkpoint does not exist.
+        ValueError: If one of them is none.
     """
     parser = ArgumentParser(prog="lkd", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[])
@@ -40,6 +43,7 @@ def prepare(args: Sequence[str]) -> tuple[list[str], str]:
     if given.ckpt_path not in (None, "null"):
         path = _find_checkpoint(given.ckpt_path, Path(given.root or "runs"), _run_name(configs))
         configs = configs or [_config_of(path)]
+        read_checkpoint(path)
         rest.append(f"--ckpt_path={path}")
     return [args[0], *(f"--config={path}" for path in configs), *rest], _run_name(configs)
 
@@ -100,15 +104,59 @@ def _find_checkpoint(name: str, root: Path, run: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     if name in _NEWEST:
-        found = sorted((root / run).glob(f"version_*/checkpoints/{name}.ckpt"), key=lambda path: path.stat().st_mtime)
-        if found:
-            return found[-1]
-        raise FileNotFoundError(f"no run in {root / run} has left a {name}.ckpt; give the checkpoint's path")
+        return newest_checkpoint(root / run, name)
     near = sorted(str(path) for path in root.rglob("*.ckpt")) if root.is_dir() else []
     hint = (
         f"; there are {', '.join(near[:4])}" if near else f"; a run writes it to {root}/<name>/version_<n>/checkpoints/"
     )
     raise FileNotFoundError(f"there is no checkpoint {name!r}{hint}")
+
+
+def newest_checkpoint(folder: Path, name: str) -> Path:
+    """A checkpoint of the newest run that has left one.
+
+    Args:
+        folder: The folder of all runs of one name.
+        name: `last`, or `best`: of several that were kept, the best one.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    found = sorted(folder.glob(f"version_*/checkpoints/{name}*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"no run in {folder} has left a {name}.ckpt; give the checkpoint's path")
+    newest = found[-1]
+    if newest.stem == name:
+        return newest
+    for state in read_checkpoint(newest).get("callbacks", {}).values():  # the newest of several knows the best
+        best = newest.with_name(Path(state.get("best_model_path", "")).name)
+        if best in found and state.get("monitor"):
+            return best
+    return newest
+
+
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """A checkpoint's content; no code in it is run.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If it is none, or none that Lightning wrote.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes can raise anything in the unpickler
+        raise ValueError(
+            f"{path} is not a checkpoint that PyTorch reads without running code, or it is damaged "
+            f"({type(error).__name__}); give one that `lkd fit` has written"
+        ) from error
+    if not isinstance(content, Mapping) or not {"state_dict", "pytorch-lightning_version"} <= set(content):
+        raise ValueError(
+            f"{path} is not a checkpoint that `lkd fit` has written; weights alone are "
+            "--model.init_args.model_ckpt FILE (student_ckpt for a DistillModule)"
+        )
+    return content
 
 
 def _config_of(ckpt_path: Path) -> Path:

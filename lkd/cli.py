@@ -21,12 +21,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lkd.arguments import prepare
-from lkd.callbacks import FitReport, ImagesPerSecond, NetworkSummary, PredictionWriter, ProgressBar
+from lkd.arguments import newest_checkpoint, prepare
+from lkd.callbacks import BestCheckpoint, FitReport, ImagesPerSecond, NetworkSummary, PredictionWriter, ProgressBar
 from lkd.losses import DistillLoss
 from lkd.mistakes import explain
 
@@ -54,14 +55,14 @@ class LkdCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], name: str) -> None:
         self.run_name = name
-        quiet = {"exit_on_error": False}
+        quiet = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             model_class=L.LightningModule,
             datamodule_class=L.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},  # without a logger there is no new folder for each run
+            save_config_kwargs={"overwrite": True},  # some loggers have no new folder for each run
             # the whole validation split before the first epoch: how good is the teacher?
             trainer_defaults={"num_sanity_val_steps": -1, "enable_model_summary": False},
             seed_everything_default=0,
@@ -83,26 +84,33 @@ class LkdCLI(LightningCLI):
         """The config's word holds: Lightning would let the checkpoint's hyperparameters override it."""
 
     def before_instantiate_classes(self) -> None:
-        """Nobody wants to measure a network that was never trained."""
+        """Find the weights that are taken from a run's folder; without any, there is nothing to measure."""
         config = self.config[self.subcommand]
         own = config.get("model", {}).get("init_args", {})
+        for name in ("model_ckpt", "student_ckpt", "teacher_ckpt"):
+            if own.get(name) and Path(own[name]).is_dir():  # settled before the config is saved: it stays this file
+                own[name] = str(newest_checkpoint(Path(own[name]), "best"))
         trained = config.get("ckpt_path") or own.get("model_ckpt") or own.get("student_ckpt")
+        trained = trained or "lkd.models.load_weights" in str(own.get("model"))  # an ensemble's members bring theirs
         if self.subcommand != "fit" and not trained:
             raise ValueError(
                 f"lkd {self.subcommand} needs a checkpoint: give --ckpt_path FILE, or the weights of someone else's "
                 "network as --model.init_args.model_ckpt FILE (student_ckpt for a DistillModule)"
             )
+        path = own.get("teacher_ckpt")
+        self.alone = self.subcommand != "fit" and bool(path) and not (Path(path).is_file() or path.startswith("lkd:"))
+        if self.alone:
+            own["teacher_ckpt"] = None
+            rank_zero_warn(f"there is no {path}, so the student is measured alone, without its teacher")
+
+    def after_instantiate_classes(self) -> None:
+        """A teacher without its weights is not measured."""
+        if self.alone:
+            self.model.network_names = ("student",)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The settings that are lkd's own."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "val/acc",
-                "checkpoint.mode": "max",
-                "checkpoint.filename": "best",
-            }
-        )
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer, with a TensorBoard logger for fit unless the config says otherwise, and lkd's callbacks."""
@@ -111,6 +119,8 @@ class LkdCLI(LightningCLI):
         folder = config.get("default_root_dir") or "runs"
         if config.get("logger") in (None, True):
             kwargs["logger"] = fit and TensorBoardLogger(folder, self.run_name, default_hp_metric=False)
+        elif fit and config["logger"] is False:  # config and checkpoints lie where a logger would have put them
+            kwargs["default_root_dir"] = TensorBoardLogger(folder, self.run_name).log_dir
         logged = bool(kwargs.get("logger", config.get("logger"))) and not config.get("fast_dev_run")
         kept = config.get("enable_checkpointing") is not False
         if not kept:
@@ -144,8 +154,10 @@ def _callbacks(command: str, logged: bool, kept: bool) -> list[L.Callback]:
     if command != "fit":
         return []
     callbacks: list[L.Callback] = [NetworkSummary(), ImagesPerSecond(), FitReport()]
-    if kept:  # ModelCheckpoint's own `save_last` writes only when there is a new best
-        callbacks.append(ModelCheckpoint(filename="last", enable_version_counter=False))
+    if (
+        kept
+    ):  # ModelCheckpoint's own `save_last` writes only when there is a new best, its default only after validation
+        callbacks.append(ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True))
     return [*callbacks, LearningRateMonitor()] if logged else callbacks
 
 
@@ -164,7 +176,12 @@ def run(args: Sequence[str]) -> int:
         sys.path.insert(0, str(Path.cwd()))  # a console script would not find the user's own classes
     _quieten()
     try:
-        LkdCLI(*prepare(args))
+        if args[0] == "layers":
+            from lkd.listing import show_layers  # it uses LkdCLI
+
+            show_layers(args[1:])
+        else:
+            LkdCLI(*prepare(args))
     except SIGTERMException:  # a SystemExit with code 0: what waits for the run would take it for done
         return 128 + signal.SIGTERM
     except _MISTAKES as error:
@@ -182,7 +199,9 @@ _KNOWN = (  # what Lightning warns of in every run, though all is as it should b
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*The dirpath has changed from.*",
     ".*all_gather is deprecated.*",
+    ".*WeightAveraging callback with a model that overrides the configure_model.*",
     ".*callbacks used to create the checkpoint need to be provided.*",
+    ".*not yet implemented the batching rule.*",  # a criterion read sample by sample
 )
 
 

@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lkd.callbacks import BestCheckpoint
 
 _KEY = re.compile(r'Parser key "(.*)":$')
 _CLASS = re.compile(r"Problem with given class_path '(.*)':$")
@@ -64,7 +65,7 @@ def _unknown_option(text: str) -> str | None:
     if not found:
         return None
     known = [*_TOP, *(f"trainer.{name}" for name in _settings(L.Trainer))]
-    known += [f"checkpoint.{name}" for name in _settings(ModelCheckpoint)]
+    known += [f"checkpoint.{name}" for name in _settings(BestCheckpoint)]
     option = found[1]
     if option.split(".")[0] not in _TOP:
         option = option.split(".")[0]
@@ -76,6 +77,8 @@ def _unknown_setting(classes: list[str], reason: str) -> str | None:
     if not found or not classes:
         return None
     setting, kind = found[1].split(".")[0], found[2] or classes[-1]
+    if _find(kind) is L.LightningDataModule:  # a method's overlay sets the data's views
+        return f"a config changes {setting!r} of the data before another has named it; put --config data/NAME first"
     return f"{kind} has no setting {setting!r}{_nearest(setting, _settings(_find(kind)))}"
 
 

@@ -32,6 +32,12 @@ def run(tmp_path_factory) -> Path:
     return folder / "runs/digits/kd/version_0"
 
 
+def _scalars(folder: Path, name: str):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events.Scalars(name)
+
+
 @pytest.mark.parametrize("option", ["--help", "-h", "--version"])
 def test_help_does_not_wait_for_torch(option: str) -> None:
     code = f"import sys; from lkd.__main__ import main; main([{option!r}]); sys.exit('torch' in sys.modules)"
@@ -97,6 +103,20 @@ def test_checkpoint_alone_is_enough_to_test(run: Path, capsys) -> None:
     assert not Path("lightning_logs").exists()
 
 
+def test_student_is_measured_without_its_teacher(capsys, recwarn) -> None:
+    torch.save(lkd.models.resnet14(num_classes=10, in_channels=1).state_dict(), "teacher.pth")
+    teacher = ["--model.init_args.teacher=lkd.models.resnet14", "--model.init_args.teacher.init_args.in_channels=1"]
+    weights = "--model.init_args.teacher_ckpt=teacher.pth"
+    assert main(["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1", *teacher, weights]) == 0
+    Path("teacher.pth").unlink()
+    capsys.readouterr()
+    assert main(["test", "--ckpt_path", "runs/digits/kd/version_0/checkpoints/best.ckpt"]) == 0
+    shown = capsys.readouterr().out
+    assert "test/acc" in shown
+    assert "teacher" not in shown
+    assert [str(warning.message) for warning in recwarn if "measured alone" in str(warning.message)]
+
+
 def test_predictions(run: Path, capsys) -> None:
     assert main(["predict", "--ckpt_path", str(run / "checkpoints/best.ckpt")]) == 0
     assert "359 predictions: predictions.csv" in capsys.readouterr().out
@@ -143,7 +163,7 @@ def test_precisions(precision: str) -> None:
     [
         ("--trainer.enable_checkpointing=false", set()),
         ("--trainer.fast_dev_run=true", set()),
-        ("--checkpoint.save_top_k=-1", {"best.ckpt", "best-v1.ckpt", "last.ckpt"}),
+        ("--checkpoint.save_top_k=-1", {"best-epoch=0.ckpt", "best-epoch=1.ckpt", "last.ckpt"}),
         ("--trainer.limit_val_batches=0", {"last.ckpt"}),
         ("--data.init_args.val_size=0", {"last.ckpt"}),
     ],
@@ -154,9 +174,64 @@ def test_what_is_left_of_a_run(setting: str, left: set[str]) -> None:
 
 
 def test_two_runs_without_a_logger() -> None:
+    for seed in (1, 2):
+        settings = ["--trainer.max_epochs=1", "--trainer.logger=false", f"--seed_everything={seed}"]
+        assert main(["fit", "--config", "digits/kd", *SHORT, *settings]) == 0
+    runs = [Path(f"runs/digits/kd/version_{number}") for number in (0, 1)]
+    assert [yaml.safe_load((run / "config.yaml").read_text())["seed_everything"] for run in runs] == [1, 2]
+    assert all((run / "checkpoints/best.ckpt").is_file() for run in runs)
+    assert not Path("config.yaml").exists()
+    assert main(["test", "--config", "digits/kd", "--ckpt_path", "best"]) == 0
+
+
+def test_best_of_several(capfd) -> None:
+    """With a learning rate that grows by the epoch, the newest of those that are kept is not the best."""
+    schedule = "--model.init_args.lr_scheduler=torch.optim.lr_scheduler.ExponentialLR"
+    grows = [
+        schedule,
+        "--model.init_args.lr_scheduler.init_args.gamma=9",
+        "--model.init_args.optimizer.init_args.lr=.02",
+    ]
+    fit = ["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=4", "--checkpoint.save_top_k=3"]
+    slow = "--model.init_args.optimizer.init_args.lr=0.02"
+    assert main([*fit, *grows, slow, "--trainer.gradient_clip_val=1"]) == 0
+    folder = Path("runs/digits/kd/version_0")
+    figures = [event.value for event in _scalars(folder, "val/acc")]
+    best = figures.index(max(figures))
+    assert best < 3
+    shown = capfd.readouterr().out
+    assert f"checkpoint: {folder}/checkpoints/best-epoch={best}.ckpt" in shown
+    prepared, _ = prepare(["test", "--config", "digits/kd", "--ckpt_path", "best"])
+    assert prepared[-1] == f"--ckpt_path={folder}/checkpoints/best-epoch={best}.ckpt"
+
+
+@pytest.mark.parametrize(("explicit", "mode"), [([], "min"), (["--checkpoint.mode=max"], "max")])
+def test_least_loss_is_the_best(explicit: list[str], mode: str, capfd) -> None:
+    settings = ["--checkpoint.monitor=val/loss", *explicit]
+    assert main(["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=3", *settings]) == 0
+    folder = Path("runs/digits/kd/version_0")
+    states = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["callbacks"].values()
+    (kept,) = [float(state["best_model_score"]) for state in states if state.get("monitor") == "val/loss"]
+    figures = [event.value for event in _scalars(folder, "val/loss")]
+    assert kept == pytest.approx({"min": min, "max": max}[mode](figures))
+    assert f"checkpoint: {folder}/checkpoints/best.ckpt" in capfd.readouterr().out
+
+
+def test_last_checkpoint_has_all_training() -> None:
+    settings = ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2"]
+    assert main(["fit", "--config", "digits/kd", *SHORT, *settings]) == 0
+    (last,) = Path("runs").rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["epoch"] == 2
+
+
+def test_teacher_is_the_best_of_its_newest_run() -> None:
     for _ in range(2):
-        assert main(["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1", "--trainer.logger=false"]) == 0
-    assert Path("config.yaml").is_file()
+        assert main(["fit", "--config", "digits/teacher", *SHORT, "--trainer.max_epochs=1"]) == 0
+    fit = ["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1"]
+    assert main([*fit, "--model.init_args.teacher_ckpt=runs/digits/teacher"]) == 0
+    config = yaml.safe_load(Path("runs/digits/kd/version_0/config.yaml").read_text())
+    best = "runs/digits/teacher/version_1/checkpoints/best.ckpt"
+    assert config["model"]["init_args"]["teacher_ckpt"] == best
 
 
 def test_csv_logger_gets_the_same_curves() -> None:

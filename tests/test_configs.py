@@ -23,6 +23,12 @@ OVERLAYS = {
     kind: sorted(path.stem for path in (FOLDER / kind).glob("*.yaml"))
     for kind in ("data", "pairs", "methods", "trainer")
 }
+VIEWS = [name for name in OVERLAYS["methods"] if "views:" in (FOLDER / "methods" / f"{name}.yaml").read_text()]
+BEFORE = {  # runs that a config goes on from
+    "digits/takd.yaml": ["digits/assistant"],
+    "digits/multi_teacher.yaml": ["digits/assistant"],
+    "digits/born_again_ensemble.yaml": ["digits/born_again", "digits/born_again"],
+}
 CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar100": 100}
 PAIR_OF = {"digits": "digits", "mnist": "resnet20_resnet8_gray10", "fashion_mnist": "resnet20_resnet8_gray10"}
 PAIR_OF |= {"cifar100": "resnet56_resnet20_100", "imagenet": "resnet34_resnet18_imagenet"}
@@ -61,11 +67,13 @@ def test_complete_configs(config: str) -> None:
     settings = ["--data.init_args.batch_size=8"]
     if config.startswith("cifar10"):
         settings += [f"--data.init_args.root={_tree(10)}", "--data.init_args.val_size=10"]
-    if "teacher_ckpt: runs" in (FOLDER / config).read_text():
+    for earlier in BEFORE.get(config, []):
+        assert main(["fit", "--config", earlier, *settings, *SHORT]) == 0
+    if config.startswith("cifar10") and "teacher_ckpt: runs" in (FOLDER / config).read_text():
         torch.save(models.resnet56(num_classes=10, shortcut="A").state_dict(), "teacher.pth")
         settings += ["--model.init_args.teacher_ckpt=teacher.pth"]
     assert main(["fit", "--config", config, *settings, *SHORT]) == 0
-    assert list(Path("runs").rglob("best.ckpt"))
+    assert list(Path("runs", config.removesuffix(".yaml")).rglob("best.ckpt"))
 
 
 def _data_settings(data: str) -> list[str]:
@@ -116,6 +124,28 @@ def test_other_overlays_keep_their_settings(kind: str) -> None:
         )
         for key, value in given.get("model", {}).get("init_args", {}).items():
             assert _contains(resolved["model"]["init_args"][key], value), key
+
+
+@pytest.mark.parametrize("data", OVERLAYS["data"])
+def test_a_methods_views_merge_over_any_data(data: str, capsys) -> None:
+    assert set(VIEWS) >= {"cskd", "mlkd", "noisy_student", "sskd"}
+    pair, images = PAIR_OF.get(data, "resnet56_resnet20_10"), f"data/{data}"
+    own = yaml.safe_load((FOLDER / f"{images}.yaml").read_text())["data"]
+    for name in VIEWS:
+        configs = ["--config", images, "--config", f"pairs/{pair}", "--config", f"methods/{name}"]
+        with pytest.raises(SystemExit, match="0"):
+            main(["fit", *configs, "--print_config"])
+        resolved = yaml.safe_load(capsys.readouterr().out)["data"]
+        given = yaml.safe_load((FOLDER / "methods" / f"{name}.yaml").read_text())["data"]
+        assert _contains(resolved, own)
+        assert _contains(resolved, given)
+
+
+def test_a_method_that_asks_no_teacher_needs_none() -> None:
+    configs = ["--config", "data/digits", "--config", "pairs/digits", "--config", "methods/cskd"]
+    without = ["--model.init_args.teacher=null", "--model.init_args.teacher_ckpt=null"]
+    assert main(["fit", *configs, *without, *SHORT]) == 0
+    assert list(Path("runs").rglob("best.ckpt"))
 
 
 def _contains(resolved: object, given: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -60,3 +61,37 @@ def test_two_processes_end_equal(tmp_path) -> None:
     assert first["metrics"] == pytest.approx(second["metrics"], nan_ok=False)
     assert {"train/loss", "train/kd", "val/acc", "val/agreement"} <= set(first["metrics"])
     assert len(list(Path("runs").rglob("config.yaml"))) == 1
+
+
+def test_two_processes_predict_each_image_once() -> None:
+    command = [sys.executable, "-m", "lkd", "predict", "--config", "digits/teacher"]
+    settings = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    weights = ["--model.init_args.model_ckpt=lkd:digits_resnet8", "--trainer.enable_progress_bar=false"]
+    done = subprocess.run([*command, *settings, *weights], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shares = [list(csv.DictReader(Path(f"predictions.{rank}.csv").read_text().splitlines())) for rank in (0, 1)]
+    assert [len(share) for share in shares] == [180, 179]
+    assert len({row["index"] for share in shares for row in share}) == 359
+
+
+SPAWN = """
+    import lightning as L
+    import lkd
+    from lkd.models import resnet8
+
+    if __name__ == "__main__":
+        module = lkd.DistillModule(resnet8(num_classes=4), resnet8(num_classes=4))
+        before = module.student.conv1.weight.clone()
+        data = lkd.SyntheticDataModule(4, (3, 8, 8), train_size=64, val_size=16, batch_size=16)
+        off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", max_epochs=1, **off)
+        trainer.fit(module, data)
+        print("trained:", not module.student.conv1.weight.equal(before))
+"""
+
+
+def test_spawned_processes() -> None:
+    Path("spawn.py").write_text(textwrap.dedent(SPAWN))
+    done = subprocess.run([sys.executable, "spawn.py"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "trained: True" in done.stdout

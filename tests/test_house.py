@@ -24,6 +24,7 @@ LEVEL = {
     "arguments": 3,
     "mistakes": 3,
     "cli": 3,
+    "listing": 3,
     "__main__": 3,
 }
 MAY_ALSO = {("functional", "losses")}

@@ -106,6 +106,7 @@ def test_misspelt_key(answer, path, name, says) -> None:
             "--trainer.max_eposch=1",
             "lkd has no setting 'trainer.max_eposch'; did you mean 'trainer.max_epochs'?",
         ),
+        ("--trainer.max_epoch=1", "lkd has no setting 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"),
         ("--confg=a.yaml", "lkd has no setting 'confg'; did you mean 'config'?"),
         ("--trainer.max_epochs=three", "trainer.max_epochs: expected int, got three"),
         ("--data.init_args.batch_size=many", "data.batch_size: expected int, got many"),
@@ -179,6 +180,11 @@ def test_yaml_that_is_none(answer) -> None:
 def test_yaml_of_another_form(answer, text, says) -> None:
     Path("changed.yaml").write_text(text)
     assert says in answer("fit", "--config", "changed.yaml")
+
+
+def test_a_methods_views_before_the_data(answer) -> None:
+    says = answer("fit", "--config", "methods/mlkd", "--config", "data/digits", "--config", "pairs/digits")
+    assert says == "a config changes 'views' of the data before another has named it; put --config data/NAME first"
 
 
 CRITERIA = """
@@ -320,6 +326,25 @@ def test_data_that_is_not_there(answer, monkeypatch) -> None:
     assert "cifar-10-python.tar.gz" in says
     assert "data" in says
     assert "configs/digits/kd.yaml needs no download" in says
+
+
+def test_checkpoint_that_is_none(fit) -> None:
+    Path("bytes.ckpt").write_bytes(b"no checkpoint")
+    assert "bytes.ckpt is not a checkpoint that PyTorch reads" in fit("--ckpt_path=bytes.ckpt")
+    torch.save(resnet8(num_classes=10).state_dict(), "weights.pth")
+    says = fit("--ckpt_path=weights.pth")
+    assert "weights.pth is not a checkpoint that `lkd fit` has written; weights alone are --model.init_args" in says
+
+
+def test_checkpoint_of_another_network(fit, answer) -> None:
+    assert main(["fit", "--config", "configs/digits/kd.yaml", *SHORT]) == 0
+    other = "--model.init_args.student=lkd.models.resnet14"
+    says = fit("--ckpt_path=last", other, "--model.init_args.student.init_args.in_channels=1")
+    assert "the checkpoint does not fit this DistillModule; missing: model.layer1.1.conv1.weight" in says
+    assert "take the config of the run that wrote it" in says
+    assert "this checkpoint was made by lkd.DistillModule, not by ClassificationModule" in answer(
+        "test", "--config", "digits/student", "--ckpt_path", "runs/digits/kd/version_0/checkpoints/best.ckpt"
+    )
 
 
 def test_weights_of_other_shapes(fit) -> None:

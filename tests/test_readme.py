@@ -17,6 +17,12 @@ from lkd.__main__ import main
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "console" for line in text.splitlines() if line.startswith("lkd ")]
+CHAINS = [
+    [line for line in chain.splitlines() if line.startswith("lkd ")]
+    for kind, text in BLOCKS
+    if kind == "sh"
+    for chain in text.split("\n\n")
+]
 SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
 
@@ -44,6 +50,16 @@ def test_commands(command: str, reader: None) -> None:
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) == 6
+    assert len(CHAINS) == 2
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_chains(chain: list[str]) -> None:
+    """Each run goes on from the one before."""
+    for command in chain:
+        arguments = shlex.split(command, comments=True)[1:]
+        few = [option for option in SHORT if arguments[0] == "fit" or "epochs" not in option]
+        assert main([*arguments, *few]) == 0
 
 
 def test_own_criterion_logs_its_terms(reader: None) -> None:

@@ -1,9 +1,18 @@
 """Callbacks: what is shown and kept of a run, and weights that change from epoch to epoch."""
 
+from lkd.callbacks.checkpoint import BestCheckpoint
 from lkd.callbacks.monitor import ImagesPerSecond, NetworkSummary
 from lkd.callbacks.predictions import PredictionWriter
 from lkd.callbacks.progress import ProgressBar
 from lkd.callbacks.report import FitReport
 from lkd.callbacks.schedule import Schedule
 
-__all__ = ["FitReport", "ImagesPerSecond", "NetworkSummary", "PredictionWriter", "ProgressBar", "Schedule"]
+__all__ = [
+    "BestCheckpoint",
+    "FitReport",
+    "ImagesPerSecond",
+    "NetworkSummary",
+    "PredictionWriter",
+    "ProgressBar",
+    "Schedule",
+]

@@ -60,16 +60,16 @@ def _figures(trainer: L.Trainer) -> dict[str, float]:
     measured, best = trainer.callback_metrics, _best_checkpoint(trainer)
     figures = {
         "teacher_acc": measured.get("val/teacher_acc"),
-        "best_acc": best.best_model_score if best else None,
+        "best_acc": best.best_model_score if best and best.monitor == "val/acc" else None,
         "last_acc": measured.get("val/acc"),
     }
     return {name: float(figure) for name, figure in figures.items() if figure is not None}
 
 
 def _best_checkpoint(trainer: L.Trainer) -> ModelCheckpoint | None:
-    """The callback that keeps the checkpoint of the best accuracy, if it has kept one."""
+    """The callback that keeps the best checkpoint, if it has kept one."""
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor == "val/acc" and callback.best_model_path:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
             return callback
     return None
 

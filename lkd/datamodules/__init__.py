@@ -14,6 +14,7 @@ from lkd.datamodules.dataset import ImageDataset, ImageError, ImageSource
 from lkd.datamodules.digits import DigitsDataModule
 from lkd.datamodules.draws import permutation, uniform
 from lkd.datamodules.folder import ImageFolderDataModule, ImageNetDataModule
+from lkd.datamodules.randaugment import RandAugment
 from lkd.datamodules.sampler import EpochSampler, Key
 from lkd.datamodules.synthetic import SyntheticDataModule
 from lkd.datamodules.tiny_imagenet import TinyImageNetDataModule
@@ -25,6 +26,7 @@ from lkd.datamodules.transforms import (
     RandomHorizontalFlip,
     RandomResizedCrop,
 )
+from lkd.datamodules.views import ClassPartner, RotatedViews, StrongView, Views
 
 __all__ = [
     "ArchiveDataModule",
@@ -32,6 +34,7 @@ __all__ = [
     "CIFAR10DataModule",
     "CIFAR100DataModule",
     "CenterCrop",
+    "ClassPartner",
     "DigitsDataModule",
     "EpochSampler",
     "FashionMNISTDataModule",
@@ -44,14 +47,18 @@ __all__ = [
     "ImageTransform",
     "Key",
     "MNISTDataModule",
+    "RandAugment",
     "RandomCrop",
     "RandomHorizontalFlip",
     "RandomResizedCrop",
+    "RotatedViews",
     "STL10DataModule",
     "SVHNDataModule",
     "Split",
+    "StrongView",
     "SyntheticDataModule",
     "TinyImageNetDataModule",
+    "Views",
     "permutation",
     "uniform",
 ]

@@ -14,8 +14,9 @@ from torch.utils.data import TensorDataset
 
 from lkd.datamodules.base import ImageDataModule, Split
 from lkd.datamodules.dataset import ImageSource
-from lkd.datamodules.files import class_folders, read_tree, split_folder
+from lkd.datamodules.files import class_folders, few, read_tree, split_folder
 from lkd.datamodules.transforms import BatchTransform, ImageTransform, RandomCrop, RandomHorizontalFlip
+from lkd.datamodules.views import Views
 
 _CIFAR100_CLASSES = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
@@ -47,6 +48,7 @@ class ArchiveDataModule(ImageDataModule):
         augment: Random changes of training images; by default the data set's usual ones, `[]` for none.
         mean: Mean of each channel, of pixels in [0, 1]; by default the data set's.
         std: Standard deviation of each channel; by default the data set's.
+        views: Which views of each training image a batch has; by default the image alone.
 
     Attributes:
         title: Name of the data set.
@@ -70,9 +72,10 @@ class ArchiveDataModule(ImageDataModule):
         augment: list[ImageTransform | BatchTransform] | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        views: Views | None = None,
     ) -> None:
         super().__init__(
-            batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed, seed, augment, mean, std
+            batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed, seed, augment, mean, std, views
         )
         self.root = root
         self.download = download
@@ -118,7 +121,15 @@ class ArchiveDataModule(ImageDataModule):
             )
         if set(found) == set(self.class_names):
             return self.class_names
-        return tuple(sorted(found, key=int)) if all(name.isdecimal() for name in found) else found
+        if all(name.isdecimal() for name in found):
+            return tuple(sorted(found, key=int))
+        if set(found) & set(self.class_names):  # sorted, they would be in another order, with which no teacher agrees
+            unknown, missing = sorted(set(found) - set(self.class_names)), sorted(set(self.class_names) - set(found))
+            raise ValueError(
+                f"{folder} has class folders that {self.title} does not: {few(unknown)}; rename them to "
+                f"{few(missing)}, or all folders to the classes' numbers, 0 to {self.num_classes - 1}"
+            )
+        return found
 
     def make_dataset(self, split: Split) -> ImageSource | None:
         """See `ImageDataModule.make_dataset`."""

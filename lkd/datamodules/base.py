@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning as L
@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lkd.datamodules.dataset import ImageDataset, ImageSource
 from lkd.datamodules.sampler import EpochSampler
 from lkd.datamodules.split import stratified
-from lkd.datamodules.transforms import BatchTransform, CenterCrop, ImageTransform
+from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
+from lkd.datamodules.views import Views
 from lkd.types import IGNORE_INDEX, Batch, Normalization
 
 Split = Literal["train", "val", "test"]
@@ -39,6 +40,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         augment: Random changes of training images; by default the data set's usual ones, `[]` for none.
         mean: Mean of each channel, of pixels in [0, 1]; by default the data set's.
         std: Standard deviation of each channel; by default the data set's.
+        views: Which views of each training image a batch has; by default the image alone.
 
     Attributes:
         num_classes: Number of classes.
@@ -67,6 +69,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         augment: list[ImageTransform | BatchTransform] | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        views: Views | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -79,6 +82,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.split_seed = split_seed
         self.seed = seed
         self.augment = augment
+        self.views = views
         if mean is not None:
             self.mean = mean
         if std is not None:
@@ -137,7 +141,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         labelled = self._labelled(target, ~held_out)
         kept = target.masked_fill(~held_out & ~labelled, IGNORE_INDEX)
         chosen = labelled if self.drop_unlabelled else ~held_out
-        self.datasets["train"] = self._wrap(source, kept, chosen, augment)
+        self.datasets["train"] = self._wrap(source, kept, chosen, augment, self.views)
 
     def _labelled(self, target: Tensor, training: Tensor) -> Tensor:
         """Which training images keep their label `(N,)`, bool."""
@@ -185,33 +189,32 @@ class ImageDataModule(L.LightningDataModule, ABC):
         source: ImageSource,
         target: Tensor,
         chosen: Tensor | None = None,
-        augment: Sequence[ImageTransform | BatchTransform] = (),
+        augment: Augmentation = (),
+        views: Views | None = None,
     ) -> ImageDataset:
-        first = [t for t in augment if isinstance(t, ImageTransform)]
-        if first and (len(first) > 1 or first[0] is not augment[0]):
-            name = type(first[-1]).__name__
-            raise ValueError(f"augment may have {name} in the first place only, as it brings images to one size")
+        first, changes = divide(augment)
         return ImageDataset(
             source,
             target,
             torch.arange(len(target)) if chosen is None else chosen.nonzero().squeeze(1),
             self.input_shape,
             Normalization(self.mean, self.std),
-            first[0] if first else self.resize,
-            [t for t in augment if isinstance(t, BatchTransform)],
+            first or self.resize,
+            changes,
+            views=views,
         )
 
-    def _loader(self, split: Split) -> DataLoader[Batch]:
+    def _loader(self, split: Split, padded: bool = True) -> DataLoader[Batch]:
         if split not in self.datasets:
             raise ValueError(f"{type(self).__name__} has no {split} images yet; call prepare_data() and setup()")
         dataset = self.datasets[split]
         processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         training = split == "train"
-        sampler = EpochSampler(dataset, processes, rank, shuffle=training, seed=dataset.seed)
+        sampler = EpochSampler(dataset, processes, rank, training, dataset.seed, padded)
         workers = self.num_workers
         if workers is None:
             workers = 0 if isinstance(dataset.source, TensorDataset) else min(4, os.cpu_count() or 1)
-        return DataLoader(
+        return _Loader(
             dataset,
             batch_size=self.batch_size,  # by name, as Lightning repeats it for predict
             sampler=sampler,
@@ -237,8 +240,19 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Test images."""
-        return self._loader("test")
+        """Test images, each in one process."""
+        return self._loader("test", padded=False)
+
+
+class _Loader(DataLoader[Batch]):
+    """Starts its workers when the first batch is asked for.
+
+    Lightning makes the iterator of a resumed run before it tells the sampler the epoch; workers that began to read
+    then would read the first epoch again.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        yield from super().__iter__()
 
 
 def _as_it_is(batch: Any) -> Any:

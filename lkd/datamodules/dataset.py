@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms.v2 import functional as TF
 
-from lkd.datamodules.draws import IMAGE, uniform
+from lkd.datamodules.draws import IMAGE, VIEW, uniform
 from lkd.datamodules.files import ImageFiles
 from lkd.datamodules.sampler import Key
-from lkd.datamodules.transforms import BatchTransform, CenterCrop, ImageTransform
+from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
+from lkd.datamodules.views import Views
 from lkd.types import IGNORE_INDEX, Batch, Normalization
 
 _TRIES = 10
@@ -60,12 +63,14 @@ class ImageDataset(Dataset[Batch]):
         resize: Brings an image to the shape.
         augment: Changes a batch of uint8 images.
         seed: Seed of the augmentation.
+        views: Makes several views of each image; None: there is one.
 
     Attributes:
-        stored: All images of the source `(N, C, H, W)`, uint8, if they lie in memory and need no resizing.
+        number: Which view of its images this is; each has its own draws.
 
     Raises:
-        ValueError: If images that have to be read one by one shall have other than 1 or 3 channels.
+        ValueError: If images that have to be read one by one shall have other than 1 or 3 channels, or the views need
+            images of another shape.
     """
 
     def __init__(
@@ -78,16 +83,24 @@ class ImageDataset(Dataset[Batch]):
         resize: ImageTransform,
         augment: Sequence[BatchTransform] = (),
         seed: int = 0,
+        views: Views | None = None,
     ) -> None:
         self.source, self.target, self.index = source, target, index
         self.shape, self.normalization = shape, normalization
         self.resize, self.augment, self.seed = resize, tuple(augment), seed
-        self.stored: Tensor | None = None
-        if isinstance(source, TensorDataset) and isinstance(resize, CenterCrop):
-            image = source.tensors[0]
-            self.stored = image if tuple(image.shape[1:]) == shape else None
+        self.views, self.number = views, 0
         if self.stored is None and shape[0] not in _MODES:
             raise ValueError(f"images that are not in memory have 1 or 3 channels, got the shape {shape}")
+        if views is not None:
+            views.check(shape)
+
+    @property
+    def stored(self) -> Tensor | None:
+        """All images of the source `(N, C, H, W)`, uint8, if they lie in memory and need no resizing."""
+        if not (isinstance(self.source, TensorDataset) and isinstance(self.resize, CenterCrop)):
+            return None
+        image: Tensor = self.source.tensors[0]
+        return image if tuple(image.shape[1:]) == self.shape else None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -100,8 +113,58 @@ class ImageDataset(Dataset[Batch]):
         full = [key if isinstance(key, Key) else Key(0, key) for key in keys]
         epoch, position, padding = torch.tensor(full, dtype=torch.int64).unbind(1)
         index = self.index[position]
-        image = self.view(self.images(epoch, index), epoch, index)
-        return Batch(image, self.target[index].masked_fill(padding.bool(), IGNORE_INDEX), index)
+        batch = self.batch(epoch, index) if self.views is None else _joined(self.views(self, epoch, index))
+        return batch._replace(target=batch.target.masked_fill(padding.bool().repeat(batch.views), IGNORE_INDEX))
+
+    def batch(self, epoch: Tensor, index: Tensor) -> Batch:
+        """Reads, augments and normalises images: one view.
+
+        Args:
+            epoch: `(B,)`, int64.
+            index: Positions in the source `(B,)`, int64.
+        """
+        return Batch(self.view(self.images(epoch, index), epoch, index), self.target[index], index)
+
+    def variant(self, number: int, augment: Augmentation | None = None) -> ImageDataset:
+        """The same images in another view: by other draws and, if told so, augmented otherwise.
+
+        Args:
+            number: The view's number; 0 is this one.
+            augment: What is done to the images; without an `ImageTransform` they are brought to size as here.
+        """
+        other = copy(self)
+        other.views, other.number = None, number
+        if augment is not None:
+            first, other.augment = divide(augment)
+            other.resize = first or self.resize
+        return other
+
+    @cached_property
+    def _classes(self) -> tuple[Tensor, Tensor]:
+        """The images class by class; for each of the source, its place there, where its class begins, and its size."""
+        target = self.target[self.index]
+        name = torch.where(target == IGNORE_INDEX, -1 - self.index, target)  # without a label, a class of its own
+        _, group, size = torch.unique(name, return_inverse=True, return_counts=True)
+        order = group.argsort(stable=True)
+        table = torch.zeros(3, len(self.target), dtype=torch.int64)
+        table[0, self.index[order]] = torch.arange(len(order))
+        table[1:, self.index] = torch.stack((size.cumsum(0) - size, size))[:, group]
+        return self.index[order], table
+
+    def neighbour(self, index: Tensor, draw: Tensor) -> Tensor:
+        """Another image of the same class.
+
+        Args:
+            index: Positions in the source `(B,)`, int64.
+            draw: Which one `(B,)`, uniform in [0, 1).
+
+        Returns:
+            Positions in the source `(B,)`; the image's own if it has no label, or is the only one of its class.
+        """
+        order, table = self._classes
+        place, begin, size = table[:, index]
+        step = 1 + (draw * (size - 1)).long()  # to the class's end, and on from its beginning
+        return order[begin + (place - begin + step) % size]
 
     def images(self, epoch: Tensor, index: Tensor) -> Tensor:
         """Reads images.
@@ -115,7 +178,7 @@ class ImageDataset(Dataset[Batch]):
         """
         if self.stored is not None:
             return self.stored.index_select(0, index)
-        tries = torch.arange(IMAGE, IMAGE + _TRIES)
+        tries = IMAGE + self.number * VIEW + torch.arange(_TRIES)
         draws = uniform(self.seed, epoch[:, None], index[:, None], tries)
         return torch.stack([self._read(i, d) for i, d in zip(index.tolist(), draws, strict=True)])
 
@@ -143,9 +206,11 @@ class ImageDataset(Dataset[Batch]):
             `(B, C, H, W)`, float32.
         """
         if self.augment:
-            streams = torch.arange(len(self.augment), device=image.device)[:, None]
-            for transform, draws in zip(self.augment, uniform(self.seed, epoch, index, streams), strict=True):
-                image = transform(image, draws)
+            lengths = [transform.num_draws // 4 for transform in self.augment]
+            streams = self.number * VIEW + torch.arange(sum(lengths), device=image.device)
+            draws = uniform(self.seed, epoch, index, streams[:, None]).split(lengths)  # type: ignore[no-untyped-call]
+            for transform, own in zip(self.augment, draws, strict=True):
+                image = transform(image, own.transpose(0, 1).flatten(1))
         # Three correctly rounded operations, with tensors on the device: a GPU would multiply by the
         # reciprocal of a scalar. So every device gets the same bits.
         norm = self.normalization
@@ -153,6 +218,11 @@ class ImageDataset(Dataset[Batch]):
             torch.tensor(v, device=image.device).view(-1, 1, 1) for v in ((255.0,), norm.mean, norm.std)
         )
         return image.to(torch.float32).div_(level).sub_(mean).div_(std)
+
+
+def _joined(views: Sequence[Batch]) -> Batch:
+    image, target, index = (torch.cat(parts) for parts in list(zip(*views, strict=True))[:3])
+    return Batch(image, target, index, len(views))
 
 
 def _eight_bit(image: object) -> Image.Image:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ORDER, SPLIT, IMAGE = 2**32 - 1, 2**32 - 2, 2**31
-"""Streams of the training order, of the validation split, and the first of those that read an image.
+ORDER, SPLIT, PARTNER, IMAGE = 2**32 - 1, 2**32 - 2, 2**32 - 3, 2**31
+"""Streams of the training order, of the validation split, of the choice of another image of the same class, and the
+first of those that read an image.
 
 Batch transforms draw from the streams 0, 1, 2, ... in their order.
 """
+
+VIEW = 2**20
+"""How far the streams of an image's next view lie behind those of this one."""
 
 _WORD = 0xFFFFFFFF
 _PIECE = 2**16  # indices hashed at a time: what fits a processor's cache

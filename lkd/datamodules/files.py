@@ -71,8 +71,8 @@ def read_tree(folder: Path, class_names: Sequence[str]) -> ImageFiles:
     if found != set(class_names):
         missing, unknown = sorted(set(class_names) - found), sorted(found - set(class_names))
         raise ValueError(
-            f"{folder} must have the same class folders as the training images; missing: {_few(missing)}; "
-            f"unknown: {_few(unknown)}"
+            f"{folder} must have the same class folders as the training images; missing: {few(missing)}; "
+            f"unknown: {few(unknown)}"
         )
     files: list[str] = []
     targets: list[int] = []
@@ -89,13 +89,14 @@ def read_tree(folder: Path, class_names: Sequence[str]) -> ImageFiles:
         targets += [target] * len(images)
     if empty:
         raise FileNotFoundError(
-            f"no images in the class folders {_few(empty)} of {folder}; "
+            f"no images in the class folders {few(empty)} of {folder}; "
             f"expected files that end in {', '.join(IMG_EXTENSIONS)}"
         )
     return ImageFiles(folder, files, targets)
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first names of many, for a message."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
 
 

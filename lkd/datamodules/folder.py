@@ -14,6 +14,7 @@ from lkd.datamodules.transforms import (
     RandomHorizontalFlip,
     RandomResizedCrop,
 )
+from lkd.datamodules.views import Views
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -40,6 +41,7 @@ class ImageFolderDataModule(ImageDataModule):
         augment: Random changes of training images; by default RandomResizedCrop and RandomHorizontalFlip.
         mean: Mean of each channel, of pixels in [0, 1]; by default ImageNet's.
         std: Standard deviation of each channel; by default ImageNet's.
+        views: Which views of each training image a batch has; by default the image alone.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class ImageFolderDataModule(ImageDataModule):
         augment: list[ImageTransform | BatchTransform] | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        views: Views | None = None,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be 1 or more, got {image_size}")
@@ -65,7 +68,7 @@ class ImageFolderDataModule(ImageDataModule):
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.449,), (0.226,))
         self.input_shape = (in_channels, image_size, image_size)
         super().__init__(
-            batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed, seed, augment, mean, std
+            batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed, seed, augment, mean, std, views
         )
         self.root = root
         self.resize = CenterCrop(crop_ratio)
@@ -104,6 +107,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         augment: Random changes of training images; by default RandomResizedCrop and RandomHorizontalFlip.
         mean: Mean of each channel, of pixels in [0, 1].
         std: Standard deviation of each channel.
+        views: Which views of each training image a batch has; by default the image alone.
 
     References:
         Russakovsky et al.: ImageNet large scale visual recognition challenge (2014), arXiv:1409.0575.

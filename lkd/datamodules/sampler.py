@@ -40,13 +40,22 @@ class EpochSampler(DistributedSampler[Key]):
         rank: Number of this process.
         shuffle: Random order instead of the data set's own.
         seed: Seed of the random order.
+        padded: Whether all processes get as many samples; without, some have one less, as prediction may.
     """
 
     def __init__(
-        self, dataset: Sized, num_replicas: int = 1, rank: int = 0, shuffle: bool = True, seed: int = 0
+        self,
+        dataset: Sized,
+        num_replicas: int = 1,
+        rank: int = 0,
+        shuffle: bool = True,
+        seed: int = 0,
+        padded: bool = True,
     ) -> None:
         super().__init__(cast("Dataset[object]", dataset), num_replicas, rank, shuffle=shuffle, seed=seed)
         self.size = len(dataset)
+        if not padded:
+            self.total_size, self.num_samples = self.size, len(range(rank, self.size, num_replicas))
 
     def __iter__(self) -> Iterator[Key]:
         position = torch.arange(self.rank, self.total_size, self.num_replicas)

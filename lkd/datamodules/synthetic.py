@@ -8,6 +8,7 @@ from torch.utils.data import TensorDataset
 
 from lkd.datamodules.base import ImageDataModule, Split
 from lkd.datamodules.transforms import BatchTransform, ImageTransform
+from lkd.datamodules.views import Views
 
 
 class SyntheticDataModule(ImageDataModule):
@@ -28,6 +29,7 @@ class SyntheticDataModule(ImageDataModule):
         augment: Random changes of training images; by default none.
         mean: Mean of each channel, of pixels in [0, 1].
         std: Standard deviation of each channel.
+        views: Which views of each training image a batch has; by default the image alone.
     """
 
     def __init__(
@@ -46,12 +48,13 @@ class SyntheticDataModule(ImageDataModule):
         augment: list[ImageTransform | BatchTransform] | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        views: Views | None = None,
     ) -> None:
         self.num_classes = num_classes
         self.input_shape = input_shape
         self.mean, self.std = (0.5,) * input_shape[0], (0.25,) * input_shape[0]
         super().__init__(
-            batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed, seed, augment, mean, std
+            batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed, seed, augment, mean, std, views
         )
         self.train_size = train_size
         self.test_size = test_size

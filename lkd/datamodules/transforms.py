@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,13 @@ from torchvision.transforms.v2 import functional as TF
 
 
 class BatchTransform(ABC):
-    """Changes the images of a batch, each by its own draws."""
+    """Changes the images of a batch, each by its own draws.
+
+    Attributes:
+        num_draws: How many numbers it needs for an image; a multiple of 4.
+    """
+
+    num_draws: int = 4
 
     @abstractmethod
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
@@ -25,7 +33,7 @@ class BatchTransform(ABC):
 
         Args:
             image: `(B, C, H, W)`, uint8, on any device.
-            draws: `(B, 4)`, uniform in [0, 1), on the same device.
+            draws: `(B, num_draws)`, uniform in [0, 1), on the same device.
 
         Returns:
             `(B, C, H, W)`, uint8.
@@ -44,6 +52,26 @@ class ImageTransform(ABC):
             size: Height and width to return.
             draws: `(10, 4)`, uniform in [0, 1).
         """
+
+
+Augmentation: TypeAlias = "Sequence[ImageTransform | BatchTransform]"
+"""What is done to an image, in this order; an `ImageTransform`, if any, comes first."""
+
+
+def divide(augment: Augmentation) -> tuple[ImageTransform | None, tuple[BatchTransform, ...]]:
+    """Divide an augmentation into what brings an image to size, if anything does, and what changes batches.
+
+    Args:
+        augment: The transforms in their order.
+
+    Raises:
+        ValueError: If an `ImageTransform` is not the first.
+    """
+    first = [transform for transform in augment if isinstance(transform, ImageTransform)]
+    if first and (len(first) > 1 or first[0] is not augment[0]):
+        name = type(first[-1]).__name__
+        raise ValueError(f"augment may have {name} in the first place only, as it brings images to one size")
+    return (first[0] if first else None), tuple(t for t in augment if isinstance(t, BatchTransform))
 
 
 @dataclass(frozen=True)

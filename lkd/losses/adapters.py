@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Pooling = Literal["mean", "max"]
 
-def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Two feature maps at the smaller one's size: the larger is averaged over the pixels.
+
+def same_size(student: Tensor, teacher: Tensor, pooling: Pooling = "mean") -> tuple[Tensor, Tensor]:
+    """Two feature maps at the smaller one's size: the larger is pooled.
 
     Args:
         student: `(B, C, H, W)`.
         teacher: `(B, D, H', W')`.
+        pooling: Whether a pixel is the mean or the largest value of those that it stands for.
 
     Returns:
         Both, with min(H, H') rows and min(W, W') columns.
     """
     height, width = (min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True))
-    return pooled_to(student, (height, width)), pooled_to(teacher, (height, width))
+    return pooled_to(student, (height, width), pooling), pooled_to(teacher, (height, width), pooling)
 
 
-def pooled_to(feature: Tensor, size: tuple[int, int]) -> Tensor:
-    """A feature map averaged to `size`; as it is if it has that size.
+def pooled_to(feature: Tensor, size: tuple[int, int], pooling: Pooling = "mean") -> Tensor:
+    """A feature map pooled to `size`; as it is if it has that size.
 
     Args:
         feature: `(B, C, H, W)`.
-        size: Rows and columns, at most H and W.
+        size: Rows and columns; where there are more than the map has, its pixels are repeated.
+        pooling: Whether a pixel is the mean or the largest value of those that it stands for.
 
     Returns:
         `(B, C, *size)`.
     """
-    return feature if feature.shape[2:] == size else F.adaptive_avg_pool2d(feature, size)
+    if feature.shape[2:] == size:
+        return feature
+    return F.adaptive_avg_pool2d(feature, size) if pooling == "mean" else F.adaptive_max_pool2d(feature, size)
 
 
 def projection(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -41,6 +50,15 @@ def projection(in_channels: int, out_channels: int) -> nn.Sequential:
         out_channels: Channels of the teacher's.
     """
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+
+
+def projections(pairs: Iterable[tuple[Tensor, Tensor]]) -> nn.ModuleList:
+    """A `projection` for each of the student's features, to the channels of the teacher's.
+
+    Args:
+        pairs: The student's feature `(B, C, H, W)` and the teacher's `(B, D, H', W')`.
+    """
+    return nn.ModuleList(projection(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs)
 
 
 def bottleneck(in_channels: int, inner_channels: int, out_channels: int) -> nn.Sequential:
@@ -89,3 +107,13 @@ def check_dims(owner: str, dims: int, **features: Tensor) -> None:
             raise ValueError(
                 f"{owner} reads {forms[dims]}; the {name} layer returns {tuple(feature.shape)}: name another layer"
             )
+
+
+def embedding(feature: Tensor, feat_dim: int) -> nn.Sequential:
+    """A linear map of a feature, flattened if it is a map, to a vector.
+
+    Args:
+        feature: An example `(B, ...)`.
+        feat_dim: Length of the vector.
+    """
+    return nn.Sequential(nn.Flatten(), nn.Linear(feature[0].numel(), feat_dim))

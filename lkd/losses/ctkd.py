@@ -1,4 +1,4 @@
-"""A temperature that is learned against the student."""
+"""Temperatures that are learned against the student."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ from torch import Tensor, nn
 
 from lkd.losses.base import DistillLoss
 from lkd.losses.logit import _check_temperature, kd_loss
-from lkd.types import Batch, Outputs
+from lkd.losses.precision import wide
+from lkd.types import Batch, Outputs, Probe
+
+
+def _check_range(temperature_range: float) -> float:
+    if not temperature_range > 0:
+        raise ValueError(f"temperature_range must be greater than 0, got {temperature_range}; the paper takes 20")
+    return temperature_range
+
+
+def _adversarial_temperature(theta: Tensor, lowest: float, extent: float, reversal: float) -> Tensor:
+    """`lowest + extent * sigmoid(theta)`, whose gradient reaches theta times `-reversal`."""
+    fixed = theta.detach()
+    return lowest + extent * (fixed - reversal * (theta - fixed)).sigmoid()
 
 
 class CTKD(DistillLoss):
@@ -38,20 +51,86 @@ class CTKD(DistillLoss):
 
     def __init__(self, min_temperature: float = 1.0, temperature_range: float = 20.0, reversal: float = 1.0) -> None:
         super().__init__()
-        if not temperature_range > 0:
-            raise ValueError(f"temperature_range must be greater than 0, got {temperature_range}; the paper takes 20")
         self.min_temperature = _check_temperature(min_temperature)
-        self.temperature_range = temperature_range
+        self.temperature_range = _check_range(temperature_range)
         self.reversal = reversal
         self.theta = nn.Parameter(torch.ones(1))  # (1,): FSDP takes no parameters without a dimension
 
     @property
     def temperature(self) -> Tensor:
         """The temperature now, a scalar; its gradient reaches theta reversed."""
-        fixed = self.theta.detach()
-        theta = fixed - self.reversal * (self.theta - fixed)  # theta itself; its derivative is -reversal
-        return (self.min_temperature + self.temperature_range * theta.sigmoid()).squeeze()
+        return _adversarial_temperature(
+            self.theta, self.min_temperature, self.temperature_range, self.reversal
+        ).squeeze()
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """`kd_loss` at the temperature learned so far."""
         return kd_loss(student.logits, teacher.logits, self.temperature)
+
+
+class InstanceCTKD(DistillLoss):
+    r"""`CTKD` with a temperature for each sample, which a small network tells from the student's and teacher's logits.
+
+    $$ \frac{1}{B} \sum_i \tau_i^2 \,
+       \mathrm{KL}(\mathrm{softmax}(z_{t,i} / \tau_i) \,\|\, \mathrm{softmax}(z_{s,i} / \tau_i)), \quad
+       \tau_i = \tau_{\min} + \tau_{\mathrm{range}} \, \sigma(\mathrm{MLP}(z_{s,i}, z_{t,i})) $$
+
+    The network, two linear layers with a ReLU between them, is in the same optimizer as the student, with its gradient
+    reversed. It begins with the global temperature's start for all samples.
+
+    Args:
+        min_temperature: Greater than 0; the lowest temperature.
+        temperature_range: Greater than 0; how far a temperature can rise above it.
+        reversal: Factor of the reversed gradient; a curriculum as in `CTKD`.
+        hidden_dim: At least 1; the number of hidden units.
+
+    Raises:
+        ValueError: If a temperature is not greater than 0, or `hidden_dim` is less than 1.
+
+    References:
+        Li et al.: Curriculum Temperature for Knowledge Distillation, AAAI 2023 (arXiv 2211.16231), the instance-wise
+        temperature. The number of hidden units and the start are not theirs but chosen here; the network reads the
+        logits without sending a gradient back to the student, which learns from the divergence alone.
+    """
+
+    def __init__(
+        self,
+        min_temperature: float = 1.0,
+        temperature_range: float = 20.0,
+        reversal: float = 1.0,
+        hidden_dim: int = 128,
+    ) -> None:
+        super().__init__()
+        if hidden_dim < 1:
+            raise ValueError(f"hidden_dim must be at least 1, got {hidden_dim}")
+        self.min_temperature = _check_temperature(min_temperature)
+        self.temperature_range = _check_range(temperature_range)
+        self.reversal = reversal
+        self.hidden_dim = hidden_dim
+
+    @property
+    def name(self) -> str:
+        """That of the method."""
+        return "ctkd"
+
+    def build(self, student: Probe, teacher: Probe) -> None:
+        """Make the network."""
+        num_logits = student.outputs.logits.shape[1] + teacher.outputs.logits.shape[1]
+        last = nn.Linear(self.hidden_dim, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.ones_(last.bias)
+        self.mlp = nn.Sequential(nn.Linear(num_logits, self.hidden_dim), nn.ReLU(), last)
+
+    def temperatures(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """One temperature for each sample, `(B, 1)`; their gradient reaches the network reversed.
+
+        Args:
+            student_logits: `(B, K)`.
+            teacher_logits: `(B, K)`.
+        """
+        theta = self.mlp(torch.cat([student_logits, teacher_logits], dim=1).detach())
+        return _adversarial_temperature(wide(theta), self.min_temperature, self.temperature_range, self.reversal)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """`kd_loss` at the samples' temperatures."""
+        return kd_loss(student.logits, teacher.logits, self.temperatures(student.logits, teacher.logits))

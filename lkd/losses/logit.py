@@ -37,7 +37,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     Args:
         student_logits: `(B, K)`.
         teacher_logits: `(B, K)`.
-        temperature: Greater than 0; a larger one flattens both distributions. A scalar tensor may be learned.
+        temperature: Greater than 0; a larger one flattens both distributions. A tensor may be learned: a scalar, or
+            one temperature for each sample, `(B, 1)`.
 
     Returns:
         A scalar in nats; float32 for logits in half precision, else the logits' type.
@@ -52,7 +53,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     """
     student = F.log_softmax(wide(student_logits) / temperature, dim=1)
     teacher = F.log_softmax(wide(teacher_logits) / temperature, dim=1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1, keepdim=True)
+    return (divergence * temperature**2).mean()
 
 
 class KD(DistillLoss):

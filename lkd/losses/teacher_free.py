@@ -82,6 +82,63 @@ class TfKD(DistillLoss):
         return tfkd_loss(student.logits, batch.target, self.temperature, self.correct_probability)
 
 
+def cskd_loss(student_logits: Tensor, partner_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
+    r"""Hinton's loss with the student's own answer to another image of the same class in the teacher's place.
+
+    $$ \tau^2 \; \frac{1}{B} \sum_i
+       \mathrm{KL}(\mathrm{softmax}(z'_i / \tau) \,\|\, \mathrm{softmax}(z_i / \tau)) $$
+
+    No gradient reaches the partner's logits z'.
+
+    Args:
+        student_logits: `(B, K)`.
+        partner_logits: `(B, K)`, what the student says of images of the same classes.
+        target: `(B,)`; images without a label (`IGNORE_INDEX`) do not count.
+        temperature: Greater than 0.
+
+    Returns:
+        A scalar in nats; float32 for logits in half precision, else the logits' type.
+
+    References:
+        Yun et al.: Regularizing Class-wise Predictions via Self-knowledge Distillation, CVPR 2020 (arXiv 2003.13964).
+    """
+    logits = wide(student_logits), wide(partner_logits).detach()
+    student, partner = (F.log_softmax(each / temperature, dim=1) for each in logits)
+    return temperature**2 * _labelled_mean(_kl(student, partner), target)
+
+
+class CSKD(DistillLoss):
+    """Class-wise self-distillation: images of one class are to get the same answer.
+
+    It reads two views of each image, the second another image of its class (`lkd.datamodules.ClassPartner`). The
+    teacher's answers are not used, nor images without a label.
+
+    Args:
+        temperature: Greater than 0; a larger one flattens both distributions.
+
+    Raises:
+        ValueError: If the temperature is not greater than 0.
+
+    References:
+        Yun et al.: Regularizing Class-wise Predictions via Self-knowledge Distillation, CVPR 2020 (arXiv 2003.13964).
+        In the authors' code the partners pass the network by themselves; here they are in one batch with the images,
+        and BatchNorm sees both.
+    """
+
+    needs_teacher = False
+    reads_logits = False
+    num_views = 2
+
+    def __init__(self, temperature: float = 4.0) -> None:
+        super().__init__()
+        self.temperature = _check_temperature(temperature)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """See `cskd_loss`."""
+        logits, partner_logits = student.logits.chunk(2)
+        return cskd_loss(logits, partner_logits, batch.target.chunk(2)[0], self.temperature)
+
+
 def _uskd_target(student_logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy with the label, weighed by how sure the student is of it."""
     log_own = F.log_softmax(wide(student_logits), dim=1).gather(1, _own(target)).squeeze(1)

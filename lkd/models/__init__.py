@@ -1,6 +1,7 @@
 """Networks, and reading trained weights into them."""
 
 from lkd.layers import layer_names
+from lkd.models.ensemble import Ensemble
 from lkd.models.factories import timm_model, torchvision_model
 from lkd.models.imagenet_resnet import ImageNetResNet, resnet18, resnet50
 from lkd.models.mobilenet import MobileNetV2, mobilenetv2
@@ -24,6 +25,7 @@ from lkd.models.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn
 __all__ = [
     "VGG",
     "CIFARResNet",
+    "Ensemble",
     "ImageNetResNet",
     "MobileNetV2",
     "ShuffleNetV1",

@@ -7,7 +7,9 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -19,6 +21,15 @@ PRETRAINED = Path(__file__).with_name("pretrained")
 _PACKAGED = "lkd:"
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "net")
 _PREFIXES = ("module.", "model.", "student.", "network.", "net.", "_orig_mod.")
+# What training scripts save beside the weights: their options, a bag of attributes; accuracies as NumPy's numbers,
+# whose maker has another name in files from before NumPy 2.
+_SCALAR = np.float64(0).__reduce__()[0]
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 _SYNONYMS = (("linear", "fc"), ("shortcut", "downsample"))
 
 
@@ -99,8 +110,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _read_torch(file: Path) -> object:
     try:
-        # Training scripts save their options beside the weights; a Namespace is only a bag of attributes.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_HARMLESS):
             content: object = torch.load(file, map_location="cpu", weights_only=True)
             return content
     except Exception as error:  # damaged bytes can raise anything in the unpickler
@@ -147,22 +157,33 @@ def _has_part(names: Iterable[str], part: str) -> bool:
 
 
 def _check_fit(tensors: Mapping[str, Tensor], network: nn.Module, file: Path) -> None:
-    own = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
     # Files from before PyTorch 0.4.1 do not count BatchNorm's batches.
-    missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in tensors if name not in own]
+    if problems := misfit(tensors, network, optional="num_batches_tracked"):
+        raise ValueError(
+            f"the weights in {file} do not fit {type(network).__name__}; {problems}; build the network as it "
+            "was when it was trained (classes, input channels, depth, shortcuts), or choose its file"
+        )
+
+
+def misfit(tensors: Mapping[str, Tensor], network: nn.Module, optional: str = "") -> str:
+    """What keeps weights from being loaded, for a message; empty if they fit.
+
+    Args:
+        tensors: The weights, by name.
+        network: What they are meant for.
+        optional: End of the names that may be missing; empty: none.
+    """
+    state = network.state_dict()
+    own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    missing = [name for name in own if name not in tensors and not (optional and name.endswith(optional))]
+    unexpected = [name for name in tensors if name not in state]
     reshaped = [
         f"{name} is {tuple(tensors[name].shape)} in the file and {tuple(value.shape)} in the network"
         for name, value in own.items()
         if name in tensors and tensors[name].shape != value.shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    if any(problems.values()):
-        listed = "; ".join(f"{problem}: {_some(names)}" for problem, names in problems.items() if names)
-        raise ValueError(
-            f"the weights in {file} do not fit {type(network).__name__}; {listed}; build the network as it "
-            "was when it was trained (classes, input channels, depth, shortcuts), or choose its file"
-        )
+    return "; ".join(f"{problem}: {_some(names)}" for problem, names in problems.items() if names)
 
 
 def _some(names: Iterable[str]) -> str:

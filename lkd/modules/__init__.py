@@ -2,6 +2,21 @@
 
 from lkd.modules.classification import ClassificationModule
 from lkd.modules.distill import DistillModule
+from lkd.modules.dot import DOT, DOTModule
+from lkd.modules.early_exit import EarlyExitModule
+from lkd.modules.mutual import MutualModule
+from lkd.modules.noisy_student import NoisyStudentModule
+from lkd.modules.past_teacher import PastTeacherModule
 from lkd.modules.simkd import SimKDModule
 
-__all__ = ["ClassificationModule", "DistillModule", "SimKDModule"]
+__all__ = [
+    "DOT",
+    "ClassificationModule",
+    "DOTModule",
+    "DistillModule",
+    "EarlyExitModule",
+    "MutualModule",
+    "NoisyStudentModule",
+    "PastTeacherModule",
+    "SimKDModule",
+]

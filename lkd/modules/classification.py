@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -9,16 +10,17 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._pytree import tree_leaves
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lkd import __version__
 from lkd.models import load_weights
+from lkd.models.weights import misfit
 from lkd.modules.meter import Meter
 from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Probe
@@ -26,12 +28,25 @@ from lkd.types import IGNORE_INDEX, Batch, Probe
 _LOGITS = " logits"
 FROM_DATA = ("num_samples", "batch_size")
 """What a criterion may leave to the datamodule: arguments of these names that are None."""
-_OBJECTS = ("model", "student", "teacher", "criterion", "optimizer", "lr_scheduler", "teacher_normalization")
 
 
 def accuracy() -> Metric:
     """Share of images whose largest logit, or given class, is the target; those without a label do not count."""
     return MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX, validate_args=False)
+
+
+def _is_plain(value: Any) -> bool:
+    return all(type(leaf) in (bool, int, float, str, type(None)) for leaf in tree_leaves(value))
+
+
+def _name_default(kind: type[L.LightningModule]) -> None:
+    """Let pickle find a class's default optimizer, for strategies that spawn their processes.
+
+    It is a lambda, which the command line can show and change; pickle looks it up by its name, `<lambda>`.
+    """
+    optimizer = inspect.signature(kind).parameters.get("optimizer")
+    if optimizer is not None and getattr(optimizer.default, "__name__", "") == "<lambda>":
+        setattr(kind, "<lambda>", optimizer.default)
 
 
 class ClassificationModule(L.LightningModule):
@@ -64,9 +79,8 @@ class ClassificationModule(L.LightningModule):
         model_ckpt: str | None = None,
     ) -> None:
         super().__init__()
-        # From Python, networks stay out of the checkpoint's hyperparameters (they would be pickled); from the CLI,
-        # the hyperparameters are the config's plain values, from which load_from_checkpoint rebuilds everything.
-        self.save_hyperparameters(ignore=[] if _given_hyperparameters.get() is not None else _OBJECTS)
+        # From the CLI these are the config's values, from which load_from_checkpoint rebuilds everything.
+        self.save_hyperparameters()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {label_smoothing}")
         self.model = load_weights(model, model_ckpt) if model_ckpt else model
@@ -77,6 +91,14 @@ class ClassificationModule(L.LightningModule):
         self._meter = Meter()
         self._kept_facts: dict[str, Any] = {}  # what a checkpoint tells of the data, outside a Trainer
         self._watched: dict[str, Tensor] = {}
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        _name_default(cls)
+
+    def _set_hparams(self, hp: Any) -> None:
+        """Keep plain values only, whoever calls `save_hyperparameters`: networks would be pickled into checkpoints."""
+        super()._set_hparams({name: value for name, value in self._to_hparams_dict(hp).items() if _is_plain(value)})
 
     def unpack(self, batch: Any) -> Batch:
         """What the data gave, as a `Batch`; override it for data of other forms.
@@ -190,6 +212,8 @@ class ClassificationModule(L.LightningModule):
     def _log_training(self) -> None:
         self._check_finite(self._meter.first_bad(self._gather))
         means = self._meter.means(self._gather)
+        if not means:  # a training_step of the user's own, which logs for itself
+            return
         means["acc"] = means.pop("correct answers") / max(means.pop("labelled images"), 1e-9)
         curves = {f"train/{name}": mean for name, mean in means.items() if not name.endswith(_LOGITS)}
         bar = {name: curves.pop(name) for name in ("train/loss", "train/acc")}
@@ -270,6 +294,9 @@ class ClassificationModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that networks and data fit before anything runs."""
+        for metric in self.modules():
+            if isinstance(metric, Metric):  # validate leaves inference tensors, which fit could not update
+                metric.reset()
         example = self.example_input()
         if example is not None:
             self.build(example)
@@ -343,7 +370,7 @@ class ClassificationModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Outside a Trainer, build what depends on the data before the weights arrive."""
+        """Before the weights arrive: outside a Trainer, build what depends on the data; in one, see if they fit."""
         made_by = str(checkpoint.get("hyper_parameters", {}).get("_class_path", type(self).__name__))
         if made_by.rpartition(".")[2] not in {kind.__name__ for kind in type(self).__mro__}:
             raise ValueError(
@@ -354,3 +381,13 @@ class ClassificationModule(L.LightningModule):
         example = self.example_input() if self._trainer is None else None
         if example is not None:
             self.build(example)
+        state = checkpoint.get("state_dict")
+        problems = misfit(state, self) if self._trainer is not None and self.strict_loading and state else ""
+        if problems:
+            raise ValueError(
+                f"the checkpoint does not fit this {type(self).__name__}; {problems}; take the config of the run that "
+                "wrote it"
+            )
+
+
+_name_default(ClassificationModule)

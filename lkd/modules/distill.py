@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -59,6 +59,9 @@ class DistillModule(ClassificationModule):
     """
 
     network_names: tuple[str, ...] = ("student", "teacher")
+    saves_teacher: ClassVar[bool] = False
+    """Whether checkpoints hold the teacher, and processes share its statistics: for one that changes."""
+    teacher: nn.Module | None
 
     def __init__(
         self,
@@ -95,30 +98,40 @@ class DistillModule(ClassificationModule):
         self.criterion.locate(self.student, self.teacher)
         self.student_taps = FeatureTaps(self.student, self.criterion.student_layers)
         self.teacher_taps = None if self.teacher is None else FeatureTaps(self.teacher, self.criterion.teacher_layers)
-        self.register_buffer("teacher_scale", None, persistent=False)
-        self.register_buffer("teacher_shift", None, persistent=False)
+        self.teacher_scale: Tensor | None = None
+        self.teacher_shift: Tensor | None = None
         self._built = False
-        self._hide_teacher()
+        self._freeze_teacher()
 
     @property
     def student(self) -> nn.Module:
         """The network in training."""
         return self.model
 
-    def _hide_teacher(self) -> None:
-        if self.teacher is None:
-            if self.asks_teacher:
-                raise ValueError(
-                    f"the criterion {type(self.criterion).__name__} compares the student with a teacher, and there is "
-                    "none; give a teacher"
-                )
-            return
-        self.teacher.requires_grad_(False).eval()
-        tensors = chain(self.teacher.named_parameters(), self.teacher.named_buffers())
-        own = ["teacher_scale", "teacher_shift", *(f"teacher.{name}" for name, _ in tensors)]
-        self._ddp_params_and_buffers_to_ignore = own
-        self.register_state_dict_post_hook(_drop_teacher)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_forgive_teacher)  # type: ignore[no-untyped-call]
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep the teacher out of the module's tree: what walks it (DDP, averaging, `unfreeze`) is not to meet it."""
+        if name == "teacher" and not self.saves_teacher:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistillModule:
+        """Move and cast the teacher, and what normalises its images, with the module."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.teacher is not None and not self.saves_teacher:
+            self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.teacher_scale is not None and self.teacher_shift is not None:
+            self.teacher_scale, self.teacher_shift = fn(self.teacher_scale), fn(self.teacher_shift)
+        return self
+
+    def _freeze_teacher(self) -> None:
+        if self.teacher is not None:
+            self.teacher.requires_grad_(False).eval()
+        elif self.asks_teacher:
+            raise ValueError(
+                f"the criterion {type(self.criterion).__name__} compares the student with a teacher, and there is "
+                "none; give a teacher"
+            )
 
     def train(self, mode: bool = True) -> DistillModule:
         """Set the mode of everything but the teacher, which stays in eval."""
@@ -208,8 +221,24 @@ class DistillModule(ClassificationModule):
         return self.teacher_taps(self.teacher_input(batch.input))
 
     def teacher_input(self, input: Any) -> Any:
-        """The student's input, normalised as the teacher wants it."""
-        return input if self.teacher_scale is None else input * self.teacher_scale + self.teacher_shift
+        """The student's input, normalised as the teacher wants it.
+
+        Raises:
+            ValueError: If that needs a data module's mean and std, and no Trainer has brought one yet.
+        """
+        if self.teacher_scale is not None:
+            return input * self.teacher_scale + self.teacher_shift
+        if self.teacher_normalization is not None:
+            raise ValueError(
+                "teacher_normalization needs the mean and std of a data module, which a Trainer brings; without one, "
+                "override teacher_input, or leave teacher_normalization out and normalise as the teacher wants it"
+            )
+        return input
+
+    def configure_model(self) -> None:
+        """Build for callbacks that copy the module before `setup` is called: Lightning's weight averaging."""
+        if not self._built and (example := self.example_input()) is not None:
+            self.build(example)
 
     def setup(self, stage: str) -> None:
         """Check that networks, criterion and data fit before anything runs."""
@@ -221,6 +250,18 @@ class DistillModule(ClassificationModule):
                 f"{type(self.criterion).__name__} builds its adapters from the shape of the input, which is not known; "
                 "use a datamodule with `input_shape`, or set the module's `example_input_array`"
             )
+        self._check_hidden()
+
+    def _check_hidden(self) -> None:
+        if self.teacher is None or self.saves_teacher:
+            return
+        hidden = {id(tensor) for tensor in chain(self.teacher.parameters(), self.teacher.buffers())}
+        for name, tensor in chain(self.named_parameters(), self.named_buffers()):
+            if id(tensor) in hidden:
+                raise ValueError(
+                    f"{name} is the teacher's, and would get into training and checkpoints; what shall train needs a "
+                    "copy (copy.deepcopy), what shall only be read goes into a tuple, where PyTorch does not find it"
+                )
 
     def _renormalize(self, teacher: Normalization) -> None:
         mean, std = self._data_attribute("mean"), self._data_attribute("std")
@@ -248,13 +289,18 @@ class DistillModule(ClassificationModule):
             compared = bool(self.criterion.reads_logits and self.distill_weight)
             teacher = self.probe("teacher", self.teacher_taps, example, is_classifier=compared)
             self._check_classes(student, teacher, compared)
-        if not self._built:
-            for part in self.criterion.modules():
-                for name in FROM_DATA:
-                    if getattr(part, name, 0) is None:
-                        setattr(part, name, self._data_attribute(name))
-            self.criterion.build(student, teacher)
-            self._built = True
+        self.build_criterion(student, teacher)
+
+    def build_criterion(self, *probes: Probe) -> None:
+        """Let the criterion make its adapters, the first time."""
+        if self._built:
+            return
+        for part in self.criterion.modules():
+            for name in FROM_DATA:
+                if getattr(part, name, 0) is None:
+                    setattr(part, name, self._data_attribute(name))
+        self.criterion.build(*probes)
+        self._built = True
 
     def _check_classes(self, student: Probe, teacher: Probe, compared: bool) -> None:
         ours, theirs = (probe.outputs.logits.shape[1] for probe in (student, teacher))
@@ -271,7 +317,7 @@ class DistillModule(ClassificationModule):
     def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> Tensor:
         """Measure student and teacher on one batch."""
         logits = super().update_metrics(metrics, batch)
-        if self.teacher is None:
+        if "teacher" not in self.network_names:
             return logits
         teacher_logits = self.teacher_outputs(batch).logits
         if teacher_logits.shape == logits.shape:
@@ -303,13 +349,3 @@ def _load_teacher(teacher: nn.Module | None, path: str | None) -> nn.Module | No
     if teacher is None:
         raise ValueError(f"teacher_ckpt {path!r} has weights for a teacher, but there is none; give a teacher")
     return load_weights(teacher, path)
-
-
-def _drop_teacher(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for key in [key for key in state if key.startswith(f"{prefix}teacher.")]:
-        del state[key]
-
-
-def _forgive_teacher(module: DistillModule, keys: Any) -> None:
-    own = {f"teacher.{name}" for name in module.teacher.state_dict()} if module.teacher is not None else set()
-    keys.missing_keys[:] = [key for key in keys.missing_keys if key not in own]

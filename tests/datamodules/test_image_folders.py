@@ -166,6 +166,13 @@ def test_class_folders_that_are_numbers_are_ordered_as_such(write_tree, prefix):
     assert datamodule.class_names == tuple(sorted(names) if prefix else names)
 
 
+def test_one_foreign_class_folder_must_not_change_the_order(write_tree):
+    names = ["plane" if name == "airplane" else name for name in CIFAR10DataModule.class_names]
+    datamodule = CIFAR10DataModule(write_tree({"train": dict.fromkeys(names, 2)}))
+    with pytest.raises(ValueError, match=r"class folders that CIFAR-10 does not: plane; rename them to airplane, or"):
+        datamodule.setup("fit")
+
+
 def test_archives_check_the_number_of_class_folders(write_tree):
     with pytest.raises(ValueError, match=r"train has 2 class folders, CIFAR-10 has 10 classes; for other images use"):
         CIFAR10DataModule(write_tree(PETS)).setup("fit")

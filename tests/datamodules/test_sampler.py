@@ -31,6 +31,13 @@ def test_evaluation_counts_every_sample_once(processes):
     assert all(0 <= key.position < 8 for share in shares for key in share)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_without_padding_every_sample_is_there_once(processes):
+    shares = [list(sampler) for sampler in samplers(8, processes, shuffle=False, padded=False)]
+    assert [len(share) for share in shares] == [len(sampler) for sampler in samplers(8, processes, padded=False)]
+    assert sorted(key.position for share in shares for key in share) == list(range(8))
+
+
 def test_order_differs_by_epoch_and_seed():
     orders = set()
     for seed in range(4):

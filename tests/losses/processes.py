@@ -72,8 +72,8 @@ def check(name: str, case: FeatureCase, rank: int) -> dict[str, bool]:
         rank: This process's number.
 
     Returns:
-        Whether the processes have equal parameters and memories afterwards; whether the gradient is that of one
-        process, where that is promised.
+        Whether the processes have equal parameters and memories afterwards; whether the gradient, or memories, are
+        those of one process, where that is promised.
     """
     model = DistributedDataParallel(_Student(_made(name, case)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -87,10 +87,14 @@ def check(name: str, case: FeatureCase, rank: int) -> dict[str, bool]:
     both = [torch.empty_like(kept) for _ in range(PROCESSES)]
     dist.all_gather(both, kept)
     found = {"equal": bool(torch.equal(*both) and kept.isfinite().all())}
-    if case.batch_mean:
-        alone = _Student(_made(name, case))
+    alone = _Student(_made(name, case))
+    if case.batch_mean or case.memories:
         student, teacher = (changed(outputs, Tensor.double) for outputs in case.answers())
         alone(student, teacher, case.batch()).backward()
+    if case.memories:
+        keys = [f"criterion.{name}" for name in case.memories]
+        found["memories of one process"] = all(torch.allclose(state[key], alone.state_dict()[key]) for key in keys)
+    if case.batch_mean:
         found["gradient of one process"] = bool(torch.allclose(gradient, alone.scale.grad, rtol=1e-6, atol=1e-12))
     return found
 

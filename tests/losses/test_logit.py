@@ -22,6 +22,7 @@ from lkd.losses import (
     SKD,
     USKD,
     DistillLoss,
+    InstanceCTKD,
     LogitStandardization,
     TfKD,
     WeightedSum,
@@ -200,6 +201,47 @@ def test_ctkd_climbs_where_the_student_descends(logits) -> None:
     assert loss(0.5, reversal=0.0)[1] == 0
 
 
+def _instance_ctkd(logits: tuple[Tensor, Tensor], **settings: float) -> InstanceCTKD:
+    torch.manual_seed(0)
+    criterion = InstanceCTKD(**settings)
+    criterion.build(*(Probe(criterion, Outputs(tensor[:1], {})) for tensor in logits))
+    return criterion.double()
+
+
+def test_instance_ctkd_begins_with_the_global_temperature(logits) -> None:
+    begun = _instance_ctkd(logits, min_temperature=2.0, temperature_range=6.0)
+    torch.testing.assert_close(_call(begun, *logits), _call(CTKD(2.0, 6.0).double(), *logits))
+
+
+def test_instance_ctkd_is_kd_at_each_sample_s_temperature(logits) -> None:
+    criterion = _instance_ctkd(logits, min_temperature=2.0, temperature_range=6.0)
+    torch.nn.init.normal_(criterion.mlp[-1].weight)
+    temperatures = criterion.temperatures(*logits).flatten().tolist()
+    assert min(temperatures) >= 2
+    assert max(temperatures) <= 8
+    assert max(temperatures) - min(temperatures) > 1
+    single = [KF.kd_loss(*(tensor[i : i + 1] for tensor in logits), temperatures[i]) for i in range(8)]
+    torch.testing.assert_close(_call(criterion, *logits), torch.stack(single).mean())
+
+
+def test_instance_ctkd_climbs_and_the_student_does_not_know(logits) -> None:
+    """The network's gradient is reversed; the student's is that of KD at temperatures that are given."""
+    criterion = _instance_ctkd(logits, reversal=0.25)
+    torch.nn.init.normal_(criterion.mlp[-1].weight)
+    student, teacher = logits[0].clone().requires_grad_(), logits[1]
+    _call(criterion, student, teacher).backward()
+    fixed = logits[0].clone().requires_grad_()
+    theta = criterion.mlp(torch.cat([fixed.detach(), teacher], dim=1))
+    temperature = 1 + 20 * theta.sigmoid()
+    KF.kd_loss(fixed, teacher, temperature.detach()).backward()
+    torch.testing.assert_close(student.grad, fixed.grad)
+    parameters = list(criterion.parameters())
+    straight = torch.autograd.grad(KF.kd_loss(logits[0], teacher, temperature), parameters)
+    for parameter, slope in zip(parameters, straight, strict=True):
+        assert slope.any()
+        torch.testing.assert_close(parameter.grad, -0.25 * slope)
+
+
 def test_uskd_reads_maps_and_vectors(logits, target) -> None:
     feature = torch.randn(8, 3, 4, 4, dtype=torch.float64)
     values = []
@@ -239,6 +281,9 @@ def test_other_classes_need_three(criterion: DistillLoss) -> None:
         (lambda: SKD(tikhonov=0.0), "tikhonov must be greater than 0, got 0.0"),
         (lambda: TfKD(correct_probability=1.0), "correct_probability must be between 0 and 1, got 1.0"),
         (lambda: CTKD(temperature_range=0.0), "temperature_range must be greater than 0"),
+        (lambda: InstanceCTKD(temperature_range=-1.0), "temperature_range must be greater than 0"),
+        (lambda: InstanceCTKD(min_temperature=0.0), "temperature must be greater than 0"),
+        (lambda: InstanceCTKD(hidden_dim=0), "hidden_dim must be at least 1, got 0"),
     ],
 )
 def test_mistakes(make, says) -> None:

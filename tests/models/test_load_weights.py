@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning import LightningModule, Trainer
@@ -75,6 +76,15 @@ def test_layouts(layout: str, legacy: bool, tmp_path: Path) -> None:
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if layout == "half" else {"rtol": 0.0, "atol": 0.0}
     assert_same_weights(network, source, **tolerance)
     assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_numpy_scalars_beside_the_weights(module: str, tmp_path: Path) -> None:
+    beside = {"accuracy": np.float64(0.9), "epoch": np.int64(3), "loss": np.float32(0.1), "done": np.bool_(True)}
+    torch.save({"model": trained().state_dict(), **beside}, tmp_path / "it.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "it.pth").read_bytes()
+    (tmp_path / "it.pth").write_bytes(re.sub(rb"numpy\._?core\.multiarray", module.encode(), content))
+    assert_same_weights(load_weights(resnet8(num_classes=5), tmp_path / "it.pth"), trained())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -24,11 +24,11 @@ class Given(nn.Module):
         return input[self.name]
 
 
-def weighted(criterion: DistillLoss, inputs: Values, distill: float = 1.0, hard: float = 1.0) -> Values:
+def weighted(criterion: DistillLoss, inputs: Values, distill: float = 1.0, hard: float = 1.0, views: int = 1) -> Values:
     """The criterion of logits and the cross-entropy as DistillModule weighs them."""
     student, teacher = Given("student_logits"), Given("teacher_logits")
     module = DistillModule(student, teacher, criterion, distill_weight=distill, hard_weight=hard)
-    _, terms = module.losses(Batch(inputs, inputs["target"]))
+    _, terms = module.losses(Batch(inputs, inputs["target"], views=views))
     weighted = torch.stack(list(terms.values())).sum()
     return {"loss": (weighted - terms["hard"]) / distill, "ce": terms["hard"] / hard, "weighted": weighted}
 

@@ -1,12 +1,30 @@
 """The table of criteria that read features, or need more than one batch of logits: a file for each family."""
 
-from tests.losses.cases import adaptation, feature, head, masked, regression
+from tests.losses.cases import (
+    adaptation,
+    boundary,
+    feature,
+    flow,
+    head,
+    loops,
+    masked,
+    regression,
+    relation,
+    review,
+    views,
+)
 from tests.losses.cases.base import FeatureCase
 
 CASES: dict[str, FeatureCase] = {
-    **feature.CASES,
-    **regression.CASES,
-    **masked.CASES,
     **adaptation.CASES,
+    **boundary.CASES,
+    **feature.CASES,
+    **flow.CASES,
     **head.CASES,
+    **loops.CASES,
+    **masked.CASES,
+    **regression.CASES,
+    **relation.CASES,
+    **review.CASES,
+    **views.CASES,
 }

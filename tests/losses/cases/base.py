@@ -29,6 +29,7 @@ class FeatureCase:
             so with adapters.
         batch_mean: Whether it is the mean of its values for the single samples, adapters in eval mode: then two
             processes have the gradient of one.
+        memories: Buffers in which two processes remember what one does with all their images.
         reads_target: Whether it reads the labels; images without one then count as if they were not there.
         min_samples: The smallest batch that it takes; 2 where a BatchNorm sees pooled features.
         no_compile: Why torch.compile cannot make one graph of it; empty if it can.
@@ -43,6 +44,7 @@ class FeatureCase:
     views: int = 1
     zero_at_equality: bool = False
     batch_mean: bool = False
+    memories: tuple[str, ...] = ()
     reads_target: bool = False
     min_samples: int = 1
     no_compile: str = ""

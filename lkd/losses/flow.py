@@ -1,0 +1,277 @@
+"""Criteria that compare how features change from layer to layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lkd.losses.adapters import Pooling, check_dims, projection, same_size
+from lkd.losses.base import DistillLoss
+from lkd.losses.precision import full_precision
+from lkd.types import Batch, Outputs, Probe
+
+
+class _Flow(DistillLoss):
+    """It compares channel with channel, so both must have the same ones, if need be behind a connector."""
+
+    reads_logits = False
+
+    def __init__(self, student_layers: Sequence[str], teacher_layers: Sequence[str], connect: bool) -> None:
+        super().__init__(student_layers, teacher_layers)
+        self.connect = connect
+
+    def build(self, student: Probe, teacher: Probe) -> None:
+        """Check the layers, and make the connectors."""
+        name, pairs = type(self).__name__, self.pairs(student.outputs, teacher.outputs)
+        if len(pairs) < 2:
+            raise ValueError(f"{name} compares what lies between layers, got {len(pairs)} layer: name two at least")
+        layers = zip(self.student_layers, self.teacher_layers, pairs, strict=True)
+        for own, other, (ours, theirs) in layers:
+            check_dims(name, 4, student=ours, teacher=theirs)
+            if ours.shape[1] != theirs.shape[1] and not self.connect:
+                raise ValueError(
+                    f"{name} needs as many channels in the student's layers as in the teacher's, got {ours.shape[1]} "
+                    f"({own}) and {theirs.shape[1]} ({other}); take other layers, or `connect: true` for a 1x1 "
+                    "convolution"
+                )
+        self.connectors = nn.ModuleList(
+            nn.Identity() if ours.shape[1] == theirs.shape[1] else projection(ours.shape[1], theirs.shape[1])
+            for ours, theirs in pairs
+        )
+
+    def connected(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        """The student's features behind their connectors, and the teacher's."""
+        ours = zip(self.connectors, self.student_layers, strict=True)
+        return (
+            [connector(student.features[layer]) for connector, layer in ours],
+            [teacher.features[layer] for layer in self.teacher_layers],
+        )
+
+
+@full_precision
+def fsp_matrix(bottom: Tensor, top: Tensor, pooling: Pooling = "max") -> Tensor:
+    r"""Inner products of the channels of two layers' feature maps, the mean over the pixels.
+
+    $$ G_{ij} = \frac{1}{HW} \sum_{h,w} F_{i,h,w} F'_{j,h,w} $$
+
+    Args:
+        bottom: `(B, C, H, W)`.
+        top: `(B, D, H', W')`, of a later layer.
+        pooling: How the larger map is brought to the smaller one's size.
+
+    Returns:
+        `(B, C, D)`; float32 for features in half precision, else the features' type.
+
+    References:
+        Yim et al.: A Gift from Knowledge Distillation, CVPR 2017, equation 1.
+    """
+    bottom, top = (feature.flatten(2) for feature in same_size(bottom, top, pooling))
+    return bottom @ top.mT / bottom.shape[2]
+
+
+@full_precision
+def fsp_loss(
+    student_features: Sequence[Tensor],
+    teacher_features: Sequence[Tensor],
+    pooling: Pooling = "max",
+    reduction: Literal["sum", "mean"] = "sum",
+) -> Tensor:
+    r"""Squared differences of the flow matrices between each layer and the next.
+
+    $$ \sum_l \frac{1}{B} \sum_i \lVert G(F_{s,l,i}, F_{s,l+1,i}) - G(F_{t,l,i}, F_{t,l+1,i}) \rVert_F^2 $$
+
+    with G as in `fsp_matrix`.
+
+    Args:
+        student_features: `(B, C_l, H, W)` for each layer l, two at least.
+        teacher_features: As many, of as many channels.
+        pooling: How the larger of two maps is brought to the smaller one's size.
+        reduction: `sum`: over a matrix's entries, the squared Frobenius norm; `mean`: their mean, so that the loss does
+            not grow with the channels.
+
+    Returns:
+        A scalar; float32 for features in half precision, else the features' type.
+
+    References:
+        Yim et al.: A Gift from Knowledge Distillation, CVPR 2017. The CIFAR-100 benchmark (Tian et al., arXiv
+        1910.10699) has `mean` for both. torchdistill adds the lengths of the columns of the matrices' difference, not
+        squared, where the paper squares: this is not offered.
+
+    Example:
+        >>> features = [torch.ones(1, 2, 4, 4), torch.ones(1, 3, 2, 2)]
+        >>> fsp_loss(features, [2 * features[0], features[1]]).item()
+        6.0
+    """
+    losses = []
+    for ours, theirs in zip(pairwise(student_features), pairwise(teacher_features), strict=True):
+        squares = (fsp_matrix(*ours, pooling) - fsp_matrix(*theirs, pooling)).square()
+        losses.append(squares.mean() if reduction == "mean" else squares.sum() / len(squares))
+    return torch.stack(losses).sum()
+
+
+class FSP(_Flow):
+    """Flow of the solution procedure: how the channels of a layer and those of the next are active together.
+
+    It is meant for the first epochs, in which it is the only loss: see `configs/methods/fsp.yaml`.
+
+    Args:
+        student_layers: Layers of the student whose feature maps it reads, two at least, in their order.
+        teacher_layers: The teacher's, as many, with as many channels.
+        pooling: How the larger of two maps is brought to the smaller one's size: `max` in the paper.
+        reduction: `sum` over a matrix's entries, as in the paper, or `mean`.
+        connect: Whether, where channels differ, the student's map goes through a 1x1 convolution with BatchNorm; the
+            paper has none.
+
+    Raises:
+        ValueError: In training, if there are fewer than two layers, a layer returns no feature map, or channels differ
+            and `connect` is false.
+
+    References:
+        Yim et al.: A Gift from Knowledge Distillation, CVPR 2017. The CIFAR-100 benchmark has `mean` for `pooling` and
+        `reduction`.
+    """
+
+    def __init__(
+        self,
+        student_layers: Sequence[str] = ("@stem", "@stages"),
+        teacher_layers: Sequence[str] = ("@stem", "@stages"),
+        pooling: Pooling = "max",
+        reduction: Literal["sum", "mean"] = "sum",
+        connect: bool = False,
+    ) -> None:
+        super().__init__(student_layers, teacher_layers, connect)
+        self.pooling = pooling
+        self.reduction = reduction
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """See `fsp_loss`."""
+        return fsp_loss(*self.connected(student, teacher), pooling=self.pooling, reduction=self.reduction)
+
+
+def _inverse(number: Tensor) -> Tensor:
+    """About 1 / x where x is not nearly 0, and 0 where it is: at most 1700 in single precision."""
+    return number / (number.square() + torch.finfo(number.dtype).eps)
+
+
+def _right_vectors(feature: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The first right singular vectors `(B, C, number)` of the matrix pixels x channels, and the singular values.
+
+    The gradient of `torch.linalg.svd` is not finite where singular values are equal, or 0. So the vectors are computed
+    without gradient, and what is added to them is their change to first order, whose value is 0.
+    """
+    matrix = feature.flatten(2).mT
+    _, values, basis = torch.linalg.svd(matrix.detach(), full_matrices=False)  # basis: vectors in its rows
+    scale = values[:, :1].clamp(min=torch.finfo(values.dtype).tiny)
+    matrix, squares = matrix / scale.unsqueeze(2), (values / scale).square()
+    vectors = basis.mT[..., :number]
+    moved = matrix.mT @ (matrix @ vectors)
+    inside = basis @ moved
+    gaps = squares[:, None, :number] - squares[:, :, None]
+    change = basis.mT @ (inside * _inverse(gaps)) + (moved - basis.mT @ inside) * _inverse(squares[:, None, :number])
+    return vectors + (change - change.detach()), values[:, :number]
+
+
+def _aligned(student: Tensor, teacher: Tensor) -> Tensor:
+    """For each of the teacher's vectors the student's that is most like it, or its negative: `(B, C, number)`."""
+    cosines = student.mT @ teacher
+    nearest = cosines.abs().argmax(1, keepdim=True)
+    sign = torch.where(cosines.gather(1, nearest) < 0, -1.0, 1.0)
+    return student.gather(2, nearest.expand(-1, student.shape[1], -1)) * sign
+
+
+def _affinity(vectors: Tensor, others: Tensor) -> Tensor:
+    """How near each entry of a layer's vectors is to each of the next one's: `(B, C, D, number)`."""
+    return torch.exp(-(vectors.unsqueeze(2) - others.unsqueeze(1)).square() / 8)
+
+
+@full_precision
+def kdsvd_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], num_vectors: int = 1) -> Tensor:
+    r"""Squared differences of the affinities between the singular vectors of each layer and of the next.
+
+    $$ \sum_l \frac{1}{B} \sum_{i,j} \left( e^{-(v^s_{l,i} - v^s_{l+1,j})^2 / 8} - e^{-(v^t_{l,i} - v^t_{l+1,j})^2 / 8}
+       \right)^2 $$
+
+    Here $v^t_l$ are the first right singular vectors (one entry for each channel) of a sample's matrix pixels x
+    channels, times their singular values, which are scaled to length 1. $v^s_l$ are those of the student's first
+    `num_vectors` + 3 that are most like the teacher's, with their signs, times the teacher's singular values.
+
+    Args:
+        student_features: `(B, C_l, H, W)` for each layer l, two at least.
+        teacher_features: As many, of as many channels; sizes may differ.
+        num_vectors: How many of the teacher's vectors count; at most C_l, and H * W.
+
+    Returns:
+        A scalar; float32 for features in half precision, else the features' type.
+
+    References:
+        Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, ECCV 2018
+        (arXiv 1807.06819). The sign of a singular vector is arbitrary. The CIFAR-100 benchmark takes the teacher's as
+        the library gives them, and its value is this loss with some signs; here each of the teacher's vectors has its
+        largest entry positive, as behind a ReLU the first one has all.
+    """
+    ours, theirs = [], []
+    for student, teacher in zip(student_features, teacher_features, strict=True):
+        wanted, values = _right_vectors(teacher.detach(), num_vectors)
+        wanted = wanted * wanted.gather(1, wanted.abs().argmax(1, keepdim=True)).sign()
+        found, _ = _right_vectors(student, num_vectors + 3)
+        lengths = F.normalize(values, dim=1).unsqueeze(1)
+        ours.append(_aligned(found, wanted) * lengths)
+        theirs.append(wanted * lengths)
+    losses = [
+        (_affinity(*student) - _affinity(*teacher)).square().sum() / len(student[0])
+        for student, teacher in zip(pairwise(ours), pairwise(theirs), strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+class KDSVD(_Flow):
+    """Singular vectors of each layer's features, and how they change from layer to layer.
+
+    Args:
+        student_layers: Layers of the student whose feature maps it reads, two at least, in their order.
+        teacher_layers: The teacher's, as many, with as many channels; sizes may differ.
+        num_vectors: How many singular vectors of the teacher count.
+        connect: Whether, where channels differ, the student's map goes through a 1x1 convolution with BatchNorm; the
+            paper has none.
+
+    Raises:
+        ValueError: If `num_vectors` is less than 1, or, in training, there are fewer than two layers, a layer returns
+            no feature map or one with fewer channels or pixels than `num_vectors`, or channels differ and `connect` is
+            false.
+
+    References:
+        Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, ECCV 2018
+        (arXiv 1807.06819), without its auxiliary task. Signs of singular vectors are settled: see `kdsvd_loss`.
+    """
+
+    def __init__(
+        self,
+        student_layers: Sequence[str] = ("@stages",),
+        teacher_layers: Sequence[str] = ("@stages",),
+        num_vectors: int = 1,
+        connect: bool = False,
+    ) -> None:
+        super().__init__(student_layers, teacher_layers, connect)
+        if num_vectors < 1:
+            raise ValueError(f"num_vectors must be at least 1, got {num_vectors}; 1 is usual")
+        self.num_vectors = num_vectors
+
+    def build(self, student: Probe, teacher: Probe) -> None:
+        """Check the layers, and make the connectors."""
+        super().build(student, teacher)
+        for layer in self.teacher_layers:
+            _, channels, height, width = teacher.outputs.features[layer].shape
+            if min(channels, height * width) < self.num_vectors:
+                raise ValueError(
+                    f"KDSVD compares {self.num_vectors} singular vectors, and the teacher's {layer} has {channels} "
+                    f"channels of {height}x{width} pixels: lower num_vectors, or name another layer"
+                )
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """See `kdsvd_loss`."""
+        return kdsvd_loss(*self.connected(student, teacher), num_vectors=self.num_vectors)

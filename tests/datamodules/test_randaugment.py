@@ -1,0 +1,117 @@
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from lkd.datamodules import DigitsDataModule, Key, RandAugment, RandomCrop, RandomHorizontalFlip, uniform
+from lkd.datamodules.randaugment import OPERATIONS
+
+
+def images(batch, channels=3, height=21, width=26, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(256, (batch, channels, height, width), dtype=torch.uint8, generator=generator)
+    return noise // torch.tensor([1, 2, 4], dtype=torch.uint8)[torch.arange(batch) % 3].view(
+        -1, 1, 1, 1
+    )  # some of low contrast
+
+
+def choosing(operation, negative, batch):
+    """The draws that choose one operation, and its sign."""
+    kind = (list(OPERATIONS).index(operation) + 0.5) / len(OPERATIONS)
+    return torch.tensor([kind, 0.2 if negative else 0.8, 0.0, 0.0]).expand(batch, 4)
+
+
+def torchvisions(monkeypatch, operation, negative, magnitude):
+    """torchvision's RandAugment with that operation alone."""
+    transform = v2.RandAugment(1, magnitude)
+    monkeypatch.setattr(transform, "_AUGMENTATION_SPACE", {operation: transform._AUGMENTATION_SPACE[operation]})
+    monkeypatch.setattr(torch, "rand", lambda shape: torch.tensor(0.2 if negative else 0.8))
+    return transform
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("magnitude", [0, 1, 10, 30])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_each_operation_is_torchvisions(operation, magnitude, channels, monkeypatch):
+    batch = images(9, channels)
+    for negative in (False, True):
+        transform = torchvisions(monkeypatch, operation, negative, magnitude)
+        expected = torch.stack([transform(image) for image in batch])
+        assert torch.equal(RandAugment(1, magnitude)(batch, choosing(operation, negative, 9)), expected)
+
+
+def test_the_operations_are_torchvisions():
+    assert list(OPERATIONS) == list(v2.RandAugment._AUGMENTATION_SPACE)
+    signed = {name: signed for name, (_, signed) in v2.RandAugment._AUGMENTATION_SPACE.items()}
+    assert {name: operation.signed for name, operation in OPERATIONS.items()} == signed
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 7), (3, 32, 32)])
+def test_an_image_does_not_depend_on_the_others(shape):
+    batch, draws = images(200, *shape), uniform(0, 0, torch.arange(200), 0)
+    changed = RandAugment()(batch, draws)
+    assert changed.dtype == torch.uint8
+    for i in range(200):
+        assert torch.equal(RandAugment()(batch[i : i + 1], draws[i : i + 1])[0], changed[i])
+
+
+def test_one_operation_follows_another():
+    batch, draws = images(100), uniform(0, 0, torch.arange(100), torch.arange(2)[:, None]).transpose(0, 1).flatten(1)
+    assert RandAugment(3).num_draws == 8
+    step, expected = RandAugment(1), batch
+    for number in range(3):
+        expected = step(expected, draws[:, 2 * number : 2 * number + 2])
+    assert torch.equal(RandAugment(3)(batch, draws), expected)
+    assert not torch.equal(RandAugment(2)(batch, draws), expected)
+
+
+def test_every_operation_and_sign_is_as_likely_as_another(monkeypatch):
+    seen = {}
+    for name, operation in OPERATIONS.items():
+
+        def count(image, level, name=name, operation=operation):
+            key = (name, level < 0) if operation.signed else (name, False)
+            seen[key] = seen.get(key, 0) + len(image)
+            return image
+
+        monkeypatch.setitem(OPERATIONS, name, operation._replace(change=count))
+    RandAugment(2)(images(14_000, 1, 2, 2), uniform(0, 0, torch.arange(14_000), 0))
+    assert len(seen) == 14 + 9
+    for (name, _), count in seen.items():
+        assert count == pytest.approx(1000 if OPERATIONS[name].signed else 2000, rel=0.1)
+
+
+def test_the_input_stays_as_it_is():
+    batch = images(50)
+    before = batch.clone()
+    changed = RandAugment()(batch, uniform(0, 0, torch.arange(50), 0))
+    assert torch.equal(batch, before)
+    assert not torch.equal(changed, before)
+
+
+def test_transforms_behind_it_draw_numbers_of_their_own():
+    """Each transform has as many streams as it needs, in their order."""
+    augment = [RandAugment(3), RandomCrop(1), RandomHorizontalFlip()]
+    datamodule = DigitsDataModule(augment=augment, seed=5)
+    datamodule.setup("fit")
+    dataset = datamodule.datasets["train"]
+    batch = dataset.__getitems__([Key(2, position) for position in range(40)])
+    draws = uniform(5, 2, batch.index, torch.arange(4)[:, None])
+    image = RandAugment(3)(dataset.stored[batch.index], torch.cat((draws[0], draws[1]), dim=1))
+    image = RandomHorizontalFlip()(RandomCrop(1)(image, draws[2]), draws[3])
+    expected = (image / torch.tensor(255.0) - torch.tensor(dataset.normalization.mean)) / torch.tensor(
+        dataset.normalization.std
+    )
+    assert torch.equal(batch.input, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RandAugment(0), "RandAugment needs 1 operation or more, got num_ops 0"),
+        (lambda: RandAugment(2, 31), "magnitude between 0 and 30, got 31"),
+        (lambda: RandAugment()(images(2, 5), torch.zeros(2, 4)), "gray or colour images, got 5 channels; leave it out"),
+    ],
+)
+def test_wrong_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,50 @@
+"""What holds for every module, also for a user's own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lkd import DistillModule
+
+
+@pytest.mark.parametrize("before", ["validate", "test"])
+def test_fit_after_an_evaluation(distill, data, trainer, before: str) -> None:
+    module = distill()
+    for loop in (before, "fit", before, "fit"):
+        engine = trainer(max_epochs=1)
+        getattr(engine, loop)(module, data)
+    assert "val/acc" in engine.callback_metrics
+
+
+class OwnStep(DistillModule):
+    def training_step(self, batch, batch_idx: int) -> Tensor:
+        batch = self.unpack(batch)
+        loss = self.hard_loss(self(batch.input), batch.target)
+        self.log("train/own", loss)
+        return loss
+
+
+def test_own_training_step(distill, data, trainer) -> None:
+    engine = trainer(max_epochs=1)
+    engine.fit(distill(OwnStep), data)
+    assert {"train/own", "val/acc"} <= set(engine.callback_metrics)
+
+
+class OwnSettings(DistillModule):
+    def __init__(self, student: nn.Module, teacher: nn.Module, extra: nn.Module, stretch: float = 2.0, **rest) -> None:
+        super().__init__(student, teacher, **rest)
+        self.save_hyperparameters()
+        self.save_hyperparameters({"networks": [extra], "sizes": [1, 2], "number": np.float64(1)})
+        self.stretch = stretch
+
+
+def test_networks_stay_out_of_the_hyperparameters(distill, data, trainer, tmp_path) -> None:
+    module, engine = distill(OwnSettings, extra=nn.Linear(2, 2), stretch=3.0, hard_weight=0.5), trainer(max_epochs=1)
+    engine.fit(module, data)
+    engine.save_checkpoint(tmp_path / "own.ckpt")
+    kept = torch.load(tmp_path / "own.ckpt", weights_only=True)["hyper_parameters"]
+    assert {"stretch", "hard_weight", "sizes"} <= set(kept)
+    assert not {"student", "teacher", "extra", "optimizer", "networks", "number"} & set(kept)

@@ -1,0 +1,121 @@
+"""What walks the module's tree does not meet the teacher."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from lkd import Batch, DistillLoss, DistillModule, Normalization, Outputs, Probe
+
+
+class Hint(DistillLoss):
+    """Has an adapter, which exists only once shapes are known."""
+
+    def __init__(self) -> None:
+        super().__init__(student_layers=["layer2"], teacher_layers=["layer2"])
+
+    def build(self, student: Probe, teacher: Probe) -> None:
+        self.adapter = nn.Conv2d(4, 4, 1)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return (self.adapter(student.features["layer2"]) - teacher.features["layer2"]).square().mean()
+
+
+def _state(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def _assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert list(one) == list(other)
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.fixture
+def odd(tiny) -> nn.Module:
+    """A teacher whose BatchNorms have statistics to lose."""
+    teacher = tiny(seed=2)
+    teacher(torch.randn(64, 3, 8, 8) + 1)
+    return teacher
+
+
+@pytest.mark.parametrize(
+    "average", [lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1), lambda: EMAWeightAveraging(decay=0.9)]
+)
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "adapters and normalization"])
+def test_averaging_weights_leaves_the_teacher_alone(distill, data, trainer, odd, tmp_path, average, extras) -> None:
+    own = {"criterion": Hint(), "teacher_normalization": Normalization((0.1,) * 3, (0.4,) * 3)} if extras else {}
+    module = distill(teacher=odd, **own)
+    before = _state(odd)
+    engine = trainer(max_epochs=3, callbacks=[average()])
+    engine.fit(module, data)
+    _assert_equal(_state(module.teacher), before)
+    engine.save_checkpoint(tmp_path / "run.ckpt")
+    assert not [name for name in torch.load(tmp_path / "run.ckpt")["state_dict"] if "teacher" in name]
+
+
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "adapters and normalization"])
+def test_resuming_with_averaged_weights(distill, data, trainer, tmp_path, extras) -> None:
+    def make() -> DistillModule:
+        own = {"criterion": Hint(), "teacher_normalization": Normalization((0.1,) * 3, (0.4,) * 3)} if extras else {}
+        torch.manual_seed(0)
+        return distill(**own)
+
+    whole, resumed = make(), make()
+    keep = {"enable_checkpointing": True}
+    trainer(max_epochs=3, callbacks=[EMAWeightAveraging(decay=0.9)]).fit(whole, data)
+    engine = trainer(max_epochs=2, callbacks=[EMAWeightAveraging(decay=0.9)], **keep)
+    engine.fit(make(), data)
+    path = engine.checkpoint_callback.best_model_path
+    trainer(max_epochs=3, callbacks=[EMAWeightAveraging(decay=0.9)], **keep).fit(resumed, data, ckpt_path=path)
+    _assert_equal(_state(resumed), _state(whole))
+
+
+def test_copies_of_the_module_load_what_they_saved(distill) -> None:
+    one, other = (AveragedModel(distill()) for _ in range(2))
+    nn.init.zeros_(one.module.student.fc.weight)
+    other.load_state_dict(one.state_dict())
+    _assert_equal(_state(other), _state(one))
+    assert not [name for name in one.state_dict() if "teacher" in name]
+
+
+def test_unfreeze_leaves_the_teacher_frozen(distill) -> None:
+    module = distill()
+    module.freeze()
+    module.unfreeze()
+    assert all(parameter.requires_grad for parameter in module.student.parameters())
+    assert not any(parameter.requires_grad for parameter in module.teacher.parameters())
+    assert not any(part.training for part in module.teacher.modules())
+
+
+def test_teacher_goes_where_the_module_goes(distill, data, trainer) -> None:
+    module = distill(teacher_normalization=Normalization((0.1,) * 3, (0.4,) * 3))
+    trainer(max_epochs=1).fit(module, data)
+    module.double()
+    assert {tensor.dtype for tensor in module.teacher.parameters()} == {torch.float64}
+    assert module.teacher_scale.dtype == module.teacher_shift.dtype == torch.float64
+    module.to("meta")
+    assert {tensor.device.type for tensor in (*module.teacher.buffers(), module.teacher_scale)} == {"meta"}
+
+
+class Keeps(Hint):
+    def build(self, student: Probe, teacher: Probe) -> None:
+        super().build(student, teacher)
+        self.head = teacher.network.fc
+
+
+def test_criterion_must_not_register_the_teacher(distill, data, trainer, tiny) -> None:
+    with pytest.raises(ValueError, match=r"criterion\.head\.weight is the teacher's.*copy\.deepcopy.*tuple"):
+        trainer().fit(distill(criterion=Keeps()), data)
+    network = tiny()
+    with pytest.raises(ValueError, match=r"model\.conv1\.weight is the teacher's"):
+        trainer().fit(DistillModule(network, network), data)
+
+
+def test_normalization_outside_a_trainer_is_no_silent_matter(distill) -> None:
+    module = distill(teacher_normalization=Normalization((0.1,) * 3, (0.4,) * 3))
+    with pytest.raises(ValueError, match=r"teacher_normalization needs the mean and std of a data module"):
+        module.losses(Batch(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])))

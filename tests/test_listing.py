@@ -1,0 +1,163 @@
+"""`lkd layers`: the layers of a network that a criterion can name."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lkd.__main__ import main
+from lkd.layers import resolve_layers
+from lkd.models import resnet8, torchvision_model
+
+NET = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, width: int, activation: str = "relu") -> None:
+        super().__init__(nn.Conv2d(1, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 2))
+"""
+
+
+@pytest.fixture
+def listed(capsys):
+    """Runs `lkd layers` and reads its tables: heading to layer to (shape, groups)."""
+
+    def run(*args: str) -> dict[str, dict[str, tuple[str, str]]]:
+        assert main(["layers", *args]) == 0
+        tables: dict[str, dict[str, tuple[str, str]]] = {}
+        heading = ""
+        for line in capsys.readouterr().out.splitlines():
+            if row := re.match(r"  (\S+) +(\(.*?\)) *(.*)$", line):
+                tables[heading][row[1]] = (row[2], row[3])
+            elif ", for one image" in line:
+                heading = line
+                tables[heading] = {}
+        return tables
+
+    return run
+
+
+@pytest.fixture
+def answer(capsys, monkeypatch):
+    """What `lkd layers` says of a mistake."""
+    monkeypatch.delenv("LKD_DEBUG", raising=False)
+
+    def run(*args: str) -> str:
+        assert main(["layers", *args]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lkd: error: ")]
+        return line.removeprefix("lkd: error: ")
+
+    return run
+
+
+def test_a_network(listed) -> None:
+    ((heading, table),) = listed("lkd.models.resnet8", "--num_classes", "10").items()
+    assert heading == "lkd.models.resnet8, 78,042 parameters, for one image (1, 3, 32, 32)"
+    assert table["layer2"] == ("(1, 32, 16, 16)", "@stage2")
+    assert table["layer3"] == ("(1, 64, 8, 8)", "@stage3, @last_stage")
+    assert table["layer1.0.conv1"] == ("(1, 16, 32, 32)", "")
+
+
+@pytest.mark.parametrize(
+    ("network", "args"),
+    [
+        (lambda: resnet8(num_classes=10), ["lkd.models.resnet8", "--num_classes=10"]),
+        (
+            lambda: torchvision_model("resnet18", num_classes=10),
+            ["lkd.models.torchvision_model", "--name", "resnet18", "--num_classes", "10", "--input_size", "64"],
+        ),
+    ],
+)
+def test_groups_are_what_criteria_read(listed, network, args: list[str]) -> None:
+    (table,) = listed(*args).values()
+    shown = {group: layer for layer, (_, groups) in table.items() for group in groups.split(", ") if group}
+    assert {"@stem", "@stage1", "@last_stage", "@preact2", "@norm1", "@map", "@pooled", "@head"} <= set(shown)
+    for group, layer in shown.items():
+        assert resolve_layers(network(), [group]) == (layer,)
+
+
+def test_a_run_s_networks(listed) -> None:
+    tables = listed("--config", "configs/digits/kd.yaml", "--model.init_args.student.init_args.num_filters=[2,4,8,16]")
+    student, teacher = tables
+    assert student.startswith("student: lkd.models.CIFARResNet, ")
+    assert teacher == "teacher: lkd.models.resnet8, 77,754 parameters, for one image (1, 1, 8, 8)"
+    assert tables[student]["layer1"] == ("(1, 4, 8, 8)", "@stage1")
+    assert not Path("runs").exists()
+
+
+def test_a_run_without_data(listed) -> None:
+    student, _ = listed("--config", "pairs/digits")
+    assert student.endswith("for one image (1, 1, 32, 32)")
+
+
+def test_a_network_alone(listed) -> None:
+    (heading,) = listed("--config", "digits/teacher")
+    assert heading.startswith("model: lkd.models.resnet8, ")
+
+
+def test_a_criterion_that_does_not_find_its_layers(listed, monkeypatch) -> None:
+    """The very moment in which one asks."""
+    monkeypatch.syspath_prepend(Path.cwd())
+    Path("own_net.py").write_text(NET)
+    settings = ["criterion=lkd.losses.AT", "student=own_net.Net", "student.init_args.width=3"]
+    args = ["--config", "digits/kd", *(f"--model.init_args.{setting}" for setting in settings)]
+    assert main(["fit", *args, "--trainer.accelerator=cpu"]) == 2
+    table = next(iter(listed(*args).values()))
+    assert {layer: groups for layer, (_, groups) in table.items()} == {
+        "0": "",
+        "1": "",
+        "2": "",
+        "3": "",
+        "4:input": "@pooled",
+        "4": "@head",
+    }
+
+
+def test_a_network_in_the_current_folder() -> None:
+    """As the console script finds it, which has no current folder on its path."""
+    Path("own_net.py").write_text(NET)
+    code = (
+        "import sys; sys.path = [p for p in sys.path if p]; from lkd.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "layers", "own_net.Net", "--width", "5", "--activation", "a--b"]
+    shown = subprocess.run([*command, "--input_size", "12", "9"], capture_output=True, text=True, check=True).stdout
+    assert "own_net.Net, 62 parameters, for one image (1, 1, 12, 9)" in shown
+    assert re.search(r"^  0 +\(1, 5, 10, 7\)$", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "lkd layers needs a network's class_path, or --config FILE"),
+        (["resnet8"], "'resnet8' is no class_path; say where it lies, as in lkd.models.resnet20"),
+        (["lkd.models.resnet9"], "there is no 'resnet9' in lkd.models; did you mean 'resnet8'?"),
+        (["lkd.models.resnet8"], "lkd.models.resnet8 needs values for num_classes"),
+        (["lkd.models.resnet8", "--num_clases=3"], "has no setting 'num_clases'; did you mean 'num_classes'?"),
+        (["lkd.models.resnet8", "--num_classes=ten"], "settings.num_classes: expected int, got ten"),
+        (["lkd.models.resnet8", "--num_classes=3", "--input_size", "x"], "channels, height and width (3 64 48), got x"),
+        (["lkd.models.resnet8", "--num_classes=3", "--input_size", "0"], "--input_size takes the image's size"),
+        (
+            ["lkd.models.resnet8", "--num_classes=3", "--input_size", "1", "8", "8"],
+            "CIFARResNet cannot take an image of the shape (1, 1, 8, 8): Given groups=1",
+        ),
+        (
+            ["torch.nn.Linear", "--in_features=3", "--out_features=2"],
+            "Linear has no convolution that tells how many channels its images have; give --input_size CHANNELS HEIGHT",
+        ),
+        (["--config", "digits/kdd"], "there is no config 'digits/kdd'"),
+        (["--config", "digits/kd", "--model.init_args.studnet=3"], "has no setting 'studnet'; did you mean 'student'?"),
+    ],
+)
+def test_mistakes(answer, args: list[str], says: str) -> None:
+    assert says in answer(*args)
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from lkd.__main__ import main; main(['layers', '--help']); sys.exit('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "usage: lkd layers CLASS_PATH" in shown
+    assert max(map(len, shown.splitlines())) <= 120
