@@ -80,6 +80,16 @@ def bottleneck(in_channels: int, inner_channels: int, out_channels: int) -> nn.S
     )
 
 
+def generator(channels: int) -> nn.Sequential:
+    """Two 3x3 convolutions with a ReLU between them: they make a feature map of a masked one.
+
+    Args:
+        channels: Channels of both.
+    """
+    first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+    return nn.Sequential(first, nn.ReLU(), second)
+
+
 def check_dims(owner: str, dims: int, **features: Tensor) -> None:
     """Say which layer has not the form that a criterion reads.
 

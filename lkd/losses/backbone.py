@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lkd.losses.adapters import check_dims, same_size
 from lkd.losses.base import DistillLoss
 from lkd.losses.logit import _check_weights
-from lkd.losses.precision import full_precision, wide
+from lkd.losses.precision import full_precision
 from lkd.losses.vit import tokens_to_map
 from lkd.types import Batch, Outputs, Probe
 
@@ -57,12 +57,12 @@ class BackboneKD(DistillLoss):
     one's size. Its curves are `train/backbonekd_pooled` and `train/backbonekd_patches`.
 
     Args:
-        student_pooled: Layer of the student that returns its pooled feature `(B, C)`.
-        teacher_pooled: The teacher's; None: what the teacher itself returns.
-        student_patches: Layer of the student that returns its features of patches.
-        teacher_patches: The teacher's.
+        student_pooled_layer: Layer of the student that returns its pooled feature `(B, C)`.
+        teacher_pooled_layer: The teacher's; None: what the teacher itself returns.
+        student_patch_layer: Layer of the student that returns its features of patches.
+        teacher_patch_layer: The teacher's.
         pooled_weight: Weight of the pooled features; 0: they are not read.
-        patches_weight: Weight of the features of patches; 0: they are not read.
+        patch_weight: Weight of the features of patches; 0: they are not read.
         cosine_weight: Among the patches, weight of the difference in direction.
         smooth_l1_weight: Among the patches, weight of the difference in value.
         student_prefix_tokens: How many of the student's tokens, at the beginning, are of no patch (class tokens,
@@ -82,29 +82,30 @@ class BackboneKD(DistillLoss):
 
     def __init__(
         self,
-        student_pooled: str = "@pooled",
-        teacher_pooled: str | None = "@pooled",
-        student_patches: str = "@last_stage",
-        teacher_patches: str = "@last_stage",
+        student_pooled_layer: str = "@pooled",
+        teacher_pooled_layer: str | None = "@pooled",
+        student_patch_layer: str = "@last_stage",
+        teacher_patch_layer: str = "@last_stage",
         pooled_weight: float = 1.0,
-        patches_weight: float = 1.0,
+        patch_weight: float = 1.0,
         cosine_weight: float = 0.9,
         smooth_l1_weight: float = 0.1,
         student_prefix_tokens: int = 1,
         teacher_prefix_tokens: int = 1,
     ) -> None:
-        _check_weights(pooled_weight=pooled_weight, patches_weight=patches_weight)
+        _check_weights(pooled_weight=pooled_weight, patch_weight=patch_weight)
         _check_weights(cosine_weight=cosine_weight, smooth_l1_weight=smooth_l1_weight)
-        if pooled_weight == patches_weight == 0:
-            raise ValueError("pooled_weight and patches_weight are both 0, so there is nothing to imitate; set one")
-        pooled, patches = bool(pooled_weight), bool(patches_weight)
+        if pooled_weight == patch_weight == 0:
+            raise ValueError("pooled_weight and patch_weight are both 0, so there is nothing to imitate; set one")
+        pooled, patches = bool(pooled_weight), bool(patch_weight)
         super().__init__(
-            [student_pooled] * pooled + [student_patches] * patches,
-            ([] if teacher_pooled is None else [teacher_pooled]) * pooled + [teacher_patches] * patches,
+            [student_pooled_layer] * pooled + [student_patch_layer] * patches,
+            ([] if teacher_pooled_layer is None else [teacher_pooled_layer]) * pooled + [teacher_patch_layer] * patches,
         )
-        self.reads_output = pooled and teacher_pooled is None
+        self._reads_output = pooled and teacher_pooled_layer is None
+        self._compared = ("pooled",) * pooled + ("patches",) * patches
         self.pooled_weight = pooled_weight
-        self.patches_weight = patches_weight
+        self.patch_weight = patch_weight
         self.cosine_weight = cosine_weight
         self.smooth_l1_weight = smooth_l1_weight
         self.student_prefix_tokens = student_prefix_tokens
@@ -118,21 +119,20 @@ class BackboneKD(DistillLoss):
             if ours.ndim != 2 or theirs.ndim != 2:
                 raise ValueError(
                     f"BackboneKD reads pooled features (B, C); the student's is {tuple(ours.shape)}, the teacher's "
-                    f"{tuple(theirs.shape)}: name other layers (student_pooled, teacher_pooled), or set teacher_pooled "
-                    "to null for a teacher without a classifier"
+                    f"{tuple(theirs.shape)}: name other layers (student_pooled_layer, teacher_pooled_layer; null for a "
+                    "teacher without a classifier)"
                 )
             self.pooled_projection = nn.Linear(ours.shape[1], theirs.shape[1])
         if "patches" in features:
             ours, theirs = features["patches"]
-            check_dims("BackboneKD", 4, student_patches=ours, teacher_patches=theirs)
-            self.patches_projection = nn.Conv2d(ours.shape[1], theirs.shape[1], 1)
+            check_dims("BackboneKD", 4, student_patch=ours, teacher_patch=theirs)
+            self.patch_projection = nn.Conv2d(ours.shape[1], theirs.shape[1], 1)
 
     def _features(self, student: Outputs, teacher: Outputs) -> dict[str, tuple[Tensor, Tensor]]:
         """What is compared, by name; patches as maps."""
         ours = [student.features[layer] for layer in self.student_layers]
-        theirs = [teacher.logits] * self.reads_output + [teacher.features[layer] for layer in self.teacher_layers]
-        names = ["pooled"] * bool(self.pooled_weight) + ["patches"] * bool(self.patches_weight)
-        features = dict(zip(names, zip(ours, theirs, strict=True), strict=True))
+        theirs = [teacher.logits] * self._reads_output + [teacher.features[layer] for layer in self.teacher_layers]
+        features = dict(zip(self._compared, zip(ours, theirs, strict=True), strict=True))
         if "patches" in features:
             own, other = features["patches"]
             features["patches"] = (
@@ -151,13 +151,8 @@ class BackboneKD(DistillLoss):
             terms["pooled"] = self.pooled_weight * loss
         if "patches" in features:
             ours, theirs = same_size(*features["patches"])
-            loss = feature_matching_loss(
-                self.patches_projection(ours), theirs, self.cosine_weight, self.smooth_l1_weight
-            )
-            terms["patches"] = self.patches_weight * loss
-        # without labels, nothing trains the student's classifier, and DDP wants a gradient of all that could train
-        name = next(iter(terms))
-        terms[name] = terms[name] + 0 * wide(student.logits).clamp(-1, 1).sum()
+            loss = feature_matching_loss(self.patch_projection(ours), theirs, self.cosine_weight, self.smooth_l1_weight)
+            terms["patches"] = self.patch_weight * loss
         return terms
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lkd.losses.adapters import check_dims, same_size
+from lkd.losses.adapters import check_dims, generator, same_size
 from lkd.losses.base import DistillLoss
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
@@ -78,8 +78,7 @@ class MGD(DistillLoss):
             check_dims("MGD", 4, student=ours, teacher=theirs)
             own, other = ours.shape[1], theirs.shape[1]
             aligners.append(nn.Identity() if own == other else nn.Conv2d(own, other, 1))
-            first, second = (nn.Conv2d(other, other, 3, padding=1) for _ in range(2))
-            generators.append(nn.Sequential(first, nn.ReLU(), second))
+            generators.append(generator(other))
         self.aligners = nn.ModuleList(aligners)
         self.generators = nn.ModuleList(generators)
 
@@ -95,9 +94,9 @@ class MGD(DistillLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The sum of `mgd_loss` over the layers."""
         losses = []
-        for aligner, generator, pair in zip(self.aligners, self.generators, self.pairs(student, teacher), strict=True):
+        for aligner, generate, pair in zip(self.aligners, self.generators, self.pairs(student, teacher), strict=True):
             ours, theirs = same_size(*pair)
             aligned = aligner(ours)
             kept = self.uniform(aligned) >= self.mask_ratio
-            losses.append(mgd_loss(generator(aligned * kept), theirs))
+            losses.append(mgd_loss(generate(aligned * kept), theirs))
         return torch.stack(losses).sum()

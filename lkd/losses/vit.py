@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import check_dims
+from lkd.losses.adapters import check_dims, generator
 from lkd.losses.base import DistillLoss
 from lkd.losses.logit import _check_temperature, _check_weights, kd_loss
 from lkd.losses.logit_target import _labelled_mean
@@ -35,7 +35,7 @@ def tokens_to_map(owner: str, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
     patches = tokens[:, num_prefix_tokens:]
     num_patches = patches.shape[1]
     side = isqrt(num_patches)
-    if side == 0 or side * side != num_patches:
+    if num_prefix_tokens < 0 or side == 0 or side * side != num_patches:
         raise ValueError(
             f"{owner} reads tokens of a square grid of patches; a layer returns {tokens.shape[1]} tokens, which are "
             f"{num_patches} without {num_prefix_tokens} class tokens: set the number of class tokens (prefix_tokens), "
@@ -127,7 +127,7 @@ class ViTKD(DistillLoss):
         num_prefix_tokens: int = 1,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        _check_weights(alpha=alpha, beta=beta, num_prefix_tokens=num_prefix_tokens)
+        _check_weights(alpha=alpha, beta=beta)
         if not 0 < mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be greater than 0 and at most 1, got {mask_ratio}; 0.5 is usual")
         self.alpha = alpha
@@ -153,9 +153,7 @@ class ViTKD(DistillLoss):
         self.shallow = nn.ModuleList(shallow)
         self.last = last
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.generation = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
-        )
+        self.generation = generator(width)
 
     def noise(self, tokens: Tensor) -> Tensor:
         """What decides which tokens are masked: those with the largest numbers.

@@ -66,6 +66,6 @@ CASES = {
         batch_mean=True,
     ),
     "BackboneKD-output": FeatureCase(
-        lambda: BackboneKD("a", teacher_pooled=None, patches_weight=0.0), student={"a": (4,)}, batch_mean=True
+        lambda: BackboneKD("a", teacher_pooled_layer=None, patch_weight=0.0), student={"a": (4,)}, batch_mean=True
     ),
 }
