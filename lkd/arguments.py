@@ -43,7 +43,8 @@ def prepare(args: Sequence[str]) -> tuple[list[str], str]:
     if given.ckpt_path not in (None, "null"):
         path = _find_checkpoint(given.ckpt_path, Path(given.root or "runs"), _run_name(configs))
         configs = configs or [_config_of(path)]
-        read_checkpoint(path)
+        if not any(arg.startswith("--weights_only") for arg in rest):  # then the file is trusted to run code
+            read_checkpoint(path, whole=args[0] == "fit")
         rest.append(f"--ckpt_path={path}")
     return [args[0], *(f"--config={path}" for path in configs), *rest], _run_name(configs)
 
@@ -135,11 +136,12 @@ def newest_checkpoint(folder: Path, name: str) -> Path:
     return newest
 
 
-def read_checkpoint(path: Path) -> Mapping[str, Any]:
+def read_checkpoint(path: Path, whole: bool = False) -> Mapping[str, Any]:
     """A checkpoint's content; no code in it is run.
 
     Args:
         path: The file.
+        whole: Whether it must have what a training needs to go on.
 
     Raises:
         ValueError: If it is none, or none that Lightning wrote.
@@ -151,9 +153,10 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
             f"{path} is not a checkpoint that PyTorch reads without running code, or it is damaged "
             f"({type(error).__name__}); give one that `lkd fit` has written"
         ) from error
-    if not isinstance(content, Mapping) or not {"state_dict", "pytorch-lightning_version"} <= set(content):
+    needed = {"state_dict", "pytorch-lightning_version"} | ({"optimizer_states"} if whole else set())
+    if not isinstance(content, Mapping) or not needed <= set(content):
         raise ValueError(
-            f"{path} is not a checkpoint that `lkd fit` has written; weights alone are "
+            f"{path} is not a whole checkpoint as `lkd fit` writes it; weights alone are "
             "--model.init_args.model_ckpt FILE (student_ckpt for a DistillModule)"
         )
     return content

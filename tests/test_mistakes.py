@@ -333,7 +333,9 @@ def test_checkpoint_that_is_none(fit) -> None:
     assert "bytes.ckpt is not a checkpoint that PyTorch reads" in fit("--ckpt_path=bytes.ckpt")
     torch.save(resnet8(num_classes=10).state_dict(), "weights.pth")
     says = fit("--ckpt_path=weights.pth")
-    assert "weights.pth is not a checkpoint that `lkd fit` has written; weights alone are --model.init_args" in says
+    assert "weights.pth is not a whole checkpoint as `lkd fit` writes it; weights alone are --model.init_args" in says
+    assert main(["fit", "--config", "configs/digits/kd.yaml", *SHORT, "--checkpoint.save_weights_only=true"]) == 0
+    assert "best.ckpt is not a whole checkpoint" in fit("--ckpt_path=best")
 
 
 def test_checkpoint_of_another_network(fit, answer) -> None:
