@@ -57,9 +57,12 @@ def test_equals_the_original(path: Path, case: str) -> None:
     assert compared, f"{path} has none of {sorted(values)}"
     for output in compared:
         torch.testing.assert_close(values[output], tensors[f"{case}.expected.{output}"], rtol=1e-10, atol=1e-14)
-        grads = torch.autograd.grad(
-            values[output], [inputs[name] for name in wanted], retain_graph=True, materialize_grads=True
-        )
+        if values[output].dim():  # the files have gradients of scalars alone
+            continue
+        given = [inputs[name] for name in wanted]
+        grads = [torch.zeros_like(tensor) for tensor in given]  # of what was only remembered
+        if values[output].requires_grad:
+            grads = torch.autograd.grad(values[output], given, retain_graph=True, materialize_grads=True)
         for name, grad in zip(wanted, grads, strict=True):  # a gradient that the file does not have is 0
             expected = tensors.get(f"{case}.expected.grad.{output}.{name}", torch.zeros_like(grad))
             torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-14)
