@@ -6,6 +6,7 @@ import inspect
 import re
 from pathlib import Path
 
+import torch
 import yaml
 
 import lkd.losses
@@ -15,7 +16,7 @@ from tests.test_parity import METHODS
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- methods: made by python -m tests.method_table -->", "<!-- end of methods -->"
-NO_METHOD = {"DistillLoss", "CompositeLoss", "WeightedSum", "ClassificationModule", "DistillModule"}
+NO_METHOD = {"DistillLoss", "CompositeLoss", "WeightedSum", "ClassificationModule", "DistillModule", "EarlyExitModule"}
 PARITY_OF = {"logit_std_kd": "LogitStandardization", "ctkd_global": "CTKD", "pad_l2": "PAD"}
 
 
@@ -25,7 +26,7 @@ def methods() -> dict[str, type]:
     for package in (lkd.losses, lkd.modules):
         for name in package.__all__:
             kind = getattr(package, name)
-            if inspect.isclass(kind) and name not in NO_METHOD:
+            if inspect.isclass(kind) and issubclass(kind, torch.nn.Module) and name not in NO_METHOD:
                 found[name] = kind
     return found
 
@@ -43,17 +44,17 @@ def paper(kind: type) -> str:
 
 
 def reads(kind: type) -> str:
-    """What a criterion reads, from its class attributes and the defaults of its layers."""
+    """What a criterion reads by default, from its class attributes and the defaults of its layers."""
     if not issubclass(kind, lkd.losses.DistillLoss):
         return "what its criterion reads"
     parameters = inspect.signature(kind).parameters
     words = ["logits"] if kind.reads_logits is True or not kind.needs_teacher else []
-    for name in parameters:
-        default = parameters[name].default
-        if re.search(r"_layers?$|_heads?$", name):
-            given = default if isinstance(default, (tuple, list)) else [default]
-            words += [f"`{layer}`" for layer in given if isinstance(layer, str) and layer]
-            words += ["a layer that you name"] if default is inspect.Parameter.empty else []
+    for name, parameter in parameters.items():
+        default = parameter.default
+        given = [layer for layer in (default if isinstance(default, (tuple, list)) else [default]) if layer]
+        layers = [layer for layer in given if isinstance(layer, str)]
+        if name.endswith(("_layer", "_layers", "_head")) or any(layer.startswith("@") for layer in layers):
+            words += [f"`{layer}`" for layer in layers]
     words += ["sample indices"] if kind.needs_index is True else []
     words += [f"{kind.num_views} views"] if isinstance(kind.num_views, int) and kind.num_views > 1 else []
     words += ["no teacher"] if kind.needs_teacher is False else []
@@ -87,7 +88,7 @@ def table() -> str:
     lines = ["| Method | Paper | reads | config | equal to the original |", "|---|---|---|---|---|"]
     for name, kind in sorted(methods().items(), key=lambda item: item[0].lower()):
         files = ", ".join(f"`{file}`" for file in configs(name)[:2])
-        equal = "value and gradient" if name.lower() in compared else "no reference"
+        equal = "value and gradient" if name.lower() in compared else "no reference values"
         lines.append(f"| `{name}` | {paper(kind)} | {reads(kind)} | {files} | {equal} |")
     return "\n".join(lines)
 

@@ -154,7 +154,7 @@ class FSP(_Flow):
 
 
 def _inverse(number: Tensor) -> Tensor:
-    """About 1 / x where x is not nearly 0, and 0 where it is: at most 1700 in single precision."""
+    """About 1 / x where x is not nearly 0, and 0 where it is: at most 1450 in single precision."""
     return number / (number.square() + torch.finfo(number.dtype).eps)
 
 

@@ -164,11 +164,17 @@ class DistillModule(ClassificationModule):
                 self.watch("teacher", teacher.logits)
             loss = self.distill_loss(student, teacher, batch)
             terms |= {name: self.distill_weight * term for name, term in named_terms(self.distill_name, loss).items()}
-        if not self.hard_weight and self._trainer is not None and self.trainer.world_size > 1:
-            # a loss of features alone does not reach the classifier, and DDP waits for every parameter's gradient
-            first = next(iter(terms))
-            terms[first] = terms[first] + 0 * student.logits.float().sum()
+        if self._trainer is not None and self.trainer.world_size > 1:
+            self._reach_all(terms, student)
         return student.logits, terms
+
+    def _reach_all(self, terms: dict[str, Tensor], student: Outputs) -> None:
+        """Give what a weight of 0 leaves out a gradient of 0: DDP waits for every parameter's."""
+        silent = [] if self.hard_weight else [student.logits]
+        silent += [] if self.distill_weight else list(self.criterion.parameters())
+        if silent:
+            first = next(iter(terms))
+            terms[first] = terms[first] + 0 * torch.stack([tensor.float().sum() for tensor in silent]).sum()
 
     def _check_batch(self, batch: Batch) -> None:
         name = type(self.criterion).__name__
@@ -180,7 +186,7 @@ class DistillModule(ClassificationModule):
         if self.criterion.num_views > 1 and batch.views != self.criterion.num_views:
             raise ValueError(
                 f"criterion {name} reads {self.criterion.num_views} views of each image, and this datamodule's batches "
-                f"have {batch.views}: set its `views`, as in configs/methods/{name.lower()}.yaml"
+                f"have {batch.views}: set its `views`, as the method's file in configs/methods/ does"
             )
 
     def distill_loss(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
