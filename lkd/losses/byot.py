@@ -78,8 +78,9 @@ class BYOT(DistillLoss):
 
     References:
         Zhang et al.: Be Your Own Teacher, ICCV 2019 (arXiv 1905.08094). As there, the divergence has no factor
-        $\tau^2$. The weights are the authors' code's, in its first version; its last has no features' distance.
-        Their exits halve by separable convolutions, or, for ResNets, by the blocks' bottlenecks.
+        $\tau^2$, and the distance is squared. The weights and the temperature are the authors' code's, which is of a
+        later version of the method: there, the distance is not squared, its feature passes another linear layer, and
+        the shallowest exit has none; and exits are made of separable convolutions.
     """
 
     needs_teacher = False
