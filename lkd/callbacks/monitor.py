@@ -100,7 +100,8 @@ class ImagesPerSecond(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count a batch, from the end of the one before."""
         now = time.perf_counter()
-        self._images += len(pl_module.unpack(batch).target)
+        unpacked = pl_module.unpack(batch)
+        self._images += len(unpacked.target) // unpacked.views
         self._seconds, self._since = self._seconds + now - self._since, now
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
