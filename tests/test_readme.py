@@ -49,7 +49,7 @@ def test_commands(command: str, reader: None) -> None:
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) == 6
+    assert len(COMMANDS) == 7
     assert len(CHAINS) == 2
 
 
@@ -81,5 +81,5 @@ def test_python(capsys) -> None:
 
 
 def test_linked_files_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+    for target in re.findall(r"\]\((?!https:)([^)#]+)\)", README):
         assert (Path(__file__).parent.parent / target).exists(), target
