@@ -34,25 +34,28 @@ LITERATURE = 240  # epochs of the CIFAR-100 benchmark, for which the overlays' s
 LEFT_OUT = {"deit": "its student is a transformer", "vitkd": "its networks are transformers"}
 
 
-def overlay(method: str, epochs: int, folder: Path) -> Path:
-    """The method's overlay with its schedules shortened; for the student alone, one without a criterion."""
+def written(settings: dict[str, Any], path: Path) -> str:
+    """The option that names a file with these settings."""
+    path.write_text(yaml.safe_dump(settings))
+    return f"--config={path}"
+
+
+def overlay(method: str, epochs: int) -> dict[str, Any]:
+    """The method's settings with its schedules shortened; those of the student alone have no distillation."""
     if method == ALONE:
-        settings: dict[str, Any] = {"model": {"init_args": {"distill_weight": 0.0, "hard_weight": 1.0}}}
-    else:
-        settings = yaml.safe_load((METHODS / f"{method}.yaml").read_text())
+        return {"model": {"init_args": {"distill_weight": 0.0, "hard_weight": 1.0}}}
+    settings: dict[str, Any] = yaml.safe_load((METHODS / f"{method}.yaml").read_text())
     for callback in settings.get("trainer", {}).get("callbacks+", []):
         arguments = callback["init_args"]
         arguments["epochs"] = max(1, round(arguments["epochs"] * epochs / LITERATURE))
-    path = folder / f"{method.strip('()').replace(' ', '_')}.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
+    return settings
 
 
 def train(method: str, seed: int, images: str, teacher: str) -> dict[str, Any]:
     """Train one method with one seed.
 
     Returns:
-        Its test accuracy in percent, and images per second of training, without the first epoch's.
+        Its test accuracy in percent, images per second in the last epoch, and the seconds of the training.
     """
     import torch
 
@@ -60,14 +63,14 @@ def train(method: str, seed: int, images: str, teacher: str) -> dict[str, Any]:
     from lkd.cli import LkdCLI
 
     torch.set_num_threads(1)  # two runs at once on two cores: small networks do not fill two
+    base = yaml.safe_load((HERE / "methods.yaml").read_text())
+    base["model"]["init_args"]["teacher_ckpt"] = teacher
+    base["data"]["init_args"]["root"] = images
     with tempfile.TemporaryDirectory() as folder:
-        epochs = yaml.safe_load((HERE / "methods.yaml").read_text())["trainer"]["max_epochs"]
         settings = [
-            f"--config={HERE / 'methods.yaml'}",
-            f"--config={overlay(method, epochs, Path(folder))}",
+            written(base, Path(folder, "base.yaml")),
+            written(overlay(method, base["trainer"]["max_epochs"]), Path(folder, "method.yaml")),
             f"--seed_everything={seed}",
-            f"--data.init_args.root={images}",
-            f"--model.init_args.teacher_ckpt={teacher}",
             f"--trainer.default_root_dir={folder}",
             "--trainer.logger=false",
             "--trainer.enable_checkpointing=false",
