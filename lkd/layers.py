@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -176,13 +176,11 @@ def layer_names(network: nn.Module, example: Any = None) -> dict[str, tuple[int,
         {'0': (1, 8, 30, 30), '1': (1, 7200)}
     """
     if example is None:
-        example = _blank_image(network)
+        example = blank_image(network)
     shapes: dict[str, tuple[int, ...]] = {}
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad(), evaluating(network):
         for name, layer in network.named_modules():
-            stack.callback(setattr, layer, "training", layer.training)
             stack.callback(layer.register_forward_hook(partial(_record, shapes, name)).remove)
-        network.eval()
         network(example)
     return {name: shapes[name] for name, _ in network.named_modules() if name and name in shapes}
 
@@ -192,8 +190,43 @@ def _record(shapes: dict[str, tuple[int, ...]], name: str, layer: nn.Module, arg
         shapes[name] = tuple(output.shape)
 
 
-def _blank_image(network: nn.Module) -> Tensor:
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.weight.new_zeros(1, module.in_channels, 32, 32)
-    raise ValueError(f"{type(network).__name__} has no convolution that tells which images it takes; give an example")
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Set a network to eval mode, and each of its layers to the mode that it had afterwards.
+
+    Args:
+        network: Any module.
+    """
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def blank_image(network: nn.Module, size: Sequence[int] = (32,)) -> Tensor:
+    """An image of zeros that a network can take.
+
+    Args:
+        network: Any module.
+        size: The image's size, or its height and width, or its channels, height and width; by default with the channels
+            that the network's first convolution takes.
+
+    Returns:
+        `(1, C, H, W)`, where and of the type that the network is.
+
+    Raises:
+        ValueError: If the channels are not given and there is no convolution.
+    """
+    if len(size) < 3:
+        channels = next((layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
+        if channels is None:
+            raise ValueError(
+                f"{type(network).__name__} has no convolution that tells how many channels its images have; give an "
+                "example (lkd layers: --input_size CHANNELS HEIGHT WIDTH)"
+            )
+        size = [channels, size[0], size[-1]]
+    like = next((weight for weight in network.parameters() if weight.is_floating_point()), torch.empty(0))
+    return like.new_zeros(1, *size)

@@ -63,7 +63,7 @@ def test_layers_without_a_tensor_and_without_a_call() -> None:
 
 
 def test_no_convolution() -> None:
-    with pytest.raises(ValueError, match=r"Sequential has no convolution that tells which images .*; give an example"):
+    with pytest.raises(ValueError, match=r"Sequential has no convolution that tells how many .*; give an example"):
         layer_names(nn.Sequential(nn.Linear(2, 2)))
 
 
