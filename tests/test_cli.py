@@ -321,6 +321,22 @@ def test_names_of_runs() -> None:
     assert prepare(["fit", "-c", "mine.yaml"]) == (["fit", "--config=mine.yaml"], "mine")
 
 
+@pytest.mark.parametrize("root", ["runs", "elsewhere/runs"])
+def test_a_run_s_own_config_has_its_name(root: str) -> None:
+    """Of which a lkd config's folder is a part; outside of the folder of all runs nothing tells where it begins."""
+    folder = Path(root, "digits/kd/version_0")
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed_everything: 1")
+    facts = dict.fromkeys(("state_dict", "pytorch-lightning_version", "optimizer_states"))
+    torch.save(facts, folder / "checkpoints/last.ckpt")
+    args = ["fit", "--config", str(folder / "config.yaml"), "--ckpt_path", "last"]
+    where = [] if root == "runs" else ["--trainer.default_root_dir", root]
+    prepared, name = prepare([*args, *where])
+    assert name == "digits/kd"
+    assert prepared[-1] == f"--ckpt_path={folder}/checkpoints/last.ckpt"
+    assert prepare(["fit", "--config", str(folder / "config.yaml"), "--trainer.default_root_dir=other"])[1] == "kd"
+
+
 def test_a_file_goes_before_lkd_s_own_config() -> None:
     Path("configs/digits").mkdir(parents=True)
     Path("configs/digits/kd.yaml").write_text("{}")
