@@ -74,7 +74,10 @@ class LkdCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without Lightning's warning about `args`: `main` gets them, not `sys.argv`."""
-        changes = {"discard_init_args_on_class_path_change": _discard, "parse_value_or_config": _keep_null}
+        changes: dict[str, Callable[..., Any]] = {
+            "discard_init_args_on_class_path_change": _discard,
+            "parse_value_or_config": _keep_null,
+        }
         own = {name: getattr(typehints, name) for name in changes}
         for name, change in changes.items():
             setattr(typehints, name, partial(change, own[name]))
