@@ -16,7 +16,7 @@ import jsonargparse._typehints as typehints
 import lightning as L
 import yaml
 from jsonargparse import ArgumentError
-from jsonargparse._util import import_object
+from jsonargparse._util import NestedArg, import_object
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_leaves
 
 from lkd.arguments import newest_checkpoint, prepare
 from lkd.callbacks import BestCheckpoint, FitReport, ImagesPerSecond, NetworkSummary, PredictionWriter, ProgressBar
@@ -73,12 +74,18 @@ class LkdCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without Lightning's warning about `args`: `main` gets them, not `sys.argv`."""
-        keep = typehints.discard_init_args_on_class_path_change
-        typehints.discard_init_args_on_class_path_change = partial(_discard, keep)
+        changes: dict[str, Callable[..., Any]] = {
+            "discard_init_args_on_class_path_change": _discard,
+            "parse_value_or_config": _keep_null,
+        }
+        own = {name: getattr(typehints, name) for name in changes}
+        for name, change in changes.items():
+            setattr(typehints, name, partial(change, own[name]))
         try:
             self.config = parser.parse_args(args)
         finally:
-            typehints.discard_init_args_on_class_path_change = keep
+            for name, function in own.items():
+                setattr(typehints, name, function)
 
     def _parse_ckpt_path(self) -> None:
         """The config's word holds: Lightning would let the checkpoint's hyperparameters override it."""
@@ -146,6 +153,17 @@ def _discard(keep: Callable[..., None], parser: Any, old: Any, new: Any) -> None
         if isinstance(kind, type) and issubclass(kind, (Optimizer, LRScheduler, DistillLoss)):
             for name in list(vars(old["init_args"])):
                 old["init_args"].pop(name)
+
+
+def _keep_null(parse: Callable[..., Any], value: Any, **settings: Any) -> Any:
+    """Hand `null` down as it was written.
+
+    jsonargparse hands a setting of a class inside of a class on as the text of what it has read of it: 'None', which is
+    a text like any other for an argument that takes text or null.
+    """
+    parsed, path = parse(value, **settings)
+    goes_on = isinstance(parsed, NestedArg) and "." in parsed.key
+    return (value if goes_on and None in tree_leaves(parsed.val) else parsed), path
 
 
 def _callbacks(command: str, logged: bool, kept: bool) -> list[L.Callback]:

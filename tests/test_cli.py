@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import lkd
 from lkd.__main__ import main
 from lkd.arguments import configs_folder, find_config, prepare
+from lkd.listing import _ConfigReader
 
 SHORT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
@@ -319,6 +320,43 @@ def test_names_of_runs() -> None:
     assert prepare(["fit", "--config=data/digits", "--config", "methods/kd"])[1] == "digits+kd"
     Path("mine.yaml").write_text("{}")
     assert prepare(["fit", "-c", "mine.yaml"]) == (["fit", "--config=mine.yaml"], "mine")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("criterion.init_args.teacher_pooled_layer", "null"),
+        ("criterion.init_args", "{teacher_pooled_layer: null, pooled_weight: 2.0}"),
+        ("criterion", "{class_path: lkd.losses.BackboneKD, init_args: {teacher_pooled_layer: null}}"),
+    ],
+)
+@pytest.mark.parametrize("joint", ["=", " "])
+def test_null_is_no_text(setting: tuple[str, str], joint: str) -> None:
+    """For an argument that takes both, in a class inside of a class."""
+    name, value = setting
+    args = ["fit", "--config", "pairs/digits", "--model=lkd.DistillModule"]
+    given = f"--model.init_args.{name}{joint}{value}".split(" ", maxsplit=joint.count(" "))
+    args += ["--model.init_args.criterion=lkd.losses.BackboneKD", *given]
+    model = _ConfigReader(*prepare(args)).config["fit"].model.init_args
+    assert model.criterion.init_args.teacher_pooled_layer is None
+    assert model.criterion.init_args.student_pooled_layer == "@pooled"
+    assert model.teacher is not None
+
+
+@pytest.mark.parametrize("root", ["runs", "elsewhere/runs"])
+def test_a_run_s_own_config_has_its_name(root: str) -> None:
+    """Of which a lkd config's folder is a part; outside of the folder of all runs nothing tells where it begins."""
+    folder = Path(root, "digits/kd/version_0")
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed_everything: 1")
+    facts = dict.fromkeys(("state_dict", "pytorch-lightning_version", "optimizer_states"))
+    torch.save(facts, folder / "checkpoints/last.ckpt")
+    args = ["fit", "--config", str(folder / "config.yaml"), "--ckpt_path", "last"]
+    where = [] if root == "runs" else ["--trainer.default_root_dir", root]
+    prepared, name = prepare([*args, *where])
+    assert name == "digits/kd"
+    assert prepared[-1] == f"--ckpt_path={folder}/checkpoints/last.ckpt"
+    assert prepare(["fit", "--config", str(folder / "config.yaml"), "--trainer.default_root_dir=other"])[1] == "kd"
 
 
 def test_a_file_goes_before_lkd_s_own_config() -> None:
