@@ -41,6 +41,9 @@ class DistillLoss(nn.Module, ABC):
     num_views: ClassVar[int] = 1
     """How many views of each image it reads (`Batch.views`): the data module's `views` makes them."""
 
+    same_everywhere: ClassVar[tuple[str, ...]] = ()
+    """Buffers that several processes begin and change alike by themselves: DDP need not send them in every step."""
+
     def __init__(self, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()) -> None:
         super().__init__()
         self.student_layers = tuple(student_layers)
@@ -105,6 +108,19 @@ class DistillLoss(nn.Module, ABC):
         Returns:
             A scalar, or named scalars that are to be added.
         """
+
+
+def same_everywhere(module: nn.Module) -> list[str]:
+    """The buffers that all criteria in a module keep alike in several processes, as in its `named_buffers()`.
+
+    Args:
+        module: A criterion, or what has some.
+
+    Returns:
+        What DDP reads in the wrapped module's attribute `_ddp_params_and_buffers_to_ignore`.
+    """
+    parts = [(prefix, part) for prefix, part in module.named_modules() if isinstance(part, DistillLoss)]
+    return [f"{prefix}.{name}" if prefix else name for prefix, part in parts for name in part.same_everywhere]
 
 
 def named_terms(name: str, loss: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -50,9 +50,9 @@ class FeatureCase:
     no_compile: str = ""
     lr: float = 0.05
 
-    def criterion(self) -> DistillLoss:
+    def criterion(self, seed: int = 0) -> DistillLoss:
         """The criterion, with adapters; the same each time."""
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         criterion = self.make()
         student, teacher = self.answers(2)
         criterion.build(Probe(self.student_network(), student), Probe(self.teacher_network(), teacher))
