@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lkd.layers import resolve_layers
+from lkd.losses.checks import check_dims
 from lkd.types import Batch, Outputs, Probe
 
 RESERVED = ("hard", "loss", "acc")
@@ -73,15 +74,16 @@ class DistillLoss(nn.Module, ABC):
         self.student_layers = resolve_layers(student, self.student_layers)
         self.teacher_layers = () if teacher is None else resolve_layers(teacher, self.teacher_layers)
 
-    def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+    def pairs(self, student: Outputs, teacher: Outputs, dims: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """The features of `student_layers`, each with that of the teacher's layer in the same place.
 
         Args:
             student: What the student answered.
             teacher: What the teacher answered.
+            dims: How many dimensions all of them must have, as in `check_dims`; None: any.
 
         Raises:
-            ValueError: If the numbers of layers differ.
+            ValueError: If the numbers of layers differ, or a feature has another form.
         """
         ours, theirs = self.student_layers, self.teacher_layers
         if len(ours) != len(theirs):
@@ -90,7 +92,11 @@ class DistillLoss(nn.Module, ABC):
                 f"({', '.join(ours)}) and {len(theirs)} ({', '.join(theirs)}); name as many student_layers as "
                 "teacher_layers"
             )
-        return [(student.features[own], teacher.features[other]) for own, other in zip(ours, theirs, strict=True)]
+        pairs = [(student.features[own], teacher.features[other]) for own, other in zip(ours, theirs, strict=True)]
+        if dims is not None:
+            for own, other in pairs:
+                check_dims(type(self).__name__, dims, student=own, teacher=other)
+        return pairs
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the adapters, once the shapes of all features are known.
@@ -114,6 +120,15 @@ class DistillLoss(nn.Module, ABC):
         Returns:
             A scalar, or named scalars that are to be added.
         """
+
+
+def total(losses: Sequence[Tensor]) -> Tensor:
+    """The sum, over layers say.
+
+    Args:
+        losses: One at least, of the same shape.
+    """
+    return sum(losses[1:], losses[0])
 
 
 def same_everywhere(module: nn.Module) -> list[str]:

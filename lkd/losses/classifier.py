@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.layers import resolve_layers
-from lkd.losses.adapters import bottleneck, check_dims, pooled_to, projection
+from lkd.losses.adapters import bottleneck, pooled_to, projection
 from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_weights
-from lkd.losses.precision import full_precision
+from lkd.losses.checks import check_weights
+from lkd.losses.precision import full_precision, mse
 from lkd.types import Batch, Outputs, Probe
-
-_mse = full_precision(F.mse_loss)
 
 
 def _classifier(owner: str, role: str, probe: Probe, layer: str, channels: int) -> nn.Linear:
@@ -132,8 +130,7 @@ class CATKD(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Find the classifiers."""
-        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs)
-        check_dims("CATKD", 4, student=ours, teacher=theirs)
+        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=4)
         # in a tuple, as they stay parts of the networks
         self._heads = tuple(
             None if layer is None else _classifier("CATKD", role, probe, layer, feature.shape[1])
@@ -225,14 +222,13 @@ class SRRL(DistillLoss):
         regression_weight: float = 1.0,
     ) -> None:
         super().__init__([student_layer], [teacher_layer])
-        _check_weights(regression_weight=regression_weight)
+        check_weights(regression_weight=regression_weight)
         self.teacher_head = teacher_head
         self.regression_weight = regression_weight
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the connector, and find the teacher's classifier."""
-        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs)
-        check_dims("SRRL", 4, student=ours, teacher=theirs)
+        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=4)
         self.connector = nn.Sequential(*projection(ours.shape[1], theirs.shape[1]), nn.ReLU())
         # in a tuple, as it stays a part of the teacher
         self._head = (_classifier("SRRL", "teacher", teacher, self.teacher_head, theirs.shape[1]),)
@@ -288,8 +284,7 @@ class SimKD(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the projector, and copy the teacher's classifier."""
-        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs)
-        check_dims("SimKD", 4, student=ours, teacher=theirs)
+        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=4)
         channels, (height, width) = theirs.shape[1], theirs.shape[2:]
         inner = max(channels // self.factor, 1)
         self.projector = nn.Sequential(*bottleneck(ours.shape[1], inner, channels), nn.BatchNorm2d(channels), nn.ReLU())
@@ -330,4 +325,4 @@ class SimKD(DistillLoss):
         if projected is None:
             projected = self._project(ours)
         height, width = projected.shape[2:]
-        return _mse(projected, pooled_to(theirs, (height, width)))
+        return mse(projected, pooled_to(theirs, (height, width)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lkd.losses.adapters import embedding
 from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature
+from lkd.losses.checks import check_temperature
 from lkd.losses.precision import full_precision, wide
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
@@ -137,7 +137,7 @@ class CRD(DistillLoss):
         self.num_samples = num_samples
         self.feat_dim = feat_dim
         self.num_negatives = num_negatives
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
         self.momentum = momentum
         self.own_class = own_class
         self.eps = eps

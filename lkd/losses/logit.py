@@ -7,23 +7,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses.base import DistillLoss
+from lkd.losses.checks import check_temperature
 from lkd.losses.precision import wide
 from lkd.types import Batch, Outputs
 
 
-def _check_temperature(temperature: float) -> float:
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature must be greater than 0, got {temperature}; 1 leaves the teacher's probabilities as they are, "
-            "larger values flatten them (4 is usual)"
-        )
-    return float(temperature)
+def kl_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the teacher from the student, of each sample.
+
+    Args:
+        student_log_probs: `(B, K)`.
+        teacher_log_probs: `(B, K)`.
+
+    Returns:
+        `(B,)`, in nats.
+    """
+    return F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(1)
 
 
-def _check_weights(**weights: float) -> None:
-    for name, weight in weights.items():
-        if not weight >= 0:
-            raise ValueError(f"{name} must not be negative, got {weight}; it weighs a term of the loss")
+def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """`kl_divergence` of the softened probabilities, without the factor temperature².
+
+    Args:
+        student_logits: `(B, K)`.
+        teacher_logits: `(B, K)`.
+        temperature: Greater than 0: one, or one for each sample, `(B, 1)`.
+
+    Returns:
+        `(B,)`, in nats; float32 for logits in half precision, else the logits' type.
+    """
+    student, teacher = (F.log_softmax(wide(logits) / temperature, dim=1) for logits in (student_logits, teacher_logits))
+    return kl_divergence(student, teacher)
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
@@ -51,10 +65,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
         >>> round(kd_loss(student, teacher, temperature=4.0).item(), 4)
         0.3309
     """
-    student = F.log_softmax(wide(student_logits) / temperature, dim=1)
-    teacher = F.log_softmax(wide(teacher_logits) / temperature, dim=1)
-    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1, keepdim=True)
-    return (divergence * temperature**2).mean()
+    return (softened_kl(student_logits, teacher_logits, temperature).unsqueeze(1) * temperature**2).mean()
 
 
 class KD(DistillLoss):
@@ -73,7 +84,7 @@ class KD(DistillLoss):
 
     def __init__(self, temperature: float = 4.0) -> None:
         super().__init__()
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `kd_loss`."""
@@ -121,9 +132,7 @@ class LogitMSE(DistillLoss):
 
 def _transformed(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Divergence of the softened teacher from the student as it is, `(B,)`."""
-    student = F.log_softmax(wide(student_logits), dim=1)
-    teacher = F.log_softmax(wide(teacher_logits) / temperature, dim=1)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+    return softened_kl(student_logits, wide(teacher_logits) / temperature, 1.0)
 
 
 def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 10.0) -> Tensor:
@@ -192,7 +201,7 @@ class TTM(DistillLoss):
 
     def __init__(self, temperature: float = 10.0) -> None:
         super().__init__()
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `ttm_loss`."""
@@ -214,7 +223,7 @@ class WTTM(DistillLoss):
 
     def __init__(self, temperature: float = 5.0) -> None:
         super().__init__()
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `wttm_loss`."""

@@ -11,11 +11,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lkd.losses.base import CompositeLoss, DistillLoss, named_terms
-from lkd.losses.logit_target import _labelled_mean, _own
+from lkd.losses.labels import labelled_mean, own_class
 from lkd.losses.precision import full_precision
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 _MEMBERS = "members"
+
+
+def _log_own(teacher_logits: Tensor, target: Tensor) -> Tensor:
+    """Each teacher's log-probability of the label, `(M, B)`."""
+    own = own_class(target).expand(len(teacher_logits), -1, 1)
+    return F.log_softmax(teacher_logits, dim=2).gather(2, own).squeeze(2)
 
 
 @full_precision
@@ -41,9 +47,8 @@ def teacher_confidence(teacher_logits: Tensor, target: Tensor) -> Tensor:
         >>> [round(weight, 3) for (weight,) in teacher_confidence(logits, torch.tensor([0])).tolist()]
         [0.638, 0.362]
     """
-    log_p = F.log_softmax(teacher_logits, dim=2)
-    loss = -log_p.gather(2, _own(target).expand(len(log_p), -1, 1)).squeeze(2)
-    weight = (1 - F.softmax(loss, dim=0)) / (len(log_p) - 1)
+    log_p = _log_own(teacher_logits, target)
+    weight = (1 - F.softmax(-log_p, dim=0)) / (len(log_p) - 1)
     return weight.masked_fill(target == IGNORE_INDEX, 1 / len(log_p))
 
 
@@ -61,9 +66,9 @@ def mixture_loss(teacher_logits: Tensor, target: Tensor, weight_logits: Tensor) 
     Returns:
         A scalar in nats; float32 for logits in half precision, else the logits' type.
     """
-    log_p = F.log_softmax(teacher_logits, dim=2).gather(2, _own(target).expand(len(teacher_logits), -1, 1)).squeeze(2)
+    log_p = _log_own(teacher_logits, target)
     mixed = (log_p + F.log_softmax(weight_logits, dim=0).unsqueeze(1)).logsumexp(0)
-    return _labelled_mean(-mixed, target)
+    return labelled_mean(-mixed, target)
 
 
 class MultiTeacher(CompositeLoss):

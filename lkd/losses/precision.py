@@ -7,6 +7,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _P = ParamSpec("_P")
@@ -44,6 +45,10 @@ def full_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return function(*widened, **named)  # type: ignore[arg-type]
 
     return wrapped
+
+
+mse = full_precision(F.mse_loss)
+"""Mean squared difference of two tensors, in single precision at least."""
 
 
 def _device_of(args: list[object]) -> str:

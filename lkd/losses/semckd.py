@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import bottleneck, check_dims, same_size
-from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature
+from lkd.losses.adapters import bottleneck, same_size
+from lkd.losses.base import DistillLoss, total
+from lkd.losses.checks import check_dims, check_temperature
 from lkd.losses.precision import full_precision, wide
 from lkd.types import Batch, Outputs, Probe
 
@@ -135,7 +135,7 @@ class SemCKD(DistillLoss):
         self.batch_size = batch_size
         self.factor = factor
         self._warned = False
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make queries, keys and regressors."""
@@ -197,4 +197,4 @@ class SemCKD(DistillLoss):
     def _nothing(self, features: Sequence[Tensor]) -> Tensor:
         """0, with a gradient for all that trains: DDP waits for it."""
         sums = [wide(tensor).sum() for tensor in (*features, *self.parameters())]
-        return 0 * torch.stack(sums).sum()
+        return 0 * total(sums)

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import check_dims, generator
-from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature, _check_weights, kd_loss
-from lkd.losses.logit_target import _labelled_mean
+from lkd.losses.adapters import generator
+from lkd.losses.base import DistillLoss, total
+from lkd.losses.checks import check_temperature, check_weights
+from lkd.losses.labels import labelled_cross_entropy
+from lkd.losses.logit import kd_loss
 from lkd.losses.precision import full_precision, wide
-from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
+from lkd.types import Batch, Outputs, Probe
 
 
 def tokens_to_map(owner: str, role: str, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -131,7 +132,7 @@ class ViTKD(DistillLoss):
         teacher_prefix_tokens: int = 1,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        _check_weights(alpha=alpha, beta=beta)
+        check_weights(alpha=alpha, beta=beta)
         if not 0 < mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be greater than 0 and at most 1, got {mask_ratio}; 0.5 is usual")
         self.alpha = alpha
@@ -142,11 +143,10 @@ class ViTKD(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make what aligns, masks and generates."""
-        pairs = self.pairs(student.outputs, teacher.outputs)
+        pairs = self.pairs(student.outputs, teacher.outputs, dims=3)
         if len(pairs) < 2:
             raise ValueError("ViTKD reads shallow layers, and last the one that is generated; name two layers at least")
         for ours, theirs in pairs:
-            check_dims("ViTKD", 3, student=ours, teacher=theirs)
             maps = (
                 tokens_to_map("ViTKD", "student", ours, self.student_prefix_tokens),
                 tokens_to_map("ViTKD", "teacher", theirs, self.teacher_prefix_tokens),
@@ -188,20 +188,13 @@ class ViTKD(DistillLoss):
         partial = torch.where(masked.unsqueeze(2), self.mask_token.to(aligned.dtype), aligned)
         generated = self.generation(tokens_to_map("ViTKD", "student", partial, 0)).flatten(2).mT
         return {
-            "mimicking": self.alpha * torch.stack(mimicking).sum(),
+            "mimicking": self.alpha * total(mimicking),
             "generation": self.beta / self.mask_ratio * vitkd_generation_loss(generated, theirs, masked),
         }
 
 
 def _aligned(width: int, teacher_width: int) -> nn.Module:
     return nn.Identity() if width == teacher_width else nn.Linear(width, teacher_width)
-
-
-def _class_loss(class_logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    values = F.cross_entropy(
-        wide(class_logits), target, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=label_smoothing
-    )
-    return _labelled_mean(values, target)
 
 
 def _token_loss(token_logits: Tensor, teacher_logits: Tensor, kind: str, temperature: float) -> Tensor:
@@ -248,7 +241,7 @@ def deit_loss(
         >>> round(deit_loss(logits, logits, logits, target, token_weight=0.5).item(), 4)
         1.1269
     """
-    own = _class_loss(class_logits, target, label_smoothing)
+    own = labelled_cross_entropy(class_logits, target, label_smoothing)
     return (1 - token_weight) * own + token_weight * _token_loss(token_logits, teacher_logits, kind, temperature)
 
 
@@ -298,7 +291,7 @@ class DeiT(DistillLoss):
             raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {label_smoothing}")
         self.token_weight = token_weight
         self.kind = kind
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
         self.label_smoothing = label_smoothing
 
     def build(self, student: Probe, teacher: Probe) -> None:
@@ -316,6 +309,6 @@ class DeiT(DistillLoss):
         """The two parts of `deit_loss`."""
         own, token = (student.features[layer] for layer in self.student_layers)
         return {
-            "class": (1 - self.token_weight) * _class_loss(own, batch.target, self.label_smoothing),
+            "class": (1 - self.token_weight) * labelled_cross_entropy(own, batch.target, self.label_smoothing),
             "token": self.token_weight * _token_loss(token, teacher.logits, self.kind, self.temperature),
         }
