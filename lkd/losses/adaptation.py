@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import check_dims, same_size
-from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_weights
+from lkd.losses.adapters import same_size
+from lkd.losses.base import DistillLoss, total
+from lkd.losses.checks import check_weights
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
@@ -121,15 +121,13 @@ class KTA(DistillLoss):
         for name, power, usual in (("p", p, 1), ("q", q, 2)):
             if not power >= 1:
                 raise ValueError(f"{name} must be at least 1, got {power}; {usual} is usual")
-        _check_weights(adaptation_weight=adaptation_weight, affinity_weight=affinity_weight)
+        check_weights(adaptation_weight=adaptation_weight, affinity_weight=affinity_weight)
         self.p, self.q = p, q
         self.adaptation_weight, self.affinity_weight = adaptation_weight, affinity_weight
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the adapters."""
-        pairs = self.pairs(student.outputs, teacher.outputs)
-        for ours, theirs in pairs:
-            check_dims("KTA", 4, student=ours, teacher=theirs)
+        pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
         channels = [(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs]
         self.feature_adapters = nn.ModuleList(_adapter(*sizes) for sizes in channels)
         self.affinity_adapters = nn.ModuleList(_adapter(*sizes) for sizes in channels)
@@ -142,8 +140,8 @@ class KTA(DistillLoss):
             adaptation.append(kta_loss(self.feature_adapters[number](ours), theirs, self.p, self.q))
             affinity.append(affinity_loss(self.affinity_adapters[number](ours), theirs))
         return {
-            "adaptation": self.adaptation_weight * torch.stack(adaptation).sum(),
-            "affinity": self.affinity_weight * torch.stack(affinity).sum(),
+            "adaptation": self.adaptation_weight * total(adaptation),
+            "affinity": self.affinity_weight * total(affinity),
         }
 
 

@@ -90,25 +90,6 @@ def generator(channels: int) -> nn.Sequential:
     return nn.Sequential(first, nn.ReLU(), second)
 
 
-def check_dims(owner: str, dims: int, **features: Tensor) -> None:
-    """Say which layer has not the form that a criterion reads.
-
-    Args:
-        owner: The criterion's name.
-        dims: 4: feature maps `(B, C, H, W)`; 3: tokens `(B, N, C)`; 2: pooled features `(B, C)`.
-        features: What to call a feature, and the feature.
-
-    Raises:
-        ValueError: If one has another number of dimensions.
-    """
-    forms = {4: "feature maps (B, C, H, W)", 3: "tokens (B, N, C)", 2: "pooled features (B, C)"}
-    for name, feature in features.items():
-        if feature.ndim != dims:
-            raise ValueError(
-                f"{owner} reads {forms[dims]}; the {name} layer returns {tuple(feature.shape)}: name another layer"
-            )
-
-
 def embedding(feature: Tensor, feat_dim: int) -> nn.Sequential:
     """A linear map of a feature, flattened if it is a map, to a vector.
 

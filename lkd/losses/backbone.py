@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import check_dims, same_size
+from lkd.losses.adapters import same_size
 from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_weights
+from lkd.losses.checks import check_dims, check_weights
 from lkd.losses.precision import full_precision
 from lkd.losses.vit import tokens_to_map
 from lkd.types import Batch, Outputs, Probe
@@ -93,8 +93,8 @@ class BackboneKD(DistillLoss):
         student_prefix_tokens: int = 1,
         teacher_prefix_tokens: int = 1,
     ) -> None:
-        _check_weights(pooled_weight=pooled_weight, patch_weight=patch_weight)
-        _check_weights(cosine_weight=cosine_weight, smooth_l1_weight=smooth_l1_weight)
+        check_weights(pooled_weight=pooled_weight, patch_weight=patch_weight)
+        check_weights(cosine_weight=cosine_weight, smooth_l1_weight=smooth_l1_weight)
         if pooled_weight == patch_weight == 0:
             raise ValueError("pooled_weight and patch_weight are both 0, so there is nothing to imitate; set one")
         pooled, patches = bool(pooled_weight), bool(patch_weight)
@@ -136,8 +136,8 @@ class BackboneKD(DistillLoss):
         if "patches" in features:
             own, other = features["patches"]
             features["patches"] = (
-                _map(own, self.student_prefix_tokens),
-                _map(other, self.teacher_prefix_tokens),
+                _map("student", own, self.student_prefix_tokens),
+                _map("teacher", other, self.teacher_prefix_tokens),
             )
         return features
 
@@ -156,5 +156,5 @@ class BackboneKD(DistillLoss):
         return terms
 
 
-def _map(feature: Tensor, num_prefix_tokens: int) -> Tensor:
-    return tokens_to_map("BackboneKD", feature, num_prefix_tokens) if feature.ndim == 3 else feature
+def _map(role: str, feature: Tensor, num_prefix_tokens: int) -> Tensor:
+    return tokens_to_map("BackboneKD", role, feature, num_prefix_tokens) if feature.ndim == 3 else feature

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lkd.layers import resolve_layers
+from lkd.losses.checks import check_dims
 from lkd.types import Batch, Outputs, Probe
 
 RESERVED = ("hard", "loss", "acc")
@@ -41,6 +42,15 @@ class DistillLoss(nn.Module, ABC):
     num_views: ClassVar[int] = 1
     """How many views of each image it reads (`Batch.views`): the data module's `views` makes them."""
 
+    compares_samples: ClassVar[bool] = False
+    """Whether it compares the images of a batch with each other, so that one image by itself says nothing."""
+
+    skips_unlabelled: ClassVar[bool | None] = False
+    """Whether images without a label do not count, as it is a mean over the others; None: in some of its terms."""
+
+    same_everywhere: ClassVar[tuple[str, ...]] = ()
+    """Buffers that several processes begin and change alike by themselves: DDP need not send them in every step."""
+
     def __init__(self, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()) -> None:
         super().__init__()
         self.student_layers = tuple(student_layers)
@@ -64,15 +74,16 @@ class DistillLoss(nn.Module, ABC):
         self.student_layers = resolve_layers(student, self.student_layers)
         self.teacher_layers = () if teacher is None else resolve_layers(teacher, self.teacher_layers)
 
-    def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+    def pairs(self, student: Outputs, teacher: Outputs, dims: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """The features of `student_layers`, each with that of the teacher's layer in the same place.
 
         Args:
             student: What the student answered.
             teacher: What the teacher answered.
+            dims: How many dimensions all of them must have, as in `check_dims`; None: any.
 
         Raises:
-            ValueError: If the numbers of layers differ.
+            ValueError: If the numbers of layers differ, or a feature has another form.
         """
         ours, theirs = self.student_layers, self.teacher_layers
         if len(ours) != len(theirs):
@@ -81,7 +92,11 @@ class DistillLoss(nn.Module, ABC):
                 f"({', '.join(ours)}) and {len(theirs)} ({', '.join(theirs)}); name as many student_layers as "
                 "teacher_layers"
             )
-        return [(student.features[own], teacher.features[other]) for own, other in zip(ours, theirs, strict=True)]
+        pairs = [(student.features[own], teacher.features[other]) for own, other in zip(ours, theirs, strict=True)]
+        if dims is not None:
+            for own, other in pairs:
+                check_dims(type(self).__name__, dims, student=own, teacher=other)
+        return pairs
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the adapters, once the shapes of all features are known.
@@ -105,6 +120,28 @@ class DistillLoss(nn.Module, ABC):
         Returns:
             A scalar, or named scalars that are to be added.
         """
+
+
+def total(losses: Sequence[Tensor]) -> Tensor:
+    """The sum, over layers say.
+
+    Args:
+        losses: One at least, of the same shape.
+    """
+    return sum(losses[1:], losses[0])
+
+
+def same_everywhere(module: nn.Module) -> list[str]:
+    """The buffers that all criteria in a module keep alike in several processes, as in its `named_buffers()`.
+
+    Args:
+        module: A criterion, or what has some.
+
+    Returns:
+        What DDP reads in the wrapped module's attribute `_ddp_params_and_buffers_to_ignore`.
+    """
+    parts = [(prefix, part) for prefix, part in module.named_modules() if isinstance(part, DistillLoss)]
+    return [f"{prefix}.{name}" if prefix else name for prefix, part in parts for name in part.same_everywhere]
 
 
 def named_terms(name: str, loss: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -165,15 +202,27 @@ class CompositeLoss(DistillLoss):
         return any(part.reads_logits for part in self.parts)
 
     @property
+    def compares_samples(self) -> bool:  # type: ignore[override]
+        """Whether one of the parts compares the images of a batch with each other."""
+        return any(part.compares_samples for part in self.parts)
+
+    @property
+    def skips_unlabelled(self) -> bool | None:  # type: ignore[override]
+        """Whether images without a label do not count in any part; None: in some."""
+        found = {part.skips_unlabelled for part in self.parts}
+        return found.pop() if len(found) == 1 else None
+
+    @property
     def num_views(self) -> int:  # type: ignore[override]
         """How many views the part with the most of them reads."""
         return max(part.num_views for part in self.parts)
 
     def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Find the parts' layers."""
-        super().locate(student, teacher)
+        """Find the parts' layers: a part may read others than it names, as `MultiTeacher` does."""
         for part in self.parts:
             part.locate(student, teacher)
+        self.student_layers = tuple(layer for part in self.parts for layer in part.student_layers)
+        self.teacher_layers = tuple(layer for part in self.parts for layer in part.teacher_layers)
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Build each part."""

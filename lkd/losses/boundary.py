@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.layers import resolve_layers
-from lkd.losses.adapters import check_dims, pooled_to, projections, same_size
-from lkd.losses.base import DistillLoss
+from lkd.losses.adapters import pooled_to, projections, same_size
+from lkd.losses.base import DistillLoss, total
 from lkd.losses.precision import full_precision, wide
 from lkd.types import Batch, Outputs, Probe
 
@@ -34,9 +34,7 @@ class _Connected(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the connectors."""
-        pairs = self.pairs(student.outputs, teacher.outputs)
-        for ours, theirs in pairs:
-            check_dims(type(self).__name__, 4, student=ours, teacher=theirs)
+        pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
         if not isinstance(self.layer_weights, str) and len(self.layer_weights) != len(pairs):
             raise ValueError(
                 f"{type(self).__name__} compares {len(pairs)} layers and has {len(self.layer_weights)} layer_weights; "
@@ -49,7 +47,7 @@ class _Connected(DistillLoss):
         pairs = zip(self.connectors, self.pairs(student, teacher), strict=True)
         return [(connector(ours), theirs) for connector, (ours, theirs) in pairs]
 
-    def total(self, losses: Sequence[Tensor]) -> Tensor:
+    def weighted_total(self, losses: Sequence[Tensor]) -> Tensor:
         """The layers' losses, weighted and added."""
         weights: Sequence[float]
         if self.layer_weights == "equal":
@@ -58,7 +56,7 @@ class _Connected(DistillLoss):
             weights = [2.0 ** (layer + 1 - len(losses)) for layer in range(len(losses))]
         else:
             weights = self.layer_weights
-        return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()
+        return total([weight * loss for weight, loss in zip(weights, losses, strict=True)])
 
 
 @full_precision
@@ -129,7 +127,8 @@ class AB(_Connected):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The weighted sum of `ab_loss` over the layers."""
-        return self.total([ab_loss(ours, theirs, self.margin) for ours, theirs in self.connected(student, teacher)])
+        pairs = self.connected(student, teacher)
+        return self.weighted_total([ab_loss(ours, theirs, self.margin) for ours, theirs in pairs])
 
 
 def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
@@ -247,7 +246,7 @@ class OFD(_Connected):
         """The weighted sum of `ofd_loss` over the layers."""
         margins = (getattr(self, f"margin{number}") for number in range(len(self.teacher_layers)))
         pairs = zip(self.connected(student, teacher), margins, strict=True)
-        return self.total([ofd_loss(ours, theirs, margin) for (ours, theirs), margin in pairs])
+        return self.weighted_total([ofd_loss(ours, theirs, margin) for (ours, theirs), margin in pairs])
 
 
 def _margin_of(network: nn.Module, name: str, channels: int) -> Tensor:

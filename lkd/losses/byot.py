@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import check_dims
-from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature, _check_weights, kd_loss
-from lkd.losses.logit_target import _labelled_mean
-from lkd.losses.precision import full_precision, wide
-from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
+from lkd.losses.base import DistillLoss, total
+from lkd.losses.checks import check_dims, check_temperature, check_weights
+from lkd.losses.labels import labelled_cross_entropy
+from lkd.losses.logit import softened_kl
+from lkd.losses.precision import mse
+from lkd.types import Batch, Outputs, Probe
 
 
 class ExitOutputs(NamedTuple):
@@ -85,6 +84,7 @@ class BYOT(DistillLoss):
 
     needs_teacher = False
     reads_logits = False
+    skips_unlabelled = None
 
     def __init__(
         self,
@@ -94,10 +94,10 @@ class BYOT(DistillLoss):
         hint_weight: float = 0.03,
     ) -> None:
         super().__init__(student_layers)
-        _check_weights(hint_weight=hint_weight)
+        check_weights(hint_weight=hint_weight)
         if not 0 <= kd_weight <= 1:
             raise ValueError(f"kd_weight must be between 0 and 1, got {kd_weight}; the cross-entropy weighs the rest")
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
         self.kd_weight = kd_weight
         self.hint_weight = hint_weight
 
@@ -126,22 +126,16 @@ class BYOT(DistillLoss):
         """The three sums over the exits."""
         answers, logits = self.exit_outputs(student), student.logits.detach()
         deepest = self._maps(student)[-1].detach().mean((2, 3))
-        hard = [_cross_entropy(answer.logits, batch.target) for answer in answers]
-        soft = [kd_loss(answer.logits, logits, self.temperature) / self.temperature**2 for answer in answers]
+        hard = [labelled_cross_entropy(answer.logits, batch.target) for answer in answers]
+        soft = [softened_kl(answer.logits, logits, self.temperature).mean() for answer in answers]
         hint = [_squared_distance(answer.feature, deepest) for answer in answers]
         return {
-            "hard": (1 - self.kd_weight) * sum(hard[1:], hard[0]),
-            "kd": self.kd_weight * sum(soft[1:], soft[0]),
-            "hint": self.hint_weight * sum(hint[1:], hint[0]),
+            "hard": (1 - self.kd_weight) * total(hard),
+            "kd": self.kd_weight * total(soft),
+            "hint": self.hint_weight * total(hint),
         }
 
 
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    values = F.cross_entropy(wide(logits), target, ignore_index=IGNORE_INDEX, reduction="none")
-    return _labelled_mean(values, target)
-
-
-@full_precision
 def _squared_distance(feature: Tensor, other: Tensor) -> Tensor:
     """Of two pooled features `(B, C)`, the mean over the batch."""
-    return F.mse_loss(feature, other) * feature.shape[1]
+    return mse(feature, other) * feature.shape[1]

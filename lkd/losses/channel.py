@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lkd.losses.adapters import check_dims, projections
-from lkd.losses.base import DistillLoss
+from lkd.losses.adapters import projections
+from lkd.losses.base import DistillLoss, total
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
@@ -39,6 +38,7 @@ def ickd_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
         (arXiv 2202.03680); the rows' scaling is the authors' code.
 
     Example:
+        >>> import torch
         >>> feature = torch.rand(2, 8, 4, 4)
         >>> ickd_loss(feature, 3 * feature).item() < 1e-10
         True
@@ -73,12 +73,10 @@ class ICKD(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the connectors."""
-        pairs = self.pairs(student.outputs, teacher.outputs)
-        for ours, theirs in pairs:
-            check_dims("ICKD", 4, student=ours, teacher=theirs)
+        pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
         self.connectors = projections(pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The sum of `ickd_loss` over the layers."""
         pairs = zip(self.connectors, self.pairs(student, teacher), strict=True)
-        return torch.stack([ickd_loss(connector(ours), theirs) for connector, (ours, theirs) in pairs]).sum()
+        return total([ickd_loss(connector(ours), theirs) for connector, (ours, theirs) in pairs])

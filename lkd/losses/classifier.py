@@ -8,14 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.layers import resolve_layers
-from lkd.losses.adapters import bottleneck, check_dims, pooled_to, projection
+from lkd.losses.adapters import bottleneck, pooled_to, projection
 from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_weights
-from lkd.losses.precision import full_precision
+from lkd.losses.checks import check_weights
+from lkd.losses.precision import full_precision, mse
 from lkd.types import Batch, Outputs, Probe
-
-_PROJECTED = "@projected"
-_mse = full_precision(F.mse_loss)
 
 
 def _classifier(owner: str, role: str, probe: Probe, layer: str, channels: int) -> nn.Linear:
@@ -133,8 +130,7 @@ class CATKD(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Find the classifiers."""
-        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs)
-        check_dims("CATKD", 4, student=ours, teacher=theirs)
+        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=4)
         # in a tuple, as they stay parts of the networks
         self._heads = tuple(
             None if layer is None else _classifier("CATKD", role, probe, layer, feature.shape[1])
@@ -151,7 +147,8 @@ class CATKD(DistillLoss):
             feature if head is None else class_activation_maps(feature, head.weight, head.bias)
             for feature, head in zip(features, self._heads, strict=True)
         )
-        return catkd_loss(ours, theirs, self.resolution, self.normalize)
+        # a teacher that trains itself, as a peer does, gets no gradient through its classifier
+        return catkd_loss(ours, theirs.detach(), self.resolution, self.normalize)
 
 
 @full_precision
@@ -225,14 +222,13 @@ class SRRL(DistillLoss):
         regression_weight: float = 1.0,
     ) -> None:
         super().__init__([student_layer], [teacher_layer])
-        _check_weights(regression_weight=regression_weight)
+        check_weights(regression_weight=regression_weight)
         self.teacher_head = teacher_head
         self.regression_weight = regression_weight
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the connector, and find the teacher's classifier."""
-        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs)
-        check_dims("SRRL", 4, student=ours, teacher=theirs)
+        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=4)
         self.connector = nn.Sequential(*projection(ours.shape[1], theirs.shape[1]), nn.ReLU())
         # in a tuple, as it stays a part of the teacher
         self._head = (_classifier("SRRL", "teacher", teacher, self.teacher_head, theirs.shape[1]),)
@@ -288,8 +284,7 @@ class SimKD(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the projector, and copy the teacher's classifier."""
-        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs)
-        check_dims("SimKD", 4, student=ours, teacher=theirs)
+        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=4)
         channels, (height, width) = theirs.shape[1], theirs.shape[2:]
         inner = max(channels // self.factor, 1)
         self.projector = nn.Sequential(*bottleneck(ours.shape[1], inner, channels), nn.BatchNorm2d(channels), nn.ReLU())
@@ -307,11 +302,16 @@ class SimKD(DistillLoss):
             student: What the student's own layers said.
 
         Returns:
-            The same with these logits; `forward` takes the projected map from it.
+            The same with these logits, and the projected map as the feature of `projected_layer`.
         """
         (layer,) = self.student_layers
         projected = self._project(student.features[layer])
-        return Outputs(self.head(projected.mean((2, 3))), {**student.features, _PROJECTED: projected})
+        return Outputs(self.head(projected.mean((2, 3))), {**student.features, self.projected_layer: projected})
+
+    @property
+    def projected_layer(self) -> str:
+        """What the projected map is called among the features that `answer` returns: `<layer>:projected`."""
+        return f"{self.student_layers[0]}:projected"
 
     def _project(self, feature: Tensor) -> Tensor:
         height, width = (min(pair) for pair in zip(feature.shape[2:], self._size, strict=True))
@@ -321,6 +321,8 @@ class SimKD(DistillLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The mean squared difference of projected and teacher's map."""
         ((ours, theirs),) = self.pairs(student, teacher)
-        projected = student.features[_PROJECTED] if _PROJECTED in student.features else self._project(ours)
+        projected = student.features.get(self.projected_layer)
+        if projected is None:
+            projected = self._project(ours)
         height, width = projected.shape[2:]
-        return _mse(projected, pooled_to(theirs, (height, width)))
+        return mse(projected, pooled_to(theirs, (height, width)))

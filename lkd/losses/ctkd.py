@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature, kd_loss
+from lkd.losses.checks import check_temperature
+from lkd.losses.logit import kd_loss
 from lkd.losses.precision import wide
 from lkd.types import Batch, Outputs, Probe
 
@@ -51,7 +52,7 @@ class CTKD(DistillLoss):
 
     def __init__(self, min_temperature: float = 1.0, temperature_range: float = 20.0, reversal: float = 1.0) -> None:
         super().__init__()
-        self.min_temperature = _check_temperature(min_temperature)
+        self.min_temperature = check_temperature(min_temperature)
         self.temperature_range = _check_range(temperature_range)
         self.reversal = reversal
         self.theta = nn.Parameter(torch.ones(1))  # (1,): FSDP takes no parameters without a dimension
@@ -103,7 +104,7 @@ class InstanceCTKD(DistillLoss):
         super().__init__()
         if hidden_dim < 1:
             raise ValueError(f"hidden_dim must be at least 1, got {hidden_dim}")
-        self.min_temperature = _check_temperature(min_temperature)
+        self.min_temperature = check_temperature(min_temperature)
         self.temperature_range = _check_range(temperature_range)
         self.reversal = reversal
         self.hidden_dim = hidden_dim

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import check_dims, projection, same_size
-from lkd.losses.logit import _check_weights
-from lkd.losses.logit_relation import DIST, _decorrelation
+from lkd.losses.adapters import projection, same_size
+from lkd.losses.base import total
+from lkd.losses.checks import check_weights
+from lkd.losses.logit_relation import DIST, decorrelation
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
@@ -37,7 +38,7 @@ def channel_relation_loss(student_feature: Tensor, teacher_feature: Tensor, eps:
         >>> abs(channel_relation_loss(feature, 3 * feature + 1).item()) < 1e-5
         True
     """
-    return _decorrelation(*same_size(student_feature, teacher_feature), 1, eps)
+    return decorrelation(*same_size(student_feature, teacher_feature), 1, eps)
 
 
 @full_precision
@@ -101,7 +102,7 @@ class DISTPlus(DIST):
         eps: float = 1e-8,
     ) -> None:
         super().__init__(beta, gamma, temperature, eps)
-        _check_weights(channel_weight=channel_weight, spatial_weight=spatial_weight)
+        check_weights(channel_weight=channel_weight, spatial_weight=spatial_weight)
         self.student_layers = tuple(student_layers)
         self.teacher_layers = tuple(teacher_layers)
         self.channel_weight = channel_weight
@@ -109,9 +110,7 @@ class DISTPlus(DIST):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the projections."""
-        pairs = self.pairs(student.outputs, teacher.outputs)
-        for ours, theirs in pairs:
-            check_dims("DISTPlus", 4, student=ours, teacher=theirs)
+        pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
         channels = [(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs]
         self.projections = nn.ModuleList(
             nn.Identity() if own == other else projection(own, other) for own, other in channels
@@ -125,6 +124,6 @@ class DISTPlus(DIST):
         spatial = [spatial_relation_loss(ours, theirs) for ours, theirs in pairs]
         return {
             **super().forward(student, teacher, batch),
-            "channel": self.channel_weight * sum(channel[1:], channel[0]),
-            "spatial": self.spatial_weight * sum(spatial[1:], spatial[0]),
+            "channel": self.channel_weight * total(channel),
+            "spatial": self.spatial_weight * total(spatial),
         }

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import check_dims, same_size
-from lkd.losses.base import DistillLoss
+from lkd.losses.adaptation import kta_loss
+from lkd.losses.adapters import same_size
+from lkd.losses.base import DistillLoss, total
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
 
-@full_precision
 def ft_loss(student_factor: Tensor, teacher_factor: Tensor, p: float = 1.0) -> Tensor:
     r"""Mean absolute difference of two factors, each scaled to length 1.
 
@@ -39,13 +37,12 @@ def ft_loss(student_factor: Tensor, teacher_factor: Tensor, p: float = 1.0) -> T
         CIFAR-100 benchmark (Tian et al., arXiv 1910.10699) compares attention maps of the factors, another loss.
 
     Example:
+        >>> import torch
         >>> factor = torch.rand(2, 8, 4, 4)
         >>> ft_loss(factor, 3 * factor).item() < 1e-7
         True
     """
-    student, teacher = (F.normalize(factor.flatten(1), dim=1) for factor in same_size(student_factor, teacher_factor))
-    difference = student - teacher
-    return difference.abs().mean() if p == 1 else torch.linalg.vector_norm(difference, p, dim=1).mean()
+    return kta_loss(*same_size(student_factor, teacher_factor), p=p, q=2.0)
 
 
 @full_precision
@@ -122,8 +119,7 @@ class FT(DistillLoss):
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the paraphrasers (encoder and decoder) and the translators."""
         self.encoders, self.decoders, self.translators = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for ours, theirs in self.pairs(student.outputs, teacher.outputs):
-            check_dims("FT", 4, student=ours, teacher=theirs)
+        for ours, theirs in self.pairs(student.outputs, teacher.outputs, dims=4):
             own, other = ours.shape[1], theirs.shape[1]
             factor = max(int(self.paraphrase_rate * other), 1)
             self.encoders.append(_convolutions(other, other, factor, factor, norm=False))
@@ -138,9 +134,9 @@ class FT(DistillLoss):
         if self.reconstruction_weight:
             decoded = zip(self.decoders, factors, pairs, strict=True)
             errors = [_relative_error(decoder(factor), theirs) for decoder, factor, (_, theirs) in decoded]
-            terms["reconstruction"] = self.reconstruction_weight * torch.stack(errors).sum()
+            terms["reconstruction"] = self.reconstruction_weight * total(errors)
         if self.factor_weight:
             said = [translator(ours) for translator, (ours, _) in zip(self.translators, pairs, strict=True)]
             losses = [ft_loss(own, factor.detach(), self.p) for own, factor in zip(said, factors, strict=True)]
-            terms["factor"] = self.factor_weight * torch.stack(losses).sum()
+            terms["factor"] = self.factor_weight * total(losses)
         return terms

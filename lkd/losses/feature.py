@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import check_dims, same_size
-from lkd.losses.base import DistillLoss
-from lkd.losses.precision import full_precision
+from lkd.losses.adapters import same_size
+from lkd.losses.base import DistillLoss, total
+from lkd.losses.precision import full_precision, mse
 from lkd.types import Batch, Outputs, Probe
 
 
@@ -82,13 +82,12 @@ class AT(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Check the layers."""
-        for ours, theirs in self.pairs(student.outputs, teacher.outputs):
-            check_dims("AT", 4, student=ours, teacher=theirs)
+        self.pairs(student.outputs, teacher.outputs, dims=4)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The sum of `at_loss` over the layers."""
         losses = [at_loss(ours, theirs, self.p) for ours, theirs in self.pairs(student, teacher)]
-        return sum(losses[1:], losses[0])
+        return total(losses)
 
 
 def _mean_kernel(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -158,12 +157,11 @@ class NST(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Check the layers."""
-        for ours, theirs in self.pairs(student.outputs, teacher.outputs):
-            check_dims("NST", 4, student=ours, teacher=theirs)
+        self.pairs(student.outputs, teacher.outputs, dims=4)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The sum of `nst_loss` over the layers."""
-        return torch.stack([nst_loss(ours, theirs) for ours, theirs in self.pairs(student, teacher)]).sum()
+        return total([nst_loss(ours, theirs) for ours, theirs in self.pairs(student, teacher)])
 
 
 def _regressor(student: Tensor, teacher: Tensor) -> nn.Module:
@@ -215,16 +213,11 @@ class FitNet(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the regressors."""
-        pairs = self.pairs(student.outputs, teacher.outputs)
-        for ours, theirs in pairs:
-            check_dims("FitNet", 4, student=ours, teacher=theirs)
+        pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
         self.regressors = nn.ModuleList(_regressor(ours, theirs) for ours, theirs in pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The mean squared difference of regressed and teacher's features, summed over the layers."""
         pairs = zip(self.regressors, self.pairs(student, teacher), strict=True)
-        losses = [_mse(regressor(ours), theirs) for regressor, (ours, theirs) in pairs]
-        return sum(losses[1:], losses[0])
-
-
-_mse = full_precision(F.mse_loss)
+        losses = [mse(regressor(ours), theirs) for regressor, (ours, theirs) in pairs]
+        return total(losses)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import Pooling, check_dims, projection, same_size
-from lkd.losses.base import DistillLoss
+from lkd.losses.adapters import Pooling, projection, same_size
+from lkd.losses.base import DistillLoss, total
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
@@ -27,12 +27,11 @@ class _Flow(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Check the layers, and make the connectors."""
-        name, pairs = type(self).__name__, self.pairs(student.outputs, teacher.outputs)
+        name, pairs = type(self).__name__, self.pairs(student.outputs, teacher.outputs, dims=4)
         if len(pairs) < 2:
             raise ValueError(f"{name} compares what lies between layers, got {len(pairs)} layer: name two at least")
         layers = zip(self.student_layers, self.teacher_layers, pairs, strict=True)
         for own, other, (ours, theirs) in layers:
-            check_dims(name, 4, student=ours, teacher=theirs)
             if ours.shape[1] != theirs.shape[1] and not self.connect:
                 raise ValueError(
                     f"{name} needs as many channels in the student's layers as in the teacher's, got {ours.shape[1]} "
@@ -111,7 +110,7 @@ def fsp_loss(
     for ours, theirs in zip(pairwise(student_features), pairwise(teacher_features), strict=True):
         squares = (fsp_matrix(*ours, pooling) - fsp_matrix(*theirs, pooling)).square()
         losses.append(squares.mean() if reduction == "mean" else squares.sum() / len(squares))
-    return torch.stack(losses).sum()
+    return total(losses)
 
 
 class FSP(_Flow):
@@ -226,7 +225,7 @@ def kdsvd_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Te
         (_affinity(*student) - _affinity(*teacher)).square().sum() / len(student[0])
         for student, teacher in zip(pairwise(ours), pairwise(theirs), strict=True)
     ]
-    return torch.stack(losses).sum()
+    return total(losses)
 
 
 class KDSVD(_Flow):

@@ -6,24 +6,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lkd.losses.base import CompositeLoss, DistillLoss
+from lkd.losses.base import DistillLoss
+from lkd.losses.checks import check_temperature
 from lkd.losses.precision import wide
 from lkd.types import Batch, Outputs
 
 
-def _check_temperature(temperature: float) -> float:
-    if not temperature > 0:
-        raise ValueError(
-            f"temperature must be greater than 0, got {temperature}; 1 leaves the teacher's probabilities as they are, "
-            "larger values flatten them (4 is usual)"
-        )
-    return float(temperature)
+def kl_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the teacher from the student, of each sample.
+
+    Args:
+        student_log_probs: `(B, K)`.
+        teacher_log_probs: `(B, K)`.
+
+    Returns:
+        `(B,)`, in nats.
+    """
+    return F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(1)
 
 
-def _check_weights(**weights: float) -> None:
-    for name, weight in weights.items():
-        if not weight >= 0:
-            raise ValueError(f"{name} must not be negative, got {weight}; it weighs a term of the loss")
+def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """`kl_divergence` of the softened probabilities, without the factor temperature².
+
+    Args:
+        student_logits: `(B, K)`.
+        teacher_logits: `(B, K)`.
+        temperature: Greater than 0: one, or one for each sample, `(B, 1)`.
+
+    Returns:
+        `(B,)`, in nats; float32 for logits in half precision, else the logits' type.
+    """
+    student, teacher = (F.log_softmax(wide(logits) / temperature, dim=1) for logits in (student_logits, teacher_logits))
+    return kl_divergence(student, teacher)
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
@@ -51,10 +65,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
         >>> round(kd_loss(student, teacher, temperature=4.0).item(), 4)
         0.3309
     """
-    student = F.log_softmax(wide(student_logits) / temperature, dim=1)
-    teacher = F.log_softmax(wide(teacher_logits) / temperature, dim=1)
-    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1, keepdim=True)
-    return (divergence * temperature**2).mean()
+    return (softened_kl(student_logits, teacher_logits, temperature).unsqueeze(1) * temperature**2).mean()
 
 
 class KD(DistillLoss):
@@ -73,7 +84,7 @@ class KD(DistillLoss):
 
     def __init__(self, temperature: float = 4.0) -> None:
         super().__init__()
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `kd_loss`."""
@@ -121,9 +132,7 @@ class LogitMSE(DistillLoss):
 
 def _transformed(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Divergence of the softened teacher from the student as it is, `(B,)`."""
-    student = F.log_softmax(wide(student_logits), dim=1)
-    teacher = F.log_softmax(wide(teacher_logits) / temperature, dim=1)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+    return softened_kl(student_logits, wide(teacher_logits) / temperature, 1.0)
 
 
 def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 10.0) -> Tensor:
@@ -192,7 +201,7 @@ class TTM(DistillLoss):
 
     def __init__(self, temperature: float = 10.0) -> None:
         super().__init__()
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `ttm_loss`."""
@@ -214,75 +223,8 @@ class WTTM(DistillLoss):
 
     def __init__(self, temperature: float = 5.0) -> None:
         super().__init__()
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `wttm_loss`."""
         return wttm_loss(student.logits, teacher.logits, self.temperature)
-
-
-def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
-    r"""Logits of each sample with mean 0 and standard deviation 1 over the classes.
-
-    $$ (z - \mathrm{mean}_c z) \, / \, (\mathrm{std}_c z + \epsilon) $$
-
-    Args:
-        logits: `(B, K)`.
-        eps: Added to the standard deviation, which divides by K - 1.
-
-    Returns:
-        `(B, K)`; float32 for logits in half precision, else the logits' type.
-
-    References:
-        Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427), which divides the
-        variance by K; this is the authors' code.
-
-    Example:
-        >>> standardize(torch.tensor([[10.0, 20.0, 30.0]])).tolist()
-        [[-1.0, 0.0, 1.0]]
-    """
-    logits = wide(logits)
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + eps)
-
-
-class LogitStandardization(CompositeLoss):
-    """Any criterion, on logits with mean 0 and standard deviation 1: the student need not match their size.
-
-    Every sample's logits, the student's and the teacher's, are standardised over the classes (`standardize`)
-    before the criterion compares them; what it reads besides stays as it is. Curves keep the criterion's name.
-
-    Args:
-        criterion: What compares the logits; the paper takes KD with temperature 2, DKD, CTKD or MLKD.
-        eps: Added to the standard deviation.
-
-    References:
-        Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427). The standard
-        deviation divides by K - 1, as in the authors' code; in the paper, by K.
-
-    Example:
-        >>> LogitStandardization(KD(temperature=2.0)).name
-        'kd'
-    """
-
-    def __init__(self, criterion: DistillLoss, eps: float = 1e-7) -> None:
-        super().__init__([criterion])
-        self.criterion = criterion
-        self.eps = eps
-
-    @property
-    def name(self) -> str:
-        """The criterion's."""
-        return self.criterion.name
-
-    @property
-    def parts(self) -> list[DistillLoss]:
-        """The criterion."""
-        return [self.criterion]
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
-        """The criterion's value for the standardised logits."""
-        student, teacher = (
-            outputs._replace(logits=standardize(outputs.logits, self.eps)) for outputs in (student, teacher)
-        )
-        loss: Tensor | dict[str, Tensor] = self.criterion(student, teacher, batch)
-        return loss

@@ -7,13 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature, _check_weights
+from lkd.losses.checks import check_temperature, check_weights
+from lkd.losses.logit import softened_kl
 from lkd.losses.precision import wide
 from lkd.types import Batch, Outputs
 
 
-def _decorrelation(student: Tensor, teacher: Tensor, dim: int, eps: float) -> Tensor:
-    """1 - the mean of Pearson's correlation along `dim`."""
+def decorrelation(student: Tensor, teacher: Tensor, dim: int, eps: float) -> Tensor:
+    """1 - the mean of Pearson's correlation.
+
+    Args:
+        student: Of any shape.
+        teacher: Of the same shape.
+        dim: Along which dimension the two are correlated.
+        eps: Added to the product of the norms.
+    """
     student, teacher = (values - values.mean(dim, keepdim=True) for values in (student, teacher))
     norms: Tensor = torch.linalg.vector_norm(student, dim=dim) * torch.linalg.vector_norm(teacher, dim=dim)
     return 1 - ((student * teacher).sum(dim) / (norms + eps)).mean()
@@ -22,7 +30,7 @@ def _decorrelation(student: Tensor, teacher: Tensor, dim: int, eps: float) -> Te
 def _dist(student_logits: Tensor, teacher_logits: Tensor, dim: int, temperature: float, eps: float) -> Tensor:
     """1 - the mean correlation of probabilities along `dim`, times temperature²."""
     student, teacher = (F.softmax(wide(logits) / temperature, dim=1) for logits in (student_logits, teacher_logits))
-    return temperature**2 * _decorrelation(student, teacher, dim, eps)
+    return temperature**2 * decorrelation(student, teacher, dim, eps)
 
 
 def dist_loss(
@@ -84,12 +92,14 @@ class DIST(DistillLoss):
         Huang et al.: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv 2205.10536).
     """
 
+    compares_samples = True
+
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, eps: float = 1e-8) -> None:
         super().__init__()
-        _check_weights(beta=beta, gamma=gamma)
+        check_weights(beta=beta, gamma=gamma)
         self.beta = beta
         self.gamma = gamma
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
         self.eps = eps
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
@@ -115,9 +125,7 @@ def skd_instance_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     References:
         Jeong, Lee, Choi: Streamlined Knowledge Distillation, CVPR 2026.
     """
-    student = F.log_softmax(wide(student_logits) / temperature, dim=1)
-    teacher = F.log_softmax(wide(teacher_logits) / temperature, dim=1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return softened_kl(student_logits, teacher_logits, temperature).mean()
 
 
 def skd_direction_loss(student_logits: Tensor, teacher_logits: Tensor, tikhonov: float = 0.1) -> Tensor:
@@ -173,12 +181,14 @@ class SKD(DistillLoss):
         Jeong, Lee, Choi: Streamlined Knowledge Distillation, CVPR 2026.
     """
 
+    compares_samples = True
+
     def __init__(self, temperature: float = 4.0, tikhonov: float = 0.1, direction_weight: float = 1.0) -> None:
         super().__init__()
         if not tikhonov > 0:
             raise ValueError(f"tikhonov must be greater than 0, got {tikhonov}; it keeps the covariance invertible")
-        _check_weights(direction_weight=direction_weight)
-        self.temperature = _check_temperature(temperature)
+        check_weights(direction_weight=direction_weight)
+        self.temperature = check_temperature(temperature)
         self.tikhonov = tikhonov
         self.direction_weight = direction_weight
 

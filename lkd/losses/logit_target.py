@@ -10,47 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature, _check_weights
+from lkd.losses.checks import check_temperature, check_weights
+from lkd.losses.labels import labelled_mean, log_others, others, own_class
+from lkd.losses.logit import kl_divergence
 from lkd.losses.precision import wide
-from lkd.types import IGNORE_INDEX, Batch, Outputs
-
-
-def _own(target: Tensor) -> Tensor:
-    """The target as an index `(B, 1)`; class 0 where there is no label, for `_labelled_mean` to drop."""
-    return target.clamp(min=0).unsqueeze(1)
-
-
-def _labelled_mean(values: Tensor, target: Tensor) -> Tensor:
-    """Mean of `(B,)` over the samples with a label; 0 if there is none."""
-    labelled = target != IGNORE_INDEX
-    return values.masked_fill(~labelled, 0).sum() / labelled.sum().clamp(min=1)
-
-
-def _others(values: Tensor, own: Tensor) -> Tensor:
-    """`(B, K - 1)`: the values of all classes but the target, in their order."""
-    classes = torch.arange(values.shape[1] - 1, device=values.device)
-    return values.gather(1, classes + (classes >= own))
-
-
-def _log_others(logits: Tensor, own: Tensor) -> Tensor:
-    """Log-probabilities `(B, K - 1)` of the classes beside the target, among themselves."""
-    if logits.shape[1] < 3:
-        raise ValueError(
-            "this criterion compares the classes beside the target with one another, which needs at least 3 classes; "
-            f"the logits have {logits.shape[1]}: take KD"
-        )
-    return F.log_softmax(_others(logits, own), dim=1)
+from lkd.types import Batch, Outputs
 
 
 def _log_or_not(logits: Tensor, own: Tensor) -> Tensor:
     """Log-probabilities `(B, 2)` of one class, and of all others together."""
     log_p = F.log_softmax(logits, dim=1)
-    return torch.stack([log_p.gather(1, own).squeeze(1), _others(log_p, own).logsumexp(1)], dim=1)
-
-
-def _kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Divergence `(B,)` of the teacher from the student, both as log-probabilities."""
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+    return torch.stack([log_p.gather(1, own).squeeze(1), others(log_p, own).logsumexp(1)], dim=1)
 
 
 def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
@@ -71,9 +41,9 @@ def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
     References:
         Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022 (arXiv 2203.08679).
     """
-    own = _own(target)
+    own = own_class(target)
     student, teacher = (_log_or_not(wide(logits) / temperature, own) for logits in (student_logits, teacher_logits))
-    return temperature**2 * _labelled_mean(_kl(student, teacher), target)
+    return temperature**2 * labelled_mean(kl_divergence(student, teacher), target)
 
 
 def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
@@ -97,9 +67,9 @@ def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
     References:
         Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022 (arXiv 2203.08679).
     """
-    own = _own(target)
-    student, teacher = (_log_others(wide(logits) / temperature, own) for logits in (student_logits, teacher_logits))
-    return temperature**2 * _labelled_mean(_kl(student, teacher), target)
+    own = own_class(target)
+    student, teacher = (log_others(wide(logits) / temperature, own) for logits in (student_logits, teacher_logits))
+    return temperature**2 * labelled_mean(kl_divergence(student, teacher), target)
 
 
 def dkd_loss(
@@ -163,12 +133,14 @@ class DKD(DistillLoss):
         Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022 (arXiv 2203.08679).
     """
 
+    skips_unlabelled = True
+
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
         super().__init__()
-        _check_weights(alpha=alpha, beta=beta)
+        check_weights(alpha=alpha, beta=beta)
         self.alpha = alpha
         self.beta = beta
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The two parts of `dkd_loss`."""
@@ -181,18 +153,18 @@ class DKD(DistillLoss):
 
 def _nkd_target(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
     """The first part of `nkd_loss`."""
-    own = _own(target)
+    own = own_class(target)
     student, teacher = (
         F.log_softmax(wide(logits), dim=1).gather(1, own).squeeze(1) for logits in (student_logits, teacher_logits)
     )
-    return _labelled_mean(-teacher.exp() * student, target)
+    return labelled_mean(-teacher.exp() * student, target)
 
 
 def _nkd_nontarget(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """The second part of `nkd_loss`: `nckd_loss` and the teacher's entropy, which has no gradient."""
-    own = _own(target)
-    student, teacher = (_log_others(wide(logits) / temperature, own) for logits in (student_logits, teacher_logits))
-    return temperature**2 * _labelled_mean(-(teacher.exp() * student).sum(1), target)
+    own = own_class(target)
+    student, teacher = (log_others(wide(logits) / temperature, own) for logits in (student_logits, teacher_logits))
+    return temperature**2 * labelled_mean(-(teacher.exp() * student).sum(1), target)
 
 
 def nkd_loss(
@@ -249,11 +221,13 @@ class NKD(DistillLoss):
         Yang et al.: From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023 (arXiv 2303.13005).
     """
 
+    skips_unlabelled = True
+
     def __init__(self, gamma: float = 1.5, temperature: float = 1.0) -> None:
         super().__init__()
-        _check_weights(gamma=gamma)
+        check_weights(gamma=gamma)
         self.gamma = gamma
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The two parts of `nkd_loss`."""
@@ -286,14 +260,14 @@ def wsld_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
         Zhou et al.: Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective,
         ICLR 2021 (arXiv 2102.00650), whose factor alpha is `distill_weight` here.
     """
-    own, student_logits, teacher_logits = _own(target), wide(student_logits), wide(teacher_logits)
+    own, student_logits, teacher_logits = own_class(target), wide(student_logits), wide(teacher_logits)
     student_ce, teacher_ce = (
         -F.log_softmax(logits.detach(), dim=1).gather(1, own).squeeze(1) for logits in (student_logits, teacher_logits)
     )
     weight = 1 - torch.exp(-(student_ce / (teacher_ce + 1e-7)).clamp(min=0))  # 1e-7: as the authors' code
     teacher = F.softmax(teacher_logits / temperature, dim=1)
     soft_ce = -(teacher * F.log_softmax(student_logits / temperature, dim=1)).sum(1)
-    return temperature**2 * _labelled_mean(weight * soft_ce, target)
+    return temperature**2 * labelled_mean(weight * soft_ce, target)
 
 
 class WSLD(DistillLoss):
@@ -312,9 +286,11 @@ class WSLD(DistillLoss):
         ICLR 2021 (arXiv 2102.00650).
     """
 
+    skips_unlabelled = True
+
     def __init__(self, temperature: float = 4.0) -> None:
         super().__init__()
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `wsld_loss`."""
@@ -323,22 +299,22 @@ class WSLD(DistillLoss):
 
 def _scd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """The first part of `rld_loss`: sample confidence."""
-    student = _log_or_not(wide(student_logits) / temperature, _own(target))
+    student = _log_or_not(wide(student_logits) / temperature, own_class(target))
     teacher = _log_or_not(wide(teacher_logits) / temperature, teacher_logits.argmax(1, keepdim=True))
-    return temperature**2 * _labelled_mean(_kl(student, teacher), target)
+    return temperature**2 * labelled_mean(kl_divergence(student, teacher), target)
 
 
 def _mcd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """The second part of `rld_loss`: masked correlation."""
-    masked = teacher_logits >= teacher_logits.gather(1, _own(target))
+    masked = teacher_logits >= teacher_logits.gather(1, own_class(target))
     nothing_left = masked.all(1, keepdim=True)
     masked = masked & ~nothing_left  # a softmax of nothing is not a number; these samples are left out below
     student, teacher = (
         F.log_softmax((wide(logits) / temperature).masked_fill(masked, -torch.inf), dim=1).masked_fill(masked, 0)
         for logits in (student_logits, teacher_logits)
     )
-    divergence = _kl(student, teacher).masked_fill(nothing_left.squeeze(1), 0)
-    return temperature**2 * _labelled_mean(divergence, target)
+    divergence = kl_divergence(student, teacher).masked_fill(nothing_left.squeeze(1), 0)
+    return temperature**2 * labelled_mean(divergence, target)
 
 
 def rld_loss(
@@ -400,6 +376,8 @@ class RLD(DistillLoss):
         Sun et al.: Knowledge Distillation with Refined Logits, ICCV 2025 (arXiv 2408.07703).
     """
 
+    skips_unlabelled = True
+
     def __init__(
         self,
         alpha: float = 1.0,
@@ -408,11 +386,11 @@ class RLD(DistillLoss):
         confidence_temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        _check_weights(alpha=alpha, beta=beta)
+        check_weights(alpha=alpha, beta=beta)
         self.alpha = alpha
         self.beta = beta
-        self.temperature = _check_temperature(temperature)
-        self.confidence_temperature = _check_temperature(confidence_temperature)
+        self.temperature = check_temperature(temperature)
+        self.confidence_temperature = check_temperature(confidence_temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The two parts of `rld_loss`."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lkd.losses.adapters import check_dims, generator, same_size
-from lkd.losses.base import DistillLoss
+from lkd.losses.adapters import generator, same_size
+from lkd.losses.base import DistillLoss, total
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
@@ -74,8 +74,7 @@ class MGD(DistillLoss):
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the aligning and the generating convolutions."""
         aligners, generators = [], []
-        for ours, theirs in self.pairs(student.outputs, teacher.outputs):
-            check_dims("MGD", 4, student=ours, teacher=theirs)
+        for ours, theirs in self.pairs(student.outputs, teacher.outputs, dims=4):
             own, other = ours.shape[1], theirs.shape[1]
             aligners.append(nn.Identity() if own == other else nn.Conv2d(own, other, 1))
             generators.append(generator(other))
@@ -99,4 +98,4 @@ class MGD(DistillLoss):
             aligned = aligner(ours)
             kept = self.uniform(aligned) >= self.mask_ratio
             losses.append(mgd_loss(generate(aligned * kept), theirs))
-        return torch.stack(losses).sum()
+        return total(losses)

@@ -9,21 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature
-from lkd.losses.logit_target import _kl
+from lkd.losses.base import DistillLoss, total
+from lkd.losses.checks import check_temperature
+from lkd.losses.logit import softened_kl
 from lkd.losses.precision import full_precision, wide
 from lkd.types import Batch, Outputs
 
 Form = Literal["code", "paper"]
 TEMPERATURES = (4.0, 3.0, 5.0, 2.0, 6.0)
-
-
-@full_precision
-def _instances(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Divergence of the softened probabilities, of each image `(B,)`; the mean is `kd_loss`."""
-    student, teacher = (F.log_softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits))
-    return temperature**2 * _kl(student, teacher)
 
 
 @full_precision
@@ -38,6 +31,11 @@ def _images(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     """Squared difference of the images' products over the classes, of each image `(B,)`."""
     student, teacher = (F.softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits))
     return (teacher @ teacher.T - student @ student.T).square().sum(1)
+
+
+def _instances(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Divergence of the softened probabilities, of each image `(B,)`; the mean is `kd_loss`."""
+    return temperature**2 * softened_kl(student_logits, teacher_logits, temperature)
 
 
 _LEVELS = {"kd": _instances, "class": _classes, "batch": _images}
@@ -141,7 +139,7 @@ def mlkd_loss(
         Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023.
     """
     terms = _terms(student_logits, teacher_logits, temperatures, percentile, form)
-    return torch.stack(list(terms.values())).sum()
+    return total(list(terms.values()))
 
 
 class MLKD(DistillLoss):
@@ -172,6 +170,7 @@ class MLKD(DistillLoss):
     """
 
     num_views = 2
+    compares_samples = True
 
     def __init__(
         self, form: Form = "code", temperatures: Sequence[float] = TEMPERATURES, percentile: float = 50.0
@@ -184,7 +183,7 @@ class MLKD(DistillLoss):
         if not 0 <= percentile <= 100:
             raise ValueError(f"percentile must be between 0 and 100, got {percentile}; the authors take 50")
         self.form: Form = form
-        self.temperatures = tuple(_check_temperature(temperature) for temperature in temperatures)
+        self.temperatures = tuple(check_temperature(temperature) for temperature in temperatures)
         self.percentile = percentile
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature, _check_weights
+from lkd.losses.base import DistillLoss, total
+from lkd.losses.checks import check_temperature, check_weights
 from lkd.losses.precision import wide
 from lkd.types import Batch, Outputs, Probe
 
@@ -128,9 +128,9 @@ class OFAKD(DistillLoss):
         super().__init__(student_layers)
         if not eps > 0:
             raise ValueError(f"eps must be greater than 0, got {eps}; 1 to 1.5 is usual")
-        _check_weights(exits_weight=exits_weight, logits_weight=logits_weight)
+        check_weights(exits_weight=exits_weight, logits_weight=logits_weight)
         self.eps = eps
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
         self.exits_weight = exits_weight
         self.logits_weight = logits_weight
 
@@ -149,4 +149,4 @@ class OFAKD(DistillLoss):
             [ofa_loss(logits, teacher.logits, batch.target, self.eps, self.temperature) for logits in group]
             for group in (answers, [student.logits])
         )
-        return {"exits": self.exits_weight * sum(exits[1:], exits[0]), "logits": self.logits_weight * own[0]}
+        return {"exits": self.exits_weight * total(exits), "logits": self.logits_weight * own[0]}

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import check_dims, same_size
-from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature, kd_loss
+from lkd.losses.adapters import same_size
+from lkd.losses.base import DistillLoss, total
+from lkd.losses.checks import check_temperature
+from lkd.losses.logit import softened_kl
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
@@ -85,9 +86,7 @@ class VID(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the regressors and the variances."""
-        pairs = self.pairs(student.outputs, teacher.outputs)
-        for ours, theirs in pairs:
-            check_dims("VID", 4, student=ours, teacher=theirs)
+        pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
         raw = math.log(math.expm1(self.initial_variance - self.eps))
         self.regressors = nn.ModuleList(_mean_regressor(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs)
         self.raw_variances = nn.ParameterList(torch.full((theirs.shape[1],), raw) for _, theirs in pairs)
@@ -99,7 +98,7 @@ class VID(DistillLoss):
         for regressor, raw, (ours, theirs) in pairs:
             ours, theirs = same_size(ours, theirs)
             losses.append(vid_loss(regressor(ours), theirs, F.softplus(raw) + self.eps))
-        return torch.stack(losses).sum()
+        return total(losses)
 
 
 def _mean_regressor(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -174,8 +173,7 @@ class PAD(DistillLoss):
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the projectors, and what predicts the variances."""
         projectors, heads = [], []
-        for ours, theirs in self.pairs(student.outputs, teacher.outputs):
-            check_dims("PAD", 2, student=ours, teacher=theirs)
+        for ours, theirs in self.pairs(student.outputs, teacher.outputs, dims=2):
             sizes = ours.shape[1], theirs.shape[1]
             projectors.append(nn.Identity() if sizes[0] == sizes[1] else nn.Linear(*sizes))
             heads.append(_normalized_linear(*sizes))
@@ -189,7 +187,7 @@ class PAD(DistillLoss):
             pad_loss(projector(ours), theirs, log_variance(ours), self.eps)
             for projector, log_variance, (ours, theirs) in parts
         ]
-        return torch.stack(losses).sum()
+        return total(losses)
 
 
 def _normalized_linear(in_features: int, out_features: int, eps: float = 1e-5, affine: bool = True) -> nn.Sequential:
@@ -249,6 +247,8 @@ class SRD(DistillLoss):
         (arXiv 2303.11098). 4 is the exponent of its ImageNet runs; the authors' code has 1 where none is given.
     """
 
+    compares_samples = True
+
     def __init__(
         self,
         student_layers: Sequence[str] = ("@pooled",),
@@ -260,13 +260,11 @@ class SRD(DistillLoss):
         if not exponent >= 1:
             raise ValueError(f"exponent must be at least 1, got {exponent}; 4 is usual")
         self.exponent = exponent
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the projectors and the normalisations."""
-        pairs = self.pairs(student.outputs, teacher.outputs)
-        for ours, theirs in pairs:
-            check_dims("SRD", 2, student=ours, teacher=theirs)
+        pairs = self.pairs(student.outputs, teacher.outputs, dims=2)
         self.projectors = nn.ModuleList(
             _normalized_linear(ours.shape[1], theirs.shape[1], eps=1e-4, affine=False) for ours, theirs in pairs
         )
@@ -278,5 +276,5 @@ class SRD(DistillLoss):
         """`features`, the sum of `srd_loss` over the layers, and `logits`."""
         parts = zip(self.projectors, self.teacher_norms, self.pairs(student, teacher), strict=True)
         losses = [srd_loss(projector(ours), norm(theirs), self.exponent) for projector, norm, (ours, theirs) in parts]
-        divergence = kd_loss(student.logits, teacher.logits, self.temperature) / self.temperature**2
-        return {"features": torch.stack(losses).sum(), "logits": divergence}
+        divergence = softened_kl(student.logits, teacher.logits, self.temperature).mean()
+        return {"features": total(losses), "logits": divergence}

@@ -11,14 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses.adapters import embedding
-from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_weights
+from lkd.losses.base import DistillLoss, total
+from lkd.losses.checks import check_weights
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
-
-
-def _added(losses: Sequence[Tensor]) -> Tensor:
-    return sum(losses[1:], losses[0])
 
 
 def _distances(feature: Tensor, squared: bool, eps: float) -> Tensor:
@@ -121,6 +117,7 @@ class RKD(DistillLoss):
     """
 
     reads_logits = False
+    compares_samples = True
 
     def __init__(
         self,
@@ -132,7 +129,7 @@ class RKD(DistillLoss):
         eps: float = 1e-12,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        _check_weights(distance_weight=distance_weight, angle_weight=angle_weight)
+        check_weights(distance_weight=distance_weight, angle_weight=angle_weight)
         if distance_weight == angle_weight == 0:
             raise ValueError("distance_weight and angle_weight are both 0, so RKD compares nothing; set one of them")
         self.distance_weight = distance_weight
@@ -145,9 +142,9 @@ class RKD(DistillLoss):
         pairs, terms = self.pairs(student, teacher), {}
         if self.distance_weight:
             losses = [rkd_distance_loss(ours, theirs, self.squared, self.eps) for ours, theirs in pairs]
-            terms["distance"] = self.distance_weight * _added(losses)
+            terms["distance"] = self.distance_weight * total(losses)
         if self.angle_weight:
-            terms["angle"] = self.angle_weight * _added([rkd_angle_loss(ours, theirs) for ours, theirs in pairs])
+            terms["angle"] = self.angle_weight * total([rkd_angle_loss(ours, theirs) for ours, theirs in pairs])
         return terms
 
 
@@ -195,6 +192,7 @@ class SP(DistillLoss):
     """
 
     reads_logits = False
+    compares_samples = True
 
     def __init__(
         self, student_layers: Sequence[str] = ("@last_stage",), teacher_layers: Sequence[str] = ("@last_stage",)
@@ -203,7 +201,7 @@ class SP(DistillLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The sum of `sp_loss` over the layers."""
-        return _added([sp_loss(ours, theirs) for ours, theirs in self.pairs(student, teacher)])
+        return total([sp_loss(ours, theirs) for ours, theirs in self.pairs(student, teacher)])
 
 
 def _neighbours(feature: Tensor, eps: float) -> Tensor:
@@ -256,6 +254,7 @@ class PKT(DistillLoss):
     """
 
     reads_logits = False
+    compares_samples = True
 
     def __init__(
         self,
@@ -268,7 +267,7 @@ class PKT(DistillLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The sum of `pkt_loss` over the layers."""
-        return _added([pkt_loss(ours, theirs, self.eps) for ours, theirs in self.pairs(student, teacher)])
+        return total([pkt_loss(ours, theirs, self.eps) for ours, theirs in self.pairs(student, teacher)])
 
 
 Kernel = Literal["gaussian", "bilinear"]
@@ -281,7 +280,7 @@ def _correlations(feature: Tensor, kernel: Kernel, gamma: float, order: int, nor
     if kernel == "bilinear":
         return product
     terms = [(2 * gamma) ** power / math.factorial(power) * product**power for power in range(1, order + 1)]
-    return math.exp(-2 * gamma) * (1 + _added(terms))
+    return math.exp(-2 * gamma) * (1 + total(terms))
 
 
 @full_precision
@@ -379,6 +378,7 @@ class CC(DistillLoss):
     """
 
     reads_logits = False
+    compares_samples = True
 
     def __init__(
         self,
@@ -408,11 +408,11 @@ class CC(DistillLoss):
         """Make the embeddings."""
         pairs = self.pairs(student.outputs, teacher.outputs)
         if self.feat_dim is None:
-            wrong = [pair for pair in pairs if self.form == "neighbours" and pair[0].shape != pair[1].shape]
-            for ours, theirs in wrong:
+            shapes = [(tuple(ours.shape), tuple(theirs.shape)) for ours, theirs in pairs]
+            if self.form == "neighbours" and (wrong := [pair for pair in shapes if pair[0] != pair[1]]):
                 raise ValueError(
-                    f"CC compares the features themselves with form: neighbours; the student's is {tuple(ours.shape)}, "
-                    f"the teacher's {tuple(theirs.shape)}: set feat_dim"
+                    f"CC compares the features themselves with form: neighbours; the student's is {wrong[0][0]}, "
+                    f"the teacher's {wrong[0][1]}: set feat_dim"
                 )
             return
         self.student_embeddings = nn.ModuleList(embedding(ours, self.feat_dim) for ours, _ in pairs)
@@ -425,5 +425,5 @@ class CC(DistillLoss):
             embeddings = zip(self.student_embeddings, self.teacher_embeddings, strict=True)
             pairs = [(ours(a), theirs(b)) for (ours, theirs), (a, b) in zip(embeddings, pairs, strict=True)]
         if self.form == "neighbours":
-            return _added([cc_neighbour_loss(*pair) for pair in pairs])
-        return _added([cc_loss(*pair, self.kernel, self.gamma, self.order, self.normalize) for pair in pairs])
+            return total([cc_neighbour_loss(*pair) for pair in pairs])
+        return total([cc_loss(*pair, self.kernel, self.gamma, self.order, self.normalize) for pair in pairs])

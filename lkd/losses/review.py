@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import check_dims, pooled_to, projection
-from lkd.losses.base import DistillLoss
+from lkd.losses.adapters import pooled_to, projection
+from lkd.losses.base import DistillLoss, total
+from lkd.losses.checks import check_dims
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
@@ -143,4 +144,4 @@ class ReviewKD(DistillLoss):
         for fusion, (ours, theirs) in zip(self.fusions, self.levels(student, teacher), strict=True):
             output, deeper = fusion(ours, deeper, theirs.shape[2:])
             losses.append(hcl_loss(output, theirs))
-        return torch.stack(losses).sum()
+        return total(losses)

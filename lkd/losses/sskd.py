@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import check_dims
 from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature, _check_weights, kd_loss
-from lkd.losses.logit_target import _kl
+from lkd.losses.checks import check_temperature, check_weights
+from lkd.losses.logit import kd_loss, softened_kl
 from lkd.losses.precision import full_precision
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
@@ -76,7 +75,7 @@ def sskd_ss_loss(
         many images more similar, the authors keep any; here, those of the first images.
     """
     student, teacher = _similarity(student_embedding), _similarity(teacher_embedding)
-    values = temperature**2 * _kl(*(F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher)))
+    values = temperature**2 * softened_kl(student, teacher, temperature)
     return _kept_mean(values, teacher, _own_image(teacher), ratio)
 
 
@@ -106,7 +105,7 @@ def sskd_tf_loss(
         Xu et al.: Knowledge Distillation Meets Self-Supervision, ECCV 2020 (arXiv 2006.07114).
     """
     student, teacher = _turned(student_logits), _turned(teacher_logits)
-    values = temperature**2 * _kl(*(F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher)))
+    values = temperature**2 * softened_kl(student, teacher, temperature)
     return _kept_mean(values, teacher, target.repeat_interleave(_VIEWS - 1), ratio)
 
 
@@ -163,6 +162,8 @@ class SSKD(DistillLoss):
     """
 
     num_views = _VIEWS
+    compares_samples = True
+    skips_unlabelled = None
 
     def __init__(
         self,
@@ -179,7 +180,7 @@ class SSKD(DistillLoss):
         tf_ratio: float = 1.0,
     ) -> None:
         super().__init__([student_layer], [teacher_layer])
-        _check_weights(
+        check_weights(
             kd_weight=kd_weight, ss_weight=ss_weight, tf_weight=tf_weight, teacher_head_weight=teacher_head_weight
         )
         for name, ratio in (("ss_ratio", ss_ratio), ("tf_ratio", tf_ratio)):
@@ -189,16 +190,15 @@ class SSKD(DistillLoss):
         self.ss_weight = ss_weight
         self.tf_weight = tf_weight
         self.teacher_head_weight = teacher_head_weight
-        self.kd_temperature = _check_temperature(kd_temperature)
-        self.ss_temperature = _check_temperature(ss_temperature)
-        self.tf_temperature = _check_temperature(tf_temperature)
+        self.kd_temperature = check_temperature(kd_temperature)
+        self.ss_temperature = check_temperature(ss_temperature)
+        self.tf_temperature = check_temperature(tf_temperature)
         self.ss_ratio = ss_ratio
         self.tf_ratio = tf_ratio
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the projection heads."""
-        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs)
-        check_dims("SSKD", 2, student=ours, teacher=theirs)
+        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=2)
         self.student_head = _head(ours)
         self.teacher_head = _head(theirs)
 

@@ -12,10 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature, _check_weights
-from lkd.losses.logit_target import _kl, _labelled_mean, _log_others, _others, _own
+from lkd.losses.checks import check_temperature, check_weights
+from lkd.losses.labels import labelled_cross_entropy, labelled_mean, log_others, others, own_class
+from lkd.losses.logit import softened_kl
 from lkd.losses.precision import wide
-from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
+from lkd.types import Batch, Outputs, Probe
+
+_SMOOTHING = 0.1
+"""Of the labels that USKD's weak head learns."""
 
 
 def tfkd_loss(
@@ -44,9 +48,8 @@ def tfkd_loss(
     """
     student_logits = wide(student_logits)
     rest = math.log((1 - correct_probability) / (student_logits.shape[1] - 1))
-    virtual = torch.full_like(student_logits, rest).scatter(1, _own(target), math.log(correct_probability))
-    student, teacher = (F.log_softmax(logits / temperature, dim=1) for logits in (student_logits, virtual))
-    return temperature**2 * _labelled_mean(_kl(student, teacher), target)
+    virtual = torch.full_like(student_logits, rest).scatter(1, own_class(target), math.log(correct_probability))
+    return temperature**2 * labelled_mean(softened_kl(student_logits, virtual, temperature), target)
 
 
 class TfKD(DistillLoss):
@@ -69,12 +72,13 @@ class TfKD(DistillLoss):
 
     needs_teacher = False
     reads_logits = False
+    skips_unlabelled = True
 
     def __init__(self, temperature: float = 20.0, correct_probability: float = 0.99) -> None:
         super().__init__()
         if not 0 < correct_probability < 1:
             raise ValueError(f"correct_probability must be between 0 and 1, got {correct_probability}; 0.99 is usual")
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
         self.correct_probability = correct_probability
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
@@ -102,9 +106,8 @@ def cskd_loss(student_logits: Tensor, partner_logits: Tensor, target: Tensor, te
     References:
         Yun et al.: Regularizing Class-wise Predictions via Self-knowledge Distillation, CVPR 2020 (arXiv 2003.13964).
     """
-    logits = wide(student_logits), wide(partner_logits).detach()
-    student, partner = (F.log_softmax(each / temperature, dim=1) for each in logits)
-    return temperature**2 * _labelled_mean(_kl(student, partner), target)
+    values = softened_kl(student_logits, partner_logits.detach(), temperature)
+    return temperature**2 * labelled_mean(values, target)
 
 
 class CSKD(DistillLoss):
@@ -128,10 +131,11 @@ class CSKD(DistillLoss):
     needs_teacher = False
     reads_logits = False
     num_views = 2
+    skips_unlabelled = True
 
     def __init__(self, temperature: float = 4.0) -> None:
         super().__init__()
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `cskd_loss`."""
@@ -141,29 +145,21 @@ class CSKD(DistillLoss):
 
 def _uskd_target(student_logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy with the label, weighed by how sure the student is of it."""
-    log_own = F.log_softmax(wide(student_logits), dim=1).gather(1, _own(target)).squeeze(1)
+    log_own = F.log_softmax(wide(student_logits), dim=1).gather(1, own_class(target)).squeeze(1)
     squares = (2 * log_own.detach()).exp()
-    return _labelled_mean(-(squares + 1 - _labelled_mean(squares, target)) * log_own, target)
-
-
-def _uskd_weak(weak_logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of the weak head with smoothed labels."""
-    values = F.cross_entropy(
-        wide(weak_logits), target, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=0.1
-    )
-    return _labelled_mean(values, target)
+    return labelled_mean(-(squares + 1 - labelled_mean(squares, target)) * log_own, target)
 
 
 def _uskd_nontarget(student_logits: Tensor, weak_logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of the other classes with Zipf's law over their ranks."""
-    own, student_logits = _own(target), wide(student_logits)
+    own, student_logits = own_class(target), wide(student_logits)
     log_student = F.log_softmax(student_logits, dim=1)
     weak = F.softmax(wide(weak_logits), dim=1)
     score = weak / (1 - weak.gather(1, own) + 1e-6) + log_student / (1 - log_student.gather(1, own) + 1e-6)
     rank = score.argsort(dim=1, descending=True).argsort(dim=1) + 1
-    zipf = _others(1 / rank.to(score.dtype), own)
+    zipf = others(1 / rank.to(score.dtype), own)
     zipf = zipf / zipf.sum(1, keepdim=True)
-    return _labelled_mean(-(zipf * _log_others(student_logits, own)).sum(1), target)
+    return labelled_mean(-(zipf * log_others(student_logits, own)).sum(1), target)
 
 
 def uskd_loss(
@@ -205,7 +201,7 @@ def uskd_loss(
     return (
         alpha * _uskd_target(student_logits, target)
         + beta * _uskd_nontarget(student_logits, weak_logits, target)
-        + mu * _uskd_weak(weak_logits, target)
+        + mu * labelled_cross_entropy(weak_logits, target, _SMOOTHING)
     )
 
 
@@ -233,12 +229,14 @@ class USKD(DistillLoss):
 
     needs_teacher = False
     reads_logits = False
+    compares_samples = True
+    skips_unlabelled = True
 
     def __init__(
         self, student_layer: str = "@stage2", alpha: float = 1.0, beta: float = 0.1, mu: float = 0.005
     ) -> None:
         super().__init__([student_layer])
-        _check_weights(alpha=alpha, beta=beta, mu=mu)
+        check_weights(alpha=alpha, beta=beta, mu=mu)
         self.alpha = alpha
         self.beta = beta
         self.mu = mu
@@ -261,5 +259,5 @@ class USKD(DistillLoss):
         return {
             "target": self.alpha * _uskd_target(student.logits, batch.target),
             "nontarget": self.beta * _uskd_nontarget(student.logits, weak, batch.target),
-            "weak": self.mu * _uskd_weak(weak, batch.target),
+            "weak": self.mu * labelled_cross_entropy(weak, batch.target, _SMOOTHING),
         }

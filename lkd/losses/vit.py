@@ -10,19 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import check_dims, generator
-from lkd.losses.base import DistillLoss
-from lkd.losses.logit import _check_temperature, _check_weights, kd_loss
-from lkd.losses.logit_target import _labelled_mean
+from lkd.losses.adapters import generator
+from lkd.losses.base import DistillLoss, total
+from lkd.losses.checks import check_temperature, check_weights
+from lkd.losses.labels import labelled_cross_entropy
+from lkd.losses.logit import kd_loss
 from lkd.losses.precision import full_precision, wide
-from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
+from lkd.types import Batch, Outputs, Probe
 
 
-def tokens_to_map(owner: str, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
+def tokens_to_map(owner: str, role: str, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
     """The tokens of a square grid of patches as a feature map.
 
     Args:
         owner: The criterion's name.
+        role: Whose tokens they are, `student` or `teacher`.
         tokens: `(B, N, C)`, row by row.
         num_prefix_tokens: How many of them, at the beginning, are of no patch (class tokens, registers).
 
@@ -37,9 +39,9 @@ def tokens_to_map(owner: str, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
     side = isqrt(num_patches)
     if num_prefix_tokens < 0 or side == 0 or side * side != num_patches:
         raise ValueError(
-            f"{owner} reads tokens of a square grid of patches; a layer returns {tokens.shape[1]} tokens, which are "
-            f"{num_patches} without {num_prefix_tokens} class tokens: set the number of class tokens (prefix_tokens), "
-            "or name another layer"
+            f"{owner} reads tokens of a square grid of patches; a layer of the {role} returns {tokens.shape[1]}, which "
+            f"are {num_patches} without {num_prefix_tokens} class tokens: set the number of class tokens "
+            f"({role}_prefix_tokens), or name another layer"
         )
     return patches.mT.reshape(len(tokens), -1, side, side)
 
@@ -105,7 +107,9 @@ class ViTKD(DistillLoss):
         alpha: Weight of the shallow layers.
         beta: Weight of the last layer.
         mask_ratio: $\lambda$, greater than 0 and at most 1: the share of the tokens that is masked.
-        num_prefix_tokens: How many tokens, at the beginning, are of no patch (class tokens, registers).
+        student_prefix_tokens: How many of the student's tokens, at the beginning, are of no patch (class tokens,
+            registers).
+        teacher_prefix_tokens: How many of the teacher's.
 
     Raises:
         ValueError: If a weight is negative or the ratio out of range, or, in training, a layer returns no tokens of a
@@ -124,25 +128,29 @@ class ViTKD(DistillLoss):
         alpha: float = 3e-5,
         beta: float = 3e-6,
         mask_ratio: float = 0.5,
-        num_prefix_tokens: int = 1,
+        student_prefix_tokens: int = 1,
+        teacher_prefix_tokens: int = 1,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        _check_weights(alpha=alpha, beta=beta)
+        check_weights(alpha=alpha, beta=beta)
         if not 0 < mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be greater than 0 and at most 1, got {mask_ratio}; 0.5 is usual")
         self.alpha = alpha
         self.beta = beta
         self.mask_ratio = mask_ratio
-        self.num_prefix_tokens = num_prefix_tokens
+        self.student_prefix_tokens = student_prefix_tokens
+        self.teacher_prefix_tokens = teacher_prefix_tokens
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make what aligns, masks and generates."""
-        pairs = self.pairs(student.outputs, teacher.outputs)
+        pairs = self.pairs(student.outputs, teacher.outputs, dims=3)
         if len(pairs) < 2:
             raise ValueError("ViTKD reads shallow layers, and last the one that is generated; name two layers at least")
         for ours, theirs in pairs:
-            check_dims("ViTKD", 3, student=ours, teacher=theirs)
-            maps = [tokens_to_map("ViTKD", tokens, self.num_prefix_tokens) for tokens in (ours, theirs)]
+            maps = (
+                tokens_to_map("ViTKD", "student", ours, self.student_prefix_tokens),
+                tokens_to_map("ViTKD", "teacher", theirs, self.teacher_prefix_tokens),
+            )
             if maps[0].shape[2:] != maps[1].shape[2:]:
                 raise ValueError(
                     f"ViTKD compares tokens one by one; the student has {maps[0][0, 0].numel()} patches, the teacher "
@@ -169,7 +177,7 @@ class ViTKD(DistillLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The weighted parts: `vitkd_mimicking_loss` and `vitkd_generation_loss`."""
         *shallow, (ours, theirs) = (
-            (own[:, self.num_prefix_tokens :], other[:, self.num_prefix_tokens :])
+            (own[:, self.student_prefix_tokens :], other[:, self.teacher_prefix_tokens :])
             for own, other in self.pairs(student, teacher)
         )
         pairs = zip(self.shallow, shallow, strict=True)
@@ -178,22 +186,15 @@ class ViTKD(DistillLoss):
         num_kept = int(aligned.shape[1] * (1 - self.mask_ratio))
         masked = self.noise(aligned).argsort(1).argsort(1) >= num_kept
         partial = torch.where(masked.unsqueeze(2), self.mask_token.to(aligned.dtype), aligned)
-        generated = self.generation(tokens_to_map("ViTKD", partial, 0)).flatten(2).mT
+        generated = self.generation(tokens_to_map("ViTKD", "student", partial, 0)).flatten(2).mT
         return {
-            "mimicking": self.alpha * torch.stack(mimicking).sum(),
+            "mimicking": self.alpha * total(mimicking),
             "generation": self.beta / self.mask_ratio * vitkd_generation_loss(generated, theirs, masked),
         }
 
 
 def _aligned(width: int, teacher_width: int) -> nn.Module:
     return nn.Identity() if width == teacher_width else nn.Linear(width, teacher_width)
-
-
-def _class_loss(class_logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    values = F.cross_entropy(
-        wide(class_logits), target, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=label_smoothing
-    )
-    return _labelled_mean(values, target)
 
 
 def _token_loss(token_logits: Tensor, teacher_logits: Tensor, kind: str, temperature: float) -> Tensor:
@@ -240,7 +241,7 @@ def deit_loss(
         >>> round(deit_loss(logits, logits, logits, target, token_weight=0.5).item(), 4)
         1.1269
     """
-    own = _class_loss(class_logits, target, label_smoothing)
+    own = labelled_cross_entropy(class_logits, target, label_smoothing)
     return (1 - token_weight) * own + token_weight * _token_loss(token_logits, teacher_logits, kind, temperature)
 
 
@@ -270,6 +271,8 @@ class DeiT(DistillLoss):
         (arXiv 2012.12877): hard with weight 0.5; soft with weight 0.1 and temperature 3.
     """
 
+    skips_unlabelled = None
+
     def __init__(
         self,
         class_head: str = "head",
@@ -288,7 +291,7 @@ class DeiT(DistillLoss):
             raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {label_smoothing}")
         self.token_weight = token_weight
         self.kind = kind
-        self.temperature = _check_temperature(temperature)
+        self.temperature = check_temperature(temperature)
         self.label_smoothing = label_smoothing
 
     def build(self, student: Probe, teacher: Probe) -> None:
@@ -306,6 +309,6 @@ class DeiT(DistillLoss):
         """The two parts of `deit_loss`."""
         own, token = (student.features[layer] for layer in self.student_layers)
         return {
-            "class": (1 - self.token_weight) * _class_loss(own, batch.target, self.label_smoothing),
+            "class": (1 - self.token_weight) * labelled_cross_entropy(own, batch.target, self.label_smoothing),
             "token": self.token_weight * _token_loss(token, teacher.logits, self.kind, self.temperature),
         }

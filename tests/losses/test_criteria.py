@@ -169,6 +169,7 @@ def test_invariances(case: Case, logits: tuple[Tensor, Tensor]) -> None:
     if case.shift_invariant:
         shift = torch.linspace(-3, 3, 8, dtype=torch.float64).unsqueeze(1)
         torch.testing.assert_close(_value(case.make(), student + shift, teacher - shift), value)
+    assert case.make().compares_samples != case.batch_mean
     if case.batch_mean:
         rows = [slice(i, i + 1) for i in range(8)]
         single = [_value(case.make(), student[row], teacher[row], _target(student)[row]) for row in rows]
@@ -188,6 +189,7 @@ def test_images_without_a_label(case: Case, logits: tuple[Tensor, Tensor]) -> No
     nothing.backward()
     assert student.grad is not None
     assert student.grad.isfinite().all()
+    assert case.make().skips_unlabelled == case.reads_target
     if case.reads_target:
         assert nothing == 0
         assert not student.grad.any()

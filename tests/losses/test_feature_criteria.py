@@ -93,6 +93,7 @@ def test_the_mean_over_the_batch(case: FeatureCase) -> None:
     if not case.batch_mean:
         return
     criterion = case.criterion().eval().double()
+    assert not criterion.compares_samples
     student, teacher = (changed(outputs, Tensor.double) for outputs in case.answers())
     whole = value(criterion, student, teacher, case.batch())
     halves = []
