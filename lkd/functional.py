@@ -10,7 +10,7 @@ from lkd.losses.dist_plus import channel_relation_loss, spatial_relation_loss
 from lkd.losses.factor import ft_loss
 from lkd.losses.feature import at_loss, nst_loss
 from lkd.losses.flow import fsp_loss, fsp_matrix, kdsvd_loss
-from lkd.losses.logit import kd_loss, logit_mse_loss, standardize, ttm_loss, wttm_loss
+from lkd.losses.logit import kd_loss, logit_mse_loss, ttm_loss, wttm_loss
 from lkd.losses.logit_relation import dist_loss, skd_direction_loss, skd_instance_loss
 from lkd.losses.logit_target import dkd_loss, nckd_loss, nkd_loss, rld_loss, tckd_loss, wsld_loss
 from lkd.losses.masked import mgd_loss
@@ -22,6 +22,7 @@ from lkd.losses.relation import cc_loss, cc_neighbour_loss, pkt_loss, rkd_angle_
 from lkd.losses.review import hcl_loss
 from lkd.losses.semckd import semckd_attention, semckd_loss
 from lkd.losses.sskd import sskd_ss_loss, sskd_tf_loss
+from lkd.losses.standardization import standardize
 from lkd.losses.teacher_free import cskd_loss, tfkd_loss, uskd_loss
 from lkd.losses.vit import deit_loss, vitkd_generation_loss, vitkd_mimicking_loss
 

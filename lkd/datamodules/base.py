@@ -128,6 +128,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """Number of images that a batch's `index` counts; None before the training images are opened."""
         return len(self.datasets["train"].target) if "train" in self.datasets else None
 
+    @property
+    def train_index(self) -> Tensor | None:
+        """Positions of the training images `(N,)` among those that `index` counts; None before they are opened."""
+        return self.datasets["train"].index if "train" in self.datasets else None
+
     def _setup_train(self) -> None:
         source, target = self._open("train")
         held_out = torch.zeros(len(target), dtype=torch.bool)

@@ -13,7 +13,7 @@ from lkd.losses.dist_plus import DISTPlus
 from lkd.losses.factor import FT
 from lkd.losses.feature import AT, NST, FitNet
 from lkd.losses.flow import FSP, KDSVD
-from lkd.losses.logit import KD, TTM, WTTM, LogitMSE, LogitStandardization
+from lkd.losses.logit import KD, TTM, WTTM, LogitMSE
 from lkd.losses.logit_relation import DIST, SKD
 from lkd.losses.logit_target import DKD, NKD, RLD, WSLD
 from lkd.losses.masked import MGD
@@ -25,6 +25,7 @@ from lkd.losses.relation import CC, PKT, RKD, SP
 from lkd.losses.review import ReviewKD
 from lkd.losses.semckd import SemCKD
 from lkd.losses.sskd import SSKD
+from lkd.losses.standardization import LogitStandardization
 from lkd.losses.teacher_free import CSKD, USKD, TfKD
 from lkd.losses.vit import DeiT, ViTKD
 

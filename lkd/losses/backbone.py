@@ -136,8 +136,8 @@ class BackboneKD(DistillLoss):
         if "patches" in features:
             own, other = features["patches"]
             features["patches"] = (
-                _map(own, self.student_prefix_tokens),
-                _map(other, self.teacher_prefix_tokens),
+                _map("student", own, self.student_prefix_tokens),
+                _map("teacher", other, self.teacher_prefix_tokens),
             )
         return features
 
@@ -156,5 +156,5 @@ class BackboneKD(DistillLoss):
         return terms
 
 
-def _map(feature: Tensor, num_prefix_tokens: int) -> Tensor:
-    return tokens_to_map("BackboneKD", feature, num_prefix_tokens) if feature.ndim == 3 else feature
+def _map(role: str, feature: Tensor, num_prefix_tokens: int) -> Tensor:
+    return tokens_to_map("BackboneKD", role, feature, num_prefix_tokens) if feature.ndim == 3 else feature

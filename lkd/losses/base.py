@@ -41,6 +41,15 @@ class DistillLoss(nn.Module, ABC):
     num_views: ClassVar[int] = 1
     """How many views of each image it reads (`Batch.views`): the data module's `views` makes them."""
 
+    compares_samples: ClassVar[bool] = False
+    """Whether it compares the images of a batch with each other, so that one image by itself says nothing."""
+
+    skips_unlabelled: ClassVar[bool | None] = False
+    """Whether images without a label do not count, as it is a mean over the others; None: in some of its terms."""
+
+    same_everywhere: ClassVar[tuple[str, ...]] = ()
+    """Buffers that several processes begin and change alike by themselves: DDP need not send them in every step."""
+
     def __init__(self, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()) -> None:
         super().__init__()
         self.student_layers = tuple(student_layers)
@@ -107,6 +116,19 @@ class DistillLoss(nn.Module, ABC):
         """
 
 
+def same_everywhere(module: nn.Module) -> list[str]:
+    """The buffers that all criteria in a module keep alike in several processes, as in its `named_buffers()`.
+
+    Args:
+        module: A criterion, or what has some.
+
+    Returns:
+        What DDP reads in the wrapped module's attribute `_ddp_params_and_buffers_to_ignore`.
+    """
+    parts = [(prefix, part) for prefix, part in module.named_modules() if isinstance(part, DistillLoss)]
+    return [f"{prefix}.{name}" if prefix else name for prefix, part in parts for name in part.same_everywhere]
+
+
 def named_terms(name: str, loss: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a criterion returned, as named terms: a scalar gets the criterion's name.
 
@@ -165,15 +187,27 @@ class CompositeLoss(DistillLoss):
         return any(part.reads_logits for part in self.parts)
 
     @property
+    def compares_samples(self) -> bool:  # type: ignore[override]
+        """Whether one of the parts compares the images of a batch with each other."""
+        return any(part.compares_samples for part in self.parts)
+
+    @property
+    def skips_unlabelled(self) -> bool | None:  # type: ignore[override]
+        """Whether images without a label do not count in any part; None: in some."""
+        found = {part.skips_unlabelled for part in self.parts}
+        return found.pop() if len(found) == 1 else None
+
+    @property
     def num_views(self) -> int:  # type: ignore[override]
         """How many views the part with the most of them reads."""
         return max(part.num_views for part in self.parts)
 
     def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Find the parts' layers."""
-        super().locate(student, teacher)
+        """Find the parts' layers: a part may read others than it names, as `MultiTeacher` does."""
         for part in self.parts:
             part.locate(student, teacher)
+        self.student_layers = tuple(layer for part in self.parts for layer in part.student_layers)
+        self.teacher_layers = tuple(layer for part in self.parts for layer in part.teacher_layers)
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Build each part."""

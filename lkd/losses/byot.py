@@ -85,6 +85,7 @@ class BYOT(DistillLoss):
 
     needs_teacher = False
     reads_logits = False
+    skips_unlabelled = None
 
     def __init__(
         self,

@@ -14,7 +14,6 @@ from lkd.losses.logit import _check_weights
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
-_PROJECTED = "@projected"
 _mse = full_precision(F.mse_loss)
 
 
@@ -151,7 +150,8 @@ class CATKD(DistillLoss):
             feature if head is None else class_activation_maps(feature, head.weight, head.bias)
             for feature, head in zip(features, self._heads, strict=True)
         )
-        return catkd_loss(ours, theirs, self.resolution, self.normalize)
+        # a teacher that trains itself, as a peer does, gets no gradient through its classifier
+        return catkd_loss(ours, theirs.detach(), self.resolution, self.normalize)
 
 
 @full_precision
@@ -307,11 +307,16 @@ class SimKD(DistillLoss):
             student: What the student's own layers said.
 
         Returns:
-            The same with these logits; `forward` takes the projected map from it.
+            The same with these logits, and the projected map as the feature of `projected_layer`.
         """
         (layer,) = self.student_layers
         projected = self._project(student.features[layer])
-        return Outputs(self.head(projected.mean((2, 3))), {**student.features, _PROJECTED: projected})
+        return Outputs(self.head(projected.mean((2, 3))), {**student.features, self.projected_layer: projected})
+
+    @property
+    def projected_layer(self) -> str:
+        """What the projected map is called among the features that `answer` returns: `<layer>:projected`."""
+        return f"{self.student_layers[0]}:projected"
 
     def _project(self, feature: Tensor) -> Tensor:
         height, width = (min(pair) for pair in zip(feature.shape[2:], self._size, strict=True))
@@ -321,6 +326,8 @@ class SimKD(DistillLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The mean squared difference of projected and teacher's map."""
         ((ours, theirs),) = self.pairs(student, teacher)
-        projected = student.features[_PROJECTED] if _PROJECTED in student.features else self._project(ours)
+        projected = student.features.get(self.projected_layer)
+        if projected is None:
+            projected = self._project(ours)
         height, width = projected.shape[2:]
         return _mse(projected, pooled_to(theirs, (height, width)))

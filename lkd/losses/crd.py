@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -12,14 +12,16 @@ from torch import Tensor
 
 from lkd.losses.adapters import embedding
 from lkd.losses.base import DistillLoss
+from lkd.losses.logit import _check_temperature
 from lkd.losses.precision import full_precision, wide
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 _LARGE = 2**30  # bytes
+_NEVER = torch.iinfo(torch.int64).max
 
 
 @full_precision
-def crd_loss(log_ratio: Tensor, num_samples: int, eps: float = 1e-7) -> Tensor:
+def crd_loss(log_ratio: Tensor, num_samples: int | Tensor, eps: float = 1e-7) -> Tensor:
     r"""Noise-contrastive estimation: tell a sample's counterpart from images drawn at random.
 
     $$ -\frac{1}{B} \sum_i \left( \log \frac{r_{i0}}{r_{i0} + c + \epsilon}
@@ -30,7 +32,7 @@ def crd_loss(log_ratio: Tensor, num_samples: int, eps: float = 1e-7) -> Tensor:
     Args:
         log_ratio: log r, `(B, 1 + K)`: the counterpart's first, then those of K images drawn. r is the exponential of
             a similarity over temperature and normalisation, so that it is 1 on average over the data set.
-        num_samples: N, the number of images that are drawn from.
+        num_samples: N, the number of images that are drawn from; a tensor has no dimensions.
         eps: Added to the denominators.
 
     Returns:
@@ -46,9 +48,9 @@ def crd_loss(log_ratio: Tensor, num_samples: int, eps: float = 1e-7) -> Tensor:
         >>> math.isclose(crd_loss(ratio.log(), num_samples=5).item(), expected, rel_tol=1e-5)
         True
     """
-    noise = (log_ratio.shape[1] - 1) / num_samples
-    total = torch.logaddexp(log_ratio, log_ratio.new_full((), math.log(noise + eps)))
-    own, drawn = total[:, 0] - log_ratio[:, 0], total[:, 1:] - math.log(noise)
+    noise = log_ratio.new_full((), log_ratio.shape[1] - 1) / num_samples
+    total = torch.logaddexp(log_ratio, (noise + eps).log())
+    own, drawn = total[:, 0] - log_ratio[:, 0], total[:, 1:] - noise.log()
     return (own + drawn.sum(1)).mean()
 
 
@@ -79,11 +81,12 @@ class CRD(DistillLoss):
     `momentum * old + (1 - momentum) * new`, of length 1; of several views or copies, their mean.
 
     The memories hold 2 * num_samples * feat_dim numbers on each device, and are saved in each checkpoint. With several
-    processes all make the same update, from the embeddings of all.
+    processes all make the same update, from the embeddings of all. Only training images are drawn, where the data
+    module says which these are (`train_index`): rows of others, held out for validation, say, are never written.
 
     Args:
-        student_layers: One layer of the student.
-        teacher_layers: One layer of the teacher.
+        student_layer: Layer of the student whose feature it reads.
+        teacher_layer: The teacher's.
         num_samples: How many images `Batch.index` counts; None: as the data module says.
         feat_dim: Length of the embeddings.
         num_negatives: How many images each sample is compared with.
@@ -94,8 +97,7 @@ class CRD(DistillLoss):
         eps: Added to the denominators.
 
     Raises:
-        ValueError: If a setting is out of range, or, in training, the number of images is not known or more than one
-            layer is named.
+        ValueError: If a setting is out of range, or, in training, the number of images is not known.
 
     References:
         Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020 (arXiv 1910.10699), who weigh it with
@@ -104,15 +106,20 @@ class CRD(DistillLoss):
 
     needs_index = True
     reads_logits = False
+    compares_samples = True
+    same_everywhere: ClassVar[tuple[str, ...]] = ("student_memory", "teacher_memory", "targets", "is_drawn", "log_z")
+    train_index: Tensor | None = None
+    """Positions of the training images `(N,)`, from the data module; None: all may be drawn."""
     student_memory: Tensor
     teacher_memory: Tensor
     log_z: Tensor
     targets: Tensor
+    is_drawn: Tensor
 
     def __init__(
         self,
-        student_layers: Sequence[str] = ("@pooled",),
-        teacher_layers: Sequence[str] = ("@pooled",),
+        student_layer: str = "@pooled",
+        teacher_layer: str = "@pooled",
         num_samples: int | None = None,
         feat_dim: int = 128,
         num_negatives: int = 16384,
@@ -121,29 +128,22 @@ class CRD(DistillLoss):
         own_class: bool = False,
         eps: float = 1e-7,
     ) -> None:
-        super().__init__(student_layers, teacher_layers)
+        super().__init__([student_layer], [teacher_layer])
         for name, number in (("feat_dim", feat_dim), ("num_negatives", num_negatives), ("num_samples", num_samples)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be greater than 0, got {temperature}; the paper takes 0.07")
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be from 0 to 1, got {momentum}; the paper takes 0.5")
         self.num_samples = num_samples
         self.feat_dim = feat_dim
         self.num_negatives = num_negatives
-        self.temperature = temperature
+        self.temperature = _check_temperature(temperature)
         self.momentum = momentum
         self.own_class = own_class
         self.eps = eps
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the embeddings and the memories."""
-        pairs = self.pairs(student.outputs, teacher.outputs)
-        if len(pairs) != 1:
-            raise ValueError(
-                f"CRD reads one layer of each network, got {len(pairs)} ({', '.join(self.student_layers)})"
-            )
         if self.num_samples is None:
             raise ValueError(
                 "CRD remembers every training image, and the data does not tell how many there are; give num_samples"
@@ -156,14 +156,18 @@ class CRD(DistillLoss):
                 f"CRD keeps two memories of {self.num_samples} x {self.feat_dim} numbers, {size / 2**30:.1f} GiB on "
                 "each device and in each checkpoint, and copies them in each step; a smaller feat_dim needs less"
             )
-        ((ours, theirs),) = pairs
+        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs)
         self.student_embedding = embedding(ours, self.feat_dim)
         self.teacher_embedding = embedding(theirs, self.feat_dim)
+        start = torch.Generator().manual_seed(0)  # not the run's seed, which processes need not share
         for name in ("student_memory", "teacher_memory"):  # rows of a length of about 1, as in the authors' code
-            uniform = 2 * torch.rand(self.num_samples, self.feat_dim) - 1
+            uniform = 2 * torch.rand(self.num_samples, self.feat_dim, generator=start, device="cpu") - 1
             self.register_buffer(name, uniform.mul_(math.sqrt(3 / self.feat_dim)))
         self.register_buffer("log_z", torch.full((2,), -math.inf))  # not known yet
         self.register_buffer("targets", torch.full((self.num_samples,), IGNORE_INDEX))
+        self.register_buffer("is_drawn", torch.full((self.num_samples,), self.train_index is None))
+        if self.train_index is not None:
+            self.is_drawn[self.train_index] = True
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The sum of `crd_loss` for the student's and for the teacher's embeddings; in training, it remembers them."""
@@ -185,7 +189,7 @@ class CRD(DistillLoss):
         log_ratio = scores - self._normalization(scores.detach()).view(2, 1, 1)
         if self.training:
             self._remember(*map(_gathered, (ours, theirs, index, target)))
-        own, other = (crd_loss(ratio, len(self.targets), self.eps) for ratio in log_ratio)
+        own, other = (crd_loss(ratio, self.is_drawn.sum(), self.eps) for ratio in log_ratio)
         return own + other
 
     def draw(self, index: Tensor, target: Tensor) -> Tensor:
@@ -198,20 +202,19 @@ class CRD(DistillLoss):
         Returns:
             Positions `(B, num_negatives)`.
         """
-        size = (len(index), self.num_negatives)
-        if self.own_class:
-            return torch.randint(len(self.targets), size, device=index.device)
-        order = self.targets.argsort(stable=True)  # a sample's own class is one stretch of it, which is left out
-        ranked = self.targets[order]
+        total, size = self.is_drawn.sum(), (len(index), self.num_negatives)
+        # Class by class, and last what is not drawn: a sample's own class is one stretch of it, which is left out.
+        ranked, order = self.targets.masked_fill(~self.is_drawn, _NEVER).sort(stable=True)
         first = torch.searchsorted(ranked, target.unsqueeze(1))
         count = torch.searchsorted(ranked, target.unsqueeze(1), right=True) - first
-        count = count.masked_fill(target.unsqueeze(1) == IGNORE_INDEX, 0)
-        drawn = torch.randint(2**62, size, device=index.device) % (len(order) - count).clamp(min=1)
-        return order[(drawn + count * (drawn >= first)).clamp(max=len(order) - 1)]
+        count = count.masked_fill((target.unsqueeze(1) == IGNORE_INDEX) | self.own_class, 0)
+        drawn = torch.randint(2**62, size, device=index.device) % (total - count).clamp(min=1)
+        return order[torch.minimum(drawn + count * (drawn >= first), total - 1)]
 
     def _normalization(self, scores: Tensor) -> Tensor:
-        """The logarithm of the mean exponential of the scores `(2, B, 1 + K)` in the first step, times num_samples."""
-        estimate = scores.flatten(1).logsumexp(1) - math.log(scores[0].numel() / len(self.targets))
+        """The logarithm of the mean exponential of the scores `(2, B, 1 + K)` in the first step, times N."""
+        share = scores.new_full((), scores[0].numel()) / self.is_drawn.sum()
+        estimate = scores.flatten(1).logsumexp(1) - share.log()
         if self.training:
             every = _gathered(estimate.unsqueeze(0))
             estimate = every.logsumexp(0) - math.log(len(every))

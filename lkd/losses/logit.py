@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lkd.losses.base import CompositeLoss, DistillLoss
+from lkd.losses.base import DistillLoss
 from lkd.losses.precision import wide
 from lkd.types import Batch, Outputs
 
@@ -219,70 +219,3 @@ class WTTM(DistillLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `wttm_loss`."""
         return wttm_loss(student.logits, teacher.logits, self.temperature)
-
-
-def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
-    r"""Logits of each sample with mean 0 and standard deviation 1 over the classes.
-
-    $$ (z - \mathrm{mean}_c z) \, / \, (\mathrm{std}_c z + \epsilon) $$
-
-    Args:
-        logits: `(B, K)`.
-        eps: Added to the standard deviation, which divides by K - 1.
-
-    Returns:
-        `(B, K)`; float32 for logits in half precision, else the logits' type.
-
-    References:
-        Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427), which divides the
-        variance by K; this is the authors' code.
-
-    Example:
-        >>> standardize(torch.tensor([[10.0, 20.0, 30.0]])).tolist()
-        [[-1.0, 0.0, 1.0]]
-    """
-    logits = wide(logits)
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + eps)
-
-
-class LogitStandardization(CompositeLoss):
-    """Any criterion, on logits with mean 0 and standard deviation 1: the student need not match their size.
-
-    Every sample's logits, the student's and the teacher's, are standardised over the classes (`standardize`)
-    before the criterion compares them; what it reads besides stays as it is. Curves keep the criterion's name.
-
-    Args:
-        criterion: What compares the logits; the paper takes KD with temperature 2, DKD, CTKD or MLKD.
-        eps: Added to the standard deviation.
-
-    References:
-        Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427). The standard
-        deviation divides by K - 1, as in the authors' code; in the paper, by K.
-
-    Example:
-        >>> LogitStandardization(KD(temperature=2.0)).name
-        'kd'
-    """
-
-    def __init__(self, criterion: DistillLoss, eps: float = 1e-7) -> None:
-        super().__init__([criterion])
-        self.criterion = criterion
-        self.eps = eps
-
-    @property
-    def name(self) -> str:
-        """The criterion's."""
-        return self.criterion.name
-
-    @property
-    def parts(self) -> list[DistillLoss]:
-        """The criterion."""
-        return [self.criterion]
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
-        """The criterion's value for the standardised logits."""
-        student, teacher = (
-            outputs._replace(logits=standardize(outputs.logits, self.eps)) for outputs in (student, teacher)
-        )
-        loss: Tensor | dict[str, Tensor] = self.criterion(student, teacher, batch)
-        return loss

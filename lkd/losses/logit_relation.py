@@ -84,6 +84,8 @@ class DIST(DistillLoss):
         Huang et al.: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv 2205.10536).
     """
 
+    compares_samples = True
+
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, eps: float = 1e-8) -> None:
         super().__init__()
         _check_weights(beta=beta, gamma=gamma)
@@ -172,6 +174,8 @@ class SKD(DistillLoss):
     References:
         Jeong, Lee, Choi: Streamlined Knowledge Distillation, CVPR 2026.
     """
+
+    compares_samples = True
 
     def __init__(self, temperature: float = 4.0, tikhonov: float = 0.1, direction_weight: float = 1.0) -> None:
         super().__init__()

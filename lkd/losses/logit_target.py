@@ -163,6 +163,8 @@ class DKD(DistillLoss):
         Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022 (arXiv 2203.08679).
     """
 
+    skips_unlabelled = True
+
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
         super().__init__()
         _check_weights(alpha=alpha, beta=beta)
@@ -249,6 +251,8 @@ class NKD(DistillLoss):
         Yang et al.: From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023 (arXiv 2303.13005).
     """
 
+    skips_unlabelled = True
+
     def __init__(self, gamma: float = 1.5, temperature: float = 1.0) -> None:
         super().__init__()
         _check_weights(gamma=gamma)
@@ -311,6 +315,8 @@ class WSLD(DistillLoss):
         Zhou et al.: Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective,
         ICLR 2021 (arXiv 2102.00650).
     """
+
+    skips_unlabelled = True
 
     def __init__(self, temperature: float = 4.0) -> None:
         super().__init__()
@@ -399,6 +405,8 @@ class RLD(DistillLoss):
     References:
         Sun et al.: Knowledge Distillation with Refined Logits, ICCV 2025 (arXiv 2408.07703).
     """
+
+    skips_unlabelled = True
 
     def __init__(
         self,

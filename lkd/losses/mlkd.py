@@ -172,6 +172,7 @@ class MLKD(DistillLoss):
     """
 
     num_views = 2
+    compares_samples = True
 
     def __init__(
         self, form: Form = "code", temperatures: Sequence[float] = TEMPERATURES, percentile: float = 50.0

@@ -84,7 +84,7 @@ class MultiTeacher(CompositeLoss):
 
     Args:
         criterion: What compares the student with one teacher. For `confidence`, the mean of its values for the single
-            samples (`KD`, `DKD`, `AT`, ...), without BatchNorm in its adapters.
+            samples (`KD`, `DKD`, `AT`, ...), or for those with a label, without BatchNorm in its adapters.
         weighting: Where the weights come from.
         weights: For `fixed`, one for each teacher, in the ensemble's order, at least 0; they are divided by their sum.
             None: all alike.
@@ -100,6 +100,8 @@ class MultiTeacher(CompositeLoss):
         which let each teacher's classifier judge the student's feature, are not here: features are weighed as logits.
     """
 
+    shares: Tensor
+
     def __init__(
         self,
         criterion: DistillLoss,
@@ -111,11 +113,8 @@ class MultiTeacher(CompositeLoss):
             raise ValueError(f"MultiTeacher takes weights with weighting 'fixed' only, got {weights} and {weighting!r}")
         if weights is not None and not (weights and min(weights) >= 0 and sum(weights) > 0):
             raise ValueError(f"weights must not be negative, and one must be greater than 0, got {weights}")
-        if weighting == "confidence" and criterion.num_views > 1:
-            raise ValueError(
-                f"weighting 'confidence' weighs each image, and {type(criterion).__name__} compares the views of one; "
-                "take 'fixed' or 'learned'"
-            )
+        if weighting == "confidence":
+            _check_single(criterion)
         self.criteria = nn.ModuleList([criterion])
         self.weighting = weighting
         self.weights = weights
@@ -144,6 +143,8 @@ class MultiTeacher(CompositeLoss):
             )
         first = self.parts[0]
         self.criteria = nn.ModuleList([first, *(deepcopy(first) for _ in members[1:])])
+        shares = torch.tensor(self.weights or [1.0] * len(members))
+        self.register_buffer("shares", shares / shares.sum(), persistent=False)
         for part, member in zip(self.parts, members, strict=True):
             part.locate(student, member)
         self.student_layers = tuple(layer for part in self.parts for layer in part.student_layers)
@@ -170,10 +171,11 @@ class MultiTeacher(CompositeLoss):
         answers = self._answers(teacher)
         logits = torch.stack([answer.logits for answer in answers])
         compare = _compare_each if self.weighting == "confidence" else _compare
+        num_samples = self._num_samples(batch.target)
         terms: dict[str, Tensor] = {}
         for part, answer, weight in zip(self.parts, answers, self._weights(logits, batch.target), strict=True):
             for key, value in compare(part, student, answer, batch).items():
-                weighed = (weight * value).mean()
+                weighed = (weight * value).sum() / num_samples
                 terms[key] = terms[key] + weighed if key in terms else weighed
         if self.weighting == "learned":
             terms["mixture"] = mixture_loss(logits, batch.target, self.theta)
@@ -195,8 +197,29 @@ class MultiTeacher(CompositeLoss):
             return teacher_confidence(logits, target)
         if self.weighting == "learned":
             return F.softmax(self.theta.detach(), dim=0)
-        weights = torch.tensor(self.weights or [1.0] * len(logits), device=logits.device)
-        return weights / weights.sum()
+        return self.shares
+
+    def _num_samples(self, target: Tensor) -> int | Tensor:
+        """How many values `weight * value` has that count: 1, or one for each sample."""
+        if self.weighting != "confidence":
+            return 1
+        labelled = (target != IGNORE_INDEX).sum().clamp(min=1)
+        return labelled if self.parts[0].skips_unlabelled else len(target)
+
+
+def _check_single(criterion: DistillLoss) -> None:
+    name, others = type(criterion).__name__, "take 'fixed' or 'learned'"
+    if criterion.compares_samples or criterion.num_views > 1:
+        what = "images of a batch" if criterion.compares_samples else "views of an image"
+        raise ValueError(
+            f"weighting 'confidence' weighs each image by itself, and {name} compares the {what} with each other; "
+            f"{others}"
+        )
+    if criterion.skips_unlabelled is None:
+        raise ValueError(
+            f"weighting 'confidence' takes a mean over all images or over those with a label, and the terms of {name} "
+            f"differ in that; {others}, or a MultiTeacher for each criterion of a WeightedSum"
+        )
 
 
 def _layer(number: int, layer: str = "") -> str:

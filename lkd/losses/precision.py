@@ -31,7 +31,7 @@ def full_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
     For losses with matrix products, which autocast would otherwise run in half precision.
 
     Args:
-        function: Takes at least one tensor, or one sequence of tensors, by position.
+        function: Takes at least one tensor, or one sequence of tensors.
 
     Returns:
         The function, with the same signature.
@@ -39,9 +39,9 @@ def full_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @wraps(function)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        widened = [_widened(arg) for arg in args]
-        with torch.autocast(_device_of(widened), enabled=False):
-            return function(*widened, **kwargs)  # type: ignore[arg-type]
+        widened, named = [_widened(arg) for arg in args], {name: _widened(arg) for name, arg in kwargs.items()}
+        with torch.autocast(_device_of([*widened, *named.values()]), enabled=False):
+            return function(*widened, **named)  # type: ignore[arg-type]
 
     return wrapped
 

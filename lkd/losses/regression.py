@@ -249,6 +249,8 @@ class SRD(DistillLoss):
         (arXiv 2303.11098). 4 is the exponent of its ImageNet runs; the authors' code has 1 where none is given.
     """
 
+    compares_samples = True
+
     def __init__(
         self,
         student_layers: Sequence[str] = ("@pooled",),

@@ -121,6 +121,7 @@ class RKD(DistillLoss):
     """
 
     reads_logits = False
+    compares_samples = True
 
     def __init__(
         self,
@@ -195,6 +196,7 @@ class SP(DistillLoss):
     """
 
     reads_logits = False
+    compares_samples = True
 
     def __init__(
         self, student_layers: Sequence[str] = ("@last_stage",), teacher_layers: Sequence[str] = ("@last_stage",)
@@ -256,6 +258,7 @@ class PKT(DistillLoss):
     """
 
     reads_logits = False
+    compares_samples = True
 
     def __init__(
         self,
@@ -379,6 +382,7 @@ class CC(DistillLoss):
     """
 
     reads_logits = False
+    compares_samples = True
 
     def __init__(
         self,

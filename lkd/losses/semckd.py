@@ -84,6 +84,11 @@ def _linear(layer: nn.Linear, values: Tensor) -> Tensor:
     return F.linear(values, wide(layer.weight), wide(layer.bias))
 
 
+def _views(features: Sequence[Tensor], number: int) -> list[tuple[Tensor, ...]]:
+    """Each view's features, of all layers."""
+    return list(zip(*(feature.chunk(number) for feature in features), strict=True))
+
+
 class SemCKD(DistillLoss):
     r"""Semantic calibration: each layer of the student imitates all layers of the teacher, the similar ones most.
 
@@ -94,7 +99,8 @@ class SemCKD(DistillLoss):
     of convolutions with BatchNorm; all train with the student. The larger map is averaged to the smaller one's size.
 
     Queries and keys read as many numbers as a batch has images: they are bound to one size of batches (in each
-    process). In a batch of another size this loss is 0, with gradients that are 0.
+    process). In a batch of another size this loss is 0, with gradients that are 0; the first one is warned of. Where
+    there are several views of each image, G holds the products within each view.
 
     Args:
         student_layers: Layers of the student whose feature maps it reads.
@@ -113,6 +119,7 @@ class SemCKD(DistillLoss):
     """
 
     reads_logits = False
+    compares_samples = True
 
     def __init__(
         self,
@@ -127,6 +134,7 @@ class SemCKD(DistillLoss):
             raise ValueError(f"factor must be at least 1, got {factor}; the batch size is divided by it")
         self.batch_size = batch_size
         self.factor = factor
+        self._warned = False
         self.temperature = _check_temperature(temperature)
 
     def build(self, student: Probe, teacher: Probe) -> None:
@@ -151,18 +159,21 @@ class SemCKD(DistillLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `semckd_loss`; 0 where the batch is not full."""
         ours, theirs = self._features(student, teacher)
-        if len(ours[0]) != self.batch_size:
+        num_images = len(ours[0]) // batch.views
+        if num_images != self.batch_size:
+            self._warn(num_images)
             return self._nothing(ours)
         pairs = zip(self.regressors, starmap(same_size, product(ours, theirs)), strict=True)
         distances = [_distance(regressor(own), other) for regressor, (own, other) in pairs]
         found = torch.stack(distances, 1).reshape(len(ours[0]), len(ours), len(theirs))
-        return semckd_loss(found, self.attention(ours, theirs))
+        views = zip(*(_views(features, batch.views) for features in (ours, theirs)), strict=True)
+        return semckd_loss(found, torch.cat([self.attention(*view) for view in views]))
 
     def attention(self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
         """See `semckd_attention`.
 
         Args:
-            student_features: Of the student's layers, `(B, C, H, W)` each.
+            student_features: Of the student's layers, `(B, C, H, W)` each, of one view.
             teacher_features: Of the teacher's layers.
         """
         queries = [query(feature) for query, feature in zip(self.queries, student_features, strict=True)]
@@ -172,6 +183,16 @@ class SemCKD(DistillLoss):
     def _features(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
         ours = [student.features[layer] for layer in self.student_layers]
         return ours, [teacher.features[layer] for layer in self.teacher_layers]
+
+    def _warn(self, num_images: int) -> None:
+        if not self._warned and not torch.compiler.is_compiling():
+            from lightning.pytorch.utilities import rank_zero_warn
+
+            self._warned = True
+            rank_zero_warn(
+                f"SemCKD's loss is 0 in a batch of {num_images} images, as it is made for {self.batch_size}; if more "
+                "than the last batch are so, set the criterion's batch_size"
+            )
 
     def _nothing(self, features: Sequence[Tensor]) -> Tensor:
         """0, with a gradient for all that trains: DDP waits for it."""

@@ -163,6 +163,8 @@ class SSKD(DistillLoss):
     """
 
     num_views = _VIEWS
+    compares_samples = True
+    skips_unlabelled = None
 
     def __init__(
         self,

@@ -69,6 +69,7 @@ class TfKD(DistillLoss):
 
     needs_teacher = False
     reads_logits = False
+    skips_unlabelled = True
 
     def __init__(self, temperature: float = 20.0, correct_probability: float = 0.99) -> None:
         super().__init__()
@@ -128,6 +129,7 @@ class CSKD(DistillLoss):
     needs_teacher = False
     reads_logits = False
     num_views = 2
+    skips_unlabelled = True
 
     def __init__(self, temperature: float = 4.0) -> None:
         super().__init__()
@@ -233,6 +235,8 @@ class USKD(DistillLoss):
 
     needs_teacher = False
     reads_logits = False
+    compares_samples = True
+    skips_unlabelled = True
 
     def __init__(
         self, student_layer: str = "@stage2", alpha: float = 1.0, beta: float = 0.1, mu: float = 0.005

@@ -18,11 +18,12 @@ from lkd.losses.precision import full_precision, wide
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 
-def tokens_to_map(owner: str, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
+def tokens_to_map(owner: str, role: str, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
     """The tokens of a square grid of patches as a feature map.
 
     Args:
         owner: The criterion's name.
+        role: Whose tokens they are, `student` or `teacher`.
         tokens: `(B, N, C)`, row by row.
         num_prefix_tokens: How many of them, at the beginning, are of no patch (class tokens, registers).
 
@@ -37,9 +38,9 @@ def tokens_to_map(owner: str, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
     side = isqrt(num_patches)
     if num_prefix_tokens < 0 or side == 0 or side * side != num_patches:
         raise ValueError(
-            f"{owner} reads tokens of a square grid of patches; a layer returns {tokens.shape[1]} tokens, which are "
-            f"{num_patches} without {num_prefix_tokens} class tokens: set the number of class tokens (prefix_tokens), "
-            "or name another layer"
+            f"{owner} reads tokens of a square grid of patches; a layer of the {role} returns {tokens.shape[1]}, which "
+            f"are {num_patches} without {num_prefix_tokens} class tokens: set the number of class tokens "
+            f"({role}_prefix_tokens), or name another layer"
         )
     return patches.mT.reshape(len(tokens), -1, side, side)
 
@@ -105,7 +106,9 @@ class ViTKD(DistillLoss):
         alpha: Weight of the shallow layers.
         beta: Weight of the last layer.
         mask_ratio: $\lambda$, greater than 0 and at most 1: the share of the tokens that is masked.
-        num_prefix_tokens: How many tokens, at the beginning, are of no patch (class tokens, registers).
+        student_prefix_tokens: How many of the student's tokens, at the beginning, are of no patch (class tokens,
+            registers).
+        teacher_prefix_tokens: How many of the teacher's.
 
     Raises:
         ValueError: If a weight is negative or the ratio out of range, or, in training, a layer returns no tokens of a
@@ -124,7 +127,8 @@ class ViTKD(DistillLoss):
         alpha: float = 3e-5,
         beta: float = 3e-6,
         mask_ratio: float = 0.5,
-        num_prefix_tokens: int = 1,
+        student_prefix_tokens: int = 1,
+        teacher_prefix_tokens: int = 1,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
         _check_weights(alpha=alpha, beta=beta)
@@ -133,7 +137,8 @@ class ViTKD(DistillLoss):
         self.alpha = alpha
         self.beta = beta
         self.mask_ratio = mask_ratio
-        self.num_prefix_tokens = num_prefix_tokens
+        self.student_prefix_tokens = student_prefix_tokens
+        self.teacher_prefix_tokens = teacher_prefix_tokens
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make what aligns, masks and generates."""
@@ -142,7 +147,10 @@ class ViTKD(DistillLoss):
             raise ValueError("ViTKD reads shallow layers, and last the one that is generated; name two layers at least")
         for ours, theirs in pairs:
             check_dims("ViTKD", 3, student=ours, teacher=theirs)
-            maps = [tokens_to_map("ViTKD", tokens, self.num_prefix_tokens) for tokens in (ours, theirs)]
+            maps = (
+                tokens_to_map("ViTKD", "student", ours, self.student_prefix_tokens),
+                tokens_to_map("ViTKD", "teacher", theirs, self.teacher_prefix_tokens),
+            )
             if maps[0].shape[2:] != maps[1].shape[2:]:
                 raise ValueError(
                     f"ViTKD compares tokens one by one; the student has {maps[0][0, 0].numel()} patches, the teacher "
@@ -169,7 +177,7 @@ class ViTKD(DistillLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The weighted parts: `vitkd_mimicking_loss` and `vitkd_generation_loss`."""
         *shallow, (ours, theirs) = (
-            (own[:, self.num_prefix_tokens :], other[:, self.num_prefix_tokens :])
+            (own[:, self.student_prefix_tokens :], other[:, self.teacher_prefix_tokens :])
             for own, other in self.pairs(student, teacher)
         )
         pairs = zip(self.shallow, shallow, strict=True)
@@ -178,7 +186,7 @@ class ViTKD(DistillLoss):
         num_kept = int(aligned.shape[1] * (1 - self.mask_ratio))
         masked = self.noise(aligned).argsort(1).argsort(1) >= num_kept
         partial = torch.where(masked.unsqueeze(2), self.mask_token.to(aligned.dtype), aligned)
-        generated = self.generation(tokens_to_map("ViTKD", partial, 0)).flatten(2).mT
+        generated = self.generation(tokens_to_map("ViTKD", "student", partial, 0)).flatten(2).mT
         return {
             "mimicking": self.alpha * torch.stack(mimicking).sum(),
             "generation": self.beta / self.mask_ratio * vitkd_generation_loss(generated, theirs, masked),
@@ -269,6 +277,8 @@ class DeiT(DistillLoss):
         Touvron et al.: Training Data-Efficient Image Transformers & Distillation through Attention, ICML 2021
         (arXiv 2012.12877): hard with weight 0.5; soft with weight 0.1 and temperature 3.
     """
+
+    skips_unlabelled = None
 
     def __init__(
         self,

@@ -26,8 +26,8 @@ from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Probe
 
 _LOGITS = " logits"
-FROM_DATA = ("num_samples", "batch_size")
-"""What a criterion may leave to the datamodule: arguments of these names that are None."""
+FROM_DATA = ("num_samples", "batch_size", "train_index")
+"""What a criterion may leave to the datamodule: attributes of these names that are None."""
 
 
 def accuracy() -> Metric:
@@ -362,7 +362,7 @@ class ClassificationModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what of the data `on_load_checkpoint` needs to build what depends on it."""
         shape = self._data_attribute("input_shape")
-        facts = {name: self._data_attribute(name) for name in FROM_DATA}
+        facts = {name: fact for name in FROM_DATA if not isinstance(fact := self._data_attribute(name), Tensor)}
         checkpoint["lkd"] = {
             "version": __version__,
             "input_shape": None if shape is None else tuple(shape),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lkd import Batch, DistillLoss, Outputs
+from lkd.losses.base import same_everywhere
 from tests.losses import test_criteria
 from tests.losses.cases import CASES
 from tests.losses.cases.base import FeatureCase, changed, value
@@ -45,6 +46,7 @@ class _Student(nn.Module):
         super().__init__()
         self.criterion = criterion
         self.scale = nn.Parameter(torch.ones(1))
+        self._ddp_params_and_buffers_to_ignore = same_everywhere(self)  # as DistillModule has it
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         return value(self.criterion, changed(student, lambda tensor: tensor * self.scale), teacher, batch)
@@ -58,8 +60,9 @@ def _share(case: FeatureCase, rank: int) -> tuple[Outputs, Outputs, Batch]:
     return student, teacher, batch._replace(target=batch.target[rows], index=batch.index[rows])
 
 
-def _made(name: str, case: FeatureCase) -> DistillLoss:
-    criterion = case.criterion() if name in CASES else case.make()
+def _made(name: str, case: FeatureCase, rank: int = 0) -> DistillLoss:
+    """The criterion; what it draws for its adapters is another process's own, as without a seed."""
+    criterion = case.criterion(seed=rank) if name in CASES else case.make()
     return criterion.double().train(not case.batch_mean)
 
 
@@ -75,7 +78,7 @@ def check(name: str, case: FeatureCase, rank: int) -> dict[str, bool]:
         Whether the processes have equal parameters and memories afterwards; whether the gradient, or memories, are
         those of one process, where that is promised.
     """
-    model = DistributedDataParallel(_Student(_made(name, case)))
+    model = DistributedDataParallel(_Student(_made(name, case, rank)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     model(*_share(case, rank)).backward()
     gradient = model.module.scale.grad.clone()

@@ -18,9 +18,10 @@ from lkd.types import IGNORE_INDEX
 ROWS = 12
 
 
-def _criterion(**settings) -> CRD:
+def _criterion(kind: type[CRD] = CRD, train_index: Tensor | None = None, **settings) -> CRD:
     torch.manual_seed(0)
-    criterion = CRD(["s"], ["t"], **{"num_samples": ROWS, "feat_dim": 4, "num_negatives": 6, **settings})
+    criterion = kind("s", "t", **{"num_samples": ROWS, "feat_dim": 4, "num_negatives": 6, **settings})
+    criterion.train_index = train_index
     criterion.build(*(Probe(criterion, outputs) for outputs in _answers(1)))
     return criterion
 
@@ -132,14 +133,41 @@ def test_the_number_of_images_must_be_known() -> None:
         _criterion(num_samples=None)
 
 
-def test_one_layer_of_each() -> None:
-    criterion = CRD(["s", "u"], ["t", "v"], num_samples=ROWS)
-    answers = [
-        Outputs(outputs.logits, {layer: tensor for layer in layers for tensor in outputs.features.values()})
-        for outputs, layers in zip(_answers(1), (criterion.student_layers, criterion.teacher_layers), strict=True)
-    ]
-    with pytest.raises(ValueError, match=r"CRD reads one layer of each network, got 2 \(s, u\)"):
-        criterion.build(*(Probe(criterion, outputs) for outputs in answers))
+@pytest.mark.parametrize("own_class", [True, False])
+def test_only_training_images_are_drawn(own_class: bool) -> None:
+    """Others are never written: a negative from there would be noise for ever, and N too large."""
+    training = torch.tensor([0, 1, 4, 5, 6, 9])
+    criterion = _criterion(train_index=training, num_negatives=3000, own_class=own_class)
+    _step(criterion, [0, 1, 4, 5])
+    wanted = training if own_class else training[(training % 3 != 0) | (training > 5)]
+    counts = _drawn(criterion, [0])[0].bincount(minlength=ROWS)
+    assert counts.nonzero().flatten().tolist() == wanted.tolist()
+    even = 3000 / len(wanted)
+    assert (counts[wanted] - even).abs().max() < 6 * even**0.5
+
+
+def test_the_number_of_images_is_that_of_the_training_images() -> None:
+    """Memories that only those images fill give the same loss and normalisation."""
+
+    class Given(CRD):
+        def draw(self, index: Tensor, target: Tensor) -> Tensor:
+            return torch.tensor([[2, 3, 4]]).expand(len(index), -1)
+
+    few, many = (_criterion(Given, num_samples=size, train_index=torch.arange(6)) for size in (6, ROWS))
+    with torch.no_grad():
+        for name in ("student_memory", "teacher_memory"):
+            getattr(many, name)[:6] = getattr(few, name)
+    torch.testing.assert_close(_step(many, [0, 1]), _step(few, [0, 1]))
+    torch.testing.assert_close(many.log_z, few.log_z)
+
+
+def test_the_start_is_that_of_any_seed() -> None:
+    first, second = CRD("s", "t", num_samples=ROWS), CRD("s", "t", num_samples=ROWS)
+    for seed, criterion in enumerate((first, second)):
+        torch.manual_seed(seed)
+        criterion.build(*(Probe(criterion, outputs) for outputs in _answers(1)))
+    assert torch.equal(first.student_memory, second.student_memory)
+    assert not torch.equal(first.student_memory, first.teacher_memory)
 
 
 def test_large_memories_are_announced(monkeypatch) -> None:

@@ -162,3 +162,14 @@ def test_layers_of_another_form(kind: Callable[..., DistillLoss]) -> None:
     form = _features(4, 6, 2) if kind in (PAD, SRD) else _features(4, 6)
     with pytest.raises(ValueError, match=rf"{kind.__name__} reads .*; the student layer returns .*: name another"):
         _built(kind(["a"], ["c"]), *_answers(form, form))
+
+
+def test_tensors_by_name_are_widened() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.rand(2, 8, 4, 4, generator=generator).bfloat16() for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        named = KF.nst_loss(student_feature=ours, teacher_feature=theirs)
+        mixed = KF.nst_loss(ours, teacher_feature=theirs)
+    assert named.dtype == mixed.dtype == torch.float32
+    assert torch.equal(named, KF.nst_loss(ours, theirs))
+    assert torch.equal(mixed, named)

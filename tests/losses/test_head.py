@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import timm
@@ -62,11 +63,12 @@ def test_catkd_sees_the_classes_maps(heads, maps) -> None:
 
 
 def test_catkd_trains_the_students_classifier_alone(heads, maps) -> None:
-    heads[1].requires_grad_(False)
+    """Also where the teacher is a peer, which trains itself."""
     criterion = _built(CATKD("a", "c"), *maps, heads)
     assert not list(criterion.parameters())
     criterion(*maps, _batch()).backward()
     assert heads[0][0].weight.grad.any()
+    assert heads[1][0].weight.grad is None
 
 
 @pytest.mark.parametrize("make", [CATKD, SRRL])
@@ -113,13 +115,35 @@ def test_semckd_in_a_batch_that_is_not_full() -> None:
     student = _outputs(a=torch.randn(SAMPLES, 4, 4, 4, requires_grad=True))
     teacher = _outputs(c=torch.randn(SAMPLES, 5, 4, 4))
     criterion = _built(SemCKD(["a"], ["c"], batch_size=8), student, teacher)
-    loss = criterion(student, teacher, _batch())
+    with pytest.warns(UserWarning, match="SemCKD's loss is 0 in a batch of 6 images, as it is made for 8"):
+        loss = criterion(student, teacher, _batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(student, teacher, _batch())
     loss.backward()
     assert loss == 0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in criterion.parameters())
     assert not student.features["a"].grad.any()
     other = _built(SemCKD(["a"], ["c"], batch_size=SAMPLES), student, teacher)
     assert other(student, teacher, _batch()) > 0
+
+
+def test_semckd_compares_within_a_view() -> None:
+    torch.manual_seed(0)
+    shapes = {"a": (4, 4, 4)}, {"c": (5, 4, 4), "d": (5, 2, 2)}
+    views = [
+        [_outputs(**{name: torch.randn(SAMPLES, *shape) for name, shape in role.items()}) for role in shapes]
+        for _ in range(2)
+    ]
+    criterion = _built(SemCKD(["a"], ["c", "d"], batch_size=SAMPLES), *views[0]).eval()
+    single = [criterion(*view, _batch()) for view in views]
+    both = [
+        _outputs(**{name: torch.cat([view[role].features[name] for view in views]) for name in views[0][role].features})
+        for role in range(2)
+    ]
+    loss = criterion(*both, Batch(None, torch.zeros(2 * SAMPLES), views=2))
+    torch.testing.assert_close(loss, (single[0] + single[1]) / 2)
+    assert loss > 0
 
 
 def test_semckd_spreads_its_attention_over_the_teachers_layers() -> None:
@@ -190,9 +214,26 @@ def _tokens(seed: int, count: int, width: int) -> Outputs:
     return _outputs(**{name: torch.randn(SAMPLES, count, width, generator=generator) for name in "abc"})
 
 
+def test_vitkd_drops_each_networks_class_tokens() -> None:
+    """DeiT's student has one more than its teacher, say."""
+    student, teacher = _tokens(0, 11, 4), _tokens(1, 10, 6)
+    criterion = _built(ViTKD(list("abc"), list("abc"), student_prefix_tokens=2), student, teacher)
+    torch.manual_seed(0)
+    found = criterion(student, teacher, _batch())
+    both = (
+        _outputs(**{name: tokens[:, 2:] for name, tokens in student.features.items()}),
+        _outputs(**{name: tokens[:, 1:] for name, tokens in teacher.features.items()}),
+    )
+    criterion.student_prefix_tokens = criterion.teacher_prefix_tokens = 0
+    torch.manual_seed(0)
+    for name, term in criterion(*both, _batch()).items():
+        torch.testing.assert_close(term, found[name])
+
+
 def test_vitkd_drops_the_class_tokens() -> None:
     student, teacher = _tokens(0, 11, 4), _tokens(1, 11, 6)
-    criterion = _built(ViTKD(list("abc"), list("abc"), num_prefix_tokens=2), student, teacher)
+    criterion = ViTKD(list("abc"), list("abc"), student_prefix_tokens=2, teacher_prefix_tokens=2)
+    criterion = _built(criterion, student, teacher)
     found = []
     for factor in (1, 100):
         for outputs in (student, teacher):
@@ -322,7 +363,11 @@ MAP, TOKENS, POOLED = (2, 4, 4, 4), (2, 10, 4), (2, 4)
         (lambda: ViTKD("aa", "bb"), (MAP, TOKENS), r"ViTKD reads tokens \(B, N, C\)"),
         (lambda: ViTKD("a", "b"), (TOKENS, TOKENS), "ViTKD reads shallow layers, .* name two"),
         (lambda: ViTKD("aa", "bb"), (TOKENS, (2, 17, 4)), "the student has 9 patches, the teacher 16: take"),
-        (lambda: ViTKD("aa", "bb", num_prefix_tokens=2), (TOKENS, TOKENS), "10 tokens, which are 8 without 2 class"),
+        (
+            lambda: ViTKD("aa", "bb", teacher_prefix_tokens=2),
+            (TOKENS, TOKENS),
+            r"the teacher returns 10, which are 8 without 2 class tokens: .* \(teacher_prefix_tokens\)",
+        ),
         (lambda: DeiT("a", "a"), (POOLED, MAP), r"DeiT reads two heads that return logits \(2, 5\); .* 'a' returns"),
         (
             lambda: BackboneKD("a", "b", patch_weight=0),

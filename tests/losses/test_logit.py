@@ -24,6 +24,7 @@ from lkd.losses import (
     DistillLoss,
     InstanceCTKD,
     LogitStandardization,
+    MultiTeacher,
     TfKD,
     WeightedSum,
 )
@@ -174,6 +175,18 @@ def test_standardisation_is_whatever_it_wraps() -> None:
         "criterion.criteria.uskd.head.bias",
     }
     assert not LogitStandardization(TfKD()).reads_logits
+
+
+def test_standardisation_without_a_teacher(logits, target) -> None:
+    """A module without a teacher gives empty logits in its place."""
+    found = LogitStandardization(TfKD())(Outputs(logits[0], {}), Outputs(torch.empty(0), {}), Batch(None, target))
+    torch.testing.assert_close(found, _call(TfKD(), KF.standardize(logits[0]), logits[1], target))
+
+
+@pytest.mark.parametrize("inner", [MultiTeacher(KD()), WeightedSum({"several": MultiTeacher(KD())})])
+def test_several_teachers_are_not_standardised_from_outside(inner: DistillLoss) -> None:
+    with pytest.raises(ValueError, match="nest them the other way round, MultiTeacher outside"):
+        LogitStandardization(inner)
 
 
 def test_constant_logits_standardise_to_zero() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from lkd import Batch, DistillLoss, DistillModule, Normalization, Outputs, Probe
-from lkd.losses import AT, KD, FitNet, TfKD, WeightedSum
+from lkd.losses import AT, CRD, KD, FitNet, TfKD, WeightedSum
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -502,6 +502,29 @@ def test_a_criterion_learns_how_many_images_there_are(distill, data, trainer, tm
         tmp_path / "run.ckpt", student=module.student, teacher=module.teacher, criterion=Pair()
     )
     assert again.criterion.memory.shape == (64,)
+
+
+def test_memories_hold_training_images_alone(distill, data, trainer, tmp_path) -> None:
+    """Not those cut off for validation or without a label; and DDP does not send the memories in every step."""
+    data.label_size, data.drop_unlabelled = 24, True
+
+    def make() -> WeightedSum:
+        return WeightedSum({"crd": CRD(feat_dim=4, num_negatives=8)})
+
+    module, fitted = distill(criterion=make()), trainer(max_epochs=1)
+    fitted.fit(module, data)
+    crd = module.criterion.criteria["crd"]
+    assert crd.is_drawn.nonzero().flatten().tolist() == data.datasets["train"].index.tolist()
+    assert len(crd.is_drawn) == data.num_samples > crd.is_drawn.sum()
+    assert {f"criterion.criteria.crd.{name}" for name, _ in crd.named_buffers()} == set(
+        module._ddp_params_and_buffers_to_ignore
+    )
+    fitted.save_checkpoint(tmp_path / "run.ckpt")
+    assert "train_index" not in torch.load(tmp_path / "run.ckpt", weights_only=True)["lkd"]
+    again = DistillModule.load_from_checkpoint(
+        tmp_path / "run.ckpt", student=module.student, teacher=module.teacher, criterion=make()
+    )
+    assert torch.equal(again.criterion.criteria["crd"].is_drawn, crd.is_drawn)
 
 
 def test_groups_of_layers_are_found(distill) -> None:

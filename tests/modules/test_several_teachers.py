@@ -6,7 +6,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd import Batch, DistillModule, Outputs
-from lkd.losses import AT, DKD, KD, FitNet, MultiTeacher, WeightedSum
+from lkd.losses import (
+    AT,
+    CC,
+    CRD,
+    DIST,
+    DKD,
+    KD,
+    MLKD,
+    NKD,
+    PKT,
+    RKD,
+    SKD,
+    SP,
+    SRD,
+    SSKD,
+    USKD,
+    WSLD,
+    DeiT,
+    DISTPlus,
+    FitNet,
+    LogitStandardization,
+    MultiTeacher,
+    SemCKD,
+    WeightedSum,
+)
 from lkd.models import Ensemble, load_weights, wrn_16_1
 from lkd.types import IGNORE_INDEX
 
@@ -82,6 +106,46 @@ def test_confidence_is_each_sample_s(distill, teachers) -> None:
             soft = 16 * (p * (p.log() - (own[i] / 4).log_softmax(0))).sum()
             total += (1 - own_hard / sum(hard)) * soft  # divided by one teacher less than there are: 1
     torch.testing.assert_close(terms["kd"], total / len(target))
+
+
+@pytest.mark.parametrize("kind", [KD, DKD, NKD, WSLD, AT])
+def test_equal_confidence_is_fixed(distill, tiny, kind) -> None:
+    """Also where images without a label do not count: the mean is over the same ones."""
+    teacher = Ensemble([tiny(seed=2), tiny(seed=2)])
+    batch = _batch()
+    batch.target[:4] = IGNORE_INDEX
+    criteria = (MultiTeacher(LogitStandardization(kind()), weighting) for weighting in ("confidence", "fixed"))
+    found, wanted = (distill(teacher=teacher, criterion=each).eval().losses(batch)[1] for each in criteria)
+    assert set(found) == set(wanted)
+    for name, term in wanted.items():
+        torch.testing.assert_close(found[name], term)
+
+
+@pytest.mark.parametrize(
+    "kind", [CC, CRD, DIST, DISTPlus, MLKD, PKT, RKD, SKD, SP, SRD, SSKD, SemCKD, USKD], ids=lambda kind: kind.__name__
+)
+def test_confidence_is_not_for_what_compares_samples(kind) -> None:
+    for criterion in (kind(), WeightedSum({"kd": KD(), "other": kind()})):
+        with pytest.raises(ValueError, match=r"weighs each image by itself, and \w+ compares the images of a batch"):
+            MultiTeacher(criterion, "confidence")
+
+
+@pytest.mark.parametrize("criterion", [DeiT(), WeightedSum({"kd": KD(), "dkd": DKD()})])
+def test_confidence_is_one_mean(criterion) -> None:
+    with pytest.raises(ValueError, match="or a MultiTeacher for each criterion of a WeightedSum"):
+        MultiTeacher(criterion, "confidence")
+
+
+def test_beside_other_criteria(distill, teachers, data, trainer) -> None:
+    """Within a sum, each MultiTeacher still finds the members and their layers."""
+    parts = {"kd": MultiTeacher(KD(), "confidence"), "at": MultiTeacher(AT()), "whole": KD()}
+    module = distill(teacher=teachers, criterion=WeightedSum(parts), distill_weight=1.0)
+    trainer(max_epochs=1).fit(module, data)
+    _, terms = module.eval().losses(_batch())
+    alone = distill(teacher=teachers, criterion=MultiTeacher(KD(), "confidence"), distill_weight=1.0).eval()
+    alone.model.load_state_dict(module.model.state_dict())
+    torch.testing.assert_close(terms["kd"], alone.losses(_batch())[1]["kd"])
+    assert {"at", "whole"} <= set(terms)
 
 
 def test_right_teacher_is_trusted_more() -> None:

@@ -120,5 +120,6 @@ def test_maps_of_other_sizes(distill, trainer) -> None:
     trainer(max_epochs=1).fit(module, data)
     image = torch.randn(2, 3, 8, 8)
     answer = module.eval().student_outputs(Batch(image, torch.zeros(2)))
-    assert answer.features["@projected"].shape == module.teacher_taps(image).features[criterion.teacher_layers[0]].shape
-    assert answer.features["layer2"].shape[2] == 2 * answer.features["@projected"].shape[2]
+    projected = answer.features["layer2:projected"]
+    assert projected.shape == module.teacher_taps(image).features[criterion.teacher_layers[0]].shape
+    assert answer.features["layer2"].shape[2] == 2 * projected.shape[2]

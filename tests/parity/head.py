@@ -64,7 +64,7 @@ def _simkd(inputs: Values, hyper: Hyper) -> Values:
         for name, tensor in given.items():
             criterion.get_parameter(name).copy_(tensor)
         answer = criterion.answer(outputs(criterion, inputs)[0])
-    return {"loss": loss, "prediction": answer.logits, "transformed": answer.features["@projected"]}
+    return {"loss": loss, "prediction": answer.logits, "transformed": answer.features[criterion.projected_layer]}
 
 
 def _semckd(inputs: Values, hyper: Hyper) -> Values:
@@ -106,7 +106,7 @@ def _vitkd(inputs: Values, hyper: Hyper) -> Values:
         for number, tokens in enumerate([*inputs[f"{network}_low"].unbind(1), inputs[f"{network}_high"]])
     }
     settings = {"alpha": hyper["alpha"], "beta": hyper["beta"], "mask_ratio": hyper["lambda_"]}
-    criterion = _NoiseGiven(*layers(features), **settings, num_prefix_tokens=0)
+    criterion = _NoiseGiven(*layers(features), **settings, student_prefix_tokens=0, teacher_prefix_tokens=0)
     criterion.given = inputs["noise"]
     given = _parameters(inputs, align2="shallow", align="last", generation="generation")
     criterion = built(criterion, features)

@@ -59,7 +59,7 @@ def _crd(inputs: Values, hyper: Hyper) -> Values:
     """Two steps; the files' first memory is the student's, and its normalisation that of the student's embeddings."""
     settings = hyper["temperature"], hyper["momentum"], True, hyper["eps"]
     shape = inputs["memory_v1"].shape
-    criterion = built(_GivenCRD(["student"], ["teacher"], *shape, int(hyper["nce_k"]), *settings), inputs)
+    criterion = built(_GivenCRD("student", "teacher", *shape, int(hyper["nce_k"]), *settings), inputs)
     criterion.student_memory.copy_(inputs["memory_v1"])
     criterion.teacher_memory.copy_(inputs["memory_v2"])
     names = {"student_embedding": "embed_s", "teacher_embedding": "embed_t"}

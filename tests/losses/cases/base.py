@@ -50,12 +50,13 @@ class FeatureCase:
     no_compile: str = ""
     lr: float = 0.05
 
-    def criterion(self) -> DistillLoss:
-        """The criterion, with adapters; the same each time."""
+    def criterion(self, seed: int = 0) -> DistillLoss:
+        """The criterion, with adapters; the same each time, the networks also with another seed."""
         torch.manual_seed(0)
-        criterion = self.make()
-        student, teacher = self.answers(2)
-        criterion.build(Probe(self.student_network(), student), Probe(self.teacher_network(), teacher))
+        criterion, networks = self.make(), (self.student_network(), self.teacher_network())
+        if seed:
+            torch.manual_seed(seed)
+        criterion.build(*(Probe(*pair) for pair in zip(networks, self.answers(2), strict=True)))
         return criterion
 
     def answers(self, samples: int = SAMPLES, size: float = 1.0, seed: int = 0) -> tuple[Outputs, Outputs]:

@@ -10,7 +10,7 @@ MEMORIES = ("student_memory", "teacher_memory", "targets")
 
 
 def _crd(num_negatives: int = 16, own_class: bool = False) -> CRD:
-    return CRD(["a"], ["c"], num_samples=20, feat_dim=5, num_negatives=num_negatives, own_class=own_class)
+    return CRD("a", "c", num_samples=20, feat_dim=5, num_negatives=num_negatives, own_class=own_class)
 
 
 CASES = {
