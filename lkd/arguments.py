@@ -38,15 +38,16 @@ def prepare(args: Sequence[str]) -> tuple[list[str], str]:
     parser.add_argument("--trainer.default_root_dir", dest="root")
     given, rest = parser.parse_known_args(args[1:])
     configs = [find_config(name) for name in given.config]
+    root = Path(given.root or "runs")
     if given.root is not None:
         rest.append(f"--trainer.default_root_dir={given.root}")
     if given.ckpt_path not in (None, "null"):
-        path = _find_checkpoint(given.ckpt_path, Path(given.root or "runs"), _run_name(configs))
+        path = _find_checkpoint(given.ckpt_path, root, _run_name(configs, root))
         configs = configs or [_config_of(path)]
         if not any(arg.startswith("--weights_only") for arg in rest):  # then the file is trusted to run code
             read_checkpoint(path, whole=args[0] == "fit")
         rest.append(f"--ckpt_path={path}")
-    return [args[0], *(f"--config={path}" for path in configs), *rest], _run_name(configs)
+    return [args[0], *(f"--config={path}" for path in configs), *rest], _run_name(configs, root)
 
 
 def configs_folder() -> Path:
@@ -173,7 +174,7 @@ def _config_of(ckpt_path: Path) -> Path:
     )
 
 
-def _run_name(configs: Sequence[Path]) -> str:
+def _run_name(configs: Sequence[Path], root: Path) -> str:
     if not configs:
         return "run"
     if len(configs) > 1:
@@ -182,5 +183,6 @@ def _run_name(configs: Sequence[Path]) -> str:
     if path.resolve().is_relative_to(folder.resolve()):
         return str(path.resolve().relative_to(folder.resolve()).with_suffix(""))
     if path.name == "config.yaml":  # a run's own, run again
-        return path.resolve().parent.parent.name
+        run = path.resolve().parent.parent
+        return str(run.relative_to(root.resolve())) if run.is_relative_to(root.resolve()) else run.name
     return path.stem

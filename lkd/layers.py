@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -42,8 +42,11 @@ class FeatureLayers(NamedTuple):
 def feature_layers(network: nn.Module) -> FeatureLayers:
     """Where the features lie: what the network says itself, else what is known of its kind.
 
-    Known are torchvision's ResNets, and the stages of timm's networks; of any network, the classifier is taken to be
-    its last linear layer.
+    Known are torchvision's and timm's ResNets, and of timm's other networks the stages, where these are modules: all
+    that timm's `feature_info` names, but the end of a stem; what the stem hands to the first stage is `stem` then. A
+    ViT's stages are its blocks, which return tokens `(B, N, C)`; a network whose maps have their channels last (Swin)
+    has none. Of any network, the classifier is taken to be its last linear layer, and `map` is known where `avgpool`,
+    `global_pool` or `head.global_pool` pools all pixels of a map.
 
     Args:
         network: Any module.
@@ -54,34 +57,55 @@ def feature_layers(network: nn.Module) -> FeatureLayers:
     own = getattr(network, "feature_layers", None)
     if isinstance(own, FeatureLayers):
         return own
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    layers = dict(network.named_modules())
+    linear = [name for name, module in layers.items() if isinstance(module, nn.Linear)]
     head = linear[-1] if linear else ""
     guess = FeatureLayers(pooled=f"{head}:input" if head else "", head=head)
-    if all(hasattr(network, name) for name in ("layer1", "layer4", "avgpool", "fc")):
+    if getattr(network, "output_fmt", "") == "NHWC" or type(network).__name__ in _CHANNELS_LAST:
+        return guess
+    pooling = next((name for name in _POOLINGS if _pools_all(layers.get(name))), "")
+    guess = guess._replace(map=f"{pooling}:input" if pooling else "")
+    if all(name in layers for name in (*_RESNET, "fc")):
         return _resnet_layers(network, guess)
-    info = getattr(network, "feature_info", None)
-    if info:  # timm's: a list of dicts, or an object that has one
-        entries = getattr(info, "info", info)
-        stages = tuple(entry["module"] for entry in entries if _has_layer(network, entry.get("module", "")))
-        return guess._replace(stages=stages)
-    return guess
+    return _timm_layers(network, layers, guess)
 
 
-def _has_layer(network: nn.Module, name: str) -> bool:
-    return bool(name) and name in dict(network.named_modules())
+_RESNET = ("layer1", "layer2", "layer3", "layer4")
+_POOLINGS = ("avgpool", "global_pool", "head.global_pool")  # torchvision's, and timm's two
+_TIMM_STEM = re.compile(r"(conv_)?stem(\.|$)|(act|bn|conv)\d$|layer0$|features\.norm0$")
+_CHANNELS_LAST = ("VOLO", "VisionTransformerSAM")  # others of timm's say so: output_fmt
+
+
+def _pools_all(layer: nn.Module | None) -> bool:
+    """Whether a layer makes one value of each channel: torchvision's `avgpool` leaves more in some networks."""
+    if isinstance(layer, nn.AdaptiveAvgPool2d):
+        return layer.output_size in (1, (1, 1))
+    return type(layer).__name__ == "SelectAdaptivePool2d"
 
 
 def _resnet_layers(network: nn.Module, guess: FeatureLayers) -> FeatureLayers:
-    stages = tuple(f"layer{number}" for number in range(1, 5))
-    last = [f"{stage}.{len(network.get_submodule(stage)) - 1}" for stage in stages]  # type: ignore[arg-type]
-    norms = [name for name, _ in network.get_submodule(last[0]).named_children() if re.fullmatch(r"bn\d", name)]
-    return guess._replace(
-        stem="layer1:input",
-        stages=stages,
-        preacts=tuple(f"{block}.relu:input" for block in last),  # its last call is behind the sum
-        norms=tuple(f"{block}.{norms[-1]}" for block in last) if norms else (),
-        map="avgpool:input",
-    )
+    """Torchvision's ResNets, and timm's, which have one activation for each sum and call it otherwise."""
+    last = {stage: list(network.get_submodule(stage).named_children())[-1] for stage in _RESNET}
+    preacts, norms = [], []
+    for stage, (number, block) in last.items():
+        parts = dict(block.named_children())
+        found = sorted(name for name in parts if re.fullmatch(r"bn\d", name))
+        act = next((name for name in (f"act{found[-1][-1]}" if found else "", "relu") if name in parts), "")
+        preacts += [f"{stage}.{number}.{act}:input"] if act else []  # `relu` is called last behind the sum
+        # what squeeze and excitation scales is no longer what the BatchNorm returned
+        norms += [f"{stage}.{number}.{found[-1]}"] if found and not isinstance(parts.get("se"), nn.Module) else []
+    return guess._replace(stem="layer1:input", stages=_RESNET, preacts=tuple(preacts), norms=tuple(norms))
+
+
+def _timm_layers(network: nn.Module, layers: Mapping[str, nn.Module], guess: FeatureLayers) -> FeatureLayers:
+    """What timm calls features: the stages, and before them, in some networks, the end of the stem."""
+    info: Any = getattr(network, "feature_info", None) or []
+    entries: list[str] = [entry.get("module", "") for entry in getattr(info, "info", info)]  # a list, or one in it
+    has_stem = bool(entries and _TIMM_STEM.match(entries[0]))
+    stages = tuple(entries[has_stem:])
+    if not stages or not all(name and name in layers for name in stages):  # HRNet's have no module of their own
+        return guess
+    return guess._replace(stem=f"{stages[0]}:input" if has_stem else "", stages=stages)
 
 
 def resolve_layers(network: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
@@ -152,13 +176,11 @@ def layer_names(network: nn.Module, example: Any = None) -> dict[str, tuple[int,
         {'0': (1, 8, 30, 30), '1': (1, 7200)}
     """
     if example is None:
-        example = _blank_image(network)
+        example = blank_image(network)
     shapes: dict[str, tuple[int, ...]] = {}
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad(), evaluating(network):
         for name, layer in network.named_modules():
-            stack.callback(setattr, layer, "training", layer.training)
             stack.callback(layer.register_forward_hook(partial(_record, shapes, name)).remove)
-        network.eval()
         network(example)
     return {name: shapes[name] for name, _ in network.named_modules() if name and name in shapes}
 
@@ -168,8 +190,43 @@ def _record(shapes: dict[str, tuple[int, ...]], name: str, layer: nn.Module, arg
         shapes[name] = tuple(output.shape)
 
 
-def _blank_image(network: nn.Module) -> Tensor:
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.weight.new_zeros(1, module.in_channels, 32, 32)
-    raise ValueError(f"{type(network).__name__} has no convolution that tells which images it takes; give an example")
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Set a network to eval mode, and each of its layers to the mode that it had afterwards.
+
+    Args:
+        network: Any module.
+    """
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def blank_image(network: nn.Module, size: Sequence[int] = (32,)) -> Tensor:
+    """An image of zeros that a network can take.
+
+    Args:
+        network: Any module.
+        size: The image's size, or its height and width, or its channels, height and width; by default with the channels
+            that the network's first convolution takes.
+
+    Returns:
+        `(1, C, H, W)`, where and of the type that the network is.
+
+    Raises:
+        ValueError: If the channels are not given and there is no convolution.
+    """
+    if len(size) < 3:
+        channels = next((layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
+        if channels is None:
+            raise ValueError(
+                f"{type(network).__name__} has no convolution that tells how many channels its images have; give an "
+                "example (lkd layers: --input_size CHANNELS HEIGHT WIDTH)"
+            )
+        size = [channels, size[0], size[-1]]
+    like = next((weight for weight in network.parameters() if weight.is_floating_point()), torch.empty(0))
+    return like.new_zeros(1, *size)

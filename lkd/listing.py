@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import lightning as L
-import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor, nn
 
 from lkd.arguments import prepare
 from lkd.cli import LkdCLI
-from lkd.layers import FeatureLayers, feature_layers, layer_names
+from lkd.layers import FeatureLayers, blank_image, feature_layers, layer_names
 from lkd.taps import FeatureTaps
 
 _T = TypeVar("_T")
@@ -61,7 +60,7 @@ def show_layers(args: Sequence[str]) -> None:
         raise ValueError(f"{args[0]!r} is no class_path; say where it lies, as in lkd.models.resnet20 or my_net.Net")
     lines: list[str] = []
     for name, network in networks.items():
-        lines += [*_listing(name, network, _blank_image(network, size or shape or [32])), ""]
+        lines += [*_listing(name, network, blank_image(network, size or shape or [32])), ""]
     print(*lines, _NOTE, sep="\n")
 
 
@@ -107,18 +106,6 @@ def _built(kind: type[_T], given: Any, settings: Sequence[str] = ()) -> _T:
         config = parser.parse_object({_KEY: given})
     found: _T = parser.instantiate(config)[_KEY]
     return found
-
-
-def _blank_image(network: nn.Module, size: Sequence[int]) -> Tensor:
-    if len(size) < 3:
-        channels = next((layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
-        if channels is None:
-            raise ValueError(
-                f"{type(network).__name__} has no convolution that tells how many channels its images have; give "
-                "--input_size CHANNELS HEIGHT WIDTH"
-            )
-        size = [channels, size[0], size[-1]]
-    return torch.zeros(1, *size)
 
 
 def _listing(name: str, network: nn.Module, image: Tensor) -> Iterator[str]:

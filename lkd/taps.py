@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lkd.layers import resolve_layers
+from lkd.layers import evaluating, resolve_layers
 from lkd.types import Outputs, Probe
 
 _INPUT = ":input"
@@ -85,7 +84,7 @@ class FeatureTaps:
         """
         self._copied, self._versions = frozenset(), {}
         try:
-            with torch.no_grad(), _evaluating(self.network):
+            with torch.no_grad(), evaluating(self.network):
                 outputs = self(input)
         finally:
             versions, self._versions = self._versions, None
@@ -145,14 +144,3 @@ def _clone(leaf: Any) -> Any:
 
 def _version(feature: Any) -> list[int]:
     return [leaf._version for leaf in tree_leaves(feature) if isinstance(leaf, Tensor)]
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

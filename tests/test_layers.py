@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lkd import FeatureTaps
-from lkd.layers import resolve_layers
+from lkd.layers import feature_layers, resolve_layers
 from lkd.models import layer_names, resnet8, timm_model, torchvision_model, vgg8
 from tests.models.test_benchmark import REFERENCE, layers, without_numbers
 
@@ -63,7 +63,7 @@ def test_layers_without_a_tensor_and_without_a_call() -> None:
 
 
 def test_no_convolution() -> None:
-    with pytest.raises(ValueError, match=r"Sequential has no convolution that tells which images .*; give an example"):
+    with pytest.raises(ValueError, match=r"Sequential has no convolution that tells how many .*; give an example"):
         layer_names(nn.Sequential(nn.Linear(2, 2)))
 
 
@@ -90,6 +90,81 @@ def test_groups_of_other_networks() -> None:
     assert resolve_layers(network, ["@stage1", "@norm2", "@preact3", "@pooled", "@map"]) == wanted
     network = timm_model("resnet10t", num_classes=10)
     assert resolve_layers(network, ["@last_stage", "@pooled", "layer1"]) == ("layer4", "fc:input", "layer1")
+
+
+RESNET = [f"layer{stage}" for stage in range(1, 5)]
+TIMM = {  # the first stage and how many there are, what it reads, and what the pooling reads
+    "resnet18": ("layer1", 4, (64, 56, 56), (512, 7, 7)),
+    "resnet50d": ("layer1", 4, (64, 56, 56), (2048, 7, 7)),
+    "resnetv2_50": ("stages.0", 4, (64, 56, 56), (2048, 7, 7)),
+    "regnety_002": ("s1", 4, (32, 112, 112), (368, 7, 7)),
+    "densenet121": ("features.denseblock1", 4, (64, 56, 56), (1024, 7, 7)),
+    "mobilenetv3_small_100": ("blocks.0", 4, (16, 112, 112), (576, 7, 7)),
+    "ghostnet_100": ("blocks.1", 4, (16, 112, 112), (960, 7, 7)),
+    "repvgg_a0": ("stages.0", 4, (48, 112, 112), (1280, 7, 7)),
+    "legacy_seresnet18": ("layer1", 4, (64, 56, 56), (512, 7, 7)),
+    "efficientnet_b0": ("blocks.0", 5, None, (1280, 7, 7)),
+    "convnext_atto": ("stages.0", 4, None, (320, 7, 7)),
+    "hrnet_w18_small": (None, 0, None, (2048, 7, 7)),
+    "vit_tiny_patch16_224": ("blocks.0", 12, None, None),
+    "deit_tiny_distilled_patch16_224": ("blocks.0", 12, None, None),
+    "swin_tiny_patch4_window7_224": (None, 0, None, None),
+    "volo_d1_224": (None, 0, None, None),
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_groups_of_timm_s_networks(name: str) -> None:
+    """timm's first feature is the stem's in some families, and the first stage's in others."""
+    with torch.device("meta"):
+        network = timm_model(name, num_classes=10).eval()
+    first, number, stem, pooling = TIMM[name]
+    layers = feature_layers(network)
+    assert (layers.stages[:1], len(layers.stages)) == (((first,) if first else ()), number)
+    names = [layer for layer in (*layers.stages, layers.stem, layers.map) if layer]
+    features = FeatureTaps(network, names)(torch.empty(2, 3, 224, 224, device="meta")).features
+    for layer, shape in ((layers.stem, stem), (layers.map, pooling)):
+        assert (tuple(features[layer].shape[1:]) if layer else None) == shape
+    sizes = [features[layer].shape[2] for layer in layers.stages]
+    tokens = name.startswith(("vit", "deit"))
+    assert len(set(sizes)) == (1 if tokens else number)  # each stage halves its map
+    assert {features[layer].dim() for layer in layers.stages} <= ({3} if tokens else {4})
+
+
+@pytest.mark.parametrize(
+    ("name", "act", "norm"),
+    [
+        ("resnet18", "act2", "bn2"),
+        ("resnet50d", "act3", "bn3"),
+        ("seresnet50", "act3", None),
+        ("res2net50_26w_4s", "relu", "bn3"),
+        ("skresnet18", None, None),
+    ],
+)
+def test_sums_of_timm_s_resnets(name: str, act: str | None, norm: str | None) -> None:
+    """As torchvision's, under timm's names; squeeze and excitation comes between BatchNorm and sum."""
+    with torch.device("meta"):
+        network = timm_model(name, num_classes=10).eval()
+    layers = feature_layers(network)
+    last = [f"{stage}.{len(network.get_submodule(stage)) - 1}" for stage in RESNET]
+    assert layers.preacts == tuple(f"{block}.{act}:input" for block in last if act)
+    assert layers.norms == tuple(f"{block}.{norm}" for block in last if norm)
+
+
+def test_an_activation_behind_the_sum() -> None:
+    network = timm_model("resnet10t", num_classes=10).eval()
+    layers = ["@preact4", "@stage4"]
+    before, after = FeatureTaps(network, layers)(torch.randn(2, 3, 64, 64)).features.values()
+    assert before.min() < 0
+    torch.testing.assert_close(after, before.relu())
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "vgg11"])
+def test_map_of_torchvision_s_networks(name: str) -> None:
+    """VGG's `avgpool` leaves 7x7 pixels."""
+    with torch.device("meta"):
+        network = torchvision_model(name, num_classes=10).eval()
+    assert feature_layers(network).map == ("" if name == "vgg11" else "avgpool:input")
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_a_network_in_the_current_folder() -> None:
         ),
         (
             ["torch.nn.Linear", "--in_features=3", "--out_features=2"],
-            "Linear has no convolution that tells how many channels its images have; give --input_size CHANNELS HEIGHT",
+            "Linear has no convolution that tells how many channels its images have; give an example (lkd layers: ",
         ),
         (["--config", "digits/kdd"], "there is no config 'digits/kdd'"),
         (["--config", "digits/kd", "--model.init_args.studnet=3"], "has no setting 'studnet'; did you mean 'student'?"),

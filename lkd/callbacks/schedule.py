@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
+
+from lkd.losses import CompositeLoss
 
 
 class Schedule(L.Callback):
@@ -19,7 +21,9 @@ class Schedule(L.Callback):
 
     Args:
         attribute: Which number, by its path from the module: `distill_weight`, `criterion.reversal`, or, in a
-            WeightedSum, `criterion.weights.NAME` and `criterion.criteria.NAME.reversal`.
+            WeightedSum, `criterion.weights.NAME` and `criterion.criteria.NAME.reversal`. What a criterion made of
+            others (a WeightedSum, a MultiTeacher, a MutualModule's) does not have itself is changed in each of them
+            that has it.
         epochs: Over how many epochs, at least 1.
         start: The factor before the first epoch.
         end: The factor at last.
@@ -50,7 +54,7 @@ class Schedule(L.Callback):
         self.start = start
         self.end = end
         self.shape = shape
-        self._own: float | None = None
+        self._own: list[float] = []
 
     def factor(self, epoch: int) -> float:
         """What the attribute's own value is multiplied by.
@@ -79,8 +83,9 @@ class Schedule(L.Callback):
         self._set(trainer, pl_module)
 
     def _set(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._own is not None:
-            _write(pl_module, self.attribute, self._own * self.factor(trainer.current_epoch))
+        if self._own:
+            factor = self.factor(trainer.current_epoch)
+            _write(pl_module, self.attribute, [own * factor for own in self._own])
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the attribute its own value back."""
@@ -91,37 +96,47 @@ class Schedule(L.Callback):
         self._restore(pl_module)
 
     def _restore(self, pl_module: L.LightningModule) -> None:
-        if self._own is not None:
+        if self._own:
             _write(pl_module, self.attribute, self._own)
-            self._own = None
+            self._own = []
 
 
 def _get(owner: Any, name: str) -> Any:
     return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
 
 
-def _owner(module: L.LightningModule, attribute: str) -> tuple[Any, str]:
-    owner: Any = module
+def _holders(owner: Any, name: str) -> list[Any]:
+    """What has something of that name: the owner, or else the criteria that it is made of."""
+    if _get(owner, name) is not None:
+        return [owner]
+    return [found for part in owner.parts for found in _holders(part, name)] if isinstance(owner, CompositeLoss) else []
+
+
+def _owners(module: L.LightningModule, attribute: str) -> tuple[list[Any], str]:
+    owners: list[Any] = [module]
     *path, name = attribute.split(".")
     for part in path:
-        owner = _get(owner, part)
-    return owner, name
+        owners = [_get(holder, part) for owner in owners for holder in _holders(owner, part)]
+    return [holder for owner in owners for holder in _holders(owner, name)], name
 
 
-def _read(module: L.LightningModule, attribute: str) -> float:
-    value = _get(*_owner(module, attribute))
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _read(module: L.LightningModule, attribute: str) -> list[float]:
+    owners, name = _owners(module, attribute)
+    values = [_get(owner, name) for owner in owners]
+    wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, (int, float))]
+    if wrong or not values:
         raise ValueError(
             f"Schedule changes a number of the module, but {type(module).__name__}'s {attribute!r} is "
-            f"{'not there' if value is None else type(value).__name__}; name one such as 'distill_weight' or "
+            f"{type(wrong[0]).__name__ if wrong else 'not there'}; name one such as 'distill_weight' or "
             "'criterion.reversal'"
         )
-    return float(value)
+    return [float(value) for value in values]
 
 
-def _write(module: L.LightningModule, attribute: str, value: float) -> None:
-    owner, name = _owner(module, attribute)
-    if isinstance(owner, dict):
-        owner[name] = value
-    else:
-        setattr(owner, name, value)
+def _write(module: L.LightningModule, attribute: str, values: Sequence[float]) -> None:
+    owners, name = _owners(module, attribute)
+    for owner, value in zip(owners, values, strict=True):
+        if isinstance(owner, dict):
+            owner[name] = value
+        else:
+            setattr(owner, name, value)

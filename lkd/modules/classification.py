@@ -256,10 +256,19 @@ class ClassificationModule(L.LightningModule):
             The logits `(B, K)` of the network in training.
         """
         logits: Tensor = self(batch.input)
-        labelled = (batch.target != IGNORE_INDEX).sum()
-        metrics["loss"].update(self._cross_entropy(logits, batch.target), weight=labelled)
-        metrics["acc"].update(logits, batch.target)
+        self.measure(metrics, logits, batch.target)
         return logits
+
+    def measure(self, metrics: Mapping[str, Metric], logits: Tensor, target: Tensor) -> None:
+        """Update `loss` and `acc`.
+
+        Args:
+            metrics: One stage's metrics.
+            logits: `(B, K)`.
+            target: `(B,)`; `IGNORE_INDEX` where there is no label.
+        """
+        metrics["loss"].update(self._cross_entropy(logits, target), weight=(target != IGNORE_INDEX).sum())
+        metrics["acc"].update(logits, target)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure one batch."""

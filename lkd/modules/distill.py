@@ -31,6 +31,9 @@ class DistillModule(ClassificationModule):
     mode, and neither in the optimizer nor in checkpoints nor in DDP's synchronisation. The student is `self.model`
     (and `self.student`), so a checkpoint's weights serve as another run's teacher.
 
+    With a weight of 0, what only that part of the loss would reach (the classifier, where features alone are compared;
+    the criterion's adapters) has a gradient of 0 rather than none, in one process as in several: weight decay goes on.
+
     To write a method of one's own, override `distill_loss`, or write a `DistillLoss` and pass it as `criterion`.
 
     Beside `ClassificationModule`'s curves: `train/hard`, `train/<criterion>` (as weighted), `val/teacher_acc`, and
@@ -164,13 +167,15 @@ class DistillModule(ClassificationModule):
                 self.watch("teacher", teacher.logits)
             loss = self.distill_loss(student, teacher, batch)
             terms |= {name: self.distill_weight * term for name, term in named_terms(self.distill_name, loss).items()}
-        if self._trainer is not None and self.trainer.world_size > 1:
-            self._reach_all(terms, student)
+        self._reach_all(terms, student.logits)
         return student.logits, terms
 
-    def _reach_all(self, terms: dict[str, Tensor], student: Outputs) -> None:
-        """Give what a weight of 0 leaves out a gradient of 0: DDP waits for every parameter's."""
-        silent = [] if self.hard_weight else [student.logits]
+    def _reach_all(self, terms: dict[str, Tensor], *logits: Tensor) -> None:
+        """Give what a weight of 0 leaves out a gradient of 0: DDP waits for every parameter's.
+
+        One process does it too, or weight decay and momentum would move there other parameters than in several.
+        """
+        silent = [] if self.hard_weight else list(logits)
         silent += [] if self.distill_weight else list(self.criterion.parameters())
         if silent:
             first = next(iter(terms))

@@ -84,7 +84,9 @@ class EarlyExitModule(DistillModule):
 
     def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> Tensor:
         """Measure what answers, and all exits, on one batch."""
-        logits = super().update_metrics(metrics, batch)
-        for number, exit_logits in enumerate(self.exit_logits(batch.input)[:-1], 1):
+        *exits, own = self.exit_logits(batch.input)
+        logits = own if self.exit is None else exits[self.exit - 1]
+        self.measure(metrics, logits, batch.target)
+        for number, exit_logits in enumerate(exits, 1):
             metrics[f"acc_exit{number}"].update(exit_logits, batch.target)
         return logits

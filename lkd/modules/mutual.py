@@ -189,6 +189,7 @@ class MutualModule(DistillModule):
                 loss = self.criterion(answers, number, batch)
                 for name, term in named_terms(self.distill_name, loss).items():
                     terms[f"{name}{suffix}"] = self.distill_weight * term
+        self._reach_all(terms, *(answer.logits for answer in answers))
         return answers[0].logits, terms
 
     def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> Tensor:

@@ -31,7 +31,9 @@ class PastTeacherModule(DistillModule):
     and goes on from there. Neither the optimizer nor DDP's gradients know it; DDP gives all processes the statistics of
     the first.
 
-    The first teacher knows nothing: let `distill_weight` grow from 0, by `lkd.callbacks.Schedule`.
+    The first teacher knows nothing: let `distill_weight` grow from 0, by `lkd.callbacks.Schedule`. A criterion that
+    computes something from the teacher's weights once (`OFD`: its margins) does so from that first teacher, and keeps
+    it: it belongs to a teacher that is trained, in a `DistillModule`.
 
     Args:
         student: The network in training; returns logits `(B, K)`.

@@ -7,9 +7,10 @@ import lightning as L
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lkd import DistillModule
+from lkd import DistillModule, MutualModule
 from lkd.callbacks import Schedule
-from lkd.losses import CTKD, KD, WeightedSum
+from lkd.losses import CTKD, KD, MultiTeacher, WeightedSum
+from lkd.models import Ensemble
 
 
 class Watch(L.Callback):
@@ -58,6 +59,38 @@ def test_several_inside_a_sum(distill, trainer, data) -> None:
     trainer(max_epochs=2, callbacks=[*schedules, watch]).fit(module, data)
     assert set(watch.seen) == {(0, 1.0, 0.25), (1, 2.0, 0.0)}
     assert criterion.weights["kd"] == 2.0
+
+
+def _reversals(module: DistillModule) -> tuple[float, ...]:
+    return tuple(part.reversal for part in module.criterion.modules() if isinstance(part, CTKD))
+
+
+@pytest.mark.parametrize("students", [2, 3])
+def test_all_pairs_of_students(tiny, trainer, data, students) -> None:
+    """methods/ctkd names `criterion.reversal`, and each pair has its own copy of the criterion."""
+    module = MutualModule([tiny(seed) for seed in range(students)], CTKD(reversal=0.5))
+    watch = Watch(lambda module: set(_reversals(module)))
+    trainer(max_epochs=2, callbacks=[Schedule("criterion.reversal", epochs=2), watch]).fit(module, data)
+    assert all(seen == ({0.25} if epoch == 0 else {0.5}) for epoch, seen in watch.seen)
+    assert _reversals(module) == (0.5,) * students * (students - 1)
+
+
+def test_all_teachers(tiny, trainer, data) -> None:
+    """Through a sum for each teacher, of which one criterion has the number."""
+    criterion = MultiTeacher(WeightedSum({"kd": KD(), "ctkd": CTKD()}, weights={"ctkd": 2.0}))
+    module = DistillModule(tiny(0), Ensemble([tiny(1), tiny(2)]), criterion)
+    schedules = [Schedule("criterion.reversal", epochs=2), Schedule("criterion.weights.ctkd", epochs=4)]
+    watch = Watch(_reversals, lambda module: tuple(part.weights["ctkd"] for part in module.criterion.parts))
+    trainer(max_epochs=2, callbacks=[*schedules, watch]).fit(module, data)
+    assert set(watch.seen) == {(0, (0.5, 0.5), (0.5, 0.5)), (1, (1.0, 1.0), (1.0, 1.0))}
+
+
+def test_each_has_its_own_value(distill, trainer, data) -> None:
+    module = distill(criterion=WeightedSum({"one": CTKD(reversal=0.5), "two": CTKD(reversal=1.0)}))
+    watch = Watch(_reversals)
+    trainer(max_epochs=1, callbacks=[Schedule("criterion.reversal", epochs=2), watch]).fit(module, data)
+    assert set(watch.seen) == {(0, (0.25, 0.5))}
+    assert _reversals(module) == (0.5, 1.0)
 
 
 def test_the_temperature_is_learned(distill, trainer, data) -> None:

@@ -146,6 +146,18 @@ def test_terms_with_weight_zero_are_left_out(distill) -> None:
     assert set(distill(distill_weight=0.0).losses(batch)[1]) == {"hard"}
 
 
+def test_what_a_weight_of_zero_leaves_out_has_a_gradient_of_zero(distill) -> None:
+    """As with DDP, which waits for it: weight decay is to do the same in one process."""
+    batch = Batch(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
+    features, labels = distill(criterion=AT(), hard_weight=0.0), distill(criterion=FitNet(), distill_weight=0.0)
+    for module in (features, labels):
+        module.build(batch.input[:1])
+        torch.stack(list(module.losses(batch)[1].values())).sum().backward()
+    silent = [features.student.fc.weight, *labels.criterion.parameters()]
+    assert len(silent) > 1
+    assert all(parameter.grad.eq(0).all() for parameter in silent)
+
+
 def test_batch_without_labels_has_a_finite_loss(distill) -> None:
     _, terms = distill().losses(Batch(torch.randn(2, 3, 8, 8), torch.tensor([-100, -100])))
     assert terms["hard"] == 0

@@ -90,6 +90,15 @@ def test_an_exit_answers(tiny, data, trainer) -> None:
     torch.testing.assert_close(said, module.exit_logits(batch.input)[0])
 
 
+@pytest.mark.parametrize("exit", [None, 2])
+def test_one_pass_measures_all(tiny, data, trainer, exit) -> None:
+    module, calls = _built(tiny(), exit=exit), []
+    module.setup = lambda stage: None  # it runs a blank image
+    module.student.register_forward_hook(lambda *_: calls.append(1))
+    trainer().validate(module, data, verbose=False)
+    assert len(calls) == len(data.val_dataloader())
+
+
 def test_exits_come_back(tiny, resume) -> None:
     saved = resume(lambda: EarlyExitModule(tiny()))
     assert "criterion.exits.1.fc.weight" in saved

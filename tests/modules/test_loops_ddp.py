@@ -16,8 +16,9 @@ SCRIPT = """
     import lightning as L
     import torch
     from torch import nn
-    from lkd import DOT, DOTModule, EarlyExitModule, MutualModule, PastTeacherModule, SyntheticDataModule
-    from lkd.losses import FitNet
+    from lkd import DOT, DistillModule, DOTModule, EarlyExitModule, MutualModule, PastTeacherModule
+    from lkd import SyntheticDataModule
+    from lkd.losses import AT, FitNet
     from lkd.models import CIFARResNet
 
     def resnet(seed, width):
@@ -30,6 +31,9 @@ SCRIPT = """
 
     def sgd(parameters):
         return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+    def decay(parameters):
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
 
     def dot(parameters):
         return DOT(parameters, lr=0.05, momentum=0.9, delta=0.075, weight_decay=1e-3)
@@ -46,7 +50,13 @@ SCRIPT = """
         "average": lambda: PastTeacherModule(resnet(0, 4), ema_decay=0.9, optimizer=sgd),
         "exits": lambda: EarlyExitModule(resnet(0, 4), optimizer=sgd),
         "dot": lambda: DOTModule(flat(0), flat(1), distill_weight=0.5, hard_weight=0.5, optimizer=dot),
+        "features": lambda: DistillModule(resnet(0, 4), resnet(1, 4), AT(), hard_weight=0.0, optimizer=decay),
+        "mutual features": lambda: MutualModule([resnet(0, 4), resnet(1, 8)], AT(), hard_weight=0.0, optimizer=decay),
+        "mutual labels": lambda: MutualModule(
+            [resnet(0, 4), resnet(1, 8)], FitNet(), distill_weight=0.0, optimizer=decay
+        ),
     }
+    SILENT = {"features": "fc.weight", "mutual features": "fc.weight", "mutual labels": "0.0.weight"}
     devices, names = int(sys.argv[1]), sys.argv[2:]
     found = {}
     for name in names:
@@ -63,6 +73,9 @@ SCRIPT = """
         trainer.fit(module, data)
         state = {key: tensor for key, tensor in module.state_dict().items() if not key.startswith("metrics")}
         found[name] = {"digest": digest(state), "keys": sorted({key.split(".")[0] for key in state})}
+        if name in SILENT:
+            silent = [tensor.tolist() for key, tensor in state.items() if key.endswith(SILENT[name])]
+            found[name]["silent"] = silent
         if name == "dot":
             kept = trainer.optimizers[0].state.values()
             found[name]["weights"] = [tensor.tolist() for tensor in state.values()]
@@ -70,7 +83,8 @@ SCRIPT = """
     with open(f"{devices}_{trainer.global_rank}.json", "w") as file:
         json.dump(found, file)
 """
-NAMES = ("mutual", "past", "average", "exits", "dot")
+SILENT = ("features", "mutual features", "mutual labels")  # a weight is 0, and nothing else reaches some parameters
+NAMES = ("mutual", "past", "average", "exits", "dot", *SILENT)
 
 
 def _run(folder: Path, devices: int, names: tuple[str, ...]) -> list[dict]:
@@ -86,7 +100,7 @@ def processes(tmp_path_factory) -> tuple[dict, dict, dict]:
     """What one process found, and what each of two."""
     folder = tmp_path_factory.mktemp("ddp")
     (folder / "train.py").write_text(textwrap.dedent(SCRIPT))
-    return (*_run(folder, 1, ("dot",)), *_run(folder, 2, NAMES))
+    return (*_run(folder, 1, ("dot", *SILENT)), *_run(folder, 2, NAMES))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,6 +119,13 @@ def test_dot_averages_the_distillation_s_gradient(processes) -> None:
     for key in ("weights", "momenta"):
         flat = [_flatten(found["dot"][key]) for found in (alone, first)]
         assert flat[1] == pytest.approx(flat[0], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_what_the_loss_does_not_reach_decays_alike(name: str, processes) -> None:
+    alone, first, _ = (found[name]["silent"] for found in processes)
+    assert alone
+    assert _flatten(first) == pytest.approx(_flatten(alone), rel=1e-5)
 
 
 def _flatten(values) -> list[float]:
