@@ -48,8 +48,17 @@ class DistillLoss(nn.Module, ABC):
     skips_unlabelled: ClassVar[bool | None] = False
     """Whether images without a label do not count, as it is a mean over the others; None: in some of its terms."""
 
+    needs_build: ClassVar[bool] = False
+    """Whether `forward` needs what `build` makes: so where `build` is overridden, unless it says otherwise."""
+
     same_everywhere: ClassVar[tuple[str, ...]] = ()
     """Buffers that several processes begin and change alike by themselves: DDP need not send them in every step."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        own = vars(cls)
+        if "build" in own and "needs_build" not in own and not isinstance(cls.needs_build, property):
+            cls.needs_build = True
 
     def __init__(self, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()) -> None:
         super().__init__()
@@ -211,6 +220,11 @@ class CompositeLoss(DistillLoss):
         """Whether images without a label do not count in any part; None: in some."""
         found = {part.skips_unlabelled for part in self.parts}
         return found.pop() if len(found) == 1 else None
+
+    @property
+    def needs_build(self) -> bool:  # type: ignore[override]
+        """Whether one of the parts needs what its `build` makes."""
+        return any(part.needs_build for part in self.parts)
 
     @property
     def num_views(self) -> int:  # type: ignore[override]

@@ -225,9 +225,11 @@ class CRD(DistillLoss):
 
     def _remember(self, ours: Tensor, theirs: Tensor, index: Tensor, target: Tensor) -> None:
         # An image that occurs twice has one row: which of two writes is the last, a GPU does not say.
-        same = (index.unsqueeze(1) == index).to(ours.dtype)
+        same = index.unsqueeze(1) == index
+        share = same.to(ours.dtype) / same.sum(1, keepdim=True)
         for memory, new in ((self.student_memory, ours), (self.teacher_memory, theirs)):
-            mean = same @ new / same.sum(1, keepdim=True)
+            mean = share @ new
             row = F.normalize(self.momentum * wide(memory[index]) + (1 - self.momentum) * mean, dim=1)
             memory.index_copy_(0, index, row.to(memory.dtype))
-        self.targets.index_copy_(0, index, target)
+        label = torch.where(same, target, IGNORE_INDEX).amax(1)  # of an image's views, only one may have it
+        self.targets.index_copy_(0, index, torch.where(label == IGNORE_INDEX, self.targets[index], label))

@@ -67,6 +67,7 @@ class AT(DistillLoss):
         benchmark weighs it with 1000.
     """
 
+    needs_build = False  # it only checks the layers
     reads_logits = False
 
     def __init__(
@@ -148,6 +149,7 @@ class NST(DistillLoss):
         The CIFAR-100 benchmark weighs it with 50.
     """
 
+    needs_build = False  # it only checks the layers
     reads_logits = False
 
     def __init__(

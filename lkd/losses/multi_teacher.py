@@ -134,6 +134,11 @@ class MultiTeacher(CompositeLoss):
         """The criterion's copies, one for each teacher."""
         return list(self.criteria)  # type: ignore[arg-type]
 
+    @property
+    def needs_build(self) -> bool:  # type: ignore[override]
+        """Whether the copies need what their `build` makes, or the weights are learned."""
+        return self.weighting == "learned" or super().needs_build
+
     def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
         """Copy the criterion for each teacher, and find the copies' layers."""
         members = list(getattr(teacher, _MEMBERS, ()))

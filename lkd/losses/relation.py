@@ -404,6 +404,11 @@ class CC(DistillLoss):
         self.order = order
         self.normalize = normalize
 
+    @property
+    def needs_build(self) -> bool:  # type: ignore[override]
+        """Whether there are embeddings to make."""
+        return self.feat_dim is not None
+
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the embeddings."""
         pairs = self.pairs(student.outputs, teacher.outputs)

@@ -271,6 +271,7 @@ class DeiT(DistillLoss):
         (arXiv 2012.12877): hard with weight 0.5; soft with weight 0.1 and temperature 3.
     """
 
+    needs_build = False  # it only checks the layers
     skips_unlabelled = None
 
     def __init__(

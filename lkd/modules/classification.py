@@ -89,7 +89,7 @@ class ClassificationModule(L.LightningModule):
         self._make_optimizer = optimizer
         self._make_lr_scheduler = lr_scheduler
         self._meter = Meter()
-        self._kept_facts: dict[str, Any] = {}  # what a checkpoint tells of the data, outside a Trainer
+        self._kept_facts: dict[str, Any] = {}  # what a checkpoint tells of the data
         self._watched: dict[str, Tensor] = {}
 
     def __init_subclass__(cls, **settings: Any) -> None:
@@ -318,9 +318,9 @@ class ClassificationModule(L.LightningModule):
         return None if shape is None else torch.zeros(1, *shape, device=self.device)
 
     def _data_attribute(self, name: str) -> Any | None:
-        if self._trainer is None:
-            return self._kept_facts.get(name)
-        return getattr(getattr(self._trainer, "datamodule", None), name, None)
+        """What the data module tells, else what a checkpoint does: in a test, no training images are opened."""
+        told = getattr(getattr(self._trainer, "datamodule", None), name, None)
+        return self._kept_facts.get(name) if told is None else told
 
     def build(self, example: Any) -> None:
         """Run a blank input through what is trained, and check what comes out.
@@ -379,7 +379,7 @@ class ClassificationModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Before the weights arrive: outside a Trainer, build what depends on the data; in one, see if they fit."""
+        """Before the weights arrive: build what depends on the data, if that waited; in a Trainer, see if they fit."""
         made_by = str(checkpoint.get("hyper_parameters", {}).get("_class_path", type(self).__name__))
         if made_by.rpartition(".")[2] not in {kind.__name__ for kind in type(self).__mro__}:
             raise ValueError(
@@ -387,8 +387,7 @@ class ClassificationModule(L.LightningModule):
                 "LightningModule.load_from_checkpoint(path) finds the right class"
             )
         self._kept_facts = dict(checkpoint.get("lkd", {}))
-        example = self.example_input() if self._trainer is None else None
-        if example is not None:
+        if (example := self.example_input()) is not None:
             self.build(example)
         state = checkpoint.get("state_dict")
         problems = misfit(state, self) if self._trainer is not None and self.strict_loading and state else ""

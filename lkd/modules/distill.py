@@ -256,7 +256,7 @@ class DistillModule(ClassificationModule):
         if self.teacher_normalization is not None:
             self._renormalize(self.teacher_normalization)
         super().setup(stage)
-        if not self._built and type(self.criterion).build is not DistillLoss.build:
+        if not self._built and self.criterion.needs_build and self.example_input() is None:
             raise ValueError(
                 f"{type(self.criterion).__name__} builds its adapters from the shape of the input, which is not known; "
                 "use a datamodule with `input_shape`, or set the module's `example_input_array`"
@@ -310,9 +310,17 @@ class DistillModule(ClassificationModule):
             for name in FROM_DATA:
                 if getattr(part, name, 0) is None:
                     setattr(part, name, self._data_attribute(name))
+        if self._awaits_checkpoint:
+            return
         self.criterion.build(*probes)
         self._ddp_params_and_buffers_to_ignore = same_everywhere(self)
         self._built = True
+
+    @property
+    def _awaits_checkpoint(self) -> bool:
+        """Whether, in a test, only a checkpoint can tell how many images there are: no training images are opened."""
+        unknown = any(getattr(part, "num_samples", 0) is None for part in self.criterion.modules())
+        return unknown and self._trainer is not None and not self._trainer.training
 
     def _check_classes(self, student: Probe, teacher: Probe, compared: bool) -> None:
         ours, theirs = (probe.outputs.logits.shape[1] for probe in (student, teacher))

@@ -78,6 +78,14 @@ def test_of_an_image_that_occurs_twice_the_mean_is_remembered() -> None:
     torch.testing.assert_close(criterion.student_memory[3], wanted)
 
 
+def test_a_view_without_a_label_does_not_hide_the_label() -> None:
+    criterion = _criterion()
+    _step(criterion, [3, 5, 3, 5], target=[2, 1, IGNORE_INDEX, IGNORE_INDEX])
+    assert criterion.targets[[3, 5]].tolist() == [2, 1]
+    _step(criterion, [5, 7], target=[IGNORE_INDEX, IGNORE_INDEX])
+    assert criterion.targets[[3, 5, 7]].tolist() == [2, 1, IGNORE_INDEX]
+
+
 def test_the_normalization_is_that_of_the_first_step() -> None:
     criterion = _criterion(num_negatives=500, own_class=True)
     _step(criterion, [0, 1, 2, 3])

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from lkd import Batch, DistillLoss, DistillModule, Normalization, Outputs, Probe
-from lkd.losses import AT, CRD, KD, FitNet, TfKD, WeightedSum
+from lkd import Batch, DistillLoss, DistillModule, Normalization, Outputs, Probe, SyntheticDataModule
+from lkd.losses import AT, CC, CRD, KD, PKT, FitNet, LogitStandardization, TfKD, WeightedSum
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -369,6 +369,27 @@ def test_plain_data_will_do(distill, trainer) -> None:
     assert "val/agreement" in engine.callback_metrics
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        AT,
+        PKT,
+        lambda: CC(feat_dim=None),
+        lambda: WeightedSum({"kd": KD(), "at": AT()}),
+        lambda: LogitStandardization(KD()),
+    ],
+    ids=["at", "pkt", "cc", "sum", "standardized"],
+)
+def test_where_nothing_is_built_plain_data_will_do(distill, trainer, make) -> None:
+    trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(distill(criterion=make()), Plain())
+
+
+@pytest.mark.parametrize("around", [lambda hint: WeightedSum({"kd": KD(), "hint": hint}), LogitStandardization])
+def test_what_a_part_builds_needs_the_input_shape(distill, trainer, around) -> None:
+    with pytest.raises(ValueError, match=r"builds its adapters.*input_shape.*example_input_array"):
+        trainer().fit(distill(criterion=around(Hint())), Plain())
+
+
 def test_adapters_need_the_input_shape(distill, trainer) -> None:
     with pytest.raises(ValueError, match=r"Hint builds its adapters.*input_shape.*example_input_array"):
         trainer().fit(distill(criterion=Hint()), Plain())
@@ -537,6 +558,27 @@ def test_memories_hold_training_images_alone(distill, data, trainer, tmp_path) -
         tmp_path / "run.ckpt", student=module.student, teacher=module.teacher, criterion=make()
     )
     assert torch.equal(again.criterion.criteria["crd"].is_drawn, crd.is_drawn)
+
+
+def test_what_the_data_does_not_tell_a_checkpoint_does(distill, data, trainer, tmp_path) -> None:
+    """A test opens no training images, and restores the weights after `setup`."""
+
+    def make() -> DistillModule:
+        return distill(criterion=CRD(feat_dim=4, num_negatives=8))
+
+    path = tmp_path / "run.ckpt"
+    module, fitted = make(), trainer(max_epochs=1)
+    fitted.fit(module, data)
+    fitted.save_checkpoint(path)
+    networks = {"student": module.student, "teacher": module.teacher}
+    loaded = DistillModule.load_from_checkpoint(path, **networks, criterion=CRD(feat_dim=4, num_negatives=8))
+    for again, ckpt_path in ((make(), path), (loaded, None), (loaded, path)):
+        unopened = SyntheticDataModule(4, (3, 8, 8), train_size=64, test_size=24, val_size=16, batch_size=16)
+        tester = trainer()
+        tester.test(again, unopened, ckpt_path=ckpt_path)
+        assert torch.equal(again.criterion.student_memory, module.criterion.student_memory)
+        tester.save_checkpoint(tmp_path / "again.ckpt")
+        assert torch.load(tmp_path / "again.ckpt", weights_only=True)["lkd"]["num_samples"] == 64
 
 
 def test_groups_of_layers_are_found(distill) -> None:

@@ -162,3 +162,11 @@ def test_command_line() -> None:
     assert torch.equal(again.get_submodule("student_2").fc.weight, saved["student_2.fc.weight"])
     student = CIFARResNet(8, (4, 4, 8, 16), 10, 1)
     assert torch.equal(load_weights(student, best).fc.weight, saved["model.fc.weight"])
+
+
+def test_plain_data_will_do(tiny, trainer) -> None:
+    images, target = torch.randn(8, 3, 8, 8), torch.arange(8) % 4
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, target), batch_size=4)
+    trainer(max_epochs=1).fit(MutualModule(_students(tiny, 2)), loader)
+    with pytest.raises(ValueError, match=r"Mutual builds its adapters.*input_shape"):
+        trainer(max_epochs=1).fit(MutualModule(_students(tiny, 2), FitNet()), loader)
