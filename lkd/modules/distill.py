@@ -14,7 +14,7 @@ from torch.optim import SGD
 from torchmetrics import Metric
 
 from lkd.losses import KD, DistillLoss, named_terms
-from lkd.losses.base import RESERVED, same_everywhere
+from lkd.losses.base import RESERVED, buffers_same_everywhere
 from lkd.models import load_weights
 from lkd.modules.classification import FROM_DATA, ClassificationModule, accuracy
 from lkd.taps import FeatureTaps
@@ -306,7 +306,7 @@ class DistillModule(ClassificationModule):
                 if getattr(part, name, 0) is None:
                     setattr(part, name, self._data_attribute(name))
         self.criterion.build(*probes)
-        self._ddp_params_and_buffers_to_ignore = same_everywhere(self)
+        self._ddp_params_and_buffers_to_ignore = buffers_same_everywhere(self)
         self._built = True
 
     def _check_classes(self, student: Probe, teacher: Probe, compared: bool) -> None:
