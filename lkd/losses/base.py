@@ -140,7 +140,7 @@ def total(losses: Sequence[Tensor]) -> Tensor:
     return sum(losses[1:], losses[0])
 
 
-def same_everywhere(module: nn.Module) -> list[str]:
+def buffers_same_everywhere(module: nn.Module) -> list[str]:
     """The buffers that all criteria in a module keep alike in several processes, as in its `named_buffers()`.
 
     Args:

@@ -14,7 +14,7 @@ from torch.optim import SGD
 from torchmetrics import Metric
 
 from lkd.losses import KD, DistillLoss, named_terms
-from lkd.losses.base import RESERVED, same_everywhere
+from lkd.losses.base import RESERVED, buffers_same_everywhere
 from lkd.models import load_weights
 from lkd.modules.classification import FROM_DATA, ClassificationModule, accuracy
 from lkd.taps import FeatureTaps
@@ -313,7 +313,7 @@ class DistillModule(ClassificationModule):
         if self._awaits_checkpoint:
             return
         self.criterion.build(*probes)
-        self._ddp_params_and_buffers_to_ignore = same_everywhere(self)
+        self._ddp_params_and_buffers_to_ignore = buffers_same_everywhere(self)
         self._built = True
 
     @property

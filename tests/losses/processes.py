@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lkd import Batch, DistillLoss, Outputs
-from lkd.losses.base import same_everywhere
+from lkd.losses.base import buffers_same_everywhere
 from tests.losses import test_criteria
 from tests.losses.cases import CASES
 from tests.losses.cases.base import FeatureCase, changed, value
@@ -46,7 +46,7 @@ class _Student(nn.Module):
         super().__init__()
         self.criterion = criterion
         self.scale = nn.Parameter(torch.ones(1))
-        self._ddp_params_and_buffers_to_ignore = same_everywhere(self)  # as DistillModule has it
+        self._ddp_params_and_buffers_to_ignore = buffers_same_everywhere(self)  # as DistillModule has it
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         return value(self.criterion, changed(student, lambda tensor: tensor * self.scale), teacher, batch)
