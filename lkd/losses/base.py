@@ -57,7 +57,7 @@ class DistillLoss(nn.Module, ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         own = vars(cls)
-        if "build" in own and "needs_build" not in own and not isinstance(cls.needs_build, property):
+        if "build" in own and "needs_build" not in own and cls.needs_build is False:  # a composite's is a property
             cls.needs_build = True
 
     def __init__(self, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()) -> None:
