@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -61,6 +62,9 @@ class DistillLoss(nn.Module, ABC):
 
     def __init__(self, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()) -> None:
         super().__init__()
+        for name, layers in (("student_layers", student_layers), ("teacher_layers", teacher_layers)):
+            if isinstance(layers, str):
+                raise TypeError(f"{name} is a list of layers' names, got {layers!r}; write [{layers!r}]")
         self.student_layers = tuple(student_layers)
         self.teacher_layers = tuple(teacher_layers)
 
@@ -125,6 +129,25 @@ class DistillLoss(nn.Module, ABC):
         """
 
 
+def check_criterion(owner: str, criterion: object) -> None:
+    """Say what a criterion is where something else was given.
+
+    Args:
+        owner: Who takes it.
+        criterion: What was given.
+
+    Raises:
+        TypeError: If it is no `DistillLoss`.
+    """
+    if isinstance(criterion, DistillLoss):
+        return
+    if isinstance(criterion, type):
+        got, remedy = f"the class {criterion.__name__}", f"make one of it, as in {criterion.__name__}()"
+    else:
+        got, remedy = f"{type(criterion).__name__}", "take one of lkd.losses, or write a DistillLoss that calls it"
+    raise TypeError(f"{owner} takes a criterion (a DistillLoss), got {got}; {remedy}")
+
+
 def same_everywhere(module: nn.Module) -> list[str]:
     """The buffers that all criteria in a module keep alike in several processes, as in its `named_buffers()`.
 
@@ -167,9 +190,20 @@ class CompositeLoss(DistillLoss):
 
     Args:
         parts: The others, as `parts` will return them.
+
+    Raises:
+        TypeError: If one of them is no criterion.
+        ValueError: If they read different numbers of views, and more than one.
     """
 
     def __init__(self, parts: Sequence[DistillLoss]) -> None:
+        for part in parts:
+            check_criterion(type(self).__name__, part)
+        if len(views := sorted({part.num_views for part in parts if part.num_views > 1})) > 1:
+            raise ValueError(
+                f"the criteria in {type(self).__name__} read {' and '.join(map(str, views))} views of each image, and a "
+                "batch has one number of views; take criteria that read as many"
+            )
         super().__init__(
             [layer for part in parts for layer in part.student_layers],
             [layer for part in parts for layer in part.teacher_layers],
@@ -229,6 +263,11 @@ class CompositeLoss(DistillLoss):
             part.build(student, teacher)
 
 
+def _is_module_name(name: object) -> bool:
+    """Whether an `nn.ModuleDict` takes it."""
+    return isinstance(name, str) and name != "" and "." not in name and not hasattr(nn.ModuleDict(), name)
+
+
 class WeightedSum(CompositeLoss):
     """Several criteria at once, each with its weight.
 
@@ -237,8 +276,8 @@ class WeightedSum(CompositeLoss):
         weights: Name to weight, at least 0; a criterion without one weighs 1.
 
     Raises:
-        ValueError: If there is no criterion, a weight is negative or names no criterion, or a criterion is called
-            `hard`, `loss` or `acc`, as other curves are.
+        ValueError: If there is no criterion, a weight is negative or not finite or names no criterion, or a criterion is called
+            `hard`, `loss` or `acc`, as other curves are, or so that PyTorch cannot keep it.
 
     Example:
         >>> from lkd.losses import KD
@@ -249,14 +288,21 @@ class WeightedSum(CompositeLoss):
 
     def __init__(self, criteria: dict[str, DistillLoss], weights: dict[str, float] | None = None) -> None:
         weights = weights or {}
+        if not isinstance(criteria, Mapping):
+            raise TypeError(f"WeightedSum takes a dict of names and criteria, got {type(criteria).__name__}")
         if not criteria:
             raise ValueError("WeightedSum needs at least one criterion")
         if taken := sorted(set(RESERVED) & set(criteria)):
             raise ValueError(f"a criterion in WeightedSum must not be called {taken}: other curves have this name")
+        if refused := [name for name in criteria if not _is_module_name(name)]:
+            raise ValueError(
+                f"a criterion in WeightedSum cannot be called {refused}: a name is a text without dots that no dict "
+                "has as an attribute; call it otherwise"
+            )
         if unknown := sorted(set(weights) - set(criteria)):
             raise ValueError(f"WeightedSum has weights for {unknown}, but its criteria are {sorted(criteria)}")
-        if negative := {name: weight for name, weight in weights.items() if weight < 0}:
-            raise ValueError(f"weights must not be negative, got {negative}")
+        if wrong := {name: weight for name, weight in weights.items() if not 0 <= weight < math.inf}:
+            raise ValueError(f"weights must not be negative, got {wrong}; take finite numbers from 0 on")
         super().__init__(list(criteria.values()))
         self.criteria = nn.ModuleDict(criteria)
         self.weights = {name: float(weights.get(name, 1.0)) for name in criteria}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,18 +14,18 @@ from lkd.types import Batch, Outputs
 
 
 def _check_temperature(temperature: float) -> float:
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(
             f"temperature must be greater than 0, got {temperature}; 1 leaves the teacher's probabilities as they are, "
-            "larger values flatten them (4 is usual)"
+            "larger finite values flatten them (4 is usual)"
         )
     return float(temperature)
 
 
 def _check_weights(**weights: float) -> None:
     for name, weight in weights.items():
-        if not weight >= 0:
-            raise ValueError(f"{name} must not be negative, got {weight}; it weighs a term of the loss")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must not be negative, got {weight}; a term's weight is a finite number from 0 on")
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 4.0) -> Tensor:

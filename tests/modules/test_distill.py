@@ -312,6 +312,12 @@ def test_mistakes_in_the_constructor(distill, tiny) -> None:
         distill(hard_weight=-1)
     with pytest.raises(ValueError, match=r"distill_weight must not be negative, got nan"):
         distill(distill_weight=float("nan"))
+    with pytest.raises(ValueError, match=r"hard_weight must not be negative, got inf; take a finite number"):
+        distill(hard_weight=float("inf"))
+    with pytest.raises(TypeError, match=r"DistillModule takes a criterion \(a DistillLoss\), got MSELoss; take one of"):
+        distill(criterion=nn.MSELoss())
+    with pytest.raises(TypeError, match=r"got the class KD; make one of it, as in KD\(\)"):
+        distill(criterion=KD)
     with pytest.raises(ValueError, match="both 0"):
         distill(hard_weight=0, distill_weight=0)
     with pytest.raises(ValueError, match=r"label_smoothing must be at least 0 and less than 1, got 1"):
