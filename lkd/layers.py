@@ -158,9 +158,10 @@ def _group(network: nn.Module, layers: FeatureLayers, name: str) -> tuple[str, .
         raise ValueError(f"there is no group of layers {name!r}; there are {GROUPS}")
     found = (found,) if isinstance(found, str) else found
     if not found or not all(found):
+        kind = type(uncompiled(network)).__name__
         raise ValueError(
-            f"it is not known which layers {name} of {type(uncompiled(network)).__name__} are; name them (student_layers, "
-            "teacher_layers), from those that `lkd layers` lists, or give the network an attribute feature_layers"
+            f"it is not known which layers {name} of {kind} are; name them (student_layers, teacher_layers), from "
+            "those that `lkd layers` lists, or give the network an attribute feature_layers"
         )
     return tuple(found)
 

@@ -88,8 +88,8 @@ def _read_config(args: Sequence[str], with_data: bool) -> tuple[dict[str, nn.Mod
     networks = {f"{name}: {given['class_path']}": _built(nn.Module, given) for name, given in settings.items() if given}
     if not networks:
         raise ValueError(
-            f"{config['model']['class_path']} has no student, students, teacher or model in its settings; give the network's "
-            "class_path"
+            f"{config['model']['class_path']} has no student, students, teacher or model in its settings; give the "
+            "network's class_path"
         )
     if not (with_data and config.get("data")):
         return networks, None

@@ -56,8 +56,7 @@ class DistillLoss(nn.Module, ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        own = vars(cls)
-        if "build" in own and "needs_build" not in own and not isinstance(cls.needs_build, property):
+        if "build" in vars(cls) and "needs_build" not in vars(cls) and cls.needs_build is False:
             cls.needs_build = True
 
     def __init__(self, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()) -> None:
@@ -94,7 +93,7 @@ class DistillLoss(nn.Module, ABC):
             teacher: What the teacher answered.
 
         Raises:
-            ValueError: If the numbers of layers differ.
+            ValueError: If the numbers of layers differ, there is none, or one returns no tensor.
         """
         ours, theirs = self.student_layers, self.teacher_layers
         if len(ours) != len(theirs):
@@ -103,7 +102,7 @@ class DistillLoss(nn.Module, ABC):
                 f"({', '.join(ours)}) and {len(theirs)} ({', '.join(theirs)}); name as many student_layers as "
                 "teacher_layers"
             )
-        return [(student.features[own], teacher.features[other]) for own, other in zip(ours, theirs, strict=True)]
+        return list(zip(read_layers(student, ours), read_layers(teacher, theirs), strict=True))
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the adapters, once the shapes of all features are known.
@@ -127,6 +126,25 @@ class DistillLoss(nn.Module, ABC):
         Returns:
             A scalar, or named scalars that are to be added.
         """
+
+
+def read_layers(outputs: Outputs, layers: Sequence[str]) -> list[Tensor]:
+    """The features of some layers.
+
+    Args:
+        outputs: What a network answered.
+        layers: The layers' names, one at least.
+
+    Raises:
+        ValueError: If there is none, or one returned something other than a tensor.
+    """
+    if not layers:
+        raise ValueError("the criterion reads features, and no layers are named; name student_layers or teacher_layers")
+    for layer in layers:
+        if not isinstance(outputs.features[layer], Tensor):
+            kind = type(outputs.features[layer]).__name__
+            raise ValueError(f"the layer {layer!r} returns a {kind}; name a layer that returns one tensor")
+    return [outputs.features[layer] for layer in layers]
 
 
 def check_criterion(owner: str, criterion: object) -> None:
@@ -201,8 +219,8 @@ class CompositeLoss(DistillLoss):
             check_criterion(type(self).__name__, part)
         if len(views := sorted({part.num_views for part in parts if part.num_views > 1})) > 1:
             raise ValueError(
-                f"the criteria in {type(self).__name__} read {' and '.join(map(str, views))} views of each image, and a "
-                "batch has one number of views; take criteria that read as many"
+                f"the criteria in {type(self).__name__} read {' and '.join(map(str, views))} views of each image, and "
+                "a batch has one number of views; take criteria that read as many"
             )
         super().__init__(
             [layer for part in parts for layer in part.student_layers],
@@ -276,8 +294,9 @@ class WeightedSum(CompositeLoss):
         weights: Name to weight, at least 0; a criterion without one weighs 1.
 
     Raises:
-        ValueError: If there is no criterion, a weight is negative or not finite or names no criterion, or a criterion is called
-            `hard`, `loss` or `acc`, as other curves are, or so that PyTorch cannot keep it.
+        TypeError: If `criteria` is no dict of criteria.
+        ValueError: If there is no criterion, a weight is negative, not finite or names no criterion, or a criterion is
+            called `hard`, `loss` or `acc`, as other curves are, or so that PyTorch cannot keep it.
 
     Example:
         >>> from lkd.losses import KD

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses.adapters import check_dims
-from lkd.losses.base import DistillLoss
+from lkd.losses.base import DistillLoss, read_layers
 from lkd.losses.logit import _check_temperature, _check_weights, kd_loss
 from lkd.losses.logit_target import _labelled_mean
 from lkd.losses.precision import full_precision, wide
@@ -113,7 +113,7 @@ class BYOT(DistillLoss):
         self.exits = nn.ModuleList(Exit(feature, deepest, num_classes) for feature in shallow)
 
     def _maps(self, student: Outputs) -> list[Tensor]:
-        return [student.features[layer] for layer in self.student_layers]
+        return read_layers(student, self.student_layers)
 
     def exit_outputs(self, student: Outputs) -> list[ExitOutputs]:
         """What the exits answer, from shallow to deep.

@@ -112,8 +112,8 @@ class MultiTeacher(CompositeLoss):
         super().__init__([criterion])
         if not criterion.needs_teacher:
             raise ValueError(
-                f"MultiTeacher compares the student with several teachers, and {type(criterion).__name__} asks none; take it by "
-                "itself, or beside a MultiTeacher in a WeightedSum"
+                f"MultiTeacher compares the student with several teachers, and {type(criterion).__name__} asks none; "
+                "take it by itself, or beside a MultiTeacher in a WeightedSum"
             )
         if weights is not None and weighting != "fixed":
             raise ValueError(f"MultiTeacher takes weights with weighting 'fixed' only, got {weights} and {weighting!r}")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses.adapters import check_dims, generator
-from lkd.losses.base import DistillLoss
+from lkd.losses.base import DistillLoss, read_layers
 from lkd.losses.logit import _check_temperature, _check_weights, kd_loss
 from lkd.losses.logit_target import _labelled_mean
 from lkd.losses.precision import full_precision, wide
@@ -305,8 +305,8 @@ class DeiT(DistillLoss):
     def build(self, student: Probe, teacher: Probe) -> None:
         """Check the heads."""
         wanted = student.outputs.logits.shape
-        for layer in self.student_layers:
-            shape = student.outputs.features[layer].shape
+        for layer, head in zip(self.student_layers, read_layers(student.outputs, self.student_layers), strict=True):
+            shape = head.shape
             if shape != wanted:
                 raise ValueError(
                     f"DeiT reads two heads that return logits {tuple(wanted)}; the student's layer {layer!r} returns "

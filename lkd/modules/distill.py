@@ -356,6 +356,7 @@ class DistillModule(ClassificationModule):
 
     def on_validation_epoch_end(self) -> None:
         """Before the first epoch, say how good the teacher is."""
+        super().on_validation_epoch_end()
         metric = self.stage_metrics("val")["teacher_acc"]
         if not self.trainer.sanity_checking or not metric.update_called:
             return
