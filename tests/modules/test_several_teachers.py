@@ -21,7 +21,6 @@ from lkd.losses import (
     SP,
     SRD,
     SSKD,
-    USKD,
     WSLD,
     DeiT,
     DISTPlus,
@@ -123,7 +122,7 @@ def test_equal_confidence_is_fixed(distill, tiny, kind) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [CC, CRD, DIST, DISTPlus, MLKD, PKT, RKD, SKD, SP, SRD, SSKD, SemCKD, USKD], ids=lambda kind: kind.__name__
+    "kind", [CC, CRD, DIST, DISTPlus, MLKD, PKT, RKD, SKD, SP, SRD, SSKD, SemCKD], ids=lambda kind: kind.__name__
 )
 def test_confidence_is_not_for_what_compares_samples(kind) -> None:
     for criterion in (kind(), WeightedSum({"kd": KD(), "other": kind()})):
