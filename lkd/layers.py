@@ -39,6 +39,16 @@ class FeatureLayers(NamedTuple):
     head: str = ""
 
 
+def uncompiled(network: nn.Module) -> nn.Module:
+    """The network itself where `torch.compile(network)` has wrapped it, so that names stay what they were.
+
+    Args:
+        network: Any module.
+    """
+    inner = getattr(network, "_orig_mod", network)
+    return inner if isinstance(inner, nn.Module) else network
+
+
 def feature_layers(network: nn.Module) -> FeatureLayers:
     """Where the features lie: what the network says itself, else what is known of its kind.
 
@@ -54,6 +64,7 @@ def feature_layers(network: nn.Module) -> FeatureLayers:
     Returns:
         The names; empty ones where nothing is known.
     """
+    network = uncompiled(network)
     own = getattr(network, "feature_layers", None)
     if isinstance(own, FeatureLayers):
         return own
@@ -147,9 +158,10 @@ def _group(network: nn.Module, layers: FeatureLayers, name: str) -> tuple[str, .
         raise ValueError(f"there is no group of layers {name!r}; there are {GROUPS}")
     found = (found,) if isinstance(found, str) else found
     if not found or not all(found):
+        kind = type(uncompiled(network)).__name__
         raise ValueError(
-            f"it is not known which layers {name} of {type(network).__name__} are; name them (student_layers, "
-            "teacher_layers), from those that `lkd layers` lists, or give the network an attribute feature_layers"
+            f"it is not known which layers {name} of {kind} are; name them (student_layers, teacher_layers), from "
+            "those that `lkd layers` lists, or give the network an attribute feature_layers"
         )
     return tuple(found)
 

@@ -84,11 +84,12 @@ def _read_config(args: Sequence[str], with_data: bool) -> tuple[dict[str, nn.Mod
     config = _ConfigReader(*prepare(["fit", *args])).config["fit"]
     model = config["model"].get("init_args", {})
     settings = {name: model.get(name) for name in ("student", "teacher", "model")}
+    settings |= {f"student {number}": given for number, given in enumerate(model.get("students") or (), start=1)}
     networks = {f"{name}: {given['class_path']}": _built(nn.Module, given) for name, given in settings.items() if given}
     if not networks:
         raise ValueError(
-            f"{config['model']['class_path']} has no student, teacher or model in its settings; give the network's "
-            "class_path"
+            f"{config['model']['class_path']} has no student, students, teacher or model in its settings; give the "
+            "network's class_path"
         )
     if not (with_data and config.get("data")):
         return networks, None

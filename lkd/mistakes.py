@@ -19,6 +19,7 @@ _CLASS = re.compile(r"Problem with given class_path '(.*)':$")
 _SCAFFOLD = re.compile(
     r"Does not validate against|Subtypes: |Errors:$|Given value type: "
     r"|Expected a <class 'NoneType'>|Expected a path but "
+    r"|Subclass types expect one of:|a class path \(str\)$|a dict with"
 )
 _TOP = ("trainer", "model", "data", "checkpoint", "seed_everything", "ckpt_path", "config", "print_config")
 
@@ -35,6 +36,8 @@ def explain(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     if "Original Traceback" in text:  # from a data loader's worker: the message is its last line
         text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
+    if text.startswith("Expected more than 1 value per channel when training"):  # PyTorch's
+        return f"{text}; a BatchNorm needs several images at once: set batch_size to 2 or more"
     keys, classes, reasons, value = _read(text)
     if len(reasons) == len(text.splitlines()):
         return _unknown_option(text) or text
@@ -57,7 +60,8 @@ def _read(text: str) -> tuple[list[str], list[str], list[str], str | None]:
             value = value or line.removeprefix("Given value: ")
         elif line and not _SCAFFOLD.match(line):
             reasons.append(line)
-    return keys, classes, reasons, value
+    said = [reason for reason in reasons if not reason.startswith("Not a valid subclass of ")]
+    return keys, classes, said or reasons, value
 
 
 def _unknown_option(text: str) -> str | None:
@@ -106,6 +110,8 @@ def _other(where: str, classes: list[str], reason: str, value: str | None) -> st
     reason = reason.replace(" expected ", " or ")
     if value is not None and "got " not in reason and not value.startswith(("NestedArg", "Namespace", "{")):
         reason = f"{reason}, got {value}"
+    if re.search(r"got \[\s*@", reason):  # YAML keeps the character for itself
+        reason += "; write groups of layers in quotes, as in ['@stages']"
     return f"{where}: {reason}" if where else reason
 
 

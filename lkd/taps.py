@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lkd.layers import evaluating, resolve_layers
+from lkd.layers import evaluating, resolve_layers, uncompiled
 from lkd.types import Outputs, Probe
 
 _INPUT = ":input"
@@ -27,7 +27,7 @@ class FeatureTaps:
     Args:
         network: Any module whose output is a tensor of logits, or has them as `.logits` or `["logits"]`.
         layers: Names as in `network.named_modules()`; with `:input` behind the name, what goes into the layer
-            (its first positional argument). `@stages` and the like stand for the network's own: see
+            (its first argument). `@stages` and the like stand for the network's own: see
             `lkd.layers.resolve_layers`.
 
     Raises:
@@ -49,7 +49,7 @@ class FeatureTaps:
         for name in self.layers:
             layer = _find_layer(network, name.removesuffix(_INPUT))
             if name.endswith(_INPUT):
-                layer.register_forward_pre_hook(partial(self._save_input, name))
+                layer.register_forward_pre_hook(partial(self._save_input, name), with_kwargs=True)
             else:
                 layer.register_forward_hook(partial(self._save_output, name))
 
@@ -93,13 +93,13 @@ class FeatureTaps:
             self._copied = frozenset(
                 name for name, feature in outputs.features.items() if _version(feature) != versions[name]
             )
-        return Probe(self.network, outputs)
+        return Probe(uncompiled(self.network), outputs)
 
     def _save_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self._save(name, output)
 
-    def _save_input(self, name: str, module: nn.Module, args: Any) -> None:
-        self._save(name, args[0])
+    def _save_input(self, name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        self._save(name, [*args, *kwargs.values()][0])
 
     def _save(self, name: str, feature: Any) -> None:
         if self._versions is not None:
@@ -108,7 +108,9 @@ class FeatureTaps:
 
 
 def _find_layer(network: nn.Module, name: str) -> nn.Module:
+    network = uncompiled(network)
     layers: dict[str, nn.Module] = dict(network.named_modules())
+    name = name.removeprefix("_orig_mod.")
     if name and name in layers:
         return layers[name]
     known = [layer for layer in layers if layer]

@@ -94,6 +94,12 @@ def test_a_run_without_data(listed) -> None:
     assert student.endswith("for one image (1, 1, 32, 32)")
 
 
+def test_students_that_learn_from_one_another(listed) -> None:
+    first, second = listed("--config", "digits/mutual")
+    assert first.startswith("student 1: lkd.models.CIFARResNet, ")
+    assert second.startswith("student 2: lkd.models.resnet8, ")
+
+
 def test_a_network_alone(listed) -> None:
     (heading,) = listed("--config", "digits/teacher")
     assert heading.startswith("model: lkd.models.resnet8, ")

@@ -360,6 +360,24 @@ def test_numbers_out_of_range(fit) -> None:
     assert "hard_weight must not be negative, got -1" in fit("--model.init_args.hard_weight=-1")
 
 
+def test_groups_of_layers_without_quotes(fit) -> None:
+    at = "--model.init_args.criterion=lkd.losses.AT"
+    says = fit(at, "--model.init_args.criterion.init_args.student_layers=[@pooled]")
+    assert says.endswith("got [@pooled]; write groups of layers in quotes, as in ['@stages']")
+
+
+def test_one_image_for_a_batchnorm(fit) -> None:
+    says = fit("--model.init_args.criterion=lkd.losses.PAD", "--data.init_args.batch_size=1")
+    assert says.endswith("a BatchNorm needs several images at once: set batch_size to 2 or more")
+
+
+def test_a_schedule_without_epochs(fit) -> None:
+    Path("schedule.yaml").write_text(
+        "trainer: {callbacks: [{class_path: lkd.callbacks.Schedule, init_args: {attribute: hard_weight, epochs: 0}}]}"
+    )
+    assert fit("--config", "schedule.yaml") == "a Schedule needs at least 1 epoch, got 0"
+
+
 def test_loss_that_is_not_finite(fit) -> None:
     says = fit("--model.init_args.optimizer.init_args.lr=1e30")
     assert "the loss is not finite since step" in says

@@ -109,6 +109,38 @@ def test_compiles_as_one_graph(network: nn.Module, in_place: bool) -> None:
         torch.testing.assert_close(compiled.features[name], eager.features[name], msg=name)
 
 
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_names_are_those_of_the_network_inside(network: nn.Module, prefix: str) -> None:
+    """Which torch.compile(network) wraps."""
+    compiled = torch.compile(network, backend="eager")
+    layers = [f"{prefix}layer1", f"{prefix}layer2:input", "@last_stage", "@pooled"]
+    image = torch.randn(2, 3, 32, 32)
+    taps = FeatureTaps(compiled, layers)
+    assert taps.layers == (*layers[:2], "layer4", "fc:input")
+    assert taps.probe(image).network is network
+    expected = _by_hand(network, image)
+    features = taps(image).features
+    for name in layers[:2]:
+        torch.testing.assert_close(features[name], expected[name.removeprefix("_orig_mod.")])
+    with pytest.raises(ValueError, match="ResNet has no layer 'layer9'; nearest names: layer"):
+        FeatureTaps(compiled, ["layer9"])
+
+
+class _ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.fc(input=input)
+
+
+def test_input_that_is_given_by_keyword() -> None:
+    image = torch.randn(3, 4)
+    for taps in (FeatureTaps(_ByKeyword(), ["fc:input"]), FeatureTaps(_ByKeyword(), ["@pooled"])):
+        assert torch.equal(taps(image).features["fc:input"], image)
+
+
 def test_unknown_layer_gets_the_nearest_names() -> None:
     with pytest.raises(ValueError, match=r"CIFARResNet has no layer 'layre2'; nearest names: layer2"):
         FeatureTaps(resnet8(num_classes=10), ["layre2"])

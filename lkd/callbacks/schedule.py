@@ -72,7 +72,15 @@ class Schedule(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the attribute and its own value."""
         if stage == "fit":
-            self._own = _read(pl_module, self.attribute)
+            own = _read(pl_module, self.attribute)
+            try:
+                _write(pl_module, self.attribute, own)
+            except AttributeError as error:
+                raise ValueError(
+                    f"Schedule changes a number of the module, and {type(pl_module).__name__}'s {self.attribute!r} "
+                    "can only be read; name one such as 'distill_weight' or 'criterion.reversal'"
+                ) from error
+            self._own = own
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set the attribute: in the middle of an epoch that is resumed, there is no other hook."""

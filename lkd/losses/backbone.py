@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses.adapters import same_size
-from lkd.losses.base import DistillLoss
+from lkd.losses.base import DistillLoss, read_layers
 from lkd.losses.checks import check_dims, check_weights
 from lkd.losses.precision import full_precision
 from lkd.losses.vit import tokens_to_map
@@ -130,7 +130,7 @@ class BackboneKD(DistillLoss):
 
     def _features(self, student: Outputs, teacher: Outputs) -> dict[str, tuple[Tensor, Tensor]]:
         """What is compared, by name; patches as maps."""
-        ours = [student.features[layer] for layer in self.student_layers]
+        ours = read_layers(student, self.student_layers)
         theirs = [teacher.logits] * self._reads_output + [teacher.features[layer] for layer in self.teacher_layers]
         features = dict(zip(self._compared, zip(ours, theirs, strict=True), strict=True))
         if "patches" in features:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -62,6 +63,9 @@ class DistillLoss(nn.Module, ABC):
 
     def __init__(self, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()) -> None:
         super().__init__()
+        for name, layers in (("student_layers", student_layers), ("teacher_layers", teacher_layers)):
+            if isinstance(layers, str):
+                raise TypeError(f"{name} is a list of layers' names, got {layers!r}; write [{layers!r}]")
         self.student_layers = tuple(student_layers)
         self.teacher_layers = tuple(teacher_layers)
 
@@ -92,7 +96,7 @@ class DistillLoss(nn.Module, ABC):
             dims: How many dimensions all of them must have, as in `check_dims`; None: any.
 
         Raises:
-            ValueError: If the numbers of layers differ, or a feature has another form.
+            ValueError: If the numbers of layers differ, there is none, or a feature is no tensor, or has another form.
         """
         ours, theirs = self.student_layers, self.teacher_layers
         if len(ours) != len(theirs):
@@ -101,7 +105,7 @@ class DistillLoss(nn.Module, ABC):
                 f"({', '.join(ours)}) and {len(theirs)} ({', '.join(theirs)}); name as many student_layers as "
                 "teacher_layers"
             )
-        pairs = [(student.features[own], teacher.features[other]) for own, other in zip(ours, theirs, strict=True)]
+        pairs = list(zip(read_layers(student, ours), read_layers(teacher, theirs), strict=True))
         if dims is not None:
             for own, other in pairs:
                 check_dims(type(self).__name__, dims, student=own, teacher=other)
@@ -138,6 +142,44 @@ def total(losses: Sequence[Tensor]) -> Tensor:
         losses: One at least, of the same shape.
     """
     return sum(losses[1:], losses[0])
+
+
+def read_layers(outputs: Outputs, layers: Sequence[str]) -> list[Tensor]:
+    """The features of some layers.
+
+    Args:
+        outputs: What a network answered.
+        layers: The layers' names, one at least.
+
+    Raises:
+        ValueError: If there is none, or one returned something other than a tensor.
+    """
+    if not layers:
+        raise ValueError("the criterion reads features, and no layers are named; name student_layers or teacher_layers")
+    for layer in layers:
+        if not isinstance(outputs.features[layer], Tensor):
+            kind = type(outputs.features[layer]).__name__
+            raise ValueError(f"the layer {layer!r} returns a {kind}; name a layer that returns one tensor")
+    return [outputs.features[layer] for layer in layers]
+
+
+def check_criterion(owner: str, criterion: object) -> None:
+    """Say what a criterion is where something else was given.
+
+    Args:
+        owner: Who takes it.
+        criterion: What was given.
+
+    Raises:
+        TypeError: If it is no `DistillLoss`.
+    """
+    if isinstance(criterion, DistillLoss):
+        return
+    if isinstance(criterion, type):
+        got, remedy = f"the class {criterion.__name__}", f"make one of it, as in {criterion.__name__}()"
+    else:
+        got, remedy = f"{type(criterion).__name__}", "take one of lkd.losses, or write a DistillLoss that calls it"
+    raise TypeError(f"{owner} takes a criterion (a DistillLoss), got {got}; {remedy}")
 
 
 def buffers_same_everywhere(module: nn.Module) -> list[str]:
@@ -182,9 +224,20 @@ class CompositeLoss(DistillLoss):
 
     Args:
         parts: The others, as `parts` will return them.
+
+    Raises:
+        TypeError: If one of them is no criterion.
+        ValueError: If they read different numbers of views, and more than one.
     """
 
     def __init__(self, parts: Sequence[DistillLoss]) -> None:
+        for part in parts:
+            check_criterion(type(self).__name__, part)
+        if len(views := sorted({part.num_views for part in parts if part.num_views > 1})) > 1:
+            raise ValueError(
+                f"the criteria in {type(self).__name__} read {' and '.join(map(str, views))} views of each image, and "
+                "a batch has one number of views; take criteria that read as many"
+            )
         super().__init__(
             [layer for part in parts for layer in part.student_layers],
             [layer for part in parts for layer in part.teacher_layers],
@@ -244,6 +297,11 @@ class CompositeLoss(DistillLoss):
             part.build(student, teacher)
 
 
+def _is_module_name(name: object) -> bool:
+    """Whether an `nn.ModuleDict` takes it."""
+    return isinstance(name, str) and name != "" and "." not in name and not hasattr(nn.ModuleDict(), name)
+
+
 class WeightedSum(CompositeLoss):
     """Several criteria at once, each with its weight.
 
@@ -252,8 +310,9 @@ class WeightedSum(CompositeLoss):
         weights: Name to weight, at least 0; a criterion without one weighs 1.
 
     Raises:
-        ValueError: If there is no criterion, a weight is negative or names no criterion, or a criterion is called
-            `hard`, `loss` or `acc`, as other curves are.
+        TypeError: If `criteria` is no dict of criteria.
+        ValueError: If there is no criterion, a weight is negative, not finite or names no criterion, or a criterion is
+            called `hard`, `loss` or `acc`, as other curves are, or so that PyTorch cannot keep it.
 
     Example:
         >>> from lkd.losses import KD
@@ -264,14 +323,21 @@ class WeightedSum(CompositeLoss):
 
     def __init__(self, criteria: dict[str, DistillLoss], weights: dict[str, float] | None = None) -> None:
         weights = weights or {}
+        if not isinstance(criteria, Mapping):
+            raise TypeError(f"WeightedSum takes a dict of names and criteria, got {type(criteria).__name__}")
         if not criteria:
             raise ValueError("WeightedSum needs at least one criterion")
         if taken := sorted(set(RESERVED) & set(criteria)):
             raise ValueError(f"a criterion in WeightedSum must not be called {taken}: other curves have this name")
+        if refused := [name for name in criteria if not _is_module_name(name)]:
+            raise ValueError(
+                f"a criterion in WeightedSum cannot be called {refused}: a name is a text without dots that no dict "
+                "has as an attribute; call it otherwise"
+            )
         if unknown := sorted(set(weights) - set(criteria)):
             raise ValueError(f"WeightedSum has weights for {unknown}, but its criteria are {sorted(criteria)}")
-        if negative := {name: weight for name, weight in weights.items() if weight < 0}:
-            raise ValueError(f"weights must not be negative, got {negative}")
+        if wrong := {name: weight for name, weight in weights.items() if not 0 <= weight < math.inf}:
+            raise ValueError(f"weights must not be negative, got {wrong}; take finite numbers from 0 on")
         super().__init__(list(criteria.values()))
         self.criteria = nn.ModuleDict(criteria)
         self.weights = {name: float(weights.get(name, 1.0)) for name in criteria}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lkd.losses.base import DistillLoss, total
+from lkd.losses.base import DistillLoss, read_layers, total
 from lkd.losses.checks import check_dims, check_temperature, check_weights
 from lkd.losses.labels import labelled_cross_entropy
 from lkd.losses.logit import softened_kl
@@ -112,7 +112,7 @@ class BYOT(DistillLoss):
         self.exits = nn.ModuleList(Exit(feature, deepest, num_classes) for feature in shallow)
 
     def _maps(self, student: Outputs) -> list[Tensor]:
-        return [student.features[layer] for layer in self.student_layers]
+        return read_layers(student, self.student_layers)
 
     def exit_outputs(self, student: Outputs) -> list[ExitOutputs]:
         """What the exits answer, from shallow to deep.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 
@@ -12,18 +14,18 @@ def check_temperature(temperature: float) -> float:
         temperature: What a user set.
 
     Raises:
-        ValueError: If it is not greater than 0.
+        ValueError: If it is not greater than 0 and finite.
     """
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(
             f"temperature must be greater than 0, got {temperature}; 1 leaves the teacher's probabilities as they are, "
-            "larger values flatten them (4 is usual)"
+            "larger finite values flatten them (4 is usual)"
         )
     return float(temperature)
 
 
 def check_weights(**weights: float) -> None:
-    """Say which weight is negative.
+    """Say which weight is negative, or no finite number.
 
     Args:
         weights: Name to weight.
@@ -32,8 +34,8 @@ def check_weights(**weights: float) -> None:
         ValueError: If one is.
     """
     for name, weight in weights.items():
-        if not weight >= 0:
-            raise ValueError(f"{name} must not be negative, got {weight}; it weighs a term of the loss")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must not be negative, got {weight}; a term's weight is a finite number from 0 on")
 
 
 def check_dims(owner: str, dims: int, **features: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from typing import Literal
 
@@ -114,10 +115,17 @@ class MultiTeacher(CompositeLoss):
         weights: list[float] | None = None,
     ) -> None:
         super().__init__([criterion])
+        if not criterion.needs_teacher:
+            raise ValueError(
+                f"MultiTeacher compares the student with several teachers, and {type(criterion).__name__} asks none; "
+                "take it by itself, or beside a MultiTeacher in a WeightedSum"
+            )
         if weights is not None and weighting != "fixed":
             raise ValueError(f"MultiTeacher takes weights with weighting 'fixed' only, got {weights} and {weighting!r}")
-        if weights is not None and not (weights and min(weights) >= 0 and sum(weights) > 0):
-            raise ValueError(f"weights must not be negative, and one must be greater than 0, got {weights}")
+        if weights is not None and not (
+            weights and all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0
+        ):
+            raise ValueError(f"weights must be finite and not negative, and one must be greater than 0, got {weights}")
         if weighting == "confidence":
             _check_single(criterion)
         self.criteria = nn.ModuleList([criterion])

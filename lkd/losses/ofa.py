@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.base import DistillLoss, total
+from lkd.losses.base import DistillLoss, read_layers, total
 from lkd.losses.checks import check_temperature, check_weights
 from lkd.losses.precision import wide
 from lkd.types import Batch, Outputs, Probe
@@ -136,7 +136,7 @@ class OFAKD(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the exits."""
-        features = [student.outputs.features[layer] for layer in self.student_layers]
+        features = read_layers(student.outputs, self.student_layers)
         num_classes = student.outputs.logits.shape[1]
         self.exits = nn.ModuleList(
             _exit(feature, num_classes, len(features) - number) for number, feature in enumerate(features, start=1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses.adapters import bottleneck, same_size
-from lkd.losses.base import DistillLoss, total
+from lkd.losses.base import DistillLoss, read_layers, total
 from lkd.losses.checks import check_dims, check_temperature
 from lkd.losses.precision import full_precision, wide
 from lkd.types import Batch, Outputs, Probe
@@ -181,8 +181,7 @@ class SemCKD(DistillLoss):
         return semckd_attention(torch.stack(queries, 1), torch.stack(keys, 1), self.temperature)
 
     def _features(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        ours = [student.features[layer] for layer in self.student_layers]
-        return ours, [teacher.features[layer] for layer in self.teacher_layers]
+        return read_layers(student, self.student_layers), read_layers(teacher, self.teacher_layers)
 
     def _warn(self, num_images: int) -> None:
         if not self._warned and not torch.compiler.is_compiling():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.base import DistillLoss
+from lkd.losses.base import DistillLoss, read_layers
 from lkd.losses.checks import check_temperature, check_weights
 from lkd.losses.labels import labelled_cross_entropy, labelled_mean, log_others, others, own_class
 from lkd.losses.logit import softened_kl
@@ -244,7 +244,7 @@ class USKD(DistillLoss):
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the weak head."""
         (layer,) = self.student_layers
-        shape = tuple(student.outputs.features[layer].shape)
+        shape = tuple(read_layers(student.outputs, [layer])[0].shape)
         if len(shape) not in (2, 4):
             raise ValueError(
                 f"USKD reads a feature (B, C) or (B, C, H, W) of the student; its layer {layer!r} returns {shape}: "

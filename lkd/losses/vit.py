@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses.adapters import generator
-from lkd.losses.base import DistillLoss, total
+from lkd.losses.base import DistillLoss, read_layers, total
 from lkd.losses.checks import check_temperature, check_weights
 from lkd.losses.labels import labelled_cross_entropy
 from lkd.losses.logit import kd_loss
@@ -298,8 +298,8 @@ class DeiT(DistillLoss):
     def build(self, student: Probe, teacher: Probe) -> None:
         """Check the heads."""
         wanted = student.outputs.logits.shape
-        for layer in self.student_layers:
-            shape = student.outputs.features[layer].shape
+        for layer, head in zip(self.student_layers, read_layers(student.outputs, self.student_layers), strict=True):
+            shape = head.shape
             if shape != wanted:
                 raise ValueError(
                     f"DeiT reads two heads that return logits {tuple(wanted)}; the student's layer {layer!r} returns "

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -201,8 +202,17 @@ class ClassificationModule(L.LightningModule):
         if not self.trainer.sanity_checking:
             self._check_finite(self._meter.first_bad(self._gather))
 
+    def on_validation_epoch_end(self) -> None:
+        """The same for a loss that only the last steps have spoilt."""
+        if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
+            return
+        total = cast("Tensor", self.stage_metrics("val")["loss"].mean_value)
+        if not self._gather(total).isfinite().all():
+            names = "loss", "val/loss", f"{self.network_names[0]}{_LOGITS}"
+            self._check_finite(dict.fromkeys(names, self.global_step))
+
     def on_train_epoch_end(self) -> None:
-        """The same, where there is no validation."""
+        """The loss in training, where there is no validation."""
         self._check_finite(self._meter.first_bad(self._gather))
 
     def _gather(self, tensor: Tensor) -> Tensor:
@@ -239,7 +249,7 @@ class ClassificationModule(L.LightningModule):
 
     def make_metrics(self) -> dict[str, Metric]:
         """Name to metric, for each of the stages `val` and `test`."""
-        return {"loss": MeanMetric(), "acc": accuracy()}
+        return {"loss": MeanMetric(nan_strategy="disable"), "acc": accuracy()}
 
     def stage_metrics(self, stage: str) -> dict[str, Metric]:
         """The metrics of `val` or `test`, by name."""

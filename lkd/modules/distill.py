@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from torch.optim import SGD
 from torchmetrics import Metric
 
 from lkd.losses import KD, DistillLoss, named_terms
-from lkd.losses.base import RESERVED, buffers_same_everywhere
+from lkd.losses.base import RESERVED, buffers_same_everywhere, check_criterion
 from lkd.models import load_weights
 from lkd.modules.classification import FROM_DATA, ClassificationModule, accuracy
 from lkd.taps import FeatureTaps
@@ -82,11 +83,12 @@ class DistillModule(ClassificationModule):
     ) -> None:
         super().__init__(student, optimizer, lr_scheduler, label_smoothing, student_ckpt)
         for name, weight in (("distill_weight", distill_weight), ("hard_weight", hard_weight)):
-            if not weight >= 0:
-                raise ValueError(f"{name} must not be negative, got {weight}")
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name} must not be negative, got {weight}; take a finite number from 0 on")
         if distill_weight == hard_weight == 0:
             raise ValueError("distill_weight and hard_weight are both 0, so there is nothing to learn; set one of them")
         self.criterion = criterion if criterion is not None else KD(temperature=4.0)
+        check_criterion(type(self).__name__, self.criterion)
         self.teacher = _load_teacher(teacher, teacher_ckpt)
         if self.teacher is None:
             self.network_names = ("student",)
@@ -175,6 +177,11 @@ class DistillModule(ClassificationModule):
 
         One process does it too, or weight decay and momentum would move there other parameters than in several.
         """
+        if not terms:
+            raise ValueError(
+                "distill_weight and hard_weight are both 0 in this step, so there is nothing to learn; let a Schedule "
+                "begin above 0, or keep the other weight above 0 meanwhile"
+            )
         silent = [] if self.hard_weight else list(logits)
         silent += [] if self.distill_weight else list(self.criterion.parameters())
         if silent:
@@ -349,6 +356,7 @@ class DistillModule(ClassificationModule):
 
     def on_validation_epoch_end(self) -> None:
         """Before the first epoch, say how good the teacher is."""
+        super().on_validation_epoch_end()
         metric = self.stage_metrics("val")["teacher_acc"]
         if not self.trainer.sanity_checking or not metric.update_called:
             return

@@ -168,7 +168,7 @@ class MutualModule(DistillModule):
         named = zip(self.network_names, self.taps, strict=True)
         probes = [self.probe(name, taps, example) for name, taps in named]
         classes = [probe.outputs.logits.shape[1] for probe in probes]
-        if self.criterion.reads_logits and len(set(classes)) > 1:
+        if self.criterion.reads_logits and self.distill_weight and len(set(classes)) > 1:
             raise ValueError(
                 f"the students have {', '.join(map(str, classes))} classes, and their logits are compared: set the "
                 "same num_classes"

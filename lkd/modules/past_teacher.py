@@ -15,6 +15,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lkd.losses import KD, DistillLoss
+from lkd.modules.classification import ClassificationModule
 from lkd.modules.distill import DistillModule
 
 
@@ -120,3 +121,4 @@ class PastTeacherModule(DistillModule):
 
     def on_validation_epoch_end(self) -> None:
         """Before the first epoch the teacher is as bad as the student, which is no reason to warn."""
+        ClassificationModule.on_validation_epoch_end(self)

@@ -135,6 +135,17 @@ def test_the_attribute_must_be_a_number(distill, trainer, data, attribute) -> No
         trainer(callbacks=[Schedule(attribute, epochs=2)]).fit(distill(), data)
 
 
+def test_a_number_that_can_only_be_read(distill, trainer, data) -> None:
+    with pytest.raises(ValueError, match="'global_step' can only be read; name one such as 'distill_weight'"):
+        trainer(callbacks=[Schedule("global_step", epochs=2)]).fit(distill(), data)
+
+
+def test_something_must_be_left_to_learn(distill, trainer, data) -> None:
+    schedules = [Schedule(name, epochs=2, shape="step") for name in ("distill_weight", "hard_weight")]
+    with pytest.raises(ValueError, match="distill_weight and hard_weight are both 0 in this step"):
+        trainer(callbacks=schedules).fit(distill(), data)
+
+
 def test_there_must_be_an_epoch() -> None:
     with pytest.raises(ValueError, match="at least 1 epoch, got 0"):
         Schedule("distill_weight", epochs=0)

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lkd.losses
 from lkd import Batch, DistillLoss, Outputs, Probe
 from lkd.losses import (
+    AT,
     CTKD,
     DIST,
     DKD,
     KD,
+    MLKD,
     NKD,
     RLD,
     SKD,
+    SSKD,
     TTM,
     USKD,
     WSLD,
@@ -295,7 +298,15 @@ def test_weighted_sum(logits: tuple[Tensor, Tensor]) -> None:
         ({}, None, "at least one criterion"),
         ({"kd": KD()}, {"kd": -1.0}, r"must not be negative, got \{'kd': -1.0\}"),
         ({"kd": KD()}, {"dk": 1.0}, r"weights for \['dk'\], but its criteria are \['kd'\]"),
+        ({"kd": KD()}, {"kd": float("nan")}, r"must not be negative, got \{'kd': nan\}; take finite"),
+        ({"kd": KD()}, {"kd": float("inf")}, r"must not be negative, got \{'kd': inf\}; take finite"),
         ({"hard": KD()}, None, r"must not be called \['hard'\]"),
+        (
+            {"items": KD(), "kd.a": KD(), "": KD(), 1: KD()},
+            None,
+            r"be called \['items', 'kd.a', '', 1\]: a name",
+        ),
+        ({"kd": MLKD(), "sskd": SSKD()}, None, r"WeightedSum read 2 and 4 views of each image, and a batch has one"),
     ],
 )
 def test_mistakes_in_a_weighted_sum(criteria, weights, says) -> None:
@@ -303,7 +314,24 @@ def test_mistakes_in_a_weighted_sum(criteria, weights, says) -> None:
         WeightedSum(criteria, weights)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: WeightedSum([KD()]), "WeightedSum takes a dict of names and criteria, got list"),
+        (lambda: WeightedSum({"kd": KD}), r"WeightedSum takes .* got the class KD; make one of it, as in KD\(\)"),
+        (lambda: LogitStandardization(nn.MSELoss()), "LogitStandardization takes a criterion .* got MSELoss; take one"),
+        (
+            lambda: AT(student_layers="layer1"),
+            r"student_layers is a list of layers' names, got 'layer1'; write \['",
+        ),
+    ],
+)
+def test_what_is_no_criterion(make, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        make()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
 def test_temperature_must_be_positive(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature must be greater than 0"):
         KD(temperature)

@@ -288,6 +288,7 @@ def test_other_classes_need_three(criterion: DistillLoss) -> None:
     ("make", "says"),
     [
         (lambda: DKD(beta=-1.0), "beta must not be negative, got -1.0"),
+        (lambda: DKD(beta=float("inf")), "beta must not be negative, got inf; .* finite"),
         (lambda: NKD(gamma=float("nan")), "gamma must not be negative, got nan"),
         (lambda: DIST(temperature=0.0), "temperature must be greater than 0"),
         (lambda: RLD(confidence_temperature=-1.0), "temperature must be greater than 0"),

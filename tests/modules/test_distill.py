@@ -6,12 +6,12 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from lkd import Batch, DistillLoss, DistillModule, Normalization, Outputs, Probe, SyntheticDataModule
-from lkd.losses import AT, CC, CRD, KD, PKT, FitNet, LogitStandardization, TfKD, WeightedSum
+from lkd.losses import AT, BYOT, CC, CRD, KD, OFAKD, PKT, FitNet, LogitStandardization, SemCKD, TfKD, WeightedSum
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -312,6 +312,12 @@ def test_mistakes_in_the_constructor(distill, tiny) -> None:
         distill(hard_weight=-1)
     with pytest.raises(ValueError, match=r"distill_weight must not be negative, got nan"):
         distill(distill_weight=float("nan"))
+    with pytest.raises(ValueError, match=r"hard_weight must not be negative, got inf; take a finite number"):
+        distill(hard_weight=float("inf"))
+    with pytest.raises(TypeError, match=r"DistillModule takes a criterion \(a DistillLoss\), got MSELoss; take one of"):
+        distill(criterion=nn.MSELoss())
+    with pytest.raises(TypeError, match=r"got the class KD; make one of it, as in KD\(\)"):
+        distill(criterion=KD)
     with pytest.raises(ValueError, match="both 0"):
         distill(hard_weight=0, distill_weight=0)
     with pytest.raises(ValueError, match=r"label_smoothing must be at least 0 and less than 1, got 1"):
@@ -579,6 +585,54 @@ def test_what_the_data_does_not_tell_a_checkpoint_does(distill, data, trainer, t
         assert torch.equal(again.criterion.student_memory, module.criterion.student_memory)
         tester.save_checkpoint(tmp_path / "again.ckpt")
         assert torch.load(tmp_path / "again.ckpt", weights_only=True)["lkd"]["num_samples"] == 64
+
+
+class TwoOutputs(nn.Module):
+    """Its layer `maps` returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.Identity()
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.fc(self.maps((input, input))[0].mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [AT, PKT, FitNet, OFAKD, SemCKD, BYOT])
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        (["maps"], "the layer 'maps' returns a tuple; name a layer that returns one tensor"),
+        ([], "reads features, and no layers are named"),
+    ],
+)
+def test_layers_that_cannot_be_compared(data, trainer, make, layers: list[str], says: str) -> None:
+    sides = ["student_layers", "teacher_layers"] if make not in (OFAKD, BYOT) else ["student_layers"]
+    module = DistillModule(TwoOutputs(), TwoOutputs(), make(**dict.fromkeys(sides, layers)))
+    with pytest.raises(ValueError, match=says):
+        trainer(num_sanity_val_steps=0).fit(module, data)
+
+
+def test_validation_images_may_have_no_labels(distill, trainer) -> None:
+    images, target = torch.randn(8, 3, 8, 8), torch.full((8,), -100)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, target), batch_size=4)
+    trainer(max_epochs=1).fit(distill(), Plain().train_dataloader(), loader)
+
+
+class Spoil(Callback):
+    """Breaks the student behind the last step of the first epoch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.is_last_batch:
+            nn.init.constant_(pl_module.student.fc.bias, torch.nan)
+
+
+def test_a_student_that_the_last_step_has_spoilt(distill, data, trainer, tmp_path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val/acc", mode="max")
+    with pytest.raises(ValueError, match=r"since step \d+, in val/loss; student logits were not finite there"):
+        trainer(callbacks=[Spoil(), best], enable_checkpointing=True).fit(distill(), data)
+    assert not list(tmp_path.glob("*.ckpt"))
 
 
 def test_groups_of_layers_are_found(distill) -> None:

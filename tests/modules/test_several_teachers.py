@@ -21,7 +21,6 @@ from lkd.losses import (
     SP,
     SRD,
     SSKD,
-    USKD,
     WSLD,
     DeiT,
     DISTPlus,
@@ -29,6 +28,7 @@ from lkd.losses import (
     LogitStandardization,
     MultiTeacher,
     SemCKD,
+    TfKD,
     WeightedSum,
 )
 from lkd.models import Ensemble, load_weights, wrn_16_1
@@ -122,7 +122,7 @@ def test_equal_confidence_is_fixed(distill, tiny, kind) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [CC, CRD, DIST, DISTPlus, MLKD, PKT, RKD, SKD, SP, SRD, SSKD, SemCKD, USKD], ids=lambda kind: kind.__name__
+    "kind", [CC, CRD, DIST, DISTPlus, MLKD, PKT, RKD, SKD, SP, SRD, SSKD, SemCKD], ids=lambda kind: kind.__name__
 )
 def test_confidence_is_not_for_what_compares_samples(kind) -> None:
     for criterion in (kind(), WeightedSum({"kd": KD(), "other": kind()})):
@@ -204,8 +204,11 @@ def test_training_goes_on_from_a_checkpoint(distill, tiny, resume, weighting: st
 def test_mistakes(distill, tiny, teachers, data, trainer) -> None:
     with pytest.raises(ValueError, match=r"takes weights with weighting 'fixed' only, got \[1.0, 1.0\] and 'learned'"):
         MultiTeacher(KD(), "learned", [1.0, 1.0])
-    with pytest.raises(ValueError, match="weights must not be negative"):
-        MultiTeacher(KD(), weights=[1.0, -1.0])
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="weights must be finite and not negative"):
+            MultiTeacher(KD(), weights=[1.0, weight])
+    with pytest.raises(ValueError, match="compares the student with several teachers, and TfKD asks none; take it by"):
+        MultiTeacher(TfKD())
     with pytest.raises(ValueError, match=r"at least two teachers, got one CIFARResNet; give an lkd"):
         distill(criterion=MultiTeacher(KD()))
     with pytest.raises(ValueError, match="3 weights for 2 teachers"):
