@@ -6,8 +6,8 @@ IMAGES is a folder train/<class>/, test/<class>/ of CIFAR-10; TEACHER the weight
 says what is trained. Each overlay of configs/methods/ goes over it, through the command line's own code, with its
 paper's weights and the default layers; schedules over epochs are shortened in the ratio of this run's epochs to the
 literature's 240. The student is measured after its last step, on all test images: nothing is chosen by accuracy. Steps
-are timed while other runs share the machine, so their cost is a rough ratio. Left out are methods whose students are
-transformers. Finished runs are kept in FILE, and not run again.
+are timed while other runs share the machine, so their cost is a rough ratio. Left out are methods for transformers, and
+what trains no classifier. Finished runs are kept in FILE, and not run again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ HERE = Path(__file__).parent
 METHODS = HERE.parent / "configs" / "methods"
 ALONE = "(student alone)"
 LITERATURE = 240  # epochs of the CIFAR-100 benchmark, for which the overlays' schedules are written
-LEFT_OUT = {"deit": "its student is a transformer", "vitkd": "its networks are transformers"}
+LEFT_OUT = {
+    "backbone_kd": "it trains no classifier",
+    "deit": "its student is a transformer",
+    "vitkd": "its networks are transformers",
+}
 
 
 def written(settings: dict[str, Any], path: Path) -> str:
