@@ -1,13 +1,12 @@
-"""Every method on the same real images, networks and steps: test accuracy, and the cost of a step.
+"""Every method on the same real images, networks and steps: test accuracy.
 
     python benchmarks/methods.py IMAGES TEACHER [--seeds 3] [--methods kd dkd ...] [--processes 2] [--out FILE]
 
 IMAGES is a folder train/<class>/, test/<class>/ of CIFAR-10; TEACHER the weights of the teacher in methods.yaml, which
 says what is trained. Each overlay of configs/methods/ goes over it, through the command line's own code, with its
 paper's weights and the default layers; schedules over epochs are shortened in the ratio of this run's epochs to the
-literature's 240. The student is measured after its last step, on all test images: nothing is chosen by accuracy. Steps
-are timed while other runs share the machine, so their cost is a rough ratio. Left out are methods for transformers, and
-what trains no classifier. Finished runs are kept in FILE, and not run again.
+literature's 240. The student is measured after its last step, on all test images: nothing is chosen by accuracy. Left
+out are methods for transformers, and what trains no classifier. Finished runs are kept in FILE, and not run again.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def train(method: str, seed: int, images: str, teacher: str) -> dict[str, Any]:
     """Train one method with one seed.
 
     Returns:
-        Its test accuracy in percent, images per second in the last epoch, and the seconds of the training.
+        Its test accuracy in percent, and the seconds of the training, beside which other runs may have gone on.
     """
     import torch
 
@@ -82,9 +81,8 @@ def train(method: str, seed: int, images: str, teacher: str) -> dict[str, Any]:
         start = time.perf_counter()
         cli = LkdCLI(*prepare(["fit", *settings]))
         seconds = time.perf_counter() - start
-        speed = float(cli.trainer.callback_metrics["train/images_per_s"])
         (result,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
-    return {"accuracy": 100 * result["test/acc"], "images_per_s": speed, "seconds": seconds}
+    return {"accuracy": 100 * result["test/acc"], "seconds": seconds}
 
 
 def _run(job: tuple[str, int, str, str]) -> dict[str, Any]:
@@ -102,18 +100,15 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
         found.setdefault(result["method"], []).append(result)
     good = {method: runs for method, runs in found.items() if all("accuracy" in run for run in runs)}
     means = {method: statistics.mean(run["accuracy"] for run in runs) for method, runs in good.items()}
-    yield "| method | test accuracy, % | standard deviation | n | to the student alone | time of a step, relative |"
-    yield "|---|---|---|---|---|---|"
-    base = good.get(ALONE, [])
+    yield "| method | test accuracy, % | standard deviation | n | to the student alone |"
+    yield "|---|---|---|---|---|"
     for method in sorted(means, key=lambda name: -means[name]):
         values = [run["accuracy"] for run in good[method]]
         spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
-        gain = f"{means[method] - means[ALONE]:+.2f}" if base else "-"
-        speeds = [statistics.median(run["images_per_s"] for run in runs) for runs in (base, good[method]) if runs]
-        cost = f"{speeds[0] / speeds[-1]:.2f}" if base else "-"
-        yield f"| {method} | {means[method]:.2f} | {spread} | {len(values)} | {gain} | {cost} |"
+        gain = f"{means[method] - means[ALONE]:+.2f}" if ALONE in means else "-"
+        yield f"| {method} | {means[method]:.2f} | {spread} | {len(values)} | {gain} |"
     for method in sorted(set(found) - set(good)):
-        yield f"| {method} | failed | | | | |"
+        yield f"| {method} | failed | | | |"
 
 
 def main() -> None:
