@@ -99,13 +99,15 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
     for result in results:
         found.setdefault(result["method"], []).append(result)
     good = {method: runs for method, runs in found.items() if all("accuracy" in run for run in runs)}
+    alone = {run["seed"]: run["accuracy"] for run in good.get(ALONE, [])}
     means = {method: statistics.mean(run["accuracy"] for run in runs) for method, runs in good.items()}
-    yield "| method | test accuracy, % | standard deviation | n | to the student alone |"
+    yield "| method | test accuracy, % | standard deviation | n | to the student alone, same seeds |"
     yield "|---|---|---|---|---|"
     for method in sorted(means, key=lambda name: -means[name]):
         values = [run["accuracy"] for run in good[method]]
         spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
-        gain = f"{means[method] - means[ALONE]:+.2f}" if ALONE in means else "-"
+        gains = [run["accuracy"] - alone[run["seed"]] for run in good[method] if run["seed"] in alone]
+        gain = f"{statistics.mean(gains):+.2f}" if gains else "-"
         yield f"| {method} | {means[method]:.2f} | {spread} | {len(values)} | {gain} |"
     for method in sorted(set(found) - set(good)):
         yield f"| {method} | failed | | | |"
