@@ -23,12 +23,15 @@ class Batch(NamedTuple):
         views: How many views of each image there are, one behind the other: `input` is then `(views * B, ...)`, first
             all first views, and so are `target` and `index`. A view that is not to be classified has the target
             `IGNORE_INDEX`.
+        version: Which of an image's augmented versions this is `(B,)`, int64: version and index decide every pixel.
+            None if the data does not tell.
     """
 
     input: Any
     target: Tensor
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     views: int = 1
+    version: Tensor | None = None
 
 
 class Outputs(NamedTuple):

@@ -15,8 +15,9 @@ from lkd.models import CIFARResNet
 
 @pytest.fixture(autouse=True)
 def _in_an_own_folder(tmp_path, monkeypatch) -> None:
-    """Runs, data and predictions land in the test's folder."""
+    """Runs, data, predictions and what is kept between runs land in the test's folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LKD_CACHE", str(tmp_path / "lkd_cache"))
 
 
 @pytest.fixture

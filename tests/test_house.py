@@ -14,6 +14,7 @@ PACKAGE = Path(lkd.__file__).parent
 LEVEL = {
     "types": 0,
     "layers": 0,
+    "store": 0,
     "losses": 1,
     "functional": 1,
     "taps": 1,

@@ -67,6 +67,8 @@ class ImageDataset(Dataset[Batch]):
 
     Attributes:
         number: Which view of its images this is; each has its own draws.
+        replay: How many augmented versions each image has: epoch `e` shows version `e mod replay`. None: a new one in
+            every epoch.
 
     Raises:
         ValueError: If images that have to be read one by one shall have other than 1 or 3 channels, or the views need
@@ -89,6 +91,7 @@ class ImageDataset(Dataset[Batch]):
         self.shape, self.normalization = shape, normalization
         self.resize, self.augment, self.seed = resize, tuple(augment), seed
         self.views, self.number = views, 0
+        self.replay: int | None = None
         if self.stored is None and shape[0] not in _MODES:
             raise ValueError(f"images that are not in memory have 1 or 3 channels, got the shape {shape}")
         if views is not None:
@@ -112,8 +115,8 @@ class ImageDataset(Dataset[Batch]):
         """Returns the samples of the keys; a plain position means epoch 0."""
         full = [key if isinstance(key, Key) else Key(0, key) for key in keys]
         epoch, position, padding = torch.tensor(full, dtype=torch.int64).unbind(1)
-        index = self.index[position]
-        batch = self.batch(epoch, index) if self.views is None else _joined(self.views(self, epoch, index))
+        version, index = epoch if self.replay is None else epoch % self.replay, self.index[position]
+        batch = self.batch(version, index) if self.views is None else _joined(self.views(self, version, index))
         return batch._replace(target=batch.target.masked_fill(padding.bool().repeat(batch.views), IGNORE_INDEX))
 
     def batch(self, epoch: Tensor, index: Tensor) -> Batch:
@@ -123,7 +126,8 @@ class ImageDataset(Dataset[Batch]):
             epoch: `(B,)`, int64.
             index: Positions in the source `(B,)`, int64.
         """
-        return Batch(self.view(self.images(epoch, index), epoch, index), self.target[index], index)
+        image = self.view(self.images(epoch, index), epoch, index)
+        return Batch(image, self.target[index], index, version=epoch)
 
     def variant(self, number: int, augment: Augmentation | None = None) -> ImageDataset:
         """The same images in another view: by other draws and, if told so, augmented otherwise.
@@ -221,8 +225,9 @@ class ImageDataset(Dataset[Batch]):
 
 
 def _joined(views: Sequence[Batch]) -> Batch:
-    image, target, index = (torch.cat(parts) for parts in list(zip(*views, strict=True))[:3])
-    return Batch(image, target, index, len(views))
+    parts = [(view.input, view.target, view.index, view.version) for view in views]
+    image, target, index, version = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Batch(image, target, index, len(views), version)
 
 
 def _eight_bit(image: object) -> Image.Image:
