@@ -10,17 +10,29 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
 
+_EVERY = 0.1
+"""Seconds between two looks at a run: an update in every step would take a tenth of a millisecond each."""
+
+
 class ProgressBar(RichProgressBar):
     """Lightning's bar with loss, accuracy, and the time left until the end of fit."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(refresh_rate=round(1 / _EVERY))
         self._start = (0.0, 0)
+        self._shown = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock."""
         super().on_train_start(trainer, pl_module)
         self._start = (time.monotonic(), trainer.global_step)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move the bar, a few times a second."""
+        now = time.monotonic()
+        if now - self._shown >= _EVERY or trainer.is_last_batch:
+            self._shown = now
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         """What is shown behind the bar."""

@@ -97,6 +97,13 @@ class ClassificationModule(L.LightningModule):
         super().__init_subclass__(**settings)
         _name_default(cls)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set Lightning's note of the hook that runs without nn.Module's checks: it is set 45 times in a step."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def _set_hparams(self, hp: Any) -> None:
         """Keep plain values only, whoever calls `save_hyperparameters`: networks would be pickled into checkpoints."""
         super()._set_hparams({name: value for name, value in self._to_hparams_dict(hp).items() if _is_plain(value)})
