@@ -28,7 +28,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves
 
 from lkd.arguments import newest_checkpoint, prepare
-from lkd.callbacks import BestCheckpoint, FitReport, ImagesPerSecond, NetworkSummary, PredictionWriter, ProgressBar
+from lkd.callbacks import (
+    BestCheckpoint,
+    FitReport,
+    ImagesPerSecond,
+    NetworkSummary,
+    PredictionWriter,
+    ProgressBar,
+    TeacherCache,
+)
 from lkd.losses import DistillLoss
 from lkd.mistakes import explain
 
@@ -118,6 +126,7 @@ class LkdCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The settings that are lkd's own."""
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(TeacherCache, "teacher_cache")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer, with a TensorBoard logger for fit unless the config says otherwise, and lkd's callbacks."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-
-_PIECE = 2**24
 
 
 def cache_folder(kind: str) -> Path:
@@ -44,20 +46,11 @@ def fingerprint(*parts: object) -> str:
     for part in parts:
         if isinstance(part, Tensor):
             hashed.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            hashed.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            hashed.update(_bytes(part))
         else:
             hashed.update(repr(part).encode(errors="surrogateescape"))
         hashed.update(b"\0")
     return hashed.hexdigest()
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file's bytes: tells a torn or overwritten file, not a forged one."""
-    value = 0
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            value = zlib.crc32(piece, value)
-    return value
 
 
 @contextmanager
@@ -81,3 +74,75 @@ def replacing(path: Path) -> Iterator[Path]:
         written.replace(path)
     finally:
         written.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], made_from: Mapping[str, str]) -> None:
+    """Keep tensors in a safetensors file, with a checksum and with what they were made from.
+
+    Args:
+        path: The file; it is replaced whole or not at all.
+        tensors: Name to tensor.
+        made_from: Name to value of everything that decides them.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as written:
+        try:
+            kept = {"made_from": dict(made_from), "checksum": _checksum(tensors)}
+            save_file(tensors, written, {"lkd": json.dumps(kept)})
+        except SafetensorError as error:  # its way to say that the disk is full
+            raise OSError(str(error)) from error
+
+
+def load_tensors(path: Path, wanted: Mapping[str, str]) -> dict[str, Tensor] | None:
+    """Tensors that `save_tensors` kept, mapped into memory: processes that read them share it.
+
+    Args:
+        path: The file.
+        wanted: What they must have been made from.
+
+    Returns:
+        Name to tensor, not to be written to; None if there is no such file or, which draws a warning, if it is torn,
+        overwritten, or made from something else.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            kept = json.loads(file.metadata()["lkd"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+        found = kept["made_from"]
+        others = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+        if others:
+            reason = f"it was made from another {' and '.join(others)}"
+        elif kept["checksum"] != _checksum(tensors):
+            reason = "its checksum is wrong"
+        else:
+            return tensors
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = f"it cannot be read ({type(error).__name__}: {error})"
+    rank_zero_warn(f"{path} is not used, and made anew: {reason}")
+    return None
+
+
+def made_from(path: Path) -> dict[str, str] | None:
+    """What `save_tensors` was told that a file was made from; None if the file does not tell."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads(file.metadata()["lkd"])["made_from"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 over names, types, shapes and bytes: tells a torn or overwritten file, not a forged one."""
+    value = 0
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(_bytes(tensor), zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value))
+    return f"{value:08x}"

@@ -6,6 +6,7 @@ from lkd.callbacks.predictions import PredictionWriter
 from lkd.callbacks.progress import ProgressBar
 from lkd.callbacks.report import FitReport
 from lkd.callbacks.schedule import Schedule
+from lkd.callbacks.teacher_cache import TeacherCache
 
 __all__ = [
     "BestCheckpoint",
@@ -15,4 +16,5 @@ __all__ = [
     "PredictionWriter",
     "ProgressBar",
     "Schedule",
+    "TeacherCache",
 ]

@@ -9,7 +9,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
-
 _EVERY = 0.1
 """Seconds between two looks at a run: an update in every step would take a tenth of a millisecond each."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
@@ -19,6 +20,7 @@ from lkd.datamodules.files import ImageFiles
 from lkd.datamodules.sampler import Key
 from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
 from lkd.datamodules.views import Views
+from lkd.store import fingerprint
 from lkd.types import IGNORE_INDEX, Batch, Normalization
 
 _TRIES = 10
@@ -115,9 +117,26 @@ class ImageDataset(Dataset[Batch]):
         """Returns the samples of the keys; a plain position means epoch 0."""
         full = [key if isinstance(key, Key) else Key(0, key) for key in keys]
         epoch, position, padding = torch.tensor(full, dtype=torch.int64).unbind(1)
-        version, index = epoch if self.replay is None else epoch % self.replay, self.index[position]
-        batch = self.batch(version, index) if self.views is None else _joined(self.views(self, version, index))
+        batch = self.make(epoch if self.replay is None else epoch % self.replay, self.index[position])
         return batch._replace(target=batch.target.masked_fill(padding.bool().repeat(batch.views), IGNORE_INDEX))
+
+    def make(self, version: Tensor, index: Tensor) -> Batch:
+        """Some images with all their views.
+
+        Args:
+            version: Which of its augmented versions each is `(B,)`, int64.
+            index: Positions in the source `(B,)`, int64.
+        """
+        return self.batch(version, index) if self.views is None else _joined(self.views(self, version, index))
+
+    def made_from(self) -> dict[str, str]:
+        """Name to a text for everything that decides the images that this data set makes."""
+        return {
+            "images": source_fingerprint(self.source),
+            "choice of images": fingerprint(self.index, None if self.views is None else self.target),
+            "augmentation": repr((self.shape, self.normalization, self.resize, self.augment, self.views, self.number)),
+            "seed": str(self.seed),
+        }
 
     def batch(self, epoch: Tensor, index: Tensor) -> Batch:
         """Reads, augments and normalises images: one view.
@@ -222,6 +241,13 @@ class ImageDataset(Dataset[Batch]):
             torch.tensor(v, device=image.device).view(-1, 1, 1) for v in ((255.0,), norm.mean, norm.std)
         )
         return image.to(torch.float32).div_(level).sub_(mean).div_(std)
+
+
+def source_fingerprint(source: ImageSource) -> str:
+    """A name for the images of a source; one that is new each time, if nothing tells which they are."""
+    if isinstance(source, TensorDataset):
+        return fingerprint(*source.tensors)
+    return source.fingerprint() if isinstance(source, ImageFiles) else uuid.uuid4().hex
 
 
 def _joined(views: Sequence[Batch]) -> Batch:

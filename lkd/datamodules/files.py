@@ -11,6 +11,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from lkd.store import fingerprint
+
 
 class ImageFiles(Dataset[tuple[Image.Image, int]]):
     """Image files and their classes.
@@ -40,6 +42,11 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
     def path(self, index: int) -> Path:
         """Path of an image."""
         return self.folder / os.fsdecode(self.files[index])
+
+    def fingerprint(self) -> str:
+        """A name for these files: by their names, sizes and times of change."""
+        stats = [self.path(i).stat() for i in range(len(self))]
+        return fingerprint(self.files.tobytes(), self.targets.tobytes(), [(s.st_size, s.st_mtime_ns) for s in stats])
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:

@@ -66,6 +66,8 @@ class DistillModule(ClassificationModule):
     saves_teacher: ClassVar[bool] = False
     """Whether checkpoints hold the teacher, and processes share its statistics: for one that changes."""
     teacher: nn.Module | None
+    recall: Callable[[Batch, Callable[[Batch], Outputs]], Outputs] | None = None
+    """Stands between training and `teacher_outputs`, its second argument: for a callback that keeps answers."""
 
     def __init__(
         self,
@@ -165,12 +167,30 @@ class DistillModule(ClassificationModule):
             teacher = _NO_ANSWER
             if self.asks_teacher:
                 with torch.no_grad():  # not inference_mode: its tensors cannot be saved for backward
-                    teacher = self.teacher_outputs(batch)
+                    teacher = self._teacher_s_answer(batch)
                 self.watch("teacher", teacher.logits)
             loss = self.distill_loss(student, teacher, batch)
             terms |= {name: self.distill_weight * term for name, term in named_terms(self.distill_name, loss).items()}
         self._reach_all(terms, student.logits)
         return student.logits, terms
+
+    def _teacher_s_answer(self, batch: Batch) -> Outputs:
+        return self.teacher_outputs(batch) if self.recall is None else self.recall(batch, self.teacher_outputs)
+
+    @property
+    def not_to_be_kept(self) -> str:
+        """Why the teacher's answers to an image cannot be kept as logits; empty if they can."""
+        name = type(self).__name__
+        if self.teacher is None or not self.asks_teacher:
+            return "the loss asks no teacher"
+        if self.saves_teacher or any(parameter.requires_grad for parameter in self.teacher.parameters()):
+            return f"the teacher of {name} changes"
+        if type(self).teacher_outputs is not DistillModule.teacher_outputs:
+            return f"{name} makes them in its own way (teacher_outputs)"
+        if self.criterion.teacher_layers:
+            layers = ", ".join(self.criterion.teacher_layers)
+            return f"the criterion {type(self.criterion).__name__} reads the teacher's layers {layers}, not only logits"
+        return ""
 
     def _reach_all(self, terms: dict[str, Tensor], *logits: Tensor) -> None:
         """Give what a weight of 0 leaves out a gradient of 0: DDP waits for every parameter's.

@@ -1,0 +1,322 @@
+"""Kept answers: the numbers that are read are the teacher's, and nothing else is ever read."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lkd import Batch, DistillModule, NoisyStudentModule, Outputs, PastTeacherModule, SyntheticDataModule
+from lkd.answers import Storage
+from lkd.callbacks import TeacherCache
+from lkd.datamodules import RandomCrop, RandomHorizontalFlip, RotatedViews
+from lkd.losses import AT, KD, TfKD
+
+NUM_TRAIN = 80  # five batches of 16, or with batches of 24, three and a rest
+
+
+class Counting(nn.Module):
+    """A teacher that counts for how many images it was asked in training."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.asked = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.asked += len(input)
+        answer: Tensor = self.network(input)
+        return answer
+
+
+class Heard(L.Callback):
+    """What the criterion was given as the teacher's logits: (epoch, index) to logits."""
+
+    def __init__(self) -> None:
+        self.logits: dict[tuple[int, int], Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        own = pl_module.distill_loss
+
+        def listen(student: Outputs, teacher: Outputs, batch: Batch) -> Any:
+            for index, logits in zip(batch.index.tolist(), teacher.logits, strict=True):
+                self.logits[trainer.current_epoch, index] = logits.clone()
+            return own(student, teacher, batch)
+
+        pl_module.distill_loss = listen
+
+
+def images(**settings: Any) -> SyntheticDataModule:
+    defaults = {"train_size": NUM_TRAIN + 16, "test_size": 24, "val_size": 16, "batch_size": 16, "seed": 0}
+    augment = [RandomCrop(2), RandomHorizontalFlip()]
+    return SyntheticDataModule(
+        **{"num_classes": 4, "input_shape": (3, 8, 8), "augment": augment, **defaults, **settings}
+    )
+
+
+@pytest.fixture
+def run(tiny, trainer) -> Callable[..., tuple[DistillModule, Heard, int]]:
+    """Trains with kept answers; what the student became, what it heard, and for how many images the teacher was asked.
+
+    Without validation: what is asked there is not counted.
+    """
+
+    def make(
+        epochs: int = 3, teacher: int = 2, data: dict[str, Any] | None = None, criterion: Any = None, **cache: Any
+    ) -> tuple[DistillModule, Heard, int]:
+        asked, heard = Counting(tiny(seed=teacher)), Heard()
+        module = DistillModule(tiny(seed=1), asked, criterion or KD(temperature=2.0))
+        fit = trainer(
+            max_epochs=epochs, callbacks=[TeacherCache(**{"versions": 2, **cache}), heard], limit_val_batches=0
+        )
+        fit.fit(module, images(**(data or {})))
+        return module, heard, asked.asked - 1  # the blank image of the probe
+
+    return make
+
+
+def same(first: DistillModule, second: DistillModule) -> bool:
+    pairs = zip(first.student.state_dict().values(), second.student.state_dict().values(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+def files() -> list[Path]:
+    return sorted(Path().rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_what_is_read_is_what_the_teacher_says_of_this_view(run, dtype: str) -> None:
+    module, heard, asked = run(epochs=6, dtype=dtype)
+    assert asked == 2 * NUM_TRAIN
+    data = images()
+    data.setup("fit")
+    train = data.datasets["train"]
+    assert len(heard.logits) == 6 * NUM_TRAIN
+    for epoch in range(6):
+        index = torch.tensor([i for e, i in heard.logits if e == epoch])
+        fresh = module.teacher(train.make(torch.full_like(index, epoch % 2), index).input)
+        kept = torch.stack([heard.logits[epoch, i] for i in index.tolist()])
+        assert torch.equal(kept, fresh.to(getattr(torch, dtype)).float())
+        other = module.teacher(train.make(torch.full_like(index, (epoch + 1) % 2), index).input)
+        assert not torch.allclose(kept, other, atol=1e-2)
+
+
+def test_a_second_run_asks_nothing_and_ends_with_the_same_bits(run) -> None:
+    first, _, asked = run()
+    assert asked == 2 * NUM_TRAIN
+    assert len(files()) == 2
+    second, _, asked = run()
+    assert asked == 0
+    assert same(first, second)
+
+
+def test_a_rest_that_fills_no_batch_is_asked_for_at_the_end(run) -> None:
+    _, heard, asked = run(epochs=1, data={"batch_size": 24})
+    assert len(heard.logits) == 72
+    assert asked == NUM_TRAIN
+    assert run(epochs=1, data={"batch_size": 16})[2] == 0
+
+
+def test_what_was_not_seen_is_not_kept(tiny, trainer) -> None:
+    module = DistillModule(tiny(seed=1), tiny(seed=2))
+    fit = trainer(max_epochs=1, callbacks=[TeacherCache(versions=1)], limit_train_batches=2)
+    with pytest.warns(UserWarning, match="version 0 were not kept: the epoch showed 32 of 80 images"):
+        fit.fit(module, images())
+    assert not files()
+    assert not list(Path().rglob(".filling*"))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda content: content[: len(content) // 2], id="cut in half"),
+        pytest.param(lambda content: content[:-1], id="a byte short"),
+        pytest.param(lambda content: b"", id="empty"),
+        pytest.param(lambda content: content[:-200] + bytes(reversed(content[-200:])), id="overwritten"),
+        pytest.param(lambda content: b"\xff" * len(content), id="noise"),
+    ],
+)
+def test_a_spoilt_file_is_noticed_and_made_anew(run, spoil: Callable[[bytes], bytes]) -> None:
+    first, _, _ = run()
+    whole = [file.read_bytes() for file in files()]
+    files()[1].write_bytes(spoil(whole[1]))
+    with pytest.warns(UserWarning, match=r"1.safetensors is not used, and made anew"):
+        second, _, asked = run()
+    assert asked == NUM_TRAIN
+    assert same(first, second)
+    assert [file.read_bytes() for file in files()] == whole
+
+
+def test_another_version_s_file_in_its_place(run) -> None:
+    first, _, _ = run()
+    files()[1].write_bytes(files()[0].read_bytes())
+    with pytest.warns(UserWarning, match="it was made from another version"):
+        second, _, asked = run()
+    assert asked == NUM_TRAIN
+    assert same(first, second)
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("teacher", {"teacher": 3}),
+        ("seed", {"data": {"seed": 1}}),
+        ("augmentation", {"data": {"augment": [RandomCrop(1)]}}),
+        ("augmentation", {"data": {"mean": (0.1, 0.2, 0.3)}}),
+        ("choice of images", {"data": {"val_size": 32}}),
+        ("images", {"data": {"train_size": NUM_TRAIN + 17}}),
+        ("storage", {"dtype": "float32"}),
+        ("storage", {"top_k": 2}),
+    ],
+)
+def test_what_was_made_from_something_else_is_not_used(run, capfd, what: str, change: dict[str, Any]) -> None:
+    run(epochs=1)
+    capfd.readouterr()
+    _, _, asked = run(epochs=1, **change)
+    assert asked >= 64
+    said = capfd.readouterr().out
+    assert re.search(rf"0 of 2 versions are kept .*others there were made from another .*{what}", said), said
+    (kept,) = {file.parent for file in files()} - {max(files(), key=lambda f: f.stat().st_mtime_ns).parent}
+    (new,) = {file.parent for file in files()} - {kept}
+    for file in files():  # even under the right name
+        (new / "0.safetensors").write_bytes((kept / file.name).read_bytes())
+    with pytest.warns(UserWarning, match=f"made from another .*{what}"):
+        assert run(epochs=1, **change)[2] >= 64
+
+
+def test_labels_do_not_matter(run) -> None:
+    run(epochs=1)
+    assert run(epochs=1, data={"label_size": 0.5})[2] == 0
+
+
+def test_top_k_keeps_the_largest_and_the_mass_of_the_rest() -> None:
+    logits = 3 * torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
+    storage = Storage(torch.float32, top_k=3)
+    stored = storage.pack(logits)
+    assert [tuple(part.shape) for part in stored] == [(5, 4), (5, 3)]
+    back = storage.unpack(stored, 10)
+    largest = logits.topk(3).indices
+    assert torch.equal(back.gather(1, largest), logits.gather(1, largest))
+    probability = back.softmax(1)
+    torch.testing.assert_close(probability.gather(1, largest), logits.softmax(1).gather(1, largest))
+    others = probability.scatter(1, largest, torch.nan)
+    for row in others:
+        assert len(row[row.isfinite()].unique()) == 1
+    assert len(Storage(torch.float32, top_k=10).pack(logits)) == 1
+
+
+class _FourViews(KD):
+    """KD over all rotations, of which the teacher's logits are compared with fresh ones."""
+
+    num_views = 4
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        self.teacher = (teacher,)  # out of the module's tree
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Any:
+        torch.testing.assert_close(teacher.logits, self.teacher[0](batch.input), atol=2e-3, rtol=1e-3)
+        return super().forward(student, teacher, batch)
+
+
+def test_several_views(tiny, trainer) -> None:
+    modules, asked = [], []
+    for _ in range(2):
+        teacher = Counting(tiny(seed=2))
+        module = DistillModule(tiny(seed=1), teacher, criterion=_FourViews(tiny(seed=2).eval()))
+        fit = trainer(max_epochs=3, callbacks=[TeacherCache(versions=1)], limit_val_batches=0)
+        fit.fit(module, images(views=RotatedViews()))
+        modules.append(module)
+        asked.append(teacher.asked - 1)
+    assert asked == [4 * NUM_TRAIN, 0]
+    assert same(*modules)
+
+
+def test_two_processes_fill_one_file() -> None:
+    """What two processes write together, another two read, and one does too."""
+    command = [sys.executable, "-m", "lkd", "fit", "--config", "digits/kd", "--trainer.max_epochs=2"]
+    command += ["--teacher_cache.versions=1", "--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"]
+    command += ["--trainer.enable_checkpointing=false"]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=32"]
+    said = []
+    for settings in (two, two, ["--trainer.devices=1"]):
+        done = subprocess.run(
+            [*command, "--trainer.accelerator=cpu", *settings], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        said.append(re.findall(r"asked for ([\d,]+) images in training; ([\d,]+) forward", done.stdout))
+    total = 1150
+    batches = total // 2 // 32 * 64, total // 64 * 64  # what an epoch shows
+    (first,), (second,), (third,) = said
+    assert second == ("0", f"{2 * batches[0]:,}")
+    assert third == ("0", f"{2 * batches[1]:,}")
+    assert first == (f"{total:,}", f"{batches[0]:,}")
+
+
+def test_a_resumed_run_reads_on(tiny, trainer, tmp_path: Path) -> None:
+    def fit(epochs: int, ckpt: Path | None = None) -> tuple[DistillModule, L.Trainer]:
+        module = DistillModule(tiny(seed=1), tiny(seed=2))
+        run = trainer(max_epochs=epochs, callbacks=[TeacherCache(versions=2)], limit_val_batches=0)
+        run.fit(module, images(), ckpt_path=ckpt)
+        return module, run
+
+    whole, _ = fit(5)
+    _, stopped = fit(3)
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+    resumed, _ = fit(5, tmp_path / "stopped.ckpt")
+    assert same(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        (DistillModule, {"criterion": AT(["layer1"], ["layer1"])}, "AT reads the teacher's layers layer1"),
+        (DistillModule, {"criterion": TfKD()}, "the loss asks no teacher"),
+        (PastTeacherModule, {}, "the teacher of PastTeacherModule changes"),
+        (NoisyStudentModule, {}, "NoisyStudentModule makes them in its own way"),
+    ],
+)
+def test_answers_that_cannot_be_kept(tiny, trainer, kind, settings: dict[str, Any], words: str) -> None:
+    teacher = () if kind is PastTeacherModule else (tiny(seed=2),)
+    module = kind(tiny(seed=1), *teacher, **settings)
+    with pytest.raises(ValueError, match=words):
+        trainer(callbacks=[TeacherCache(versions=2)]).fit(module, images())
+
+
+def test_only_lkd_s_data_can_be_replayed(distill, trainer) -> None:
+    data = images()
+    data.setup("fit")
+    with pytest.raises(ValueError, match="only lkd's data modules can show the same images again"):
+        trainer(callbacks=[TeacherCache(versions=2)]).fit(distill(), data.train_dataloader())
+    with pytest.raises(ValueError, match="overfit_batches"):
+        trainer(callbacks=[TeacherCache(versions=2)], overfit_batches=2).fit(distill(), images())
+
+
+@pytest.mark.parametrize("argument", ["versions", "top_k"])
+def test_bad_arguments(argument: str) -> None:
+    with pytest.raises(ValueError, match=f"teacher_cache needs {argument} of 1 or more, or null for none, got 0"):
+        TeacherCache(**{argument: 0})
+
+
+def test_a_folder_that_cannot_be_written(run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match=r"cannot be kept in .*; set teacher_cache.folder to a folder with room"):
+        module, _, asked = run(folder=str(tmp_path / "file"))
+    assert asked == 3 * NUM_TRAIN
+    assert module.recall is None
+
+
+def test_switched_off_nothing_is_replayed(run) -> None:
+    _, heard, asked = run(epochs=2, versions=None)
+    assert asked == 2 * NUM_TRAIN
+    assert not files()
+    changed = [not torch.equal(heard.logits[0, i], heard.logits[1, i]) for e, i in heard.logits if e == 0]
+    assert sum(changed) > 0.9 * NUM_TRAIN
