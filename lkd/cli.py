@@ -14,6 +14,7 @@ from typing import Any
 
 import jsonargparse._typehints as typehints
 import lightning as L
+import torch
 import yaml
 from jsonargparse import ArgumentError
 from jsonargparse._util import NestedArg, import_object
@@ -35,8 +36,10 @@ from lkd.callbacks import (
     NetworkSummary,
     PredictionWriter,
     ProgressBar,
+    Speed,
     TeacherCache,
 )
+from lkd.callbacks.speed import fitting_precision
 from lkd.losses import DistillLoss
 from lkd.mistakes import explain
 
@@ -126,6 +129,7 @@ class LkdCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The settings that are lkd's own."""
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Speed, "speed")
         parser.add_lightning_class_args(TeacherCache, "teacher_cache")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -142,12 +146,21 @@ class LkdCLI(LightningCLI):
         if not kept:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         self.trainer_defaults["callbacks"] = _callbacks(str(self.subcommand), logged, kept)
+        if fit and config.get("precision") is None:
+            config["precision"] = kwargs["precision"] = self._precision(config)
         own_bar = any(isinstance(callback, L.pytorch.callbacks.ProgressBar) for callback in config["callbacks"] or [])
         if config.get("enable_progress_bar") is not False and not own_bar:
             self.trainer_defaults["callbacks"].append(ProgressBar())
         if not fit:
             self.save_config_callback = None
         return super().instantiate_trainer(**kwargs)
+
+    def _precision(self, config: Any) -> str:
+        shape = getattr(self.datamodule, "input_shape", None)
+        gpu = torch.cuda.is_available() and config.get("accelerator") not in ("cpu", "mps", "tpu")
+        precision: str = fitting_precision(self.model, None if shape is None else torch.zeros(1, *shape), gpu)
+        self.config[self.subcommand].trainer.precision = precision  # the saved config tells it
+        return precision
 
 
 def _discard(keep: Callable[..., None], parser: Any, old: Any, new: Any) -> None:

@@ -6,6 +6,7 @@ from lkd.callbacks.predictions import PredictionWriter
 from lkd.callbacks.progress import ProgressBar
 from lkd.callbacks.report import FitReport
 from lkd.callbacks.schedule import Schedule
+from lkd.callbacks.speed import Speed
 from lkd.callbacks.teacher_cache import TeacherCache
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "PredictionWriter",
     "ProgressBar",
     "Schedule",
+    "Speed",
     "TeacherCache",
 ]

@@ -180,3 +180,21 @@ def _probes(case: FeatureCase) -> tuple[Probe, Probe]:
     networks = (case.student_network(), case.teacher_network())
     student, teacher = (Probe(*pair) for pair in zip(networks, case.answers(2), strict=True))
     return student, teacher
+
+
+@every
+def test_channels_last_says_the_same(case: FeatureCase) -> None:
+    """As networks return them when `Speed` lays their weights out so."""
+
+    def laid_out(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        return tensor.detach().requires_grad_()
+
+    torch.manual_seed(1)
+    expected = value(case.criterion(), *case.answers(), case.batch())
+    torch.manual_seed(1)
+    student, teacher = (changed(outputs, laid_out) for outputs in case.answers())
+    found = value(case.criterion(), student, changed(teacher, Tensor.detach), case.batch())
+    found.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

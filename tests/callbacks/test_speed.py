@@ -1,0 +1,206 @@
+"""A lean step does the same arithmetic; what cannot be made lean runs as it is, and the log says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from lkd import ClassificationModule, DistillModule, PastTeacherModule
+from lkd.__main__ import main
+from lkd.callbacks import Speed
+from lkd.callbacks.folding import fold_batch_norms
+from lkd.callbacks.speed import fitting_precision
+from lkd.losses import AT, DistillLoss
+from lkd.models import mobilenetv2, resnet8, resnet20, torchvision_model
+
+
+class Flat(nn.Module):
+    """A network whose own code needs the channels first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 8 * 8, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.conv(image).view(len(image), -1))
+        return logits
+
+
+class Undecided(nn.Module):
+    """A teacher that cannot be traced: what it does depends on the values."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.network(image if image.sum() > 0 else 1.0 * image)
+        return logits
+
+
+class MyAT(DistillLoss):
+    """A user's criterion."""
+
+    def __init__(self) -> None:
+        super().__init__(["layer1"], ["layer1"])
+
+    def forward(self, student: Any, teacher: Any, batch: Any) -> Tensor:
+        (ours,), (theirs,) = student.features.values(), teacher.features.values()
+        loss: Tensor = (ours.view(len(ours), -1) - theirs.view(len(theirs), -1)).pow(2).mean()
+        return loss
+
+
+@pytest.fixture
+def fit(trainer, data, capfd) -> Callable[..., str]:
+    """Trains, and returns what is said of the step."""
+
+    def make(module: L.LightningModule, *speed: Speed, **settings: Any) -> str:
+        capfd.readouterr()
+        trainer(callbacks=list(speed), **settings).fit(module, data)
+        said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("Step:")]
+        return said[0] if said else ""
+
+    return make
+
+
+def weights(module: DistillModule) -> list[Tensor]:
+    return [tensor.clone() for tensor in module.student.state_dict().values()]
+
+
+def test_the_same_but_for_rounding(distill, fit) -> None:
+    plain, lean = distill(), distill()
+    assert fit(plain) == ""
+    before = [tensor.clone() for tensor in lean.teacher.state_dict().values()]
+    said = fit(lean, Speed())
+    assert said.startswith("Step: 32-true, channels last, teacher's batch norms folded, not compiled")
+    assert lean.student.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    for one, other in zip(weights(plain), weights(lean), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    after = lean.teacher.state_dict().values()
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert lean.teacher_taps.network is lean.teacher
+
+
+def test_everything_can_be_switched_off(distill, fit) -> None:
+    plain, off = distill(), distill()
+    fit(plain)
+    assert fit(off, Speed(channels_last=False, fold_teacher=False, compile="off")) == "Step: 32-true, not compiled"
+    assert all(torch.equal(*pair) for pair in zip(weights(plain), weights(off), strict=True))
+
+
+def test_compiled(distill, fit) -> None:
+    plain, compiled = distill(), distill()
+    fit(plain)
+    assert "compiled (default)" in fit(compiled, Speed(compile="default"))
+    for one, other in zip(weights(plain), weights(compiled), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert compiled.student._compiled_call_impl is None
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(distill, fit, monkeypatch, tmp_path: Path) -> None:
+    import torch._inductor.config as inductor
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    torch._dynamo.reset()
+    plain, module = distill(), distill()
+    said = fit(module, Speed(compile="default", channels_last=False, fold_teacher=False))
+    assert "not compiled (it fails: " in said
+    assert "compiler" in said
+    fit(plain)
+    assert all(torch.equal(*pair) for pair in zip(weights(plain), weights(module), strict=True))
+
+
+def test_a_network_that_needs_the_channels_first(fit) -> None:
+    assert "channels first (with channels last a network fails: view size" in fit(ClassificationModule(Flat()), Speed())
+
+
+def test_a_user_s_criterion_keeps_the_layout_it_knows(distill, fit) -> None:
+    assert "channels last" not in fit(distill(criterion=MyAT()), Speed())
+    assert "channels last" in fit(distill(criterion=AT(["layer1"], ["layer1"])), Speed())
+
+
+def test_a_teacher_that_cannot_be_folded(distill, tiny, fit) -> None:
+    module = distill(teacher=Undecided(tiny(seed=2)))
+    assert "teacher not folded (it cannot be traced: symbolically traced variables" in fit(module, Speed())
+
+
+def test_what_must_not_be_folded(distill, tiny, fit) -> None:
+    assert "fold" not in fit(distill(criterion=AT(["layer1"], ["layer1"])), Speed())
+    assert "fold" not in fit(PastTeacherModule(tiny(seed=1)), Speed())
+
+
+@pytest.mark.parametrize("make", [lambda: resnet8(num_classes=5), lambda: torchvision_model("resnet18", num_classes=5)])
+def test_folded_networks_say_the_same(make: Callable[..., nn.Module]) -> None:
+    torch.manual_seed(0)
+    network = make()
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.running_mean, -0.5, 0.5)
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)
+    network.eval()
+    image = torch.randn(4, 3, 32, 32)
+    folded = fold_batch_norms(network, image)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules() if layer in _called(folded))
+    with torch.no_grad():
+        torch.testing.assert_close(folded(image), network(image), rtol=1e-4, atol=1e-4)
+
+
+def _called(network: Any) -> list[nn.Module]:
+    return [network.get_submodule(node.target) for node in network.graph.nodes if node.op == "call_module"]
+
+
+def test_a_shared_convolution_is_not_folded_wrongly() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 2)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(2))
+            for number, norm in enumerate(self.norms):
+                nn.init.constant_(norm.running_mean, 1.0 + number)
+                nn.init.constant_(norm.running_var, 2.0 + number)
+
+        def forward(self, image: Tensor) -> Tensor:
+            for norm in self.norms:
+                image = norm(self.conv(image))
+            logits: Tensor = self.head(image.mean((2, 3)))
+            return logits
+
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="folded, its logits differ by"):
+        fold_batch_norms(Shared().eval(), torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("network", "has_units", "precision"),
+    [
+        pytest.param(resnet20, True, "bf16-mixed", id="large enough"),
+        pytest.param(resnet20, False, "32-true", id="no units"),
+        pytest.param(mobilenetv2, True, "32-true", id="depthwise convolutions"),
+    ],
+)
+def test_precision(monkeypatch, network, has_units: bool, precision: str) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units)
+    module = ClassificationModule(network(num_classes=10))
+    assert fitting_precision(module, torch.zeros(1, 3, 32, 32), gpu=False) == precision
+    assert fitting_precision(module, torch.zeros(1, 3, 4, 4), gpu=False) == "32-true"
+    assert fitting_precision(module, None, gpu=False) == "32-true"
+
+
+@pytest.mark.parametrize(("settings", "precision"), [([], "bf16-mixed"), (["--trainer.precision=32-true"], "32-true")])
+def test_the_command_line_chooses_and_tells(monkeypatch, capfd, settings: list[str], precision: str) -> None:
+    monkeypatch.setattr("lkd.callbacks.speed._MEGAFLOPS", 0.01)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert main(["fit", "--config", "digits/kd", "--trainer.fast_dev_run=2", *settings]) == 0
+    assert f"Step: {precision}, channels last" in capfd.readouterr().out
+    assert main(["fit", "--config", "digits/kd", "--trainer.max_steps=2", *settings]) == 0
+    (saved,) = Path("runs").rglob("config.yaml")
+    assert yaml.safe_load(saved.read_text())["trainer"]["precision"] == precision
