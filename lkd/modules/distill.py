@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -108,6 +109,7 @@ class DistillModule(ClassificationModule):
         self.teacher_scale: Tensor | None = None
         self.teacher_shift: Tensor | None = None
         self._built = False
+        self._choices: dict[tuple[int, ...], tuple[Tensor, int]] = {}
         self._freeze_teacher()
 
     @property
@@ -178,12 +180,17 @@ class DistillModule(ClassificationModule):
         return self.teacher_outputs(batch) if self.recall is None else self.recall(batch, self.teacher_outputs)
 
     @property
+    def _changes(self) -> bool:
+        parameters = () if self.teacher is None else self.teacher.parameters()
+        return self.saves_teacher or any(parameter.requires_grad for parameter in parameters)
+
+    @property
     def not_to_be_kept(self) -> str:
         """Why the teacher's answers to an image cannot be kept as logits; empty if they can."""
         name = type(self).__name__
         if self.teacher is None or not self.asks_teacher:
             return "the loss asks no teacher"
-        if self.saves_teacher or any(parameter.requires_grad for parameter in self.teacher.parameters()):
+        if self._changes:
             return f"the teacher of {name} changes"
         if type(self).teacher_outputs is not DistillModule.teacher_outputs:
             return f"{name} makes them in its own way (teacher_outputs)"
@@ -283,6 +290,7 @@ class DistillModule(ClassificationModule):
         if self.teacher_normalization is not None:
             self._renormalize(self.teacher_normalization)
         super().setup(stage)
+        self._choices = {}
         if not self._built and self.criterion.needs_build and self.example_input() is None:
             raise ValueError(
                 f"{type(self.criterion).__name__} builds its adapters from the shape of the input, which is not known; "
@@ -366,13 +374,33 @@ class DistillModule(ClassificationModule):
         logits = super().update_metrics(metrics, batch)
         if "teacher" not in self.network_names:
             return logits
-        teacher_logits = self.teacher_outputs(batch).logits
-        if teacher_logits.shape == logits.shape:
-            teacher = teacher_logits.argmax(1)
+        teacher, num_classes = self._teacher_s_choice(batch)
+        if num_classes == logits.shape[1]:
             metrics["teacher_acc"].update(teacher, batch.target)
             metrics["agreement"].update(logits, teacher.masked_fill(batch.target == IGNORE_INDEX, IGNORE_INDEX))
-            self._num_classes = logits.shape[1]
+            self._num_classes = num_classes
         return logits
+
+    def _teacher_s_choice(self, batch: Batch) -> tuple[Tensor, int]:
+        """The classes that the teacher chooses `(B,)`, and how many there are.
+
+        The validation images are the same in every epoch, and so are a frozen teacher's answers: it is asked once.
+        """
+        index, trainer = batch.index, self._trainer
+        if (
+            trainer is None
+            or trainer.state.fn != TrainerFn.FITTING
+            or len(trainer.num_val_batches) != 1
+            or batch.version is None  # not lkd's data: it may differ from epoch to epoch
+            or index is None
+            or self._changes
+            or type(self).teacher_outputs is not DistillModule.teacher_outputs
+        ):
+            return _choice(self.teacher_outputs(batch))
+        name = (int(index[0]), int(index[-1]), len(index))
+        if name not in self._choices:
+            self._choices[name] = _choice(self.teacher_outputs(batch))
+        return self._choices[name]
 
     def on_validation_epoch_end(self) -> None:
         """Before the first epoch, say how good the teacher is."""
@@ -389,6 +417,10 @@ class DistillModule(ClassificationModule):
                 "its weights may be untrained (teacher_ckpt), its classes in another order, or its images normalised "
                 "otherwise (teacher_normalization)"
             )
+
+
+def _choice(outputs: Outputs) -> tuple[Tensor, int]:
+    return outputs.logits.argmax(1), outputs.logits.shape[1]
 
 
 def _load_teacher(teacher: nn.Module | None, path: str | None) -> nn.Module | None:
