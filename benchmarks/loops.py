@@ -98,6 +98,7 @@ class Plain(L.LightningModule):
         self.pace = pace
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Hinton's loss, logged as most people do."""
         image, target = batch
         with torch.no_grad():
             answer = self.teacher.eval()(image)
@@ -108,9 +109,11 @@ class Plain(L.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Report the step."""
         self.pace.step(len(batch[0]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """As in the config."""
         return sgd(self.student)
 
 
@@ -163,9 +166,11 @@ class Paced(L.Callback):
     """Paces a run of lkd."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Wait for the first order."""
         Pace.current.wait()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Report the step."""
         Pace.current.step(len(batch.target) // batch.views)
 
 

@@ -144,21 +144,14 @@ def machine(rounds: int, steps: int) -> str:
 
     import lkd as library
 
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    units = [
-        name
-        for name, has in (
-            ("avx512_bf16", torch.cpu._is_avx512_bf16_supported()),
-            ("amx", torch.cpu._is_amx_tile_supported()),
-        )
-        if has
-    ]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    has = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx": torch.cpu._is_amx_tile_supported()}
+    units = " and ".join(unit for unit, there in has.items() if there) or "none"
+    versions = f"lkd {library.__version__}, torch {torch.__version__}, lightning {lightning.__version__}"
     return (
-        f"n = {rounds} rounds of {steps} steps; {names[0]}, {torch.get_num_threads()} threads, {' and '.join(units) or 'no'} "
-        f"bfloat16 units; lkd {library.__version__}, torch {torch.__version__}, lightning {lightning.__version__}, "
-        f"Python {platform.python_version()}"
+        f"n = {rounds} rounds of {steps} steps; {name}, {torch.get_num_threads()} threads, bfloat16 units: {units}; "
+        f"{versions}, Python {platform.python_version()}"
     )
 
 
@@ -182,10 +175,9 @@ def main() -> None:
             arguments = {"adapter": str(Path(options.trainer).resolve()), "images": arrays, "teacher": teacher}
             wanted.append((options.trainer, "own", arguments, 5))
         found = measured(wanted, options.rounds, options.steps)
+        kept = [row for row in found if "kept" in row.name]
         lines = [*table(found), ""]
-        for row in found:
-            if "kept" in row.name:
-                lines.append(f"{row.name}: the epoch that fills them runs at {row.first:,.0f} images/s.")
+        lines += [f"{row.name}: the epoch that fills them runs at {row.first:,.0f} images/s." for row in kept]
         pair = [row for row in tiny_rows(folder) if any(word in row[0] for word in options.only)]
         if len(pair) == 2:
             lines += ["", overhead(*measured(pair, options.rounds, 50 * options.steps))]

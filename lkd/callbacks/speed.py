@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lkd.callbacks.folding import fold_batch_norms
 from lkd.callbacks.monitor import network_size
@@ -75,6 +76,8 @@ class Speed(L.Callback):
     def _fold(self, module: Any) -> None:
         taps, example = getattr(module, "teacher_taps", None), module.example_input()
         if not self.fold_teacher or taps is None or taps.layers or module.saves_teacher or not _is_image(example):
+            return
+        if not any(isinstance(layer, _BatchNorm) for layer in module.teacher.modules()):
             return
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn((2, *example.shape[1:]), generator=generator).to(example)
