@@ -71,7 +71,13 @@ class Row:
         name: What it is called.
         loop: `module:function`, called with a `Pace` and the arguments; it trains without end.
         arguments: What else it is called with.
-        warm_up: Steps before the first that counts.
+        warm_up: Steps before the first that counts, behind the very first.
+
+    Attributes:
+        speeds: Images per second of each round.
+        first: Images per second while warming up.
+        start_up: Seconds from the process's start to the end of its first step.
+        peak: The largest resident memory so far, in bytes.
     """
 
     name: str
@@ -80,14 +86,18 @@ class Row:
     warm_up: int = 10
     speeds: list[float] = field(default_factory=list)
     first: float = 0.0
+    start_up: float = 0.0
     peak: int = 0
 
     def __post_init__(self) -> None:
+        start = time.perf_counter()
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self.loop, self.arguments))
         self._process.start()
         theirs.close()
+        self._take(1)
+        self.start_up = time.perf_counter() - start
         self.first = self._take(self.warm_up)
 
     def _take(self, steps: int) -> float:

@@ -54,10 +54,9 @@ class Speed(L.Callback):
         networks = [getattr(pl_module, name) for name in getattr(pl_module, "network_names", ())]
         if not wanted or not sum(_lay_out(network, torch.channels_last) for network in networks):
             return
-        example = pl_module.example_input()
         try:
             for network in networks:
-                _try(network, example)
+                _try(network, pl_module.example_input())
         except RuntimeError as error:
             for network in networks:
                 _lay_out(network, torch.contiguous_format)
@@ -90,7 +89,7 @@ class Speed(L.Callback):
             self._said.append("teacher's batch norms folded")
 
     def _compile(self, trainer: L.Trainer, module: Any) -> None:
-        mode, reason = self._mode(trainer)
+        mode, reason = self._mode(trainer, module.example_input())
         if mode is None:
             self._said.append(f"not compiled{reason}")
             return
@@ -108,7 +107,9 @@ class Speed(L.Callback):
         else:
             self._said.append(f"compiled ({mode})")
 
-    def _mode(self, trainer: L.Trainer) -> tuple[str | None, str]:
+    def _mode(self, trainer: L.Trainer, example: Any) -> tuple[str | None, str]:
+        if self.compile != "off" and not _is_image(example):
+            return None, " (the input's shape is not known)"
         if self.compile != "auto":
             return (None, "") if self.compile == "off" else (self.compile, "")
         device = trainer.strategy.root_device
@@ -200,8 +201,8 @@ def _lay_out(network: nn.Module, memory_format: torch.memory_format) -> int:
     return len(convolutions)
 
 
-def _try(network: nn.Module, example: Tensor | None) -> None:
-    if example is not None:
+def _try(network: nn.Module, example: Any) -> None:
+    if isinstance(example, Tensor):
         with torch.no_grad(), evaluating(network):
             network(example.to(next(network.parameters(), example).dtype))
 

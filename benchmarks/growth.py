@@ -1,0 +1,122 @@
+"""How the cost of a step grows: with the batch, the teacher, the classes and the images.
+
+    python -m benchmarks.growth [--rounds 3] [--steps 20] [--only WORD ...] [--out FILE]
+
+On generated images (3x32x32), for each setting three runs of `lkd fit` take their steps in turn: ResNet-20 trained by
+its labels alone, distilled with the teacher's answers kept, and distilled with the teacher asked in every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from benchmarks.pacing import Row, in_turn
+from benchmarks.speed import machine
+
+
+class Setting(NamedTuple):
+    """What one line of the table is measured with."""
+
+    batch_size: int = 128
+    teacher: str = "resnet56"
+    classes: int = 100
+    images: int = 5_120
+
+    def __str__(self) -> str:
+        return f"batch {self.batch_size}, {self.teacher}, {self.classes:,} classes, {self.images:,} images"
+
+
+SETTINGS = [
+    Setting(),
+    *(Setting(batch_size=size) for size in (16, 32, 512)),
+    *(Setting(teacher=name) for name in ("resnet20", "resnet110", "resnet32x4")),
+    *(Setting(classes=number) for number in (10, 1_000, 21_841)),
+    *(Setting(images=number) for number in (51_200, 204_800)),
+]
+
+
+def config(setting: Setting, way: str) -> dict[str, Any]:
+    """The run's settings; `way` is alone, kept or asked."""
+    student = {"class_path": "lkd.models.resnet20", "init_args": {"num_classes": setting.classes}}
+    teacher = {"class_path": f"lkd.models.{setting.teacher}", "init_args": {"num_classes": setting.classes}}
+    module = (
+        {"class_path": "lkd.ClassificationModule", "init_args": {"model": student}}
+        if way == "alone"
+        else {"class_path": "lkd.DistillModule", "init_args": {"student": student, "teacher": teacher}}
+    )
+    data = {
+        **{"num_classes": setting.classes, "input_shape": [3, 32, 32], "batch_size": setting.batch_size},
+        **{"train_size": setting.images, "test_size": setting.classes, "val_size": 0},
+    }
+    augment = [{"class_path": f"lkd.datamodules.{name}"} for name in ("RandomCrop", "RandomHorizontalFlip")]
+    return {
+        "model": module,
+        "data": {"class_path": "lkd.SyntheticDataModule", "init_args": {**data, "augment": augment}},
+        "trainer": {"max_epochs": 100_000},
+        "checkpoint": {"monitor": None},
+        **({"teacher_cache": {"versions": 1}} if way == "kept" else {}),
+    }
+
+
+def measured(setting: Setting, rounds: int, steps: int, folder: str) -> list[Row]:
+    """The three runs of a setting."""
+    found: list[Row] = []
+    try:
+        for way in ("alone", "kept", "asked"):
+            path = Path(folder, f"{way}.yaml")
+            path.write_text(yaml.safe_dump(config(setting, way)))
+            fill = setting.images // setting.batch_size if way == "kept" else 5
+            found.append(Row(way, "benchmarks.loops:lkd_fit", {"settings": [f"--config={path}"]}, fill))
+        in_turn(found, rounds, steps, lambda line: None)
+    finally:
+        for row in found:
+            row.close()
+    return found
+
+
+def line(setting: Setting, found: list[Row]) -> str:
+    """A line of the table, in Markdown."""
+    alone, kept, asked = found
+    ratios = [[ours / theirs for ours, theirs in zip(row.speeds, alone.speeds, strict=True)] for row in (kept, asked)]
+    texts = [f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" for values in ratios]
+    speeds = " | ".join(f"{row.speed:,.0f}" for row in found)
+    return f"| {setting} | {' | '.join(texts)} | {speeds} | {kept.peak / 1e6:,.0f} | {kept.start_up:.1f} |"
+
+
+def table(settings: list[Setting], rounds: int, steps: int) -> Iterator[str]:
+    """The lines of the table, as they are measured."""
+    yield "| | kept / alone | asked / alone | images/s alone | kept | asked | peak MB, kept | start-up s, kept |"
+    yield "|---|---|---|---|---|---|---|---|"
+    with tempfile.TemporaryDirectory() as folder:
+        for setting in settings:
+            yield line(setting, measured(setting, rounds, steps, folder))
+
+
+def main() -> None:
+    """Measure, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", nargs="*", default=[""], help="settings whose name has one of these words")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    wanted = [setting for setting in SETTINGS if any(word in str(setting) for word in options.only)]
+    lines = []
+    for text in table(wanted, options.rounds, options.steps):
+        print(text, flush=True)
+        lines.append(text)
+    lines += ["", machine(options.rounds, options.steps)]
+    print(lines[-1])
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
