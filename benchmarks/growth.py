@@ -9,6 +9,7 @@ its labels alone, distilled with the teacher's answers kept, and distilled with 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -95,6 +96,7 @@ def table(settings: list[Setting], rounds: int, steps: int) -> Iterator[str]:
     yield "| | kept / alone | asked / alone | images/s alone | kept | asked | peak MB, kept | start-up s, kept |"
     yield "|---|---|---|---|---|---|---|---|"
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["LKD_CACHE"] = folder  # nothing is kept from an earlier run
         for setting in settings:
             yield line(setting, measured(setting, rounds, steps, folder))
 

@@ -13,6 +13,7 @@ size, and returns a function that takes one step and returns the number of image
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import tempfile
@@ -168,6 +169,7 @@ def main() -> None:
     options = parser.parse_args()
     images, teacher = (str(Path(path).resolve()) for path in (options.images, options.teacher))
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["LKD_CACHE"] = folder  # nothing is kept from an earlier run
         arrays = decoded(images, folder)
         first, *others = rows(images, teacher, arrays)
         wanted = [first, *(row for row in others if any(word in row[0] for word in options.only))]

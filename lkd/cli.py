@@ -238,6 +238,7 @@ _KNOWN = (  # what Lightning warns of in every run, though all is as it should b
     ".*in eval mode at the start of training.*",
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*The dirpath has changed from.*",
+    ".*Total length of `list` across ranks is zero.*",  # val_size: 0
     ".*all_gather is deprecated.*",
     ".*WeightAveraging callback with a model that overrides the configure_model.*",
     ".*callbacks used to create the checkpoint need to be provided.*",
