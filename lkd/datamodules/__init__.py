@@ -16,6 +16,7 @@ from lkd.datamodules.digits import DigitsDataModule
 from lkd.datamodules.draws import permutation, uniform
 from lkd.datamodules.erasing import Cutout, RandomErasing
 from lkd.datamodules.folder import ImageFolderDataModule, ImageNetDataModule
+from lkd.datamodules.mixing import CutMix, Mix, Mixup
 from lkd.datamodules.randaugment import RandAugment, TrivialAugment
 from lkd.datamodules.sampler import EpochSampler, Key
 from lkd.datamodules.synthetic import SyntheticDataModule
@@ -38,6 +39,7 @@ __all__ = [
     "CenterCrop",
     "ClassPartner",
     "ColorJitter",
+    "CutMix",
     "Cutout",
     "DigitsDataModule",
     "EpochSampler",
@@ -51,6 +53,8 @@ __all__ = [
     "ImageTransform",
     "Key",
     "MNISTDataModule",
+    "Mix",
+    "Mixup",
     "RandAugment",
     "RandomCrop",
     "RandomErasing",

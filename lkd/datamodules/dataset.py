@@ -16,10 +16,11 @@ from torchvision.transforms.v2 import functional as TF
 
 from lkd.datamodules.draws import IMAGE, VIEW, uniform
 from lkd.datamodules.files import ImageFiles
+from lkd.datamodules.mixing import Mix
 from lkd.datamodules.sampler import Key
 from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
 from lkd.datamodules.views import Views
-from lkd.types import IGNORE_INDEX, Batch, Normalization
+from lkd.types import IGNORE_INDEX, Batch, Mixed, Normalization
 
 _TRIES = 10
 _MODES = {1: "L", 3: "RGB"}
@@ -64,6 +65,7 @@ class ImageDataset(Dataset[Batch]):
         augment: Changes a batch of uint8 images.
         seed: Seed of the augmentation.
         views: Makes several views of each image; None: there is one.
+        mix: Mixes each image with another one; None: none is.
 
     Attributes:
         number: Which view of its images this is; each has its own draws.
@@ -86,11 +88,12 @@ class ImageDataset(Dataset[Batch]):
         augment: Sequence[BatchTransform] = (),
         seed: int = 0,
         views: Views | None = None,
+        mix: Mix | None = None,
     ) -> None:
         self.source, self.target, self.index = source, target, index
         self.shape, self.normalization = shape, normalization
         self.resize, self.augment, self.seed = resize, tuple(augment), seed
-        self.views, self.number = views, 0
+        self.views, self.mix, self.number = views, mix, 0
         self.replay: int | None = None
         if self.stored is None and shape[0] not in _MODES:
             raise ValueError(f"images that are not in memory have 1 or 3 channels, got the shape {shape}")
@@ -120,7 +123,16 @@ class ImageDataset(Dataset[Batch]):
         return batch._replace(target=batch.target.masked_fill(padding.bool().repeat(batch.views), IGNORE_INDEX))
 
     def batch(self, epoch: Tensor, index: Tensor) -> Batch:
-        """Reads, augments and normalises images: one view.
+        """Reads, augments, normalises and mixes images: one view.
+
+        Args:
+            epoch: `(B,)`, int64.
+            index: Positions in the source `(B,)`, int64.
+        """
+        return self.unmixed(epoch, index) if self.mix is None else self.mix(self, epoch, index)
+
+    def unmixed(self, epoch: Tensor, index: Tensor) -> Batch:
+        """The same, before any is mixed with another.
 
         Args:
             epoch: `(B,)`, int64.
@@ -227,7 +239,15 @@ class ImageDataset(Dataset[Batch]):
 def _joined(views: Sequence[Batch]) -> Batch:
     parts = [(view.input, view.target, view.index, view.version) for view in views]
     image, target, index, version = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Batch(image, target, index, len(views), version)
+    return Batch(image, target, index, len(views), version, _joined_mixed(views))
+
+
+def _joined_mixed(views: Sequence[Batch]) -> Mixed | None:
+    if all(view.mixed is None for view in views):
+        return None
+    parts = [view.mixed or Mixed.none(view.target) for view in views]
+    target, weight = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Mixed(target, weight)
 
 
 def _eight_bit(image: object) -> Image.Image:
