@@ -84,21 +84,21 @@ class ColorJitter(BatchTransform):
     num_draws = 8
 
     def __post_init__(self) -> None:
-        for name in ("brightness", "contrast", "saturation"):
-            value = getattr(self, name)
-            low, high = value if isinstance(value, tuple) else (value, value)
+        *factors, (left, right) = self.ranges
+        for name, (low, high) in zip(("brightness", "contrast", "saturation"), factors, strict=True):
             if not 0 <= low <= high:
-                raise ValueError(f"ColorJitter needs a {name} of 0 or more, or a range from there on, got {value}")
-        low, high = self.hue if isinstance(self.hue, tuple) else (-self.hue, self.hue)
-        if not -0.5 <= low <= high <= 0.5:
+                raise ValueError(
+                    f"ColorJitter needs a {name} of 0 or more, or a range from there on, got {getattr(self, name)}"
+                )
+        if not -0.5 <= left <= right <= 0.5:
             raise ValueError(f"ColorJitter needs a hue between 0 and 0.5, or a range in -0.5 to 0.5, got {self.hue}")
 
     @property
     def ranges(self) -> tuple[tuple[float, float], ...]:
         """Least and largest factor of brightness, contrast, saturation and hue."""
         factors = (self.brightness, self.contrast, self.saturation)
-        hue = self.hue if isinstance(self.hue, tuple) else (-self.hue, self.hue)
-        return (*(v if isinstance(v, tuple) else (max(0.0, 1 - v), 1 + v) for v in factors), hue)
+        around = [(max(0.0, 1 - v), 1 + v) if isinstance(v, int | float) else v for v in factors]
+        return (*around, (-self.hue, self.hue) if isinstance(self.hue, int | float) else self.hue)
 
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
         """Changes every image; the first four draws are for the factors, and the order is that of the last four.
@@ -109,7 +109,7 @@ class ColorJitter(BatchTransform):
         if image.shape[1] not in (1, 3):
             raise ValueError(f"ColorJitter changes gray or colour images, got {image.shape[1]} channels; leave it out")
         idle = ((1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (0.0, 0.0))
-        chosen = [i for i in range(4 if image.shape[1] == 3 else 2) if self.ranges[i] != idle[i]]
+        chosen = [i for i in range(4 if image.shape[1] == 3 else 2) if tuple(self.ranges[i]) != idle[i]]
         low, high = torch.tensor(self.ranges, device=image.device).T
         factors = (low + (high - low) * draws[:, :4])[:, chosen, None, None, None]
         orders = draws[:, [4 + i for i in chosen]].argsort(dim=1, stable=True).cpu()  # the only wait for a GPU
