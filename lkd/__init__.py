@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         SimKDModule,
     )
     from lkd.taps import FeatureTaps
-    from lkd.types import Batch, Normalization, Outputs, Probe
+    from lkd.types import Batch, Mixed, Normalization, Outputs, Probe
 
 __version__ = "0.1.0"
 
@@ -65,7 +65,7 @@ _HOMES = {
         "SimKDModule",
     ),
     "lkd.taps": ("FeatureTaps",),
-    "lkd.types": ("Batch", "Normalization", "Outputs", "Probe"),
+    "lkd.types": ("Batch", "Mixed", "Normalization", "Outputs", "Probe"),
 }
 
 __all__ = [
@@ -85,6 +85,7 @@ __all__ = [
     "ImageFolderDataModule",
     "ImageNetDataModule",
     "MNISTDataModule",
+    "Mixed",
     "MutualModule",
     "NoisyStudentModule",
     "Normalization",

@@ -6,10 +6,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 IGNORE_INDEX = -100
 """The target of an image that has no label: it counts in no hard loss and in no metric."""
+
+
+class Mixed(NamedTuple):
+    """With what each image of a batch is mixed.
+
+    Attributes:
+        target: Class of each image's partner `(B,)`, int64; `IGNORE_INDEX` where it has no label, or there is none.
+        weight: The image's own share `(B,)`, float32, 0.5 to 1; the partner has the rest.
+    """
+
+    target: Tensor
+    weight: Tensor
+
+    @classmethod
+    def none(cls, like: Tensor) -> Mixed:
+        """For images that are not mixed.
+
+        Args:
+            like: Their classes `(B,)`.
+        """
+        return cls(torch.full_like(like, IGNORE_INDEX), torch.ones_like(like, dtype=torch.float32))
 
 
 class Batch(NamedTuple):
@@ -25,6 +47,7 @@ class Batch(NamedTuple):
             `IGNORE_INDEX`.
         version: Which of an image's augmented versions this is `(B,)`, int64: version and index decide every pixel.
             None if the data does not tell.
+        mixed: With what the images are mixed; `target` is then their own, heavier label. None if they are not.
     """
 
     input: Any
@@ -32,6 +55,7 @@ class Batch(NamedTuple):
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     views: int = 1
     version: Tensor | None = None
+    mixed: Mixed | None = None
 
 
 class Outputs(NamedTuple):

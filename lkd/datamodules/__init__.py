@@ -10,11 +10,14 @@ from lkd.datamodules.archives import (
     SVHNDataModule,
 )
 from lkd.datamodules.base import ImageDataModule, Split
+from lkd.datamodules.color import ColorJitter
 from lkd.datamodules.dataset import ImageDataset, ImageError, ImageSource
 from lkd.datamodules.digits import DigitsDataModule
 from lkd.datamodules.draws import permutation, uniform
+from lkd.datamodules.erasing import Cutout, RandomErasing
 from lkd.datamodules.folder import ImageFolderDataModule, ImageNetDataModule
-from lkd.datamodules.randaugment import RandAugment
+from lkd.datamodules.mixing import CutMix, Mix, Mixup
+from lkd.datamodules.randaugment import RandAugment, TrivialAugment
 from lkd.datamodules.sampler import EpochSampler, Key
 from lkd.datamodules.synthetic import SyntheticDataModule
 from lkd.datamodules.tiny_imagenet import TinyImageNetDataModule
@@ -35,6 +38,9 @@ __all__ = [
     "CIFAR100DataModule",
     "CenterCrop",
     "ClassPartner",
+    "ColorJitter",
+    "CutMix",
+    "Cutout",
     "DigitsDataModule",
     "EpochSampler",
     "FashionMNISTDataModule",
@@ -47,8 +53,11 @@ __all__ = [
     "ImageTransform",
     "Key",
     "MNISTDataModule",
+    "Mix",
+    "Mixup",
     "RandAugment",
     "RandomCrop",
+    "RandomErasing",
     "RandomHorizontalFlip",
     "RandomResizedCrop",
     "RotatedViews",
@@ -58,6 +67,7 @@ __all__ = [
     "StrongView",
     "SyntheticDataModule",
     "TinyImageNetDataModule",
+    "TrivialAugment",
     "Views",
     "permutation",
     "uniform",

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from lkd.datamodules.base import ImageDataModule, Split
 from lkd.datamodules.dataset import ImageSource
 from lkd.datamodules.files import class_folders, few, read_tree, split_folder
+from lkd.datamodules.mixing import Mix
 from lkd.datamodules.transforms import BatchTransform, ImageTransform, RandomCrop, RandomHorizontalFlip
 from lkd.datamodules.views import Views
 
@@ -49,6 +50,7 @@ class ArchiveDataModule(ImageDataModule):
         mean: Mean of each channel, of pixels in [0, 1]; by default the data set's.
         std: Standard deviation of each channel; by default the data set's.
         views: Which views of each training image a batch has; by default the image alone.
+        mix: How each training image is mixed with another one; by default not at all.
 
     Attributes:
         title: Name of the data set.
@@ -73,9 +75,21 @@ class ArchiveDataModule(ImageDataModule):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         views: Views | None = None,
+        mix: Mix | None = None,
     ) -> None:
         super().__init__(
-            batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed, seed, augment, mean, std, views
+            batch_size,
+            num_workers,
+            val_size,
+            label_size,
+            drop_unlabelled,
+            split_seed,
+            seed,
+            augment,
+            mean,
+            std,
+            views,
+            mix,
         )
         self.root = root
         self.download = download

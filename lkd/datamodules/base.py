@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lkd.datamodules.dataset import ImageDataset, ImageSource
+from lkd.datamodules.mixing import Mix
 from lkd.datamodules.sampler import EpochSampler
 from lkd.datamodules.split import stratified
 from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
@@ -41,6 +42,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         mean: Mean of each channel, of pixels in [0, 1]; by default the data set's.
         std: Standard deviation of each channel; by default the data set's.
         views: Which views of each training image a batch has; by default the image alone.
+        mix: How each training image is mixed with another one; by default not at all.
 
     Attributes:
         num_classes: Number of classes.
@@ -70,6 +72,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         views: Views | None = None,
+        mix: Mix | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -83,6 +86,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.seed = seed
         self.augment = augment
         self.views = views
+        self.mix = mix
         if mean is not None:
             self.mean = mean
         if std is not None:
@@ -146,7 +150,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         labelled = self._labelled(target, ~held_out)
         kept = target.masked_fill(~held_out & ~labelled, IGNORE_INDEX)
         chosen = labelled if self.drop_unlabelled else ~held_out
-        self.datasets["train"] = self._wrap(source, kept, chosen, augment, self.views)
+        self.datasets["train"] = self._wrap(source, kept, chosen, augment, self.views, self.mix)
 
     def _labelled(self, target: Tensor, training: Tensor) -> Tensor:
         """Which training images keep their label `(N,)`, bool."""
@@ -196,6 +200,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         chosen: Tensor | None = None,
         augment: Augmentation = (),
         views: Views | None = None,
+        mix: Mix | None = None,
     ) -> ImageDataset:
         first, changes = divide(augment)
         return ImageDataset(
@@ -207,6 +212,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             first or self.resize,
             changes,
             views=views,
+            mix=mix,
         )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

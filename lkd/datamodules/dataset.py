@@ -17,11 +17,12 @@ from torchvision.transforms.v2 import functional as TF
 
 from lkd.datamodules.draws import IMAGE, VIEW, uniform
 from lkd.datamodules.files import ImageFiles
+from lkd.datamodules.mixing import Mix
 from lkd.datamodules.sampler import Key
 from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
 from lkd.datamodules.views import Views
 from lkd.store import fingerprint
-from lkd.types import IGNORE_INDEX, Batch, Normalization
+from lkd.types import IGNORE_INDEX, Batch, Mixed, Normalization
 
 _TRIES = 10
 _MODES = {1: "L", 3: "RGB"}
@@ -66,6 +67,7 @@ class ImageDataset(Dataset[Batch]):
         augment: Changes a batch of uint8 images.
         seed: Seed of the augmentation.
         views: Makes several views of each image; None: there is one.
+        mix: Mixes each image with another one; None: none is.
 
     Attributes:
         number: Which view of its images this is; each has its own draws.
@@ -88,11 +90,12 @@ class ImageDataset(Dataset[Batch]):
         augment: Sequence[BatchTransform] = (),
         seed: int = 0,
         views: Views | None = None,
+        mix: Mix | None = None,
     ) -> None:
         self.source, self.target, self.index = source, target, index
         self.shape, self.normalization = shape, normalization
         self.resize, self.augment, self.seed = resize, tuple(augment), seed
-        self.views, self.number = views, 0
+        self.views, self.mix, self.number = views, mix, 0
         self.replay: int | None = None
         if self.stored is None and shape[0] not in _MODES:
             raise ValueError(f"images that are not in memory have 1 or 3 channels, got the shape {shape}")
@@ -133,13 +136,26 @@ class ImageDataset(Dataset[Batch]):
         """Name to a text for everything that decides the images that this data set makes."""
         return {
             "images": source_fingerprint(self.source),
-            "choice of images": fingerprint(self.index, None if self.views is None else self.target),
-            "augmentation": repr((self.shape, self.normalization, self.resize, self.augment, self.views, self.number)),
+            "choice of images": fingerprint(
+                self.index, None if self.views is None else self.target
+            ),  # ClassPartner reads it
+            "augmentation": repr(
+                (self.shape, self.normalization, self.resize, self.augment, self.mix, self.views, self.number)
+            ),
             "seed": str(self.seed),
         }
 
     def batch(self, epoch: Tensor, index: Tensor) -> Batch:
-        """Reads, augments and normalises images: one view.
+        """Reads, augments, normalises and mixes images: one view.
+
+        Args:
+            epoch: `(B,)`, int64.
+            index: Positions in the source `(B,)`, int64.
+        """
+        return self.unmixed(epoch, index) if self.mix is None else self.mix(self, epoch, index)
+
+    def unmixed(self, epoch: Tensor, index: Tensor) -> Batch:
+        """The same, before any is mixed with another.
 
         Args:
             epoch: `(B,)`, int64.
@@ -253,7 +269,15 @@ def source_fingerprint(source: ImageSource) -> str:
 def _joined(views: Sequence[Batch]) -> Batch:
     parts = [(view.input, view.target, view.index, view.version) for view in views]
     image, target, index, version = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Batch(image, target, index, len(views), version)
+    return Batch(image, target, index, len(views), version, _joined_mixed(views))
+
+
+def _joined_mixed(views: Sequence[Batch]) -> Mixed | None:
+    if all(view.mixed is None for view in views):
+        return None
+    parts = [view.mixed or Mixed.none(view.target) for view in views]
+    target, weight = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Mixed(target, weight)
 
 
 def _eight_bit(image: object) -> Image.Image:

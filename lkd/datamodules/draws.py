@@ -15,6 +15,9 @@ Batch transforms draw from the streams 0, 1, 2, ... in their order.
 VIEW = 2**20
 """How far the streams of an image's next view lie behind those of this one."""
 
+MIX = 2**19
+"""How far behind a view's first stream those lie that mix it with another image; its transforms draw before."""
+
 _WORD = 0xFFFFFFFF
 _PIECE = 2**16  # indices hashed at a time: what fits a processor's cache
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from lkd.datamodules.base import ImageDataModule, Split
 from lkd.datamodules.files import ImageFiles, class_folders, read_tree, split_folder
+from lkd.datamodules.mixing import Mix
 from lkd.datamodules.transforms import (
     BatchTransform,
     CenterCrop,
@@ -42,6 +43,7 @@ class ImageFolderDataModule(ImageDataModule):
         mean: Mean of each channel, of pixels in [0, 1]; by default ImageNet's.
         std: Standard deviation of each channel; by default ImageNet's.
         views: Which views of each training image a batch has; by default the image alone.
+        mix: How each training image is mixed with another one; by default not at all.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class ImageFolderDataModule(ImageDataModule):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         views: Views | None = None,
+        mix: Mix | None = None,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be 1 or more, got {image_size}")
@@ -68,7 +71,18 @@ class ImageFolderDataModule(ImageDataModule):
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.449,), (0.226,))
         self.input_shape = (in_channels, image_size, image_size)
         super().__init__(
-            batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed, seed, augment, mean, std, views
+            batch_size,
+            num_workers,
+            val_size,
+            label_size,
+            drop_unlabelled,
+            split_seed,
+            seed,
+            augment,
+            mean,
+            std,
+            views,
+            mix,
         )
         self.root = root
         self.resize = CenterCrop(crop_ratio)
@@ -108,6 +122,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         mean: Mean of each channel, of pixels in [0, 1].
         std: Standard deviation of each channel.
         views: Which views of each training image a batch has; by default the image alone.
+        mix: How each training image is mixed with another one; by default not at all.
 
     References:
         Russakovsky et al.: ImageNet large scale visual recognition challenge (2014), arXiv:1409.0575.

@@ -1,4 +1,4 @@
-"""RandAugment, a whole batch at a time."""
+"""RandAugment and TrivialAugment, a whole batch at a time."""
 
 from __future__ import annotations
 
@@ -17,21 +17,27 @@ _LEVELS = 31
 
 
 class Operation(NamedTuple):
-    """One of the things that RandAugment does to an image.
+    """One of the things that RandAugment and TrivialAugment do to an image.
 
     Attributes:
         change: Changes images `(B, C, H, W)` by a level.
         levels: From an image's height and width, the level of each magnitude `(31,)`.
+        wide: The same for TrivialAugment.
         signed: Whether half of the images get the level's negative.
     """
 
     change: Callable[[Tensor, float], Tensor]
     levels: Callable[[int, int], Tensor]
+    wide: Callable[[int, int], Tensor]
     signed: bool = False
 
 
 def _up_to(last: float, first: float = 0.0) -> Callable[[int, int], Tensor]:
     return lambda height, width: torch.linspace(first, last, _LEVELS)
+
+
+def _bits(dropped: int) -> Callable[[int, int], Tensor]:
+    return lambda height, width: (8 - torch.arange(_LEVELS) / ((_LEVELS - 1) / dropped)).round()
 
 
 def _moved(image: Tensor, x: float, y: float) -> Tensor:
@@ -46,33 +52,58 @@ def _sheared(image: Tensor, x: float, y: float) -> Tensor:
 
 
 OPERATIONS = {
-    "Identity": Operation(lambda image, level: image, _up_to(0.0)),
-    "ShearX": Operation(lambda image, level: _sheared(image, level, 0.0), _up_to(0.3), signed=True),
-    "ShearY": Operation(lambda image, level: _sheared(image, 0.0, level), _up_to(0.3), signed=True),
+    "Identity": Operation(lambda image, level: image, _up_to(0.0), _up_to(0.0)),
+    "ShearX": Operation(lambda image, level: _sheared(image, level, 0.0), _up_to(0.3), _up_to(0.99), signed=True),
+    "ShearY": Operation(lambda image, level: _sheared(image, 0.0, level), _up_to(0.3), _up_to(0.99), signed=True),
     "TranslateX": Operation(
         lambda image, level: _moved(image, level, 0.0),
         lambda height, width: torch.linspace(0.0, 150.0 / 331.0 * width, _LEVELS),
+        _up_to(32.0),
         signed=True,
     ),
     "TranslateY": Operation(
         lambda image, level: _moved(image, 0.0, level),
         lambda height, width: torch.linspace(0.0, 150.0 / 331.0 * height, _LEVELS),
+        _up_to(32.0),
         signed=True,
     ),
-    "Rotate": Operation(lambda image, level: TF.rotate(image, level), _up_to(30.0), signed=True),
-    "Brightness": Operation(lambda image, level: TF.adjust_brightness(image, 1.0 + level), _up_to(0.9), signed=True),
-    "Color": Operation(lambda image, level: TF.adjust_saturation(image, 1.0 + level), _up_to(0.9), signed=True),
-    "Contrast": Operation(lambda image, level: TF.adjust_contrast(image, 1.0 + level), _up_to(0.9), signed=True),
-    "Sharpness": Operation(lambda image, level: TF.adjust_sharpness(image, 1.0 + level), _up_to(0.9), signed=True),
-    "Posterize": Operation(
-        lambda image, level: TF.posterize(image, int(level)),
-        lambda height, width: (8 - torch.arange(_LEVELS) / ((_LEVELS - 1) / 4)).round(),
+    "Rotate": Operation(lambda image, level: TF.rotate(image, level), _up_to(30.0), _up_to(135.0), signed=True),
+    "Brightness": Operation(
+        lambda image, level: TF.adjust_brightness(image, 1.0 + level), _up_to(0.9), _up_to(0.99), signed=True
     ),
-    "Solarize": Operation(lambda image, level: TF.solarize(image, 255 * level), _up_to(0.0, first=1.0)),
-    "AutoContrast": Operation(lambda image, level: TF.autocontrast(image), _up_to(0.0)),
-    "Equalize": Operation(lambda image, level: TF.equalize(image), _up_to(0.0)),
+    "Color": Operation(
+        lambda image, level: TF.adjust_saturation(image, 1.0 + level), _up_to(0.9), _up_to(0.99), signed=True
+    ),
+    "Contrast": Operation(
+        lambda image, level: TF.adjust_contrast(image, 1.0 + level), _up_to(0.9), _up_to(0.99), signed=True
+    ),
+    "Sharpness": Operation(
+        lambda image, level: TF.adjust_sharpness(image, 1.0 + level), _up_to(0.9), _up_to(0.99), signed=True
+    ),
+    "Posterize": Operation(lambda image, level: TF.posterize(image, int(level)), _bits(4), _bits(6)),
+    "Solarize": Operation(
+        lambda image, level: TF.solarize(image, 255 * level), _up_to(0.0, first=1.0), _up_to(0.0, first=1.0)
+    ),
+    "AutoContrast": Operation(lambda image, level: TF.autocontrast(image), _up_to(0.0), _up_to(0.0)),
+    "Equalize": Operation(lambda image, level: TF.equalize(image), _up_to(0.0), _up_to(0.0)),
 }
-"""Those of torchvision's RandAugment, in its order."""
+"""Those of torchvision's RandAugment and TrivialAugmentWide, in its order."""
+
+
+def _check_channels(name: str, image: Tensor) -> None:
+    if image.shape[1] not in (1, 3):
+        raise ValueError(f"{name} changes gray or colour images, got {image.shape[1]} channels; leave it out")
+
+
+def _changed(image: Tensor, number: Tensor, level: Tensor) -> Tensor:
+    """Changes each image by an operation and a level, both on the CPU; images that have the same, together."""
+    changed = image.clone()
+    for own, operation in enumerate(OPERATIONS.values()):
+        rows = (number == own).nonzero().squeeze(1)
+        for value in set(level[rows].tolist()):
+            row = rows[level[rows] == value]
+            changed[row] = operation.change(image[row], value)
+    return changed
 
 
 @dataclass(frozen=True)
@@ -111,20 +142,40 @@ class RandAugment(BatchTransform):
         Raises:
             ValueError: If the images have other than 1 or 3 channels.
         """
-        if image.shape[1] not in (1, 3):
-            raise ValueError(f"RandAugment changes gray or colour images, got {image.shape[1]} channels; leave it out")
-        for kind, sign in draws.T[: 2 * self.num_ops].reshape(self.num_ops, 2, -1):
-            image = self._changed(image, (kind * len(OPERATIONS)).long(), sign < 0.5)
+        _check_channels("RandAugment", image)
+        levels = [operation.levels(*image.shape[2:])[self.magnitude] for operation in OPERATIONS.values()]
+        for kind, sign in draws.cpu().T[: 2 * self.num_ops].reshape(self.num_ops, 2, -1):
+            number = (kind * len(OPERATIONS)).long()
+            image = _changed(image, number, _signed(torch.stack(levels)[number], number, sign))
         return image
 
-    def _changed(self, image: Tensor, kind: Tensor, negative: Tensor) -> Tensor:
-        changed = image.clone()
-        for number, operation in enumerate(OPERATIONS.values()):
-            level = float(operation.levels(*image.shape[2:])[self.magnitude])
-            chosen = kind == number
-            signs = ((-1.0, chosen & negative), (1.0, chosen & ~negative)) if operation.signed else ((1.0, chosen),)
-            for sign, rows in signs:
-                row = rows.nonzero().squeeze(1)
-                if len(row):
-                    changed[row] = operation.change(image[row], sign * level)
-        return changed
+
+@dataclass(frozen=True)
+class TrivialAugment(BatchTransform):
+    """One operation, chosen for each image, of a strength chosen for each image: there is nothing to tune.
+
+    The operations and their strengths are those of torchvision's `TrivialAugmentWide`; what lies outside an image is
+    black. Images that got the same operation and strength are changed together.
+
+    References:
+        Müller, Hutter: TrivialAugment: Tuning-free yet state-of-the-art data augmentation, ICCV 2021
+        (arXiv 2103.10158), the wide space of table 1.
+    """
+
+    def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
+        """Changes every image; the draws choose the operation, the sign and the strength.
+
+        Raises:
+            ValueError: If the images have other than 1 or 3 channels.
+        """
+        _check_channels("TrivialAugment", image)
+        kind, sign, strength, _ = draws.cpu().T
+        number = (kind * len(OPERATIONS)).long()
+        levels = torch.stack([operation.wide(*image.shape[2:]) for operation in OPERATIONS.values()])
+        return _changed(image, number, _signed(levels[number, (strength * _LEVELS).long()], number, sign))
+
+
+def _signed(level: Tensor, number: Tensor, sign: Tensor) -> Tensor:
+    """The level's negative for half of the images, by draws `sign`, where the operation of that number has a sign."""
+    signed = torch.tensor([operation.signed for operation in OPERATIONS.values()])
+    return torch.where(signed[number] & (sign < 0.5), -level, level)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 from lkd.datamodules.base import ImageDataModule, Split
+from lkd.datamodules.mixing import Mix
 from lkd.datamodules.transforms import BatchTransform, ImageTransform
 from lkd.datamodules.views import Views
 
@@ -30,6 +31,7 @@ class SyntheticDataModule(ImageDataModule):
         mean: Mean of each channel, of pixels in [0, 1].
         std: Standard deviation of each channel.
         views: Which views of each training image a batch has; by default the image alone.
+        mix: How each training image is mixed with another one; by default not at all.
     """
 
     def __init__(
@@ -49,12 +51,24 @@ class SyntheticDataModule(ImageDataModule):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         views: Views | None = None,
+        mix: Mix | None = None,
     ) -> None:
         self.num_classes = num_classes
         self.input_shape = input_shape
         self.mean, self.std = (0.5,) * input_shape[0], (0.25,) * input_shape[0]
         super().__init__(
-            batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed, seed, augment, mean, std, views
+            batch_size,
+            num_workers,
+            val_size,
+            label_size,
+            drop_unlabelled,
+            split_seed,
+            seed,
+            augment,
+            mean,
+            std,
+            views,
+            mix,
         )
         self.train_size = train_size
         self.test_size = test_size

@@ -24,7 +24,7 @@ from lkd.models import load_weights
 from lkd.models.weights import misfit
 from lkd.modules.meter import Meter
 from lkd.taps import FeatureTaps, logits_of
-from lkd.types import IGNORE_INDEX, Batch, Probe
+from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
 
 _LOGITS = " logits"
 FROM_DATA = ("num_samples", "batch_size", "train_index")
@@ -142,14 +142,15 @@ class ClassificationModule(L.LightningModule):
             The logits `(B, K)`, and named weighted terms; the loss is their sum.
         """
         logits = self(batch.input)
-        return logits, {"hard": self.hard_loss(logits, batch.target)}
+        return logits, {"hard": self.hard_loss(logits, batch.target, batch.mixed)}
 
-    def hard_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+    def hard_loss(self, logits: Tensor, target: Tensor, mixed: Mixed | None = None) -> Tensor:
         """Cross-entropy with the labels, the mean over the images that have one.
 
         Args:
             logits: `(B, K)`.
             target: `(B,)`; `IGNORE_INDEX` where there is no label.
+            mixed: With what the images are mixed: both labels count, by their shares, the partner's if it has one.
 
         Returns:
             A scalar in nats; 0 if no image has a label.
@@ -157,16 +158,24 @@ class ClassificationModule(L.LightningModule):
         Raises:
             ValueError: If a label is out of range (noticed on the CPU; a GPU stops with an assertion).
         """
-        return self._cross_entropy(logits, target, self.label_smoothing)
+        if mixed is None:
+            return self._mean_cross_entropy(logits, target, self.label_smoothing)
+        labelled = target != IGNORE_INDEX
+        own = self._cross_entropy(logits, target, self.label_smoothing, "none")
+        other = self._cross_entropy(logits, mixed.target, self.label_smoothing, "none") * labelled
+        return (mixed.weight * own + (1 - mixed.weight) * other).sum() / labelled.sum().clamp(min=1)
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        labelled = (target != IGNORE_INDEX).sum()
+    def _mean_cross_entropy(self, logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        total = self._cross_entropy(logits, target, label_smoothing, "sum")
+        return total / (target != IGNORE_INDEX).sum().clamp(min=1)
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor, label_smoothing: float, reduction: str) -> Tensor:
         try:
-            total = F.cross_entropy(
+            return F.cross_entropy(
                 logits.float() if logits.dtype != torch.float64 else logits,
                 target,
                 ignore_index=IGNORE_INDEX,
-                reduction="sum",
+                reduction=reduction,
                 label_smoothing=label_smoothing,
             )
         except IndexError as error:
@@ -174,7 +183,6 @@ class ClassificationModule(L.LightningModule):
                 f"a label is out of range ({error}): the network has {logits.shape[1]} classes, so labels must lie "
                 f"in 0..{logits.shape[1] - 1}, or be {IGNORE_INDEX} for images without one"
             ) from error
-        return total / labelled.clamp(min=1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum of `losses`."""
@@ -284,7 +292,7 @@ class ClassificationModule(L.LightningModule):
             logits: `(B, K)`.
             target: `(B,)`; `IGNORE_INDEX` where there is no label.
         """
-        metrics["loss"].update(self._cross_entropy(logits, target), weight=(target != IGNORE_INDEX).sum())
+        metrics["loss"].update(self._mean_cross_entropy(logits, target), weight=(target != IGNORE_INDEX).sum())
         metrics["acc"].update(logits, target)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

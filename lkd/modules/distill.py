@@ -163,7 +163,7 @@ class DistillModule(ClassificationModule):
         student = self.student_outputs(batch)
         terms = {}
         if self.hard_weight:
-            terms["hard"] = self.hard_weight * self.hard_loss(student.logits, batch.target)
+            terms["hard"] = self.hard_weight * self.hard_loss(student.logits, batch.target, batch.mixed)
         if self.distill_weight:
             self._check_batch(batch)
             teacher = _NO_ANSWER

@@ -26,7 +26,7 @@ class NoisyStudentModule(DistillModule):
     paper's other noise, dropout and stochastic depth, is the student's network's own.
 
     Raises:
-        ValueError: As `DistillModule`, or if training batches have another number of views.
+        ValueError: As `DistillModule`, or if training batches have another number of views, or mixed images.
 
     References:
         Xie, Luong, Hovy, Le: Self-training with Noisy Student improves ImageNet classification, CVPR 2020
@@ -39,6 +39,11 @@ class NoisyStudentModule(DistillModule):
         rows = super().unpack(batch)
         if rows.views != 2:
             return rows
+        if rows.mixed is not None:
+            raise ValueError(
+                "NoisyStudentModule compares two views of the same image, and this datamodule mixes each with another "
+                "partner: leave its `mix` out"
+            )
         index = None if rows.index is None else rows.index.chunk(2)[0]
         return Batch(Pair(*rows.input.chunk(2)), rows.target.chunk(2)[0], index)
 

@@ -2,7 +2,15 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from lkd.datamodules import DigitsDataModule, Key, RandAugment, RandomCrop, RandomHorizontalFlip, uniform
+from lkd.datamodules import (
+    DigitsDataModule,
+    Key,
+    RandAugment,
+    RandomCrop,
+    RandomHorizontalFlip,
+    TrivialAugment,
+    uniform,
+)
 from lkd.datamodules.randaugment import OPERATIONS
 
 
@@ -39,19 +47,36 @@ def test_each_operation_is_torchvisions(operation, magnitude, channels, monkeypa
         assert torch.equal(RandAugment(1, magnitude)(batch, choosing(operation, negative, 9)), expected)
 
 
-def test_the_operations_are_torchvisions():
-    assert list(OPERATIONS) == list(v2.RandAugment._AUGMENTATION_SPACE)
-    signed = {name: signed for name, (_, signed) in v2.RandAugment._AUGMENTATION_SPACE.items()}
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_each_trivial_operation_is_torchvisions_at_every_strength(operation, channels, monkeypatch):
+    batch, transform = images(31, channels), v2.TrivialAugmentWide()
+    monkeypatch.setattr(transform, "_AUGMENTATION_SPACE", {operation: transform._AUGMENTATION_SPACE[operation]})
+    for negative in (False, True):
+        draws, expected = choosing(operation, negative, 31).clone(), []
+        draws[:, 2] = (torch.arange(31) + 0.5) / 31
+        monkeypatch.setattr(torch, "rand", lambda shape, negative=negative: torch.tensor(0.2 if negative else 0.8))
+        for strength, image in enumerate(batch):
+            monkeypatch.setattr(torch, "randint", lambda n, shape, at=strength: torch.tensor(at if n == 31 else 0))
+            expected.append(transform(image))
+        assert torch.equal(TrivialAugment()(batch, draws), torch.stack(expected))
+
+
+@pytest.mark.parametrize("theirs", [v2.RandAugment, v2.TrivialAugmentWide])
+def test_the_operations_are_torchvisions(theirs):
+    assert list(OPERATIONS) == list(theirs._AUGMENTATION_SPACE)
+    signed = {name: signed for name, (_, signed) in theirs._AUGMENTATION_SPACE.items()}
     assert {name: operation.signed for name, operation in OPERATIONS.items()} == signed
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 7), (3, 32, 32)])
-def test_an_image_does_not_depend_on_the_others(shape):
+@pytest.mark.parametrize("transform", [RandAugment(), TrivialAugment()])
+def test_an_image_does_not_depend_on_the_others(transform, shape):
     batch, draws = images(200, *shape), uniform(0, 0, torch.arange(200), 0)
-    changed = RandAugment()(batch, draws)
+    changed = transform(batch, draws)
     assert changed.dtype == torch.uint8
     for i in range(200):
-        assert torch.equal(RandAugment()(batch[i : i + 1], draws[i : i + 1])[0], changed[i])
+        assert torch.equal(transform(batch[i : i + 1], draws[i : i + 1])[0], changed[i])
 
 
 def test_one_operation_follows_another():
@@ -80,10 +105,23 @@ def test_every_operation_and_sign_is_as_likely_as_another(monkeypatch):
         assert count == pytest.approx(1000 if OPERATIONS[name].signed else 2000, rel=0.1)
 
 
-def test_the_input_stays_as_it_is():
+def test_every_trivial_strength_is_as_likely_as_another(monkeypatch):
+    seen = []
+    for name, operation in OPERATIONS.items():
+        change = lambda image, level: seen.extend([abs(level)] * len(image)) or image  # noqa: E731
+        monkeypatch.setitem(OPERATIONS, name, operation._replace(change=change, wide=OPERATIONS["Solarize"].wide))
+    TrivialAugment()(images(31_000, 1, 2, 2), uniform(0, 0, torch.arange(31_000), 0))
+    levels, counts = torch.tensor(seen).unique(return_counts=True)
+    assert torch.equal(levels, torch.linspace(1.0, 0.0, 31).sort().values)
+    assert counts.min() > 850
+    assert counts.max() < 1150
+
+
+@pytest.mark.parametrize("transform", [RandAugment(), TrivialAugment()])
+def test_the_input_stays_as_it_is(transform):
     batch = images(50)
     before = batch.clone()
-    changed = RandAugment()(batch, uniform(0, 0, torch.arange(50), 0))
+    changed = transform(batch, uniform(0, 0, torch.arange(50), 0))
     assert torch.equal(batch, before)
     assert not torch.equal(changed, before)
 
@@ -110,6 +148,7 @@ def test_transforms_behind_it_draw_numbers_of_their_own():
         (lambda: RandAugment(0), "RandAugment needs 1 operation or more, got num_ops 0"),
         (lambda: RandAugment(2, 31), "magnitude between 0 and 30, got 31"),
         (lambda: RandAugment()(images(2, 5), torch.zeros(2, 4)), "gray or colour images, got 5 channels; leave it out"),
+        (lambda: TrivialAugment()(images(2, 5), torch.zeros(2, 4)), "TrivialAugment changes gray or colour images"),
     ],
 )
 def test_wrong_settings_are_refused(make, message):
