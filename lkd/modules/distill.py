@@ -69,6 +69,7 @@ class DistillModule(ClassificationModule):
     teacher: nn.Module | None
     recall: Callable[[Batch, Callable[[Batch], Outputs]], Outputs] | None = None
     """Stands between training and `teacher_outputs`, its second argument: for a callback that keeps answers."""
+    _choices: dict[tuple[int, ...], tuple[Tensor, int]]  # the teacher's, on validation images
 
     def __init__(
         self,
@@ -109,7 +110,6 @@ class DistillModule(ClassificationModule):
         self.teacher_scale: Tensor | None = None
         self.teacher_shift: Tensor | None = None
         self._built = False
-        self._choices: dict[tuple[int, ...], tuple[Tensor, int]] = {}
         self._freeze_teacher()
 
     @property
