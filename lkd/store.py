@@ -60,6 +60,21 @@ def checksum(path: Path) -> int:
     return value
 
 
+_WHOLE = 0x2144DF1C  # the CRC-32 of anything with its own CRC-32 behind it, low byte first
+
+
+def seal(path: Path) -> None:
+    """Write a file's checksum behind its last byte, for `is_whole`."""
+    value = checksum(path)
+    with path.open("ab") as file:
+        file.write(value.to_bytes(4, "little"))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is as `seal` left it: not cut short, and no byte another."""
+    return checksum(path) == _WHOLE
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file that is there whole or not at all, whenever the machine stops.

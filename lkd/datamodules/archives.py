@@ -49,6 +49,7 @@ class ArchiveDataModule(ImageDataModule):
         mean: Mean of each channel, of pixels in [0, 1]; by default the data set's.
         std: Standard deviation of each channel; by default the data set's.
         views: Which views of each training image a batch has; by default the image alone.
+        resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
 
     Attributes:
         title: Name of the data set.
@@ -73,9 +74,21 @@ class ArchiveDataModule(ImageDataModule):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         views: Views | None = None,
+        resident_limit: int = 4 * 2**30,
     ) -> None:
         super().__init__(
-            batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed, seed, augment, mean, std, views
+            batch_size,
+            num_workers,
+            val_size,
+            label_size,
+            drop_unlabelled,
+            split_seed,
+            seed,
+            augment,
+            mean,
+            std,
+            views,
+            resident_limit,
         )
         self.root = root
         self.download = download
@@ -99,10 +112,11 @@ class ArchiveDataModule(ImageDataModule):
             self.read(train, download=True)
 
     def prepare_data(self) -> None:
-        """Downloads the archive, unless there is a folder of image files."""
+        """Downloads the archive, unless there is a folder of image files, which is then decoded."""
         if self.download and self.tree() is None:
             with self._explained():
                 self.fetch()
+        super().prepare_data()
 
     def setup(self, stage: str) -> None:
         """Finds the classes in a folder of image files, and opens the splits that a stage needs."""

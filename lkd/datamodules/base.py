@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lkd.datamodules.dataset import ImageDataset, ImageSource
+from lkd.datamodules.resident import resident
 from lkd.datamodules.sampler import EpochSampler
 from lkd.datamodules.split import stratified
 from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
@@ -29,6 +31,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
     training images, unless `make_dataset("val")` returns some. Order and augmentation are a function of
     (seed, epoch, index of the image), whatever the batch size and the number of workers and processes.
 
+    Images that are not in memory, and are brought to size without randomness, are decoded once, if they fit. Image
+    files are then kept decoded in the cache folder (`$LKD_CACHE`, by default `~/.cache/lkd`); what is there may be
+    deleted at any time. On a GPU, images in memory that take no more than a quarter of what is free there are copied to
+    it, and batches are made there.
+
     Args:
         batch_size: Images in a batch, in each process.
         num_workers: Processes that read images; by default none for data in memory, else up to 4.
@@ -41,6 +48,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         mean: Mean of each channel, of pixels in [0, 1]; by default the data set's.
         std: Standard deviation of each channel; by default the data set's.
         views: Which views of each training image a batch has; by default the image alone.
+        resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
 
     Attributes:
         num_classes: Number of classes.
@@ -70,6 +78,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         views: Views | None = None,
+        resident_limit: int = 4 * 2**30,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -83,11 +92,13 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.seed = seed
         self.augment = augment
         self.views = views
+        self.resident_limit = resident_limit
         if mean is not None:
             self.mean = mean
         if std is not None:
             self.std = std
         self.datasets: dict[Split, ImageDataset] = {}
+        self._on_device: dict[int, ImageSource] = {}
 
     @abstractmethod
     def make_dataset(self, split: Split) -> ImageSource | None:
@@ -104,6 +115,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """The augmentation that is usual for this data set."""
         return []
 
+    def prepare_data(self) -> None:
+        """Decodes image files in one process of each machine, before `setup` in all: these find them kept."""
+        if self.trainer is not None and self.trainer.world_size > 1 and self.trainer.state.fn is not None:
+            self.setup(self.trainer.state.fn.value)
+
     def setup(self, stage: str) -> None:
         """Opens the splits that a stage needs, once.
 
@@ -119,9 +135,14 @@ class ImageDataModule(L.LightningDataModule, ABC):
         if stage in ("fit", "validate") and "train" not in self.datasets:
             self._setup_train()
         if stage in ("test", "predict") and "test" not in self.datasets:
-            self.datasets["test"] = self._wrap(*self._open("test"))
+            source, target = self._open("test")
+            self.datasets["test"] = self._wrap(self._resident(source, target), target)
         for dataset in self.datasets.values():  # each time: the next run of a program may have another seed
             dataset.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
+
+    def teardown(self, stage: str) -> None:
+        """Frees the GPU's memory."""
+        self._on_device.clear()
 
     @property
     def num_samples(self) -> int | None:
@@ -137,16 +158,27 @@ class ImageDataModule(L.LightningDataModule, ABC):
         source, target = self._open("train")
         held_out = torch.zeros(len(target), dtype=torch.bool)
         val = self.make_dataset("val")
-        if val is not None:
-            self.datasets["val"] = self._wrap(val, self._targets("val", val))
-        elif self.val_size != 0:
+        val_target = None if val is None else self._targets("val", val)
+        if val is None and self.val_size != 0:
             held_out[stratified(target, self.val_size, self.split_seed)] = True
-            self.datasets["val"] = self._wrap(source, target, held_out)
         augment = self.default_augment() if self.augment is None else self.augment
         labelled = self._labelled(target, ~held_out)
         kept = target.masked_fill(~held_out & ~labelled, IGNORE_INDEX)
         chosen = labelled if self.drop_unlabelled else ~held_out
+        if divide(augment)[0] is None:  # a random part of an image has to be cut out of the whole one
+            source = self._resident(source, target)
+        if val is not None and val_target is not None:
+            self.datasets["val"] = self._wrap(self._resident(val, val_target), val_target)
+        elif self.val_size != 0:
+            self.datasets["val"] = self._wrap(source, target, held_out)
         self.datasets["train"] = self._wrap(source, kept, chosen, augment, self.views)
+
+    def _resident(self, source: ImageSource, target: Tensor) -> ImageSource:
+        """The source's images decoded, if that is of use and they fit; otherwise the source."""
+        whole = self._wrap(source, target)
+        if whole.stored is not None or len(target) * math.prod(self.input_shape) > self.resident_limit:
+            return source
+        return resident(whole)
 
     def _labelled(self, target: Tensor, training: Tensor) -> Tensor:
         """Which training images keep their label `(N,)`, bool."""
@@ -212,7 +244,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def _loader(self, split: Split, padded: bool = True) -> DataLoader[Batch]:
         if split not in self.datasets:
             raise ValueError(f"{type(self).__name__} has no {split} images yet; call prepare_data() and setup()")
-        dataset = self.datasets[split]
+        dataset = self._placed(self.datasets[split])
         processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         training = split == "train"
         sampler = EpochSampler(dataset, processes, rank, training, dataset.seed, padded)
@@ -225,12 +257,24 @@ class ImageDataModule(L.LightningDataModule, ABC):
             sampler=sampler,
             num_workers=workers,
             collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and dataset.index.is_cpu,
             persistent_workers=workers > 0,
             # A rest of one image would break BatchNorm, and compiled steps want one shape. Which images are
             # left out differs from epoch to epoch.
             drop_last=training and len(sampler) >= self.batch_size,
         )
+
+    def _placed(self, dataset: ImageDataset) -> ImageDataset:
+        """The data set, on the GPU if batches can be made there."""
+        if not torch.cuda.is_available() or self.trainer is None or dataset.stored is None or self.num_workers:
+            return dataset
+        device = self.trainer.strategy.root_device
+        there = self._on_device.get(id(dataset.source))
+        if device.type != "cuda" or (there is None and 4 * dataset.stored.nbytes > torch.cuda.mem_get_info(device)[0]):
+            return dataset
+        placed = dataset.to(device, there)
+        self._on_device[id(dataset.source)] = placed.source  # training and validation images have one source
+        return placed
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training images, augmented and shuffled, in full batches unless there is but one."""

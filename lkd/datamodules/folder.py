@@ -42,6 +42,7 @@ class ImageFolderDataModule(ImageDataModule):
         mean: Mean of each channel, of pixels in [0, 1]; by default ImageNet's.
         std: Standard deviation of each channel; by default ImageNet's.
         views: Which views of each training image a batch has; by default the image alone.
+        resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class ImageFolderDataModule(ImageDataModule):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         views: Views | None = None,
+        resident_limit: int = 4 * 2**30,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be 1 or more, got {image_size}")
@@ -68,7 +70,18 @@ class ImageFolderDataModule(ImageDataModule):
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.449,), (0.226,))
         self.input_shape = (in_channels, image_size, image_size)
         super().__init__(
-            batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed, seed, augment, mean, std, views
+            batch_size,
+            num_workers,
+            val_size,
+            label_size,
+            drop_unlabelled,
+            split_seed,
+            seed,
+            augment,
+            mean,
+            std,
+            views,
+            resident_limit,
         )
         self.root = root
         self.resize = CenterCrop(crop_ratio)
@@ -108,6 +121,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         mean: Mean of each channel, of pixels in [0, 1].
         std: Standard deviation of each channel.
         views: Which views of each training image a batch has; by default the image alone.
+        resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
 
     References:
         Russakovsky et al.: ImageNet large scale visual recognition challenge (2014), arXiv:1409.0575.

@@ -1,0 +1,165 @@
+"""Images that are decoded once: held in memory from then on, and kept on disk for the next run."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from lkd.datamodules.files import ImageFiles
+from lkd.datamodules.transforms import CenterCrop
+from lkd.store import cache_folder, fingerprint, is_whole, replacing, seal
+
+if TYPE_CHECKING:
+    from lkd.datamodules.dataset import ImageDataset, ImageSource
+
+_FORMAT = 1  # to be raised whenever the same files shall give other pixels
+_PIECE = 128  # images that a thread decodes at a time
+
+
+class Resident(TensorDataset):
+    """Decoded images and their classes, in place of the source that they came from.
+
+    Args:
+        image: `(N, C, H, W)`, uint8.
+        target: `(N,)`, int64.
+        original: The source.
+        file: Where the images are mapped from, if they are: what is pickled then has no pixels.
+    """
+
+    def __init__(self, image: Tensor, target: Tensor, original: ImageSource, file: Path | None = None) -> None:
+        super().__init__(image, target)
+        self.original, self.file = original, file
+
+    @property
+    def image(self) -> Tensor:
+        """All images `(N, C, H, W)`, uint8."""
+        image: Tensor = self.tensors[0]
+        return image
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ if self.file is None else {**self.__dict__, "tensors": self.tensors[1:]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.file is not None:
+            self.tensors = (_mapped(self.file), *self.tensors)
+
+
+def resident(dataset: ImageDataset) -> Resident:
+    """Decodes all images of a source, or opens what was kept of them.
+
+    Image files of which all is known that decides their pixels are kept in `cache_folder("images")`. Processes that
+    open the same file share its memory.
+
+    Args:
+        dataset: Reads the images; its `resize` must do without randomness.
+
+    Raises:
+        ImageError: If an image cannot be read.
+    """
+    file = _file(dataset)
+    image = None if file is None else _kept(file, (len(dataset.target), *dataset.shape))
+    if image is None:
+        start = time.monotonic()
+        image = _decoded(dataset)
+        seconds = time.monotonic() - start
+        if file is not None and _keep(image, file):
+            image = _mapped(file)
+            _say(f"{len(image):,} images decoded in {seconds:.1f} s and kept in {file.parent}")
+        else:
+            file = None
+            _say(f"{len(image):,} images decoded in {seconds:.1f} s")
+    return Resident(image, dataset.target, dataset.source, file)
+
+
+def _file(dataset: ImageDataset) -> Path | None:
+    """Where the decoded images are kept, named by all that decides their pixels; None if that is not known."""
+    source, resize = dataset.source, dataset.resize
+    if type(source) is not ImageFiles or type(resize) is not CenterCrop:
+        return None
+    try:
+        stats = [source.path(i).stat() for i in range(len(source))]
+    except OSError:  # reading the file says which
+        return None
+    return cache_folder("images") / "{}.npy".format(
+        fingerprint(
+            *(_FORMAT, PIL.__version__, torchvision.__version__, dataset.shape, resize),
+            *(source.folder.resolve(), source.files.dtype, source.files.tobytes()),
+            torch.tensor([(stat.st_size, stat.st_mtime_ns) for stat in stats]),
+        )
+    )
+
+
+def _mapped(file: Path) -> Tensor:
+    """The file's images. Pages that are written to, which nothing in lkd does, are copied: the file never changes."""
+    return torch.from_numpy(np.load(file, mmap_mode="c"))
+
+
+def _kept(file: Path, shape: tuple[int, ...]) -> Tensor | None:
+    """What is in a file, if it is there and whole."""
+    if not file.exists():
+        return None
+    reason = "its bytes are not those that were written"
+    try:
+        if is_whole(file):
+            image = _mapped(file)
+            if image.dtype == torch.uint8 and tuple(image.shape) == shape:
+                return image
+            reason = f"it holds {image.dtype} {tuple(image.shape)}, not torch.uint8 {shape}"
+    except (OSError, ValueError, EOFError) as error:
+        reason = " ".join(str(error).split())
+    rank_zero_warn(f"the decoded images in {file} cannot be used ({reason}), so they are decoded again")
+    return None
+
+
+def _keep(image: Tensor, file: Path) -> bool:
+    """Writes images to a file, if that can be done."""
+    try:
+        with replacing(file) as written:
+            with written.open("wb") as opened:
+                np.save(opened, image.numpy())
+            seal(written)
+    except OSError as error:
+        rank_zero_warn(
+            f"decoded images cannot be kept in {file.parent} ({error}), so every run decodes them again; set LKD_CACHE "
+            f"to a folder with {image.nbytes / 1e6:,.0f} MB to spare, or resident_limit to 0 to leave them to workers"
+        )
+        return False
+    return True
+
+
+def _decoded(dataset: ImageDataset) -> Tensor:
+    """All images `(N, C, H, W)`, uint8."""
+    # PIL decodes outside of Python's lock. Of another source nobody knows whether threads may share it.
+    threads = (os.cpu_count() or 1) if type(dataset.source) is ImageFiles else 1
+    image = torch.empty(len(dataset.target), *dataset.shape, dtype=torch.uint8)
+
+    def decode(start: int) -> None:
+        index = torch.arange(start, min(start + _PIECE, len(image)))
+        image[start : start + _PIECE] = dataset.images(torch.zeros_like(index), index)
+
+    starts = range(0, len(image), _PIECE)
+    console = Console(stderr=True)
+    hidden = getattr(rank_zero_only, "rank", 0) != 0 or not console.is_terminal
+    with ThreadPoolExecutor(threads) as pool, Progress(console=console, transient=True, disable=hidden) as progress:
+        for _ in progress.track(pool.map(decode, starts), len(starts), description="decoding images"):
+            pass
+    return image
+
+
+@rank_zero_only
+def _say(what: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(what, highlight=False, markup=False)
