@@ -118,7 +118,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def prepare_data(self) -> None:
         """Decodes image files in one process of each machine, before `setup` in all: these find them kept."""
         if self.trainer is not None and self.trainer.world_size > 1 and self.trainer.state.fn is not None:
-            self.setup(self.trainer.state.fn.value)
+            self.setup(self.trainer.state.fn)
 
     def setup(self, stage: str) -> None:
         """Opens the splits that a stage needs, once.
@@ -178,7 +178,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         whole = self._wrap(source, target)
         if whole.stored is not None or len(target) * math.prod(self.input_shape) > self.resident_limit:
             return source
-        return resident(whole)
+        processes = self.trainer.world_size if self.trainer else 1
+        workers = max(1, (os.cpu_count() or 1) // processes) if self.num_workers is None else self.num_workers
+        return resident(whole, workers)
 
     def _labelled(self, target: Tensor, training: Tensor) -> Tensor:
         """Which training images keep their label `(N,)`, bool."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import math
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lkd.datamodules.files import ImageFiles
 from lkd.datamodules.transforms import CenterCrop
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from lkd.datamodules.dataset import ImageDataset, ImageSource
 
 _FORMAT = 1  # to be raised whenever the same files shall give other pixels
-_PIECE = 128  # images that a thread decodes at a time
+_PIECE = 2**20  # bytes that are decoded at a time
+_PATIENCE = 1.0  # seconds before processes are started
 
 
 class Resident(TensorDataset):
@@ -58,7 +60,7 @@ class Resident(TensorDataset):
             self.tensors = (_mapped(self.file), *self.tensors)
 
 
-def resident(dataset: ImageDataset) -> Resident:
+def resident(dataset: ImageDataset, num_workers: int) -> Resident:
     """Decodes all images of a source, or opens what was kept of them.
 
     Image files of which all is known that decides their pixels are kept in `cache_folder("images")`. Processes that
@@ -66,6 +68,7 @@ def resident(dataset: ImageDataset) -> Resident:
 
     Args:
         dataset: Reads the images; its `resize` must do without randomness.
+        num_workers: Processes that read what takes longer than a second.
 
     Raises:
         ImageError: If an image cannot be read.
@@ -74,7 +77,7 @@ def resident(dataset: ImageDataset) -> Resident:
     image = None if file is None else _kept(file, (len(dataset.target), *dataset.shape))
     if image is None:
         start = time.monotonic()
-        image = _decoded(dataset)
+        image = _decoded(dataset, num_workers)
         seconds = time.monotonic() - start
         if file is not None and _keep(image, file):
             image = _mapped(file)
@@ -141,23 +144,43 @@ def _keep(image: Tensor, file: Path) -> bool:
     return True
 
 
-def _decoded(dataset: ImageDataset) -> Tensor:
+def _decoded(dataset: ImageDataset, num_workers: int) -> Tensor:
     """All images `(N, C, H, W)`, uint8."""
-    # PIL decodes outside of Python's lock. Of another source nobody knows whether threads may share it.
-    threads = (os.cpu_count() or 1) if type(dataset.source) is ImageFiles else 1
     image = torch.empty(len(dataset.target), *dataset.shape, dtype=torch.uint8)
-
-    def decode(start: int) -> None:
-        index = torch.arange(start, min(start + _PIECE, len(image)))
-        image[start : start + _PIECE] = dataset.images(torch.zeros_like(index), index)
-
-    starts = range(0, len(image), _PIECE)
+    pieces = torch.arange(len(image)).split(max(1, _PIECE // math.prod(dataset.shape)))  # type: ignore[no-untyped-call]
     console = Console(stderr=True)
     hidden = getattr(rank_zero_only, "rank", 0) != 0 or not console.is_terminal
-    with ThreadPoolExecutor(threads) as pool, Progress(console=console, transient=True, disable=hidden) as progress:
-        for _ in progress.track(pool.map(decode, starts), len(starts), description="decoding images"):
-            pass
+    with Progress(console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task("decoding images", total=len(image))
+        for index, read in zip(pieces, _read(dataset, pieces, num_workers), strict=True):
+            image[index[0] : index[-1] + 1] = read
+            progress.advance(task, len(index))
     return image
+
+
+def _read(dataset: ImageDataset, pieces: Sequence[Tensor], num_workers: int) -> Iterator[Tensor]:
+    """The images of each piece, in order; what a second is too short for is read by workers.
+
+    Processes, as everywhere: around the decoding of a small image there is so much Python that two threads take longer
+    than one, and whether threads may share a source is not known.
+    """
+    start, done = time.monotonic(), 0
+    while done < len(pieces) and time.monotonic() - start < _PATIENCE:
+        yield _images(dataset, pieces[done])
+        done += 1
+    if done < len(pieces):
+        # With its own generator, as the global one must not tell whether images had to be decoded.
+        yield from DataLoader(
+            pieces[done:],  # type: ignore[arg-type]
+            batch_size=None,
+            collate_fn=partial(_images, dataset),
+            num_workers=num_workers,
+            generator=torch.Generator(),
+        )
+
+
+def _images(dataset: ImageDataset, index: Tensor) -> Tensor:
+    return dataset.images(torch.zeros_like(index), index)
 
 
 @rank_zero_only

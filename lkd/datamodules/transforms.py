@@ -184,7 +184,11 @@ class CenterCrop(ImageTransform):
         """Cuts out the centre of an image that was decoded smaller."""
         if full == size:
             return image
-        centre: Image.Image = TF.center_crop(TF.resize(image, list(self.least(full, size, draws))), list(size))
+        height, width = self.least(full, size, draws)
+        factor = _reduction(image, full)
+        whole = (0, 0, full[1] / factor, full[0] / factor)  # the last row and column may be only in part the image's
+        scaled = image.resize((width, height), Image.Resampling.BILINEAR, whole)
+        centre: Image.Image = TF.center_crop(scaled, list(size))
         return centre
 
 
