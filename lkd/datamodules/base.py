@@ -268,11 +268,10 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def _placed(self, dataset: ImageDataset) -> ImageDataset:
         """The data set, on the GPU if batches can be made there."""
-        if not torch.cuda.is_available() or self.trainer is None or dataset.stored is None or self.num_workers:
+        device, there = _gpu(self.trainer), self._on_device.get(id(dataset.source))
+        if device is None or dataset.stored is None or self.num_workers:
             return dataset
-        device = self.trainer.strategy.root_device
-        there = self._on_device.get(id(dataset.source))
-        if device.type != "cuda" or (there is None and 4 * dataset.stored.nbytes > torch.cuda.mem_get_info(device)[0]):
+        if there is None and 4 * dataset.stored.nbytes > _free(device):
             return dataset
         placed = dataset.to(device, there)
         self._on_device[id(dataset.source)] = placed.source  # training and validation images have one source
@@ -304,6 +303,18 @@ class _Loader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         yield from super().__iter__()
+
+
+def _gpu(trainer: L.Trainer | None) -> torch.device | None:
+    """The GPU of this process, if it has one."""
+    if trainer is None or not torch.cuda.is_available():
+        return None
+    device = trainer.strategy.root_device
+    return device if device.type == "cuda" else None
+
+
+def _free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _as_it_is(batch: Any) -> Any:

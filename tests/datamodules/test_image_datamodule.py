@@ -18,6 +18,8 @@ from lkd.datamodules import (
 )
 from lkd.types import IGNORE_INDEX, Batch
 
+CPU = SimpleNamespace(root_device=torch.device("cpu"))
+
 
 class Given(ImageDataModule):
     """Images and labels given by the test."""
@@ -134,7 +136,7 @@ def test_processes_count_each_test_image_once(processes):
     datamodule.setup("test")
     counted, batches = [], set()
     for rank in range(processes):
-        datamodule.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+        datamodule.trainer = SimpleNamespace(world_size=processes, global_rank=rank, strategy=CPU)
         loader = datamodule.test_dataloader()
         batches.add(len(list(loader)))
         batch = everything(loader)

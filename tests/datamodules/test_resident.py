@@ -12,10 +12,12 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from lkd.datamodules import (
@@ -28,12 +30,14 @@ from lkd.datamodules import (
     RandomResizedCrop,
     RotatedViews,
     StrongView,
+    base,
 )
 from lkd.datamodules import resident as module
 from lkd.datamodules.resident import Resident
 from lkd.store import cache_folder
 
 SHIFTED = [RandomCrop(2), RandomHorizontalFlip()]
+CPU = SimpleNamespace(root_device=torch.device("cpu"))
 TREE = {"train": {"cat": 26, "dog": 22}, "test": {"cat": 4, "dog": 5}}
 
 
@@ -66,7 +70,7 @@ def batches(datamodule, epoch, processes=1, loader="train_dataloader"):
     """What the processes see of an epoch, one after the other."""
     seen = []
     for rank in range(processes):
-        datamodule.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+        datamodule.trainer = SimpleNamespace(world_size=processes, global_rank=rank, strategy=CPU)
         data = getattr(datamodule, loader)()
         data.sampler.set_epoch(epoch)
         seen += list(data)
@@ -406,3 +410,55 @@ def test_everything_is_moved(root) -> None:
     assert {part.device.type for part in (batch.input, batch.target, batch.index, batch.version)} == {"meta"}
     assert batch.input.shape == (5, 3, 16, 16)
     assert dataset.__getitems__(range(5)).input.is_cpu
+
+
+class Reader(L.LightningModule):
+    """Keeps what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.seen, self.sources = nn.Linear(3 * 16 * 16, 2), {}, []
+
+    def _see(self, kind, batch):
+        self.seen.setdefault(kind, []).append((batch.index, batch.target, batch.input))
+        return self.layer(batch.input.flatten(1)).square().mean()
+
+    def training_step(self, batch, batch_idx):
+        return self._see("train", batch)
+
+    def validation_step(self, batch, batch_idx):
+        self._see("val", batch)
+
+    def test_step(self, batch, batch_idx):
+        self._see("test", batch)
+
+    def on_train_end(self):
+        loaders = (self.trainer.train_dataloader, self.trainer.val_dataloaders)
+        self.sources += [loader.dataset.source for loader in loaders]
+
+    def on_test_end(self):
+        self.sources.append(self.trainer.test_dataloaders.dataset.source)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("free", [10**9, 1])
+def test_a_run_whose_batches_are_made_on_the_device_sees_the_same(root, monkeypatch, trainer, free) -> None:
+    """The processor stands for a GPU, where there is none: all but the kind of memory is the same."""
+    readers = []
+    for gpu in (None, torch.device("cpu")):
+        monkeypatch.setattr(base, "_gpu", lambda trainer, gpu=gpu: gpu)
+        monkeypatch.setattr(base, "_free", lambda device: free)
+        datamodule, reader = folder(root, batch_size=9, seed=1), Reader()
+        run = trainer()
+        run.fit(reader, datamodule)
+        run.test(reader, datamodule, verbose=False)
+        readers.append(reader)
+        assert datamodule._on_device == {}
+    for kind in ("train", "val", "test"):
+        for ours, theirs in zip(*(reader.seen[kind] for reader in readers), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for reader, moved in zip(readers, (False, free > 1), strict=True):
+        assert [isinstance(source, Resident) for source in reader.sources] == [not moved] * 3
+        assert reader.sources[0] is reader.sources[1]
