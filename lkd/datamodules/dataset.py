@@ -31,7 +31,8 @@ class ImageSource(Protocol):
     """Any map-style data set of (image, class): the image a PIL image, or a uint8 array or tensor.
 
     One in memory is best given as `TensorDataset(images, classes)` with images `(N, C, H, W)`, uint8: a batch
-    is then taken out in one go.
+    is then taken out in one go. Another is read once, if it fits into memory (`resident_limit`): an image must be the
+    same whenever it is asked for.
     """
 
     def __len__(self) -> int: ...
@@ -171,7 +172,8 @@ class ImageDataset(Dataset[Batch]):
         if image is None:
             raise ValueError(f"images that are read one by one cannot be moved to {device}; leave them to workers")
         other = copy(self)
-        other.source = source or TensorDataset(image.to(device), self.target.to(device))
+        original = self.source.original if isinstance(self.source, Resident) else self.source
+        other.source = source or Resident(image.to(device), self.target.to(device), original)
         other.target, other.index = self.target.to(device), self.index.to(device)
         other._draws, other._levels = Draws(len(self.target)), tuple(level.to(device) for level in self._levels)
         other.__dict__.pop("_classes", None)
@@ -184,8 +186,8 @@ class ImageDataset(Dataset[Batch]):
         name = torch.where(target == IGNORE_INDEX, -1 - self.index, target)  # without a label, a class of its own
         _, group, size = torch.unique(name, return_inverse=True, return_counts=True)
         order = group.argsort(stable=True)
-        table = torch.zeros(3, len(self.target), dtype=torch.int64)
-        table[0, self.index[order]] = torch.arange(len(order))
+        table = torch.zeros(3, len(self.target), dtype=torch.int64, device=self.index.device)
+        table[0, self.index[order]] = torch.arange(len(order), device=self.index.device)
         table[1:, self.index] = torch.stack((size.cumsum(0) - size, size))[:, group]
         return self.index[order], table
 
@@ -216,9 +218,9 @@ class ImageDataset(Dataset[Batch]):
         """
         if self.stored is not None:
             return self.stored.index_select(0, index)
-        tries = IMAGE + self.number * VIEW + torch.arange(_TRIES)
-        draws = uniform(self.seed, epoch[:, None], index[:, None], tries)
-        return torch.stack([self._read(i, d) for i, d in zip(index.tolist(), draws, strict=True)])
+        tries = IMAGE + self.number * VIEW + torch.arange(_TRIES, device=index.device)
+        draws = uniform(self.seed, epoch[:, None], index[:, None], tries).cpu()
+        return torch.stack([self._read(i, d) for i, d in zip(index.tolist(), draws, strict=True)]).to(index.device)
 
     def _read(self, index: int, draws: Tensor) -> Tensor:
         try:

@@ -22,6 +22,7 @@ from torch.utils.data import TensorDataset
 
 from lkd.datamodules import (
     CenterCrop,
+    ClassPartner,
     ImageDataModule,
     ImageFolderDataModule,
     Key,
@@ -383,7 +384,7 @@ def test_one_process_decodes_for_all(root) -> None:
     assert len(kept()) == 1
 
 
-@pytest.mark.parametrize("views", [None, StrongView()])
+@pytest.mark.parametrize("views", [None, StrongView([RandomResizedCrop()]), ClassPartner()])
 def test_batches_made_on_a_device_are_the_same(root, views) -> None:
     datamodule = opened(root, "fit", batch_size=9, views=views)
     dataset = datamodule.datasets["train"]
@@ -396,10 +397,21 @@ def test_batches_made_on_a_device_are_the_same(root, views) -> None:
         ours, theirs = moved.__getitems__(keys), dataset.__getitems__(keys)
         for name in ("input", "target", "index", "version"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    if isinstance(views, ClassPartner):  # it too lies on the device
+        assert moved.to(torch.device("cpu"))._classes[0] is not moved._classes[0]
     now = dataset.stored, dataset.target, dataset.index
     assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
     with pytest.raises(ValueError, match="read one by one cannot be moved to cpu"):
         opened(root, "fit", resident_limit=0).datasets["train"].to(torch.device("cpu"))
+
+
+def test_versions_that_come_again_are_the_same(root) -> None:
+    dataset, plain = (opened(root, "fit").datasets["train"] for _ in range(2))
+    dataset.replay = 2
+    for epoch in (4, 4, 4, 5, 5, 5, 0, 0, 0):
+        batch = dataset.__getitems__([Key(epoch, i) for i in range(7)])
+        assert torch.equal(batch.version, torch.full((7,), epoch % 2))
+        assert torch.equal(batch.input, plain.__getitems__([Key(epoch % 2, i) for i in range(7)]).input)
 
 
 def test_everything_is_moved(root) -> None:
@@ -460,5 +472,5 @@ def test_a_run_whose_batches_are_made_on_the_device_sees_the_same(root, monkeypa
         for ours, theirs in zip(*(reader.seen[kind] for reader in readers), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     for reader, moved in zip(readers, (False, free > 1), strict=True):
-        assert [isinstance(source, Resident) for source in reader.sources] == [not moved] * 3
+        assert [source.file is None for source in reader.sources] == [moved] * 3
         assert reader.sources[0] is reader.sources[1]
