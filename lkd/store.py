@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -110,9 +111,7 @@ def load_tensors(path: Path, wanted: Mapping[str, str]) -> dict[str, Tensor] | N
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            kept = json.loads(file.metadata()["lkd"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+        tensors, kept = _open(path)
         found = kept["made_from"]
         others = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
         if others:
@@ -125,6 +124,21 @@ def load_tensors(path: Path, wanted: Mapping[str, str]) -> dict[str, Tensor] | N
         reason = f"it cannot be read ({type(error).__name__}: {error})"
     rank_zero_warn(f"{path} is not used, and made anew: {reason}")
     return None
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that `load_tensors` has found whole, for another process.
+
+    Args:
+        path: The file.
+    """
+    return _open(path)[0]
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+        return tensors, json.loads(file.metadata()["lkd"])
 
 
 def made_from(path: Path) -> dict[str, str] | None:

@@ -51,6 +51,7 @@ class ArchiveDataModule(ImageDataModule):
         std: Standard deviation of each channel; by default the data set's.
         views: Which views of each training image a batch has; by default the image alone.
         mix: How each training image is mixed with another one; by default not at all.
+        resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
 
     Attributes:
         title: Name of the data set.
@@ -76,6 +77,7 @@ class ArchiveDataModule(ImageDataModule):
         std: tuple[float, ...] | None = None,
         views: Views | None = None,
         mix: Mix | None = None,
+        resident_limit: int = 4 * 2**30,
     ) -> None:
         super().__init__(
             batch_size,
@@ -90,6 +92,7 @@ class ArchiveDataModule(ImageDataModule):
             std,
             views,
             mix,
+            resident_limit,
         )
         self.root = root
         self.download = download
@@ -113,10 +116,11 @@ class ArchiveDataModule(ImageDataModule):
             self.read(train, download=True)
 
     def prepare_data(self) -> None:
-        """Downloads the archive, unless there is a folder of image files."""
+        """Downloads the archive, unless there is a folder of image files, which is then decoded."""
         if self.download and self.tree() is None:
             with self._explained():
                 self.fetch()
+        super().prepare_data()
 
     def setup(self, stage: str) -> None:
         """Finds the classes in a folder of image files, and opens the splits that a stage needs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lkd.datamodules.dataset import ImageDataset, ImageSource
 from lkd.datamodules.mixing import Mix
+from lkd.datamodules.resident import resident
 from lkd.datamodules.sampler import EpochSampler
 from lkd.datamodules.split import stratified
 from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
@@ -30,6 +32,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
     training images, unless `make_dataset("val")` returns some. Order and augmentation are a function of
     (seed, epoch, index of the image), whatever the batch size and the number of workers and processes.
 
+    Images that are not in memory, and are brought to size without randomness, are decoded once, if they fit. Image
+    files are then kept decoded in the cache folder (`$LKD_CACHE`, by default `~/.cache/lkd`); what is there may be
+    deleted at any time. On a GPU, images in memory that take no more than a quarter of what is free there are copied to
+    it, and batches are made there.
+
     Args:
         batch_size: Images in a batch, in each process.
         num_workers: Processes that read images; by default none for data in memory, else up to 4.
@@ -43,6 +50,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         std: Standard deviation of each channel; by default the data set's.
         views: Which views of each training image a batch has; by default the image alone.
         mix: How each training image is mixed with another one; by default not at all.
+        resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
 
     Attributes:
         num_classes: Number of classes.
@@ -73,6 +81,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         std: tuple[float, ...] | None = None,
         views: Views | None = None,
         mix: Mix | None = None,
+        resident_limit: int = 4 * 2**30,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -87,11 +96,13 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.augment = augment
         self.views = views
         self.mix = mix
+        self.resident_limit = resident_limit
         if mean is not None:
             self.mean = mean
         if std is not None:
             self.std = std
         self.datasets: dict[Split, ImageDataset] = {}
+        self._on_device: dict[int, ImageSource] = {}
 
     @abstractmethod
     def make_dataset(self, split: Split) -> ImageSource | None:
@@ -108,6 +119,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """The augmentation that is usual for this data set."""
         return []
 
+    def prepare_data(self) -> None:
+        """Decodes image files in one process of each machine, before `setup` in all: these find them kept."""
+        if self.trainer is not None and self.trainer.world_size > 1 and self.trainer.state.fn is not None:
+            self.setup(self.trainer.state.fn)
+
     def setup(self, stage: str) -> None:
         """Opens the splits that a stage needs, once.
 
@@ -123,9 +139,14 @@ class ImageDataModule(L.LightningDataModule, ABC):
         if stage in ("fit", "validate") and "train" not in self.datasets:
             self._setup_train()
         if stage in ("test", "predict") and "test" not in self.datasets:
-            self.datasets["test"] = self._wrap(*self._open("test"))
+            source, target = self._open("test")
+            self.datasets["test"] = self._wrap(self._resident(source, target), target)
         for dataset in self.datasets.values():  # each time: the next run of a program may have another seed
             dataset.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
+
+    def teardown(self, stage: str) -> None:
+        """Frees the GPU's memory."""
+        self._on_device.clear()
 
     @property
     def num_samples(self) -> int | None:
@@ -141,16 +162,29 @@ class ImageDataModule(L.LightningDataModule, ABC):
         source, target = self._open("train")
         held_out = torch.zeros(len(target), dtype=torch.bool)
         val = self.make_dataset("val")
-        if val is not None:
-            self.datasets["val"] = self._wrap(val, self._targets("val", val))
-        elif self.val_size != 0:
+        val_target = None if val is None else self._targets("val", val)
+        if val is None and self.val_size != 0:
             held_out[stratified(target, self.val_size, self.split_seed)] = True
-            self.datasets["val"] = self._wrap(source, target, held_out)
         augment = self.default_augment() if self.augment is None else self.augment
         labelled = self._labelled(target, ~held_out)
         kept = target.masked_fill(~held_out & ~labelled, IGNORE_INDEX)
         chosen = labelled if self.drop_unlabelled else ~held_out
+        if divide(augment)[0] is None:  # a random part of an image has to be cut out of the whole one
+            source = self._resident(source, target)
+        if val is not None and val_target is not None:
+            self.datasets["val"] = self._wrap(self._resident(val, val_target), val_target)
+        elif self.val_size != 0:
+            self.datasets["val"] = self._wrap(source, target, held_out)
         self.datasets["train"] = self._wrap(source, kept, chosen, augment, self.views, self.mix)
+
+    def _resident(self, source: ImageSource, target: Tensor) -> ImageSource:
+        """The source's images decoded, if that is of use and they fit; otherwise the source."""
+        whole = self._wrap(source, target)
+        if whole.stored is not None or len(target) * math.prod(self.input_shape) > self.resident_limit:
+            return source
+        processes = self.trainer.world_size if self.trainer else 1
+        workers = max(1, (os.cpu_count() or 1) // processes) if self.num_workers is None else self.num_workers
+        return resident(whole, workers)
 
     def _labelled(self, target: Tensor, training: Tensor) -> Tensor:
         """Which training images keep their label `(N,)`, bool."""
@@ -224,7 +258,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def _loader(self, split: Split, padded: bool = True) -> DataLoader[Batch]:
         if split not in self.datasets:
             raise ValueError(f"{type(self).__name__} has no {split} images yet; call prepare_data() and setup()")
-        dataset = self.datasets[split]
+        dataset = self._placed(self.datasets[split])
         processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         training = split == "train"
         sampler = EpochSampler(dataset, processes, rank, training, dataset.seed, padded)
@@ -237,12 +271,23 @@ class ImageDataModule(L.LightningDataModule, ABC):
             sampler=sampler,
             num_workers=workers,
             collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and dataset.index.is_cpu,
             persistent_workers=workers > 0,
             # A rest of one image would break BatchNorm, and compiled steps want one shape. Which images are
             # left out differs from epoch to epoch.
             drop_last=training and len(sampler) >= self.batch_size,
         )
+
+    def _placed(self, dataset: ImageDataset) -> ImageDataset:
+        """The data set, on the GPU if batches can be made there."""
+        device, there = _gpu(self.trainer), self._on_device.get(id(dataset.source))
+        if device is None or dataset.stored is None or self.num_workers:
+            return dataset
+        if there is None and 4 * dataset.stored.nbytes > _free(device):
+            return dataset
+        placed = dataset.to(device, there)
+        self._on_device[id(dataset.source)] = placed.source  # training and validation images have one source
+        return placed
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training images, augmented and shuffled, in full batches unless there is but one."""
@@ -270,6 +315,18 @@ class _Loader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         yield from super().__iter__()
+
+
+def _gpu(trainer: L.Trainer | None) -> torch.device | None:
+    """The GPU of this process, if it has one."""
+    if trainer is None or not torch.cuda.is_available():
+        return None
+    device = trainer.strategy.root_device
+    return device if device.type == "cuda" else None
+
+
+def _free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _as_it_is(batch: Any) -> Any:

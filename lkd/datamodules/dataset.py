@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms.v2 import functional as TF
 
-from lkd.datamodules.draws import IMAGE, VIEW, uniform
+from lkd.datamodules.draws import IMAGE, VIEW, Draws, successive, uniform
 from lkd.datamodules.files import ImageFiles
 from lkd.datamodules.mixing import Mix
+from lkd.datamodules.resident import Resident
 from lkd.datamodules.sampler import Key
 from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
 from lkd.datamodules.views import Views
@@ -32,7 +34,8 @@ class ImageSource(Protocol):
     """Any map-style data set of (image, class): the image a PIL image, or a uint8 array or tensor.
 
     One in memory is best given as `TensorDataset(images, classes)` with images `(N, C, H, W)`, uint8: a batch
-    is then taken out in one go.
+    is then taken out in one go. Another is read once, if it fits into memory (`resident_limit`): an image must be the
+    same whenever it is asked for.
     """
 
     def __len__(self) -> int: ...
@@ -97,6 +100,10 @@ class ImageDataset(Dataset[Batch]):
         self.resize, self.augment, self.seed = resize, tuple(augment), seed
         self.views, self.mix, self.number = views, mix, 0
         self.replay: int | None = None
+        self._draws = Draws(len(target))
+        # As tensors, so that a GPU divides, instead of multiplying by the reciprocal of a scalar.
+        levels = ((255.0,), normalization.mean, normalization.std)
+        self._levels = tuple(torch.tensor(level).view(-1, 1, 1) for level in levels)
         if self.stored is None and shape[0] not in _MODES:
             raise ValueError(f"images that are not in memory have 1 or 3 channels, got the shape {shape}")
         if views is not None:
@@ -105,6 +112,8 @@ class ImageDataset(Dataset[Batch]):
     @property
     def stored(self) -> Tensor | None:
         """All images of the source `(N, C, H, W)`, uint8, if they lie in memory and need no resizing."""
+        if isinstance(self.source, Resident):
+            return self.source.image
         if not (isinstance(self.source, TensorDataset) and isinstance(self.resize, CenterCrop)):
             return None
         image: Tensor = self.source.tensors[0]
@@ -119,8 +128,13 @@ class ImageDataset(Dataset[Batch]):
     def __getitems__(self, keys: Sequence[Key | int]) -> Batch:
         """Returns the samples of the keys; a plain position means epoch 0."""
         full = [key if isinstance(key, Key) else Key(0, key) for key in keys]
-        epoch, position, padding = torch.tensor(full, dtype=torch.int64).unbind(1)
-        batch = self.make(epoch if self.replay is None else epoch % self.replay, self.index[position])
+        flat = np.fromiter(chain.from_iterable(full), np.int64, 3 * len(full))
+        rows = torch.from_numpy(flat).view(-1, 3).T.contiguous().to(self.index.device, non_blocking=True)
+        epoch, position, padding = rows
+        version, index = epoch if self.replay is None else epoch % self.replay, self.index.index_select(0, position)
+        if (flat[::3] == flat[0]).all():
+            self._draws.announce(version, int(flat[0]) if self.replay is None else int(flat[0]) % self.replay)
+        batch = self.make(version, index)
         return batch._replace(target=batch.target.masked_fill(padding.bool().repeat(batch.views), IGNORE_INDEX))
 
     def make(self, version: Tensor, index: Tensor) -> Batch:
@@ -136,9 +150,7 @@ class ImageDataset(Dataset[Batch]):
         """Name to a text for everything that decides the images that this data set makes."""
         return {
             "images": source_fingerprint(self.source),
-            "choice of images": fingerprint(
-                self.index, None if self.views is None else self.target
-            ),  # ClassPartner reads it
+            "choice of images": fingerprint(self.index, None if self.views is None else self.target),
             "augmentation": repr(
                 (self.shape, self.normalization, self.resize, self.augment, self.mix, self.views, self.number)
             ),
@@ -175,7 +187,30 @@ class ImageDataset(Dataset[Batch]):
         other.views, other.number = None, number
         if augment is not None:
             first, other.augment = divide(augment)
-            other.resize = first or self.resize
+            if first is not None:
+                other.resize = first
+                other.source = self.source.original if isinstance(self.source, Resident) else self.source
+        return other
+
+    def to(self, device: torch.device, source: ImageSource | None = None) -> ImageDataset:
+        """The same images on a device, where batches are then made; this data set stays where it is.
+
+        Args:
+            device: Where to.
+            source: The source's images and classes that are there already; by default they are copied.
+
+        Raises:
+            ValueError: If the images are not `stored`.
+        """
+        image = self.stored
+        if image is None:
+            raise ValueError(f"images that are read one by one cannot be moved to {device}; leave them to workers")
+        other = copy(self)
+        original = self.source.original if isinstance(self.source, Resident) else self.source
+        other.source = source or Resident(image.to(device), self.target.to(device), original)
+        other.target, other.index = self.target.to(device), self.index.to(device)
+        other._draws, other._levels = Draws(len(self.target)), tuple(level.to(device) for level in self._levels)
+        other.__dict__.pop("_classes", None)
         return other
 
     @cached_property
@@ -185,8 +220,8 @@ class ImageDataset(Dataset[Batch]):
         name = torch.where(target == IGNORE_INDEX, -1 - self.index, target)  # without a label, a class of its own
         _, group, size = torch.unique(name, return_inverse=True, return_counts=True)
         order = group.argsort(stable=True)
-        table = torch.zeros(3, len(self.target), dtype=torch.int64)
-        table[0, self.index[order]] = torch.arange(len(order))
+        table = torch.zeros(3, len(self.target), dtype=torch.int64, device=self.index.device)
+        table[0, self.index[order]] = torch.arange(len(order), device=self.index.device)
         table[1:, self.index] = torch.stack((size.cumsum(0) - size, size))[:, group]
         return self.index[order], table
 
@@ -217,21 +252,32 @@ class ImageDataset(Dataset[Batch]):
         """
         if self.stored is not None:
             return self.stored.index_select(0, index)
-        tries = IMAGE + self.number * VIEW + torch.arange(_TRIES)
-        draws = uniform(self.seed, epoch[:, None], index[:, None], tries)
-        return torch.stack([self._read(i, d) for i, d in zip(index.tolist(), draws, strict=True)])
+        tries = IMAGE + self.number * VIEW + torch.arange(_TRIES, device=index.device)
+        draws = uniform(self.seed, epoch[:, None], index[:, None], tries).cpu()
+        return torch.stack([self._read(i, d) for i, d in zip(index.tolist(), draws, strict=True)]).to(index.device)
 
     def _read(self, index: int, draws: Tensor) -> Tensor:
         try:
-            image = self.source[index][0]
-            image = _eight_bit(image).convert(_MODES[self.shape[0]])
+            image, full = self._decode(index, draws)
         except Exception as error:  # decoders of broken files raise nearly every kind there is
             source = self.source
             name = str(source.path(index)) if isinstance(source, ImageFiles) else f"number {index}"
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ImageError(f"image {name} cannot be read ({reason}); replace or remove it") from error
-        tensor: Tensor = TF.pil_to_tensor(self.resize(image, self.shape[1:], draws))
+        tensor: Tensor = TF.pil_to_tensor(self.resize.reduced(image, full, self.shape[1:], draws))
         return tensor
+
+    def _decode(self, index: int, draws: Tensor) -> tuple[Image.Image, tuple[int, int]]:
+        """An image, and its full size: large JPEG files are decoded no larger than `resize` needs them."""
+        mode, source = _MODES[self.shape[0]], self.source
+        if type(source) is ImageFiles:  # only an image that nobody else has may be decoded smaller
+            with Image.open(source.path(index)) as opened:
+                full = opened.height, opened.width
+                height, width = self.resize.least(full, self.shape[1:], draws)
+                opened.draft(None, (width, height))
+                return _eight_bit(opened).convert(mode), full
+        image = _eight_bit(source[index][0]).convert(mode)
+        return image, (image.height, image.width)
 
     def view(self, image: Tensor, epoch: Tensor, index: Tensor) -> Tensor:
         """Augments and normalises images, on the device that they are on.
@@ -245,22 +291,20 @@ class ImageDataset(Dataset[Batch]):
             `(B, C, H, W)`, float32.
         """
         if self.augment:
-            lengths = [transform.num_draws // 4 for transform in self.augment]
-            streams = self.number * VIEW + torch.arange(sum(lengths), device=image.device)
-            draws = uniform(self.seed, epoch, index, streams[:, None]).split(lengths)  # type: ignore[no-untyped-call]
-            for transform, own in zip(self.augment, draws, strict=True):
-                image = transform(image, own.transpose(0, 1).flatten(1))
-        # Three correctly rounded operations, with tensors on the device: a GPU would multiply by the
-        # reciprocal of a scalar. So every device gets the same bits.
-        norm = self.normalization
-        level, mean, std = (
-            torch.tensor(v, device=image.device).view(-1, 1, 1) for v in ((255.0,), norm.mean, norm.std)
-        )
+            lengths = [transform.num_draws for transform in self.augment]
+            drawn = successive if self.stored is None else self._draws
+            draws = drawn(self.seed, epoch, index, self.number * VIEW, sum(lengths) // 4)
+            for transform, own in zip(self.augment, draws.split(lengths, 1), strict=True):  # type: ignore[no-untyped-call]
+                image = transform(image, own)
+        # Three correctly rounded operations: so every device gets the same bits.
+        level, mean, std = (level.to(image.device) for level in self._levels)
         return image.to(torch.float32).div_(level).sub_(mean).div_(std)
 
 
 def source_fingerprint(source: ImageSource) -> str:
     """A name for the images of a source; one that is new each time, if nothing tells which they are."""
+    if isinstance(source, Resident):
+        return source_fingerprint(source.original)
     if isinstance(source, TensorDataset):
         return fingerprint(*source.tensors)
     return source.fingerprint() if isinstance(source, ImageFiles) else uuid.uuid4().hex

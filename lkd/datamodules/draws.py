@@ -20,6 +20,7 @@ MIX = 2**19
 
 _WORD = 0xFFFFFFFF
 _PIECE = 2**16  # indices hashed at a time: what fits a processor's cache
+_TABLE = 2**26  # bytes of draws that are kept, at most
 
 
 def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
@@ -75,6 +76,75 @@ def uniform(seed: int, epoch: int | Tensor, index: Tensor, stream: int | Tensor)
     """
     words = _words(seed, epoch, index, stream) >> 8
     return words.movedim(0, -1).to(torch.float32) * 2.0**-24
+
+
+def successive(seed: int, epoch: int | Tensor, index: Tensor, first: int, count: int) -> Tensor:
+    """The draws of samples from successive streams, those of `uniform`.
+
+    Args:
+        seed: Any integer; its low 64 bits count.
+        epoch: Epoch of each sample, broadcast against `index`.
+        index: Samples `(B,)`, int64.
+        first: The first stream.
+        count: Number of streams.
+
+    Returns:
+        `(B, 4 * count)`, float32: one stream after the other.
+    """
+    streams = torch.arange(first, first + count, device=index.device)
+    return uniform(seed, epoch, index, streams[:, None]).transpose(0, 1).flatten(1)
+
+
+class Draws:
+    """The draws of `successive`, made for all samples of an epoch at once and looked up batch by batch.
+
+    That spares each batch some hundred small operations. The table is made when an epoch's second batch is asked for:
+    the first may be its only one.
+
+    Args:
+        size: Number of samples.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._tables: dict[tuple[int, int], tuple[object, Tensor | None]] = {}
+        self._single: tuple[Tensor, int] | None = None
+
+    def __reduce__(self) -> tuple[type[Draws], tuple[int]]:
+        return Draws, (self.size,)  # a worker makes its own
+
+    def announce(self, epoch: Tensor, single: int) -> None:
+        """Say that all values of a tensor are the same, which on a GPU cannot be seen without waiting for it.
+
+        Args:
+            epoch: The tensor that `__call__` will get, itself.
+            single: Its value.
+        """
+        self._single = epoch, single
+
+    def __call__(self, seed: int, epoch: Tensor, index: Tensor, first: int, count: int) -> Tensor:
+        """See `successive`; here `epoch` is `(B,)`, int64."""
+        single = self._value(epoch)
+        if single is None or self.size * count * 16 > _TABLE:
+            return successive(seed, epoch, index, first, count)
+        wanted = (seed, single, index.device)
+        found, table = self._tables.get((first, count), (None, None))
+        if found != wanted:
+            self._tables[first, count] = wanted, None
+            return successive(seed, epoch, index, first, count)
+        if table is None:
+            pieces = torch.arange(self.size, device=index.device).split(_PIECE)  # type: ignore[no-untyped-call]
+            table = torch.cat([successive(seed, single, piece, first, count) for piece in pieces])
+            self._tables[first, count] = wanted, table
+        return table.index_select(0, index)
+
+    def _value(self, epoch: Tensor) -> int | None:
+        """The one value that a tensor has; None if there are several, or it is not known."""
+        if self._single is not None and self._single[0] is epoch:
+            return self._single[1]
+        if epoch.is_cpu and len(epoch) and bool((epoch == epoch[0]).all()):
+            return int(epoch[0])
+        return None
 
 
 def permutation(seed: int, epoch: int, size: int, stream: int = ORDER) -> Tensor:

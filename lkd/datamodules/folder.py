@@ -44,6 +44,7 @@ class ImageFolderDataModule(ImageDataModule):
         std: Standard deviation of each channel; by default ImageNet's.
         views: Which views of each training image a batch has; by default the image alone.
         mix: How each training image is mixed with another one; by default not at all.
+        resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class ImageFolderDataModule(ImageDataModule):
         std: tuple[float, ...] | None = None,
         views: Views | None = None,
         mix: Mix | None = None,
+        resident_limit: int = 4 * 2**30,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be 1 or more, got {image_size}")
@@ -83,6 +85,7 @@ class ImageFolderDataModule(ImageDataModule):
             std,
             views,
             mix,
+            resident_limit,
         )
         self.root = root
         self.resize = CenterCrop(crop_ratio)
@@ -123,6 +126,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         std: Standard deviation of each channel.
         views: Which views of each training image a batch has; by default the image alone.
         mix: How each training image is mixed with another one; by default not at all.
+        resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
 
     References:
         Russakovsky et al.: ImageNet large scale visual recognition challenge (2014), arXiv:1409.0575.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from itertools import repeat
 from typing import NamedTuple, cast
 
 import torch
@@ -62,6 +63,8 @@ class EpochSampler(DistributedSampler[Key]):
         index = position % self.size
         if self.shuffle:
             index = permutation(self.seed, self.epoch, self.size)[index]
-            return (Key(self.epoch, i) for i in index.tolist())
-        padding = position >= self.size
-        return (Key(self.epoch, i, p) for i, p in zip(index.tolist(), padding.tolist(), strict=True))
+            padding = torch.zeros_like(position, dtype=torch.bool)
+        else:
+            padding = position >= self.size
+        # A third of the time of calling Key for each.
+        return map(Key._make, zip(repeat(self.epoch), index.tolist(), padding.tolist(), strict=False))

@@ -53,6 +53,33 @@ class ImageTransform(ABC):
             draws: `(10, 4)`, uniform in [0, 1).
         """
 
+    def least(self, full: tuple[int, int], size: tuple[int, int], draws: Tensor) -> tuple[int, int]:
+        """How small an image may be decoded: JPEG files can be at a half, a quarter or an eighth, in less time.
+
+        Args:
+            full: The image's height and width.
+            size: Height and width to return.
+            draws: `(10, 4)`, uniform in [0, 1).
+
+        Returns:
+            The least height and width that the whole image must have; by default the full ones.
+        """
+        return full
+
+    def reduced(self, image: Image.Image, full: tuple[int, int], size: tuple[int, int], draws: Tensor) -> Image.Image:
+        """Transforms an image that was decoded smaller, no smaller than `least`.
+
+        Args:
+            image: At its full size, or a half, a quarter or an eighth of it, rounded up.
+            full: Its full height and width.
+            size: Height and width to return.
+            draws: `(10, 4)`, uniform in [0, 1).
+
+        Returns:
+            What the full image gives, but for how pixels are averaged.
+        """
+        return self(image, size, draws)
+
 
 Augmentation: TypeAlias = "Sequence[ImageTransform | BatchTransform]"
 """What is done to an image, in this order; an `ImageTransform`, if any, comes first."""
@@ -142,14 +169,26 @@ class CenterCrop(ImageTransform):
 
     def __call__(self, image: Image.Image, size: tuple[int, int], draws: Tensor) -> Image.Image:
         """Cuts out the centre; the draws are not used."""
-        if (image.height, image.width) == size:
-            return image
+        return self.reduced(image, (image.height, image.width), size, draws)
+
+    def least(self, full: tuple[int, int], size: tuple[int, int], draws: Tensor) -> tuple[int, int]:
+        """No smaller than the size to which the image is scaled."""
+        if full == size:
+            return full
         height, width = (round(side / self.ratio) for side in size)
-        if height * image.width >= width * image.height:
-            scaled = [height, height * image.width // image.height]
-        else:
-            scaled = [width * image.height // image.width, width]
-        centre: Image.Image = TF.center_crop(TF.resize(image, scaled), list(size))
+        if height * full[1] >= width * full[0]:
+            return height, height * full[1] // full[0]
+        return width * full[0] // full[1], width
+
+    def reduced(self, image: Image.Image, full: tuple[int, int], size: tuple[int, int], draws: Tensor) -> Image.Image:
+        """Cuts out the centre of an image that was decoded smaller."""
+        if full == size:
+            return image
+        height, width = self.least(full, size, draws)
+        factor = _reduction(image, full)
+        whole = (0, 0, full[1] / factor, full[0] / factor)  # the last row and column may be only in part the image's
+        scaled = image.resize((width, height), Image.Resampling.BILINEAR, whole)
+        centre: Image.Image = TF.center_crop(scaled, list(size))
         return centre
 
 
@@ -177,8 +216,22 @@ class RandomResizedCrop(ImageTransform):
 
     def __call__(self, image: Image.Image, size: tuple[int, int], draws: Tensor) -> Image.Image:
         """Cuts out the part that `box` chooses."""
-        part: Image.Image = TF.resized_crop(image, *self.box(image.height, image.width, draws), list(size))
-        return part
+        return self.reduced(image, (image.height, image.width), size, draws)
+
+    def least(self, full: tuple[int, int], size: tuple[int, int], draws: Tensor) -> tuple[int, int]:
+        """So small that the chosen part has the size, or has all its pixels."""
+        _, _, height, width = self.box(*full, draws)
+        return -(-full[0] * size[0] // height), -(-full[1] * size[1] // width)
+
+    def reduced(self, image: Image.Image, full: tuple[int, int], size: tuple[int, int], draws: Tensor) -> Image.Image:
+        """Cuts out the part, chosen on the full image, of one that was decoded smaller."""
+        top, left, height, width = self.box(*full, draws)
+        factor = _reduction(image, full)
+        # Whole pixels first, so that none from outside of the part is mixed in; then what they have too much.
+        outer = left // factor, top // factor, -(-(left + width) // factor), -(-(top + height) // factor)
+        inner = left / factor, top / factor, (left + width) / factor, (top + height) / factor
+        box = (inner[0] - outer[0], inner[1] - outer[1], inner[2] - outer[0], inner[3] - outer[1])
+        return image.crop(outer).resize((size[1], size[0]), Image.Resampling.BILINEAR, box)
 
     def box(self, height: int, width: int, draws: Tensor) -> tuple[int, int, int, int]:
         """Chooses the part.
@@ -201,3 +254,9 @@ class RandomResizedCrop(ImageTransform):
         ratio = min(max(width / height, narrow), wide)
         h, w = min(height, round(width / ratio)), min(width, round(height * ratio))
         return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _reduction(image: Image.Image, full: tuple[int, int]) -> int:
+    """By how much an image was decoded smaller."""
+    size = image.height, image.width
+    return next(factor for factor in (1, 2, 4, 8) if (-(-full[0] // factor), -(-full[1] // factor)) == size)

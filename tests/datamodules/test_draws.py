@@ -1,7 +1,10 @@
+import pickle
+
 import pytest
 import torch
 
-from lkd.datamodules.draws import SPLIT, permutation, philox, uniform
+from lkd.datamodules import draws
+from lkd.datamodules.draws import SPLIT, VIEW, Draws, permutation, philox, uniform
 
 
 @pytest.mark.parametrize(
@@ -78,3 +81,40 @@ def test_permutation_differs_by_seed_and_epoch_and_never_by_their_sum():
 def test_permutation_leaves_no_trace_of_the_order_before():
     places = torch.stack([permutation(0, epoch, 100).argsort() for epoch in range(400)]).double()
     assert torch.allclose(places.mean(0), torch.tensor(49.5, dtype=torch.float64), atol=8)  # 5.5 deviations
+
+
+def test_draws_looked_up_are_those_that_are_computed(monkeypatch):
+    monkeypatch.setattr(draws, "_PIECE", 30)
+    table, index = Draws(100), torch.tensor([5, 99, 0, 5, 31])
+    for seed, epoch, first, count in [(0, 0, 0, 1), (0, 0, 0, 1), (3, 7, VIEW, 3), (3, 7, 0, 3), (3, 8, VIEW, 3)] * 3:
+        for chosen in (index, index[:2], index.flip(0)):
+            epochs = torch.full_like(chosen, epoch)
+            expected = torch.cat([uniform(seed, epochs, chosen, first + stream) for stream in range(count)], 1)
+            assert torch.equal(table(seed, epochs, chosen, first, count), expected)
+    assert len(pickle.dumps(table)) < 200
+
+
+def test_draws_of_several_epochs_or_too_many_samples_are_computed():
+    index = torch.arange(4)
+    for table, epoch in ((Draws(4), torch.tensor([1, 1, 2, 1])), (Draws(2**23), torch.ones(4, dtype=torch.int64))):
+        for _ in range(3):
+            assert torch.equal(table(0, epoch, index, 0, 1), uniform(0, epoch, index, 0))
+        assert all(made is None for _, made in table._tables.values())
+
+
+def test_draws_are_looked_up_from_the_second_batch_on():
+    table, index, epoch = Draws(9), torch.arange(4), torch.zeros(4, dtype=torch.int64)
+    for expected in (None, (9, 8), (9, 8)):
+        table(0, epoch, index, 0, 2)
+        ((_, made),) = table._tables.values()
+        assert (None if made is None else tuple(made.shape)) == expected
+
+
+def test_an_announced_epoch_is_not_looked_at():
+    """Such as one on a GPU, which had to be waited for; here, one on the device that holds no values."""
+    table, epoch = Draws(9), torch.zeros(3, dtype=torch.int64, device="meta")
+    table.announce(epoch, 0)
+    for _ in range(2):
+        assert table(0, epoch, torch.arange(3, device="meta"), 0, 1).shape == (3, 4)
+    ((_, made),) = table._tables.values()
+    assert made.device.type == "meta"

@@ -18,6 +18,8 @@ from lkd.datamodules import (
 )
 from lkd.types import IGNORE_INDEX, Batch
 
+CPU = SimpleNamespace(root_device=torch.device("cpu"))
+
 
 class Given(ImageDataModule):
     """Images and labels given by the test."""
@@ -134,7 +136,7 @@ def test_processes_count_each_test_image_once(processes):
     datamodule.setup("test")
     counted, batches = [], set()
     for rank in range(processes):
-        datamodule.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+        datamodule.trainer = SimpleNamespace(world_size=processes, global_rank=rank, strategy=CPU)
         loader = datamodule.test_dataloader()
         batches.add(len(list(loader)))
         batch = everything(loader)
@@ -182,7 +184,7 @@ def test_workers_and_memory_pinning_fit_the_data():
     loader = datamodule.train_dataloader()
     assert (loader.num_workers, loader.persistent_workers) == (0, False)
     assert loader.pin_memory == torch.cuda.is_available()
-    files = Given(items("pil")[0])
+    files = Given(items("pil")[0], resident_limit=0)
     files.setup("fit")
     assert 1 <= files.train_dataloader().num_workers <= 4
 
@@ -202,7 +204,7 @@ def test_a_label_out_of_range_is_named(label):
 def test_an_unreadable_image_is_named_in_one_sentence():
     source, _ = items("pil")
     source[17] = (np.zeros((4, 4)), 2)
-    datamodule = Given(source, num_workers=0)
+    datamodule = Given(source, num_workers=0, resident_limit=0)
     datamodule.setup("test")
     with pytest.raises(ValueError, match="image number 17 cannot be read") as caught:
         list(datamodule.test_dataloader())

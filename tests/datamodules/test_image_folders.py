@@ -15,6 +15,7 @@ from lkd.datamodules import (
 )
 from lkd.datamodules.archives import MNISTDataModule
 from lkd.datamodules.files import ImageFiles, read_tree
+from lkd.datamodules.resident import Resident
 
 PETS = {"train": {"dog": 12, "cat": 9}, "test": {"cat": 4, "dog": 5}}
 
@@ -44,6 +45,7 @@ def test_folder_equals_torchvision(write_tree):
     batch = next(iter(datamodule.test_dataloader()))
     assert batch.target.tolist() == expected.targets
     assert torch.allclose(batch.input, torch.stack([image for image, _ in expected]), atol=1e-5)
+    assert isinstance(datamodule.datasets["test"].source, Resident)
     theirs = [Path(name) for name, _ in ImageFolder(Path(root, "train")).samples]
     ours = datamodule.datasets["train"].source
     assert [ours.path(i) for i in range(len(ours))] == theirs
@@ -75,7 +77,7 @@ def test_val_is_the_test_set_where_there_is_no_test(write_tree):
     datamodule.setup("fit")
     datamodule.setup("test")
     assert {s: len(d) for s, d in datamodule.datasets.items()} == {"train": 8, "val": 4, "test": 5}
-    assert datamodule.datasets["test"].source.folder.name == "val"
+    assert datamodule.datasets["test"].source.original.folder.name == "val"
 
 
 def test_gray_images(write_tree):
@@ -106,7 +108,7 @@ def test_a_corrupt_image_is_named(write_tree, damage, workers):
     path = Path(root, "test", "dog", "0002.jpg")
     content = path.read_bytes()
     path.write_bytes({"noise": b"\x00" * 50, "short": content[: len(content) // 2], "empty": b"", "gone": b""}[damage])
-    datamodule = folder(root, num_workers=workers)
+    datamodule = folder(root, num_workers=workers, resident_limit=0)
     datamodule.setup("test")
     if damage == "gone":
         path.unlink()
@@ -207,6 +209,32 @@ def test_tiny_imagenet_as_published(tmp_path, inside):
     datamodule.setup("fit")
     datamodule.setup("test")
     assert {s: len(d) for s, d in datamodule.datasets.items()} == {"train": 200, "val": 200, "test": 3}
-    assert isinstance(datamodule.datasets["test"].source, ImageFiles)
+    assert isinstance(datamodule.datasets["test"].source.original, ImageFiles)
     assert next(iter(datamodule.test_dataloader())).target.tolist() == [7, 199, 0]
     assert datamodule.class_names == tuple(names)
+
+
+@pytest.mark.parametrize("augment", [None, []])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_large_jpegs_are_decoded_no_larger_than_needed(tmp_path, augment, channels):
+    y, x = np.mgrid[0:300, 0:400]
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(6):
+            wave = np.stack([np.sin(x / 40 + i), np.cos(y / 30 + i), np.sin((x + y) / 50)], 2)
+            Image.fromarray((127 + 100 * wave).astype(np.uint8)).save(tmp_path / "train" / name / f"{i}.jpg")
+            Image.open(tmp_path / "train" / name / f"{i}.jpg").save(tmp_path / "train" / name / f"{i}.png")
+    settings = {"augment": augment, "in_channels": channels, "val_size": 0, "resident_limit": 0}
+    images = {}
+    for batch_size, workers in ((24, 0), (1, 0), (5, 2)):
+        datamodule = folder(str(tmp_path), batch_size=batch_size, num_workers=workers, **settings)
+        datamodule.setup("fit")
+        for batch in datamodule.train_dataloader():
+            for image, index in zip(batch.input, batch.index.tolist(), strict=True):
+                assert torch.equal(image, images.setdefault(index, image))
+    dataset = datamodule.datasets["train"]
+    draws = torch.full((10, 4), 0.9)
+    (jpeg, full), (png, _) = (dataset._decode(i, draws) for i in (0, 1))
+    assert (jpeg.size, png.size, full) == ((50, 38), (400, 300), (300, 400))
+    difference = dataset._read(0, draws).float() - dataset._read(1, draws).float()
+    assert 0 < difference.abs().mean() < 1.5

@@ -20,6 +20,8 @@ from lkd.datamodules import (
 
 SHUFFLED = [RandomCrop(2), RandomHorizontalFlip()]
 
+CPU = SimpleNamespace(root_device=torch.device("cpu"))
+
 
 def in_memory(**kwargs):
     return SyntheticDataModule(4, (3, 9, 7), train_size=170, test_size=23, augment=SHUFFLED, **kwargs)
@@ -39,7 +41,7 @@ def read(datamodule, epoch, processes=1):
     datamodule.setup("fit")
     seen = {}
     for rank in range(processes):
-        datamodule.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+        datamodule.trainer = SimpleNamespace(world_size=processes, global_rank=rank, strategy=CPU)
         loader = datamodule.train_dataloader()
         loader.sampler.set_epoch(epoch)
         for batch in loader:

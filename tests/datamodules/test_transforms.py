@@ -5,7 +5,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from lkd.datamodules import CenterCrop, RandomCrop, RandomHorizontalFlip, RandomResizedCrop, uniform
+from lkd.datamodules import CenterCrop, ImageTransform, RandomCrop, RandomHorizontalFlip, RandomResizedCrop, uniform
 
 
 def images(batch, channels=3, height=10, width=14, seed=0):
@@ -115,3 +115,51 @@ def test_resized_crop_is_distributed_as_in_torchvision(height, width):
 def test_wrong_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def smooth(height, width):
+    """Something like a photo: what a JPEG file keeps."""
+    coarse = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
+    return TF.to_pil_image(fine[0])
+
+
+@pytest.mark.parametrize(
+    "transform", [CenterCrop(), CenterCrop(0.875), RandomResizedCrop(), RandomResizedCrop((0.5, 1))]
+)
+@pytest.mark.parametrize(("full", "size"), [((375, 500), (40, 40)), ((501, 333), (30, 70)), ((300, 299), (200, 100))])
+def test_an_image_decoded_smaller_gives_nearly_the_same(tmp_path, transform, full, size):
+    smooth(*full).save(tmp_path / "photo.jpg", quality=95)
+    whole, factors = Image.open(tmp_path / "photo.jpg").convert("RGB"), set()
+    for draws in uniform(0, 0, torch.arange(12)[:, None], torch.arange(10)):
+        least = transform.least(full, size, draws)
+        image = Image.open(tmp_path / "photo.jpg")
+        image.draft(None, (least[1], least[0]))
+        factors.add(round(full[0] / image.height))
+        if image.size != whole.size:
+            assert image.height >= least[0]
+            assert image.width >= least[1]
+        small = np.asarray(transform.reduced(image, full, size, draws), dtype=float)
+        expected = np.asarray(transform(whole, size, draws), dtype=float)
+        assert small.shape == (*size, 3)
+        assert np.abs(small - expected).mean() < 1.5
+        if image.size == whole.size:
+            assert np.array_equal(small, expected)
+    assert (max(factors) > 1) == (size != (200, 100))
+
+
+def test_the_chosen_part_of_an_image_decoded_smaller_has_the_sizes_pixels():
+    crop, full, size = RandomResizedCrop(), (700, 900), (48, 64)
+    for draws in uniform(0, 0, torch.arange(300)[:, None], torch.arange(10)):
+        (height, width), (_, _, part_height, part_width) = crop.least(full, size, draws), crop.box(*full, draws)
+        assert part_height * height >= size[0] * full[0]
+        assert part_width * width >= size[1] * full[1]
+
+
+def test_an_own_transform_needs_the_whole_image_unless_it_says_otherwise():
+    class Own(ImageTransform):
+        def __call__(self, image, size, draws):
+            return image.resize(size[::-1])
+
+    assert Own().least((300, 400), (3, 4), torch.zeros(10, 4)) == (300, 400)
+    assert Own().reduced(photo(30, 40), (30, 40), (3, 4), torch.zeros(10, 4)).size == (4, 3)

@@ -27,6 +27,8 @@ SHUFFLED = [RandomCrop(2), RandomHorizontalFlip()]
 VIEWS = {"strong": StrongView(), "rotated": RotatedViews(), "partner": ClassPartner()}
 COUNT = {"strong": 2, "rotated": 4, "partner": 2}
 
+CPU = SimpleNamespace(root_device=torch.device("cpu"))
+
 
 def in_memory(**kwargs):
     return SyntheticDataModule(4, (3, 9, 9), train_size=170, test_size=23, augment=SHUFFLED, **kwargs)
@@ -62,7 +64,7 @@ def read(datamodule, epoch, processes=1):
     datamodule.setup("fit")
     seen = {}
     for rank in range(processes):
-        datamodule.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+        datamodule.trainer = SimpleNamespace(world_size=processes, global_rank=rank, strategy=CPU)
         loader = datamodule.train_dataloader()
         loader.sampler.set_epoch(epoch)
         for batch in loader:

@@ -1,0 +1,163 @@
+"""Images that are decoded once: held in memory from then on, and kept on disk for the next run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import PIL
+import torch
+import torchvision
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from lkd.datamodules.files import ImageFiles
+from lkd.datamodules.transforms import CenterCrop
+from lkd.store import cache_folder, fingerprint, load_tensors, map_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from lkd.datamodules.dataset import ImageDataset, ImageSource
+
+_FORMAT = 1  # to be raised whenever the same files shall give other pixels
+_PIECE = 2**20  # bytes that are decoded at a time
+_PATIENCE = 1.0  # seconds before processes are started
+
+
+class Resident(TensorDataset):
+    """Decoded images and their classes, in place of the source that they came from.
+
+    Args:
+        image: `(N, C, H, W)`, uint8.
+        target: `(N,)`, int64.
+        original: The source.
+        file: Where the images are mapped from, if they are: what is pickled then has no pixels.
+    """
+
+    def __init__(self, image: Tensor, target: Tensor, original: ImageSource, file: Path | None = None) -> None:
+        super().__init__(image, target)
+        self.original, self.file = original, file
+
+    @property
+    def image(self) -> Tensor:
+        """All images `(N, C, H, W)`, uint8."""
+        image: Tensor = self.tensors[0]
+        return image
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ if self.file is None else {**self.__dict__, "tensors": self.tensors[1:]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.file is not None:
+            self.tensors = (map_tensors(self.file)["image"], *self.tensors)
+
+
+def resident(dataset: ImageDataset, num_workers: int) -> Resident:
+    """Decodes all images of a source, or opens what was kept of them.
+
+    Image files of which all is known that decides their pixels are kept in `cache_folder("images")`. Processes that
+    open the same file share its memory.
+
+    Args:
+        dataset: Reads the images; its `resize` must do without randomness.
+        num_workers: Processes that read what takes longer than a second.
+
+    Raises:
+        ImageError: If an image cannot be read.
+    """
+    made_from = _made_from(dataset)
+    file = None if made_from is None else cache_folder("images") / f"{_name(made_from)}.safetensors"
+    kept = None if file is None or made_from is None else load_tensors(file, made_from)
+    image = None if kept is None else kept["image"]
+    if image is None:
+        start = time.monotonic()
+        image = _decoded(dataset, num_workers)
+        seconds = time.monotonic() - start
+        if file is not None and made_from is not None and _keep(image, file, made_from):
+            image = map_tensors(file)["image"]
+            _say(f"{len(image):,} images decoded in {seconds:.1f} s and kept in {file.parent}")
+        else:
+            file = None
+            _say(f"{len(image):,} images decoded in {seconds:.1f} s")
+    return Resident(image, dataset.target, dataset.source, file)
+
+
+def _made_from(dataset: ImageDataset) -> dict[str, str] | None:
+    """Name to a text for all that decides the decoded images; None if that is not known."""
+    source, resize = dataset.source, dataset.resize
+    if type(source) is not ImageFiles or type(resize) is not CenterCrop:
+        return None
+    try:
+        files = source.fingerprint()
+    except OSError:  # reading the file says which
+        return None
+    versions = {"format": str(_FORMAT), "PIL": PIL.__version__, "torchvision": torchvision.__version__}
+    return {"files": files, "shape": str(dataset.shape), "resize": repr(resize), **versions}
+
+
+def _name(made_from: Mapping[str, str]) -> str:
+    return fingerprint(sorted(made_from.items()))
+
+
+def _keep(image: Tensor, file: Path, made_from: Mapping[str, str]) -> bool:
+    """Writes images to a file, if that can be done."""
+    try:
+        save_tensors(file, {"image": image}, made_from)
+    except OSError as error:
+        rank_zero_warn(
+            f"decoded images cannot be kept in {file.parent} ({error}), so every run decodes them again; set LKD_CACHE "
+            f"to a folder with {image.nbytes / 1e6:,.0f} MB to spare, or resident_limit to 0 to leave them to workers"
+        )
+        return False
+    return True
+
+
+def _decoded(dataset: ImageDataset, num_workers: int) -> Tensor:
+    """All images `(N, C, H, W)`, uint8."""
+    image = torch.empty(len(dataset.target), *dataset.shape, dtype=torch.uint8)
+    pieces = torch.arange(len(image)).split(max(1, _PIECE // math.prod(dataset.shape)))  # type: ignore[no-untyped-call]
+    console = Console(stderr=True)
+    hidden = getattr(rank_zero_only, "rank", 0) != 0 or not console.is_terminal
+    with Progress(console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task("decoding images", total=len(image))
+        for index, read in zip(pieces, _read(dataset, pieces, num_workers), strict=True):
+            image[index[0] : index[-1] + 1] = read
+            progress.advance(task, len(index))
+    return image
+
+
+def _read(dataset: ImageDataset, pieces: Sequence[Tensor], num_workers: int) -> Iterator[Tensor]:
+    """The images of each piece, in order; what a second is too short for is read by workers.
+
+    Processes, as everywhere: around the decoding of a small image there is so much Python that two threads take longer
+    than one, and whether threads may share a source is not known.
+    """
+    start, done = time.monotonic(), 0
+    while done < len(pieces) and time.monotonic() - start < _PATIENCE:
+        yield _images(dataset, pieces[done])
+        done += 1
+    if done < len(pieces):
+        # With its own generator, as the global one must not tell whether images had to be decoded.
+        yield from DataLoader(
+            pieces[done:],  # type: ignore[arg-type]
+            batch_size=None,
+            collate_fn=partial(_images, dataset),
+            num_workers=num_workers,
+            generator=torch.Generator(),
+        )
+
+
+def _images(dataset: ImageDataset, index: Tensor) -> Tensor:
+    return dataset.images(torch.zeros_like(index), index)
+
+
+@rank_zero_only
+def _say(what: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(what, highlight=False, markup=False)

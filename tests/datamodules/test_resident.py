@@ -1,0 +1,470 @@
+"""Decoded once, the images are those of the ordinary loader; what is kept is used again, or noticed as damaged."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from lkd import store
+from lkd.datamodules import (
+    CenterCrop,
+    ClassPartner,
+    ImageDataModule,
+    ImageFolderDataModule,
+    Key,
+    RandomCrop,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    RotatedViews,
+    StrongView,
+    base,
+)
+from lkd.datamodules import resident as module
+from lkd.datamodules.resident import Resident
+from lkd.store import cache_folder, save_tensors
+
+SHIFTED = [RandomCrop(2), RandomHorizontalFlip()]
+CPU = SimpleNamespace(root_device=torch.device("cpu"))
+TREE = {"train": {"cat": 26, "dog": 22}, "test": {"cat": 4, "dog": 5}}
+
+
+@pytest.fixture
+def root(write_tree) -> str:
+    return write_tree(TREE)
+
+
+def folder(root, **kwargs) -> ImageFolderDataModule:
+    return ImageFolderDataModule(root, 16, **{"num_workers": 0, "augment": SHIFTED, **kwargs})
+
+
+def opened(root, stage="test", **kwargs) -> ImageFolderDataModule:
+    datamodule = folder(root, **kwargs)
+    datamodule.setup(stage)
+    return datamodule
+
+
+def pixels(datamodule, split="test") -> torch.Tensor:
+    dataset = datamodule.datasets[split]
+    index = torch.arange(len(dataset.target))
+    return dataset.images(torch.zeros_like(index), index)
+
+
+def kept() -> list[Path]:
+    return sorted(cache_folder("images").iterdir()) if cache_folder("images").exists() else []
+
+
+def batches(datamodule, epoch, processes=1, loader="train_dataloader"):
+    """What the processes see of an epoch, one after the other."""
+    seen = []
+    for rank in range(processes):
+        datamodule.trainer = SimpleNamespace(world_size=processes, global_rank=rank, strategy=CPU)
+        data = getattr(datamodule, loader)()
+        data.sampler.set_epoch(epoch)
+        seen += list(data)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes"),
+    [
+        ({"batch_size": 1}, 1),
+        ({"batch_size": 7, "num_workers": 2}, 1),
+        ({"batch_size": 7, "views": StrongView()}, 1),
+        ({"batch_size": 9, "views": StrongView([RandomResizedCrop(), RandomHorizontalFlip()])}, 1),
+        ({"batch_size": 5, "views": RotatedViews()}, 1),
+        ({"batch_size": 6, "label_size": 10, "drop_unlabelled": True, "in_channels": 1}, 1),
+        ({"batch_size": 6, "label_size": 10}, 2),
+        ({"batch_size": 4}, 3),
+    ],
+)
+def test_batches_are_those_of_the_ordinary_loader(root, settings, processes) -> None:
+    ordinary = opened(root, "fit", resident_limit=0, **settings)
+    decoded = opened(root, "fit", **settings)
+    assert isinstance(decoded.datasets["train"].source, Resident)
+    assert not isinstance(ordinary.datasets["train"].source, TensorDataset)
+    assert decoded.datasets["train"].source is decoded.datasets["val"].source
+    for loader, epoch in (("train_dataloader", 0), ("train_dataloader", 3), ("val_dataloader", 0)):
+        pairs = zip(
+            batches(decoded, epoch, processes, loader), batches(ordinary, epoch, processes, loader), strict=True
+        )
+        for ours, theirs in pairs:
+            assert ours.views == theirs.views
+            for name in ("input", "target", "index", "version"):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_workers_decode_what_takes_long_and_draw_nothing_global(root, monkeypatch) -> None:
+    expected = pixels(opened(root, resident_limit=0))
+    monkeypatch.setattr(module, "_PATIENCE", 0.0)
+    monkeypatch.setattr(module, "_PIECE", 4 * 16 * 16 * 3)
+    torch.manual_seed(0)
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(pixels(opened(root, num_workers=2)), expected)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_kept_images_are_used_again(root, capfd) -> None:
+    first = opened(root)
+    assert f"9 images decoded in 0.0 s and kept in {cache_folder('images')}" in capfd.readouterr().err
+    (file,) = kept()
+    before = file.stat().st_mtime_ns, pixels(first)
+    for path in Path(root, "test").rglob(
+        "*.jpg"
+    ):  # other bytes of the same size and time: were they read, it would show
+        stat = path.stat()
+        path.write_bytes(bytes(stat.st_size))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    again = opened(root)
+    assert torch.equal(pixels(again), before[1])
+    assert (kept(), file.stat().st_mtime_ns) == ([file], before[0])
+    assert capfd.readouterr().err == ""
+
+
+def test_a_changed_file_is_decoded_anew(root) -> None:
+    path = Path(root, "test", "dog", "0003.jpg")
+    names = []
+    for change in (
+        lambda: None,
+        lambda: os.utime(path, ns=(0, path.stat().st_mtime_ns + 1)),
+        lambda: Image.new("RGB", (40, 40), (255, 0, 0)).save(path),
+        lambda: path.rename(path.with_name("0009.jpg")),
+    ):
+        change()
+        assert torch.equal(pixels(opened(root)), pixels(opened(root, resident_limit=0)))
+        names.append(kept())
+    assert [len(files) for files in names] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("settings", [{"crop_ratio": 0.8}, {"in_channels": 1}])
+def test_other_settings_have_their_own_file(root, settings) -> None:
+    assert not torch.equal(pixels(opened(root)).float().mean(1), pixels(opened(root, **settings)).float().mean(1))
+    assert len(kept()) == 2
+
+
+def _cut(share):
+    return lambda file: os.truncate(file, int(file.stat().st_size * share))
+
+
+def _noise(place):
+    def write(file) -> None:
+        content = bytearray(file.read_bytes())
+        content[place : place + 3 if place + 3 else None] = bytes(255 - byte for byte in content[place:][:3])
+        file.write_bytes(content)
+
+    return write
+
+
+def _another_s(file) -> None:
+    save_tensors(file, {"image": torch.zeros(9, 3, 16, 16, dtype=torch.uint8)}, {"files": "others"})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(_cut(0.0), _cut(0.01), _cut(0.5), _cut(0.9999)),
+        *(_noise(0), _noise(9), _noise(60), _noise(128), _noise(3000), _noise(-3)),
+        lambda file: file.write_bytes(file.read_bytes() + b"\0"),
+        lambda file: file.write_bytes(bytes(4)),
+        lambda file: (file.unlink(), file.mkdir()),
+        _another_s,
+    ],
+)
+def test_a_damaged_file_is_noticed_and_made_again(root, damage) -> None:
+    expected = pixels(opened(root)).clone()
+    (file,) = kept()
+    whole = file.read_bytes()
+    damage(file)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert torch.equal(pixels(opened(root)), expected)
+    said = [str(warning.message) for warning in caught if str(file.parent) in str(warning.message)]
+    assert len(said) == 1
+    if file.is_dir():  # nothing can take its place
+        assert "cannot be kept" in said[0]
+        file.rmdir()
+    else:
+        assert said[0].startswith(f"{file} is not used, and made anew: ")
+        assert file.read_bytes() == whole
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(pixels(opened(root)), expected)
+
+
+def test_where_nothing_can_be_kept_images_are_decoded_in_every_run(root, tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("LKD_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match=r"set LKD_CACHE to a folder with 0 MB to spare, or resident_limit to 0"):
+        datamodule = opened(root)
+    assert datamodule.datasets["test"].source.file is None
+    assert torch.equal(pixels(datamodule), pixels(opened(root, resident_limit=0)))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is Linux's /dev/full")
+def test_a_full_disk_leaves_nothing_behind(root, monkeypatch) -> None:
+    cache_folder("images").mkdir(parents=True)
+    save = store.save_file
+    monkeypatch.setattr(store, "save_file", lambda tensors, path, metadata: save(tensors, "/dev/full", metadata))
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        datamodule = opened(root)
+    assert kept() == []
+    assert torch.equal(pixels(datamodule), pixels(opened(root, resident_limit=0)))
+
+
+def test_the_limit_is_the_size_of_the_decoded_images(root) -> None:
+    size = 48 * 3 * 16 * 16
+    for limit, decoded in ((size, True), (size - 1, False), (0, False)):
+        datamodule = opened(root, "fit", resident_limit=limit)
+        assert isinstance(datamodule.datasets["train"].source, Resident) == decoded
+        assert isinstance(datamodule.datasets["val"].source, Resident) == decoded
+
+
+def test_random_parts_are_cut_out_of_the_files(root) -> None:
+    datamodule = opened(root, "fit", augment=None)
+    datamodule.setup("test")
+    assert [datamodule.datasets[s].stored is None for s in ("train", "val", "test")] == [True, True, False]
+
+
+def test_a_broken_image_is_named(root, monkeypatch) -> None:
+    path = Path(root, "train", "dog", "0007.jpg")
+    path.write_bytes(path.read_bytes()[:300])
+    for workers, patience in ((0, 1.0), (1, 0.0)):
+        monkeypatch.setattr(module, "_PATIENCE", patience)
+        with pytest.raises(ValueError, match="cannot be read") as caught:
+            opened(root, "fit", num_workers=workers)
+        assert str(caught.value).startswith(f"image {path} cannot be read (")
+        assert str(caught.value).endswith("; replace or remove it")
+    path.unlink()
+    path.symlink_to("nowhere.jpg")
+    with pytest.raises(ValueError, match=rf"image {path} cannot be read \(FileNotFoundError"):
+        opened(root, "fit")
+    assert kept() == []
+
+
+def test_settings_are_checked_before_images_are_decoded(root) -> None:
+    with pytest.raises(ValueError, match="val_size"):
+        opened(root, "fit", val_size=1000)
+    assert kept() == []
+
+
+class Own(ImageDataModule):
+    """A source of the user's, that counts how often it is read."""
+
+    num_classes = 3
+    input_shape = (1, 6, 6)
+    mean, std = (0.5,), (0.5,)
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(num_workers=0, **kwargs)
+        self.reads = 0
+
+    def make_dataset(self, split):
+        return None if split == "val" else self
+
+    def __len__(self) -> int:
+        return 30
+
+    targets = tuple(i % 3 for i in range(30))
+
+    def __getitem__(self, i):
+        self.reads += 1
+        return np.full((6 + i % 2, 8), 8 * i, dtype=np.uint8), i % 3
+
+
+def test_a_source_of_ones_own_is_read_once_and_not_kept() -> None:
+    datamodule = Own(augment=SHIFTED, batch_size=6)
+    datamodule.setup("fit")
+    for epoch in range(2):
+        assert len(batches(datamodule, epoch)) == 4
+    assert datamodule.reads == 30
+    assert torch.equal(pixels(datamodule, "train")[:, 0, 2, 2], 8 * torch.arange(30, dtype=torch.uint8))
+    assert kept() == []
+
+
+class Corner(CenterCrop):
+    """A way to bring images to size whose own settings nobody knows."""
+
+    def reduced(self, image, full, size, draws):
+        return image.crop((0, 0, size[1], size[0]))
+
+
+def test_images_brought_to_size_in_ones_own_way_are_not_kept(root) -> None:
+    datamodule = folder(root)
+    datamodule.resize = Corner()
+    datamodule.setup("test")
+    first = Image.open(next(iter(sorted(Path(root, "test", "cat").iterdir()))))
+    assert np.array_equal(pixels(datamodule)[0].permute(1, 2, 0), np.asarray(first)[:16, :16])
+    assert kept() == []
+
+
+def test_a_pickled_data_set_has_the_name_of_its_file_instead_of_the_pixels(root) -> None:
+    dataset = opened(root, "fit", batch_size=20).datasets["train"]
+    for _ in range(3):
+        expected = dataset.__getitems__(range(20))
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < dataset.stored.nbytes / 4
+    again = pickle.loads(pickled)
+    assert again.source.file == dataset.source.file
+    assert torch.equal(again.__getitems__(range(20)).input, expected.input)
+
+
+def test_writing_to_the_pixels_does_not_reach_the_file(root) -> None:
+    datamodule = opened(root)
+    (file,) = kept()
+    before = file.read_bytes()
+    datamodule.datasets["test"].stored.zero_()
+    assert file.read_bytes() == before
+
+
+def _setup(root, cache, start, results) -> None:
+    os.environ["LKD_CACHE"] = cache
+    start.wait()
+    results.put(pixels(opened(root)).sum().item())
+
+
+def test_processes_that_race_do_no_harm(root) -> None:
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    start, results = context.Event(), context.Queue()
+    racing = [context.Process(target=_setup, args=(root, os.environ["LKD_CACHE"], start, results)) for _ in range(4)]
+    for process in racing:
+        process.start()
+    start.set()
+    sums = {results.get(timeout=60) for _ in racing}
+    for process in racing:
+        process.join()
+    assert sums == {pixels(opened(root, resident_limit=0)).sum().item()}
+    assert len(kept()) == 1
+
+
+COUNT = """
+    import lightning as L
+    import lkd
+
+    class Image(lkd.ImageFolderDataModule):
+        def setup(self, stage):
+            super().setup(stage)
+            with open("setups", "a") as file:
+                print(self.trainer.global_rank, file=file)
+"""
+
+
+def test_one_process_decodes_for_all(root) -> None:
+    Path("count.py").write_text(textwrap.dedent(COUNT))
+    command = [sys.executable, "-m", "lkd", "fit", "--config", "digits/kd", "--data", "count.Image"]
+    data = [f"--data.root={root}", "--data.image_size=8", "--data.in_channels=1", "--data.augment=[]"]
+    data += ["--data.batch_size=8", "--model.init_args.student.init_args.num_classes=2"]
+    data += ["--model.init_args.teacher=lkd.models.resnet8", "--model.init_args.teacher_ckpt=null"]
+    data += ["--model.init_args.teacher.init_args.num_classes=2", "--model.init_args.teacher.init_args.in_channels=1"]
+    settings = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
+    done = subprocess.run([*command, *data, *settings], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (done.stdout + done.stderr).count("48 images decoded in") == 1
+    assert sorted(Path("setups").read_text().split()) == ["0", "0", "1"]
+    assert len(kept()) == 1
+
+
+@pytest.mark.parametrize("views", [None, StrongView([RandomResizedCrop()]), ClassPartner()])
+def test_batches_made_on_a_device_are_the_same(root, views) -> None:
+    datamodule = opened(root, "fit", batch_size=9, views=views)
+    dataset = datamodule.datasets["train"]
+    before = dataset.stored.clone(), dataset.target.clone(), dataset.index.clone()
+    moved = dataset.to(torch.device("cpu"))
+    val = datamodule.datasets["val"].to(torch.device("cpu"), moved.source)
+    assert val.source is moved.source
+    for epoch in (0, 0, 1, 1):
+        keys = [Key(epoch, i) for i in range(9)]
+        ours, theirs = moved.__getitems__(keys), dataset.__getitems__(keys)
+        for name in ("input", "target", "index", "version"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    if isinstance(views, ClassPartner):  # it too lies on the device
+        assert moved.to(torch.device("cpu"))._classes[0] is not moved._classes[0]
+    now = dataset.stored, dataset.target, dataset.index
+    assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+    with pytest.raises(ValueError, match="read one by one cannot be moved to cpu"):
+        opened(root, "fit", resident_limit=0).datasets["train"].to(torch.device("cpu"))
+
+
+def test_versions_that_come_again_are_the_same(root) -> None:
+    dataset, plain = (opened(root, "fit").datasets["train"] for _ in range(2))
+    dataset.replay = 2
+    for epoch in (4, 4, 4, 5, 5, 5, 0, 0, 0):
+        batch = dataset.__getitems__([Key(epoch, i) for i in range(7)])
+        assert torch.equal(batch.version, torch.full((7,), epoch % 2))
+        assert torch.equal(batch.input, plain.__getitems__([Key(epoch % 2, i) for i in range(7)]).input)
+
+
+def test_everything_is_moved(root) -> None:
+    """On the device that holds no values, an operation with a tensor of another device fails."""
+    dataset = opened(root, "fit").datasets["train"]
+    moved = dataset.to(torch.device("meta"))
+    batch = moved.__getitems__(range(5))
+    assert {part.device.type for part in (batch.input, batch.target, batch.index, batch.version)} == {"meta"}
+    assert batch.input.shape == (5, 3, 16, 16)
+    assert dataset.__getitems__(range(5)).input.is_cpu
+
+
+class Reader(L.LightningModule):
+    """Keeps what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.seen, self.sources = nn.Linear(3 * 16 * 16, 2), {}, []
+
+    def _see(self, kind, batch):
+        self.seen.setdefault(kind, []).append((batch.index, batch.target, batch.input))
+        return self.layer(batch.input.flatten(1)).square().mean()
+
+    def training_step(self, batch, batch_idx):
+        return self._see("train", batch)
+
+    def validation_step(self, batch, batch_idx):
+        self._see("val", batch)
+
+    def test_step(self, batch, batch_idx):
+        self._see("test", batch)
+
+    def on_train_end(self):
+        loaders = (self.trainer.train_dataloader, self.trainer.val_dataloaders)
+        self.sources += [loader.dataset.source for loader in loaders]
+
+    def on_test_end(self):
+        self.sources.append(self.trainer.test_dataloaders.dataset.source)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("free", [10**9, 1])
+def test_a_run_whose_batches_are_made_on_the_device_sees_the_same(root, monkeypatch, trainer, free) -> None:
+    """The processor stands for a GPU, where there is none: all but the kind of memory is the same."""
+    readers = []
+    for gpu in (None, torch.device("cpu")):
+        monkeypatch.setattr(base, "_gpu", lambda trainer, gpu=gpu: gpu)
+        monkeypatch.setattr(base, "_free", lambda device: free)
+        datamodule, reader = folder(root, batch_size=9, seed=1), Reader()
+        run = trainer()
+        run.fit(reader, datamodule)
+        run.test(reader, datamodule, verbose=False)
+        readers.append(reader)
+        assert datamodule._on_device == {}
+    for kind in ("train", "val", "test"):
+        for ours, theirs in zip(*(reader.seen[kind] for reader in readers), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for reader, moved in zip(readers, (False, free > 1), strict=True):
+        assert [source.file is None for source in reader.sources] == [moved] * 3
+        assert reader.sources[0] is reader.sources[1]
