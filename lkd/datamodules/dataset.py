@@ -206,8 +206,10 @@ class ImageDataset(Dataset[Batch]):
         if image is None:
             raise ValueError(f"images that are read one by one cannot be moved to {device}; leave them to workers")
         other = copy(self)
-        original = self.source.original if isinstance(self.source, Resident) else self.source
-        other.source = source or Resident(image.to(device), self.target.to(device), original)
+        if source is None:
+            original = self.source.original if isinstance(self.source, Resident) else self.source
+            source = Resident(image.to(device), self.target.to(device), original)
+        other.source = source
         other.target, other.index = self.target.to(device), self.index.to(device)
         other._draws, other._levels = Draws(len(self.target)), tuple(level.to(device) for level in self._levels)
         other.__dict__.pop("_classes", None)
