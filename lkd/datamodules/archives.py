@@ -79,21 +79,8 @@ class ArchiveDataModule(ImageDataModule):
         mix: Mix | None = None,
         resident_limit: int = 4 * 2**30,
     ) -> None:
-        super().__init__(
-            batch_size,
-            num_workers,
-            val_size,
-            label_size,
-            drop_unlabelled,
-            split_seed,
-            seed,
-            augment,
-            mean,
-            std,
-            views,
-            mix,
-            resident_limit,
-        )
+        own = (batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed)
+        super().__init__(*own, seed, augment, mean, std, views, mix, resident_limit)
         self.root = root
         self.download = download
 

@@ -72,21 +72,8 @@ class ImageFolderDataModule(ImageDataModule):
         # The gray statistics are the means of the colours'.
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.449,), (0.226,))
         self.input_shape = (in_channels, image_size, image_size)
-        super().__init__(
-            batch_size,
-            num_workers,
-            val_size,
-            label_size,
-            drop_unlabelled,
-            split_seed,
-            seed,
-            augment,
-            mean,
-            std,
-            views,
-            mix,
-            resident_limit,
-        )
+        own = (batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed)
+        super().__init__(*own, seed, augment, mean, std, views, mix, resident_limit)
         self.root = root
         self.resize = CenterCrop(crop_ratio)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -215,11 +217,21 @@ def test_where_nothing_can_be_kept_images_are_decoded_in_every_run(root, tmp_pat
     assert torch.equal(pixels(datamodule), pixels(opened(root, resident_limit=0)))
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is Linux's /dev/full")
 def test_a_full_disk_leaves_nothing_behind(root, monkeypatch) -> None:
     cache_folder("images").mkdir(parents=True)
     save = store.save_file
-    monkeypatch.setattr(store, "save_file", lambda tensors, path, metadata: save(tensors, "/dev/full", metadata))
+
+    def full(tensors, path, metadata) -> None:
+        limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
+        try:
+            save(tensors, path, metadata)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+            signal.signal(signal.SIGXFSZ, before)
+
+    monkeypatch.setattr(store, "save_file", full)
     with pytest.warns(UserWarning, match="cannot be kept"):
         datamodule = opened(root)
     assert kept() == []
