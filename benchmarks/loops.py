@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import pty
 import subprocess
@@ -143,7 +144,7 @@ def _batches(images: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def bare_lean(pace: Pace, images: str, teacher: str, bf16: bool, kept: bool, compile: bool = False) -> None:
-    """The same with whole batches, channels last, and a folded teacher; with logits at hand if `kept`."""
+    """With whole batches, channels last, a folded teacher and freed memory kept; with logits at hand if `kept`."""
     student, big = (network.to(memory_format=torch.channels_last) for network in networks(teacher))
     big = fuse(big)
     if compile:
@@ -151,6 +152,8 @@ def bare_lean(pace: Pace, images: str, teacher: str, bf16: bool, kept: bool, com
         big.compile()
     optimizer = sgd(student)
     batches = _batches(images)
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
+        ctypes.CDLL(None).mallopt(option, value)
     answers = torch.randn(len(np.load(images, mmap_mode="r")), 10).half()
     pace.wait()
     for image, target, index in batches:

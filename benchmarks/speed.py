@@ -71,6 +71,7 @@ def rows(images: str, teacher: str, arrays: str) -> Iterator[tuple[str, str, dic
     switches = {
         "channels first": ["--speed.channels_last=false"],
         "teacher not folded": ["--speed.fold_teacher=false"],
+        "freed memory not kept": ["--speed.keep_memory=false"],
         "compiled": ["--speed.compile=default"],
         "files read in every epoch (2 workers)": [
             "--data.init_args.resident_limit=0",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,7 +82,7 @@ def test_the_same_but_for_rounding(distill, fit) -> None:
     assert fit(plain) == ""
     before = [tensor.clone() for tensor in lean.teacher.state_dict().values()]
     said = fit(lean, Speed())
-    assert said.startswith("Step: 32-true, channels last, teacher's batch norms folded, not compiled")
+    assert said.startswith("Step: 32-true, channels last, teacher's batch norms folded")
     assert lean.student.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     for one, other in zip(weights(plain), weights(lean), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -91,8 +94,30 @@ def test_the_same_but_for_rounding(distill, fit) -> None:
 def test_everything_can_be_switched_off(distill, fit) -> None:
     plain, off = distill(), distill()
     fit(plain)
-    assert fit(off, Speed(channels_last=False, fold_teacher=False, compile="off")) == "Step: 32-true, not compiled"
+    said = fit(off, Speed(channels_last=False, fold_teacher=False, compile="off", keep_memory=False))
+    assert said == "Step: 32-true, not compiled"
     assert all(torch.equal(*pair) for pair in zip(weights(plain), weights(off), strict=True))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's allocator that is told so")
+def test_freed_memory_is_kept() -> None:
+    """Without it, a block of 64 MiB comes from the system each time, page by page, and goes back to it."""
+    program = """
+import resource, sys, torch
+from lkd.callbacks.speed import _keep_memory
+if sys.argv[1] == "keep":
+    assert _keep_memory()
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = [
+        int(subprocess.run([sys.executable, "-c", program, way], capture_output=True, text=True, check=True).stdout)
+        for way in ("keep", "return")
+    ]
+    assert 20 * faults[0] < faults[1]
 
 
 def test_compiled(distill, fit) -> None:
