@@ -114,7 +114,7 @@ def main() -> None:
     for text in table(wanted, options.rounds, options.steps):
         print(text, flush=True)
         lines.append(text)
-    lines += ["", machine(options.rounds, options.steps)]
+    lines += ["", f"n = {options.rounds} rounds of {options.steps} steps; {machine()}"]
     print(lines[-1])
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")

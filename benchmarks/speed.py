@@ -139,8 +139,8 @@ def overhead(bare: Row, ours: Row) -> str:
     )
 
 
-def machine(rounds: int, steps: int) -> str:
-    """What was measured on, and how often."""
+def machine() -> str:
+    """What was measured on."""
     import lightning
     import torch
 
@@ -152,7 +152,7 @@ def machine(rounds: int, steps: int) -> str:
     units = " and ".join(unit for unit, there in has.items() if there) or "none"
     versions = f"lkd {library.__version__}, torch {torch.__version__}, lightning {lightning.__version__}"
     return (
-        f"n = {rounds} rounds of {steps} steps; {name}, {torch.get_num_threads()} threads, bfloat16 units: {units}; "
+        f"{name}, {torch.get_num_threads()} threads, bfloat16 units: {units}; "
         f"{versions}, Python {platform.python_version()}"
     )
 
@@ -184,7 +184,7 @@ def main() -> None:
         pair = [row for row in tiny_rows(folder) if any(word in row[0] for word in options.only)]
         if len(pair) == 2:
             lines += ["", overhead(*measured(pair, options.rounds, 50 * options.steps))]
-        lines += ["", machine(options.rounds, options.steps)]
+        lines += ["", f"n = {options.rounds} rounds of {options.steps} steps; {machine()}"]
     print("\n".join(lines))
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")

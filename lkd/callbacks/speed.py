@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -23,6 +25,14 @@ _LONG = 2000
 
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 2**26}
 """From malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD."""
+
+_HOOKS = (
+    *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
+    *("on_before_optimizer_step", "on_train_batch_end"),
+)
+"""What Lightning asks of each callback in each step."""
+
+_NOTHING = nullcontext()
 
 _MEGAFLOPS = 5.0
 """Operations for an image from which on a CPU gains by bfloat16; below, it only converts."""
@@ -154,6 +164,28 @@ class Speed(L.Callback):
         for network in self._compiled:
             network._compiled_call_impl = None
         self._compiled = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Let Lightning skip what does nothing in a step: of some 80 hooks of callbacks 7 do, and no profiler runs."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for name in _HOOKS:
+                if getattr(type(callback), name) is getattr(L.Callback, name):
+                    setattr(callback, name, None)  # not callable, so it is not called
+        profiler = trainer.profiler  # type: ignore[attr-defined]
+        if type(profiler) is PassThroughProfiler:
+            vars(profiler)["profile"] = lambda name: _NOTHING
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Give that back."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for name in _HOOKS:
+                if vars(callback).get(name, callback) is None:
+                    delattr(callback, name)
+        vars(trainer.profiler).pop("profile", None)  # type: ignore[attr-defined]
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """The same, if the run fails."""
+        self.on_train_end(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Tell CUDA graphs that what the last step returned is no longer needed."""

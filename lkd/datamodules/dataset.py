@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
-from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +19,7 @@ from lkd.datamodules.draws import IMAGE, VIEW, Draws, successive, uniform
 from lkd.datamodules.files import ImageFiles
 from lkd.datamodules.mixing import Mix
 from lkd.datamodules.resident import Resident
-from lkd.datamodules.sampler import Key
+from lkd.datamodules.sampler import read_keys
 from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
 from lkd.datamodules.views import Views
 from lkd.store import fingerprint
@@ -122,19 +121,21 @@ class ImageDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, key: Key | int) -> Batch:
+    def __getitem__(self, key: int) -> Batch:
         return self.__getitems__([key])
 
-    def __getitems__(self, keys: Sequence[Key | int]) -> Batch:
-        """Returns the samples of the keys; a plain position means epoch 0."""
-        full = [key if isinstance(key, Key) else Key(0, key) for key in keys]
-        flat = np.fromiter(chain.from_iterable(full), np.int64, 3 * len(full))
-        rows = torch.from_numpy(flat).view(-1, 3).T.contiguous().to(self.index.device, non_blocking=True)
-        epoch, position, padding = rows
+    def __getitems__(self, keys: Sequence[int]) -> Batch:
+        """Returns the samples of the keys; see `Key`."""
+        read = read_keys(keys)
+        single = bool((read[0] == read[0, 0]).all())
+        epoch, position, padding = read.to(self.index.device, non_blocking=True)
         version, index = epoch if self.replay is None else epoch % self.replay, self.index.index_select(0, position)
-        if (flat[::3] == flat[0]).all():
-            self._draws.announce(version, int(flat[0]) if self.replay is None else int(flat[0]) % self.replay)
+        if single:
+            first = int(read[0, 0])
+            self._draws.announce(version, first if self.replay is None else first % self.replay)
         batch = self.make(version, index)
+        if not read[2].any():  # as in training
+            return batch
         return batch._replace(target=batch.target.masked_fill(padding.bool().repeat(batch.views), IGNORE_INDEX))
 
     def make(self, version: Tensor, index: Tensor) -> Batch:

@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
-from itertools import repeat
-from typing import NamedTuple, cast
+from collections.abc import Iterator, Sequence, Sized
+from typing import cast
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from lkd.datamodules.draws import permutation
 
+_PADDING, _EPOCH = 39, 40  # bits
 
-class Key(NamedTuple):
-    """What a sampler asks of an `ImageDataset`.
 
-    The epoch travels with the sample, so that workers which outlive an epoch know it.
+class Key(int):
+    """What a sampler asks of an `ImageDataset`: one number, as a tuple for each sample would take most of its time.
 
-    Attributes:
+    The epoch travels with the sample, so that workers which outlive an epoch know it. A plain position is the key of
+    epoch 0.
+
+    Args:
         epoch: Decides the augmentation, together with the sample.
-        position: Position in the data set.
+        position: Position in the data set, below 2^39.
         padding: Whether the sample only fills up a process's share and must not be counted.
     """
 
-    epoch: int
-    position: int
-    padding: bool = False
+    def __new__(cls, epoch: int, position: int, padding: bool = False) -> Key:
+        """Put the three into one number."""
+        return super().__new__(cls, epoch << _EPOCH | padding << _PADDING | position)
 
 
-class EpochSampler(DistributedSampler[Key]):
+def read_keys(keys: Sequence[int]) -> Tensor:
+    """What keys say.
+
+    Args:
+        keys: B of them.
+
+    Returns:
+        `(3, B)`, int64: epochs, positions, and 1 for padding.
+    """
+    whole = torch.tensor(keys, dtype=torch.int64)
+    return torch.stack((whole >> _EPOCH, whole & (1 << _PADDING) - 1, whole >> _PADDING & 1))
+
+
+class EpochSampler(DistributedSampler[int]):
     """Deals the samples of an epoch out to the processes; the order is a function of (seed, epoch).
 
     A `DistributedSampler`, so that Lightning leaves it in place and calls `set_epoch`. Where the samples do
@@ -58,13 +74,11 @@ class EpochSampler(DistributedSampler[Key]):
         if not padded:
             self.total_size, self.num_samples = self.size, len(range(rank, self.size, num_replicas))
 
-    def __iter__(self) -> Iterator[Key]:
+    def __iter__(self) -> Iterator[int]:
         position = torch.arange(self.rank, self.total_size, self.num_replicas)
         index = position % self.size
         if self.shuffle:
-            index = permutation(self.seed, self.epoch, self.size)[index]
-            padding = torch.zeros_like(position, dtype=torch.bool)
+            key = permutation(self.seed, self.epoch, self.size)[index]
         else:
-            padding = position >= self.size
-        # A third of the time of calling Key for each.
-        return map(Key._make, zip(repeat(self.epoch), index.tolist(), padding.tolist(), strict=False))
+            key = index | (position >= self.size).long() << _PADDING
+        return iter((key | self.epoch << _EPOCH).tolist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any, cast
 
 import lightning as L
@@ -188,7 +189,7 @@ class ClassificationModule(L.LightningModule):
         """The sum of `losses`."""
         batch = self.unpack(batch)
         logits, terms = self.losses(batch)
-        loss = torch.stack(list(terms.values())).sum()
+        loss = reduce(torch.add, terms.values())
         self.watch(self.network_names[0], logits)
         counts = {
             "correct answers": (logits.argmax(1) == batch.target).sum(),

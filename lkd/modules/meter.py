@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+_TOGETHER = 64
+
 
 class Meter:
     """Sums named scalars on their device; reads them out, once in a while, as means.
@@ -16,6 +18,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
+        self._waiting: list[tuple[int, Tensor]] = []  # steps that are not summed yet
         self._sums: Tensor | None = None
         self._first_bad: Tensor | None = None
         self._count = 0
@@ -28,13 +31,23 @@ class Meter:
                 rises from 0, it starts again.
             step: The step's number, for the error if one of them is not finite.
         """
-        stacked = torch.stack([value.detach().float() for value in values.values()])
-        bad = torch.where(stacked.isfinite(), torch.inf, float(step))
-        if self._sums is None or self._first_bad is None or self._names != tuple(values):
-            self._names, self._sums, self._first_bad, self._count = tuple(values), stacked, bad, 0
-        else:
-            self._sums, self._first_bad = self._sums + stacked, torch.minimum(self._first_bad, bad)
-        self._count += 1
+        if self._names != tuple(values):
+            self._names, self._waiting, self._sums, self._first_bad, self._count = tuple(values), [], None, None, 0
+        self._waiting.append((step, torch.stack([value.detach().float() for value in values.values()])))
+        if len(self._waiting) == _TOGETHER:
+            self._sum()
+
+    def _sum(self) -> None:
+        """Sum what waits: once for many steps, as each operation takes as long for one number as for a hundred."""
+        if not self._waiting:
+            return
+        steps, values = zip(*self._waiting, strict=True)
+        stacked = torch.stack(values)
+        number = torch.tensor(steps, dtype=torch.float32).to(stacked.device, non_blocking=True)[:, None]
+        sums, bad = stacked.sum(0), torch.where(stacked.isfinite(), torch.inf, number).amin(0)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)
+        self._count, self._waiting = self._count + len(steps), []
 
     def first_bad(self, gather: Callable[[Tensor], Tensor]) -> dict[str, int]:
         """Name to the first step at which it was not finite, for those that were not.
@@ -42,6 +55,7 @@ class Meter:
         Args:
             gather: Brings a tensor of all processes together: `(...)` to `(world, ...)` or, alone, unchanged.
         """
+        self._sum()
         if self._first_bad is None:
             return {}
         steps = gather(self._first_bad).view(-1, len(self._names)).amin(0).tolist()
@@ -53,6 +67,7 @@ class Meter:
         Args:
             gather: As for `first_bad`.
         """
+        self._sum()
         if self._sums is None:
             return {}
         means = (gather(self._sums) / self._count).view(-1, len(self._names)).mean(0).tolist()

@@ -91,6 +91,41 @@ def test_the_same_but_for_rounding(distill, fit) -> None:
     assert lean.teacher_taps.network is lean.teacher
 
 
+class Listener(L.Callback):
+    """Uses one hook of a step."""
+
+    heard = 0
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.heard += 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_hooks_that_do_nothing_are_skipped_meanwhile(distill, data, trainer, monkeypatch, fails: bool) -> None:
+    listener = Listener()
+    run = trainer(callbacks=[Speed(), listener], max_epochs=1)
+    asked = []
+
+    class Spy(DistillModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            asked.append([name for name, hook in vars(listener).items() if hook is None])
+            if fails and batch_idx == 2:
+                raise RuntimeError("stop")
+            return super().training_step(batch, batch_idx)
+
+    try:
+        run.fit(distill(Spy), data)
+    except RuntimeError:
+        assert fails
+    assert listener.heard == (2 if fails else 3)
+    assert len(asked[0]) == 5
+    assert "on_after_backward" not in asked[0]
+    assert not any(
+        value is None for callback in run.callbacks for name, value in vars(callback).items() if "on_" in name
+    )
+    assert "profile" not in vars(run.profiler)
+
+
 def test_everything_can_be_switched_off(distill, fit) -> None:
     plain, off = distill(), distill()
     fit(plain)
@@ -107,7 +142,8 @@ import resource, sys, torch
 from lkd.callbacks.speed import _keep_memory
 if sys.argv[1] == "keep":
     assert _keep_memory()
-torch.ones(2**24)
+for _ in range(3):
+    torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     torch.ones(2**24)

@@ -49,4 +49,12 @@ def test_values_keep_no_graph() -> None:
     meter = Meter()
     weight = torch.ones((), requires_grad=True)
     meter.update({"a": weight * 2}, 0)
-    assert not meter._sums.requires_grad
+    assert not meter._waiting[0][1].requires_grad
+
+
+def test_many_steps() -> None:
+    meter = Meter()
+    for step in range(150):
+        meter.update({"a": torch.tensor(float(step)), "b": torch.tensor(torch.inf if step > 100 else 0.0)}, step)
+    assert meter.first_bad(_alone) == {"b": 101}
+    assert meter.means(_alone) == {"a": 74.5, "b": torch.inf}
