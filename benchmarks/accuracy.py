@@ -24,6 +24,7 @@ WAYS = {
         "--speed.channels_last=false",
         "--speed.fold_teacher=false",
         "--speed.compile=off",
+        "--speed.keep_memory=false",
     ],
     "as it comes": [],
     "as it comes, answers kept, 2 versions": ["--teacher_cache.versions=2"],
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     images, teacher = (str(Path(path).resolve()) for path in (options.folder, options.teacher))
+    out = options.out and options.out.resolve()
     found: dict[str, list[float]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LKD_CACHE"] = folder
@@ -88,8 +90,8 @@ def main() -> None:
     what = f"{options.images:,} training images, {options.epochs} epochs, all test images"
     lines = [*table(found), "", f"CIFAR-10 (JPEG), {what}; {machine()}"]
     print("\n".join(lines))
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+    if out:
+        out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

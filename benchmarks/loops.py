@@ -127,31 +127,28 @@ def plain_lightning(pace: Pace, images: str, teacher: str, workers: int) -> None
     trainer.fit(Plain(pace, teacher), _loader(images, workers))
 
 
-def _batches(images: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _batches(images: str, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Whole batches, cropped, flipped and normalised by a few gathers: (image, target, index)."""
     stored, target = torch.from_numpy(np.load(images)), torch.from_numpy(np.load(images.replace("images", "targets")))
     mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     padded = F.pad(stored, (4, 4, 4, 4))
     rows = torch.arange(32)
     while True:
-        for index in torch.randperm(len(stored)).split(BATCH):
-            if len(index) < BATCH:
+        for index in torch.randperm(len(stored)).split(size):
+            if len(index) < size:
                 continue
-            top, left = torch.randint(9, (2, BATCH, 1))
-            columns = torch.where(torch.rand(BATCH, 1) < 0.5, rows.flip(0), rows) + left
+            top, left = torch.randint(9, (2, size, 1))
+            columns = torch.where(torch.rand(size, 1) < 0.5, rows.flip(0), rows) + left
             image = padded[index[:, None, None], :, (top + rows)[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
             yield (image.float() - mean) / std, target[index], index
 
 
-def bare_lean(pace: Pace, images: str, teacher: str, bf16: bool, kept: bool, compile: bool = False) -> None:
+def bare_lean(pace: Pace, images: str, teacher: str, bf16: bool, kept: bool, size: int = BATCH) -> None:
     """With whole batches, channels last, a folded teacher and freed memory kept; with logits at hand if `kept`."""
     student, big = (network.to(memory_format=torch.channels_last) for network in networks(teacher))
     big = fuse(big)
-    if compile:
-        student.compile()
-        big.compile()
     optimizer = sgd(student)
-    batches = _batches(images)
+    batches = _batches(images, size)
     for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
         ctypes.CDLL(None).mallopt(option, value)
     answers = torch.randn(len(np.load(images, mmap_mode="r")), 10).half()

@@ -17,7 +17,7 @@ import os
 import platform
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +104,16 @@ def tiny_rows(folder: str) -> Iterator[tuple[str, str, dict[str, Any], int]]:
     yield "tiny networks, lkd fit", "lkd_fit", {"settings": [f"--config={folder}/tiny.yaml"]}, 200
 
 
-def measured(wanted: list[tuple[str, str, dict[str, Any], int]], rounds: int, steps: int) -> list[Row]:
+def measured(
+    wanted: list[tuple[str, str, dict[str, Any], int]], rounds: int, steps: int, say: Callable[[str], None] = print
+) -> list[Row]:
     """Run the rows in turn."""
     found: list[Row] = []
     try:
         for name, loop, arguments, warm_up in wanted:
             found.append(Row(name, f"benchmarks.loops:{loop}", arguments, warm_up))
-            print(f"{name}: ready ({found[-1].first:.0f} images/s while warming up)", flush=True)
-        in_turn(found, rounds, steps, print)
+            say(f"{name}: ready ({found[-1].first:.0f} images/s while warming up)")
+        in_turn(found, rounds, steps, say)
     finally:
         for row in found:
             row.close()

@@ -150,7 +150,11 @@ class SharedRows:
         folder.mkdir(parents=True, exist_ok=True)
         handle, path = tempfile.mkstemp(prefix=".filling.", dir=folder)
         try:
-            os.posix_fallocate(handle, 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle, 0, size)
+            else:  # macOS
+                for start in range(0, size, _PIECE):
+                    os.write(handle, bytes(min(_PIECE, size - start)))
         except BaseException:
             Path(path).unlink()
             raise
@@ -159,6 +163,7 @@ class SharedRows:
         return path
 
 
+_PIECE = 2**24
 _SEEN = torch.zeros(1, dtype=torch.bool)
 
 

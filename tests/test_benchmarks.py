@@ -1,11 +1,17 @@
-"""The benchmarks' own code; that they run is seen by running them."""
+"""The benchmarks run, and count as they say; what they measure is not tested."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+
+from benchmarks import accuracy, growth, pacing, speed
+from lkd.models import resnet56
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -44,3 +50,64 @@ def test_every_method_has_its_row(methods) -> None:
     measured = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")} - {"method"}
     overlays = {path.stem for path in methods.METHODS.glob("*.yaml")} - set(methods.LEFT_OUT)
     assert measured == overlays | {methods.ALONE}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> str:
+    """A folder as of CIFAR-10's images, with eight of each class."""
+    generator = np.random.default_rng(0)
+    for number in range(80):
+        for split in ("train", "test"):
+            path = tmp_path / "images" / split / str(number % 10) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(path)
+    return str(tmp_path / "images")
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    torch.save(resnet56(num_classes=10, shortcut="A").state_dict(), tmp_path / "teacher.th")
+    return str(tmp_path / "teacher.th")
+
+
+def test_rows_take_their_steps_in_turn(tmp_path: Path, images: str, teacher: str) -> None:
+    arrays = speed.decoded(images, str(tmp_path))
+    assert np.load(arrays).shape == (80, 3, 32, 32)
+    Path("mine.py").write_text("def make(images, targets, teacher, student, size):\n    return lambda: len(images)\n")
+    every = {name: row for name, *row in speed.rows(images, teacher, arrays)}
+    settings = every["lkd fit, 32-true"][1]["settings"] + [
+        "--data.init_args.batch_size=16",
+        "--data.init_args.val_size=8",
+    ]
+    wanted = [
+        ("bare", "bare_lean", {**every["bare loop, lean, bf16-mixed"][1], "size": 16}, 1),
+        ("lkd", "lkd_fit", {"settings": settings}, 1),
+        ("mine", "own", {"adapter": "mine.py:make", "images": arrays, "teacher": teacher}, 1),
+    ]
+    said = []
+    found = speed.measured(wanted, rounds=2, steps=2, say=said.append)
+    assert [len(row.speeds) for row in found] == [2, 2, 2]
+    assert all(row.speed > 0 and row.peak > 1e8 and row.start_up > 0 for row in found)
+    first = list(speed.table(found))[2]
+    assert first.startswith("| bare | 1.00 | 1.00 to 1.00 |")
+    assert said[-2:] == ["round 1 of 2", "round 2 of 2"]
+
+
+def test_a_loop_that_fails_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)broken: .*FileNotFoundError"):
+        pacing.Row("broken", "benchmarks.loops:bare_eager", {"images": "none.npy", "teacher": "none.th", "workers": 0})
+
+
+def test_growth(tmp_path: Path) -> None:
+    setting = growth.Setting(batch_size=16, teacher="resnet8", classes=10, images=64)
+    line = growth.line(setting, growth.measured(setting, rounds=1, steps=1, folder=str(tmp_path)))
+    assert line.startswith("| batch 16, resnet8, 10 classes, 64 images | ")
+    assert len(line.split("|")) == 10
+
+
+def test_accuracy(images: str, teacher: str) -> None:
+    (plain, *_, kept) = accuracy.WAYS.values()
+    found = {name: [accuracy.accuracy(way, 0, images, teacher, 40, 1)] for name, way in (("a", plain), ("b", kept))}
+    assert all(0 <= value <= 100 for (value,) in found.values())
+    assert len(list(accuracy.table(found))) == 4

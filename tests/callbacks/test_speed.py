@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from lkd import ClassificationModule, DistillModule, PastTeacherModule
 from lkd.__main__ import main
@@ -91,6 +92,35 @@ def test_the_same_but_for_rounding(distill, fit) -> None:
     assert lean.teacher_taps.network is lean.teacher
 
 
+@pytest.mark.parametrize("kind", [SGD, Adam, AdamW, Adagrad])
+def test_fused_optimizers_do_the_same_and_go_on(distill, data, trainer, tmp_path: Path, kind: type) -> None:
+    """Also from the checkpoint of a run that did without."""
+
+    def fit(epochs: int, fuse: bool, ckpt: Path | None = None) -> DistillModule:
+        module = distill(optimizer=lambda parameters: kind(parameters, lr=0.01))
+        run = trainer(callbacks=[Speed(fuse_optimizer=fuse, channels_last=False)], max_epochs=epochs)
+        run.fit(module, data, ckpt_path=ckpt)
+        run.save_checkpoint(tmp_path / f"{fuse}{epochs}.ckpt")
+        return module
+
+    expected = weights(fit(4, fuse=False))
+    fit(2, fuse=True)
+    fit(2, fuse=False)
+    runs = [fit(4, True), fit(4, True, tmp_path / "True2.ckpt"), fit(4, True, tmp_path / "False2.ckpt")]
+    for module in runs:
+        for one, other in zip(expected, weights(module), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_what_was_told_otherwise_is_not_fused(distill, fit) -> None:
+    optimizers = [
+        lambda parameters: SGD(parameters, lr=0.1, foreach=False),
+        lambda parameters: RMSprop(parameters),
+    ]
+    for make in optimizers:
+        assert "fused" not in fit(distill(optimizer=make), Speed())
+
+
 class Listener(L.Callback):
     """Uses one hook of a step."""
 
@@ -129,7 +159,9 @@ def test_hooks_that_do_nothing_are_skipped_meanwhile(distill, data, trainer, mon
 def test_everything_can_be_switched_off(distill, fit) -> None:
     plain, off = distill(), distill()
     fit(plain)
-    said = fit(off, Speed(channels_last=False, fold_teacher=False, compile="off", keep_memory=False))
+    said = fit(
+        off, Speed(channels_last=False, fold_teacher=False, compile="off", keep_memory=False, fuse_optimizer=False)
+    )
     assert said == "Step: 32-true, not compiled"
     assert all(torch.equal(*pair) for pair in zip(weights(plain), weights(off), strict=True))
 
@@ -173,7 +205,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(distill, fit, monkeypatch, tmp_pa
     monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
     torch._dynamo.reset()
     plain, module = distill(), distill()
-    said = fit(module, Speed(compile="default", channels_last=False, fold_teacher=False))
+    said = fit(module, Speed(compile="default", channels_last=False, fold_teacher=False, fuse_optimizer=False))
     assert "not compiled (it fails: " in said
     assert "compiler" in said
     fit(plain)
