@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from benchmarks.pacing import Row, in_turn
-from benchmarks.speed import machine
+from benchmarks.speed import TINY, machine
 
 
 class Setting(NamedTuple):
@@ -101,6 +101,24 @@ def table(settings: list[Setting], rounds: int, steps: int) -> Iterator[str]:
             yield line(setting, measured(setting, rounds, steps, folder))
 
 
+def long_run(folder: str, few: int, many: int) -> str:
+    """Peak memory after some epochs of two steps, and after many, with validation, checkpoints and kept answers."""
+    path = Path(folder, "tiny.yaml")
+    path.write_text(TINY.replace("IMAGES", "1256"))
+    settings = [f"--config={path}", "--trainer.check_val_every_n_epoch=1", "--teacher_cache.versions=4"]
+    row = Row("long", "benchmarks.loops:lkd_fit", {"settings": settings}, 1)
+    try:
+        row.run(2 * few - 2)
+        early = row.peak
+        row.run(2 * (many - few))
+    finally:
+        row.close()
+    return (
+        f"Peak memory of a run of tiny networks after {few} epochs: {early / 1e6:,.0f} MB; after {many:,} epochs: "
+        f"{row.peak / 1e6:,.0f} MB."
+    )
+
+
 def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,8 +132,11 @@ def main() -> None:
     for text in table(wanted, options.rounds, options.steps):
         print(text, flush=True)
         lines.append(text)
+    if "epochs" in options.only or "" in options.only:
+        with tempfile.TemporaryDirectory() as folder:
+            lines += ["", long_run(folder, 20, 1000)]
     lines += ["", f"n = {options.rounds} rounds of {options.steps} steps; {machine()}"]
-    print(lines[-1])
+    print("\n".join(lines[-3:]))
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")
 

@@ -106,6 +106,10 @@ def test_growth(tmp_path: Path) -> None:
     assert len(line.split("|")) == 10
 
 
+def test_a_long_run(tmp_path: Path) -> None:
+    assert " after 2 epochs: " in growth.long_run(str(tmp_path), 2, 4)
+
+
 def test_accuracy(images: str, teacher: str) -> None:
     (plain, *_, kept) = accuracy.WAYS.values()
     found = {name: [accuracy.accuracy(way, 0, images, teacher, 40, 1)] for name, way in (("a", plain), ("b", kept))}

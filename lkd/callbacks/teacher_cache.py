@@ -268,7 +268,8 @@ class TeacherCache(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Let the module ask its teacher again."""
-        pl_module.recall = None
+        if self._keeps:
+            pl_module.recall = None
         self._answers = self._shared = None
 
 

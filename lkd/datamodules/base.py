@@ -11,7 +11,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from lkd.datamodules.dataset import ImageDataset, ImageSource
 from lkd.datamodules.mixing import Mix
@@ -273,6 +273,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available() and dataset.index.is_cpu,
             persistent_workers=workers > 0,
+            generator=torch.Generator(),  # of the workers' seeds, so that they leave the global one alone
             # A rest of one image would break BatchNorm, and compiled steps want one shape. Which images are
             # left out differs from epoch to epoch.
             drop_last=training and len(sampler) >= self.batch_size,
@@ -307,14 +308,24 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
 
 class _Loader(DataLoader[Batch]):
-    """Starts its workers when the first batch is asked for.
+    """Starts its workers when the first batch is asked for; without any, it takes whole batches of an epoch.
 
     Lightning makes the iterator of a resumed run before it tells the sampler the epoch; workers that began to read
     then would read the first epoch again.
     """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        yield from super().__iter__()
+        size = self.batch_size
+        whole = type(self.batch_sampler) is BatchSampler  # predict has one that notes what it reads
+        if self.num_workers or self.pin_memory or size is None or not whole:
+            yield from super().__iter__()
+        elif isinstance(self.sampler, EpochSampler) and isinstance(self.dataset, ImageDataset):
+            epoch, dealt = self.sampler.epoch, self.sampler.deal()
+            for position, padding in zip(*(torch.split(part, size) for part in dealt), strict=True):
+                if len(position) == size or not self.drop_last:
+                    yield self.dataset.take(epoch, position, padding)
+        else:
+            yield from super().__iter__()
 
 
 def _gpu(trainer: L.Trainer | None) -> torch.device | None:

@@ -126,17 +126,26 @@ class ImageDataset(Dataset[Batch]):
 
     def __getitems__(self, keys: Sequence[int]) -> Batch:
         """Returns the samples of the keys; see `Key`."""
-        read = read_keys(keys)
-        single = bool((read[0] == read[0, 0]).all())
-        epoch, position, padding = read.to(self.index.device, non_blocking=True)
-        version, index = epoch if self.replay is None else epoch % self.replay, self.index.index_select(0, position)
-        if single:
-            first = int(read[0, 0])
-            self._draws.announce(version, first if self.replay is None else first % self.replay)
-        batch = self.make(version, index)
-        if not read[2].any():  # as in training
-            return batch
-        return batch._replace(target=batch.target.masked_fill(padding.bool().repeat(batch.views), IGNORE_INDEX))
+        epoch, position, padding = read_keys(keys)
+        if (epoch == epoch[0]).all():
+            return self.take(int(epoch[0]), position, padding.bool())
+        version = epoch if self.replay is None else epoch % self.replay
+        batch = self.make(version.to(self.index.device), self.index[position.to(self.index.device)])
+        return _without(batch, padding.bool())
+
+    def take(self, epoch: int, position: Tensor, padding: Tensor) -> Batch:
+        """Samples of one epoch.
+
+        Args:
+            epoch: Its number.
+            position: Positions in this data set `(B,)`, int64, on the CPU.
+            padding: Which samples only fill up the batch `(B,)`, bool, on the CPU: they get no label.
+        """
+        index = self.index.index_select(0, position.to(self.index.device, non_blocking=True))
+        number = epoch if self.replay is None else epoch % self.replay
+        version = torch.full_like(index, number)
+        self._draws.announce(version, number)
+        return _without(self.make(version, index), padding)
 
     def make(self, version: Tensor, index: Tensor) -> Batch:
         """Some images with all their views.
@@ -317,6 +326,13 @@ def _joined(views: Sequence[Batch]) -> Batch:
     parts = [(view.input, view.target, view.index, view.version) for view in views]
     image, target, index, version = (torch.cat(part) for part in zip(*parts, strict=True))
     return Batch(image, target, index, len(views), version, _joined_mixed(views))
+
+
+def _without(batch: Batch, padding: Tensor) -> Batch:
+    if not padding.any():  # as in training
+        return batch
+    unlabelled = padding.to(batch.target.device).repeat(batch.views)
+    return batch._replace(target=batch.target.masked_fill(unlabelled, IGNORE_INDEX))
 
 
 def _joined_mixed(views: Sequence[Batch]) -> Mixed | None:

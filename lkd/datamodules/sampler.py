@@ -74,11 +74,14 @@ class EpochSampler(DistributedSampler[int]):
         if not padded:
             self.total_size, self.num_samples = self.size, len(range(rank, self.size, num_replicas))
 
-    def __iter__(self) -> Iterator[int]:
-        position = torch.arange(self.rank, self.total_size, self.num_replicas)
-        index = position % self.size
+    def deal(self) -> tuple[Tensor, Tensor]:
+        """This process's share of the epoch: positions `(N,)`, int64, and whether each only fills up `(N,)`, bool."""
+        turn = torch.arange(self.rank, self.total_size, self.num_replicas)
+        position = turn % self.size
         if self.shuffle:
-            key = permutation(self.seed, self.epoch, self.size)[index]
-        else:
-            key = index | (position >= self.size).long() << _PADDING
-        return iter((key | self.epoch << _EPOCH).tolist())
+            return permutation(self.seed, self.epoch, self.size)[position], torch.zeros_like(turn, dtype=torch.bool)
+        return position, turn >= self.size
+
+    def __iter__(self) -> Iterator[int]:
+        position, padding = self.deal()
+        return iter((position | padding.long() << _PADDING | self.epoch << _EPOCH).tolist())

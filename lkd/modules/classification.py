@@ -28,6 +28,7 @@ from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
 
 _LOGITS = " logits"
+RUNNING_HOOK = "_current_fx_name"
 FROM_DATA = ("num_samples", "batch_size", "train_index")
 """What a criterion may leave to the datamodule: attributes of these names that are None."""
 
@@ -99,8 +100,8 @@ class ClassificationModule(L.LightningModule):
         _name_default(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set Lightning's note of the hook that runs without nn.Module's checks: it is set 45 times in a step."""
-        if name == "_current_fx_name":
+        """Set Lightning's note of the hook that runs without nn.Module's checks: it is set 40 times in a step."""
+        if name == RUNNING_HOOK:
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from lkd.losses import KD, DistillLoss, named_terms
 from lkd.losses.base import RESERVED, buffers_same_everywhere, check_criterion
 from lkd.models import load_weights
-from lkd.modules.classification import FROM_DATA, ClassificationModule, accuracy
+from lkd.modules.classification import FROM_DATA, RUNNING_HOOK, ClassificationModule, accuracy
 from lkd.taps import FeatureTaps
 from lkd.types import IGNORE_INDEX, Batch, Normalization, Outputs, Probe
 
@@ -119,8 +119,8 @@ class DistillModule(ClassificationModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep the teacher out of the module's tree: what walks it (DDP, averaging, `unfreeze`) is not to meet it."""
-        if name == "teacher" and not self.saves_teacher:
-            object.__setattr__(self, name, value)
+        if name == RUNNING_HOOK or (name == "teacher" and not self.saves_teacher):
+            self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
 

@@ -318,6 +318,12 @@ def test_bad_arguments(argument: str) -> None:
         TeacherCache(**{argument: 0})
 
 
+def test_where_the_system_reserves_no_files(run, monkeypatch) -> None:
+    monkeypatch.delattr("os.posix_fallocate")
+    assert run(epochs=1)[2] == NUM_TRAIN
+    assert run(epochs=1)[2] == SAMPLE
+
+
 def test_a_folder_that_cannot_be_written(run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match=r"cannot be kept in .*; set teacher_cache.folder to a folder with room"):
