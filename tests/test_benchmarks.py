@@ -78,7 +78,7 @@ def test_rows_take_their_steps_in_turn(tmp_path: Path, images: str, teacher: str
     every = {name: row for name, *row in speed.rows(images, teacher, arrays)}
     settings = every["lkd fit, 32-true"][1]["settings"] + [
         "--data.init_args.batch_size=16",
-        "--data.init_args.val_size=8",
+        "--data.init_args.val_size=20",
     ]
     wanted = [
         ("bare", "bare_lean", {**every["bare loop, lean, bf16-mixed"][1], "size": 16}, 1),
@@ -111,7 +111,7 @@ def test_a_long_run(tmp_path: Path) -> None:
 
 
 def test_accuracy(images: str, teacher: str) -> None:
-    (plain, *_, kept) = accuracy.WAYS.values()
-    found = {name: [accuracy.accuracy(way, 0, images, teacher, 40, 1)] for name, way in (("a", plain), ("b", kept))}
+    (plain, *_, kept) = ([*way, "--data.init_args.val_size=20"] for way in accuracy.WAYS.values())
+    found = {name: [accuracy.accuracy(way, 0, images, teacher, 40, 6)] for name, way in (("a", plain), ("b", kept))}
     assert all(0 <= value <= 100 for (value,) in found.values())
     assert len(list(accuracy.table(found))) == 4

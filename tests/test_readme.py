@@ -49,7 +49,7 @@ def test_commands(command: str, reader: None) -> None:
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 8
     assert len(CHAINS) == 2
 
 

@@ -112,7 +112,7 @@ class Speed(L.Callback):
         if not any(isinstance(layer, _BatchNorm) for layer in module.teacher.modules()):
             return
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn((2, *example.shape[1:]), generator=generator).to(example)
+        noise = _fitting(torch.randn((2, *example.shape[1:]), generator=generator), module.teacher)
         try:
             module.teacher_taps = FeatureTaps(fold_batch_norms(module.teacher, noise))
         except ValueError as error:
@@ -156,7 +156,7 @@ class Speed(L.Callback):
         """One forward and backward pass of a full batch, that leaves no trace."""
         example, model = module.example_input(), module.model
         size = getattr(trainer.datamodule, "batch_size", 2)  # type: ignore[attr-defined]
-        batch = torch.zeros((size, *example.shape[1:])).to(example)
+        batch = _fitting(torch.zeros((size, *example.shape[1:])), model)
         kept, training = {name: buffer.clone() for name, buffer in model.named_buffers()}, model.training
         devices = [batch.device] if batch.device.type == "cuda" else []
         with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
@@ -239,7 +239,10 @@ def fitting_precision(module: Any, example: Tensor | None, gpu: bool) -> Literal
     convolutions = [layer for layer in networks[0].modules() if isinstance(layer, nn.Conv2d)]
     if any(layer.groups > 1 for layer in convolutions):  # in bfloat16, a CPU's depthwise convolutions are slow
         return "32-true"
-    flops = network_size("", networks[0], example).flops or 0
+    try:
+        flops = network_size("", networks[0], example).flops or 0
+    except RuntimeError:  # the network cannot take the input: setup says so
+        return "32-true"
     return "bf16-mixed" if flops > 1e6 * _MEGAFLOPS else "32-true"
 
 
@@ -283,7 +286,11 @@ def _lay_out(network: nn.Module, memory_format: torch.memory_format) -> int:
 def _try(network: nn.Module, example: Any) -> None:
     if isinstance(example, Tensor):
         with torch.no_grad(), evaluating(network):
-            network(example.to(next(network.parameters(), example).dtype))
+            network(_fitting(example, network))
+
+
+def _fitting(input: Tensor, network: nn.Module) -> Tensor:
+    return input.to(next(network.parameters(), input))
 
 
 def _is_image(example: Any) -> bool:
