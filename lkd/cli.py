@@ -146,7 +146,8 @@ class LkdCLI(LightningCLI):
         if not kept:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         self.trainer_defaults["callbacks"] = _callbacks(str(self.subcommand), logged, kept)
-        if fit and config.get("precision") is None and not config.get("plugins"):
+        forks = any(word in str(config.get("strategy")) for word in ("fork", "notebook"))  # they want CUDA untouched
+        if fit and config.get("precision") is None and not config.get("plugins") and not forks:
             config["precision"] = kwargs["precision"] = self._precision(config)
         own_bar = any(isinstance(callback, L.pytorch.callbacks.ProgressBar) for callback in config["callbacks"] or [])
         if config.get("enable_progress_bar") is not False and not own_bar:

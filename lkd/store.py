@@ -22,12 +22,19 @@ from torch import Tensor
 def cache_folder(kind: str) -> Path:
     """Where kept files of a kind lie: below `$LKD_CACHE`, else `$XDG_CACHE_HOME/lkd`, else `~/.cache/lkd`.
 
+    A user without a home has them below the folder for temporary files.
+
     Args:
         kind: Name of the folder there.
     """
-    own = os.environ.get("LKD_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(own) if own else (Path(home) if home else Path.home() / ".cache") / "lkd") / kind
+    if own := os.environ.get("LKD_CACHE"):
+        return Path(own) / kind
+    if home := os.environ.get("XDG_CACHE_HOME"):
+        return Path(home) / "lkd" / kind
+    try:
+        return Path.home() / ".cache" / "lkd" / kind
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "lkd" / kind
 
 
 def fingerprint(*parts: object) -> str:

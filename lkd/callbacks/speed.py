@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import SGD, Adagrad, Adam, AdamW
+from torch.optim import SGD, Adam, AdamW
 
 from lkd.callbacks.folding import fold_batch_norms
 from lkd.callbacks.monitor import network_size
@@ -35,7 +35,7 @@ _HOOKS = (
 
 _NOTHING = nullcontext()
 
-_FUSIBLE = (SGD, Adam, AdamW, Adagrad)
+_FUSIBLE = (SGD, Adam, AdamW)
 
 _MEGAFLOPS = 5.0
 """Operations for an image from which on a CPU gains by bfloat16; below, it only converts."""
@@ -55,7 +55,7 @@ class Speed(L.Callback):
         keep_memory: Whether on a CPU the process keeps what a step frees for the next one, from then on (glibc's
             `mallopt`). Otherwise each step gives most of it back, and is given it again page by page, filled with
             zeros: that takes a fifth of the time. The peak is the same.
-        fuse_optimizer: Whether SGD, Adam, AdamW and Adagrad update all parameters in one operation, unless they were
+        fuse_optimizer: Whether SGD, Adam and AdamW update all parameters in one operation, unless they were
             told otherwise, or fp16's scaling is in use.
     """
 
@@ -71,6 +71,7 @@ class Speed(L.Callback):
         self.keep_memory, self.fuse_optimizer = keep_memory, fuse_optimizer
         self._compiled: list[nn.Module] = []
         self._own_taps: FeatureTaps | None = None
+        self._version = 0  # the teacher's, when it was folded
         self._said: list[str] = []
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
@@ -96,20 +97,19 @@ class Speed(L.Callback):
             self._said.append("channels last")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Fold the teacher, compile, and say what is on."""
+        """Fold the teacher, and compile."""
         self._fold(pl_module)
         if self.keep_memory and trainer.strategy.root_device.type == "cpu" and _keep_memory():
             self._said.append("freed memory kept")
-        if self.fuse_optimizer and [o for o in trainer.optimizers if _fuse(o, str(trainer.precision))]:
-            self._said.append("optimizer fused")
         self._compile(trainer, pl_module)
-        pl_module.print(f"Step: {', '.join(self._said)}")
 
     def _fold(self, module: Any) -> None:
         taps, example = getattr(module, "teacher_taps", None), module.example_input()
-        if not self.fold_teacher or taps is None or taps.layers or module.saves_teacher or not _is_image(example):
+        if not self.fold_teacher or taps is None or taps.layers or module.teacher_changes or not _is_image(example):
             return
-        if not any(isinstance(layer, _BatchNorm) for layer in module.teacher.modules()):
+        layers = list(module.teacher.modules())
+        read = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        if read or not any(isinstance(layer, _BatchNorm) for layer in layers):
             return
         generator = torch.Generator().manual_seed(0)
         noise = _fitting(torch.randn((2, *example.shape[1:]), generator=generator), module.teacher)
@@ -118,7 +118,7 @@ class Speed(L.Callback):
         except ValueError as error:
             self._said.append(f"teacher not folded ({error})")
         else:
-            self._own_taps = taps
+            self._own_taps, self._version = taps, module.teacher_version
             self._said.append("teacher's batch norms folded")
 
     def _compile(self, trainer: L.Trainer, module: Any) -> None:
@@ -157,16 +157,21 @@ class Speed(L.Callback):
         example, model = module.example_input(), module.model
         size = getattr(trainer.datamodule, "batch_size", 2)  # type: ignore[attr-defined]
         batch = _fitting(torch.zeros((size, *example.shape[1:])), model)
-        kept, training = {name: buffer.clone() for name, buffer in model.named_buffers()}, model.training
+        kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        modes = {layer: layer.training for layer in model.modules()}
         devices = [batch.device] if batch.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
-            torch.autograd.backward(logits_of(model.train()(batch)).float().sum())
-            with torch.no_grad():
-                for network in self._compiled[1:]:
-                    network(batch)
-        model.train(training).zero_grad(set_to_none=True)
-        for name, buffer in model.named_buffers():
-            buffer.copy_(kept[name])
+        try:
+            with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
+                torch.autograd.backward(logits_of(model(batch)).float().sum())
+                with torch.no_grad():
+                    for network in self._compiled[1:]:
+                        network(batch)
+        finally:
+            for layer, training in modes.items():
+                layer.training = training
+            model.zero_grad(set_to_none=True)
+            for name, buffer in model.named_buffers():
+                buffer.copy_(kept[name])
 
     def _uncompile(self) -> None:
         for network in self._compiled:
@@ -174,10 +179,16 @@ class Speed(L.Callback):
         self._compiled = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Let Lightning skip what does nothing in a step: of some 80 hooks of callbacks 7 do, and no profiler runs."""
+        """Fuse the optimizer, say what is on, and let Lightning skip what does nothing in a step.
+
+        Of some 80 hooks of callbacks in a step 7 do something, and no profiler runs.
+        """
+        if self.fuse_optimizer and [o for o in trainer.optimizers if _fuse(o, str(trainer.precision))]:
+            self._said.append("optimizer fused")
+        pl_module.print(f"Step: {', '.join(self._said)}")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             for name in _HOOKS:
-                if getattr(type(callback), name) is getattr(L.Callback, name):
+                if name not in vars(callback) and getattr(type(callback), name) is getattr(L.Callback, name):
                     setattr(callback, name, None)  # not callable, so it is not called
         profiler = trainer.profiler  # type: ignore[attr-defined]
         if type(profiler) is PassThroughProfiler:
@@ -192,13 +203,19 @@ class Speed(L.Callback):
         vars(trainer.profiler).pop("profile", None)  # type: ignore[attr-defined]
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """The same, if the run fails."""
+        """The same, and what `teardown` does, if the run fails."""
         self.on_train_end(trainer, pl_module)
+        self.teardown(trainer, pl_module, "fit")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Tell CUDA graphs that what the last step returned is no longer needed."""
         if self._compiled and self.compile == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Ask the teacher itself if somebody has changed it since it was folded."""
+        if self._own_taps is not None and pl_module.teacher_version != self._version:
+            pl_module.teacher_taps, self._own_taps = self._own_taps, None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Validate as it is: other batch sizes and modes would be compiled anew."""
@@ -217,6 +234,9 @@ class Speed(L.Callback):
         self._uncompile()
         if self._own_taps is not None:
             pl_module.teacher_taps, self._own_taps = self._own_taps, None
+        if "channels last" in self._said:
+            for name in pl_module.network_names:
+                _lay_out(getattr(pl_module, name), torch.contiguous_format)
 
 
 def fitting_precision(module: Any, example: Tensor | None, gpu: bool) -> Literal["bf16-mixed", "32-true"]:
@@ -247,15 +267,18 @@ def fitting_precision(module: Any, example: Tensor | None, gpu: bool) -> Literal
 
 
 def _fuse(optimizer: Any, precision: str) -> bool:
-    """Let an optimizer's step be one operation, before it has a state; whether that can be done."""
+    """Let an optimizer's step be one operation; whether that can be done."""
     groups = optimizer.param_groups
     parameters = [parameter for group in groups for parameter in group["params"]]
-    told = any(group.get("foreach") is not None or group.get("fused") for group in groups)
+    told = any(group.get("foreach") is not None or group.get("fused") is not None for group in groups)
     if type(optimizer) not in _FUSIBLE or told or precision.startswith("16"):
         return False
     if any(group.get("differentiable") or group.get("capturable") for group in groups):
         return False
     if not all(parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda") for parameter in parameters):
+        return False
+    counted = any("step" in state for state in optimizer.state.values())
+    if counted and any(parameter.is_cuda for parameter in parameters):  # a run resumed: its steps lie on the CPU
         return False
     for group in groups:
         group["fused"] = True
@@ -271,9 +294,12 @@ def _keep_memory() -> bool:
 
 
 def _reads_by_its_own(module: Any) -> bool:
+    """Whether code of the user's own reads features, which may rely on their layout."""
     criterion = getattr(module, "criterion", None)
-    layers = [*getattr(criterion, "student_layers", ()), *getattr(criterion, "teacher_layers", ())]
-    return bool(layers) and not type(criterion).__module__.startswith("lkd.")
+    if criterion is None or not (criterion.student_layers or criterion.teacher_layers):
+        return False
+    parts = [*criterion.modules(), module]
+    return not all(type(part).__module__.startswith(("lkd.", "torch.")) for part in parts)
 
 
 def _lay_out(network: nn.Module, memory_format: torch.memory_format) -> int:
@@ -286,7 +312,7 @@ def _lay_out(network: nn.Module, memory_format: torch.memory_format) -> int:
 def _try(network: nn.Module, example: Any) -> None:
     if isinstance(example, Tensor):
         with torch.no_grad(), evaluating(network):
-            network(_fitting(example, network))
+            network(_fitting(torch.cat((example, example)), network))  # for one image, more views fit
 
 
 def _fitting(input: Tensor, network: nn.Module) -> Tensor:

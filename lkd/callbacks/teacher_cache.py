@@ -63,27 +63,28 @@ class TeacherCache(L.Callback):
                 raise ValueError(f"teacher_cache needs {name} of 1 or more, or null for none, got {number}")
         self.versions = versions
         self.storage = Storage(getattr(torch, dtype), top_k)
-        self.folder = Path(folder) if folder else cache_folder("answers")
+        self.folder = folder
         self._answers: Answers | None = None
         self._shared: SharedRows | None = None
-        self._keeps = False
+        self._keeps = self._is_checked = False
         self._made_from: dict[str, str] = {}
+        self._trusted: set[int] = set()
+        self._epoch = -1  # whose version is open
         self._asked = self._rest = self._read = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that the answers can be kept, and give the images their versions."""
-        if isinstance(trainer.datamodule, ImageDataModule) and "train" in trainer.datamodule.datasets:  # type: ignore[attr-defined]
-            _images(trainer).replay = self.versions
         self._keeps = self.versions is not None and stage == "fit"
         if self._keeps:
             _check(trainer, pl_module)
+            self._replay(trainer, self.versions)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Stand between the module and its teacher."""
         if not self._keeps:
             return
         self._asked = self._rest = self._read = 0
-        self._trusted: set[int] = set()
+        self._trusted, self._epoch, self._teacher = set(), -1, pl_module.teacher_version
         parts = {
             **_images(trainer).made_from(),
             "teacher": fingerprint(str(pl_module.teacher), *pl_module.teacher.state_dict().values()),
@@ -100,16 +101,20 @@ class TeacherCache(L.Callback):
         )
         pl_module.recall = lambda batch, ask: self._recall(trainer, batch, ask)
 
+    @property
+    def _root(self) -> Path:
+        return Path(self.folder) if self.folder else cache_folder("answers")
+
     def _others(self) -> str:
         """What the nearest answers in the folder were made from that these are not."""
         differ: list[list[str]] = []
-        for file in self.folder.glob("*/0.safetensors"):
+        for file in self._root.glob("*/0.safetensors"):
             other = made_from(file) or {}
             differ.append([name for name, value in self._made_from.items() if other.get(name) != value])
         return f"; others there were made from another {' and '.join(sorted(differ, key=len)[0])}" if differ else ""
 
     def _path(self, version: int) -> Path:
-        return self.folder / fingerprint(sorted(self._made_from.items())) / f"{version}.safetensors"
+        return self._root / fingerprint(sorted(self._made_from.items())) / f"{version}.safetensors"
 
     def _of(self, version: int) -> dict[str, str]:
         return {**self._made_from, "version": str(version)}
@@ -118,19 +123,28 @@ class TeacherCache(L.Callback):
         return trainer.current_epoch % cast("int", self.versions)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Open the answers to this epoch's version, if all processes find them."""
-        if not self._keeps:
-            return
-        version = self._version(trainer)
+        """Open the answers to this epoch's version."""
+        if self._keeps:
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: L.Trainer, module: Any) -> None:
+        """Open the answers, if all processes find them."""
+        if module.teacher_version != self._teacher:
+            raise ValueError(
+                "the teacher has changed since the start of fit, so its answers cannot be kept; leave "
+                "teacher_cache.versions out"
+            )
+        version, self._epoch = self._version(trainer), trainer.current_epoch
         found = load_tensors(self._path(version), self._of(version))
         self._answers, self._shared, self._is_checked = None, None, False
+        agrees = False
         if found is not None:
             stored = tuple(found[name] for name in ("logits", "classes") if name in found)
             self._answers = self._table(trainer, stored, len(found["example"]))
-            if version not in self._trusted and not self._agrees(trainer, pl_module, version, self._answers):
-                self._answers = None
+            agrees = version in self._trusted or self._agrees(trainer, module, version, self._answers)
+        if trainer.strategy.reduce_boolean_decision(agrees):
             self._trusted.add(version)
-        if not trainer.strategy.reduce_boolean_decision(self._answers is not None):
+        else:
             self._answers = None
 
     def _agrees(self, trainer: L.Trainer, module: Any, version: int, answers: Answers) -> bool:
@@ -138,6 +152,7 @@ class TeacherCache(L.Callback):
         images = _images(trainer)
         index = images.index[:: max(1, len(images) // _SAMPLE)][:_SAMPLE]
         fresh = self._ask(trainer, module, version, index)
+        fresh = self.storage.unpack(self.storage.pack(fresh), answers.num_classes)
         kept = answers.read(index.to(answers.seen.device)).cpu()
         apart, spread = (kept - fresh).abs().mean(), (fresh - fresh.mean(1, keepdim=True)).abs().mean()
         if apart <= _TOLERANCE * spread:
@@ -162,6 +177,8 @@ class TeacherCache(L.Callback):
 
     def _recall(self, trainer: L.Trainer, batch: Batch, ask: Callable[[Batch], Outputs]) -> Outputs:
         """What the teacher says: read, or asked and written."""
+        if self._epoch != trainer.current_epoch:  # a run resumed in mid-epoch does not start it
+            self._begin(trainer, trainer.lightning_module)
         if not self._is_checked:
             self._check_version(trainer, batch)
         if self._answers is None or self._shared is not None:
@@ -170,7 +187,7 @@ class TeacherCache(L.Callback):
                 return outputs
         size = len(batch.target) // batch.views
         answers, index = cast("Answers", self._answers), cast("Tensor", batch.index)[:size]
-        index = index.to(answers.seen.device, non_blocking=True)
+        index = index.to(answers.seen.device)  # to the host it must have arrived before it is used
         if self._shared is not None:
             self._asked += size
             answers.write(index, outputs.logits.to(index.device))
@@ -193,25 +210,20 @@ class TeacherCache(L.Callback):
         views = len(logits) // len(batch.target) * batch.views
         example = torch.zeros(1, views, logits.shape[1])
         rows, like = len(_images(trainer)), self.storage.pack(example)
-        file = ""
-        if trainer.is_global_zero:
+        file, reason = "", "several machines train; let one of them fill the files first"
+        if trainer.is_global_zero and trainer.num_nodes == 1:
             try:
                 file = SharedRows.reserve(self._path(0).parent, SharedRows.size(rows, like))
             except OSError as error:
-                rank_zero_warn(
-                    f"the teacher's answers cannot be kept in {self._path(0).parent} ({error}), so it is asked in "
-                    "every epoch; set teacher_cache.folder to a folder with room"
-                )
+                reason = f"{error}; set teacher_cache.folder to a folder with room"
         file = trainer.strategy.broadcast(file)
         if not file:
+            rank_zero_warn(
+                f"the teacher's answers cannot be kept in {self._path(0).parent}, so it is asked each time: {reason}"
+            )
             self._keeps = False
             trainer.lightning_module.recall = None  # type: ignore[assignment]
             return False
-        if not Path(file).exists():
-            raise FileNotFoundError(
-                f"this machine does not see {file}, which the first process made; set teacher_cache.folder to a folder "
-                "that all machines share"
-            )
         self._shared = SharedRows(rows, like, file)
         self._answers = self._table(trainer, self._shared.stored, logits.shape[1])
         trainer.strategy.barrier("the teacher's answers are open")
@@ -230,14 +242,18 @@ class TeacherCache(L.Callback):
                 memory[own] = part[answers.seen].cpu()
         shared.seen[own] = True
         trainer.strategy.barrier("the teacher's answers are written")
+        kept = False
         if trainer.is_global_zero:
-            self._finish(trainer, pl_module, answers, shared)
-        trainer.strategy.barrier("the teacher's answers are kept")
-        self._trusted.add(self._version(trainer))
+            try:
+                kept = self._finish(trainer, pl_module, answers, shared)
+            except Exception as error:  # whatever it is, the other processes wait
+                rank_zero_warn(f"the teacher's answers to version {self._version(trainer)} could not be kept: {error}")
+        if trainer.strategy.broadcast(kept):
+            self._trusted.add(self._version(trainer))
         self._answers = self._shared = None
 
-    def _finish(self, trainer: L.Trainer, module: Any, answers: Answers, shared: SharedRows) -> None:
-        """Ask for the few images that the epoch left out, as they fill no batch, and save."""
+    def _finish(self, trainer: L.Trainer, module: Any, answers: Answers, shared: SharedRows) -> bool:
+        """Ask for the few images that the epoch left out, as they fill no batch, and save; whether that was done."""
         images, version = _images(trainer), self._version(trainer)
         batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
         missing = (~shared.seen).nonzero().squeeze(1)
@@ -246,17 +262,15 @@ class TeacherCache(L.Callback):
                 f"the teacher's answers to version {version} were not kept: the epoch showed "
                 f"{len(images) - len(missing):,} of {len(images):,} images"
             )
-            return
+            return False
         host = Answers(self.storage, shared.stored, images.index, answers.num_classes, torch.device("cpu"))
         for index in torch.split(images.index[missing], batch_size) if len(missing) else ():
             host.write(index, self._ask(trainer, module, version, index))
             self._rest += len(index)
         named = dict(zip(("logits", "classes"), shared.stored, strict=False))
-        try:
-            example = torch.empty(answers.num_classes, 0)  # tells how many classes there are
-            save_tensors(self._path(version), {**named, "example": example}, self._of(version))
-        except OSError as error:
-            rank_zero_warn(f"the teacher's answers to version {version} could not be kept: {error}")
+        example = torch.empty(answers.num_classes, 0)  # tells how many classes there are
+        save_tensors(self._path(version), {**named, "example": example}, self._of(version))
+        return True
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Say what was saved."""
@@ -267,10 +281,20 @@ class TeacherCache(L.Callback):
             )
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Let the module ask its teacher again."""
-        if self._keeps:
+        """Let the module ask its teacher again, and the data make new versions."""
+        if self._keeps or getattr(pl_module, "recall", None) is not None:
             pl_module.recall = None
         self._answers = self._shared = None
+        self._replay(trainer, None)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """The same, if the run fails."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def _replay(self, trainer: L.Trainer, versions: int | None) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, ImageDataModule) and "train" in data.datasets:
+            data.datasets["train"].replay = versions
 
 
 def _images(trainer: L.Trainer) -> ImageDataset:

@@ -251,9 +251,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch, unless it lies there already: to find that out costs Lightning a tenth of a millisecond."""
-        if isinstance(batch, Batch) and batch.input.device == device:
+        if isinstance(batch, Batch) and getattr(batch.input, "device", None) == device:
             return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if self.trainer is None:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return self.trainer.lightning_module.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def _loader(self, split: Split, padded: bool = True) -> DataLoader[Batch]:
         if split not in self.datasets:
@@ -315,12 +317,13 @@ class _Loader(DataLoader[Batch]):
     """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        size = self.batch_size
-        whole = type(self.batch_sampler) is BatchSampler  # predict has one that notes what it reads
-        if self.num_workers or self.pin_memory or size is None or not whole:
+        size, sampler = self.batch_size, self.sampler
+        # Predict has a batch sampler that notes what it reads; users may have changed the rest.
+        own = type(self.batch_sampler) is BatchSampler and self.collate_fn is _as_it_is
+        if self.num_workers or self.pin_memory or size is None or not own or type(self.dataset) is not ImageDataset:
             yield from super().__iter__()
-        elif isinstance(self.sampler, EpochSampler) and isinstance(self.dataset, ImageDataset):
-            epoch, dealt = self.sampler.epoch, self.sampler.deal()
+        elif isinstance(sampler, EpochSampler) and type(sampler) is EpochSampler:
+            epoch, dealt = sampler.epoch, sampler.deal()
             for position, padding in zip(*(torch.split(part, size) for part in dealt), strict=True):
                 if len(position) == size or not self.drop_last:
                     yield self.dataset.take(epoch, position, padding)

@@ -315,11 +315,10 @@ class ImageDataset(Dataset[Batch]):
 
 def source_fingerprint(source: ImageSource) -> str:
     """A name for the images of a source; one that is new each time, if nothing tells which they are."""
-    if isinstance(source, Resident):
-        return source_fingerprint(source.original)
-    if isinstance(source, TensorDataset):
-        return fingerprint(*source.tensors)
-    return source.fingerprint() if isinstance(source, ImageFiles) else uuid.uuid4().hex
+    original = source.original if isinstance(source, Resident) else source
+    if type(original) is ImageFiles:  # one derived from it may show other pixels
+        return original.fingerprint()
+    return fingerprint(*source.tensors) if isinstance(source, TensorDataset) else uuid.uuid4().hex
 
 
 def _joined(views: Sequence[Batch]) -> Batch:

@@ -44,9 +44,12 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
         return self.folder / os.fsdecode(self.files[index])
 
     def fingerprint(self) -> str:
-        """A name for these files: by their names, sizes and times of change."""
+        """A name for these files: by their folder, names, sizes and times of change."""
         stats = [self.path(i).stat() for i in range(len(self))]
-        return fingerprint(self.files.tobytes(), self.targets.tobytes(), [(s.st_size, s.st_mtime_ns) for s in stats])
+        folder = str(self.folder.resolve())
+        return fingerprint(
+            folder, self.files.tobytes(), self.targets.tobytes(), [(s.st_size, s.st_mtime_ns) for s in stats]
+        )
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:

@@ -144,7 +144,13 @@ class ClassificationModule(L.LightningModule):
             The logits `(B, K)`, and named weighted terms; the loss is their sum.
         """
         logits = self(batch.input)
-        return logits, {"hard": self.hard_loss(logits, batch.target, batch.mixed)}
+        return logits, {"hard": self._labels_loss(logits, batch)}
+
+    def _labels_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """`hard_loss`, which need not know of mixed images where there are none."""
+        if batch.mixed is None:
+            return self.hard_loss(logits, batch.target)
+        return self.hard_loss(logits, batch.target, batch.mixed)
 
     def hard_loss(self, logits: Tensor, target: Tensor, mixed: Mixed | None = None) -> Tensor:
         """Cross-entropy with the labels, the mean over the images that have one.

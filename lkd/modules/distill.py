@@ -163,7 +163,7 @@ class DistillModule(ClassificationModule):
         student = self.student_outputs(batch)
         terms = {}
         if self.hard_weight:
-            terms["hard"] = self.hard_weight * self.hard_loss(student.logits, batch.target, batch.mixed)
+            terms["hard"] = self.hard_weight * self._labels_loss(student.logits, batch)
         if self.distill_weight:
             self._check_batch(batch)
             teacher = _NO_ANSWER
@@ -180,9 +180,18 @@ class DistillModule(ClassificationModule):
         return self.teacher_outputs(batch) if self.recall is None else self.recall(batch, self.teacher_outputs)
 
     @property
-    def _changes(self) -> bool:
+    def teacher_changes(self) -> bool:
+        """Whether the teacher is not frozen."""
         parameters = () if self.teacher is None else self.teacher.parameters()
         return self.saves_teacher or any(parameter.requires_grad for parameter in parameters)
+
+    @property
+    def teacher_version(self) -> int:
+        """A number that rises whenever the teacher's weights or statistics are changed in place."""
+        if self.teacher is None:
+            return 0
+        tensors = chain(self.teacher.parameters(), self.teacher.buffers())
+        return sum(tensor._version for tensor in tensors if not tensor.is_inference())
 
     @property
     def not_to_be_kept(self) -> str:
@@ -190,10 +199,11 @@ class DistillModule(ClassificationModule):
         name = type(self).__name__
         if self.teacher is None or not self.asks_teacher:
             return "the loss asks no teacher"
-        if self._changes:
+        if self.teacher_changes:
             return f"the teacher of {name} changes"
-        if type(self).teacher_outputs is not DistillModule.teacher_outputs:
-            return f"{name} makes them in its own way (teacher_outputs)"
+        for method in ("teacher_outputs", "teacher_input", "losses"):
+            if getattr(type(self), method) is not getattr(DistillModule, method):
+                return f"{name} makes them in its own way ({method})"
         if self.criterion.teacher_layers:
             layers = ", ".join(self.criterion.teacher_layers)
             return f"the criterion {type(self.criterion).__name__} reads the teacher's layers {layers}, not only logits"
@@ -290,7 +300,7 @@ class DistillModule(ClassificationModule):
         if self.teacher_normalization is not None:
             self._renormalize(self.teacher_normalization)
         super().setup(stage)
-        self._choices = {}
+        self._choices, self.recall = {}, None
         if not self._built and self.criterion.needs_build and self.example_input() is None:
             raise ValueError(
                 f"{type(self.criterion).__name__} builds its adapters from the shape of the input, which is not known; "
@@ -393,11 +403,11 @@ class DistillModule(ClassificationModule):
             or len(trainer.num_val_batches) != 1
             or batch.version is None  # not lkd's data: it may differ from epoch to epoch
             or index is None
-            or self._changes
+            or self.teacher_changes
             or type(self).teacher_outputs is not DistillModule.teacher_outputs
         ):
             return _choice(self.teacher_outputs(batch))
-        name = (int(index[0]), int(index[-1]), len(index))
+        name = (int(index[0]), int(index[-1]), len(index), self.teacher_version)
         if name not in self._choices:
             self._choices[name] = _choice(self.teacher_outputs(batch))
         return self._choices[name]

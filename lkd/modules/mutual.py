@@ -184,7 +184,7 @@ class MutualModule(DistillModule):
             suffix = f"_{number + 1}" if number else ""
             self.watch(self.network_names[number], answer.logits)
             if self.hard_weight:
-                terms[f"hard{suffix}"] = self.hard_weight * self.hard_loss(answer.logits, batch.target, batch.mixed)
+                terms[f"hard{suffix}"] = self.hard_weight * self._labels_loss(answer.logits, batch)
             if self.distill_weight:
                 loss = self.criterion(answers, number, batch)
                 for name, term in named_terms(self.distill_name, loss).items():

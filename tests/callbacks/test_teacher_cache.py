@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lkd import Batch, DistillModule, NoisyStudentModule, Outputs, PastTeacherModule, SyntheticDataModule
@@ -237,6 +238,71 @@ class _FourViews(KD):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Any:
         torch.testing.assert_close(teacher.logits, self.teacher[0](batch.input), atol=2e-3, rtol=1e-3)
         return super().forward(student, teacher, batch)
+
+
+def test_the_largest_are_read_again(run) -> None:
+    first, _, _ = run(epochs=2, top_k=2)
+    second, _, asked = run(epochs=2, top_k=2)
+    assert asked == 2 * SAMPLE
+    assert same(first, second)
+
+
+def test_a_run_that_fails_leaves_nothing_behind(tiny, trainer) -> None:
+    data, module = images(), DistillModule(tiny(seed=1), tiny(seed=2))
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise RuntimeError("stop")
+
+    run = trainer(callbacks=[TeacherCache(versions=2), Stop()], limit_val_batches=0)
+    with pytest.raises(RuntimeError, match="stop"):
+        run.fit(module, data)
+    assert module.recall is None
+    assert data.datasets["train"].replay is None
+    assert not list(Path().rglob(".filling*"))
+
+
+def test_a_run_resumed_in_mid_epoch(tiny, trainer, tmp_path: Path) -> None:
+    def fit(ckpt: Path | None = None) -> tuple[DistillModule, Heard]:
+        module, heard = DistillModule(tiny(seed=1), tiny(seed=2)), Heard()
+        saved = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=7)
+        run = trainer(max_epochs=3, callbacks=[TeacherCache(versions=1), heard, saved], enable_checkpointing=True)
+        run.fit(module, images(val_size=0), ckpt_path=ckpt)
+        return module, heard
+
+    module, _ = fit()
+    _, heard = fit(tmp_path / "step=7.ckpt")
+    data = images(val_size=0)
+    data.setup("fit")
+    for (epoch, index), logits in heard.logits.items():
+        image = data.datasets["train"].make(torch.zeros(1, dtype=torch.int64), torch.tensor([index])).input
+        torch.testing.assert_close(logits, module.teacher(image)[0], rtol=1e-2, atol=1e-3)
+        assert epoch >= 1
+
+
+def test_a_refused_file_is_refused_again(tiny, trainer) -> None:
+    def fit(teacher: nn.Module, **settings: Any) -> None:
+        trainer(callbacks=[TeacherCache(versions=1)], limit_val_batches=0, **settings).fit(
+            DistillModule(tiny(seed=1), teacher), images()
+        )
+
+    fit(tiny(seed=2), max_epochs=1)
+    other = tiny(seed=2)
+    other.forward = lambda image, own=other.forward: own(image).flip(1)
+    with pytest.warns(UserWarning, match="the teacher says something else") as said:
+        fit(other, max_epochs=2, limit_train_batches=2)
+    assert sum("the teacher says something else" in str(warning.message) for warning in said) == 2
+
+
+def test_a_teacher_that_is_changed_meanwhile(tiny, trainer) -> None:
+    class Change(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+            pl_module.teacher.conv1.weight.data.mul_(2)
+            pl_module.teacher.conv1.weight.mul_(2)
+
+    run = trainer(callbacks=[TeacherCache(versions=1), Change()], limit_val_batches=0)
+    with pytest.raises(ValueError, match="the teacher has changed since the start of fit"):
+        run.fit(DistillModule(tiny(seed=1), tiny(seed=2)), images())
 
 
 def test_several_views(tiny, trainer) -> None:

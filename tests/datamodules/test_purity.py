@@ -215,3 +215,11 @@ def test_overfit_batches_hands_plain_positions_over():
     datamodule = DigitsDataModule(batch_size=8)
     trainer.fit(module, datamodule)
     assert module.seen[0][1] == datamodule.datasets["train"].index[:8].tolist()
+
+
+def test_a_loader_changed_by_its_user_does_what_he_says():
+    datamodule = in_memory(batch_size=16)
+    datamodule.setup("fit")
+    loader = datamodule.train_dataloader()
+    loader.collate_fn = lambda batch: "mine"
+    assert set(loader) == {"mine"}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lkd
 from lkd import DistillModule
 
 
@@ -48,3 +49,11 @@ def test_networks_stay_out_of_the_hyperparameters(distill, data, trainer, tmp_pa
     kept = torch.load(tmp_path / "own.ckpt", weights_only=True)["hyper_parameters"]
     assert {"stretch", "hard_weight", "sizes"} <= set(kept)
     assert not {"student", "teacher", "extra", "optimizer", "networks", "number"} & set(kept)
+
+
+def test_a_hard_loss_of_ones_own_need_not_know_of_mixed_images(tiny, data, trainer) -> None:
+    class Own(lkd.ClassificationModule):
+        def hard_loss(self, logits, target):
+            return super().hard_loss(logits, target)
+
+    trainer(max_epochs=1).fit(Own(tiny()), data)
