@@ -317,18 +317,17 @@ class _Loader(DataLoader[Batch]):
     """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        size, sampler = self.batch_size, self.sampler
+        size, sampler, dataset = self.batch_size or 0, self.sampler, self.dataset
         # Predict has a batch sampler that notes what it reads; users may have changed the rest.
         own = type(self.batch_sampler) is BatchSampler and self.collate_fn is _as_it_is
-        if self.num_workers or self.pin_memory or size is None or not own or type(self.dataset) is not ImageDataset:
+        direct = own and size and not (self.num_workers or self.pin_memory)
+        if not (direct and type(sampler) is EpochSampler and type(dataset) is ImageDataset):
             yield from super().__iter__()
-        elif isinstance(sampler, EpochSampler) and type(sampler) is EpochSampler:
-            epoch, dealt = sampler.epoch, sampler.deal()
-            for position, padding in zip(*(torch.split(part, size) for part in dealt), strict=True):
-                if len(position) == size or not self.drop_last:
-                    yield self.dataset.take(epoch, position, padding)
-        else:
-            yield from super().__iter__()
+            return
+        epoch, dealt = sampler.epoch, sampler.deal()
+        for position, padding in zip(*(torch.split(part, size) for part in dealt), strict=True):
+            if len(position) == size or not self.drop_last:
+                yield dataset.take(epoch, position, padding)
 
 
 def _gpu(trainer: L.Trainer | None) -> torch.device | None:

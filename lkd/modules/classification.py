@@ -264,7 +264,8 @@ class ClassificationModule(L.LightningModule):
         networks = [name for name in names if name.endswith(_LOGITS)]
         blame = f"{' and '.join(networks)} were not finite there" if networks else "all logits were still finite there"
         remedy = (
-            "check its weights, its input normalization and the precision it runs in"
+            "check its weights, its input normalization and the precision it runs in; if its answers are kept, "
+            "--teacher_cache.dtype bfloat16 holds larger ones"
             if any(name.startswith("teacher") for name in networks)
             else "lower the learning rate, clip gradients (--trainer.gradient_clip_val 1) or take a wider precision"
         )

@@ -156,7 +156,10 @@ class DistillModule(ClassificationModule):
 
     @property
     def _is_overridden(self) -> bool:
-        return type(self).distill_loss is not DistillModule.distill_loss
+        return bool(self._overrides("distill_loss"))
+
+    def _overrides(self, *methods: str) -> list[str]:
+        return [name for name in methods if getattr(type(self), name) is not getattr(DistillModule, name)]
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's logits `(B, K)`; the weighted terms `hard` and those of the criterion."""
@@ -169,14 +172,14 @@ class DistillModule(ClassificationModule):
             teacher = _NO_ANSWER
             if self.asks_teacher:
                 with torch.no_grad():  # not inference_mode: its tensors cannot be saved for backward
-                    teacher = self._teacher_s_answer(batch)
+                    teacher = self._teacher_answer(batch)
                 self.watch("teacher", teacher.logits)
             loss = self.distill_loss(student, teacher, batch)
             terms |= {name: self.distill_weight * term for name, term in named_terms(self.distill_name, loss).items()}
         self._reach_all(terms, student.logits)
         return student.logits, terms
 
-    def _teacher_s_answer(self, batch: Batch) -> Outputs:
+    def _teacher_answer(self, batch: Batch) -> Outputs:
         return self.teacher_outputs(batch) if self.recall is None else self.recall(batch, self.teacher_outputs)
 
     @property
@@ -201,9 +204,8 @@ class DistillModule(ClassificationModule):
             return "the loss asks no teacher"
         if self.teacher_changes:
             return f"the teacher of {name} changes"
-        for method in ("teacher_outputs", "teacher_input", "losses"):
-            if getattr(type(self), method) is not getattr(DistillModule, method):
-                return f"{name} makes them in its own way ({method})"
+        if own := self._overrides("teacher_outputs", "teacher_input", "losses"):
+            return f"{name} makes them in its own way ({own[0]})"
         if self.criterion.teacher_layers:
             layers = ", ".join(self.criterion.teacher_layers)
             return f"the criterion {type(self.criterion).__name__} reads the teacher's layers {layers}, not only logits"
@@ -384,14 +386,14 @@ class DistillModule(ClassificationModule):
         logits = super().update_metrics(metrics, batch)
         if "teacher" not in self.network_names:
             return logits
-        teacher, num_classes = self._teacher_s_choice(batch)
+        teacher, num_classes = self._teacher_choice(batch)
         if num_classes == logits.shape[1]:
             metrics["teacher_acc"].update(teacher, batch.target)
             metrics["agreement"].update(logits, teacher.masked_fill(batch.target == IGNORE_INDEX, IGNORE_INDEX))
             self._num_classes = num_classes
         return logits
 
-    def _teacher_s_choice(self, batch: Batch) -> tuple[Tensor, int]:
+    def _teacher_choice(self, batch: Batch) -> tuple[Tensor, int]:
         """The classes that the teacher chooses `(B,)`, and how many there are.
 
         The validation images are the same in every epoch, and so are a frozen teacher's answers: it is asked once.
@@ -404,7 +406,7 @@ class DistillModule(ClassificationModule):
             or batch.version is None  # not lkd's data: it may differ from epoch to epoch
             or index is None
             or self.teacher_changes
-            or type(self).teacher_outputs is not DistillModule.teacher_outputs
+            or self._overrides("teacher_outputs", "teacher_input")
         ):
             return _choice(self.teacher_outputs(batch))
         name = (int(index[0]), int(index[-1]), len(index), self.teacher_version)

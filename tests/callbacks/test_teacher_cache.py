@@ -205,6 +205,23 @@ def test_a_teacher_that_does_something_else_with_the_same_weights(run, tiny, tra
     assert teacher.asked - 1 == SAMPLE + NUM_TRAIN
 
 
+def test_logits_too_large_for_their_storage(trainer) -> None:
+    class Large(KD):
+        def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Any:
+            return super().forward(student, Outputs(teacher.logits * 1e-5, {}), batch)
+
+    def fit(dtype: str) -> None:
+        teacher = Counting(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)))
+        nn.init.constant_(teacher.network[1].bias, 1e6)
+        module = DistillModule(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)), teacher, Large())
+        cache = TeacherCache(versions=1, dtype=dtype)
+        trainer(max_epochs=1, callbacks=[cache], limit_val_batches=0).fit(module, images())
+
+    with pytest.raises(ValueError, match=r"teacher logits were not finite there; .* --teacher_cache.dtype bfloat16"):
+        fit("float16")
+    fit("bfloat16")
+
+
 def test_labels_do_not_matter(run) -> None:
     run(epochs=1)
     assert run(epochs=1, data={"label_size": 0.5})[2] == SAMPLE

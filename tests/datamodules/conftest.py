@@ -1,8 +1,12 @@
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from lkd.datamodules import ImageFolderDataModule
+from tests.datamodules.sources import in_memory
 
 
 @pytest.fixture
@@ -24,3 +28,12 @@ def write_tree(tmp_path):
         return str(root)
 
     return write
+
+
+@pytest.fixture
+def make(request, write_tree):
+    """Makes a data module in memory (of square images, if told so), or of files of different sizes."""
+    if request.param != "files":
+        return partial(in_memory, (3, 9, 9 if request.param == "square" else 7))
+    root = write_tree({"train": {"cat": 45, "dog": 45}, "test": {"cat": 12, "dog": 11}})
+    return lambda **kwargs: ImageFolderDataModule(root, 24, **{"num_workers": 0, **kwargs})

@@ -13,12 +13,9 @@ from lkd.datamodules import (
     ClassPartner,
     CutMix,
     DigitsDataModule,
-    ImageFolderDataModule,
     Key,
     Mix,
     Mixup,
-    RandomCrop,
-    RandomHorizontalFlip,
     RotatedViews,
     StrongView,
     SyntheticDataModule,
@@ -27,23 +24,10 @@ from lkd.datamodules import (
 from lkd.datamodules.draws import IMAGE, MIX, ORDER, PARTNER, SPLIT, VIEW
 from lkd.datamodules.mixing import smaller_share
 from lkd.types import IGNORE_INDEX
+from tests.datamodules.sources import SHUFFLED, in_memory
 
-SHUFFLED = [RandomCrop(2), RandomHorizontalFlip()]
 MIXES = [Mixup(), CutMix(), Mixup(0.3, p=0.5), CutMix(p=0.5)]
 every = pytest.mark.parametrize("mix", MIXES, ids=str)
-
-
-def in_memory(**kwargs):
-    return SyntheticDataModule(4, (3, 9, 7), train_size=170, test_size=23, augment=SHUFFLED, **kwargs)
-
-
-@pytest.fixture
-def make(request, write_tree):
-    """Makes a data module in memory, or of files of different sizes."""
-    if request.param == "memory":
-        return in_memory
-    root = write_tree({"train": {"cat": 45, "dog": 45}, "test": {"cat": 12, "dog": 11}})
-    return lambda **kwargs: ImageFolderDataModule(root, 24, **{"num_workers": 0, **kwargs})
 
 
 both = pytest.mark.parametrize("make", ["memory", "files"], indirect=True)

@@ -10,30 +10,12 @@ from torch import nn
 
 from lkd.datamodules import (
     DigitsDataModule,
-    ImageFolderDataModule,
     Key,
-    RandomCrop,
-    RandomHorizontalFlip,
-    SyntheticDataModule,
     permutation,
 )
-
-SHUFFLED = [RandomCrop(2), RandomHorizontalFlip()]
+from tests.datamodules.sources import in_memory
 
 CPU = SimpleNamespace(root_device=torch.device("cpu"))
-
-
-def in_memory(**kwargs):
-    return SyntheticDataModule(4, (3, 9, 7), train_size=170, test_size=23, augment=SHUFFLED, **kwargs)
-
-
-@pytest.fixture
-def make(request, write_tree):
-    """Makes a data module in memory, or of files of different sizes."""
-    if request.param == "memory":
-        return in_memory
-    root = write_tree({"train": {"cat": 45, "dog": 45}, "test": {"cat": 12, "dog": 11}})
-    return lambda **kwargs: ImageFolderDataModule(root, 24, **{"num_workers": 0, **kwargs})
 
 
 def read(datamodule, epoch, processes=1):

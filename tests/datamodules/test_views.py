@@ -1,6 +1,7 @@
 """Several views of an image: pure functions of (seed, epoch, index) as well, and the first is the image as usual."""
 
 import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -22,28 +23,16 @@ from lkd.datamodules import (
     Views,
 )
 from lkd.types import IGNORE_INDEX, Batch
+from tests.datamodules.sources import in_memory as any_in_memory
 
-SHUFFLED = [RandomCrop(2), RandomHorizontalFlip()]
+in_memory = partial(any_in_memory, (3, 9, 9))
 VIEWS = {"strong": StrongView(), "rotated": RotatedViews(), "partner": ClassPartner()}
 COUNT = {"strong": 2, "rotated": 4, "partner": 2}
 
 CPU = SimpleNamespace(root_device=torch.device("cpu"))
 
 
-def in_memory(**kwargs):
-    return SyntheticDataModule(4, (3, 9, 9), train_size=170, test_size=23, augment=SHUFFLED, **kwargs)
-
-
-@pytest.fixture
-def make(request, write_tree):
-    """Makes a data module in memory, or of files of different sizes."""
-    if request.param == "memory":
-        return in_memory
-    root = write_tree({"train": {"cat": 45, "dog": 45}, "test": {"cat": 12, "dog": 11}})
-    return lambda **kwargs: ImageFolderDataModule(root, 24, **{"num_workers": 0, **kwargs})
-
-
-both = pytest.mark.parametrize("make", ["memory", "files"], indirect=True)
+both = pytest.mark.parametrize("make", ["square", "files"], indirect=True)
 every = pytest.mark.parametrize("name", VIEWS)
 
 

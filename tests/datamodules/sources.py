@@ -1,0 +1,14 @@
+"""Images that several test files read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lkd.datamodules import RandomCrop, RandomHorizontalFlip, SyntheticDataModule
+
+SHUFFLED = [RandomCrop(2), RandomHorizontalFlip()]
+
+
+def in_memory(shape: tuple[int, int, int] = (3, 9, 7), **settings: Any) -> SyntheticDataModule:
+    """Four classes of generated images, shifted and mirrored."""
+    return SyntheticDataModule(4, shape, train_size=170, test_size=23, augment=SHUFFLED, **settings)
