@@ -29,19 +29,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves
 
 from lkd.arguments import newest_checkpoint, prepare
-from lkd.callbacks import (
-    BestCheckpoint,
-    FitReport,
-    ImagesPerSecond,
-    NetworkSummary,
-    PredictionWriter,
-    ProgressBar,
-    Speed,
-    TeacherCache,
-)
+from lkd.callbacks import FitReport, ImagesPerSecond, NetworkSummary, PredictionWriter, ProgressBar
 from lkd.callbacks.speed import fitting_precision
 from lkd.losses import DistillLoss
-from lkd.mistakes import explain
+from lkd.mistakes import CALLBACKS, explain
 
 _MISTAKES = (ArgumentError, MisconfigurationException, OSError, TypeError, ValueError, yaml.YAMLError)
 
@@ -128,9 +119,8 @@ class LkdCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The settings that are lkd's own."""
-        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(Speed, "speed")
-        parser.add_lightning_class_args(TeacherCache, "teacher_cache")
+        for section, kind in CALLBACKS.items():
+            parser.add_lightning_class_args(kind, section)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer, with a TensorBoard logger for fit unless the config says otherwise, and lkd's callbacks."""

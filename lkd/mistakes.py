@@ -12,7 +12,10 @@ from typing import Any
 
 import lightning as L
 
-from lkd.callbacks import BestCheckpoint
+from lkd.callbacks import BestCheckpoint, Speed, TeacherCache
+
+CALLBACKS: dict[str, type[L.Callback]] = {"checkpoint": BestCheckpoint, "speed": Speed, "teacher_cache": TeacherCache}
+"""The callbacks that have a section of their own in a config, by its name."""
 
 _KEY = re.compile(r'Parser key "(.*)":$')
 _CLASS = re.compile(r"Problem with given class_path '(.*)':$")
@@ -21,7 +24,7 @@ _SCAFFOLD = re.compile(
     r"|Expected a <class 'NoneType'>|Expected a path but "
     r"|Subclass types expect one of:|a class path \(str\)$|a dict with"
 )
-_TOP = ("trainer", "model", "data", "checkpoint", "seed_everything", "ckpt_path", "config", "print_config")
+_TOP = ("trainer", "model", "data", *CALLBACKS, "seed_everything", "ckpt_path", "config", "print_config")
 
 
 def explain(error: BaseException) -> str:
@@ -68,8 +71,8 @@ def _unknown_option(text: str) -> str | None:
     found = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)
     if not found:
         return None
-    known = [*_TOP, *(f"trainer.{name}" for name in _settings(L.Trainer))]
-    known += [f"checkpoint.{name}" for name in _settings(BestCheckpoint)]
+    sections: dict[str, type] = {"trainer": L.Trainer, **CALLBACKS}
+    known = [*_TOP, *(f"{section}.{name}" for section, kind in sections.items() for name in _settings(kind))]
     option = found[1]
     if option.split(".")[0] not in _TOP:
         option = option.split(".")[0]

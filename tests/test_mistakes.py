@@ -390,3 +390,21 @@ def test_traceback_on_demand(monkeypatch) -> None:
     monkeypatch.setenv("LKD_DEBUG", "1")
     with pytest.raises(ValueError, match="temperature must be greater than 0"):
         main(["fit", "--config", "digits/kd", "--model.init_args.criterion.init_args.temperature=0"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("speed.chanels_last", "speed.channels_last"),
+        ("teacher_cache.version", "teacher_cache.versions"),
+        ("checkpoint.monitr", "checkpoint.monitor"),
+        ("speeed.compile", "speed"),
+    ],
+)
+def test_misspelt_settings_of_sections(fit, wrong: str, right: str) -> None:
+    """On the command line and in a file."""
+    section, setting = wrong.split(".")
+    says = f"lkd has no setting {(wrong if '.' in right else section)!r}; did you mean {right!r}?"
+    Path("wrong.yaml").write_text(yaml.safe_dump({section: {setting: "x"}}))
+    assert says in fit(f"--{wrong}=x")
+    assert says in fit("--config=wrong.yaml")
