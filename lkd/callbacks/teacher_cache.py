@@ -152,6 +152,7 @@ class TeacherCache(L.Callback):
         images = _images(trainer)
         index = images.index[:: max(1, len(images) // _SAMPLE)][:_SAMPLE]
         fresh = self._ask(trainer, module, version, index)
+        self._asked += len(index)
         fresh = self.storage.unpack(self.storage.pack(fresh), answers.num_classes)
         kept = answers.read(index.to(answers.seen.device)).cpu()
         apart, spread = (kept - fresh).abs().mean(), (fresh - fresh.mean(1, keepdim=True)).abs().mean()

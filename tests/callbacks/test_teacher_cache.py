@@ -351,8 +351,8 @@ def test_two_processes_fill_one_file() -> None:
     total = 1150
     batches = total // 2 // 32 * 64, total // 64 * 64  # what an epoch shows
     (first,), (second,), (third,) = said
-    assert second == ("0", f"{2 * batches[0]:,}")
-    assert third == ("0", f"{2 * batches[1]:,}")
+    assert second == (f"{2 * SAMPLE}", f"{2 * batches[0]:,}")
+    assert third == (f"{SAMPLE}", f"{2 * batches[1]:,}")
     assert first == (f"{total:,}", f"{batches[0]:,}")
 
 
