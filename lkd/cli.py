@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves
 
 from lkd.arguments import newest_checkpoint, prepare
-from lkd.callbacks import FitReport, ImagesPerSecond, NetworkSummary, PredictionWriter, ProgressBar
+from lkd.callbacks import FitReport, ImagesPerSecond, NetworkSummary, PredictionWriter, ProgressBar, RunRecord
 from lkd.callbacks.speed import fitting_precision
 from lkd.losses import DistillLoss
 from lkd.mistakes import CALLBACKS, explain
@@ -57,7 +57,7 @@ class LkdCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str], name: str) -> None:
-        self.run_name = name
+        self.args, self.run_name = list(args), name
         quiet = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             model_class=L.LightningModule,
@@ -142,7 +142,10 @@ class LkdCLI(LightningCLI):
         own_bar = any(isinstance(callback, L.pytorch.callbacks.ProgressBar) for callback in config["callbacks"] or [])
         if config.get("enable_progress_bar") is not False and not own_bar:
             self.trainer_defaults["callbacks"].append(ProgressBar())
-        if not fit:
+        if fit:
+            configs = self.config[self.subcommand].config or []
+            self.trainer_defaults["callbacks"].append(RunRecord(self.args, [Path(str(path)) for path in configs]))
+        else:
             self.save_config_callback = None
         return super().instantiate_trainer(**kwargs)
 

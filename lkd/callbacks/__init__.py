@@ -4,6 +4,7 @@ from lkd.callbacks.checkpoint import BestCheckpoint
 from lkd.callbacks.monitor import ImagesPerSecond, NetworkSummary
 from lkd.callbacks.predictions import PredictionWriter
 from lkd.callbacks.progress import ProgressBar
+from lkd.callbacks.record import RunRecord
 from lkd.callbacks.report import FitReport
 from lkd.callbacks.schedule import Schedule
 from lkd.callbacks.speed import Speed
@@ -16,6 +17,7 @@ __all__ = [
     "NetworkSummary",
     "PredictionWriter",
     "ProgressBar",
+    "RunRecord",
     "Schedule",
     "Speed",
     "TeacherCache",

@@ -167,6 +167,21 @@ class ImageDataset(Dataset[Batch]):
             "seed": str(self.seed),
         }
 
+    def contents(self) -> str | None:
+        """A name for these images and their classes, the same wherever they lie; None if nothing tells which they are.
+
+        In memory they count with their pixels (0.7 s per GB); files that are read one by one with their names and sizes
+        (6 us each): a file in which only pixels have changed is not noticed.
+        """
+        source: Sequence[object]
+        if isinstance(self.source, TensorDataset):
+            source = self.source.tensors
+        elif type(self.source) is ImageFiles:
+            source = (self.source.contents(),)
+        else:
+            return None
+        return fingerprint(*source, self.index, self.target)
+
     def batch(self, epoch: Tensor, index: Tensor) -> Batch:
         """Reads, augments, normalises and mixes images: one view.
 

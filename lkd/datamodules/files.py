@@ -51,6 +51,11 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
             folder, self.files.tobytes(), self.targets.tobytes(), [(s.st_size, s.st_mtime_ns) for s in stats]
         )
 
+    def contents(self) -> str:
+        """A name for these images that they keep when they are copied: by their names, classes and sizes."""
+        sizes = [self.path(i).stat().st_size for i in range(len(self))]
+        return fingerprint(self.files.tobytes(), self.targets.tobytes(), sizes)
+
 
 def class_folders(folder: Path) -> tuple[str, ...]:
     """Names of the classes in `folder/<class>/`, sorted; hidden folders are none.

@@ -1,0 +1,224 @@
+"""Whether a process grows: over thousands of epochs, and over fit after fit.
+
+    python -m benchmarks.endurance [--epochs 2000] [--worker_epochs 400] [--cycles 20] [--out FILE]
+
+`lkd fit` on the digits, with augmentation, mixing, validation, TensorBoard and two checkpoints in every epoch; each
+run in a process of its own, that is looked at from inside. Peak is the largest resident memory so far; what workers
+have is added to it and to the rest, at the moment of the look. Tensors and objects are those that Python's garbage
+collector knows, after a collection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import multiprocessing
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+
+from benchmarks.speed import machine
+
+SETTINGS = """
+data:
+  init_args:
+    augment:
+      - {class_path: lkd.datamodules.RandomCrop, init_args: {padding: 1}}
+    mix: {class_path: lkd.datamodules.Mixup, init_args: {alpha: 0.2}}
+trainer: {accelerator: cpu, enable_progress_bar: false}
+"""
+
+
+class Look(NamedTuple):
+    """What a process has.
+
+    Args:
+        at: The epoch's or the fit's number.
+        peak: Largest resident memory so far, in bytes.
+        resident: Memory that is resident.
+        own: Of it, what no other process shares.
+        files: Open files.
+        threads: Threads, Python's and others.
+        tensors: Tensors that Python knows.
+        objects: Objects that the garbage collector tracks.
+        workers: Number of its processes.
+    """
+
+    at: int
+    peak: int
+    resident: int
+    own: int
+    files: int
+    threads: int
+    tensors: int
+    objects: int
+    workers: int
+
+
+def look(at: int) -> Look:
+    """Look at this process and its children."""
+    processes = ["self", *_children()]
+    every = [_memory(process) for process in processes]
+    peak, resident, own = (sum(part) for part in zip(*every, strict=True))
+    files, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))  # noqa: PTH208
+    gc.collect()
+    objects = gc.get_objects()
+    tensors = sum(issubclass(type(thing), torch.Tensor) for thing in objects)
+    return Look(at, peak, resident, own, files, threads, tensors, len(objects), len(processes) - 1)
+
+
+def _children() -> list[str]:
+    return Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+
+
+def _memory(process: str) -> tuple[int, int, int]:
+    """Peak, resident and own memory, in bytes."""
+    status = _numbers(Path(f"/proc/{process}/status"))
+    smaps = _numbers(Path(f"/proc/{process}/smaps_rollup"))
+    return status["VmHWM"], status["VmRSS"], smaps["Private_Clean"] + smaps["Private_Dirty"]
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    lines = (line.split() for line in path.read_text().splitlines() if line.endswith(" kB"))
+    return {name.rstrip(":"): 1024 * int(number) for name, number, _ in lines}
+
+
+class Watch(L.Callback):
+    """Look at the process at the end of epochs.
+
+    Args:
+        file: Where to write what was seen, a line of JSON each.
+        every: From which epoch to which.
+    """
+
+    def __init__(self, file: str, every: int) -> None:
+        self.file, self.every = file, every
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Look, when all of the epoch before is done."""
+        if trainer.current_epoch and trainer.current_epoch % self.every == 0:
+            _write(self.file, look(trainer.current_epoch))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """The last time."""
+        _write(self.file, look(trainer.current_epoch))
+
+
+def _write(file: str, seen: Look) -> None:
+    with Path(file).open("a") as out:
+        out.write(json.dumps(seen) + "\n")
+
+
+def fits(settings: Sequence[str], number: int, file: str) -> None:
+    """Run `lkd fit` again and again in this process; if more than once, look behind each."""
+    from lkd.__main__ import main as lkd
+
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        for done in range(1, number + 1):
+            code = lkd(["fit", *settings])
+            if code:
+                raise RuntimeError(f"lkd fit ended with {code}")
+            if number > 1:
+                _write(file, look(done))
+
+
+class Variant(NamedTuple):
+    """A run to be watched.
+
+    Args:
+        name: What it is called.
+        settings: Its settings beside the digits' and those above.
+        epochs: Number of epochs.
+        every: Epochs between two looks.
+        fits: How often it is run in the same process, and then looked at behind each.
+    """
+
+    name: str
+    settings: tuple[str, ...]
+    epochs: int
+    every: int
+    fits: int = 1
+
+
+def watched(variant: Variant, folder: str) -> list[Look]:
+    """What was seen of a run.
+
+    Raises:
+        RuntimeError: If it failed.
+    """
+    config, file = Path(folder, "settings.yaml"), Path(folder, "looks.jsonl")
+    config.write_text(SETTINGS)
+    file.unlink(missing_ok=True)
+    settings = ["--config=digits/kd", f"--config={config}", f"--trainer.max_epochs={variant.epochs}"]
+    settings += [f"--trainer.default_root_dir={folder}", *variant.settings]
+    if variant.fits == 1:
+        settings += ["--trainer.callbacks+=benchmarks.endurance.Watch"]
+        settings += [f"--trainer.callbacks.file={file}", f"--trainer.callbacks.every={variant.every}"]
+    process = multiprocessing.get_context("spawn").Process(target=fits, args=(settings, variant.fits, str(file)))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{variant.name} ended with {process.exitcode}")
+    return [Look(*json.loads(line)) for line in file.read_text().splitlines()]
+
+
+def table(variant: Variant, seen: Sequence[Look]) -> Iterator[str]:
+    """The lines of a run's table, in Markdown, and how much the peak grew."""
+    yield f"## {variant.name}"
+    yield ""
+    unit = "epoch" if variant.fits == 1 else "fit"
+    yield f"| {unit} | peak MB | resident MB | own MB | files | threads | tensors | objects |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for one in seen:
+        sizes = " | ".join(f"{size / 1e6:,.1f}" for size in (one.peak, one.resident, one.own))
+        yield f"| {one.at:,} | {sizes} | {one.files} | {one.threads} | {one.tensors:,} | {one.objects:,} |"
+    first, last = seen[0], seen[-1]
+    yield ""
+    yield f"Peak from {unit} {first.at:,} to {last.at:,}: {last.peak / first.peak - 1:+.2%}."
+    yield ""
+
+
+def variants(epochs: int, worker_epochs: int, cycles: int) -> list[Variant]:
+    """What is watched."""
+    kept, workers = "--teacher_cache.versions=4", "--data.init_args.num_workers=2"
+    return [
+        Variant("The teacher asked in every step", (), epochs, max(1, epochs // 20)),
+        Variant("The teacher's answers kept", (kept,), epochs, max(1, epochs // 20)),
+        Variant("Two persistent workers", (workers,), worker_epochs, max(1, worker_epochs // 4)),
+        Variant(f"{cycles} fits of 3 epochs in one process", (kept,), 3, 1, cycles),
+        Variant(f"{cycles} fits of 3 epochs in one process, two workers", (workers,), 3, 1, cycles),
+    ]
+
+
+def main() -> None:
+    """Watch, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=2000)
+    parser.add_argument("--worker_epochs", type=int, default=400)
+    parser.add_argument("--cycles", type=int, default=20)
+    parser.add_argument("--only", nargs="*", default=[""], help="runs whose name has one of these words")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    lines = []
+    for variant in variants(options.epochs, options.worker_epochs, options.cycles):
+        if any(word in variant.name for word in options.only):
+            with tempfile.TemporaryDirectory() as folder:
+                os.environ["LKD_CACHE"] = folder  # nothing is kept from an earlier run
+                lines += table(variant, watched(variant, folder))
+            print("\n".join(lines), flush=True)
+    lines += [f"`python -m benchmarks.endurance`; {machine()}"]
+    print(lines[-1])
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

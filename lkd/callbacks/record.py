@@ -1,0 +1,168 @@
+"""What a run was made with, so that it can be made again."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.utilities import rank_zero_warn
+
+import lkd
+from lkd.datamodules import ImageDataModule
+from lkd.store import replacing
+
+RECORD = "run.yaml"
+"""The file's name, beside the run's config."""
+
+_PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "safetensors", "numpy", "PIL")
+_PATIENCE = 10.0  # seconds for git, should the repository lie on a slow disk
+_UNKNOWN = "unknown"
+
+
+class RunRecord(L.Callback):
+    """Write, when fit begins, what it begins with: versions, code, devices, seeds, images, command, time.
+
+    It goes to `run.yaml` in the run's folder, beside `config.yaml`; a fit that goes on in the same folder adds its own
+    part. Where a run is taken up, or run again from its own config, with other versions, devices or training images, a
+    warning says so. The environment's variables are not recorded.
+
+    Args:
+        command: The arguments behind `lkd`; None: what the process was started with.
+        configs: Config files that were read: beside one of them may lie the record of the run that is run again.
+    """
+
+    def __init__(self, command: Sequence[str] | None = None, configs: Iterable[Path] = ()) -> None:
+        self.command = shlex.join(sys.argv if command is None else ["lkd", *command])
+        self.configs = list(configs)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Compare and write."""
+        folder = trainer.log_dir  # in all processes: it is the first one's
+        if folder is None or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        path = Path(folder, RECORD)
+        begun, now = _begun(self._places(path, trainer.ckpt_path)), self._now(trainer)
+        if differing := list(_differences(begun, now)):
+            rank_zero_warn(f"this run was begun with {' and '.join(differing)}; bits may differ")
+        earlier = path.read_text() if path.is_file() else ""
+        with replacing(path) as written:
+            written.write_text(earlier + yaml.safe_dump([now], sort_keys=False, width=120, allow_unicode=True))
+
+    def _places(self, own: Path, ckpt_path: Any) -> Iterator[Path]:
+        """Where the record of the run may lie that this one goes on with, or repeats."""
+        yield own
+        if ckpt_path is not None:
+            yield from (folder / RECORD for folder in list(Path(ckpt_path).resolve().parents)[:3])
+        yield from (config.with_name(RECORD) for config in self.configs if config.name == "config.yaml")
+
+    def _now(self, trainer: L.Trainer) -> dict[str, Any]:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        return {
+            "begun": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": self.command,
+            "folder": str(Path.cwd()),
+            "versions": _versions(),
+            "revisions": {name: _revision(place) for name, place in _repositories().items()},
+            "devices": _devices(trainer),
+            "seeds": {
+                "run": _number(os.environ.get("PL_GLOBAL_SEED")),
+                "data": data.datasets["train"].seed if _is_ours(data) else _UNKNOWN,
+                "split": data.split_seed if _is_ours(data) else _UNKNOWN,
+            },
+            "images": _images(data),
+        }
+
+
+def _number(text: str | None) -> int | None:
+    return None if text is None else int(text)
+
+
+def _versions() -> dict[str, str]:
+    """What results may depend on, by name."""
+    found = {name: str(importlib.import_module(name).__version__) for name in _PACKAGES}
+    if torch.cuda.is_available():
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        found |= {"cuda": str(torch.version.cuda), "cudnn": str(cudnn)}
+    return {"lkd": lkd.__version__, "python": platform.python_version(), **found}
+
+
+def _repositories() -> dict[str, Path]:
+    """Where code comes from: the current folder, and lkd if it is a checkout."""
+    checkout = Path(lkd.__file__).parent.parent
+    return {"folder": Path.cwd(), **({"lkd": checkout} if (checkout / ".git").exists() else {})}
+
+
+def _revision(folder: Path) -> str | None:
+    """The commit that a folder has, with `-dirty` behind it if a file that git knows has changed; None without git."""
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "--no-optional-locks", "-C", str(folder), *describe]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _devices(trainer: L.Trainer) -> dict[str, Any]:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    return {"processes": trainer.world_size, "device": f"{device.type}, {name}", "threads": torch.get_num_threads()}
+
+
+def _cpu() -> str:
+    """The processor's name; elsewhere than on Linux, as Python knows it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _is_ours(data: Any) -> bool:
+    return isinstance(data, ImageDataModule) and "train" in data.datasets
+
+
+def _images(data: Any) -> dict[str, Any]:
+    """How many images there are, and a name for those of training."""
+    if not _is_ours(data):
+        return {"contents": _UNKNOWN}
+    numbers = {split: len(data.datasets[split]) for split in ("train", "val") if split in data.datasets}
+    return {**numbers, "contents": data.datasets["train"].contents() or _UNKNOWN}
+
+
+def _begun(places: Iterable[Path]) -> Mapping[str, Any] | None:
+    """How a run was begun, from the first of some records that can be read."""
+    for place in places:
+        try:
+            first = yaml.safe_load(place.read_text())[0]
+        except (OSError, yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError):
+            continue
+        if isinstance(first, Mapping):
+            return first
+    return None
+
+
+def _differences(begun: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Iterator[str]:
+    """What was otherwise, for a sentence: `torch 2.13.0 (now 2.14.1)`, `other training images`."""
+    if begun is None:
+        return
+    for part in ("versions", "devices"):
+        before = begun.get(part, {})
+        for name, value in now[part].items():
+            if before.get(name, value) != value:
+                yield f"{name} {before[name]} (now {value})"
+    contents = {record.get("images", {}).get("contents", _UNKNOWN) for record in (begun, now)}
+    if _UNKNOWN not in contents and len(contents) > 1:
+        yield "other training images"
