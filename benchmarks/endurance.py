@@ -4,8 +4,8 @@
 
 `lkd fit` on the digits, with augmentation, mixing, validation, TensorBoard and two checkpoints in every epoch; each
 run in a process of its own, that is looked at from inside. Peak is the largest resident memory so far; what workers
-have is added to it and to the rest, at the moment of the look. Tensors and objects are those that Python's garbage
-collector knows, after a collection.
+have is added to it and to the rest, at the moment of the look. Tensors, modules and objects are those that Python's
+garbage collector knows, after a collection.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Look(NamedTuple):
         files: Open files.
         threads: Threads, Python's and others.
         tensors: Tensors that Python knows.
+        modules: Layers and networks that Python knows.
         objects: Objects that the garbage collector tracks.
         workers: Number of its processes.
     """
@@ -59,6 +60,7 @@ class Look(NamedTuple):
     files: int
     threads: int
     tensors: int
+    modules: int
     objects: int
     workers: int
 
@@ -70,9 +72,9 @@ def look(at: int) -> Look:
     peak, resident, own = (sum(part) for part in zip(*every, strict=True))
     files, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))  # noqa: PTH208
     gc.collect()
-    objects = gc.get_objects()
-    tensors = sum(issubclass(type(thing), torch.Tensor) for thing in objects)
-    return Look(at, peak, resident, own, files, threads, tensors, len(objects), len(processes) - 1)
+    kinds = [type(thing) for thing in gc.get_objects()]
+    tensors, modules = (sum(issubclass(kind, wanted) for kind in kinds) for wanted in (torch.Tensor, torch.nn.Module))
+    return Look(at, peak, resident, own, files, threads, tensors, modules, len(kinds), len(processes) - 1)
 
 
 def _children() -> list[str]:
@@ -175,11 +177,12 @@ def table(variant: Variant, seen: Sequence[Look]) -> Iterator[str]:
     yield f"## {variant.name}"
     yield ""
     unit = "epoch" if variant.fits == 1 else "fit"
-    yield f"| {unit} | peak MB | resident MB | own MB | files | threads | tensors | objects |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield f"| {unit} | peak MB | resident MB | own MB | files | threads | tensors | modules | objects |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for one in seen:
         sizes = " | ".join(f"{size / 1e6:,.1f}" for size in (one.peak, one.resident, one.own))
-        yield f"| {one.at:,} | {sizes} | {one.files} | {one.threads} | {one.tensors:,} | {one.objects:,} |"
+        counts = " | ".join(f"{count:,}" for count in (one.files, one.threads, one.tensors, one.modules, one.objects))
+        yield f"| {one.at:,} | {sizes} | {counts} |"
     first, last = seen[0], seen[-1]
     yield ""
     yield f"Peak from {unit} {first.at:,} to {last.at:,}: {last.peak / first.peak - 1:+.2%}."
@@ -213,7 +216,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 os.environ["LKD_CACHE"] = folder  # nothing is kept from an earlier run
                 lines += table(variant, watched(variant, folder))
-            print("\n".join(lines), flush=True)
+            print(lines[-2], flush=True)
     lines += [f"`python -m benchmarks.endurance`; {machine()}"]
     print(lines[-1])
     if options.out:

@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,8 @@ def run(args: Sequence[str]) -> int:
 
             show_layers(args[1:])
         else:
-            LkdCLI(*prepare(args))
+            # In a context of its own: jsonargparse leaves the parser, and with it the whole run, in a context variable.
+            copy_context().run(LkdCLI, *prepare(args))
     except SIGTERMException:  # a SystemExit with code 0: what waits for the run would take it for done
         return 128 + signal.SIGTERM
     except _MISTAKES as error:

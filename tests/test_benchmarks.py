@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import accuracy, growth, pacing, speed
+from benchmarks import accuracy, endurance, growth, pacing, speed
 from lkd.models import resnet56
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -115,3 +116,17 @@ def test_accuracy(images: str, teacher: str) -> None:
     found = {name: [accuracy.accuracy(way, 0, images, teacher, 40, 6)] for name, way in (("a", plain), ("b", kept))}
     assert all(0 <= value <= 100 for (value,) in found.values())
     assert len(list(accuracy.table(found))) == 4
+
+
+def test_endurance(tmp_path: Path) -> None:
+    _, kept, _, fits, _ = endurance.variants(epochs=2, worker_epochs=2, cycles=2)
+    seen = endurance.watched(kept, str(tmp_path))
+    file = tmp_path / "fits.jsonl"
+    endurance.fits(["--config=digits/kd", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"], fits.fits, str(file))
+    again = [endurance.Look(*json.loads(line)) for line in file.read_text().splitlines()]
+    for variant, looks in ((kept, seen), (fits, again)):
+        assert [one.at for one in looks] == [1, 2]
+        assert all(one.peak >= one.resident >= one.own > 1e8 and one.files > 2 and one.objects > 1e5 for one in looks)
+        lines = list(endurance.table(variant, looks))
+        assert lines[-2].startswith(f"Peak from {'fit' if variant is fits else 'epoch'} 1 to 2: +")
+    assert seen[-1].modules > again[-1].modules  # after fit its networks are gone
