@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from lkd.callbacks import FitReport, ImagesPerSecond, NetworkSummary, Prediction
 from lkd.callbacks.speed import fitting_precision
 from lkd.losses import DistillLoss
 from lkd.mistakes import CALLBACKS, explain
+from lkd.processes import LostProcessError, bound_to_parent, lost, speaker
 
 _MISTAKES = (ArgumentError, MisconfigurationException, OSError, TypeError, ValueError, yaml.YAMLError)
 
@@ -123,6 +125,14 @@ class LkdCLI(LightningCLI):
         for section, kind in CALLBACKS.items():
             parser.add_lightning_class_args(kind, section)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            if reason := lost(error, self.trainer):
+                raise LostProcessError(f"{reason}, so the run cannot go on") from error
+            raise
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer, with a TensorBoard logger for fit unless the config says otherwise, and lkd's callbacks."""
         fit = self.subcommand == "fit"
@@ -203,7 +213,8 @@ def run(args: Sequence[str]) -> int:
         args: The arguments behind `lkd`, the command first.
 
     Returns:
-        The exit code: 0, 2 after a mistake that the user can mend, 143 after SIGTERM.
+        The exit code: 0, 2 after a mistake that the user can mend, 143 after SIGTERM, 1 where another process has
+        ended.
     """
     debug = "--debug" in args or os.environ.get("LKD_DEBUG", "") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
@@ -217,14 +228,16 @@ def run(args: Sequence[str]) -> int:
             show_layers(args[1:])
         else:
             # In a context of its own: jsonargparse leaves the parser, and with it the whole run, in a context variable.
-            copy_context().run(LkdCLI, *prepare(args))
+            # In predict each process goes its own way.
+            with nullcontext() if args[0] == "predict" else bound_to_parent():
+                copy_context().run(LkdCLI, *prepare(args))
     except SIGTERMException:  # a SystemExit with code 0: what waits for the run would take it for done
         return 128 + signal.SIGTERM
-    except _MISTAKES as error:
+    except (*_MISTAKES, LostProcessError) as error:
         if debug:
             raise
-        print(f"lkd: error: {explain(error)}", file=sys.stderr)
-        return 2
+        print(f"lkd: error: {speaker()}{explain(error)}", file=sys.stderr)
+        return 1 if isinstance(error, LostProcessError) else 2
     return 0
 
 

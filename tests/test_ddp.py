@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
 
 SPY = """
     import hashlib, json
@@ -60,7 +61,11 @@ def test_two_processes_end_equal(tmp_path) -> None:
     second["metrics"].pop(speed)
     assert first["metrics"] == pytest.approx(second["metrics"], nan_ok=False)
     assert {"train/loss", "train/kd", "val/acc", "val/agreement"} <= set(first["metrics"])
-    assert len(list(Path("runs").rglob("config.yaml"))) == 1
+    files = {path.name for path in Path("runs").rglob("*") if path.is_file()}
+    (events,) = (name for name in files if name.startswith("events."))
+    assert files == {"config.yaml", "run.yaml", "hparams.yaml", "best.ckpt", "last.ckpt", events}
+    (record,) = yaml.safe_load(next(Path("runs").rglob("run.yaml")).read_text())
+    assert record["devices"]["processes"] == 2
 
 
 def test_two_processes_predict_each_image_once() -> None:
@@ -95,3 +100,41 @@ def test_spawned_processes() -> None:
     done = subprocess.run([sys.executable, "spawn.py"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "trained: True" in done.stdout
+
+
+FAILS = """
+    import os, signal
+    import lightning as L
+
+    class Fails(L.Callback):
+        def __init__(self, rank: int, how: str) -> None:
+            self.rank, self.how = rank, how
+            if how == "before they meet" and os.environ.get("LOCAL_RANK"):
+                os.kill(os.getppid(), signal.SIGKILL)
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == 20 and trainer.global_rank == self.rank:
+                if self.how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ValueError("as wanted")
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "how", "said"),
+    [
+        (1, "error", ["rank 1: as wanted", "rank 0: rank 1 has ended with exit code 2, so the run cannot go on"]),
+        (1, "kill", ["rank 0: rank 1 has ended, killed by SIGKILL, so the run cannot go on"]),
+        (0, "kill", ["rank 1: rank 0 has ended, so the run cannot go on"]),
+        (0, "before they meet", ["rank 1: the process that started this one has ended"]),
+    ],
+)
+def test_none_outlives_the_others(rank: int, how: str, said: list[str]) -> None:
+    Path("fails.py").write_text(textwrap.dedent(FAILS))
+    command = [sys.executable, "-m", "lkd", "fit", "--config", "digits/kd", "--trainer.max_epochs=100000"]
+    settings = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    fails = ["--trainer.callbacks+=fails.Fails", f"--trainer.callbacks.rank={rank}", f"--trainer.callbacks.how={how}"]
+    # The pipes are at their end when no process holds them: none is left.
+    done = subprocess.run([*command, *settings, *fails], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert [line.removeprefix("lkd: error: ") for line in done.stderr.splitlines() if "lkd: error:" in line] == said

@@ -25,6 +25,7 @@ LEVEL = {
     "callbacks": 2,
     "arguments": 3,
     "mistakes": 3,
+    "processes": 3,
     "cli": 3,
     "listing": 3,
     "__main__": 3,
