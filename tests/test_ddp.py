@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
+import os
+import socket
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch.utils._pytree import tree_leaves
 
 SPY = """
     import hashlib, json
@@ -109,8 +114,6 @@ FAILS = """
     class Fails(L.Callback):
         def __init__(self, rank: int, how: str) -> None:
             self.rank, self.how = rank, how
-            if how == "before they meet" and os.environ.get("LOCAL_RANK"):
-                os.kill(os.getppid(), signal.SIGKILL)
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             if trainer.global_step == 20 and trainer.global_rank == self.rank:
@@ -126,7 +129,6 @@ FAILS = """
         (1, "error", ["rank 1: as wanted", "rank 0: rank 1 has ended with exit code 2, so the run cannot go on"]),
         (1, "kill", ["rank 0: rank 1 has ended, killed by SIGKILL, so the run cannot go on"]),
         (0, "kill", ["rank 1: rank 0 has ended, so the run cannot go on"]),
-        (0, "before they meet", ["rank 1: the process that started this one has ended"]),
     ],
 )
 def test_none_outlives_the_others(rank: int, how: str, said: list[str]) -> None:
@@ -138,3 +140,97 @@ def test_none_outlives_the_others(rank: int, how: str, said: list[str]) -> None:
     done = subprocess.run([*command, *settings, *fails], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert [line.removeprefix("lkd: error: ") for line in done.stderr.splitlines() if "lkd: error:" in line] == said
+
+
+CHILD = """
+    import time
+    from lkd import processes
+
+    processes._EVERY = processes._GRACE = 0.1
+    with processes.bound_to_parent():
+        print("began", flush=True)
+        time.sleep(600)  # as it would wait for the first process, had that ended before they met
+"""
+PARENT = """
+    import subprocess, sys
+
+    child = subprocess.Popen([sys.executable, "child.py"], stdout=subprocess.PIPE)
+    child.stdout.readline()
+"""
+
+
+def test_a_process_ends_with_the_one_that_started_it(monkeypatch) -> None:
+    Path("child.py").write_text(textwrap.dedent(CHILD))
+    Path("parent.py").write_text(textwrap.dedent(PARENT))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    done = subprocess.run([sys.executable, "parent.py"], capture_output=True, text=True, timeout=120)
+    assert done.stderr == "lkd: error: rank 1: the process that started this one has ended\n"
+
+
+SHARDED = """
+    import lightning as L
+    import torch
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+
+    import lkd
+    from lkd.callbacks import NetworkSummary, Speed
+    from lkd.models import CIFARResNet
+
+    class Sharded(lkd.DistillModule):
+        def configure_model(self):
+            super().configure_model()
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+    def fit(name, kind, strategy, ckpt_path=None):
+        torch.manual_seed(0)
+        student, teacher = (CIFARResNet(8, (4, 4, 8, 8), num_classes=4) for _ in range(2))
+        data = lkd.SyntheticDataModule(4, (3, 8, 8), train_size=64, val_size=16, batch_size=8)
+        keep = ModelCheckpoint(name, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        trainer = L.Trainer(
+            max_epochs=2, accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[Speed(), NetworkSummary(), keep], log_every_n_steps=1,
+        )
+        module = kind(student, teacher)
+        before = {key: tensor.clone() for key, tensor in teacher.state_dict().items()}
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        assert all(tensor.equal(before[key]) for key, tensor in teacher.state_dict().items())
+
+    def shards():
+        return ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+
+    fit("sharded", Sharded, shards())
+    fit("resumed", Sharded, shards(), "sharded/epoch=0.ckpt")
+    fit("whole", lkd.DistillModule, DDPStrategy())
+"""
+
+
+def test_a_sharded_student_is_the_whole_one(monkeypatch) -> None:
+    """FSDP2, which Lightning lets run on CPUs: saved, resumed, and equal to DDP's."""
+    Path("sharded.py").write_text(textwrap.dedent(SHARDED))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = [sys.executable, "sharded.py"]
+    start = functools.partial(subprocess.Popen, command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    both = [start(env={**os.environ, "LOCAL_RANK": str(rank), "NODE_RANK": "0"}) for rank in range(2)]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], said
+    ways = ("sharded", "resumed", "whole")
+    states = [torch.load(f"{way}/epoch=1.ckpt", weights_only=True) for way in ways]
+    sharded, resumed, whole = (state["state_dict"] for state in states)
+    assert not [name for name in sharded if "teacher" in name]
+    for name, tensor in sharded.items():
+        assert tensor.equal(resumed[name]), name
+        if "running" not in name and not name.startswith("metrics"):  # DDP spreads the first process's statistics
+            torch.testing.assert_close(tensor, whole[name])
+    momenta = [tree_leaves(state["optimizer_states"][0]["state"]) for state in states[:2]]
+    assert len(momenta[0]) > 10
+    assert all(ours.equal(theirs) for ours, theirs in zip(*momenta, strict=True))

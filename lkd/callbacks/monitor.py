@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 
 _LAYOUT = {
@@ -53,6 +54,8 @@ def network_size(name: str, network: nn.Module, example: Any | None) -> NetworkS
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network.eval()(example)
     network.train(training)
+    if isinstance(network, FSDPModule):  # it has its whole weights until the next backward pass
+        network.reshard()
     return NetworkSize(name, type(network).__name__, parameters, counter.get_total_flops())
 
 
@@ -62,12 +65,13 @@ class NetworkSummary(L.Callback):
     TensorBoard also gets a layout (Custom Scalars) that overlays the curves of training, validation and teacher.
     """
 
-    @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Count, print, and write."""
+        """Count in all processes, as the parts of a sharded network have to meet; print and write in one."""
         example = pl_module.example_input()
-        names = pl_module.network_names
-        sizes = [network_size(name, getattr(pl_module, name), example) for name in names]
+        self._show(trainer, [network_size(name, getattr(pl_module, name), example) for name in pl_module.network_names])
+
+    @rank_zero_only
+    def _show(self, trainer: L.Trainer, sizes: list[NetworkSize]) -> None:
         table = Table("", "network", "parameters", "MFLOP per image", title_justify="left")
         rows = [(size.name, size.kind, f"{size.parameters:,}", _mega(size.flops)) for size in sizes]
         for row in rows:

@@ -10,7 +10,9 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW
 
@@ -37,6 +39,9 @@ _NOTHING = nullcontext()
 
 _FUSIBLE = (SGD, Adam, AdamW)
 
+_SHARDING = (FSDPStrategy, ModelParallelStrategy)
+"""They split weights into parts that know no layout."""
+
 _MEGAFLOPS = 5.0
 """Operations for an image from which on a CPU gains by bfloat16; below, it only converts."""
 
@@ -47,7 +52,7 @@ class Speed(L.Callback):
     Args:
         channels_last: Whether convolutions' weights are laid out with the channels last, and so what they return. None:
             on a CPU, where it is 1.3 times as fast, and on a GPU in 16 bit; not for a criterion of your own that reads
-            features, as it may rely on their layout.
+            features, as it may rely on their layout, nor where weights are sharded.
         fold_teacher: Whether the frozen teacher's batch norms become part of its convolutions, where only its logits
             are read.
         compile: Mode of `torch.compile` for student and teacher in training. `auto`: `default` on a GPU and on a CPU
@@ -56,7 +61,7 @@ class Speed(L.Callback):
             `mallopt`). Otherwise each step gives most of it back, and is given it again page by page, filled with
             zeros: that takes a fifth of the time. The peak is the same.
         fuse_optimizer: Whether SGD, Adam and AdamW update all parameters in one operation, unless they were
-            told otherwise, or fp16's scaling is in use.
+            told otherwise, or fp16's scaling is in use, or weights are sharded.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Speed(L.Callback):
         wanted = self.channels_last
         if wanted is None:
             wanted = (not gpu or str(trainer.precision).startswith(("16", "bf16"))) and not _reads_by_its_own(pl_module)
+            wanted = wanted and not isinstance(trainer.strategy, _SHARDING)
         networks = [getattr(pl_module, name) for name in getattr(pl_module, "network_names", ())]
         if not wanted or not sum(_lay_out(network, torch.channels_last) for network in networks):
             return
@@ -274,6 +280,8 @@ def _fuse(optimizer: Any, precision: str) -> bool:
     if type(optimizer) not in _FUSIBLE or told or precision.startswith("16"):
         return False
     if any(group.get("differentiable") or group.get("capturable") for group in groups):
+        return False
+    if any(isinstance(parameter, DTensor) for parameter in parameters):  # PyTorch has no such operation for shards
         return False
     if not all(parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda") for parameter in parameters):
         return False
