@@ -18,10 +18,20 @@ import yaml
 from torch.utils._pytree import tree_leaves
 
 SPY = """
-    import hashlib, json
+    import hashlib, json, os, sys
     from pathlib import Path
     import lightning as L
     import torch
+
+    written = []
+
+    def watch(event, arguments):
+        if event == "open" and isinstance(arguments[0], (str, bytes)) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            written.append(os.path.abspath(os.fsdecode(arguments[0])))
+        if event in ("os.rename", "shutil.move"):
+            written.append(os.path.abspath(os.fsdecode(arguments[1])))
+
+    sys.addaudithook(watch)
 
     def digest(network):
         sums = hashlib.sha256()
@@ -40,6 +50,7 @@ SPY = """
             seen = {
                 "student": digest(pl_module.student),
                 "teacher_kept": digest(pl_module.teacher) == self.teacher,
+                "written": written,
                 "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             }
             Path(f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
@@ -52,6 +63,7 @@ def test_two_processes_end_equal(tmp_path) -> None:
     settings = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
     spy = [
         "--trainer.callbacks+=spy.Spy",
+        "--teacher_cache.versions=1",
         "--trainer.enable_progress_bar=false",
         "--data.init_args.val_size=0.1",
     ]
@@ -71,6 +83,13 @@ def test_two_processes_end_equal(tmp_path) -> None:
     assert files == {"config.yaml", "run.yaml", "hparams.yaml", "best.ckpt", "last.ckpt", events}
     (record,) = yaml.safe_load(next(Path("runs").rglob("run.yaml")).read_text())
     assert record["devices"]["processes"] == 2
+    ours, theirs = (
+        {path for path in (Path(name) for name in rank["written"]) if path.is_relative_to(tmp_path)}
+        for rank in (first, second)
+    )
+    assert {path.name for path in ours} >= {"config.yaml", "hparams.yaml", "best.ckpt", "last.ckpt", events}
+    assert [path for path in ours if path.is_relative_to(tmp_path / "lkd_cache")]  # the teacher's answers
+    assert not theirs
 
 
 def test_two_processes_predict_each_image_once() -> None:

@@ -20,7 +20,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 import lkd
 from lkd.datamodules import ImageDataModule
-from lkd.store import replacing
 
 RECORD = "run.yaml"
 """The file's name, beside the run's config."""
@@ -55,9 +54,8 @@ class RunRecord(L.Callback):
         begun, now = _begun(self._places(path, trainer.ckpt_path)), self._now(trainer)
         if differing := list(_differences(begun, now)):
             rank_zero_warn(f"this run was begun with {' and '.join(differing)}; bits may differ")
-        earlier = path.read_text() if path.is_file() else ""
-        with replacing(path) as written:
-            written.write_text(earlier + yaml.safe_dump([now], sort_keys=False, width=120, allow_unicode=True))
+        with path.open("a") as file:
+            file.write(yaml.safe_dump([now], sort_keys=False, width=120, allow_unicode=True))
 
     def _places(self, own: Path, ckpt_path: Any) -> Iterator[Path]:
         """Where the record of the run may lie that this one goes on with, or repeats."""

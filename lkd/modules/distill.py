@@ -36,6 +36,10 @@ class DistillModule(ClassificationModule):
     With a weight of 0, what only that part of the loss would reach (the classifier, where features alone are compared;
     the criterion's adapters) has a gradient of 0 rather than none, in one process as in several: weight decay goes on.
 
+    To shard a student too large for one device, override `configure_model`: first `super().configure_model()`, then
+    PyTorch's `fully_shard(self.model, mesh=self.device_mesh["data_parallel"])`; with Lightning's
+    `ModelParallelStrategy(data_parallel_size, 1)`. The teacher stays whole in every process.
+
     To write a method of one's own, override `distill_loss`, or write a `DistillLoss` and pass it as `criterion`.
 
     Beside `ClassificationModule`'s curves: `train/hard`, `train/<criterion>` (as weighted), `val/teacher_acc`, and
