@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from lkd import ImageFolderDataModule
+from lkd import ImageFolderDataModule, SyntheticDataModule
 from lkd.__main__ import main
 from lkd.callbacks import RunRecord
 from lkd.callbacks.record import _begun, _revision
@@ -151,6 +151,16 @@ def test_a_fit_in_the_same_folder_adds_its_part(distill, data, trainer, tmp_path
     assert first["images"]["train"] == 48
     assert second["images"] == {"contents": "unknown"}
     assert second["seeds"] == {"run": first["seeds"]["run"], "data": "unknown", "split": "unknown"}
+    assert not [warning for warning in recwarn if "was begun with" in str(warning.message)]
+
+
+def test_runs_of_one_folder_are_not_compared(distill, data, trainer, tmp_path: Path, recwarn) -> None:
+    """Some loggers have no folder for each run: what lies there is another run's, unless it is taken up."""
+    root = tmp_path / "not/there/yet"
+    for images in (data, SyntheticDataModule(4, (3, 8, 8), train_size=32, val_size=0.25, batch_size=16)):
+        trainer(max_epochs=1, callbacks=[RunRecord(["fit"])], default_root_dir=root).fit(distill(), images)
+    first, second = yaml.safe_load((root / "run.yaml").read_text())
+    assert first["images"]["contents"] != second["images"]["contents"]
     assert not [warning for warning in recwarn if "was begun with" in str(warning.message)]
 
 

@@ -48,18 +48,19 @@ class RunRecord(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Compare and write."""
         folder = trainer.log_dir  # in all processes: it is the first one's
-        if folder is None or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        path = Path(folder, RECORD)
-        begun, now = _begun(self._places(path, trainer.ckpt_path)), self._now(trainer)
+        begun, now = _begun(self._places(trainer.ckpt_path)), self._now(trainer)
         if differing := list(_differences(begun, now)):
             rank_zero_warn(f"this run was begun with {' and '.join(differing)}; bits may differ")
-        with path.open("a") as file:
+        if folder is None or "://" in folder:  # somewhere else than on this machine
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with Path(folder, RECORD).open("a") as file:
             file.write(yaml.safe_dump([now], sort_keys=False, width=120, allow_unicode=True))
 
-    def _places(self, own: Path, ckpt_path: Any) -> Iterator[Path]:
+    def _places(self, ckpt_path: Any) -> Iterator[Path]:
         """Where the record of the run may lie that this one goes on with, or repeats."""
-        yield own
         if ckpt_path is not None:
             yield from (folder / RECORD for folder in list(Path(ckpt_path).resolve().parents)[:3])
         yield from (config.with_name(RECORD) for config in self.configs if config.name == "config.yaml")
