@@ -158,7 +158,10 @@ def test_none_outlives_the_others(rank: int, how: str, said: list[str]) -> None:
     # The pipes are at their end when no process holds them: none is left.
     done = subprocess.run([*command, *settings, *fails], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert [line.removeprefix("lkd: error: ") for line in done.stderr.splitlines() if "lkd: error:" in line] == said
+    found = [line.removeprefix("lkd: error: ") for line in done.stderr.splitlines() if "lkd: error:" in line]
+    # Lightning looks every five seconds whether a process has ended, says so, and kills the first: it may come first.
+    observed = rank == 1 and done.returncode < 0 and "[rank: 1] Child process" in done.stderr
+    assert found == (said[:-1] if observed else said)
 
 
 CHILD = """
