@@ -1,10 +1,21 @@
-"""Which state of a run is kept as its best."""
+"""Which states of a run are kept: the best, and the last, from which it goes on."""
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lkd.callbacks.stop import StopSignal
+from lkd.checkpoint_io import AtomicCheckpointIO
+
+_AGREE = 10
+"""Steps between two moments at which several processes ask each other whether to save or stop: a round trip each."""
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -15,6 +26,8 @@ class BestCheckpoint(ModelCheckpoint):
         mode: Whether `min` or `max` is best; `auto`: the least of a loss, the most of anything else.
         save_top_k: How many of the best are kept; -1: all.
         filename: Without `.ckpt`; None: `best`, or `best-{epoch}` if more than one is kept.
+        enable_version_counter: Whether a file of that name stays, and the new one gets a number; by default it is
+            replaced, as a resumed run meets the files of its first life.
         settings: ModelCheckpoint's other settings.
     """
 
@@ -24,10 +37,186 @@ class BestCheckpoint(ModelCheckpoint):
         mode: Literal["auto", "min", "max"] = "auto",
         save_top_k: int = 1,
         filename: str | None = None,
+        enable_version_counter: bool = False,
         **settings: Any,
     ) -> None:
         if mode == "auto":
             mode = "min" if monitor is not None and "loss" in monitor else "max"
         if filename is None:
             filename = "best" if save_top_k == 1 else "best-{epoch}"
-        super().__init__(monitor=monitor, mode=mode, save_top_k=save_top_k, filename=filename, **settings)
+        super().__init__(
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            filename=filename,
+            enable_version_counter=enable_version_counter,
+            **settings,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also what Lightning forgets."""
+        super().load_state_dict(state_dict)
+        self.current_score = state_dict.get("current_score")
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keep `last.ckpt`, from which a run goes on as if it had never stopped.
+
+    It is written between two steps: before each epoch, at the end of fit, in long epochs every few minutes or steps,
+    and after SIGTERM, SLURM's signal or Ctrl-C, which stop the run then. The one before it stays as `previous.ckpt`.
+    What loggers have got is written first, so that no point of a curve is lost.
+
+    Args:
+        minutes: Time between two savings in an epoch; None: it is not looked at.
+        every_n_train_steps: Steps of the optimizer between two savings in an epoch; None: they are not counted.
+
+    Raises:
+        ValueError: If an argument is not positive.
+    """
+
+    def __init__(self, minutes: float | None = 10.0, every_n_train_steps: int | None = None) -> None:
+        for name, number in (("minutes", minutes), ("every_n_train_steps", every_n_train_steps)):
+            if number is not None and not number > 0:
+                raise ValueError(f"last_checkpoint.{name} must be positive, or null for never, got {number}")
+        super().__init__(filename="last", enable_version_counter=False)
+        self.minutes, self.every_n_train_steps = minutes, every_n_train_steps
+        self._signal = StopSignal()
+        self._place: Literal["between epochs", "between steps"] | None = None
+        self._step = self._boundaries = 0
+        self._clock = 0.0
+        self._is_own = False
+
+    @property
+    def path(self) -> Path:
+        """The file; its folder is known after `setup`."""
+        return Path(str(self.dirpath)) / "last.ckpt"
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the folder, and see that files are written at one stroke."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        # A last.ckpt that this run does not come from may be damaged: it must not become the previous one.
+        self._is_own = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == self.path.resolve()
+        if trainer.is_global_zero:
+            for left in self.path.parent.glob(".*.ckpt.*"):  # by a process that was killed while it wrote
+                left.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on, signals wait for the end of a step."""
+        self._step, self._clock, self._boundaries = trainer.global_step, time.monotonic(), 0
+        self._signal.watch(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what the epochs so far have come to."""
+        _forget_restart(trainer)
+        self._save(trainer, "between epochs")
+        if self._any(trainer, self._signal.received is not None):
+            self._signal.obey(trainer)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Save in an epoch, if it is time; stop, if so asked."""
+        _forget_restart(trainer)
+        if not _is_boundary(trainer, batch_idx):
+            return
+        steps, minutes = self.every_n_train_steps, self.minutes
+        due = steps is not None and trainer.global_step - self._step >= steps
+        late = minutes is not None and time.monotonic() - self._clock >= 60 * minutes
+        self._boundaries += 1
+        asked = False
+        if trainer.world_size == 1 or self._boundaries % _AGREE == 0:
+            asked = self._any(trainer, self._signal.received is not None)
+            due = self._any(trainer, late) or asked or due
+        if due:
+            self._save(trainer, "between steps")
+        if asked:
+            self._signal.obey(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the end, from which a longer run could go on."""
+        self._save(trainer, "between epochs")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give signals back."""
+        self._signal.release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give signals back."""
+        self._signal.release()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Not here: a step is not over before the module has logged it."""
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        """Not here: the epoch's curves are still to come, and a schedule may wait for them."""
+
+    def on_validation_end(self, *args: Any) -> None:
+        """Not here, for the same reason."""
+
+    @staticmethod
+    def _any(trainer: L.Trainer, decision: bool) -> bool:
+        return trainer.strategy.reduce_boolean_decision(decision, all=False)
+
+    def _save(self, trainer: L.Trainer, place: Literal["between epochs", "between steps"]) -> None:
+        self._clock = time.monotonic()
+        if trainer.global_step == self._step or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._step = trainer.global_step
+        for logger in trainer.loggers:
+            logger.save()
+        if trainer.is_global_zero and self._is_own:
+            _keep_previous(self.path)
+        self._is_own, self._place, self.best_model_path = True, place, str(self.path)
+        try:
+            trainer.save_checkpoint(self.path, weights_only=False)
+        finally:
+            self._place = None
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say where the run is: what has been got ready, but has not begun, is to be done by who goes on."""
+        if self._place is None:  # another callback's checkpoint
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+        for progress in (epochs, batches):
+            for part in ("total", "current"):
+                progress[part]["ready"] = progress[part]["started"]
+        batches["is_last_batch"] = False
+        if self._place == "between epochs":
+            batches["current"] = dict.fromkeys(batches["current"], 0)
+
+
+def _forget_restart(trainer: L.Trainer) -> None:
+    """Where this is asked, Lightning has found its place; later on it would leave out a schedule's step."""
+    loop: Any = trainer.fit_loop
+    if loop.restarting:
+        loop.restarting = False
+
+
+def _is_boundary(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether Lightning can go on from before this batch.
+
+    Not where gradients have been summed up for a step to come; nor right after a validation within an epoch, which it
+    would count as a step.
+    """
+    if batch_idx == 0 or batch_idx % trainer.accumulate_grad_batches:
+        return False
+    engine: Any = trainer
+    every = engine.val_check_batch
+    seen = batch_idx if engine.check_val_every_n_epoch is not None else engine.fit_loop.epoch_loop.total_batch_idx
+    return every in (None, float("inf")) or seen % every != 0
+
+
+def _keep_previous(path: Path) -> None:
+    """Give a file a second name, under which it stays when it is replaced."""
+    previous = path.with_name("previous.ckpt")
+    if path.is_file():
+        previous.unlink(missing_ok=True)
+        try:
+            os.link(path, previous)
+        except OSError:  # a file system without links
+            path.replace(previous)

@@ -409,6 +409,7 @@ class ClassificationModule(L.LightningModule):
         checkpoint["lkd"] = {
             "version": __version__,
             "input_shape": None if shape is None else tuple(shape),
+            "meter": self._meter.state(self._gather),
             **facts,
         }
 
@@ -421,6 +422,8 @@ class ClassificationModule(L.LightningModule):
                 "LightningModule.load_from_checkpoint(path) finds the right class"
             )
         self._kept_facts = dict(checkpoint.get("lkd", {}))
+        if "meter" in self._kept_facts and self._trainer is not None:
+            self._meter.restore(self._kept_facts.pop("meter"), self.global_rank)
         if (example := self.example_input()) is not None:
             self.build(example)
         state = checkpoint.get("state_dict")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,36 @@ class Meter:
         self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)
         self._count, self._waiting = self._count + len(steps), []
 
+    def state(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """What has been summed in all processes, as it is: for a checkpoint.
+
+        Args:
+            gather: As for `first_bad`.
+        """
+        steps, values = zip(*self._waiting, strict=True) if self._waiting else ((), ())
+        tensors = {"waiting": torch.stack(values) if values else None, "sums": self._sums, "first_bad": self._first_bad}
+        return {
+            "names": list(self._names),
+            "steps": list(steps),
+            "count": self._count,
+            **{name: None if part is None else _of_all(part, gather) for name, part in tensors.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any], rank: int) -> None:
+        """Go on from a `state`.
+
+        Args:
+            state: What `state` has returned.
+            rank: Which process this is; where there were fewer, it begins as their first.
+        """
+        waiting, sums, first_bad = (
+            None if part is None else part[min(rank, len(part) - 1)]
+            for part in (state["waiting"], state["sums"], state["first_bad"])
+        )
+        self._names, self._count = tuple(state["names"]), int(state["count"])
+        self._waiting = [] if waiting is None else list(zip(state["steps"], waiting.unbind(), strict=True))
+        self._sums, self._first_bad = sums, first_bad
+
     def first_bad(self, gather: Callable[[Tensor], Tensor]) -> dict[str, int]:
         """Name to the first step at which it was not finite, for those that were not.
 
@@ -74,3 +105,8 @@ class Meter:
         names = self._names
         self._names, self._sums, self._first_bad, self._count = (), None, None, 0
         return dict(zip(names, means, strict=True))
+
+
+def _of_all(part: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    """`(...)` as `(world, ...)`, on the CPU."""
+    return gather(part).reshape(-1, *part.shape).cpu()
