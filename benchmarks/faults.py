@@ -129,10 +129,12 @@ class Bench:
         folder, args = self._new(), [*ARGS, *SETTINGS[settings]]
         group = settings == "two processes"
         start = 0.5 * seconds if group else 0.0  # the interpreters' start is no part of the run
+        moments: list[float] = []
 
         def one() -> Life:
-            moment = start + self.random.uniform(0, 1.1) * (seconds - start)
-            return (live_in_group if group else live)(args, folder, moment)
+            patience = 1.1 + 0.1 * len(moments)  # beside other loads, a process may take longer than the first did
+            moments.append(start + self.random.uniform(0, patience) * (seconds - start))
+            return (live_in_group if group else live)(args, folder, moments[-1])
 
         lives = until_done(one)
         return self._row("SIGKILL at a random moment", settings, len(lives) - 1, lives, folder, whole)

@@ -102,7 +102,8 @@ def state(run: Path, name: str) -> dict[str, Any]:
     """What a run has come to, by name: weights, optimizer, schedules, memories, and where its loops are."""
     content = torch.load(run / "checkpoints" / name, map_location="cpu", weights_only=True)
     content.pop("pytorch-lightning_version")
-    return {key.replace(run.name, "version"): _place(value, run.name) for key, value in _flat(content)}
+    found = {key.replace(run.name, "version"): _place(value, run.name) for key, value in _flat(content)}
+    return {key: value for key, value in found.items() if not _OWN.search(key)}
 
 
 def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:

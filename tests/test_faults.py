@@ -5,6 +5,7 @@ All settings, and many more kills: python -m benchmarks.faults.
 
 from __future__ import annotations
 
+import fcntl
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -19,7 +20,7 @@ from benchmarks.lives import curves, differences, live, until_done
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Iterator[Bench]:
-    yield Bench(tmp_path_factory.mktemp("faults"), seed=1)
+    return Bench(tmp_path_factory.mktemp("faults"), seed=1)
 
 
 def _assert_nothing_lost(row: Row) -> None:
@@ -122,3 +123,13 @@ def test_differences_are_found(bench, tmp_path: Path) -> None:
     assert any(name.startswith("last.ckpt/state_dict/") for name in found)
     assert "curve val/acc" in found
     assert "of 1 the end differs" in table([Row("a", "b", 1, 2, "", found)], 0)
+
+
+def test_two_processes_do_not_train_one_run(bench, tmp_path: Path) -> None:
+    live(ARGS, tmp_path, fault="benchmarks.faults:die_at_save,2,after")
+    with (run_of(tmp_path) / "checkpoints/.lock").open("wb") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        life = live(ARGS, tmp_path)
+        assert life.code == 2
+        assert "another process is training the run in runs/digits/kd/version_0" in life.text
+    assert live(ARGS, tmp_path).code == 0

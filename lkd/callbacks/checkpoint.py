@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from lkd.callbacks.stop import StopSignal
 from lkd.checkpoint_io import AtomicCheckpointIO
@@ -85,6 +86,8 @@ class LastCheckpoint(ModelCheckpoint):
         self._step = self._boundaries = 0
         self._clock = 0.0
         self._is_own = False
+        self._metrics: dict[str, Tensor] = {}
+        self._lock: IO[bytes] | None = None
 
     @property
     def path(self) -> Path:
@@ -101,6 +104,7 @@ class LastCheckpoint(ModelCheckpoint):
         # A last.ckpt that this run does not come from may be damaged: it must not become the previous one.
         self._is_own = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == self.path.resolve()
         if trainer.is_global_zero:
+            self._lock = _locked(self.path.parent)
             for left in self.path.parent.glob(".*.ckpt.*"):  # by a process that was killed while it wrote
                 left.unlink(missing_ok=True)
 
@@ -108,6 +112,16 @@ class LastCheckpoint(ModelCheckpoint):
         """From here on, signals wait for the end of a step."""
         self._step, self._clock, self._boundaries = trainer.global_step, time.monotonic(), 0
         self._signal.watch(trainer)
+        trainer.callback_metrics.update(self._metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also what was measured last: a schedule may wait for it, or a callback that watches it."""
+        return {**super().state_dict(), "metrics": self._metrics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The same."""
+        super().load_state_dict(state_dict)
+        self._metrics = dict(state_dict.get("metrics", {}))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what the epochs so far have come to."""
@@ -137,16 +151,22 @@ class LastCheckpoint(ModelCheckpoint):
             self._signal.obey(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the end, from which a longer run could go on."""
-        self._save(trainer, "between epochs")
+        """Save the end, from which a longer run can go on: in mid-epoch, if its steps or its time were over there."""
+        batches = _loop(trainer).batch_progress
+        whole = batches.is_last_batch or batches.current.started >= trainer.num_training_batches
+        stopped_early = not whole and _is_boundary(trainer, batches.current.started)
+        self._save(trainer, "between steps" if stopped_early else "between epochs")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give signals back."""
+        """Give signals and the folder back."""
         self._signal.release()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give signals back."""
-        self._signal.release()
+        """The same, if the run fails."""
+        self.teardown(trainer, pl_module, "fit")
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Not here: a step is not over before the module has logged it."""
@@ -170,6 +190,7 @@ class LastCheckpoint(ModelCheckpoint):
             logger.save()
         if trainer.is_global_zero and self._is_own:
             _keep_previous(self.path)
+        self._metrics = {name: metric.detach().cpu() for name, metric in trainer.callback_metrics.items()}
         self._is_own, self._place, self.best_model_path = True, place, str(self.path)
         try:
             trainer.save_checkpoint(self.path, weights_only=False)
@@ -182,12 +203,20 @@ class LastCheckpoint(ModelCheckpoint):
             return
         loops = checkpoint["loops"]["fit_loop"]
         epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-        for progress in (epochs, batches):
-            for part in ("total", "current"):
+        for part in ("total", "current"):
+            for progress in (epochs, batches):
                 progress[part]["ready"] = progress[part]["started"]
+            if self._place == "between steps":
+                epochs[part]["processed"] = epochs[part]["completed"] = epochs[part]["started"] - 1
         batches["is_last_batch"] = False
         if self._place == "between epochs":
             batches["current"] = dict.fromkeys(batches["current"], 0)
+        elif _was_validated(trainer):  # there, Lightning counts a step when it goes on
+            loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def _loop(trainer: L.Trainer) -> Any:
+    return trainer.fit_loop.epoch_loop
 
 
 def _forget_restart(trainer: L.Trainer) -> None:
@@ -197,18 +226,45 @@ def _forget_restart(trainer: L.Trainer) -> None:
         loop.restarting = False
 
 
-def _is_boundary(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether Lightning can go on from before this batch.
+def _is_boundary(trainer: L.Trainer, seen: int) -> bool:
+    """Whether a run can go on after so many batches of an epoch: not while gradients are summed for a step to come."""
+    return bool(seen > 0 and seen % trainer.accumulate_grad_batches == 0)
 
-    Not where gradients have been summed up for a step to come; nor right after a validation within an epoch, which it
-    would count as a step.
-    """
-    if batch_idx == 0 or batch_idx % trainer.accumulate_grad_batches:
-        return False
+
+def _was_validated(trainer: L.Trainer) -> bool:
+    """Whether the last batch was followed by a validation within the epoch."""
     engine: Any = trainer
-    every = engine.val_check_batch
-    seen = batch_idx if engine.check_val_every_n_epoch is not None else engine.fit_loop.epoch_loop.total_batch_idx
-    return every in (None, float("inf")) or seen % every != 0
+    every, batches = engine.val_check_batch, _loop(trainer).batch_progress
+    if every in (None, float("inf")) or not _loop(trainer)._should_check_val_epoch():
+        return False
+    counted = batches.total if engine.check_val_every_n_epoch is None else batches.current
+    return bool(counted.started % every == 0)
+
+
+def _locked(folder: Path) -> IO[bytes] | None:
+    """Keep a folder for this process, until the file that is returned is closed or the process is gone.
+
+    Raises:
+        ValueError: If another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("wb")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: a loader's workers do not inherit it
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise ValueError(
+            f"another process is training the run in {folder.parent}; wait for its end, or begin a new one without "
+            "--resume and --ckpt_path"
+        ) from error
+    except OSError:  # a file system without locks
+        file.close()
+        return None
+    return file
 
 
 def _keep_previous(path: Path) -> None:

@@ -215,9 +215,11 @@ class ClassificationModule(L.LightningModule):
         self._watched[f"{network}{_LOGITS}"] = logits.detach().float().mean()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log a point every `log_every_n_steps` steps, and at least one an epoch."""
-        every, seen = cast("int", self.trainer.log_every_n_steps), batch_idx + 1  # type: ignore[attr-defined]
-        if every and (seen % every == 0 or (self.trainer.is_last_batch and seen < every)):
+        """Log a point every `log_every_n_steps` steps of the optimizer, and at least one an epoch."""
+        every = cast("int", self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        last, summed = self.trainer.is_last_batch, self.trainer.accumulate_grad_batches
+        seen, rest = divmod(batch_idx + 1, summed)
+        if every and ((last and seen < every) or (not rest and seen % every == 0)):
             self._log_training()
 
     def on_validation_epoch_start(self) -> None:
