@@ -36,15 +36,17 @@ _EMA = "{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: 
 _PLATEAU = "{class_path: lightning.pytorch.cli.ReduceLROnPlateau, init_args: {monitor: val/loss, patience: 0}}"
 _MIXUP = "{class_path: lkd.datamodules.Mixup, init_args: {alpha: 0.2}}"
 _ALL = ", ".join(f"lkd.datamodules.{name}" for name in ("RandomCrop", "RandAugment", "RandomErasing"))
+_CROP = "[lkd.datamodules.RandomResizedCrop]"
 _FOLDER = ["--data=lkd.ImageFolderDataModule", "--data.init_args.root=images", "--data.init_args.image_size=8"]
-_FOLDER += ["--data.init_args.batch_size=16", "--data.init_args.num_workers=2", "--trainer.check_val_every_n_epoch=2"]
+_FOLDER += ["--data.init_args.batch_size=16", "--trainer.check_val_every_n_epoch=2"]
 _FOLDER += [f"--model.init_args.{name}.init_args.in_channels=3" for name in ("student", "teacher")]
 _FOLDER += ["--model.init_args.teacher_ckpt=null"]
 
 SETTINGS = {
     "the digits": [],
     "every augmentation, Mixup": [f"--data.init_args.augment=[{_ALL}]", f"--data.init_args.mix={_MIXUP}"],
-    "image files, 2 workers": [*_FOLDER, "--data.init_args.augment=[lkd.datamodules.RandomResizedCrop]"],
+    "image files, decoded once": _FOLDER,
+    "image files, read by 2 workers": [*_FOLDER, "--data.init_args.num_workers=2", f"--data.init_args.augment={_CROP}"],
     "the teacher's answers kept": ["--teacher_cache.versions=2"],
     "memories (CRD)": ["--config", "methods/crd"],
     "random masks (MGD)": ["--config", "methods/mgd"],

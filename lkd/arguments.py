@@ -142,9 +142,10 @@ def newest_checkpoint(folder: Path, name: str) -> Path:
     if newest.stem == name:
         return newest
     for state in read_checkpoint(newest).get("callbacks", {}).values():  # the newest of several knows the best
-        best = newest.with_name(Path(state.get("best_model_path", "")).name)
-        if best in found and state.get("monitor"):
-            return best
+        if state.get("monitor") and (path := state.get("best_model_path")):
+            best = newest.with_name(Path(path).name)
+            if best in found:
+                return best
     return newest
 
 

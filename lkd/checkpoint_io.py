@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +67,13 @@ def damage_of(path: Path) -> str:
             return "it is cut short, or was not written by torch.save"
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-            return "" if broken is None else f"the checksum of its part {broken} is wrong"
+        if broken is not None:
+            return f"the checksum of its part {broken} is wrong"
+        with suppress(pickle.UnpicklingError):  # what it holds is another question
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged bytes can raise anything
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
 
 
 def global_step(path: Path) -> int:

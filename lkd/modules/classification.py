@@ -425,7 +425,7 @@ class ClassificationModule(L.LightningModule):
             )
         self._kept_facts = dict(checkpoint.get("lkd", {}))
         if "meter" in self._kept_facts and self._trainer is not None:
-            self._meter.restore(self._kept_facts.pop("meter"), self.global_rank)
+            self._meter.restore(self._kept_facts.pop("meter"), self.global_rank, self.trainer.strategy.root_device)
         if (example := self.example_input()) is not None:
             self.build(example)
         state = checkpoint.get("state_dict")

@@ -65,15 +65,16 @@ class Meter:
             **{name: None if part is None else _of_all(part, gather) for name, part in tensors.items()},
         }
 
-    def restore(self, state: Mapping[str, Any], rank: int) -> None:
+    def restore(self, state: Mapping[str, Any], rank: int, device: torch.device) -> None:
         """Go on from a `state`.
 
         Args:
             state: What `state` has returned.
-            rank: Which process this is; where there were fewer, it begins as their first.
+            rank: Which process this is; where there were fewer, it begins as their last.
+            device: Where steps are made.
         """
         waiting, sums, first_bad = (
-            None if part is None else part[min(rank, len(part) - 1)]
+            None if part is None else part[min(rank, len(part) - 1)].to(device)
             for part in (state["waiting"], state["sums"], state["first_bad"])
         )
         self._names, self._count = tuple(state["names"]), int(state["count"])
