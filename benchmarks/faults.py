@@ -16,6 +16,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -178,6 +179,22 @@ class Bench:
         lives = [first, second, *until_done(partial(live, ARGS, folder))]
         return self._row(what, "the digits", 1, lives, folder, whole)
 
+    def full(self) -> Row:
+        """A run whose disk is full, until somebody makes room."""
+        whole, _ = self.whole("the digits")
+        folder = self._new()
+        disk = folder / "runs"
+        disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], check=True)
+        try:
+            first = live(ARGS, folder)
+            _expect(first, "No space left on device")
+            subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+            lives = [first, *until_done(partial(live, ARGS, folder))]
+            return self._row("a full disk", "the digits", 1, lives, folder, whole)
+        finally:
+            subprocess.run(["umount", disk], check=True)
+
     def _row(self, what: str, settings: str, times: int, lives: list[Life], folder: Path, whole: Path) -> Row:
         last = [line for line in lives[0].text.splitlines() if line.startswith("lkd: error: ")]
         outcome = last[0].removeprefix("lkd: error: ").replace(f"{folder}/", "") if last else ""
@@ -329,6 +346,15 @@ def faults(bench: Bench) -> list[Callable[[], Row]]:
     rows.append(partial(bench.told, "Ctrl-C", int(signal.SIGINT), 1))
     rows.append(partial(bench.told, "SLURM's signal", int(signal.SIGUSR1), 143, "slurm"))
     return rows
+
+
+def _may_mount() -> bool:
+    """Whether a disk can be made that is soon full."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True)
+        if done.returncode == 0:
+            subprocess.run(["umount", folder], check=True)
+    return done.returncode == 0
 
 
 def table(rows: Sequence[Row], seed: int) -> str:

@@ -6,6 +6,7 @@ does not: that is what is compared.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each resumed run that points come again
 _OWN = re.compile(r"images_per_s")  # a speed, which no two runs share
 
 
