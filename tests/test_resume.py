@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
+from warnings import catch_warnings
 
 import lightning as L
 import pytest
@@ -133,3 +134,20 @@ def test_a_run_goes_on_from_every_step(distill, data, trainer, tmp_path, setting
         assert found == wanted, number
         for name, tensor in whole.state_dict().items():
             assert torch.equal(resumed.state_dict()[name], tensor), (number, name)
+
+
+@pytest.mark.parametrize(("every", "warns"), [(2, True), (None, False)])
+def test_other_batches_within_an_epoch(distill, data, trainer, tmp_path, every, warns: bool) -> None:
+    def fit(*extra, **settings) -> LastCheckpoint:
+        last = LastCheckpoint(every_n_train_steps=every)
+        trainer(max_epochs=2, callbacks=[last, *extra], enable_checkpointing=True).fit(distill(), data, **settings)
+        return last
+
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(Stop(5))  # in the second epoch of three batches each
+    data.batch_size = 8
+    path = tmp_path / "checkpoints/last.ckpt"
+    with catch_warnings(record=True) as warned:
+        fit(ckpt_path=path, weights_only=True)
+    told = "with batches of 16 in 1 processes, and goes on with batches of 8 in 1"
+    assert any(told in str(warning.message) for warning in warned) == warns

@@ -10,6 +10,7 @@ from typing import IO, Any, Literal
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lkd.callbacks.stop import StopSignal
@@ -87,6 +88,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._clock = 0.0
         self._is_own = False
         self._metrics: dict[str, Tensor] = {}
+        self._batches: list[Any] = []  # their size, and the number of processes
         self._lock: IO[bytes] | None = None
 
     @property
@@ -97,7 +99,7 @@ class LastCheckpoint(ModelCheckpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder, and see that files are written at one stroke."""
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -113,15 +115,22 @@ class LastCheckpoint(ModelCheckpoint):
         self._step, self._clock, self._boundaries = trainer.global_step, time.monotonic(), 0
         self._signal.watch(trainer)
         trainer.callback_metrics.update(self._metrics)
+        batches = [getattr(trainer.datamodule, "batch_size", None), trainer.world_size]  # type: ignore[attr-defined]
+        if self._batches not in ([], batches) and _loop(trainer).batch_progress.current.started:
+            rank_zero_warn(
+                "the run stopped within an epoch, with batches of {} in {} processes, and goes on with batches of {} "
+                "in {}: of this epoch it sees some images twice, or not at all".format(*self._batches, *batches)
+            )
+        self._batches = batches
 
     def state_dict(self) -> dict[str, Any]:
         """Also what was measured last: a schedule may wait for it, or a callback that watches it."""
-        return {**super().state_dict(), "metrics": self._metrics}
+        return {**super().state_dict(), "metrics": self._metrics, "batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The same."""
         super().load_state_dict(state_dict)
-        self._metrics = dict(state_dict.get("metrics", {}))
+        self._metrics, self._batches = dict(state_dict["metrics"]), list(state_dict["batches"])
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what the epochs so far have come to."""
