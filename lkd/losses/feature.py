@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lkd.losses.adapters import same_size
 from lkd.losses.base import DistillLoss, total
+from lkd.losses.checks import check_positive
 from lkd.losses.precision import full_precision, mse
 from lkd.types import Batch, Outputs, Probe
 
@@ -77,8 +78,7 @@ class AT(DistillLoss):
         p: float = 2.0,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        if not p > 0:
-            raise ValueError(f"p must be greater than 0, got {p}; 2 is usual")
+        check_positive("2 is usual", p=p)
         self.p = p
 
     def build(self, student: Probe, teacher: Probe) -> None:

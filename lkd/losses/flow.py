@@ -164,8 +164,10 @@ def _right_vectors(feature: Tensor, number: int) -> tuple[Tensor, Tensor]:
     without gradient, and what is added to them is their change to first order, whose value is 0.
     """
     matrix = feature.flatten(2).mT
-    _, values, basis = torch.linalg.svd(matrix.detach(), full_matrices=False)  # basis: vectors in its rows
-    scale = values[:, :1].clamp(min=torch.finfo(values.dtype).tiny)
+    # What is not finite, LAPACK refuses by an error of its own; left out here, it comes back in the change.
+    finite = matrix.detach().nan_to_num(0, 0, 0)
+    _, values, basis = torch.linalg.svd(finite, full_matrices=False)  # basis: vectors in its rows
+    scale = values[:, :1].clamp(min=1e-12)  # the gradient grows with 1 / scale, and is to stay finite
     matrix, squares = matrix / scale.unsqueeze(2), (values / scale).square()
     vectors = basis.mT[..., :number]
     moved = matrix.mT @ (matrix @ vectors)

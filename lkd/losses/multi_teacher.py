@@ -21,7 +21,7 @@ _MEMBERS = "members"
 
 def _log_own(teacher_logits: Tensor, target: Tensor) -> Tensor:
     """Each teacher's log-probability of the label, `(M, B)`."""
-    own = own_class(target).expand(len(teacher_logits), -1, 1)
+    own = own_class(target, teacher_logits[0]).expand(len(teacher_logits), -1, 1)
     return F.log_softmax(teacher_logits, dim=2).gather(2, own).squeeze(2)
 
 

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -21,6 +20,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lkd import __version__
+from lkd.losses.labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
 from lkd.modules.meter import Meter
@@ -169,28 +169,13 @@ class ClassificationModule(L.LightningModule):
         if mixed is None:
             return self._mean_cross_entropy(logits, target, self.label_smoothing)
         labelled = target != IGNORE_INDEX
-        own = self._cross_entropy(logits, target, self.label_smoothing, "none")
-        other = self._cross_entropy(logits, mixed.target, self.label_smoothing, "none") * labelled
+        own = cross_entropies(logits, target, self.label_smoothing)
+        other = cross_entropies(logits, mixed.target, self.label_smoothing) * labelled
         return (mixed.weight * own + (1 - mixed.weight) * other).sum() / labelled.sum().clamp(min=1)
 
     def _mean_cross_entropy(self, logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        total = self._cross_entropy(logits, target, label_smoothing, "sum")
+        total = cross_entropies(logits, target, label_smoothing, "sum")
         return total / (target != IGNORE_INDEX).sum().clamp(min=1)
-
-    def _cross_entropy(self, logits: Tensor, target: Tensor, label_smoothing: float, reduction: str) -> Tensor:
-        try:
-            return F.cross_entropy(
-                logits.float() if logits.dtype != torch.float64 else logits,
-                target,
-                ignore_index=IGNORE_INDEX,
-                reduction=reduction,
-                label_smoothing=label_smoothing,
-            )
-        except IndexError as error:
-            raise ValueError(
-                f"a label is out of range ({error}): the network has {logits.shape[1]} classes, so labels must lie "
-                f"in 0..{logits.shape[1] - 1}, or be {IGNORE_INDEX} for images without one"
-            ) from error
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum of `losses`."""
