@@ -56,6 +56,10 @@ class DistillLoss(nn.Module, ABC):
     compares_samples: ClassVar[bool] = False
     """Whether it compares the images of a batch with each other, so that one image by itself says nothing."""
 
+    per_process: ClassVar[str] = ""
+    """What each of several processes does with its own images alone, so that the gradient is not that of one process
+    with all of them. Empty: nothing, it is the mean over the images, but for statistics of BatchNorm in adapters."""
+
     skips_unlabelled: ClassVar[bool | None] = False
     """Whether images without a label do not count, as it is a mean over the others; None: in some of its terms."""
 
@@ -277,6 +281,11 @@ class CompositeLoss(DistillLoss):
     def compares_samples(self) -> bool:  # type: ignore[override]
         """Whether one of the parts compares the images of a batch with each other."""
         return any(part.compares_samples for part in self.parts)
+
+    @property
+    def per_process(self) -> str:  # type: ignore[override]
+        """What the parts do with each process's own images alone."""
+        return ", ".join(dict.fromkeys(part.per_process for part in self.parts if part.per_process))
 
     @property
     def skips_unlabelled(self) -> bool | None:  # type: ignore[override]

@@ -90,6 +90,8 @@ class DISTPlus(DIST):
         1 - correlation, as in the paper; torchdistill adds the correlation itself, which drives the channels apart.
     """
 
+    per_process = "correlates its images within a class, and at a pixel"
+
     def __init__(
         self,
         student_layers: Sequence[str] = ("@map",),

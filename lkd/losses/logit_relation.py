@@ -93,6 +93,7 @@ class DIST(DistillLoss):
     """
 
     compares_samples = True
+    per_process = "correlates its images within a class"
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, eps: float = 1e-8) -> None:
         super().__init__()
@@ -183,6 +184,7 @@ class SKD(DistillLoss):
     """
 
     compares_samples = True
+    per_process = "takes cosines of its images"
 
     def __init__(self, temperature: float = 4.0, tikhonov: float = 0.1, direction_weight: float = 1.0) -> None:
         super().__init__()

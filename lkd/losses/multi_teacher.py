@@ -147,6 +147,11 @@ class MultiTeacher(CompositeLoss):
         """Whether the copies need what their `build` makes, or the weights are learned."""
         return self.weighting == "learned" or super().needs_build
 
+    @property
+    def skips_unlabelled(self) -> bool | None:  # type: ignore[override]
+        """As the criterion; None where the term `mixture`, which reads labels, is added."""
+        return None if self.weighting == "learned" else self.parts[0].skips_unlabelled
+
     def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
         """Copy the criterion for each teacher, and find the copies' layers."""
         members = list(getattr(teacher, _MEMBERS, ()))

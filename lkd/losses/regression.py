@@ -248,6 +248,7 @@ class SRD(DistillLoss):
     """
 
     compares_samples = True
+    per_process = "takes the logarithm of the sum over its images"
 
     def __init__(
         self,

@@ -119,6 +119,7 @@ class RKD(DistillLoss):
 
     reads_logits = False
     compares_samples = True
+    per_process = "measures distances and angles of its images"
 
     def __init__(
         self,
@@ -195,6 +196,7 @@ class SP(DistillLoss):
 
     reads_logits = False
     compares_samples = True
+    per_process = "compares its images"
 
     def __init__(
         self, student_layers: Sequence[str] = ("@last_stage",), teacher_layers: Sequence[str] = ("@last_stage",)
@@ -260,6 +262,7 @@ class PKT(DistillLoss):
 
     reads_logits = False
     compares_samples = True
+    per_process = "finds neighbours among its images"
 
     def __init__(
         self,
@@ -385,6 +388,7 @@ class CC(DistillLoss):
 
     reads_logits = False
     compares_samples = True
+    per_process = "correlates its images"
 
     def __init__(
         self,

@@ -120,6 +120,7 @@ class SemCKD(DistillLoss):
 
     reads_logits = False
     compares_samples = True
+    per_process = "weighs layers by similarities of its images"
 
     def __init__(
         self,

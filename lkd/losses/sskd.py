@@ -164,6 +164,7 @@ class SSKD(DistillLoss):
 
     num_views = _VIEWS
     compares_samples = True
+    per_process = "assigns views to its images, and chooses among them"
     skips_unlabelled = None
 
     def __init__(

@@ -119,6 +119,7 @@ class ViTKD(DistillLoss):
     """
 
     reads_logits = False
+    per_process = "draws what it masks"
 
     def __init__(
         self,

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lkd import __version__
 from lkd.losses.labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
-from lkd.modules.meter import Meter
+from lkd.modules.meter import Meter, WeightedMean
 from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
 
@@ -214,7 +214,7 @@ class ClassificationModule(L.LightningModule):
         """The same for a loss that only the last steps have spoilt."""
         if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
             return
-        total = cast("Tensor", self.stage_metrics("val")["loss"].mean_value)
+        total = cast("Tensor", self.stage_metrics("val")["loss"].total)
         if not self._gather(total).isfinite().all():
             names = "loss", "val/loss", f"{self.network_names[0]}{_LOGITS}"
             self._check_finite(dict.fromkeys(names, self.global_step))
@@ -258,7 +258,7 @@ class ClassificationModule(L.LightningModule):
 
     def make_metrics(self) -> dict[str, Metric]:
         """Name to metric, for each of the stages `val` and `test`."""
-        return {"loss": MeanMetric(nan_strategy="disable"), "acc": accuracy()}
+        return {"loss": WeightedMean(), "acc": accuracy()}
 
     def stage_metrics(self, stage: str) -> dict[str, Metric]:
         """The metrics of `val` or `test`, by name."""

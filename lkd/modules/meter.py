@@ -1,4 +1,4 @@
-"""Means of training curves without waiting for the device in every step."""
+"""Means of curves without waiting for the device in every step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 _TOGETHER = 64
 
@@ -74,3 +75,34 @@ class Meter:
         names = self._names
         self._names, self._sums, self._first_bad, self._count = (), None, None, 0
         return dict(zip(names, means, strict=True))
+
+
+class WeightedMean(Metric):
+    """Mean of values, each with its weight; 0 if nothing weighs, and not finite if a value is not.
+
+    torchmetrics' `MeanMetric` looks for NaN in every step, which waits for the device; told not to (up to 1.9), it
+    forgets the weights.
+    """
+
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "weight"):
+            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, value: Tensor, weight: Tensor) -> None:
+        """Add a value.
+
+        Args:
+            value: A scalar.
+            weight: A scalar, at least 0.
+        """
+        self.total += value * weight
+        self.weight += weight
+
+    def compute(self) -> Tensor:
+        """The mean so far."""
+        return self.total / torch.where(self.weight > 0, self.weight, 1)
