@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses.adapters import embedding
 from lkd.losses.base import DistillLoss
 from lkd.losses.checks import check_positive, check_temperature
+from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision, wide
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
@@ -188,7 +188,7 @@ class CRD(DistillLoss):
 
     @full_precision
     def _compare(self, ours: Tensor, theirs: Tensor, index: Tensor, target: Tensor) -> Tensor:
-        ours, theirs = F.normalize(ours, dim=1), F.normalize(theirs, dim=1)
+        ours, theirs = directions(ours, dim=1), directions(theirs, dim=1)
         position = torch.cat([index.unsqueeze(1), self.draw(index, target)], dim=1)
         scores = torch.stack(
             [
@@ -239,7 +239,7 @@ class CRD(DistillLoss):
         share = same.to(ours.dtype) / same.sum(1, keepdim=True)
         for memory, new in ((self.student_memory, ours), (self.teacher_memory, theirs)):
             mean = share @ new
-            row = F.normalize(self.momentum * wide(memory[index]) + (1 - self.momentum) * mean, dim=1)
+            row = directions(self.momentum * wide(memory[index]) + (1 - self.momentum) * mean, dim=1)
             memory.index_copy_(0, index, row.to(memory.dtype))
         label = torch.where(same, target, IGNORE_INDEX).amax(1)  # of an image's views, only one may have it
         self.targets.index_copy_(0, index, torch.where(label == IGNORE_INDEX, self.targets[index], label))

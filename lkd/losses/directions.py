@@ -18,11 +18,12 @@ def directions(vectors: Tensor, dim: int, p: float = 2.0) -> Tensor:
         p: Power of the length, at least 1.
 
     Returns:
-        As many vectors.
+        As many vectors; NaN where the length overflows.
 
     Example:
         >>> directions(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), dim=1).tolist()
         [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
     """
     length: Tensor = torch.linalg.vector_norm(vectors, p, dim, keepdim=True)
+    length = length.masked_fill(length.isinf(), torch.nan)  # divided by infinity, they would pass for zeros
     return vectors / length.clamp(min=1e-12).masked_fill(length == 0, torch.inf)

@@ -7,11 +7,11 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses.adapters import Pooling, projection, same_size
 from lkd.losses.base import DistillLoss, total
+from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
@@ -220,7 +220,7 @@ def kdsvd_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Te
         wanted, values = _right_vectors(teacher.detach(), num_vectors)
         wanted = wanted * wanted.gather(1, wanted.abs().argmax(1, keepdim=True)).sign()
         found, _ = _right_vectors(student, num_vectors + 3)
-        lengths = F.normalize(values, dim=1).unsqueeze(1)
+        lengths = directions(values, dim=1).unsqueeze(1)
         ours.append(_aligned(found, wanted) * lengths)
         theirs.append(wanted * lengths)
     losses = [

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lkd.losses.base import DistillLoss
 from lkd.losses.checks import check_positive, check_temperature, check_weights
+from lkd.losses.directions import directions
 from lkd.losses.logit import softened_kl
 from lkd.losses.precision import wide
 from lkd.types import Batch, Outputs
@@ -151,7 +152,7 @@ def skd_direction_loss(student_logits: Tensor, teacher_logits: Tensor, tikhonov:
         Jeong, Lee, Choi: Streamlined Knowledge Distillation, CVPR 2026.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
-        student, teacher = (F.normalize(wide(logits), dim=1) for logits in (student_logits, teacher_logits))
+        student, teacher = (directions(wide(logits), dim=1) for logits in (student_logits, teacher_logits))
         difference = student @ student.T - teacher @ teacher.T
         centred = difference - difference.mean(0)
         num_samples = len(difference)

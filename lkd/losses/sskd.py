@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lkd.losses.base import DistillLoss
 from lkd.losses.checks import check_temperature, check_weights
+from lkd.losses.directions import directions
 from lkd.losses.labels import own_class
 from lkd.losses.logit import kd_loss, softened_kl
 from lkd.losses.precision import full_precision
@@ -28,7 +29,7 @@ def _turned(views: Tensor) -> Tensor:
 
 def _similarity(embedding: Tensor) -> Tensor:
     """Cosines of each turned view with each image `(3 * B, B)`."""
-    return F.normalize(_turned(embedding), dim=1) @ F.normalize(_upright(embedding), dim=1).T
+    return directions(_turned(embedding), dim=1) @ directions(_upright(embedding), dim=1).T
 
 
 def _own_image(similarity: Tensor) -> Tensor:
