@@ -24,13 +24,15 @@ class DistillLoss(nn.Module, ABC):
     To write one, override `forward`, and `build` if it has adapters. Terms that it returns are logged under
     `train/<name>`, where the name is the class's in lower case.
 
-    What lkd's own promise of numbers:
+    What lkd's own criteria promise of numbers (`tests/losses/test_properties.py`):
 
     - Finite answers of a size up to 1e8 (float16: 1e3), however small, equal or zero, and labels of any kind, missing
       ones too, give a finite value with a finite gradient; or a `ValueError` says that there are too few classes,
-      images or pixels. In float16 the gradient may need the loss scaler of mixed precision.
+      images or pixels. In float16 the gradient may need the loss scaler of mixed precision. Larger answers may
+      overflow.
     - Where the teacher says NaN, and a criterion reads it, its value is not finite either, and the modules report it.
-      So it is with infinity, unless the formula has a meaning for it: a logit of -inf is a probability of 0.
+      So it is with infinity, unless the formula has a meaning for it: a logit of -inf is a probability of 0, and only
+      the sign of a feature may count.
     - A label that is no class of the network, nor `IGNORE_INDEX`, is a `ValueError` on the CPU, and an assertion on a
       GPU, which cannot be asked without waiting for it; unless only which images have a label is read.
 
