@@ -1,4 +1,4 @@
-"""Means of training curves without waiting for the device in every step."""
+"""Means of curves without waiting for the device in every step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 _TOGETHER = 64
 
@@ -111,3 +112,34 @@ class Meter:
 def _of_all(part: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
     """`(...)` as `(world, ...)`, on the CPU."""
     return gather(part).reshape(-1, *part.shape).cpu()
+
+
+class WeightedMean(Metric):
+    """Mean of values, each with its weight; 0 if nothing weighs, and not finite if a value is not.
+
+    torchmetrics' `MeanMetric` looks for NaN in every step, which waits for the device; told not to (up to 1.9), it
+    forgets the weights.
+    """
+
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "weight"):
+            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, value: Tensor, weight: Tensor) -> None:
+        """Add a value.
+
+        Args:
+            value: A scalar.
+            weight: A scalar, at least 0.
+        """
+        self.total += value * weight
+        self.weight += weight
+
+    def compute(self) -> Tensor:
+        """The mean so far."""
+        return self.total / torch.where(self.weight > 0, self.weight, 1)
