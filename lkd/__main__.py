@@ -28,6 +28,7 @@ The first steps
 
 Options
   --config FILE        a file of settings; later ones, and --KEY VALUE, go over earlier ones. lkd's own lie in configs/
+  --resume             fit: go on with the newest run of that name, if it was interrupted; else begin
   --ckpt_path FILE     a checkpoint to continue from (fit) or to measure; last, best: the newest run's
   --teacher_cache.versions N   ask the teacher once for each of N augmented versions of an image, and keep what it says
   --KEY VALUE          any setting, as in --model.init_args.distill_weight 0.5 or --trainer.max_epochs 10

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_warn
 
 import lkd
+from lkd.checkpoint_io import damage_of
 
 _CLASS_KEYS = ("class_path", "init_args")
 _NEWEST = ("last", "best")
@@ -35,12 +37,18 @@ def prepare(args: Sequence[str]) -> tuple[list[str], str]:
     parser = ArgumentParser(prog="lkd", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     parser.add_argument("--ckpt_path")
+    if args[0] == "fit":
+        parser.add_argument("--resume", action="store_true")
     parser.add_argument("--trainer.default_root_dir", dest="root")
     given, rest = parser.parse_known_args(args[1:])
     configs = [find_config(name) for name in given.config]
     root = Path(given.root or "runs")
     if given.root is not None:
         rest.append(f"--trainer.default_root_dir={given.root}")
+    if getattr(given, "resume", False):
+        if given.ckpt_path is not None:
+            raise ValueError("--resume takes the newest run's last checkpoint; leave it out, or --ckpt_path")
+        given.ckpt_path = "last" if _checkpoints(root / _run_name(configs, root), "last") else None
     if given.ckpt_path not in (None, "null"):
         path = _find_checkpoint(given.ckpt_path, root, _run_name(configs, root))
         configs = configs or [_config_of(path)]
@@ -119,22 +127,63 @@ def newest_checkpoint(folder: Path, name: str) -> Path:
 
     Args:
         folder: The folder of all runs of one name.
-        name: `last`, or `best`: of several that were kept, the best one.
+        name: `best`: of several that were kept, the best one; or `last`: the newest that is whole.
 
     Raises:
         FileNotFoundError: If there is none.
+        ValueError: If none is whole.
     """
-    found = sorted(folder.glob(f"version_*/checkpoints/{name}*.ckpt"), key=lambda path: path.stat().st_mtime)
+    found = _checkpoints(folder, name)
     if not found:
         raise FileNotFoundError(f"no run in {folder} has left a {name}.ckpt; give the checkpoint's path")
-    newest = found[-1]
+    if name == "last":
+        return _newest_whole(found[0].parent)
+    newest = found[0]
     if newest.stem == name:
         return newest
     for state in read_checkpoint(newest).get("callbacks", {}).values():  # the newest of several knows the best
-        best = newest.with_name(Path(state.get("best_model_path", "")).name)
-        if best in found and state.get("monitor"):
-            return best
+        if state.get("monitor") and (path := state.get("best_model_path")):
+            best = newest.with_name(Path(path).name)
+            if best in found:
+                return best
     return newest
+
+
+def _checkpoints(folder: Path, name: str) -> list[Path]:
+    """Checkpoints of all runs of one name, the newest first."""
+    names = ("last", "previous") if name == "last" else (name,)
+    found = [path for each in names for path in folder.glob(f"version_*/checkpoints/{each}*.ckpt")]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _newest_whole(folder: Path) -> Path:
+    """The newest checkpoint of one run that is whole: `last.ckpt`, or what was kept before it."""
+    torn: list[str] = []
+    own = [path for name in ("last", "previous") if (path := folder / f"{name}.ckpt").is_file()]
+    others = sorted({*folder.glob("*.ckpt")} - {*own}, key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in own + others:
+        if not (damage := damage_of(path)):
+            if torn:
+                rank_zero_warn(f"{' and '.join(torn)}; the run goes on from {path}")
+            return path
+        torn.append(f"{path} is damaged ({damage})")
+    raise ValueError(f"{' and '.join(torn)}; no checkpoint of this run is whole, so it has to begin anew")
+
+
+def run_version(path: Path, runs: Path) -> int | None:
+    """The version of the run that goes on from a checkpoint, in that run's own folder.
+
+    Args:
+        path: The checkpoint.
+        runs: The folder of all runs of this name.
+
+    Returns:
+        Its number; None if the checkpoint is of another run, or not its last: then a new run begins with it.
+    """
+    version = path.resolve().parent.parent
+    number = version.name.removeprefix("version_")
+    is_last = path.parent.name == "checkpoints" and path.stem in ("last", "previous")
+    return int(number) if is_last and version.parent == runs.resolve() and number.isdigit() else None
 
 
 def read_checkpoint(path: Path, whole: bool = False) -> Mapping[str, Any]:
@@ -148,11 +197,13 @@ def read_checkpoint(path: Path, whole: bool = False) -> Mapping[str, Any]:
         ValueError: If it is none, or none that Lightning wrote.
     """
     try:
+        if damage := damage_of(path):
+            raise OSError(damage)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can raise anything in the unpickler
         raise ValueError(
             f"{path} is not a checkpoint that PyTorch reads without running code, or it is damaged "
-            f"({type(error).__name__}); give one that `lkd fit` has written"
+            f"({error if isinstance(error, OSError) else type(error).__name__}); give one that `lkd fit` has written"
         ) from error
     needed = {"state_dict", "pytorch-lightning_version"} | ({"optimizer_states"} if whole else set())
     if not isinstance(content, Mapping) or not needed <= set(content):

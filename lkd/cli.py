@@ -21,7 +21,7 @@ import yaml
 from jsonargparse import ArgumentError
 from jsonargparse._util import NestedArg, import_object
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -30,9 +30,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves
 
-from lkd.arguments import newest_checkpoint, prepare
-from lkd.callbacks import FitReport, ImagesPerSecond, NetworkSummary, PredictionWriter, ProgressBar, RunRecord
+from lkd.arguments import newest_checkpoint, prepare, run_version
+from lkd.callbacks import (
+    FitReport,
+    ImagesPerSecond,
+    NetworkSummary,
+    PredictionWriter,
+    ProgressBar,
+    RunRecord,
+    StepSeed,
+)
 from lkd.callbacks.speed import fitting_precision
+from lkd.checkpoint_io import global_step
 from lkd.losses import DistillLoss
 from lkd.mistakes import CALLBACKS, explain
 from lkd.processes import LostProcessError, bound_to_parent, lost, speaker
@@ -138,15 +147,16 @@ class LkdCLI(LightningCLI):
         fit = self.subcommand == "fit"
         config = self._get(self.config_init, "trainer")
         folder = config.get("default_root_dir") or "runs"
+        goes_on = self._goes_on(Path(folder)) if fit else {}
         if config.get("logger") in (None, True):
-            kwargs["logger"] = fit and TensorBoardLogger(folder, self.run_name, default_hp_metric=False)
+            kwargs["logger"] = fit and TensorBoardLogger(folder, self.run_name, default_hp_metric=False, **goes_on)
         elif fit and config["logger"] is False:  # config and checkpoints lie where a logger would have put them
-            kwargs["default_root_dir"] = TensorBoardLogger(folder, self.run_name).log_dir
+            kwargs["default_root_dir"] = TensorBoardLogger(folder, self.run_name, goes_on.get("version")).log_dir
         logged = bool(kwargs.get("logger", config.get("logger"))) and not config.get("fast_dev_run")
         kept = config.get("enable_checkpointing") is not False
-        if not kept:
-            self._parser(self.subcommand).callback_keys.remove("checkpoint")
-        self.trainer_defaults["callbacks"] = _callbacks(str(self.subcommand), logged, kept)
+        for section in () if kept else ("checkpoint", "last_checkpoint"):
+            self._parser(self.subcommand).callback_keys.remove(section)
+        self.trainer_defaults["callbacks"] = _callbacks(str(self.subcommand), logged)
         forks = any(word in str(config.get("strategy")) for word in ("fork", "notebook"))  # they want CUDA untouched
         if fit and config.get("precision") is None and not config.get("plugins") and not forks:
             config["precision"] = kwargs["precision"] = self._precision(config)
@@ -159,6 +169,12 @@ class LkdCLI(LightningCLI):
         else:
             self.save_config_callback = None
         return super().instantiate_trainer(**kwargs)
+
+    def _goes_on(self, folder: Path) -> dict[str, Any]:
+        """Where a resumed run logs: in its own folder, from the step on that it had come to."""
+        path = self._get(self.config_init, "ckpt_path")
+        version = path and run_version(Path(path), folder / self.run_name)
+        return {} if version is None else {"version": version, "purge_step": global_step(Path(path))}
 
     def _precision(self, config: Any) -> str:
         shape = getattr(self.datamodule, "input_shape", None)
@@ -193,16 +209,12 @@ def _keep_null(parse: Callable[..., Any], value: Any, **settings: Any) -> Any:
     return (value if goes_on and None in tree_leaves(parsed.val) else parsed), path
 
 
-def _callbacks(command: str, logged: bool, kept: bool) -> list[L.Callback]:
+def _callbacks(command: str, logged: bool) -> list[L.Callback]:
     if command == "predict":
         return [PredictionWriter()]
     if command != "fit":
         return []
-    callbacks: list[L.Callback] = [NetworkSummary(), ImagesPerSecond(), FitReport()]
-    if (
-        kept
-    ):  # ModelCheckpoint's own `save_last` writes only when there is a new best, its default only after validation
-        callbacks.append(ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True))
+    callbacks: list[L.Callback] = [NetworkSummary(), ImagesPerSecond(), FitReport(), StepSeed()]
     return [*callbacks, LearningRateMonitor()] if logged else callbacks
 
 
@@ -247,6 +259,7 @@ _KNOWN = (  # what Lightning warns of in every run, though all is as it should b
     ".*in eval mode at the start of training.*",
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*The dirpath has changed from.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
     ".*Total length of `list` across ranks is zero.*",  # val_size: 0
     ".*all_gather is deprecated.*",
     ".*WeightAveraging callback with a model that overrides the configure_model.*",

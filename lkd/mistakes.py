@@ -12,9 +12,14 @@ from typing import Any
 
 import lightning as L
 
-from lkd.callbacks import BestCheckpoint, Speed, TeacherCache
+from lkd.callbacks import BestCheckpoint, LastCheckpoint, Speed, TeacherCache
 
-CALLBACKS: dict[str, type[L.Callback]] = {"checkpoint": BestCheckpoint, "speed": Speed, "teacher_cache": TeacherCache}
+CALLBACKS: dict[str, type[L.Callback]] = {
+    "checkpoint": BestCheckpoint,
+    "last_checkpoint": LastCheckpoint,
+    "speed": Speed,
+    "teacher_cache": TeacherCache,
+}
 """The callbacks that have a section of their own in a config, by its name."""
 
 _KEY = re.compile(r'Parser key "(.*)":$')

@@ -18,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)  # it can only be read by setting it; at import, as other threads make files too
+
 
 def cache_folder(kind: str) -> Path:
     """Where kept files of a kind lie: below `$LKD_CACHE`, else `$XDG_CACHE_HOME/lkd`, else `~/.cache/lkd`.
@@ -76,12 +79,24 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(handle)
     written = Path(name)
     try:
+        written.chmod(0o666 & ~_UMASK)  # as any new file's; tempfile lets nobody else read
         yield written
-        with written.open("rb") as file:
-            os.fsync(file.fileno())
+        _to_disk(written)
         written.replace(path)
+        _to_disk(path.parent)
     finally:
         written.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # a folder, where the system cannot do it
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], made_from: Mapping[str, str]) -> None:

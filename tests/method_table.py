@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 import torch
@@ -82,15 +83,49 @@ def parity() -> set[str]:
     return {PARITY_OF.get(file, file).replace("_", "").lower() for file in METHODS}
 
 
+def processes(kind: type) -> str:
+    """Whether several processes have the gradient of one, or what each does by itself: tests/losses/test_processes."""
+    alone = getattr(kind, "per_process", None)
+    if not isinstance(alone, str):
+        return "as its criterion"
+    return f"each {alone}" if alone else "as one"
+
+
+def note() -> str:
+    """What the table's column on processes means, and what labels that are missing change."""
+    criteria = sorted((item for item in methods().items() if issubclass(item[1], lkd.losses.DistillLoss)), key=_by_name)
+    skipping = ", ".join(f"`{name}`" for name, kind in criteria if kind.skips_unlabelled in (True, None))
+    return "\n".join(
+        textwrap.wrap(
+            'Several processes: "as one" says that the gradient is, to rounding, that of one process with all images '
+            '(`tests/losses/test_processes.py`); "each ..." says what a process does with its own images alone. '
+            "BatchNorm, of adapters as of networks, has in training the statistics of each process's images, unless "
+            "`--trainer.sync_batchnorm true` makes them common. Where images have no label, the labels' loss and "
+            f"terms of {skipping} are means over those of each process that have one: as in one process only where all "
+            "have equally many.",
+            width=120,
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+    )
+
+
+def _by_name(item: tuple[str, type]) -> str:
+    return item[0].lower()
+
+
 def table() -> str:
-    """The table, in Markdown."""
+    """The table, in Markdown, and the note below it."""
     compared = parity()
-    lines = ["| Method | Paper | reads | config | equal to the original |", "|---|---|---|---|---|"]
-    for name, kind in sorted(methods().items(), key=lambda item: item[0].lower()):
+    lines = [
+        "| Method | Paper | reads | config | equal to the original | several processes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, kind in sorted(methods().items(), key=_by_name):
         files = ", ".join(f"`{file}`" for file in configs(name)[:2])
         equal = "value and gradient" if name.lower() in compared else "no reference values"
-        lines.append(f"| `{name}` | {paper(kind)} | {reads(kind)} | {files} | {equal} |")
-    return "\n".join(lines)
+        lines.append(f"| `{name}` | {paper(kind)} | {reads(kind)} | {files} | {equal} | {processes(kind)} |")
+    return "\n".join([*lines, "", note()])
 
 
 def written() -> str:

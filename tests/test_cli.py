@@ -23,6 +23,9 @@ from lkd.listing import _ConfigReader
 SHORT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
 
+RESUMED = {"last.ckpt", "previous.ckpt"}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """The folder of a short run of the digits."""
@@ -138,7 +141,7 @@ def test_continue_from_the_last_checkpoint(run: Path, capsys) -> None:
     assert main(["fit", "--ckpt_path", last, "--trainer.max_epochs=3", "--trainer.default_root_dir=more"]) == 0
     (more,) = Path("more").rglob("last.ckpt")
     old, new = (torch.load(path, weights_only=True) for path in (last, more))
-    assert (old["epoch"], new["epoch"]) == (1, 2)
+    assert (old["epoch"], new["epoch"]) == (2, 3)
     assert new["global_step"] == old["global_step"] * 3 // 2
 
 
@@ -164,9 +167,9 @@ def test_precisions(precision: str) -> None:
     [
         ("--trainer.enable_checkpointing=false", set()),
         ("--trainer.fast_dev_run=true", set()),
-        ("--checkpoint.save_top_k=-1", {"best-epoch=0.ckpt", "best-epoch=1.ckpt", "last.ckpt"}),
-        ("--trainer.limit_val_batches=0", {"last.ckpt"}),
-        ("--data.init_args.val_size=0", {"last.ckpt"}),
+        ("--checkpoint.save_top_k=-1", {"best-epoch=0.ckpt", "best-epoch=1.ckpt", *RESUMED}),
+        ("--trainer.limit_val_batches=0", RESUMED),
+        ("--data.init_args.val_size=0", RESUMED),
     ],
 )
 def test_what_is_left_of_a_run(setting: str, left: set[str]) -> None:
@@ -222,7 +225,7 @@ def test_last_checkpoint_has_all_training() -> None:
     settings = ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2"]
     assert main(["fit", "--config", "digits/kd", *SHORT, *settings]) == 0
     (last,) = Path("runs").rglob("last.ckpt")
-    assert torch.load(last, weights_only=True)["epoch"] == 2
+    assert torch.load(last, weights_only=True)["epoch"] == 3
 
 
 def test_teacher_is_the_best_of_its_newest_run() -> None:

@@ -1,4 +1,7 @@
-"""Two processes (gloo): equal students, equal metrics, a teacher that stays out of it."""
+"""Two processes (gloo): equal students, equal metrics, a teacher that stays out of it.
+
+`LKD_PROCESSES=4 pytest tests/test_ddp.py tests/losses/test_processes.py` compares four processes with one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves
+
+from lkd import DigitsDataModule
+from lkd.models import CIFARResNet, load_weights, resnet8
+from tests.losses.processes import PROCESSES
 
 SPY = """
     import hashlib, json, os, sys
@@ -80,7 +89,8 @@ def test_two_processes_end_equal(tmp_path) -> None:
     assert {"train/loss", "train/kd", "val/acc", "val/agreement"} <= set(first["metrics"])
     files = {path.name for path in Path("runs").rglob("*") if path.is_file()}
     (events,) = (name for name in files if name.startswith("events."))
-    assert files == {"config.yaml", "run.yaml", "hparams.yaml", "best.ckpt", "last.ckpt", events}
+    kept = {"best.ckpt", "last.ckpt", "previous.ckpt", ".lock"}
+    assert files == {"config.yaml", "run.yaml", "hparams.yaml", events} | kept
     (record,) = yaml.safe_load(next(Path("runs").rglob("run.yaml")).read_text())
     assert record["devices"]["processes"] == 2
     ours, theirs = (
@@ -90,6 +100,48 @@ def test_two_processes_end_equal(tmp_path) -> None:
     assert {path.name for path in ours} >= {"config.yaml", "hparams.yaml", "best.ckpt", "last.ckpt", events}
     assert [path for path in ours if path.is_relative_to(tmp_path / "lkd_cache")]  # the teacher's answers
     assert not theirs
+
+
+WATCH = """
+    import json
+    from pathlib import Path
+    import lightning as L
+
+    class Watch(L.Callback):
+        def on_test_end(self, trainer, pl_module):
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            Path(f"metrics{trainer.global_rank}.json").write_text(json.dumps(metrics))
+"""
+
+
+def test_metrics_are_those_of_one_process() -> None:
+    """359 images in batches of 64: processes have different numbers of them, and every batch its own."""
+    Path("watch.py").write_text(textwrap.dedent(WATCH))
+    student = CIFARResNet(8, (4, 4, 8, 16), num_classes=10, in_channels=1).eval()
+    torch.save(student.state_dict(), "student.pt")
+    command = [sys.executable, "-m", "lkd", "test", "--config", "digits/kd", "--trainer.precision=32-true"]
+    settings = ["--trainer.accelerator=cpu", f"--trainer.devices={PROCESSES}", "--trainer.strategy=ddp"]
+    weights = ["--model.init_args.student_ckpt=student.pt", "--trainer.callbacks+=watch.Watch"]
+    done = subprocess.run([*command, *settings, *weights], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = _metrics(student, load_weights(resnet8(num_classes=10, in_channels=1), "lkd:digits_resnet8").eval())
+    for rank in range(PROCESSES):
+        assert json.loads(Path(f"metrics{rank}.json").read_text()) == pytest.approx(expected, rel=1e-6)
+
+
+@torch.no_grad()
+def _metrics(student: nn.Module, teacher: nn.Module) -> dict[str, float]:
+    """What a plain loop measures on the digits' test images."""
+    data = DigitsDataModule(batch_size=64, val_size=0.2)
+    data.prepare_data()
+    data.setup("test")
+    batches = list(data.test_dataloader())
+    ours, theirs = (torch.cat([network(batch.input) for batch in batches]) for network in (student, teacher))
+    target = torch.cat([batch.target for batch in batches])
+    choice, teacher_choice = ours.argmax(1), theirs.argmax(1)
+    pairs = {"acc": (choice, target), "teacher_acc": (teacher_choice, target), "agreement": (choice, teacher_choice)}
+    shares = {f"test/{name}": (one == other).double().mean().item() for name, (one, other) in pairs.items()}
+    return {"test/loss": cross_entropy(ours, target).item(), **shares}
 
 
 def test_two_processes_predict_each_image_once() -> None:

@@ -15,6 +15,7 @@ LEVEL = {
     "types": 0,
     "layers": 0,
     "store": 0,
+    "checkpoint_io": 1,
     "answers": 1,
     "losses": 1,
     "functional": 1,

@@ -1,6 +1,6 @@
-"""Callbacks: what is shown and kept of a run, and weights that change from epoch to epoch."""
+"""Callbacks: what is shown and kept of a run, how it goes on, and weights that change from epoch to epoch."""
 
-from lkd.callbacks.checkpoint import BestCheckpoint
+from lkd.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from lkd.callbacks.monitor import ImagesPerSecond, NetworkSummary
 from lkd.callbacks.predictions import PredictionWriter
 from lkd.callbacks.progress import ProgressBar
@@ -8,17 +8,20 @@ from lkd.callbacks.record import RunRecord
 from lkd.callbacks.report import FitReport
 from lkd.callbacks.schedule import Schedule
 from lkd.callbacks.speed import Speed
+from lkd.callbacks.step_seed import StepSeed
 from lkd.callbacks.teacher_cache import TeacherCache
 
 __all__ = [
     "BestCheckpoint",
     "FitReport",
     "ImagesPerSecond",
+    "LastCheckpoint",
     "NetworkSummary",
     "PredictionWriter",
     "ProgressBar",
     "RunRecord",
     "Schedule",
     "Speed",
+    "StepSeed",
     "TeacherCache",
 ]

@@ -1,10 +1,23 @@
-"""Which state of a run is kept as its best."""
+"""Which states of a run are kept: the best, and the last, from which it goes on."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import os
+import time
+from pathlib import Path
+from typing import IO, Any, Literal
 
+import lightning as L
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lkd.callbacks.stop import StopSignal
+from lkd.checkpoint_io import AtomicCheckpointIO
+
+_AGREE = 10
+"""Steps between two moments at which several processes ask each other whether to save or stop: a round trip each."""
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -15,6 +28,8 @@ class BestCheckpoint(ModelCheckpoint):
         mode: Whether `min` or `max` is best; `auto`: the least of a loss, the most of anything else.
         save_top_k: How many of the best are kept; -1: all.
         filename: Without `.ckpt`; None: `best`, or `best-{epoch}` if more than one is kept.
+        enable_version_counter: Whether a file of that name stays, and the new one gets a number; by default it is
+            replaced, as a resumed run meets the files of its first life.
         settings: ModelCheckpoint's other settings.
     """
 
@@ -24,10 +39,250 @@ class BestCheckpoint(ModelCheckpoint):
         mode: Literal["auto", "min", "max"] = "auto",
         save_top_k: int = 1,
         filename: str | None = None,
+        enable_version_counter: bool = False,
         **settings: Any,
     ) -> None:
         if mode == "auto":
             mode = "min" if monitor is not None and "loss" in monitor else "max"
         if filename is None:
             filename = "best" if save_top_k == 1 else "best-{epoch}"
-        super().__init__(monitor=monitor, mode=mode, save_top_k=save_top_k, filename=filename, **settings)
+        super().__init__(
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            filename=filename,
+            enable_version_counter=enable_version_counter,
+            **settings,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also what Lightning forgets."""
+        super().load_state_dict(state_dict)
+        self.current_score = state_dict.get("current_score")
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keep `last.ckpt`, from which a run goes on as if it had never stopped.
+
+    It is written between two steps: before each epoch, at the end of fit, in long epochs every few minutes or steps,
+    and after SIGTERM, SLURM's signal or Ctrl-C, which stop the run then. The one before it stays as `previous.ckpt`.
+    What loggers have got is written first, so that no point of a curve is lost.
+
+    Args:
+        minutes: Time between two savings in an epoch; None: it is not looked at.
+        every_n_train_steps: Steps of the optimizer between two savings in an epoch; None: they are not counted.
+
+    Raises:
+        ValueError: If an argument is not positive.
+    """
+
+    def __init__(self, minutes: float | None = 10.0, every_n_train_steps: int | None = None) -> None:
+        for name, number in (("minutes", minutes), ("every_n_train_steps", every_n_train_steps)):
+            if number is not None and not number > 0:
+                raise ValueError(f"last_checkpoint.{name} must be positive, or null for never, got {number}")
+        super().__init__(filename="last", enable_version_counter=False)
+        self.minutes, self.every_n_train_steps = minutes, every_n_train_steps
+        self._signal = StopSignal()
+        self._place: Literal["between epochs", "between steps"] | None = None
+        self._step = self._boundaries = 0
+        self._clock = 0.0
+        self._is_own = False
+        self._metrics: dict[str, Tensor] = {}
+        self._batches: list[Any] = []  # their size, and the number of processes
+        self._lock: IO[bytes] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file; its folder is known after `setup`."""
+        return Path(str(self.dirpath)) / "last.ckpt"
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the folder, and see that files are written at one stroke."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        # A last.ckpt that this run does not come from may be damaged: it must not become the previous one.
+        self._is_own = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == self.path.resolve()
+        if trainer.is_global_zero:
+            self._lock = _locked(self.path.parent)
+            for left in self.path.parent.glob(".*.ckpt.*"):  # by a process that was killed while it wrote
+                left.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on, signals wait for the end of a step."""
+        self._step, self._clock, self._boundaries = trainer.global_step, time.monotonic(), 0
+        self._signal.watch(trainer)
+        trainer.callback_metrics.update(self._metrics)
+        batches = [getattr(trainer.datamodule, "batch_size", None), trainer.world_size]  # type: ignore[attr-defined]
+        if self._batches not in ([], batches) and _loop(trainer).batch_progress.current.started:
+            rank_zero_warn(
+                "the run stopped within an epoch, with batches of {} in {} processes, and goes on with batches of {} "
+                "in {}: of this epoch it sees some images twice, or not at all".format(*self._batches, *batches)
+            )
+        self._batches = batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also what was measured last: a schedule may wait for it, or a callback that watches it."""
+        return {**super().state_dict(), "metrics": self._metrics, "batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The same."""
+        super().load_state_dict(state_dict)
+        self._metrics, self._batches = dict(state_dict["metrics"]), list(state_dict["batches"])
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what the epochs so far have come to."""
+        _forget_restart(trainer)
+        self._save(trainer, "between epochs")
+        if self._any(trainer, self._signal.received is not None):
+            self._signal.obey(trainer)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Save in an epoch, if it is time; stop, if so asked."""
+        _forget_restart(trainer)
+        if not _is_boundary(trainer, batch_idx):
+            return
+        steps, minutes = self.every_n_train_steps, self.minutes
+        due = steps is not None and trainer.global_step - self._step >= steps
+        late = minutes is not None and time.monotonic() - self._clock >= 60 * minutes
+        self._boundaries += 1
+        asked = False
+        if trainer.world_size == 1 or self._boundaries % _AGREE == 0:
+            asked = self._any(trainer, self._signal.received is not None)
+            due = self._any(trainer, late) or asked or due
+        if due:
+            self._save(trainer, "between steps")
+        if asked:
+            self._signal.obey(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the end, from which a longer run can go on: in mid-epoch, if its steps or its time were over there."""
+        batches = _loop(trainer).batch_progress
+        whole = batches.is_last_batch or batches.current.started >= trainer.num_training_batches
+        stopped_early = not whole and _is_boundary(trainer, batches.current.started)
+        self._save(trainer, "between steps" if stopped_early else "between epochs")
+        self._signal.release()  # Lightning gives its own handlers back before teardown, which must not bring them again
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give signals and the folder back."""
+        self._signal.release()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """The same, if the run fails."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Not here: a step is not over before the module has logged it."""
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        """Not here: the epoch's curves are still to come, and a schedule may wait for them."""
+
+    def on_validation_end(self, *args: Any) -> None:
+        """Not here, for the same reason."""
+
+    @staticmethod
+    def _any(trainer: L.Trainer, decision: bool) -> bool:
+        return trainer.strategy.reduce_boolean_decision(decision, all=False)
+
+    def _save(self, trainer: L.Trainer, place: Literal["between epochs", "between steps"]) -> None:
+        self._clock = time.monotonic()
+        if trainer.global_step == self._step or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._step = trainer.global_step
+        for logger in trainer.loggers:
+            logger.save()
+        if trainer.is_global_zero and self._is_own:
+            _keep_previous(self.path)
+        self._metrics = {name: metric.detach().cpu() for name, metric in trainer.callback_metrics.items()}
+        self._is_own, self._place, self.best_model_path = True, place, str(self.path)
+        try:
+            trainer.save_checkpoint(self.path, weights_only=False)
+        finally:
+            self._place = None
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say where the run is: what has been got ready, but has not begun, is to be done by who goes on."""
+        if self._place is None:  # another callback's checkpoint
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+        for part in ("total", "current"):
+            for progress in (epochs, batches):
+                progress[part]["ready"] = progress[part]["started"]
+            if self._place == "between steps":
+                epochs[part]["processed"] = epochs[part]["completed"] = epochs[part]["started"] - 1
+        batches["is_last_batch"] = False
+        if self._place == "between epochs":
+            batches["current"] = dict.fromkeys(batches["current"], 0)
+        elif _was_validated(trainer):  # there, Lightning counts a step when it goes on
+            loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def _loop(trainer: L.Trainer) -> Any:
+    return trainer.fit_loop.epoch_loop
+
+
+def _forget_restart(trainer: L.Trainer) -> None:
+    """Where this is asked, Lightning has found its place; later on it would leave out a schedule's step."""
+    loop: Any = trainer.fit_loop
+    if loop.restarting:
+        loop.restarting = False
+
+
+def _is_boundary(trainer: L.Trainer, seen: int) -> bool:
+    """Whether a run can go on after so many batches of an epoch: not while gradients are summed for a step to come."""
+    return bool(seen > 0 and seen % trainer.accumulate_grad_batches == 0)
+
+
+def _was_validated(trainer: L.Trainer) -> bool:
+    """Whether the last batch was followed by a validation within the epoch."""
+    engine: Any = trainer
+    every, batches = engine.val_check_batch, _loop(trainer).batch_progress
+    if every in (None, float("inf")) or not _loop(trainer)._should_check_val_epoch():
+        return False
+    counted = batches.total if engine.check_val_every_n_epoch is None else batches.current
+    return bool(counted.started % every == 0)
+
+
+def _locked(folder: Path) -> IO[bytes] | None:
+    """Keep a folder for this process, until the file that is returned is closed or the process is gone.
+
+    Raises:
+        ValueError: If another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("wb")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: a loader's workers do not inherit it
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise ValueError(
+            f"another process is training the run in {folder.parent}; wait for its end, or begin a new one without "
+            "--resume and --ckpt_path"
+        ) from error
+    except OSError:  # a file system without locks
+        file.close()
+        return None
+    return file
+
+
+def _keep_previous(path: Path) -> None:
+    """Give a file a second name, under which it stays when it is replaced."""
+    previous = path.with_name("previous.ckpt")
+    if path.is_file():
+        previous.unlink(missing_ok=True)
+        try:
+            os.link(path, previous)
+        except OSError:  # a file system without links
+            path.replace(previous)

@@ -21,15 +21,37 @@ class FitReport(L.Callback):
     TensorBoard's HParams page gets the hyperparameters with these figures as `final/...`.
     """
 
+    def __init__(self) -> None:
+        self._measured: dict[str, float] = {}
+        self._trained = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured, for a run that is resumed at its end."""
+        return self._measured
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What was measured before."""
+        self._measured = dict(state_dict)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Note that there is something to do."""
+        self._trained = True
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Note what was measured."""
+        self._measured = _figures(trainer)
+
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Print and write."""
-        figures = _figures(trainer)
+        figures = {**self._measured, **_figures(trainer)}
         if not figures:
             return
         if trainer.progress_bar_callback is not None:  # it would draw itself over what follows
             trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
         console = Console(soft_wrap=True)
+        if not self._trained:
+            console.print("nothing was left to train: the run is at its end; --trainer.max_epochs makes it longer")
         console.print(_table(pl_module.network_names[0], figures))
         for line in _where(trainer):
             console.print(line, highlight=False, markup=False)
@@ -38,7 +60,7 @@ class FitReport(L.Callback):
                 metrics = {f"final/{name}": figure for name, figure in figures.items()}
                 settings = {name.lstrip("_"): value for name, value in pl_module.hparams_initial.items()}
                 settings.pop("instantiator", None)  # Lightning's note of how to build the module again
-                logger.log_hyperparams(settings, metrics)
+                logger.log_hyperparams(settings, metrics, trainer.global_step)
 
     @rank_zero_only
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:

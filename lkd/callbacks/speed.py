@@ -277,6 +277,8 @@ def _fuse(optimizer: Any, precision: str) -> bool:
     groups = optimizer.param_groups
     parameters = [parameter for group in groups for parameter in group["params"]]
     told = any(group.get("foreach") is not None or group.get("fused") is not None for group in groups)
+    if all(group.get("fused") for group in groups):  # as in a run that is resumed
+        return True
     if type(optimizer) not in _FUSIBLE or told or precision.startswith("16"):
         return False
     if any(group.get("differentiable") or group.get("capturable") for group in groups):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -267,7 +267,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         workers = self.num_workers
         if workers is None:
             workers = 0 if isinstance(dataset.source, TensorDataset) else min(4, os.cpu_count() or 1)
-        return _Loader(
+        loader = _Loader(
             dataset,
             batch_size=self.batch_size,  # by name, as Lightning repeats it for predict
             sampler=sampler,
@@ -280,6 +280,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
             # left out differs from epoch to epoch.
             drop_last=training and len(sampler) >= self.batch_size,
         )
+        loader.begin = _batches_seen(self.trainer) if training else 0
+        return loader
 
     def _placed(self, dataset: ImageDataset) -> ImageDataset:
         """The data set, on the GPU if batches can be made there."""
@@ -310,14 +312,30 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
 
 class _Loader(DataLoader[Batch]):
-    """Starts its workers when the first batch is asked for; without any, it takes whole batches of an epoch.
+    """Takes whole batches of an epoch where there are no workers; begins a resumed epoch where it was left.
 
-    Lightning makes the iterator of a resumed run before it tells the sampler the epoch; workers that began to read
-    then would read the first epoch again.
+    Workers start when the first batch is asked for: Lightning makes the iterator of a resumed run before it tells the
+    sampler the epoch; workers that began to read then would read the first epoch again.
     """
 
+    begin = 0
+    """How many batches the next epoch leaves out at its start."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tells Lightning that a run may be resumed in mid-epoch; its own count of batches is what counts."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing is to be loaded."""
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        begin, self.begin = self.begin, 0
+        return self._batches(begin)
+
+    def _batches(self, begin: int) -> Iterator[Batch]:
         size, sampler, dataset = self.batch_size or 0, self.sampler, self.dataset
+        if isinstance(sampler, EpochSampler):
+            sampler.begin = begin * size
         # Predict has a batch sampler that notes what it reads; users may have changed the rest.
         own = type(self.batch_sampler) is BatchSampler and self.collate_fn is _as_it_is
         direct = own and size and not (self.num_workers or self.pin_memory)
@@ -328,6 +346,14 @@ class _Loader(DataLoader[Batch]):
         for position, padding in zip(*(torch.split(part, size) for part in dealt), strict=True):
             if len(position) == size or not self.drop_last:
                 yield dataset.take(epoch, position, padding)
+
+
+def _batches_seen(trainer: L.Trainer | None) -> int:
+    """How many batches of its epoch a run has seen from which this one goes on."""
+    loop: Any = getattr(trainer, "fit_loop", None)
+    if loop is None or not loop.restarting or loop.epoch_loop.batch_progress.is_last_batch:
+        return 0
+    return int(loop.epoch_loop.batch_progress.current.processed)
 
 
 def _gpu(trainer: L.Trainer | None) -> torch.device | None:

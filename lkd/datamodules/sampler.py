@@ -58,6 +58,9 @@ class EpochSampler(DistributedSampler[int]):
         shuffle: Random order instead of the data set's own.
         seed: Seed of the random order.
         padded: Whether all processes get as many samples; without, some have one less, as prediction may.
+
+    Attributes:
+        begin: How many of this process's samples are left out at the start: they have been seen.
     """
 
     def __init__(
@@ -70,13 +73,13 @@ class EpochSampler(DistributedSampler[int]):
         padded: bool = True,
     ) -> None:
         super().__init__(cast("Dataset[object]", dataset), num_replicas, rank, shuffle=shuffle, seed=seed)
-        self.size = len(dataset)
+        self.size, self.begin = len(dataset), 0
         if not padded:
             self.total_size, self.num_samples = self.size, len(range(rank, self.size, num_replicas))
 
     def deal(self) -> tuple[Tensor, Tensor]:
         """This process's share of the epoch: positions `(N,)`, int64, and whether each only fills up `(N,)`, bool."""
-        turn = torch.arange(self.rank, self.total_size, self.num_replicas)
+        turn = torch.arange(self.rank, self.total_size, self.num_replicas)[self.begin :]
         position = turn % self.size
         if self.shuffle:
             return permutation(self.seed, self.epoch, self.size)[position], torch.zeros_like(turn, dtype=torch.bool)

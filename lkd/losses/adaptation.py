@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses.adapters import same_size
 from lkd.losses.base import DistillLoss, total
 from lkd.losses.checks import check_weights
+from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
@@ -43,7 +43,7 @@ def kta_loss(student_feature: Tensor, teacher_feature: Tensor, p: float = 1.0, q
         >>> kta_loss(feature, 4 * feature).item()
         0.0
     """
-    student, teacher = (F.normalize(f.flatten(1), p=q, dim=1) for f in (student_feature, teacher_feature))
+    student, teacher = (directions(f.flatten(1), dim=1, p=q) for f in (student_feature, teacher_feature))
     difference = student - teacher
     if p == 1:
         return difference.abs().mean()
@@ -75,7 +75,7 @@ def affinity_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
         >>> affinity_loss(feature, -feature).item()
         0.0
     """
-    student, teacher = (F.normalize(f.flatten(2), dim=2) for f in (student_feature, teacher_feature))
+    student, teacher = (directions(f.flatten(2), dim=2) for f in (student_feature, teacher_feature))
     # aa' - bb' = (uv' + vu') / 2 with u = a - b and v = a + b: no matrix of all pairs of pixels, and exact near 0.
     less, more = student - teacher, student + teacher
     lengths = torch.linalg.vector_norm(less, dim=2) * torch.linalg.vector_norm(more, dim=2)

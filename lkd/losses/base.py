@@ -24,6 +24,18 @@ class DistillLoss(nn.Module, ABC):
     To write one, override `forward`, and `build` if it has adapters. Terms that it returns are logged under
     `train/<name>`, where the name is the class's in lower case.
 
+    What lkd's own criteria promise of numbers (`tests/losses/test_properties.py`):
+
+    - Finite answers of a size up to 1e8 (float16: 1e3), however small, equal or zero, and labels of any kind, missing
+      ones too, give a finite value with a finite gradient; or a `ValueError` says that there are too few classes,
+      images or pixels. In float16 the gradient may need the loss scaler of mixed precision. Larger answers may
+      overflow.
+    - Where the teacher says NaN, and a criterion reads it, its value is not finite either, and the modules report it.
+      So it is with infinity, unless the formula has a meaning for it: a logit of -inf is a probability of 0, and only
+      the sign of a feature may count.
+    - A label that is no class of the network, nor `IGNORE_INDEX`, is a `ValueError` on the CPU, and an assertion on a
+      GPU, which cannot be asked without waiting for it; unless only which images have a label is read.
+
     Args:
         student_layers: Names of the student's layers whose features it reads, as in `named_modules()`; a name
             followed by `:input` reads what goes into the layer; `@stages`, `@pooled` and the like stand for the
@@ -45,6 +57,10 @@ class DistillLoss(nn.Module, ABC):
 
     compares_samples: ClassVar[bool] = False
     """Whether it compares the images of a batch with each other, so that one image by itself says nothing."""
+
+    per_process: ClassVar[str] = ""
+    """What each of several processes does with its own images alone, so that the gradient is not that of one process
+    with all of them. Empty: nothing, it is the mean over the images, but for statistics of BatchNorm in adapters."""
 
     skips_unlabelled: ClassVar[bool | None] = False
     """Whether images without a label do not count, as it is a mean over the others; None: in some of its terms."""
@@ -267,6 +283,11 @@ class CompositeLoss(DistillLoss):
     def compares_samples(self) -> bool:  # type: ignore[override]
         """Whether one of the parts compares the images of a batch with each other."""
         return any(part.compares_samples for part in self.parts)
+
+    @property
+    def per_process(self) -> str:  # type: ignore[override]
+        """What the parts do with each process's own images alone."""
+        return ", ".join(dict.fromkeys(part.per_process for part in self.parts if part.per_process))
 
     @property
     def skips_unlabelled(self) -> bool | None:  # type: ignore[override]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lkd.layers import resolve_layers
 from lkd.losses.adapters import pooled_to, projections, same_size
 from lkd.losses.base import DistillLoss, total
+from lkd.losses.checks import check_positive
 from lkd.losses.precision import full_precision, wide
 from lkd.types import Batch, Outputs, Probe
 
@@ -28,8 +29,10 @@ class _Connected(DistillLoss):
         self, student_layers: Sequence[str], teacher_layers: Sequence[str], layer_weights: LayerWeights
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        if not isinstance(layer_weights, str) and not all(weight >= 0 for weight in layer_weights):
-            raise ValueError(f"layer_weights must not be negative, got {list(layer_weights)}")
+        if not isinstance(layer_weights, str) and not all(0 <= weight < math.inf for weight in layer_weights):
+            raise ValueError(
+                f"layer_weights must not be negative, got {list(layer_weights)}; take finite numbers from 0 on"
+            )
         self.layer_weights = layer_weights
 
     def build(self, student: Probe, teacher: Probe) -> None:
@@ -86,7 +89,8 @@ def ab_loss(student_feature: Tensor, teacher_feature: Tensor, margin: float = 1.
         2.5
     """
     student, teacher = same_size(student_feature, teacher_feature)
-    missing = margin - torch.where(teacher > 0, student, -student)
+    wanted = torch.where(teacher > 0, student, -student)
+    missing = margin - torch.where(teacher.isnan(), teacher, wanted)  # else it would pass for an inactive neuron
     return F.relu(missing).square().sum() / len(student)
 
 
@@ -121,8 +125,7 @@ class AB(_Connected):
         layer_weights: LayerWeights = "equal",
     ) -> None:
         super().__init__(student_layers, teacher_layers, layer_weights)
-        if not margin > 0:
-            raise ValueError(f"margin must be greater than 0, got {margin}; 1 is usual")
+        check_positive("1 is usual", margin=margin)
         self.margin = margin
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses.adapters import projections
 from lkd.losses.base import DistillLoss, total
+from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
@@ -16,7 +16,7 @@ from lkd.types import Batch, Outputs, Probe
 def _correlation(feature: Tensor) -> Tensor:
     """Inner products of a feature map's channels, each row scaled to length 1: `(B, C, C)`."""
     channels = feature.flatten(2)
-    return F.normalize(channels @ channels.mT, dim=2)
+    return directions(channels @ channels.mT, dim=2)
 
 
 @full_precision

@@ -11,6 +11,7 @@ from lkd.layers import resolve_layers
 from lkd.losses.adapters import bottleneck, pooled_to, projection
 from lkd.losses.base import DistillLoss
 from lkd.losses.checks import check_weights
+from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision, mse
 from lkd.types import Batch, Outputs, Probe
 
@@ -84,7 +85,7 @@ def catkd_loss(student_maps: Tensor, teacher_maps: Tensor, resolution: int = 2, 
     """
     student, teacher = (F.adaptive_avg_pool2d(maps, resolution) for maps in (student_maps, teacher_maps))
     if normalize:
-        student, teacher = (F.normalize(maps.flatten(2), dim=2) for maps in (student, teacher))
+        student, teacher = (directions(maps.flatten(2), dim=2) for maps in (student, teacher))
     return F.mse_loss(student, teacher)
 
 

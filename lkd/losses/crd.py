@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses.adapters import embedding
 from lkd.losses.base import DistillLoss
-from lkd.losses.checks import check_temperature
+from lkd.losses.checks import check_positive, check_temperature
+from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision, wide
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
@@ -94,10 +94,11 @@ class CRD(DistillLoss):
         momentum: Share of the old row in the memories, from 0 to 1.
         own_class: Whether images of a sample's own class may be drawn. If not, as in the published results, those are
             left out whose label has been seen: none in the first steps, all after an epoch.
-        eps: Added to the denominators.
+        eps: Added to the denominators, greater than 0.
 
     Raises:
-        ValueError: If a setting is out of range, or, in training, the number of images is not known.
+        ValueError: If a setting is out of range, or, in training, the number of images is not known or an image's
+            position lies beyond it (noticed on the CPU; a GPU stops with an assertion).
 
     References:
         Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020 (arXiv 1910.10699), who weigh it with
@@ -107,6 +108,7 @@ class CRD(DistillLoss):
     needs_index = True
     reads_logits = False
     compares_samples = True
+    per_process = "draws its negatives, from common memories"
     same_everywhere: ClassVar[tuple[str, ...]] = ("student_memory", "teacher_memory", "targets", "is_drawn", "log_z")
     train_index: Tensor | None = None
     """Positions of the training images `(N,)`, from the data module; None: all may be drawn."""
@@ -134,6 +136,7 @@ class CRD(DistillLoss):
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be from 0 to 1, got {momentum}; the paper takes 0.5")
+        check_positive("1e-7 is usual", eps=eps)
         self.num_samples = num_samples
         self.feat_dim = feat_dim
         self.num_negatives = num_negatives
@@ -174,11 +177,18 @@ class CRD(DistillLoss):
         ((ours, theirs),) = self.pairs(student, teacher)
         if batch.index is None:
             raise ValueError("CRD needs to know which images it sees; give the batch an index")
+        try:
+            self.targets.gather(0, batch.index)
+        except RuntimeError as error:
+            raise ValueError(
+                f"CRD remembers {len(self.targets)} images (num_samples), and a batch has one at another position "
+                f"({error}): let num_samples be the number of images in the data set, validation images included"
+            ) from error
         return self._compare(self.student_embedding(ours), self.teacher_embedding(theirs), batch.index, batch.target)
 
     @full_precision
     def _compare(self, ours: Tensor, theirs: Tensor, index: Tensor, target: Tensor) -> Tensor:
-        ours, theirs = F.normalize(ours, dim=1), F.normalize(theirs, dim=1)
+        ours, theirs = directions(ours, dim=1), directions(theirs, dim=1)
         position = torch.cat([index.unsqueeze(1), self.draw(index, target)], dim=1)
         scores = torch.stack(
             [
@@ -229,7 +239,7 @@ class CRD(DistillLoss):
         share = same.to(ours.dtype) / same.sum(1, keepdim=True)
         for memory, new in ((self.student_memory, ours), (self.teacher_memory, theirs)):
             mean = share @ new
-            row = F.normalize(self.momentum * wide(memory[index]) + (1 - self.momentum) * mean, dim=1)
+            row = directions(self.momentum * wide(memory[index]) + (1 - self.momentum) * mean, dim=1)
             memory.index_copy_(0, index, row.to(memory.dtype))
         label = torch.where(same, target, IGNORE_INDEX).amax(1)  # of an image's views, only one may have it
         self.targets.index_copy_(0, index, torch.where(label == IGNORE_INDEX, self.targets[index], label))

@@ -6,16 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lkd.losses.base import DistillLoss
-from lkd.losses.checks import check_temperature
+from lkd.losses.checks import check_positive, check_temperature, check_weights
 from lkd.losses.logit import kd_loss
 from lkd.losses.precision import wide
 from lkd.types import Batch, Outputs, Probe
-
-
-def _check_range(temperature_range: float) -> float:
-    if not temperature_range > 0:
-        raise ValueError(f"temperature_range must be greater than 0, got {temperature_range}; the paper takes 20")
-    return temperature_range
 
 
 def _adversarial_temperature(theta: Tensor, lowest: float, extent: float, reversal: float) -> Tensor:
@@ -39,7 +33,7 @@ class CTKD(DistillLoss):
             descends.
 
     Raises:
-        ValueError: If a temperature is not greater than 0.
+        ValueError: If a temperature is not greater than 0, or `reversal` negative.
 
     References:
         Li et al.: Curriculum Temperature for Knowledge Distillation, AAAI 2023 (arXiv 2211.16231), with the global
@@ -52,8 +46,10 @@ class CTKD(DistillLoss):
 
     def __init__(self, min_temperature: float = 1.0, temperature_range: float = 20.0, reversal: float = 1.0) -> None:
         super().__init__()
-        self.min_temperature = check_temperature(min_temperature)
-        self.temperature_range = _check_range(temperature_range)
+        self.min_temperature = check_temperature(min_temperature, "min_temperature")
+        check_positive("20 is the paper's", temperature_range=temperature_range)
+        check_weights(reversal=reversal)
+        self.temperature_range = temperature_range
         self.reversal = reversal
         self.theta = nn.Parameter(torch.ones(1))  # (1,): FSDP takes no parameters without a dimension
 
@@ -86,7 +82,7 @@ class InstanceCTKD(DistillLoss):
         hidden_dim: At least 1; the number of hidden units.
 
     Raises:
-        ValueError: If a temperature is not greater than 0, or `hidden_dim` is less than 1.
+        ValueError: If a temperature is not greater than 0, `reversal` negative, or `hidden_dim` less than 1.
 
     References:
         Li et al.: Curriculum Temperature for Knowledge Distillation, AAAI 2023 (arXiv 2211.16231), the instance-wise
@@ -104,8 +100,10 @@ class InstanceCTKD(DistillLoss):
         super().__init__()
         if hidden_dim < 1:
             raise ValueError(f"hidden_dim must be at least 1, got {hidden_dim}")
-        self.min_temperature = check_temperature(min_temperature)
-        self.temperature_range = _check_range(temperature_range)
+        self.min_temperature = check_temperature(min_temperature, "min_temperature")
+        check_positive("20 is the paper's", temperature_range=temperature_range)
+        check_weights(reversal=reversal)
+        self.temperature_range = temperature_range
         self.reversal = reversal
         self.hidden_dim = hidden_dim
 

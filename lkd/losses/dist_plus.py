@@ -79,16 +79,18 @@ class DISTPlus(DIST):
         channel_weight: Weight of the relations between the channels of a pixel; iota in torchdistill.
         spatial_weight: Weight of the relations between the samples at a pixel; kappa in torchdistill.
         temperature: Greater than 0; softens the probabilities.
-        eps: Added to the product of the norms in the correlations of probabilities and of channels.
+        eps: Added to the product of the norms in the correlations of probabilities and of channels, greater than 0.
 
     Raises:
-        ValueError: If a weight is negative or the temperature is not greater than 0, or, in training, a layer returns
-            no feature map.
+        ValueError: If a weight is negative, or the temperature or `eps` not greater than 0, or, in training, a layer
+            returns no feature map.
 
     References:
         Huang et al.: DIST+: Knowledge Distillation From a Stronger Adaptive Teacher, TPAMI 2025. The channels' term is
         1 - correlation, as in the paper; torchdistill adds the correlation itself, which drives the channels apart.
     """
+
+    per_process = "correlates its images within a class, and at a pixel"
 
     def __init__(
         self,

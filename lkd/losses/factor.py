@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lkd.losses.adaptation import kta_loss
 from lkd.losses.adapters import same_size
 from lkd.losses.base import DistillLoss, total
+from lkd.losses.checks import check_positive, check_weights
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
@@ -102,15 +103,12 @@ class FT(DistillLoss):
         factor_weight: float = 1.0,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        if not paraphrase_rate > 0:
-            raise ValueError(f"paraphrase_rate must be greater than 0, got {paraphrase_rate}; 0.5 is usual")
+        check_positive("0.5 is usual", paraphrase_rate=paraphrase_rate)
         if not p >= 1:
             raise ValueError(f"p must be at least 1, got {p}; 1 is usual")
-        if min(reconstruction_weight, factor_weight) < 0 or reconstruction_weight == factor_weight == 0:
-            raise ValueError(
-                "reconstruction_weight and factor_weight must not be negative, nor both 0, got "
-                f"{reconstruction_weight} and {factor_weight}"
-            )
+        check_weights(reconstruction_weight=reconstruction_weight, factor_weight=factor_weight)
+        if reconstruction_weight == factor_weight == 0:
+            raise ValueError("reconstruction_weight and factor_weight are both 0, so FT compares nothing; set one")
         self.paraphrase_rate = paraphrase_rate
         self.p = p
         self.reconstruction_weight = reconstruction_weight

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from lkd.losses.adapters import same_size
 from lkd.losses.base import DistillLoss, total
+from lkd.losses.checks import check_positive
+from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision, mse
 from lkd.types import Batch, Outputs, Probe
 
 
 def _attention(feature: Tensor, p: float) -> Tensor:
     """Where a feature map is active: `(B, H * W)`, of length 1."""
-    return F.normalize(feature.abs().pow(p).mean(1).flatten(1), dim=1)
+    return directions(feature.abs().pow(p).mean(1).flatten(1), dim=1)
 
 
 @full_precision
@@ -77,8 +79,7 @@ class AT(DistillLoss):
         p: float = 2.0,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        if not p > 0:
-            raise ValueError(f"p must be greater than 0, got {p}; 2 is usual")
+        check_positive("2 is usual", p=p)
         self.p = p
 
     def build(self, student: Probe, teacher: Probe) -> None:
@@ -128,7 +129,7 @@ def nst_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
         >>> abs(nst_loss(feature.flip(1), 3 * feature).item()) < 1e-6
         True
     """
-    student, teacher = (F.normalize(f.flatten(2), dim=2) for f in same_size(student_feature, teacher_feature))
+    student, teacher = (directions(f.flatten(2), dim=2) for f in same_size(student_feature, teacher_feature))
     return _mean_kernel(student, student) + _mean_kernel(teacher, teacher) - 2 * _mean_kernel(student, teacher)
 
 

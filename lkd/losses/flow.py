@@ -7,11 +7,11 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses.adapters import Pooling, projection, same_size
 from lkd.losses.base import DistillLoss, total
+from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
@@ -164,8 +164,10 @@ def _right_vectors(feature: Tensor, number: int) -> tuple[Tensor, Tensor]:
     without gradient, and what is added to them is their change to first order, whose value is 0.
     """
     matrix = feature.flatten(2).mT
-    _, values, basis = torch.linalg.svd(matrix.detach(), full_matrices=False)  # basis: vectors in its rows
-    scale = values[:, :1].clamp(min=torch.finfo(values.dtype).tiny)
+    # What is not finite, LAPACK refuses by an error of its own; left out here, it comes back in the change.
+    finite = matrix.detach().nan_to_num(0, 0, 0)
+    _, values, basis = torch.linalg.svd(finite, full_matrices=False)  # basis: vectors in its rows
+    scale = values[:, :1].clamp(min=1e-12)  # the gradient grows with 1 / scale, and is to stay finite
     matrix, squares = matrix / scale.unsqueeze(2), (values / scale).square()
     vectors = basis.mT[..., :number]
     moved = matrix.mT @ (matrix @ vectors)
@@ -218,7 +220,7 @@ def kdsvd_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Te
         wanted, values = _right_vectors(teacher.detach(), num_vectors)
         wanted = wanted * wanted.gather(1, wanted.abs().argmax(1, keepdim=True)).sign()
         found, _ = _right_vectors(student, num_vectors + 3)
-        lengths = F.normalize(values, dim=1).unsqueeze(1)
+        lengths = directions(values, dim=1).unsqueeze(1)
         ours.append(_aligned(found, wanted) * lengths)
         theirs.append(wanted * lengths)
     losses = [

@@ -6,20 +6,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lkd.losses.checks import check_classes
 from lkd.losses.precision import wide
 from lkd.types import IGNORE_INDEX
 
 
-def own_class(target: Tensor) -> Tensor:
+def label_error(num_classes: int, error: Exception) -> ValueError:
+    """What to raise where a label is out of range.
+
+    Args:
+        num_classes: How many classes there are.
+        error: What PyTorch says of it.
+    """
+    return ValueError(
+        f"a label is out of range ({error}): the network has {num_classes} classes, so labels must lie in "
+        f"0..{num_classes - 1}, or be {IGNORE_INDEX} for images without one"
+    )
+
+
+def own_class(target: Tensor, logits: Tensor) -> Tensor:
     """The target as an index; class 0 where there is no label, for `labelled_mean` to drop.
 
     Args:
         target: `(B,)`; `IGNORE_INDEX` where there is no label.
+        logits: `(B, K)`.
 
     Returns:
         `(B, 1)`.
+
+    Raises:
+        ValueError: If a label is out of range (noticed on the CPU; a GPU stops with an assertion).
     """
-    return target.clamp(min=0).unsqueeze(1)
+    own = target.masked_fill(target == IGNORE_INDEX, 0).unsqueeze(1)
+    try:
+        logits.detach().gather(1, own)  # not by comparing: asking a GPU for the answer would hold the step up
+    except (IndexError, RuntimeError) as error:
+        raise label_error(logits.shape[1], error) from error
+    return own
 
 
 def labelled_mean(values: Tensor, target: Tensor) -> Tensor:
@@ -43,11 +66,34 @@ def labelled_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: floa
 
     Returns:
         A scalar in nats; float32 for logits in half precision, else the logits' type.
+
+    Raises:
+        ValueError: If a label is out of range (noticed on the CPU; a GPU stops with an assertion).
     """
-    values = F.cross_entropy(
-        wide(logits), target, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=label_smoothing
-    )
-    return labelled_mean(values, target)
+    return labelled_mean(cross_entropies(logits, target, label_smoothing), target)
+
+
+def cross_entropies(logits: Tensor, target: Tensor, label_smoothing: float = 0.0, reduction: str = "none") -> Tensor:
+    """Cross-entropies with the labels; 0 where there is none.
+
+    Args:
+        logits: `(B, K)`.
+        target: `(B,)`; `IGNORE_INDEX` where there is no label.
+        label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
+        reduction: `none`, or `sum`.
+
+    Returns:
+        `(B,)` in nats, or their sum; float32 for logits in half precision, else the logits' type.
+
+    Raises:
+        ValueError: If a label is out of range (noticed on the CPU; a GPU stops with an assertion).
+    """
+    try:
+        return F.cross_entropy(
+            wide(logits), target, ignore_index=IGNORE_INDEX, reduction=reduction, label_smoothing=label_smoothing
+        )
+    except IndexError as error:
+        raise label_error(logits.shape[1], error) from error
 
 
 def others(values: Tensor, own: Tensor) -> Tensor:
@@ -77,9 +123,5 @@ def log_others(logits: Tensor, own: Tensor) -> Tensor:
     Raises:
         ValueError: If there are fewer than 3 classes.
     """
-    if logits.shape[1] < 3:
-        raise ValueError(
-            "this criterion compares the classes beside the target with one another, which needs at least 3 classes; "
-            f"the logits have {logits.shape[1]}: take KD"
-        )
+    check_classes(logits, 3, "compares the classes beside the target with one another")
     return F.log_softmax(others(logits, own), dim=1)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses.base import DistillLoss
-from lkd.losses.checks import check_temperature, check_weights
+from lkd.losses.checks import check_positive, check_temperature, check_weights
+from lkd.losses.directions import directions
 from lkd.losses.logit import softened_kl
 from lkd.losses.precision import wide
 from lkd.types import Batch, Outputs
@@ -83,20 +84,22 @@ class DIST(DistillLoss):
         beta: Weight of the relations between the classes of a sample.
         gamma: Weight of the relations between the samples within a class.
         temperature: Greater than 0; 4 for CIFAR, 1 for ImageNet.
-        eps: Added to the product of the norms in the correlation.
+        eps: Added to the product of the norms in the correlation, greater than 0.
 
     Raises:
-        ValueError: If a weight is negative or the temperature is not greater than 0.
+        ValueError: If a weight is negative, or the temperature or `eps` not greater than 0.
 
     References:
         Huang et al.: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv 2205.10536).
     """
 
     compares_samples = True
+    per_process = "correlates its images within a class"
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, eps: float = 1e-8) -> None:
         super().__init__()
         check_weights(beta=beta, gamma=gamma)
+        check_positive("1e-8 is usual", eps=eps)
         self.beta = beta
         self.gamma = gamma
         self.temperature = check_temperature(temperature)
@@ -149,7 +152,7 @@ def skd_direction_loss(student_logits: Tensor, teacher_logits: Tensor, tikhonov:
         Jeong, Lee, Choi: Streamlined Knowledge Distillation, CVPR 2026.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
-        student, teacher = (F.normalize(wide(logits), dim=1) for logits in (student_logits, teacher_logits))
+        student, teacher = (directions(wide(logits), dim=1) for logits in (student_logits, teacher_logits))
         difference = student @ student.T - teacher @ teacher.T
         centred = difference - difference.mean(0)
         num_samples = len(difference)
@@ -182,11 +185,11 @@ class SKD(DistillLoss):
     """
 
     compares_samples = True
+    per_process = "takes cosines of its images"
 
     def __init__(self, temperature: float = 4.0, tikhonov: float = 0.1, direction_weight: float = 1.0) -> None:
         super().__init__()
-        if not tikhonov > 0:
-            raise ValueError(f"tikhonov must be greater than 0, got {tikhonov}; it keeps the covariance invertible")
+        check_positive("which keeps the covariance invertible", tikhonov=tikhonov)
         check_weights(direction_weight=direction_weight)
         self.temperature = check_temperature(temperature)
         self.tikhonov = tikhonov

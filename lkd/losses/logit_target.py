@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses.base import DistillLoss
-from lkd.losses.checks import check_temperature, check_weights
+from lkd.losses.checks import check_classes, check_temperature, check_weights
 from lkd.losses.labels import labelled_mean, log_others, others, own_class
 from lkd.losses.logit import kl_divergence
 from lkd.losses.precision import wide
@@ -19,6 +19,7 @@ from lkd.types import Batch, Outputs
 
 def _log_or_not(logits: Tensor, own: Tensor) -> Tensor:
     """Log-probabilities `(B, 2)` of one class, and of all others together."""
+    check_classes(logits, 2, "compares one class with all others")
     log_p = F.log_softmax(logits, dim=1)
     return torch.stack([log_p.gather(1, own).squeeze(1), others(log_p, own).logsumexp(1)], dim=1)
 
@@ -41,7 +42,7 @@ def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
     References:
         Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022 (arXiv 2203.08679).
     """
-    own = own_class(target)
+    own = own_class(target, student_logits)
     student, teacher = (_log_or_not(wide(logits) / temperature, own) for logits in (student_logits, teacher_logits))
     return temperature**2 * labelled_mean(kl_divergence(student, teacher), target)
 
@@ -67,7 +68,7 @@ def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
     References:
         Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022 (arXiv 2203.08679).
     """
-    own = own_class(target)
+    own = own_class(target, student_logits)
     student, teacher = (log_others(wide(logits) / temperature, own) for logits in (student_logits, teacher_logits))
     return temperature**2 * labelled_mean(kl_divergence(student, teacher), target)
 
@@ -153,7 +154,7 @@ class DKD(DistillLoss):
 
 def _nkd_target(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
     """The first part of `nkd_loss`."""
-    own = own_class(target)
+    own = own_class(target, student_logits)
     student, teacher = (
         F.log_softmax(wide(logits), dim=1).gather(1, own).squeeze(1) for logits in (student_logits, teacher_logits)
     )
@@ -162,7 +163,7 @@ def _nkd_target(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) 
 
 def _nkd_nontarget(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """The second part of `nkd_loss`: `nckd_loss` and the teacher's entropy, which has no gradient."""
-    own = own_class(target)
+    own = own_class(target, student_logits)
     student, teacher = (log_others(wide(logits) / temperature, own) for logits in (student_logits, teacher_logits))
     return temperature**2 * labelled_mean(-(teacher.exp() * student).sum(1), target)
 
@@ -260,7 +261,7 @@ def wsld_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
         Zhou et al.: Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective,
         ICLR 2021 (arXiv 2102.00650), whose factor alpha is `distill_weight` here.
     """
-    own, student_logits, teacher_logits = own_class(target), wide(student_logits), wide(teacher_logits)
+    own, student_logits, teacher_logits = own_class(target, student_logits), wide(student_logits), wide(teacher_logits)
     student_ce, teacher_ce = (
         -F.log_softmax(logits.detach(), dim=1).gather(1, own).squeeze(1) for logits in (student_logits, teacher_logits)
     )
@@ -299,14 +300,14 @@ class WSLD(DistillLoss):
 
 def _scd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """The first part of `rld_loss`: sample confidence."""
-    student = _log_or_not(wide(student_logits) / temperature, own_class(target))
+    student = _log_or_not(wide(student_logits) / temperature, own_class(target, student_logits))
     teacher = _log_or_not(wide(teacher_logits) / temperature, teacher_logits.argmax(1, keepdim=True))
     return temperature**2 * labelled_mean(kl_divergence(student, teacher), target)
 
 
 def _mcd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """The second part of `rld_loss`: masked correlation."""
-    masked = teacher_logits >= teacher_logits.gather(1, own_class(target))
+    masked = teacher_logits >= teacher_logits.gather(1, own_class(target, teacher_logits))
     nothing_left = masked.all(1, keepdim=True)
     masked = masked & ~nothing_left  # a softmax of nothing is not a number; these samples are left out below
     student, teacher = (
@@ -390,7 +391,7 @@ class RLD(DistillLoss):
         self.alpha = alpha
         self.beta = beta
         self.temperature = check_temperature(temperature)
-        self.confidence_temperature = check_temperature(confidence_temperature)
+        self.confidence_temperature = check_temperature(confidence_temperature, "confidence_temperature")
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The two parts of `rld_loss`."""

@@ -59,6 +59,7 @@ class MGD(DistillLoss):
     """
 
     reads_logits = False
+    per_process = "draws what it masks"
 
     def __init__(
         self,

@@ -171,6 +171,7 @@ class MLKD(DistillLoss):
 
     num_views = 2
     compares_samples = True
+    per_process = "multiplies and chooses among its images"
 
     def __init__(
         self, form: Form = "code", temperatures: Sequence[float] = TEMPERATURES, percentile: float = 50.0

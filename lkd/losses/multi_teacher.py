@@ -21,7 +21,7 @@ _MEMBERS = "members"
 
 def _log_own(teacher_logits: Tensor, target: Tensor) -> Tensor:
     """Each teacher's log-probability of the label, `(M, B)`."""
-    own = own_class(target).expand(len(teacher_logits), -1, 1)
+    own = own_class(target, teacher_logits[0]).expand(len(teacher_logits), -1, 1)
     return F.log_softmax(teacher_logits, dim=2).gather(2, own).squeeze(2)
 
 
@@ -146,6 +146,11 @@ class MultiTeacher(CompositeLoss):
     def needs_build(self) -> bool:  # type: ignore[override]
         """Whether the copies need what their `build` makes, or the weights are learned."""
         return self.weighting == "learned" or super().needs_build
+
+    @property
+    def skips_unlabelled(self) -> bool | None:  # type: ignore[override]
+        """As the criterion; None where the term `mixture`, which reads labels, is added."""
+        return None if self.weighting == "learned" else self.parts[0].skips_unlabelled
 
     def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
         """Copy the criterion for each teacher, and find the copies' layers."""

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses.base import DistillLoss, read_layers, total
-from lkd.losses.checks import check_temperature, check_weights
+from lkd.losses.checks import check_positive, check_temperature, check_weights
+from lkd.losses.labels import own_class
 from lkd.losses.precision import wide
-from lkd.types import Batch, Outputs, Probe
+from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 
 def ofa_loss(
@@ -48,7 +49,8 @@ def ofa_loss(
     log_student = F.log_softmax(wide(student_logits) / temperature, dim=1)
     teacher = F.softmax(wide(teacher_logits) / temperature, dim=1)
     classes = torch.arange(teacher.shape[1], device=target.device)
-    is_target = (target.unsqueeze(1) == classes).to(teacher.dtype)
+    labelled = (target != IGNORE_INDEX).unsqueeze(1)
+    is_target = ((own_class(target, student_logits) == classes) & labelled).to(teacher.dtype)
     return -(((teacher + is_target) ** eps - is_target) * log_student).sum(1).mean()
 
 
@@ -126,8 +128,7 @@ class OFAKD(DistillLoss):
         logits_weight: float = 1.0,
     ) -> None:
         super().__init__(student_layers)
-        if not eps > 0:
-            raise ValueError(f"eps must be greater than 0, got {eps}; 1 to 1.5 is usual")
+        check_positive("1 to 1.5 is usual", eps=eps)
         check_weights(exits_weight=exits_weight, logits_weight=logits_weight)
         self.eps = eps
         self.temperature = check_temperature(temperature)

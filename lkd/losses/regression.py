@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lkd.losses.adapters import same_size
 from lkd.losses.base import DistillLoss, total
-from lkd.losses.checks import check_temperature
+from lkd.losses.checks import check_positive, check_temperature
 from lkd.losses.logit import softened_kl
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
@@ -76,10 +76,10 @@ class VID(DistillLoss):
         eps: float = 1e-5,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        if not 0 < eps < initial_variance:
+        if not 0 < eps < initial_variance < math.inf:
             raise ValueError(
-                f"VID needs 0 < eps < initial_variance, got eps {eps} and initial_variance {initial_variance}; "
-                "1e-5 and 5 are usual"
+                f"VID needs 0 < eps < initial_variance, got eps {eps} and initial_variance {initial_variance}; take "
+                "finite numbers, 1e-5 and 5 are usual"
             )
         self.initial_variance = initial_variance
         self.eps = eps
@@ -87,7 +87,8 @@ class VID(DistillLoss):
     def build(self, student: Probe, teacher: Probe) -> None:
         """Make the regressors and the variances."""
         pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
-        raw = math.log(math.expm1(self.initial_variance - self.eps))
+        beyond = self.initial_variance - self.eps
+        raw = beyond + math.log(-math.expm1(-beyond))  # softplus backwards; expm1(710) would overflow
         self.regressors = nn.ModuleList(_mean_regressor(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs)
         self.raw_variances = nn.ParameterList(torch.full((theirs.shape[1],), raw) for _, theirs in pairs)
 
@@ -166,8 +167,7 @@ class PAD(DistillLoss):
         eps: float = 1e-6,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        if not eps > 0:
-            raise ValueError(f"eps must be greater than 0, got {eps}; it keeps the variance from 0, 1e-6 is usual")
+        check_positive("1e-6 is usual", eps=eps)
         self.eps = eps
 
     def build(self, student: Probe, teacher: Probe) -> None:
@@ -248,6 +248,7 @@ class SRD(DistillLoss):
     """
 
     compares_samples = True
+    per_process = "takes the logarithm of the sum over its images"
 
     def __init__(
         self,
@@ -257,8 +258,8 @@ class SRD(DistillLoss):
         temperature: float = 1.0,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        if not exponent >= 1:
-            raise ValueError(f"exponent must be at least 1, got {exponent}; 4 is usual")
+        if not 1 <= exponent < math.inf:
+            raise ValueError(f"exponent must be at least 1, got {exponent}; take a finite number, 4 is usual")
         self.exponent = exponent
         self.temperature = check_temperature(temperature)
 

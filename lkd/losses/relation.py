@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lkd.losses.adapters import embedding
 from lkd.losses.base import DistillLoss, total
-from lkd.losses.checks import check_weights
+from lkd.losses.checks import check_positive, check_weights
+from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
@@ -63,7 +64,7 @@ def rkd_distance_loss(
 def _angles(feature: Tensor) -> Tensor:
     """Cosines `(B, B, B)` of the angles at a sample (first) between the directions to two others."""
     x = feature.flatten(1)
-    direction = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), dim=2)
+    direction = directions(x.unsqueeze(0) - x.unsqueeze(1), dim=2)
     return direction @ direction.mT
 
 
@@ -106,10 +107,10 @@ class RKD(DistillLoss):
         distance_weight: Weight of `rkd_distance_loss`, at least 0.
         angle_weight: Weight of `rkd_angle_loss`, at least 0; 0 saves its memory, which grows with the batch cubed.
         squared: Compare squared distances.
-        eps: The least squared distance; nearer samples have no gradient.
+        eps: The least squared distance, greater than 0; nearer samples have no gradient.
 
     Raises:
-        ValueError: If a weight is negative, or both are 0.
+        ValueError: If a weight is negative, or both are 0, or `eps` is not greater than 0.
 
     References:
         Park et al.: Relational Knowledge Distillation, CVPR 2019 (arXiv 1904.05068), who weigh the terms 1 and 2 for
@@ -118,6 +119,7 @@ class RKD(DistillLoss):
 
     reads_logits = False
     compares_samples = True
+    per_process = "measures distances and angles of its images"
 
     def __init__(
         self,
@@ -132,6 +134,7 @@ class RKD(DistillLoss):
         check_weights(distance_weight=distance_weight, angle_weight=angle_weight)
         if distance_weight == angle_weight == 0:
             raise ValueError("distance_weight and angle_weight are both 0, so RKD compares nothing; set one of them")
+        check_positive("1e-12 is usual", eps=eps)
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
         self.squared = squared
@@ -151,7 +154,7 @@ class RKD(DistillLoss):
 def _similarities(feature: Tensor) -> Tensor:
     """Products `(B, B)` of the samples' features, each row of length 1."""
     x = feature.flatten(1)
-    return F.normalize(x @ x.mT, dim=1)
+    return directions(x @ x.mT, dim=1)
 
 
 @full_precision
@@ -193,6 +196,7 @@ class SP(DistillLoss):
 
     reads_logits = False
     compares_samples = True
+    per_process = "compares its images"
 
     def __init__(
         self, student_layers: Sequence[str] = ("@last_stage",), teacher_layers: Sequence[str] = ("@last_stage",)
@@ -246,7 +250,10 @@ class PKT(DistillLoss):
     Args:
         student_layers: Layers of the student whose features it reads, each by itself; the losses are added.
         teacher_layers: The teacher's, as many.
-        eps: Added to probabilities and to the features' lengths.
+        eps: Added to probabilities and to the features' lengths, greater than 0.
+
+    Raises:
+        ValueError: If `eps` is not greater than 0.
 
     References:
         Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018
@@ -255,6 +262,7 @@ class PKT(DistillLoss):
 
     reads_logits = False
     compares_samples = True
+    per_process = "finds neighbours among its images"
 
     def __init__(
         self,
@@ -263,6 +271,7 @@ class PKT(DistillLoss):
         eps: float = 1e-7,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
+        check_positive("1e-7 is usual", eps=eps)
         self.eps = eps
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
@@ -275,7 +284,7 @@ Kernel = Literal["gaussian", "bilinear"]
 
 def _correlations(feature: Tensor, kernel: Kernel, gamma: float, order: int, normalize: bool) -> Tensor:
     """The kernel between all samples, `(B, B)`."""
-    x = F.normalize(feature.flatten(1), dim=1) if normalize else feature.flatten(1)
+    x = directions(feature.flatten(1), dim=1) if normalize else feature.flatten(1)
     product = x @ x.mT
     if kernel == "bilinear":
         return product
@@ -379,6 +388,7 @@ class CC(DistillLoss):
 
     reads_logits = False
     compares_samples = True
+    per_process = "correlates its images"
 
     def __init__(
         self,
@@ -392,8 +402,7 @@ class CC(DistillLoss):
         normalize: bool = True,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        if not gamma > 0:
-            raise ValueError(f"gamma must be greater than 0, got {gamma}; the paper takes 0.4")
+        check_positive("0.4 is the paper's", gamma=gamma)
         for name, number in (("order", order), ("feat_dim", feat_dim)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")

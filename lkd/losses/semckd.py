@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lkd.losses.adapters import bottleneck, same_size
 from lkd.losses.base import DistillLoss, read_layers, total
 from lkd.losses.checks import check_dims, check_temperature
+from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision, wide
 from lkd.types import Batch, Outputs, Probe
 
@@ -77,7 +78,7 @@ class _Embedding(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         rows = feature.flatten(1)
         hidden = F.relu(_linear(self.linear1, rows @ rows.T))
-        return F.normalize(_linear(self.linear2, hidden), dim=1)
+        return directions(_linear(self.linear2, hidden), dim=1)
 
 
 def _linear(layer: nn.Linear, values: Tensor) -> Tensor:
@@ -120,6 +121,7 @@ class SemCKD(DistillLoss):
 
     reads_logits = False
     compares_samples = True
+    per_process = "weighs layers by similarities of its images"
 
     def __init__(
         self,

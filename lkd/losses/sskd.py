@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from lkd.losses.base import DistillLoss
 from lkd.losses.checks import check_temperature, check_weights
+from lkd.losses.directions import directions
+from lkd.losses.labels import own_class
 from lkd.losses.logit import kd_loss, softened_kl
 from lkd.losses.precision import full_precision
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
@@ -27,7 +29,7 @@ def _turned(views: Tensor) -> Tensor:
 
 def _similarity(embedding: Tensor) -> Tensor:
     """Cosines of each turned view with each image `(3 * B, B)`."""
-    return F.normalize(_turned(embedding), dim=1) @ F.normalize(_upright(embedding), dim=1).T
+    return directions(_turned(embedding), dim=1) @ directions(_upright(embedding), dim=1).T
 
 
 def _own_image(similarity: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ def _kept_mean(values: Tensor, score: Tensor, answer: Tensor, ratio: float) -> T
     whose answer is not known (`IGNORE_INDEX`) do not count.
     """
     known = answer != IGNORE_INDEX
-    rank = (score > score.gather(1, answer.clamp(min=0).unsqueeze(1))).sum(1).masked_fill(~known, score.shape[1])
+    rank = (score > score.gather(1, own_class(answer, score))).sum(1).masked_fill(~known, score.shape[1])
     right = (rank == 0).sum()
     kept = right + ((known.sum() - right).to(score.dtype) * ratio).long()
     place = rank.argsort(stable=True).argsort()  # rows are masked, not chosen: shapes stay, and so does a compiled step
@@ -163,6 +165,7 @@ class SSKD(DistillLoss):
 
     num_views = _VIEWS
     compares_samples = True
+    per_process = "assigns views to its images, and chooses among them"
     skips_unlabelled = None
 
     def __init__(
@@ -190,9 +193,9 @@ class SSKD(DistillLoss):
         self.ss_weight = ss_weight
         self.tf_weight = tf_weight
         self.teacher_head_weight = teacher_head_weight
-        self.kd_temperature = check_temperature(kd_temperature)
-        self.ss_temperature = check_temperature(ss_temperature)
-        self.tf_temperature = check_temperature(tf_temperature)
+        self.kd_temperature = check_temperature(kd_temperature, "kd_temperature")
+        self.ss_temperature = check_temperature(ss_temperature, "ss_temperature")
+        self.tf_temperature = check_temperature(tf_temperature, "tf_temperature")
         self.ss_ratio = ss_ratio
         self.tf_ratio = tf_ratio
 

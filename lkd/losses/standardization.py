@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lkd.losses.base import CompositeLoss, DistillLoss
+from lkd.losses.checks import check_classes, check_positive
 from lkd.losses.multi_teacher import MultiTeacher
 from lkd.losses.precision import wide
 from lkd.types import Batch, Outputs
@@ -31,6 +32,7 @@ def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
         >>> standardize(torch.tensor([[10.0, 20.0, 30.0]])).tolist()
         [[-1.0, 0.0, 1.0]]
     """
+    check_classes(logits, 2, "divides by the standard deviation over the classes")
     logits = wide(logits)
     return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + eps)
 
@@ -43,10 +45,11 @@ class LogitStandardization(CompositeLoss):
 
     Args:
         criterion: What compares the logits; the paper takes KD with temperature 2, DKD, CTKD or MLKD.
-        eps: Added to the standard deviation.
+        eps: Added to the standard deviation, greater than 0.
 
     Raises:
-        ValueError: If there is a `MultiTeacher` in the criterion; it goes around this one.
+        ValueError: If `eps` is not greater than 0, there is a `MultiTeacher` in the criterion (it goes around this
+            one), or, in training, there are fewer than 2 classes.
 
     References:
         Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427). The standard
@@ -65,6 +68,7 @@ class LogitStandardization(CompositeLoss):
                 "LogitStandardization does not reach the single teachers' logits that MultiTeacher compares; nest them "
                 "the other way round, MultiTeacher outside"
             )
+        check_positive("1e-7 is usual", eps=eps)
         self.criterion = criterion
         self.eps = eps
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses.base import DistillLoss, read_layers
-from lkd.losses.checks import check_temperature, check_weights
+from lkd.losses.checks import check_classes, check_temperature, check_weights
 from lkd.losses.labels import labelled_cross_entropy, labelled_mean, log_others, others, own_class
 from lkd.losses.logit import softened_kl
 from lkd.losses.precision import wide
@@ -47,8 +47,10 @@ def tfkd_loss(
         factor of its own for each network.
     """
     student_logits = wide(student_logits)
+    check_classes(student_logits, 2, "spreads what the target leaves over the other classes")
+    own = own_class(target, student_logits)
     rest = math.log((1 - correct_probability) / (student_logits.shape[1] - 1))
-    virtual = torch.full_like(student_logits, rest).scatter(1, own_class(target), math.log(correct_probability))
+    virtual = torch.full_like(student_logits, rest).scatter(1, own, math.log(correct_probability))
     return temperature**2 * labelled_mean(softened_kl(student_logits, virtual, temperature), target)
 
 
@@ -145,14 +147,14 @@ class CSKD(DistillLoss):
 
 def _uskd_target(student_logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy with the label, weighed by how sure the student is of it."""
-    log_own = F.log_softmax(wide(student_logits), dim=1).gather(1, own_class(target)).squeeze(1)
+    log_own = F.log_softmax(wide(student_logits), dim=1).gather(1, own_class(target, student_logits)).squeeze(1)
     squares = (2 * log_own.detach()).exp()
     return labelled_mean(-(squares + 1 - labelled_mean(squares, target)) * log_own, target)
 
 
 def _uskd_nontarget(student_logits: Tensor, weak_logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of the other classes with Zipf's law over their ranks."""
-    own, student_logits = own_class(target), wide(student_logits)
+    own, student_logits = own_class(target, student_logits), wide(student_logits)
     log_student = F.log_softmax(student_logits, dim=1)
     weak = F.softmax(wide(weak_logits), dim=1)
     score = weak / (1 - weak.gather(1, own) + 1e-6) + log_student / (1 - log_student.gather(1, own) + 1e-6)
@@ -230,6 +232,7 @@ class USKD(DistillLoss):
     needs_teacher = False
     reads_logits = False
     compares_samples = True
+    per_process = "weighs an image by the mean of its images"
     skips_unlabelled = True
 
     def __init__(

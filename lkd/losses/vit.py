@@ -7,15 +7,14 @@ from math import isqrt
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses.adapters import generator
 from lkd.losses.base import DistillLoss, read_layers, total
 from lkd.losses.checks import check_temperature, check_weights
-from lkd.losses.labels import labelled_cross_entropy
+from lkd.losses.labels import cross_entropies, labelled_cross_entropy
 from lkd.losses.logit import kd_loss
-from lkd.losses.precision import full_precision, wide
+from lkd.losses.precision import full_precision
 from lkd.types import Batch, Outputs, Probe
 
 
@@ -120,6 +119,7 @@ class ViTKD(DistillLoss):
     """
 
     reads_logits = False
+    per_process = "draws what it masks"
 
     def __init__(
         self,
@@ -200,7 +200,9 @@ def _aligned(width: int, teacher_width: int) -> nn.Module:
 def _token_loss(token_logits: Tensor, teacher_logits: Tensor, kind: str, temperature: float) -> Tensor:
     if kind == "soft":
         return kd_loss(token_logits, teacher_logits, temperature)
-    return F.cross_entropy(wide(token_logits), teacher_logits.argmax(1))
+    values = cross_entropies(token_logits, teacher_logits.argmax(1))
+    broken = ~teacher_logits.amax(1).isfinite()  # argmax would give them a class
+    return values.masked_fill(broken, torch.nan).mean()
 
 
 def deit_loss(

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -17,13 +16,14 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lkd import __version__
+from lkd.losses.labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
-from lkd.modules.meter import Meter
+from lkd.modules.meter import Meter, WeightedMean
 from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
 
@@ -169,28 +169,13 @@ class ClassificationModule(L.LightningModule):
         if mixed is None:
             return self._mean_cross_entropy(logits, target, self.label_smoothing)
         labelled = target != IGNORE_INDEX
-        own = self._cross_entropy(logits, target, self.label_smoothing, "none")
-        other = self._cross_entropy(logits, mixed.target, self.label_smoothing, "none") * labelled
+        own = cross_entropies(logits, target, self.label_smoothing)
+        other = cross_entropies(logits, mixed.target, self.label_smoothing) * labelled
         return (mixed.weight * own + (1 - mixed.weight) * other).sum() / labelled.sum().clamp(min=1)
 
     def _mean_cross_entropy(self, logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        total = self._cross_entropy(logits, target, label_smoothing, "sum")
+        total = cross_entropies(logits, target, label_smoothing, "sum")
         return total / (target != IGNORE_INDEX).sum().clamp(min=1)
-
-    def _cross_entropy(self, logits: Tensor, target: Tensor, label_smoothing: float, reduction: str) -> Tensor:
-        try:
-            return F.cross_entropy(
-                logits.float() if logits.dtype != torch.float64 else logits,
-                target,
-                ignore_index=IGNORE_INDEX,
-                reduction=reduction,
-                label_smoothing=label_smoothing,
-            )
-        except IndexError as error:
-            raise ValueError(
-                f"a label is out of range ({error}): the network has {logits.shape[1]} classes, so labels must lie "
-                f"in 0..{logits.shape[1] - 1}, or be {IGNORE_INDEX} for images without one"
-            ) from error
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum of `losses`."""
@@ -215,9 +200,11 @@ class ClassificationModule(L.LightningModule):
         self._watched[f"{network}{_LOGITS}"] = logits.detach().float().mean()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log a point every `log_every_n_steps` steps, and at least one an epoch."""
-        every, seen = cast("int", self.trainer.log_every_n_steps), batch_idx + 1  # type: ignore[attr-defined]
-        if every and (seen % every == 0 or (self.trainer.is_last_batch and seen < every)):
+        """Log a point every `log_every_n_steps` steps of the optimizer, and at least one an epoch."""
+        every = cast("int", self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        last, summed = self.trainer.is_last_batch, self.trainer.accumulate_grad_batches
+        seen, rest = divmod(batch_idx + 1, summed)
+        if every and ((last and seen < every) or (not rest and seen % every == 0)):
             self._log_training()
 
     def on_validation_epoch_start(self) -> None:
@@ -229,7 +216,7 @@ class ClassificationModule(L.LightningModule):
         """The same for a loss that only the last steps have spoilt."""
         if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
             return
-        total = cast("Tensor", self.stage_metrics("val")["loss"].mean_value)
+        total = cast("Tensor", self.stage_metrics("val")["loss"].total)
         if not self._gather(total).isfinite().all():
             names = "loss", "val/loss", f"{self.network_names[0]}{_LOGITS}"
             self._check_finite(dict.fromkeys(names, self.global_step))
@@ -273,7 +260,7 @@ class ClassificationModule(L.LightningModule):
 
     def make_metrics(self) -> dict[str, Metric]:
         """Name to metric, for each of the stages `val` and `test`."""
-        return {"loss": MeanMetric(nan_strategy="disable"), "acc": accuracy()}
+        return {"loss": WeightedMean(), "acc": accuracy()}
 
     def stage_metrics(self, stage: str) -> dict[str, Metric]:
         """The metrics of `val` or `test`, by name."""
@@ -409,6 +396,7 @@ class ClassificationModule(L.LightningModule):
         checkpoint["lkd"] = {
             "version": __version__,
             "input_shape": None if shape is None else tuple(shape),
+            "meter": self._meter.state(self._gather),
             **facts,
         }
 
@@ -421,6 +409,8 @@ class ClassificationModule(L.LightningModule):
                 "LightningModule.load_from_checkpoint(path) finds the right class"
             )
         self._kept_facts = dict(checkpoint.get("lkd", {}))
+        if "meter" in self._kept_facts and self._trainer is not None:
+            self._meter.restore(self._kept_facts.pop("meter"), self.global_rank, self.trainer.strategy.root_device)
         if (example := self.example_input()) is not None:
             self.build(example)
         state = checkpoint.get("state_dict")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -53,8 +54,8 @@ class DOT(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         for name, value in (("lr", lr), ("delta", delta), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must not be negative, got {value}; take a finite number from 0 on")
         if not 0 <= momentum - delta <= momentum + delta < 1:
             raise ValueError(
                 f"momentum - delta and momentum + delta must lie in [0, 1), got {momentum} and {delta}; 0.9 and 0.075 "

@@ -1,11 +1,13 @@
-"""Means of training curves without waiting for the device in every step."""
+"""Means of curves without waiting for the device in every step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 _TOGETHER = 64
 
@@ -49,6 +51,37 @@ class Meter:
         self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)
         self._count, self._waiting = self._count + len(steps), []
 
+    def state(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """What has been summed in all processes, as it is: for a checkpoint.
+
+        Args:
+            gather: As for `first_bad`.
+        """
+        steps, values = zip(*self._waiting, strict=True) if self._waiting else ((), ())
+        tensors = {"waiting": torch.stack(values) if values else None, "sums": self._sums, "first_bad": self._first_bad}
+        return {
+            "names": list(self._names),
+            "steps": list(steps),
+            "count": self._count,
+            **{name: None if part is None else _of_all(part, gather) for name, part in tensors.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any], rank: int, device: torch.device) -> None:
+        """Go on from a `state`.
+
+        Args:
+            state: What `state` has returned.
+            rank: Which process this is; where there were fewer, it begins as their last.
+            device: Where steps are made.
+        """
+        waiting, sums, first_bad = (
+            None if part is None else part[min(rank, len(part) - 1)].to(device)
+            for part in (state["waiting"], state["sums"], state["first_bad"])
+        )
+        self._names, self._count = tuple(state["names"]), int(state["count"])
+        self._waiting = [] if waiting is None else list(zip(state["steps"], waiting.unbind(), strict=True))
+        self._sums, self._first_bad = sums, first_bad
+
     def first_bad(self, gather: Callable[[Tensor], Tensor]) -> dict[str, int]:
         """Name to the first step at which it was not finite, for those that were not.
 
@@ -74,3 +107,39 @@ class Meter:
         names = self._names
         self._names, self._sums, self._first_bad, self._count = (), None, None, 0
         return dict(zip(names, means, strict=True))
+
+
+def _of_all(part: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    """`(...)` as `(world, ...)`, on the CPU."""
+    return gather(part).reshape(-1, *part.shape).cpu()
+
+
+class WeightedMean(Metric):
+    """Mean of values, each with its weight; 0 if nothing weighs, and not finite if a value is not.
+
+    torchmetrics' `MeanMetric` looks for NaN in every step, which waits for the device; told not to (up to 1.9), it
+    forgets the weights.
+    """
+
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "weight"):
+            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, value: Tensor, weight: Tensor) -> None:
+        """Add a value.
+
+        Args:
+            value: A scalar.
+            weight: A scalar, at least 0.
+        """
+        self.total += value * weight
+        self.weight += weight
+
+    def compute(self) -> Tensor:
+        """The mean so far."""
+        return self.total / torch.where(self.weight > 0, self.weight, 1)

@@ -1,6 +1,7 @@
-"""Every criterion once in two processes (gloo), and once in one with all their images.
+"""Every criterion once in several processes (gloo), and once in one with all their images.
 
-`python -m tests.losses.processes FOLDER` writes FOLDER/found.json: name of the case to what was found.
+`python -m tests.losses.processes FOLDER` writes FOLDER/found.json: name of the case to what was found. There are two
+processes, or as many as `LKD_PROCESSES` says: 2, 4.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,11 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lkd import Batch, DistillLoss, Outputs
 from lkd.losses.base import buffers_same_everywhere
+from lkd.types import IGNORE_INDEX
 from tests.losses import test_criteria
 from tests.losses.cases import CASES
-from tests.losses.cases.base import FeatureCase, changed, value
+from tests.losses.cases.base import FeatureCase, changed, tensors, value
 
-PROCESSES = 2
+PROCESSES = int(os.environ.get("LKD_PROCESSES", "2"))
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # each process's own, as everywhere with DDP
 
 
@@ -40,33 +43,55 @@ def table() -> dict[str, FeatureCase]:
 
 
 class _Student(nn.Module):
-    """A student of one parameter, and the criterion: what DDP sees of a training step."""
+    """A student with a weight for each number that it says of an image, and the criterion: what DDP sees of a step."""
 
-    def __init__(self, criterion: DistillLoss) -> None:
+    def __init__(self, criterion: DistillLoss, student: Outputs) -> None:
         super().__init__()
         self.criterion = criterion
-        self.scale = nn.Parameter(torch.ones(1))
+        self.weights = nn.ParameterList(torch.ones_like(tensor[:1]) for tensor in tensors(student))
         self._ddp_params_and_buffers_to_ignore = buffers_same_everywhere(self)  # as DistillModule has it
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return value(self.criterion, changed(student, lambda tensor: tensor * self.scale), teacher, batch)
+        weights = iter(self.weights)
+        loss = value(self.criterion, changed(student, lambda tensor: tensor * next(weights)), teacher, batch)
+        return loss + 0 * torch.stack([tensor.sum() for tensor in self._training()]).sum()  # DDP waits for all
+
+    def _training(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def gradient(self) -> Tensor:
+        """Of all that trains, in one row."""
+        return torch.cat([parameter.grad.flatten() for parameter in self._training()])
 
 
-def _share(case: FeatureCase, rank: int) -> tuple[Outputs, Outputs, Batch]:
-    """One process's images, in all views."""
+def _data(case: FeatureCase, labels: str) -> tuple[Outputs, Outputs, Batch]:
+    """All images; with few labels, the first ones have none, so that processes have different numbers of them."""
     batch = case.batch()
-    rows = torch.arange(len(batch.target)).view(case.views, PROCESSES, -1)[:, rank].flatten()
-    student, teacher = (changed(outputs, lambda tensor: tensor[rows].double()) for outputs in case.answers())
+    if labels == "few":
+        batch = batch._replace(target=batch.target.masked_fill(batch.index < 3, IGNORE_INDEX))
+    student, teacher = (changed(outputs, Tensor.double) for outputs in case.answers())
+    return student, teacher, batch
+
+
+def _share(data: tuple[Outputs, Outputs, Batch], rank: int) -> tuple[Outputs, Outputs, Batch]:
+    """One process's images, in all views."""
+    batch = data[2]
+    rows = torch.arange(len(batch.target)).view(batch.views, PROCESSES, -1)[:, rank].flatten()
+    student, teacher = (changed(outputs, lambda tensor: tensor[rows]) for outputs in data[:2])
     return student, teacher, batch._replace(target=batch.target[rows], index=batch.index[rows])
 
 
-def _made(name: str, case: FeatureCase, rank: int = 0) -> DistillLoss:
-    """The criterion; what it draws for its adapters is another process's own, as without a seed."""
-    criterion = case.criterion(seed=rank) if name in CASES else case.make()
-    return criterion.double().train(not case.batch_mean)
+def _difference(model: DistributedDataParallel, alone: _Student, case: FeatureCase, labels: str, rank: int) -> float:
+    """By how much the processes' gradient differs from that of one process, relative to its largest number."""
+    data = _data(case, labels)
+    for network, images in ((model, _share(data, rank)), (alone, data)):
+        network.eval().zero_grad()
+        network(*images).backward()
+    expected, found = alone.gradient(), model.module.gradient()
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
-def check(name: str, case: FeatureCase, rank: int) -> dict[str, bool]:
+def check(name: str, case: FeatureCase, rank: int) -> dict[str, Any]:
     """One step in all processes.
 
     Args:
@@ -75,30 +100,28 @@ def check(name: str, case: FeatureCase, rank: int) -> dict[str, bool]:
         rank: This process's number.
 
     Returns:
-        Whether the processes have equal parameters and memories afterwards; whether the gradient, or memories, are
-        those of one process, where that is promised.
+        By how much the gradient differs from that of one process, adapters in eval mode, with all labels and with few;
+        whether after a step in training the processes have equal parameters and memories, and whether those memories
+        that are to be are those of one process.
     """
-    model = DistributedDataParallel(_Student(_made(name, case, rank)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    model(*_share(case, rank)).backward()
-    gradient = model.module.scale.grad.clone()
-    optimizer.step()
+    data = _data(case, "all")
+    # What each process draws for its adapters is its own, as without a seed.
+    model = DistributedDataParallel(_Student(case.criterion(seed=rank).double(), data[0]))
+    alone = _Student(case.criterion().double(), data[0])
+    found: dict[str, Any] = {labels: _difference(model, alone, case, labels, rank) for labels in ("all", "few")}
+    for network, images in ((model, _share(data, rank)), (alone, data)):
+        network.train().zero_grad()
+        network(*images).backward()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
     state = model.module.state_dict()
     kept = torch.cat(
         [tensor.double().flatten() for key, tensor in state.items() if key.rpartition(".")[2] not in STATISTICS]
     )
-    both = [torch.empty_like(kept) for _ in range(PROCESSES)]
-    dist.all_gather(both, kept)
-    found = {"equal": bool(torch.equal(*both) and kept.isfinite().all())}
-    alone = _Student(_made(name, case))
-    if case.batch_mean or case.memories:
-        student, teacher = (changed(outputs, Tensor.double) for outputs in case.answers())
-        alone(student, teacher, case.batch()).backward()
-    if case.memories:
-        keys = [f"criterion.{name}" for name in case.memories]
-        found["memories of one process"] = all(torch.allclose(state[key], alone.state_dict()[key]) for key in keys)
-    if case.batch_mean:
-        found["gradient of one process"] = bool(torch.allclose(gradient, alone.scale.grad, rtol=1e-6, atol=1e-12))
+    everywhere = [torch.empty_like(kept) for _ in range(PROCESSES)]
+    dist.all_gather(everywhere, kept)
+    found["equal"] = bool(all(torch.equal(kept, other) for other in everywhere) and kept.isfinite().all())
+    keys = [f"criterion.{memory}" for memory in case.memories]
+    found["memories"] = all(torch.allclose(state[key], alone.state_dict()[key]) for key in keys)
     return found
 
 

@@ -93,6 +93,7 @@ def _batch_norm(network: nn.Module, change: str) -> nn.Module:
     [
         (lambda: _built(AB(layer_weights=[1.0, 2.0]), resnet8(num_classes=5)), "compares 3 layers and has 2"),
         (lambda: AB(layer_weights=[-1.0]), "must not be negative"),
+        (lambda: AB(layer_weights=[float("inf")]), r"must not be negative, got \[inf\]; take finite numbers"),
         (lambda: AB(margin=0.0), "margin must be greater than 0"),
         (lambda: _built(OFD(teacher_norms=["@norm1"]), resnet8(num_classes=5)), r"reads 3 layers .* got 1"),
         (lambda: _built(OFD(), _batch_norm(resnet8(num_classes=5), "plain")), "'layer3.0.bn2' is BatchNorm2d"),

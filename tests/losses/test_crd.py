@@ -202,6 +202,12 @@ def test_mistakes(settings, says: str) -> None:
         CRD(**settings)
 
 
+@pytest.mark.parametrize("position", [ROWS, -1])
+def test_an_image_beyond_the_memory(position: int) -> None:
+    with pytest.raises(ValueError, match=rf"CRD remembers {ROWS} images \(num_samples\).*index {position} is out"):
+        _step(_criterion(), [0, position])
+
+
 def test_an_index_is_needed() -> None:
     criterion = _criterion()
     with pytest.raises(ValueError, match="give the batch an index"):

@@ -116,6 +116,12 @@ def test_vid_s_variance_starts_as_told_and_finds_the_error() -> None:
     torch.testing.assert_close((F.softplus(raw) + 1e-5).detach(), errors, rtol=1e-3, atol=0)
 
 
+def test_vid_s_variance_may_start_large() -> None:
+    """The inverse of softplus by exp alone overflows from 710 on."""
+    criterion = _built(VID(["a"], ["c"], initial_variance=1e4), *_answers(_features(2, 3, 4, 4), _features(2, 2, 4, 4)))
+    torch.testing.assert_close(F.softplus(criterion.raw_variances[0]) + 1e-5, torch.full((2,), 1e4).double())
+
+
 def test_srd_normalises_both_features() -> None:
     """Neither network's scale and shift of a feature counts."""
     values = []

@@ -177,8 +177,12 @@ def test_a_paraphraser_bears_features_of_any_size() -> None:
 
 
 def test_weights_of_ft() -> None:
-    for weights in ((-1.0, 1.0), (0.0, 0.0)):
-        with pytest.raises(ValueError, match="must not be negative, nor both 0"):
+    for weights, says in (
+        ((-1.0, 1.0), "reconstruction_weight must not be negative, got -1.0"),
+        ((1.0, float("inf")), "factor_weight must not be negative, got inf"),
+        ((0.0, 0.0), "are both 0, so FT compares nothing"),
+    ):
+        with pytest.raises(ValueError, match=says):
             FT(reconstruction_weight=weights[0], factor_weight=weights[1])
     for name, value in (("paraphrase_rate", 0.0), ("p", 0.5)):
         with pytest.raises(ValueError, match=f"{name} must be"):

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
 import lkd
 from lkd import DistillModule
+from lkd.types import IGNORE_INDEX
 
 
 @pytest.mark.parametrize("before", ["validate", "test"])
@@ -57,3 +60,21 @@ def test_a_hard_loss_of_ones_own_need_not_know_of_mixed_images(tiny, data, train
             return super().hard_loss(logits, target)
 
     trainer(max_epochs=1).fit(Own(tiny()), data)
+
+
+def test_the_loss_of_an_evaluation_is_the_mean_over_the_images(tiny, trainer) -> None:
+    """Not that over batches: the last one is smaller, and in others labels are missing."""
+    data = lkd.SyntheticDataModule(4, (3, 8, 8), train_size=64, val_size=16, test_size=37, batch_size=16)
+    data.prepare_data()
+    data.setup("test")
+    batches = list(data.test_dataloader())
+    batches[0] = batches[0]._replace(target=batches[0].target.masked_fill(batches[0].target != 1, IGNORE_INDEX))
+    module = lkd.ClassificationModule(tiny()).eval()
+    values = [module(batch.input)[batch.target != IGNORE_INDEX] for batch in batches]
+    targets = [batch.target[batch.target != IGNORE_INDEX] for batch in batches]
+    expected = cross_entropy(torch.cat(values), torch.cat(targets)).item()
+    (found,) = trainer().test(module, DataLoader(batches, batch_size=None), verbose=False)
+    assert found["test/loss"] == pytest.approx(expected, rel=1e-5)
+    unlabelled = [batch._replace(target=torch.full_like(batch.target, IGNORE_INDEX)) for batch in batches]
+    (found,) = trainer().test(module, DataLoader(unlabelled, batch_size=None), verbose=False)
+    assert found["test/loss"] == 0

@@ -205,8 +205,9 @@ def test_mistakes(distill, data, trainer) -> None:
         trainer(gradient_clip_val=1.0, gradient_clip_algorithm="value").fit(distill(DOTModule, optimizer=_dot), data)
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\), got 0.95 and 0.075"):
         DOT([_weight()], momentum=0.95)
-    with pytest.raises(ValueError, match="lr must not be negative, got -1"):
-        DOT([_weight()], lr=-1)
+    for lr in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"lr must not be negative, got {lr}; take a finite number"):
+            DOT([_weight()], lr=lr)
 
 
 def test_command_line() -> None:

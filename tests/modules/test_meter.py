@@ -58,3 +58,21 @@ def test_many_steps() -> None:
         meter.update({"a": torch.tensor(float(step)), "b": torch.tensor(torch.inf if step > 100 else 0.0)}, step)
     assert meter.first_bad(_alone) == {"b": 101}
     assert meter.means(_alone) == {"a": 74.5, "b": torch.inf}
+
+
+def test_goes_on_from_its_state() -> None:
+    values = [torch.tensor(0.1 * step) for step in range(150)]  # more than are summed together
+    whole, first = Meter(), Meter()
+    for step, value in enumerate(values):
+        whole.update({"a": value}, step)
+        if step < 100:
+            first.update({"a": value}, step)
+    state = first.state(lambda part: torch.stack([part + 7, part]))  # of two processes, this is the second
+    second = Meter()
+    second.restore(state, 1, torch.device("cpu"))
+    for step, value in enumerate(values[100:], 100):
+        second.update({"a": value}, step)
+    assert second.means(_alone) == whole.means(_alone)
+    empty = Meter()
+    empty.restore(Meter().state(_alone), 0, torch.device("cpu"))
+    assert empty.means(_alone) == {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class FeatureCase:
         min_samples: The smallest batch that it takes; 2 where a BatchNorm sees pooled features.
         no_compile: Why torch.compile cannot make one graph of it; empty if it can.
         lr: Learning rate of Adam at which 40 steps lower it by a tenth at least.
+        classes: How many classes there are.
     """
 
     make: Callable[[], DistillLoss]
@@ -49,6 +50,24 @@ class FeatureCase:
     min_samples: int = 1
     no_compile: str = ""
     lr: float = 0.05
+    classes: int = CLASSES
+
+    def of(self, classes: int, shrink: int) -> FeatureCase:
+        """The same with so many classes, unless its networks have classifiers, and with maps smaller by a factor.
+
+        Features that are vectors of `CLASSES` numbers are logits.
+        """
+        networks = (self.student_network(), self.teacher_network())
+        if any(isinstance(layer, nn.Linear) for network in networks for layer in network.modules()):
+            classes = CLASSES
+
+        def changed(shape: tuple[int, ...]) -> tuple[int, ...]:
+            if len(shape) == 3:
+                return (shape[0], *(max(size // shrink, 1) for size in shape[1:]))
+            return (classes,) if shape == (CLASSES,) else shape
+
+        student, teacher = ({name: changed(shape) for name, shape in s.items()} for s in (self.student, self.teacher))
+        return replace(self, student=student, teacher=teacher, classes=classes)
 
     def criterion(self, seed: int = 0) -> DistillLoss:
         """The criterion, with adapters; the same each time, the networks also with another seed."""
@@ -68,13 +87,13 @@ class FeatureCase:
             features = {
                 name: size * torch.randn(rows, *shape, generator=generator).relu() for name, shape in shapes.items()
             }
-            both.append(Outputs(3 * size * torch.randn(rows, CLASSES, generator=generator), features))
+            both.append(Outputs(3 * size * torch.randn(rows, self.classes, generator=generator), features))
         return both[0], both[1]
 
     def batch(self, samples: int = SAMPLES) -> Batch:
         """The labels and the positions of that many images, in all views."""
         index = torch.arange(samples).repeat(self.views)
-        return Batch(None, index % CLASSES, index, self.views)
+        return Batch(None, index % self.classes, index, self.views)
 
 
 def changed(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:

@@ -1,0 +1,417 @@
+"""What becomes of a run that is killed, or whose disk, files or folder fail it: a table.
+
+    python -m benchmarks.faults [--kills 50] [--seed 0] [--only WORD ...] [--out FILE]
+
+Each row is a run of `lkd fit --resume` on the digits, with settings that have a state of their own, begun again until
+it has ended. Its weights, optimizer, schedules, best checkpoint and curves are compared, bit by bit, with those of the
+same run left alone. The first run of each row's settings is made twice, and compared too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning
+import numpy as np
+import torch
+from PIL import Image
+
+import lkd
+from benchmarks.lives import Life, differences, live, live_in_group, timed, until_done
+
+ARGS = ["fit", "--resume", "--config", "digits/kd", "--trainer.max_epochs=3", "--trainer.enable_progress_bar=false"]
+ARGS += ["--trainer.log_every_n_steps=7", "--last_checkpoint.every_n_train_steps=5"]
+_EMA = "{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.9}}"
+_PLATEAU = "{class_path: lightning.pytorch.cli.ReduceLROnPlateau, init_args: {monitor: val/loss, patience: 0}}"
+_MIXUP = "{class_path: lkd.datamodules.Mixup, init_args: {alpha: 0.2}}"
+_ALL = ", ".join(f"lkd.datamodules.{name}" for name in ("RandomCrop", "RandAugment", "RandomErasing"))
+_CROP = "[lkd.datamodules.RandomResizedCrop]"
+_FOLDER = ["--data=lkd.ImageFolderDataModule", "--data.init_args.root=images", "--data.init_args.image_size=8"]
+_FOLDER += ["--data.init_args.batch_size=16", "--trainer.check_val_every_n_epoch=2"]
+_FOLDER += [f"--model.init_args.{name}.init_args.in_channels=3" for name in ("student", "teacher")]
+_FOLDER += ["--model.init_args.teacher_ckpt=null"]
+
+SETTINGS = {
+    "the digits": [],
+    "every augmentation, Mixup": [f"--data.init_args.augment=[{_ALL}]", f"--data.init_args.mix={_MIXUP}"],
+    "image files, decoded once": _FOLDER,
+    "image files, read by 2 workers": [*_FOLDER, "--data.init_args.num_workers=2", f"--data.init_args.augment={_CROP}"],
+    "the teacher's answers kept": ["--teacher_cache.versions=2"],
+    "memories (CRD)": ["--config", "methods/crd"],
+    "random masks (MGD)": ["--config", "methods/mgd"],
+    "averaged weights (EMA)": [f"--trainer.callbacks=[{_EMA}]"],
+    "gradients of 3 batches summed": ["--trainer.accumulate_grad_batches=3"],
+    "ReduceLROnPlateau": [f"--model.init_args.lr_scheduler={_PLATEAU}"],
+    "the student's past as teacher": ["--config", "methods/pskd"],
+    "two optimizers' momenta (DOT)": ["--config", "methods/dot"],
+    "validation twice an epoch": ["--trainer.val_check_interval=0.5"],
+    "two views (MLKD)": ["--config", "methods/mlkd"],
+    "two processes": ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"],
+}
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    what: str
+    settings: str
+    times: int
+    lives: int
+    outcome: str
+    differs: list[str]
+
+
+def images(folder: Path) -> None:
+    """Some image files, in two classes."""
+    generator = np.random.default_rng(0)
+    for number in range(160):
+        split = "train" if number < 120 else "test"
+        path = folder / f"images/{split}/{number % 2}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (12, 12), dtype=np.uint8)).save(path)
+
+
+def run_of(folder: Path) -> Path:
+    """The run in a folder: the newest, as a life that ended before its first checkpoint leaves one without."""
+    (newest,) = sorted(folder.glob("runs/**/version_*"), key=lambda path: int(path.name.partition("_")[2]))[-1:]
+    return newest
+
+
+class Bench:
+    """Makes rows in a folder of its own.
+
+    Args:
+        root: The folder.
+        seed: Of the moments at which a run is killed.
+    """
+
+    def __init__(self, root: Path, seed: int = 0) -> None:
+        self.root, self.random = root, random.Random(seed)
+        root.chmod(0o755)
+        self._wholes: dict[str, tuple[Path, float]] = {}
+        self._count = 0
+        live(["--version"], self._new())  # the first process imports for all
+
+    def _new(self) -> Path:
+        self._count += 1
+        folder = self.root / str(self._count)
+        folder.mkdir()
+        images(folder)
+        return folder
+
+    def whole(self, settings: str) -> tuple[Path, float]:
+        """A run of these settings that nothing interrupts, and its seconds; two were made, and are equal."""
+        if settings not in self._wholes:
+            runs = []
+            for _ in range(2):
+                folder = self._new()
+                life, seconds = timed([*ARGS, *SETTINGS[settings]], folder, settings == "two processes")
+                if life.code != 0:
+                    raise RuntimeError(f"{settings}: the undisturbed run has failed:\n{life.text}")
+                runs.append((run_of(folder), seconds))
+            if differs := differences(runs[0][0], runs[1][0]):
+                raise RuntimeError(f"{settings}: two undisturbed runs differ: {differs}")
+            self._wholes[settings] = runs[1]
+        return self._wholes[settings]
+
+    def killed(self, settings: str) -> Row:
+        """A run that is killed at random moments until it has ended."""
+        whole, seconds = self.whole(settings)
+        folder, args = self._new(), [*ARGS, *SETTINGS[settings]]
+        group = settings == "two processes"
+        start = 0.5 * seconds if group else 0.0  # the interpreters' start is no part of the run
+        moments: list[float] = []
+
+        def one() -> Life:
+            patience = 1.1 + 0.1 * len(moments)  # beside other loads, a process may take longer than the first did
+            moments.append(start + self.random.uniform(0, patience) * (seconds - start))
+            return (live_in_group if group else live)(args, folder, moments[-1])
+
+        lives = until_done(one)
+        return self._row("SIGKILL at a random moment", settings, len(lives) - 1, lives, folder, whole)
+
+    def failed(self, what: str, fault: str, settings: str = "the digits", wanted: str = "") -> Row:
+        """A run whose first life ends in a fault; the next goes on."""
+        whole, _ = self.whole(settings)
+        folder, args = self._new(), [*ARGS, *SETTINGS[settings]]
+        first = live(args, folder, fault=fault)
+        if first.code == 0:
+            raise RuntimeError(f"{what}: nothing failed:\n{first.text}")
+        _expect(first, wanted)
+        (folder / "runs").chmod(0o755)
+        lives = [first, *until_done(partial(live, args, folder))]
+        return self._row(what, settings, 1, lives, folder, whole)
+
+    def told(self, what: str, number: int, code: int, be: str = "anyone") -> Row:
+        """A run that is told to stop at a random step."""
+        whole, _ = self.whole("the digits")
+        folder = self._new()
+        first = live(ARGS, folder, fault=f"benchmarks.faults:told_at,{self.random.randrange(1, 50)},{number},{be}")
+        if first.code != code:
+            raise RuntimeError(f"{what}: exit code {first.code} instead of {code}:\n{first.text}")
+        _expect(first, "go on with: lkd fit --ckpt_path")
+        if be == "slurm" and (folder / "requeued.txt").read_text() != "requeue 17\n":
+            raise RuntimeError(f"{what}: the job was not put in the queue again")
+        lives = [first, *until_done(partial(live, ARGS, folder))]
+        return self._row(what, "the digits", 1, lives, folder, whole)
+
+    def torn(self, what: str, damage: Callable[[Path], None]) -> Row:
+        """A run that is killed, and whose newest checkpoint is damaged then."""
+        whole, _ = self.whole("the digits")
+        folder = self._new()
+        first = live(ARGS, folder, fault="benchmarks.faults:die_at_save,4,after")
+        damage(run_of(folder) / "checkpoints/last.ckpt")
+        second = live(ARGS, folder)
+        _expect(second, "is damaged")
+        _expect(second, "previous.ckpt")
+        lives = [first, second, *until_done(partial(live, ARGS, folder))]
+        return self._row(what, "the digits", 1, lives, folder, whole)
+
+    def full(self) -> Row:
+        """A run whose disk is full, until somebody makes room."""
+        whole, _ = self.whole("the digits")
+        folder = self._new()
+        disk = folder / "runs"
+        disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], check=True)
+        try:
+            first = live(ARGS, folder)
+            _expect(first, "No space left on device")
+            subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+            lives = [first, *until_done(partial(live, ARGS, folder))]
+            return self._row("a full disk", "the digits", 1, lives, folder, whole)
+        finally:
+            subprocess.run(["umount", disk], check=True)
+
+    def _row(self, what: str, settings: str, times: int, lives: list[Life], folder: Path, whole: Path) -> Row:
+        last = [line for line in lives[0].text.splitlines() if line.startswith("lkd: error: ")]
+        outcome = last[0].removeprefix("lkd: error: ").replace(f"{folder}/", "") if last else ""
+        row = Row(what, settings, times, len(lives), outcome, differences(run_of(folder), whole))
+        shutil.rmtree(folder, ignore_errors=True)
+        return row
+
+
+def _expect(life: Life, text: str) -> None:
+    if text not in " ".join(life.text.split()):
+        raise RuntimeError(f"expected {text!r} in what lkd said:\n{life.text}")
+
+
+# Faults: called in the process that is to fail, before it begins.
+
+
+def die_at_save(number: str, where: str) -> None:
+    """Die at the n-th checkpoint: before, in or after its writing, or before it takes its name.
+
+    Args:
+        number: Which one.
+        where: `half` of it written, `unnamed`, or `after`.
+    """
+    import lkd.checkpoint_io as own
+
+    left, save, replacing = [int(number)], torch.save, own.replacing
+
+    def dying(checkpoint: Any, file: Any) -> None:
+        save(checkpoint, file)
+        if left[0] == 1 and where != "after":
+            file.flush()
+            if where == "half":
+                os.truncate(file.fileno(), file.tell() // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Replacing:
+        def __init__(self, path: Path) -> None:
+            self.context = replacing(path)
+
+        def __enter__(self) -> Path:
+            return self.context.__enter__()
+
+        def __exit__(self, *error: Any) -> Any:
+            done = self.context.__exit__(*error)
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return done
+
+    torch.save, own.replacing = dying, Replacing  # type: ignore[assignment]
+
+
+def die_at_link() -> None:
+    """Die when the last checkpoint has lost its second name, and not yet got the new one."""
+    import lkd.callbacks.checkpoint as own
+
+    def dying(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    own.os.link = dying
+
+
+def small_files(size: str) -> None:
+    """Let no file become larger than so many bytes; the system says so as it does of a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))
+
+
+def nobody() -> None:
+    """Be a user who may not write here; for root, permissions would not count."""
+    Path("runs").mkdir()
+    Path("runs").chmod(0o555)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+def told_at(step: str, number: str, be: str) -> None:
+    """Get a signal before a step.
+
+    Args:
+        step: Which one.
+        number: Which signal.
+        be: `slurm`, for a job of SLURM.
+    """
+    from lkd.callbacks import StepSeed
+
+    if be == "slurm":
+        slurm()
+    left, seed = [int(step)], StepSeed.on_train_batch_start
+
+    def told(*args: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), int(number))
+        seed(*args)
+
+    StepSeed.on_train_batch_start = told  # type: ignore[method-assign]
+
+
+def slurm() -> None:
+    """Be a job of SLURM, with a `scontrol` that only notes what it is asked."""
+    Path("bin").mkdir()
+    Path("bin/scontrol").write_text('#!/bin/sh\necho "$@" > requeued.txt\n')
+    Path("bin/scontrol").chmod(0o755)
+    os.environ["PATH"] = f"{Path('bin').resolve()}:{os.environ['PATH']}"
+    job = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "lkd", "SLURM_PROCID": "0"}
+    os.environ.update({**job, "SLURM_LOCALID": "0", "SLURM_NODEID": "0"})
+
+
+def cut(path: Path) -> None:
+    """Leave the first half of a file."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    """Turn one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def blank(path: Path) -> None:
+    """Fill a file with zeros, as some file systems do after a power failure."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def empty(path: Path) -> None:
+    """Leave nothing of a file."""
+    path.write_bytes(b"")
+
+
+def faults(bench: Bench) -> list[Callable[[], Row]]:
+    """Everything but kills at random moments."""
+    at = "benchmarks.faults:die_at_save"
+    rows: list[Callable[[], Row]] = []
+    for number in (1, 2, 4):
+        rows.append(partial(bench.failed, f"SIGKILL while checkpoint {number} is written", f"{at},{number},half"))
+        rows.append(partial(bench.failed, f"SIGKILL before checkpoint {number} has its name", f"{at},{number},unnamed"))
+        rows.append(partial(bench.failed, f"SIGKILL right after checkpoint {number}", f"{at},{number},after"))
+    rows.append(partial(bench.failed, "SIGKILL between two names", "benchmarks.faults:die_at_link"))
+    for damage in (cut, flip, blank, empty):
+        what = f"last.ckpt damaged: {str(damage.__doc__).splitlines()[0].rstrip('.').lower()}"
+        rows.append(partial(bench.torn, what, damage))
+    refused = "cannot be written"
+    rows.append(partial(bench.failed, "a file may not grow", "benchmarks.faults:small_files,60000", wanted=refused))
+    rows.append(
+        partial(bench.failed, "a folder that may not be written", "benchmarks.faults:nobody", wanted="ermission")
+    )
+    rows.append(partial(bench.told, "SIGTERM", int(signal.SIGTERM), 143))
+    rows.append(partial(bench.told, "Ctrl-C", int(signal.SIGINT), 1))
+    rows.append(partial(bench.told, "SLURM's signal", int(signal.SIGUSR1), 143, "slurm"))
+    return rows
+
+
+def _may_mount() -> bool:
+    """Whether a disk can be made that is soon full."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True)
+        if done.returncode == 0:
+            subprocess.run(["umount", folder], check=True)
+    return done.returncode == 0
+
+
+def table(rows: Sequence[Row], seed: int) -> str:
+    """The rows in Markdown, and what they were made on."""
+    kills = sum(row.times for row in rows if "random moment" in row.what)
+    lost = [row for row in rows if row.differs]
+    lines = [
+        "# What becomes of a run that is interrupted",
+        "",
+        f"Made by `python -m benchmarks.faults --seed {seed}`; {machine()}.",
+        "",
+        f"{kills} kills at random moments and {len(rows)} runs; of {len(lost)} the end differs from that of the run "
+        "left alone, bit by bit: weights, optimizer, schedules, memories, best checkpoint, every point of every curve.",
+        "",
+        "| What happened | to a run of | times | processes until its end | what lkd said | differs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        said = row.outcome.replace("|", "/") or "-"
+        differs = ", ".join(row.differs[:3]) or "nothing"
+        lines.append(f"| {row.what} | {row.settings} | {row.times} | {row.lives} | {said} | {differs} |")
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    """Versions, as a row of words."""
+    return (
+        f"lkd {lkd.__version__}, torch {torch.__version__}, lightning {lightning.__version__}, "
+        f"Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} cores, 1 thread in each process"
+    )
+
+
+def main() -> None:
+    """Make the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="kills at random moments, over all settings")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=[], help="rows whose first columns have one of these words")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), given.seed)
+        chosen = [name for name in SETTINGS if not given.only or any(word in name for word in given.only)]
+        kills = 0
+        while chosen and (kills < given.kills or len(rows) < len(chosen)):
+            rows.append(bench.killed(chosen[len(rows) % len(chosen)]))
+            kills += rows[-1].times
+            print(rows[-1], flush=True)
+        for make in [] if given.only else faults(bench):
+            rows.append(make())
+            print(rows[-1], flush=True)
+    text = table(rows, given.seed)
+    print(text)
+    if given.out:
+        given.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Runs of `lkd fit` in processes of their own, which may be killed; and what such a run has come to.
+
+A life is one process. The run goes on in the next one (`--resume`), and ends as one that was never interrupted, or it
+does not: that is what is compared.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each resumed run that points come again
+_OWN = re.compile(r"images_per_s")  # a speed, which no two runs share
+
+
+class Life(NamedTuple):
+    """How one process has ended: its exit code (negative: the signal that killed it), and what it has printed."""
+
+    code: int
+    text: str
+
+
+def live(
+    args: Sequence[str], folder: Path, seconds: float | None = None, number: int = signal.SIGKILL, fault: str = ""
+) -> Life:
+    """One process of `lkd`.
+
+    Args:
+        args: Its arguments.
+        folder: Where it works.
+        seconds: When it gets a signal; None: never.
+        number: Which signal.
+        fault: `module:function` that is called in the process before it begins.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lkd.cli", "lkd.losses", "lkd.datamodules", "lkd.modules"])
+    log = folder / "log.txt"
+    process = context.Process(target=_work, args=(list(args), folder, log, fault))
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        os.kill(int(process.pid or 0), number)
+        process.join(120)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError(f"signal {number} did not end lkd {' '.join(args)} within two minutes:\n{log.read_text()}")
+    return Life(int(process.exitcode or 0), log.read_text() if log.is_file() else "")
+
+
+def _work(args: list[str], folder: Path, log: Path, fault: str) -> None:
+    os.chdir(folder)
+    os.environ["LKD_CACHE"] = str(folder / "cache")
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    if fault:
+        import importlib
+
+        module, _, call = fault.partition(":")
+        name, *arguments = call.split(",")
+        getattr(importlib.import_module(module), name)(*arguments)
+    from lkd.__main__ import main
+
+    sys.exit(main(args))
+
+
+def live_in_group(args: Sequence[str], folder: Path, seconds: float | None = None) -> Life:
+    """The same for a run of several processes, which are killed together."""
+    environment = {**os.environ, "LKD_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lkd", *args]
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        code = process.wait(120)
+    return Life(code, (folder / "log.txt").read_text())
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every curve of a run as TensorBoard reads it: name to (step, value), but for speeds."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    names = [name for name in events.Tags()["scalars"] if not _OWN.search(name)]
+    return {name: [(point.step, point.value) for point in events.Scalars(name)] for name in sorted(names)}
+
+
+def state(run: Path, name: str) -> dict[str, Any]:
+    """What a run has come to, by name: weights, optimizer, schedules, memories, and where its loops are."""
+    content = torch.load(run / "checkpoints" / name, map_location="cpu", weights_only=True)
+    content.pop("pytorch-lightning_version")
+    found = {key.replace(run.name, "version"): _place(value, run.name) for key, value in _flat(content)}
+    return {key: value for key, value in found.items() if not _OWN.search(key)}
+
+
+def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, (dict, list, tuple)):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        return [leaf for key, part in parts for leaf in _flat(part, f"{name}/{key}")]
+    return [(name, value)]
+
+
+def _place(value: Any, version: str) -> Any:
+    return value.replace(version, "version") if isinstance(value, str) else value
+
+
+def differences(run: Path, whole: Path) -> list[str]:
+    """What of a run is not, bit by bit, as in one that was never interrupted; nothing, if all is well."""
+    found = []
+    for name in ("last.ckpt", "best.ckpt"):
+        ours, theirs = state(run, name), state(whole, name)
+        found += [f"{name}{key}" for key in sorted({*ours, *theirs}) if not _same(ours.get(key), theirs.get(key))]
+    ours, theirs = curves(run), curves(whole)
+    return found + [f"curve {key}" for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
+
+
+def until_done(one: Callable[[], Life], limit: int = 200) -> list[Life]:
+    """Lives, one after the other, until the run has ended by itself."""
+    lives = []
+    while not lives or lives[-1].code != 0:
+        lives.append(one())
+        if len(lives) > limit:
+            raise RuntimeError(f"the run did not end in {limit} lives; the last one said:\n{lives[-1].text}")
+    return lives
+
+
+def timed(args: Sequence[str], folder: Path, group: bool = False) -> tuple[Life, float]:
+    """An undisturbed life, and its seconds."""
+    start = time.monotonic()
+    return (live_in_group if group else live)(args, folder), time.monotonic() - start

@@ -1,0 +1,82 @@
+"""Checkpoints that are whole: written at one stroke, and checked before they are read."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from lkd.store import replacing
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's way to write checkpoints, but for this: a file is there whole or not at all.
+
+    Lightning's own takes the file's place by a copy from another folder, and does not wait for the disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint.
+
+        Args:
+            checkpoint: What to write.
+            path: The file; one that is there stays as it is until the new one is whole.
+            storage_options: Not for local files.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            with replacing(Path(path)) as written, written.open("wb") as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's
+            kept = "the one that was there is whole" if Path(path).is_file() else "nothing was written"
+            reason = " ".join(str(error.__context__ if isinstance(error.__context__, OSError) else error).split())
+            raise OSError(
+                f"the checkpoint {path} cannot be written ({reason}), and {kept}; make room or take another folder "
+                "(--trainer.default_root_dir), and go on with --resume"
+            ) from error
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **settings: Any) -> dict[str, Any]:
+        """Read a checkpoint, after a look whether it is whole."""
+        if Path(path).is_file() and (damage := damage_of(Path(path))):
+            raise ValueError(f"{path} is damaged ({damage}); give another checkpoint")
+        content: dict[str, Any] = super().load_checkpoint(path, *args, **settings)
+        return content
+
+
+def damage_of(path: Path) -> str:
+    """What is wrong with the bytes of a file that `torch.save` wrote; empty if nothing is.
+
+    The checksums are those of the zip format: `torch.save` writes them, but `torch.load` does not look at them.
+
+    Args:
+        path: The file.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return "it is cut short, or was not written by torch.save"
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            return f"the checksum of its part {broken} is wrong"
+        with suppress(pickle.UnpicklingError):  # what it holds is another question
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # damaged bytes can raise anything
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def global_step(path: Path) -> int:
+    """How many steps a checkpoint's run has made, without reading its tensors."""
+    content: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return int(content.get("global_step", 0))

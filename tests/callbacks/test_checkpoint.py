@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lkd.__main__ import main
+from lkd.arguments import run_version
+from lkd.callbacks import BestCheckpoint, LastCheckpoint, StepSeed
+from lkd.checkpoint_io import AtomicCheckpointIO, damage_of
+
+FIT = ["fit", "--config", "digits/kd", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.mark.parametrize("settings", [{"minutes": 0.0}, {"minutes": -1.0}, {"every_n_train_steps": 0}], ids=str)
+def test_times_are_positive(settings) -> None:
+    with pytest.raises(ValueError, match=f"last_checkpoint.{next(iter(settings))} must be positive"):
+        LastCheckpoint(**settings)
+
+
+def test_saved_by_time(distill, data, trainer, tmp_path, monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    saved = []
+
+    class Clock(StepSeed):
+        def on_train_batch_end(self, trainer, *args) -> None:
+            clock[0] += 40  # seconds a step; an epoch has three
+
+        def on_save_checkpoint(self, trainer, *args) -> None:
+            saved.append(trainer.global_step)
+
+    last = LastCheckpoint(minutes=1)
+    trainer(max_epochs=2, callbacks=[Clock(), last], enable_checkpointing=True).fit(distill(), data)
+    assert saved == [2, 3, 5, 6]
+    assert sorted(path.name for path in last.path.parent.glob("*")) == [".lock", "last.ckpt", "previous.ckpt"]
+
+
+def test_steps_draw_the_same_whatever_came_before(distill, data, trainer) -> None:
+    def draws(waste: bool) -> list[float]:
+        drawn = []
+
+        class Draw(StepSeed):
+            def on_train_batch_start(self, *args) -> None:
+                if waste:
+                    torch.rand(3)
+                super().on_train_batch_start(*args)
+                drawn.append(torch.rand(()).item())
+
+        trainer(max_epochs=2, callbacks=[Draw()]).fit(distill(), data)
+        return drawn
+
+    assert draws(True) == draws(False)
+    assert len(set(draws(False))) == 6
+
+
+def test_resume_begins_and_goes_on() -> None:
+    assert main([*FIT, "--resume"]) == 0
+    assert main([*FIT, "--resume", "--trainer.max_epochs=2"]) == 0
+    (run,) = Path("runs/digits/kd").glob("version_*")
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 2
+    assert main(FIT) == 0  # a new run
+    assert len(list(Path("runs/digits/kd").glob("version_*"))) == 2
+    assert main([*FIT, "--ckpt_path", str(run / "checkpoints/best.ckpt"), "--trainer.max_epochs=3"]) == 0
+    assert len(list(Path("runs/digits/kd").glob("version_*"))) == 3  # from another than the last state
+
+
+def test_resume_or_a_checkpoint(capsys) -> None:
+    assert main([*FIT, "--resume", "--ckpt_path", "last"]) == 2
+    assert "--resume takes the newest run's last checkpoint; leave it out, or --ckpt_path" in capsys.readouterr().err
+    assert main(["test", "--resume"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "version"),
+    [
+        ("runs/a/version_3/checkpoints/last.ckpt", 3),
+        ("runs/a/version_3/checkpoints/previous.ckpt", 3),
+        ("runs/a/version_3/checkpoints/best.ckpt", None),
+        ("runs/b/version_3/checkpoints/last.ckpt", None),
+        ("runs/a/version_3/last.ckpt", None),
+        ("runs/a/version_x/checkpoints/last.ckpt", None),
+        ("last.ckpt", None),
+    ],
+)
+def test_folder_of_a_resumed_run(path: str, version: int | None) -> None:
+    assert run_version(Path(path), Path("runs/a")) == version
+
+
+def test_a_resumed_run_replaces_its_best(tmp_path) -> None:
+    assert BestCheckpoint(dirpath=tmp_path)._enable_version_counter is False
+
+
+def test_checkpoints_have_the_rights_of_any_file(tmp_path) -> None:
+    AtomicCheckpointIO().save_checkpoint({"a": torch.ones(2)}, tmp_path / "a.ckpt")
+    (tmp_path / "b").write_text("")
+    assert (tmp_path / "a.ckpt").stat().st_mode == (tmp_path / "b").stat().st_mode
+    assert sorted(os.listdir(tmp_path)) == ["a.ckpt", "b"]  # noqa: PTH208
+
+
+def test_every_flipped_bit_is_noticed(tmp_path) -> None:
+    """But for those that change nothing: times, and the zip format's unused fields."""
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {"a": torch.arange(40.0)}}, path)
+    content = path.read_bytes()
+    wanted = torch.load(path, weights_only=True)["state_dict"]["a"]
+    unnoticed = 0
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        if not damage_of(path):
+            unnoticed += 1
+            assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["a"], wanted), position
+    assert 0 < unnoticed < len(content) / 2
+
+
+def test_damaged_file_is_refused_by_the_trainer(tmp_path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"a": torch.arange(4000.0)}, path)
+    os.truncate(path, 5000)
+    with pytest.raises(ValueError, match="is damaged"):
+        AtomicCheckpointIO().load_checkpoint(path)
