@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import lkd
+from lkd.untrusted import UntrustedError, read_torch, shown
 
 _CLASS_KEYS = ("class_path", "init_args")
 _NEWEST = ("last", "best")
@@ -148,19 +149,32 @@ def read_checkpoint(path: Path, whole: bool = False) -> Mapping[str, Any]:
         ValueError: If it is none, or none that Lightning wrote.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_torch(path)
+    except UntrustedError as error:
+        raise ValueError(f"{shown(path)} is not loaded: {error}") from error
     except Exception as error:  # damaged bytes can raise anything in the unpickler
         raise ValueError(
-            f"{path} is not a checkpoint that PyTorch reads without running code, or it is damaged "
+            f"{shown(path)} is not a checkpoint that PyTorch reads without running code, or it is damaged "
             f"({type(error).__name__}); give one that `lkd fit` has written"
         ) from error
     needed = {"state_dict", "pytorch-lightning_version"} | ({"optimizer_states"} if whole else set())
     if not isinstance(content, Mapping) or not needed <= set(content):
         raise ValueError(
-            f"{path} is not a whole checkpoint as `lkd fit` writes it; weights alone are "
+            f"{shown(path)} is not a whole checkpoint as `lkd fit` writes it; weights alone are "
             "--model.init_args.model_ckpt FILE (student_ckpt for a DistillModule)"
         )
+    if name := _not_a_number(content["state_dict"]):
+        raise ValueError(f"{shown(path)} is not loaded: {shown(name)} has numbers that are NaN; take an earlier one")
     return content
+
+
+def _not_a_number(state: object) -> str | None:
+    """The first tensor that has NaN; infinite numbers some criteria's own begin with."""
+    for name, tensor in state.items() if isinstance(state, Mapping) else ():
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+        if plain and tensor.is_floating_point() and (tensor != tensor).any():
+            return str(name)
+    return None
 
 
 def _config_of(ckpt_path: Path) -> Path:

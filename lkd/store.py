@@ -18,6 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lkd.untrusted import shown
+
+# What reading a file may raise that is damaged, or forged.
+_DAMAGED = (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, MemoryError)
+
 
 def cache_folder(kind: str) -> Path:
     """Where kept files of a kind lie: below `$LKD_CACHE`, else `$XDG_CACHE_HOME/lkd`, else `~/.cache/lkd`.
@@ -122,13 +127,13 @@ def load_tensors(path: Path, wanted: Mapping[str, str]) -> dict[str, Tensor] | N
         found = kept["made_from"]
         others = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
         if others:
-            reason = f"it was made from another {' and '.join(others)}"
+            reason = f"it was made from another {' and '.join(map(shown, others))}"
         elif kept["checksum"] != _checksum(tensors):
             reason = "its checksum is wrong"
         else:
             return tensors
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = f"it cannot be read ({type(error).__name__}: {error})"
+    except _DAMAGED as error:
+        reason = f"it cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
     rank_zero_warn(f"{path} is not used, and made anew: {reason}")
     return None
 
@@ -153,7 +158,7 @@ def made_from(path: Path) -> dict[str, str] | None:
     try:
         with safe_open(path, framework="pt") as file:
             return dict(json.loads(file.metadata()["lkd"])["made_from"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+    except _DAMAGED:
         return None
 
 

@@ -15,6 +15,7 @@ LEVEL = {
     "types": 0,
     "layers": 0,
     "store": 0,
+    "untrusted": 0,
     "answers": 1,
     "losses": 1,
     "functional": 1,
@@ -29,7 +30,7 @@ LEVEL = {
     "listing": 3,
     "__main__": 3,
 }
-MAY_ALSO = {("functional", "losses")}
+MAY_ALSO = {("functional", "losses"), ("store", "untrusted")}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
