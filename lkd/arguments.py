@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import lkd
+from lkd.plain_yaml import load_yaml
 from lkd.untrusted import UntrustedError, read_torch, shown
 
 _CLASS_KEYS = ("class_path", "init_args")
@@ -79,7 +80,7 @@ def find_config(name: str) -> Path:
 
 def _well_formed(path: Path) -> Path:
     try:
-        config = yaml.safe_load(path.read_text())
+        config = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):

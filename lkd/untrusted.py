@@ -19,7 +19,8 @@ _DEPTH = 100
 _SHARING = 10  # how many times as large a content may be, written out, as the file's instructions for it
 _FILLING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 _NUMBERS = "?bhilqBHILQefd"
-_Node = list["_Node | None"]  # a container of containers; None: what holds nothing
+Node = list["Node | None"]
+"""A container of containers; None: what holds nothing."""
 
 
 class UntrustedError(ValueError):
@@ -94,7 +95,7 @@ def _check_zip(file: IO[bytes]) -> None:
 
 def _check_pickles(file: IO[bytes], number: int) -> None:
     """Objects that the unpickler will make must be no larger, written out, than the file lets expect."""
-    made: list[_Node] = []
+    made: list[Node] = []
     steps = 0
     with suppress(Exception):  # where a pickle ends or is damaged the unpickler stops as well, and says so
         for _ in range(number):
@@ -102,7 +103,7 @@ def _check_pickles(file: IO[bytes], number: int) -> None:
             for code, argument, _ in pickletools.genops(file):
                 steps += 1
                 outline.follow(code, argument)
-    _weigh(made, 10**6 + _SHARING * steps)
+    weigh(made, 10**6 + _SHARING * steps)
 
 
 class _Outline:
@@ -112,11 +113,11 @@ class _Outline:
         made: Where it notes them.
     """
 
-    def __init__(self, made: list[_Node]) -> None:
+    def __init__(self, made: list[Node]) -> None:
         self.made = made
-        self.stack: list[_Node | None] = []
+        self.stack: list[Node | None] = []
         self.marks: list[int] = []
-        self.memo: dict[int, _Node | None] = {}
+        self.memo: dict[int, Node | None] = {}
 
     def follow(self, code: pickletools.OpcodeInfo, argument: Any) -> None:
         """Follow one instruction."""
@@ -136,7 +137,7 @@ class _Outline:
                 self.made += [] if node is None else [node]
                 self.stack.append(node)
 
-    def _take(self, wanted: Sequence[pickletools.StackObject]) -> _Node:
+    def _take(self, wanted: Sequence[pickletools.StackObject]) -> Node:
         start = len(self.stack) - len(wanted)
         if pickletools.markobject in wanted:
             start = self.marks.pop() - list(wanted).index(pickletools.markobject)
@@ -147,10 +148,17 @@ class _Outline:
         return taken
 
 
-def _weigh(made: Sequence[_Node], limit: int) -> None:
+def weigh(made: Sequence[Node], limit: int) -> None:
     """Refuse containers that hold themselves, are nested too deep, or hold too much if each is counted as often as met.
 
     Without recursion, whose depth the file would choose.
+
+    Args:
+        made: All containers.
+        limit: How much one may hold.
+
+    Raises:
+        UntrustedError: If one is refused.
     """
     known: dict[int, tuple[int, int]] = {}  # size and depth
     begun: set[int] = set()

@@ -24,6 +24,7 @@ LEVEL = {
     "datamodules": 1,
     "modules": 2,
     "callbacks": 2,
+    "plain_yaml": 1,
     "arguments": 3,
     "mistakes": 3,
     "cli": 3,
