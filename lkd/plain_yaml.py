@@ -7,10 +7,11 @@ from typing import Any
 
 import yaml
 
-from lkd.untrusted import Node, UntrustedError, shown, weigh
+from lkd.untrusted import Node, UntrustedError, said, shown, weigh
 
 _LONGEST = 2**20  # characters; lkd's own longest config has 4,000
 _LARGEST = 10**5  # values, each counted as often as it is named
+_DEEPEST = 100
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -27,42 +28,47 @@ def load_yaml(text: Any, load: Callable[[Any], Any] = yaml.safe_load) -> Any:
     try:
         if len(text) > _LONGEST:
             raise yaml.YAMLError(f"a text of {len(text):,} characters is no config")
-        node = yaml.compose(text, Loader=_LOADER)
-        made: dict[int, Node] = {}
-        if node is not None:
-            _outline(node, made)
-            weigh(list(made.values()), _LARGEST)
+        weigh(_outline(text), _LARGEST)
         return load(text)
     except yaml.YAMLError:
         raise
     except UntrustedError as error:
         raise yaml.YAMLError(f"{error} (through its & and *)") from error
-    except RecursionError as error:
-        raise yaml.YAMLError("it is nested too deep") from error
-    except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:  # PyYAML's, of a date or number
-        raise yaml.YAMLError(f"a value in it cannot be read ({' '.join(str(error).split())})") from error
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+        # PyYAML's own, of a date or number
+        raise yaml.YAMLError(f"a value in it cannot be read ({said(error)})") from error
 
 
-def _outline(node: yaml.Node, made: dict[int, Node]) -> Node | None:
-    """Which values hold which, of a node and all that it holds."""
-    if isinstance(node, yaml.ScalarNode):
-        return None
-    if id(node) not in made:
-        own = made[id(node)] = []
-        if isinstance(node, yaml.MappingNode):
-            _check_keys(node)
-        pairs = isinstance(node, yaml.MappingNode)
-        for part in (value for pair in node.value for value in pair) if pairs else node.value:
-            own.append(_outline(part, made))  # noqa: PERF401  # a value may hold this one, unfinished
-    return made[id(node)]
+def _outline(text: Any) -> list[Node]:
+    """Which values hold which.
 
-
-def _check_keys(node: yaml.MappingNode) -> None:
-    seen = set()
-    for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode):
-            if (key.tag, key.value) in seen:
-                raise yaml.YAMLError(
-                    f"it has the key {shown(key.value)} twice, again in line {key.start_mark.line + 1}"
-                )
-            seen.add((key.tag, key.value))
+    From the parser's events, as PyYAML's composers call themselves for each level: the one in C until it crashes.
+    """
+    made: list[Node] = []
+    named: dict[str, Node | None] = {}
+    path: list[tuple[Node, set[str] | None]] = [([], None)]  # containers that are not ended; keys, of a mapping
+    for event in yaml.parse(text, Loader=_LOADER):
+        node: Node | None = None
+        if isinstance(event, yaml.CollectionEndEvent):
+            path.pop()
+            continue
+        if not isinstance(event, yaml.NodeEvent):
+            continue
+        holder, keys = path[-1]
+        if keys is not None and len(holder) % 2 == 0 and isinstance(event, yaml.ScalarEvent):
+            if event.value in keys:
+                line = event.start_mark.line + 1
+                raise yaml.YAMLError(f"it has the key {shown(event.value)} twice, again in line {line}")
+            keys.add(event.value)
+        if isinstance(event, yaml.AliasEvent):
+            node = named.get(event.anchor)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            node = []
+            made.append(node)
+            path.append((node, set() if isinstance(event, yaml.MappingStartEvent) else None))
+        if event.anchor is not None:
+            named[event.anchor] = node
+        if len(path) > _DEEPEST:
+            raise yaml.YAMLError("it is nested too deep")
+        holder.append(node)
+    return made

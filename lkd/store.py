@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lkd.untrusted import shown
+from lkd.untrusted import said, shown
 
 # What reading a file may raise that is damaged, or forged.
 _DAMAGED = (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, MemoryError)
@@ -133,7 +133,7 @@ def load_tensors(path: Path, wanted: Mapping[str, str]) -> dict[str, Tensor] | N
         else:
             return tensors
     except _DAMAGED as error:
-        reason = f"it cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
+        reason = f"it cannot be read ({type(error).__name__}: {said(error)})"
     rank_zero_warn(f"{path} is not used, and made anew: {reason}")
     return None
 

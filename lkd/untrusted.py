@@ -69,11 +69,16 @@ def read_torch(file: Path) -> object:
     return content
 
 
-def shown(name: object) -> str:
+def shown(name: object, longest: int = 120) -> str:
     """A name from a file, for a message: short, on one line, without what steers a terminal."""
     text = str(name) if isinstance(name, str | bytes | Path) else type(name).__name__
-    text = text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
+    text = text if len(text) <= longest else f"{text[: longest - 40]}...{text[-30:]}"
     return text if text.isprintable() else ascii(text)
+
+
+def said(error: BaseException) -> str:
+    """What an error says of a file, for a message: as `shown`."""
+    return shown(" ".join(str(error).split()), 300)
 
 
 def _check_zip(file: IO[bytes]) -> None:

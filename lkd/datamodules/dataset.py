@@ -24,7 +24,7 @@ from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop,
 from lkd.datamodules.views import Views
 from lkd.store import fingerprint
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Normalization
-from lkd.untrusted import shown
+from lkd.untrusted import said, shown
 
 _TRIES = 10
 _MODES = {1: "L", 3: "RGB"}
@@ -357,7 +357,7 @@ def _joined_mixed(views: Sequence[Batch]) -> Mixed | None:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{type(error).__name__}: {said(error)}"
 
 
 def _eight_bit(image: object) -> Image.Image:

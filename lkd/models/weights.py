@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lkd.untrusted import UntrustedError, read_torch, shown
+from lkd.untrusted import UntrustedError, read_torch, said, shown
 
 PRETRAINED = Path(__file__).with_name("pretrained")
 """The folder of the weights that ship with the package."""
@@ -97,7 +97,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{shown(file)} is not a safetensors file, or it is damaged ({error})") from error
+        raise ValueError(f"{shown(file)} is not a safetensors file, or it is damaged ({said(error)})") from error
 
 
 def _read_torch(file: Path) -> object:
