@@ -159,23 +159,24 @@ def read_checkpoint(path: Path, whole: bool = False) -> Mapping[str, Any]:
             f"({type(error).__name__}); give one that `lkd fit` has written"
         ) from error
     needed = {"state_dict", "pytorch-lightning_version"} | ({"optimizer_states"} if whole else set())
-    if not isinstance(content, Mapping) or not needed <= set(content):
+    if not (isinstance(content, Mapping) and needed <= set(content) and isinstance(content["state_dict"], Mapping)):
         raise ValueError(
             f"{shown(path)} is not a whole checkpoint as `lkd fit` writes it; weights alone are "
             "--model.init_args.model_ckpt FILE (student_ckpt for a DistillModule)"
         )
-    if name := _not_a_number(content["state_dict"]):
-        raise ValueError(f"{shown(path)} is not loaded: {shown(name)} has numbers that are NaN; take an earlier one")
+    for name, tensor in content["state_dict"].items():
+        if problem := _flaw(tensor):
+            raise ValueError(f"{shown(path)} is not loaded: {shown(name)} {problem}; take an earlier one")
     return content
 
 
-def _not_a_number(state: object) -> str | None:
-    """The first tensor that has NaN; infinite numbers some criteria's own begin with."""
-    for name, tensor in state.items() if isinstance(state, Mapping) else ():
-        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta
-        if plain and tensor.is_floating_point() and (tensor != tensor).any():
-            return str(name)
-    return None
+def _flaw(tensor: object) -> str:
+    """Why a tensor cannot be a state, for a message; infinite numbers some criteria's own begin with."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+        return ""
+    if tensor.is_meta:
+        return "has no content"
+    return "has numbers that are NaN" if tensor.is_floating_point() and (tensor != tensor).any() else ""
 
 
 def _config_of(ckpt_path: Path) -> Path:

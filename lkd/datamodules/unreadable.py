@@ -71,12 +71,12 @@ def _flaws(dataset: ImageDataset, index: Tensor) -> dict[int, str]:
 def _keep(file: Path, source: ImageFiles, flaws: dict[int, str]) -> None:
     rows = [{"position": i, "file": str(source.path(i)), "reason": flaw} for i, flaw in flaws.items()]
     with replacing(file) as written:
-        written.write_text(json.dumps(rows, indent=1))
+        written.write_text(json.dumps({"images": rows}, indent=1))
 
 
 def _kept(file: Path, size: int) -> dict[int, str] | None:
     try:
-        flaws = {int(row["position"]): str(row["reason"]) for row in json.loads(file.read_text())}
+        flaws = {int(row["position"]): str(row["reason"]) for row in json.loads(file.read_text())["images"]}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return flaws if all(0 <= position < size for position in flaws) else None

@@ -58,7 +58,9 @@ class Fuzz:
         else:
             path = folder / "kept.json"
             rows = [{"position": rng.choice([0, 3, -1, 10**9, "x", None]), "reason": "r"} for _ in range(3)]
-            path.write_bytes(mutate(rng, json.dumps(rng.choice([rows, {}, 3, "[" * 99])).encode()))
+            path.write_bytes(
+                mutate(rng, json.dumps(rng.choice([{"images": rows}, {"images": rows[:0]}, {}, 3, "[" * 99])).encode())
+            )
         return path
 
     def read(self, path: Path) -> str:

@@ -99,7 +99,9 @@ class Fuzz:
     def make(self, rng: random.Random, folder: Path) -> Path:
         """Write one hostile config."""
         path, way = folder / "config.yaml", rng.random()
-        if way < 0.3:
+        if way < 0.03:
+            content = rng.choice(self.texts).encode()
+        elif way < 0.3:
             content = mutate(rng, rng.choice(self.texts).encode())
         elif way < 0.5:
             content = self._changed(rng).encode()

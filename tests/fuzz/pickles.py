@@ -98,15 +98,15 @@ def attack(rng: random.Random) -> bytes:
             call("torch.storage UntypedStorage", number),
             call(
                 "_codecs encode",
-                b"X" + struct.pack("<I", 200_000) + b"\xc3\xa4" * 100_000,
+                b"X" + struct.pack("<I", 40_000) + b"\xc3\xa4" * 20_000,
                 b"X\x08\x00\x00\x00punycode",
             ),
             doubled + b"K\x01u.",  # as a key: hashed
             doubled + b"K\x01sR.",
             b"\x80\x02]q\x00" + b"h\x00h\x00a" * levels + b".",  # holds itself
             b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.",
-            b"\x80\x02N" + b"\x85" * rng.choice([50, 500, 200_000]) + b".",
-            b"\x80\x02}N" + b"\x85" * 200_000 + b"K\x01s.",
+            b"\x80\x02N" + b"\x85" * rng.choice([50, 500, 30_000]) + b".",
+            b"\x80\x02}N" + b"\x85" * 30_000 + b"K\x01s.",
             b"\x80\x02}(K\x00" + b"q\x00](h\x00h\x00e" * levels + b"u.",
             b"\x80\x02" + b"q\x00](h\x00h\x00e".join([b"]"] + [b""] * levels) + b")R.",  # printed in the error
             b"\x80\x02cnumpy\ndtype\n(X\x0b\x00\x00\x00V2000000000tR.",

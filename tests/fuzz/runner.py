@@ -11,13 +11,16 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 READERS = ("config", "weights", "checkpoint", "images", "cache")
 SECONDS = 10.0
+_START = 300.0  # seconds, to import and to prepare
 _ADDRESS_SPACE = 6 * 2**30  # bytes above what the process has when it starts
 _PLAIN = ("accepted", "accepted, some left out", "made anew")
 
@@ -40,62 +43,59 @@ class Result:
 
 
 def fuzz(readers: list[str], indices: range, seed: int) -> dict[str, Result]:
-    """Give every reader its inputs, each a function of the reader's name, the seed and the index.
+    """Give every reader its inputs, each a function of the reader's name, the seed and the index; two readers at a time.
 
     Args:
         readers: Names from `READERS`.
         indices: Which inputs.
         seed: The seed.
     """
-    results = {name: Result() for name in readers}
-    waiting = [(name, index) for name in readers for index in indices]
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(partial(_fuzz, indices=indices, seed=seed), readers)
+        return dict(zip(readers, results, strict=True))
+
+
+def _fuzz(name: str, indices: range, seed: int) -> Result:
+    result, waiting = Result(), list(indices)
     context = multiprocessing.get_context("spawn")  # a forked process would wait for the threads of this one
     with tempfile.TemporaryDirectory() as folder:
         while waiting:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, waiting, seed, folder), daemon=True)
+            process = context.Process(target=_work, args=(theirs, name, waiting, seed, folder), daemon=True)
             process.start()
             theirs.close()
-            done = _listen(ours, waiting, results)
+            done = _listen(ours, name, waiting, result)
             if done < len(waiting):
-                name, index = waiting[done]
                 process.join(0.5)
-                how = (
-                    f"killed by signal {-(process.exitcode or 0)}" if process.exitcode else f"no end in {SECONDS:.0f} s"
-                )
-                results[name].findings.append(f"{name} {index}: {how}")
-                results[name].add(index, "finding", SECONDS, 0)
+                how = f"killed by signal {-process.exitcode}" if process.exitcode else f"no end in {SECONDS:.0f} s"
+                result.findings.append(f"{name} {waiting[done]}: {how}")
+                result.add(waiting[done], "finding", SECONDS, 0)
                 done += 1
             process.kill()
             process.join()
             waiting = waiting[done:]
-    return results
+    return result
 
 
-def _listen(pipe: Connection, waiting: list[tuple[str, int]], results: dict[str, Result]) -> int:
+def _listen(pipe: Connection, name: str, waiting: list[int], result: Result) -> int:
     """Take what the process says; how many inputs it got through."""
-    patience = 120.0  # to start, and to import
-    for done, (name, index) in enumerate(waiting):
+    told = pipe.recv() if pipe.poll(_START) else "it takes too long"
+    if told != "ready":
+        raise RuntimeError(f"the fuzz of {name} cannot begin: {told}")
+    for done, index in enumerate(waiting):
         try:
-            if not pipe.poll(patience):
+            if not pipe.poll(SECONDS):
                 return done
             kind, message, seconds, memory = pipe.recv()
-            while kind == "ready":
-                kind, message, seconds, memory = pipe.recv() if pipe.poll(SECONDS) else ("hang", "", 0.0, 0)
         except EOFError:
             return done
-        if kind == "hang":
-            return done
-        if kind == "broken":
-            raise RuntimeError(f"the fuzz of {name} cannot begin: {message}")
-        patience = SECONDS if done + 1 < len(waiting) and waiting[done + 1][0] == name else 120.0
         if message:
-            results[name].findings.append(f"{name} {index}: {message}")
-        results[name].add(index, "finding" if message else kind, seconds, memory)
+            result.findings.append(f"{name} {index}: {message}")
+        result.add(index, "finding" if message else kind, seconds, memory)
     return len(waiting)
 
 
-def _work(pipe: Connection, tasks: list[tuple[str, int]], seed: int, folder: str) -> None:
+def _work(pipe: Connection, name: str, waiting: list[int], seed: int, folder: str) -> None:
     import torch
 
     from tests.fuzz import canary
@@ -107,19 +107,17 @@ def _work(pipe: Connection, tasks: list[tuple[str, int]], seed: int, folder: str
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what readers say of each file
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     canary.install()
-    reader, module, own = "", None, None
-    for name, index in tasks:
-        if name != reader:
-            module = importlib.import_module(f"tests.fuzz.{name}")
-            try:
-                reader, own = name, module.Fuzz()
-            except Exception as error:
-                pipe.send(("broken", f"{type(error).__name__}: {error}", 0.0, 0))
-                raise
-            limit = _status("VmSize") + _ADDRESS_SPACE
-            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-            pipe.send(("ready", "", 0.0, 0))
-        path = own.make(random.Random(f"{name} {seed} {index}"), Path(folder))  # type: ignore[union-attr]
+    try:
+        module = importlib.import_module(f"tests.fuzz.{name}")
+        own = module.Fuzz()
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+        raise
+    limit = _status("VmSize") + _ADDRESS_SPACE
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    pipe.send("ready")
+    for index in waiting:
+        path = own.make(random.Random(f"{name} {seed} {index}"), Path(folder))
         pipe.send(_read(own, module, path))
 
 

@@ -41,7 +41,9 @@ class Fuzz:
         """Write one hostile file."""
         way = rng.random()
         path = folder / ("w.safetensors" if way < 0.3 else rng.choice(["w.pth", "w.ckpt", "w\n.pt", "-w.pt"]))
-        if way < 0.15:
+        if way < 0.03:
+            content = self.tensors
+        elif way < 0.15:
             content = _lying(rng, self.tensors)
         elif way < 0.3:
             content = mutate(rng, self.tensors)
