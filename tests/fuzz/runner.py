@@ -43,7 +43,7 @@ class Result:
 
 
 def fuzz(readers: list[str], indices: range, seed: int) -> dict[str, Result]:
-    """Give every reader its inputs, each a function of the reader's name, the seed and the index; two readers at a time.
+    """Give every reader its inputs, two readers at a time; an input is a function of reader, seed and index.
 
     Args:
         readers: Names from `READERS`.
