@@ -411,7 +411,7 @@ if sys.platform == "linux":
 
     def test_a_few_inputs_of_the_fuzz() -> None:
         signal.alarm(0)  # it has its own limits
-        results = fuzz(list(READERS), range(40), seed=0)
+        results = dict(fuzz(list(READERS), range(40), seed=0))
         assert {name: result.findings for name, result in results.items()} == {name: [] for name in READERS}
         for result in results.values():
             assert result.kinds.total() == 40

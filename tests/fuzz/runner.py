@@ -11,15 +11,16 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 READERS = ("config", "weights", "checkpoint", "images", "cache")
 SECONDS = 10.0
+_MEMORY = "/dev/shm"
 _START = 300.0  # seconds, to import and to prepare
 _ADDRESS_SPACE = 6 * 2**30  # bytes above what the process has when it starts
 _PLAIN = ("accepted", "accepted, some left out", "made anew")
@@ -42,23 +43,28 @@ class Result:
         self.slowest, self.largest = max(self.slowest, (seconds, index)), max(self.largest, (memory, index))
 
 
-def fuzz(readers: list[str], indices: range, seed: int) -> dict[str, Result]:
-    """Give every reader its inputs, two readers at a time; an input is a function of reader, seed and index.
+def fuzz(readers: list[str], indices: range, seed: int, processes: int = 2) -> Iterator[tuple[str, Result]]:
+    """Give every reader its inputs; an input is a function of reader, seed and index.
 
     Args:
         readers: Names from `READERS`.
         indices: Which inputs.
         seed: The seed.
+        processes: How many readers at a time.
+
+    Yields:
+        A reader, as soon as it has had all its inputs, and what came of them.
     """
-    with ThreadPoolExecutor(2) as pool:
-        results = pool.map(partial(_fuzz, indices=indices, seed=seed), readers)
-        return dict(zip(readers, results, strict=True))
+    with ThreadPoolExecutor(processes) as pool:
+        waiting = {pool.submit(_fuzz, name, indices, seed): name for name in readers}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
 
 
 def _fuzz(name: str, indices: range, seed: int) -> Result:
     result, waiting = Result(), list(indices)
     context = multiprocessing.get_context("spawn")  # a forked process would wait for the threads of this one
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=_MEMORY if Path(_MEMORY).is_dir() else None) as folder:
         while waiting:
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, name, waiting, seed, folder), daemon=True)
