@@ -3,7 +3,7 @@
     python -m tests.fuzz [--inputs 10000] [--reader weights ...] [--seed 0] [--only INDEX] [--processes 2] [--out FILE]
 
 Allowed are success, and the documented errors, in one sentence. Anything else is a finding: another exception, a
-crash, more than 10 seconds or 6 GiB, code that runs. An input is a function of the reader, the seed and its index:
+crash, a minute or 6 GiB of memory, code that runs. An input is a function of the reader, the seed and its index:
 `--reader weights --only 123` reads one again. Linux only.
 """
 
