@@ -14,6 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 import lkd
 from lkd.checkpoint_io import damage_of
+from lkd.plain_yaml import load_yaml
+from lkd.untrusted import UntrustedError, read_torch, shown
 
 _CLASS_KEYS = ("class_path", "init_args")
 _NEWEST = ("last", "best")
@@ -86,7 +88,7 @@ def find_config(name: str) -> Path:
 
 def _well_formed(path: Path) -> Path:
     try:
-        config = yaml.safe_load(path.read_text())
+        config = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
@@ -166,7 +168,7 @@ def _newest_whole(folder: Path) -> Path:
             if torn:
                 rank_zero_warn(f"{' and '.join(torn)}; the run goes on from {path}")
             return path
-        torn.append(f"{path} is damaged ({damage})")
+        torn.append(f"{shown(path)} is damaged ({damage})")
     raise ValueError(f"{' and '.join(torn)}; no checkpoint of this run is whole, so it has to begin anew")
 
 
@@ -197,21 +199,33 @@ def read_checkpoint(path: Path, whole: bool = False) -> Mapping[str, Any]:
         ValueError: If it is none, or none that Lightning wrote.
     """
     try:
-        if damage := damage_of(path):
-            raise OSError(damage)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_torch(path)
+    except UntrustedError as error:
+        raise ValueError(f"{shown(path)} is not loaded: {error}") from error
     except Exception as error:  # damaged bytes can raise anything in the unpickler
         raise ValueError(
-            f"{path} is not a checkpoint that PyTorch reads without running code, or it is damaged "
-            f"({error if isinstance(error, OSError) else type(error).__name__}); give one that `lkd fit` has written"
+            f"{shown(path)} is not a checkpoint that PyTorch reads without running code, or it is damaged "
+            f"({type(error).__name__}); give one that `lkd fit` has written"
         ) from error
     needed = {"state_dict", "pytorch-lightning_version"} | ({"optimizer_states"} if whole else set())
-    if not isinstance(content, Mapping) or not needed <= set(content):
+    if not (isinstance(content, Mapping) and needed <= set(content) and isinstance(content["state_dict"], Mapping)):
         raise ValueError(
-            f"{path} is not a whole checkpoint as `lkd fit` writes it; weights alone are "
+            f"{shown(path)} is not a whole checkpoint as `lkd fit` writes it; weights alone are "
             "--model.init_args.model_ckpt FILE (student_ckpt for a DistillModule)"
         )
+    for name, tensor in content["state_dict"].items():
+        if problem := _flaw(tensor):
+            raise ValueError(f"{shown(path)} is not loaded: {shown(name)} {problem}; take an earlier one")
     return content
+
+
+def _flaw(tensor: object) -> str:
+    """Why a tensor cannot be a state, for a message; infinite numbers some criteria's own begin with."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+        return ""
+    if tensor.is_meta:
+        return "has no content"
+    return "has numbers that are NaN" if tensor.is_floating_point() and (tensor != tensor).any() else ""
 
 
 def _config_of(ckpt_path: Path) -> Path:

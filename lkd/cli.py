@@ -18,7 +18,7 @@ import jsonargparse._typehints as typehints
 import lightning as L
 import torch
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, get_loader, set_loader
 from jsonargparse._util import NestedArg, import_object
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -44,6 +44,7 @@ from lkd.callbacks.speed import fitting_precision
 from lkd.checkpoint_io import global_step
 from lkd.losses import DistillLoss
 from lkd.mistakes import CALLBACKS, explain
+from lkd.plain_yaml import load_yaml
 from lkd.processes import LostProcessError, bound_to_parent, lost, speaker
 
 _MISTAKES = (ArgumentError, MisconfigurationException, OSError, TypeError, ValueError, yaml.YAMLError)
@@ -93,11 +94,14 @@ class LkdCLI(LightningCLI):
             "parse_value_or_config": _keep_null,
         }
         own = {name: getattr(typehints, name) for name in changes}
+        read = get_loader("yaml")
+        set_loader("yaml", lambda text: load_yaml(text, read), (yaml.YAMLError,))
         for name, change in changes.items():
             setattr(typehints, name, partial(change, own[name]))
         try:
             self.config = parser.parse_args(args)
         finally:
+            set_loader("yaml", read, (yaml.YAMLError,))
             for name, function in own.items():
                 setattr(typehints, name, function)
 
@@ -248,7 +252,7 @@ def run(args: Sequence[str]) -> int:
     except (*_MISTAKES, LostProcessError) as error:
         if debug:
             raise
-        print(f"lkd: error: {speaker()}{explain(error)}", file=sys.stderr)
+        print(f"lkd: error: {speaker()}{' '.join(explain(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, LostProcessError) else 2
     return 0
 

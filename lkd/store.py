@@ -18,6 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lkd.untrusted import said, shown
+
+# What reading a file may raise that is damaged, or forged.
+_DAMAGED = (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, MemoryError)
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # it can only be read by setting it; at import, as other threads make files too
 
@@ -137,13 +141,13 @@ def load_tensors(path: Path, wanted: Mapping[str, str]) -> dict[str, Tensor] | N
         found = kept["made_from"]
         others = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
         if others:
-            reason = f"it was made from another {' and '.join(others)}"
+            reason = f"it was made from another {' and '.join(map(shown, others))}"
         elif kept["checksum"] != _checksum(tensors):
             reason = "its checksum is wrong"
         else:
             return tensors
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = f"it cannot be read ({type(error).__name__}: {error})"
+    except _DAMAGED as error:
+        reason = f"it cannot be read ({type(error).__name__}: {said(error)})"
     rank_zero_warn(f"{path} is not used, and made anew: {reason}")
     return None
 
@@ -168,7 +172,7 @@ def made_from(path: Path) -> dict[str, str] | None:
     try:
         with safe_open(path, framework="pt") as file:
             return dict(json.loads(file.metadata()["lkd"])["made_from"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+    except _DAMAGED:
         return None
 
 

@@ -16,6 +16,7 @@ LEVEL = {
     "layers": 0,
     "store": 0,
     "checkpoint_io": 1,
+    "untrusted": 0,
     "answers": 1,
     "losses": 1,
     "functional": 1,
@@ -24,6 +25,7 @@ LEVEL = {
     "datamodules": 1,
     "modules": 2,
     "callbacks": 2,
+    "plain_yaml": 1,
     "arguments": 3,
     "mistakes": 3,
     "processes": 3,
@@ -31,7 +33,7 @@ LEVEL = {
     "listing": 3,
     "__main__": 3,
 }
-MAY_ALSO = {("functional", "losses")}
+MAY_ALSO = {("functional", "losses"), ("store", "untrusted")}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torchvision
@@ -52,6 +52,8 @@ class ArchiveDataModule(ImageDataModule):
         views: Which views of each training image a batch has; by default the image alone.
         mix: How each training image is mixed with another one; by default not at all.
         resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
+        unreadable: Whether an image file that cannot be read ends the run, when it is met (`fail`), or is left out
+            before the training (`skip`); the other images keep their index.
 
     Attributes:
         title: Name of the data set.
@@ -78,9 +80,10 @@ class ArchiveDataModule(ImageDataModule):
         views: Views | None = None,
         mix: Mix | None = None,
         resident_limit: int = 4 * 2**30,
+        unreadable: Literal["fail", "skip"] = "fail",
     ) -> None:
         own = (batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed)
-        super().__init__(*own, seed, augment, mean, std, views, mix, resident_limit)
+        super().__init__(*own, seed, augment, mean, std, views, mix, resident_limit, unreadable)
         self.root = root
         self.download = download
 

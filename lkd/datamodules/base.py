@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from lkd.datamodules.dataset import ImageDataset, ImageSource
+from lkd.datamodules.files import ImageFiles, few
 from lkd.datamodules.mixing import Mix
 from lkd.datamodules.resident import resident
 from lkd.datamodules.sampler import EpochSampler
 from lkd.datamodules.split import stratified
 from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
+from lkd.datamodules.unreadable import readable
 from lkd.datamodules.views import Views
 from lkd.types import IGNORE_INDEX, Batch, Normalization
 
@@ -51,6 +53,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
         views: Which views of each training image a batch has; by default the image alone.
         mix: How each training image is mixed with another one; by default not at all.
         resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
+        unreadable: Whether an image file that cannot be read ends the run, when it is met (`fail`), or is left out
+            before the training (`skip`); the other images keep their index.
 
     Attributes:
         num_classes: Number of classes.
@@ -82,6 +86,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         views: Views | None = None,
         mix: Mix | None = None,
         resident_limit: int = 4 * 2**30,
+        unreadable: Literal["fail", "skip"] = "fail",
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -97,6 +102,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.views = views
         self.mix = mix
         self.resident_limit = resident_limit
+        self.unreadable = unreadable
         if mean is not None:
             self.mean = mean
         if std is not None:
@@ -139,8 +145,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         if stage in ("fit", "validate") and "train" not in self.datasets:
             self._setup_train()
         if stage in ("test", "predict") and "test" not in self.datasets:
-            source, target = self._open("test")
-            self.datasets["test"] = self._wrap(self._resident(source, target), target)
+            self.datasets["test"] = self._whole("test", *self._open("test"))
         for dataset in self.datasets.values():  # each time: the next run of a program may have another seed
             dataset.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
@@ -160,31 +165,50 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def _setup_train(self) -> None:
         source, target = self._open("train")
+        usable = self._readable("train", source, target)
         held_out = torch.zeros(len(target), dtype=torch.bool)
         val = self.make_dataset("val")
-        val_target = None if val is None else self._targets("val", val)
         if val is None and self.val_size != 0:
-            held_out[stratified(target, self.val_size, self.split_seed)] = True
+            known = target.masked_fill(~usable, IGNORE_INDEX)
+            held_out[stratified(known, self.val_size, self.split_seed)] = True
+        val_target = None if val is None else self._targets("val", val)
         augment = self.default_augment() if self.augment is None else self.augment
-        labelled = self._labelled(target, ~held_out)
+        labelled = self._labelled(target, ~held_out & usable)
         kept = target.masked_fill(~held_out & ~labelled, IGNORE_INDEX)
-        chosen = labelled if self.drop_unlabelled else ~held_out
+        chosen = labelled if self.drop_unlabelled else ~held_out & usable
         if divide(augment)[0] is None:  # a random part of an image has to be cut out of the whole one
-            source = self._resident(source, target)
+            source = self._resident(source, target, usable)
         if val is not None and val_target is not None:
-            self.datasets["val"] = self._wrap(self._resident(val, val_target), val_target)
+            self.datasets["val"] = self._whole("val", val, val_target)
         elif self.val_size != 0:
             self.datasets["val"] = self._wrap(source, target, held_out)
         self.datasets["train"] = self._wrap(source, kept, chosen, augment, self.views, self.mix)
 
-    def _resident(self, source: ImageSource, target: Tensor) -> ImageSource:
+    def _whole(self, split: Split, source: ImageSource, target: Tensor) -> ImageDataset:
+        """All images of a split."""
+        usable = self._readable(split, source, target)
+        return self._wrap(self._resident(source, target, usable), target, usable)
+
+    def _readable(self, split: Split, source: ImageSource, target: Tensor) -> Tensor:
+        """Which images are not left out `(N,)`, bool."""
+        if self.unreadable == "fail" or type(source) is not ImageFiles:
+            return torch.ones(len(target), dtype=torch.bool)
+        whole = readable(self._wrap(source, target), self._decoders())
+        if gone := sorted(set(target.tolist()) - set(target[whole].tolist())):
+            names = few([self.class_names[number] for number in gone])
+            raise ValueError(f"no {split} image of the classes {names} in {source.folder} can be read; replace them")
+        return whole
+
+    def _resident(self, source: ImageSource, target: Tensor, usable: Tensor) -> ImageSource:
         """The source's images decoded, if that is of use and they fit; otherwise the source."""
-        whole = self._wrap(source, target)
+        whole = self._wrap(source, target, usable)
         if whole.stored is not None or len(target) * math.prod(self.input_shape) > self.resident_limit:
             return source
+        return resident(whole, self._decoders())
+
+    def _decoders(self) -> int:
         processes = self.trainer.world_size if self.trainer else 1
-        workers = max(1, (os.cpu_count() or 1) // processes) if self.num_workers is None else self.num_workers
-        return resident(whole, workers)
+        return max(1, (os.cpu_count() or 1) // processes) if self.num_workers is None else self.num_workers
 
     def _labelled(self, target: Tensor, training: Tensor) -> Tensor:
         """Which training images keep their label `(N,)`, bool."""

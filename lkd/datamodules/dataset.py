@@ -24,6 +24,7 @@ from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop,
 from lkd.datamodules.views import Views
 from lkd.store import fingerprint
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Normalization
+from lkd.untrusted import said, shown
 
 _TRIES = 10
 _MODES = {1: "L", 3: "RGB"}
@@ -286,25 +287,38 @@ class ImageDataset(Dataset[Batch]):
     def _read(self, index: int, draws: Tensor) -> Tensor:
         try:
             image, full = self._decode(index, draws)
+            image = self.resize.reduced(image, full, self.shape[1:], draws)
         except Exception as error:  # decoders of broken files raise nearly every kind there is
             source = self.source
-            name = str(source.path(index)) if isinstance(source, ImageFiles) else f"number {index}"
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ImageError(f"image {name} cannot be read ({reason}); replace or remove it") from error
-        tensor: Tensor = TF.pil_to_tensor(self.resize.reduced(image, full, self.shape[1:], draws))
+            name = shown(source.path(index)) if isinstance(source, ImageFiles) else f"number {index}"
+            raise ImageError(f"image {name} cannot be read ({_reason(error)}); replace or remove it") from error
+        tensor: Tensor = TF.pil_to_tensor(image)
         return tensor
 
     def _decode(self, index: int, draws: Tensor) -> tuple[Image.Image, tuple[int, int]]:
         """An image, and its full size: large JPEG files are decoded no larger than `resize` needs them."""
         mode, source = _MODES[self.shape[0]], self.source
         if type(source) is ImageFiles:  # only an image that nobody else has may be decoded smaller
-            with Image.open(source.path(index)) as opened:
+            with source.open(index) as opened:
                 full = opened.height, opened.width
                 height, width = self.resize.least(full, self.shape[1:], draws)
                 opened.draft(None, (width, height))
                 return _eight_bit(opened).convert(mode), full
         image = _eight_bit(source[index][0]).convert(mode)
         return image, (image.height, image.width)
+
+    def flaw(self, index: int) -> str:
+        """Why an image cannot be read; empty if it can. It is decoded whole, as no draws decide what is wanted of it.
+
+        Args:
+            index: Its position in the source.
+        """
+        try:
+            image = _eight_bit(self.source[index][0]).convert(_MODES[self.shape[0]])
+            self.resize(image, self.shape[1:], torch.zeros(_TRIES, 4))
+        except Exception as error:
+            return _reason(error)
+        return ""
 
     def view(self, image: Tensor, epoch: Tensor, index: Tensor) -> Tensor:
         """Augments and normalises images, on the device that they are on.
@@ -355,6 +369,10 @@ def _joined_mixed(views: Sequence[Batch]) -> Mixed | None:
     parts = [view.mixed or Mixed.none(view.target) for view in views]
     target, weight = (torch.cat(part) for part in zip(*parts, strict=True))
     return Mixed(target, weight)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {said(error)}"
 
 
 def _eight_bit(image: object) -> Image.Image:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,10 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lkd.store import fingerprint
+from lkd.untrusted import shown
+
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+"""What a file may be, whatever its name says: for some others Pillow starts a program, as Ghostscript for EPS."""
 
 
 class ImageFiles(Dataset[tuple[Image.Image, int]]):
@@ -35,9 +40,23 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        with Image.open(self.path(index)) as image:
+        with self.open(index) as image:
             image.load()
         return image, int(self.targets[index])
+
+    def open(self, index: int) -> Image.Image:
+        """An image whose pixels are not decoded yet; of several in one file, the first.
+
+        Raises:
+            OSError: If there is no file, or something that only looks like one: a FIFO would be waited for, for ever.
+        """
+        path = self.path(index)
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or not found.st_size:
+            raise OSError(
+                "it is empty" if stat.S_ISREG(found.st_mode) else "it is no file but a folder, FIFO or device"
+            )
+        return Image.open(path, formats=_FORMATS)
 
     def path(self, index: int) -> Path:
         """Path of an image."""
@@ -45,16 +64,23 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
 
     def fingerprint(self) -> str:
         """A name for these files: by their folder, names, sizes and times of change."""
-        stats = [self.path(i).stat() for i in range(len(self))]
-        folder = str(self.folder.resolve())
-        return fingerprint(
-            folder, self.files.tobytes(), self.targets.tobytes(), [(s.st_size, s.st_mtime_ns) for s in stats]
-        )
+        states = [_state(self.path(i)) for i in range(len(self))]
+        return fingerprint(str(self.folder.resolve()), self.files.tobytes(), self.targets.tobytes(), states)
 
     def contents(self) -> str:
         """A name for these images that they keep when they are copied: by their names, classes and sizes."""
-        sizes = [self.path(i).stat().st_size for i in range(len(self))]
+        states = [_state(self.path(i)) for i in range(len(self))]
+        sizes = [None if state is None else state[0] for state in states]
         return fingerprint(self.files.tobytes(), self.targets.tobytes(), sizes)
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """Size and time of change of a file; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
@@ -65,7 +91,10 @@ def class_folders(folder: Path) -> tuple[str, ...]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; expected one folder of images for each class in it")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    if dead := sorted(entry.name for entry in entries if entry.is_symlink() and not entry.exists()):
+        raise FileNotFoundError(f"links in {folder} lead nowhere: {few(dead)}; mend or remove them")
+    names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:
         raise FileNotFoundError(f"{folder} has no class folders; expected {folder}/<class>/<image files>")
     return tuple(names)
@@ -73,6 +102,9 @@ def class_folders(folder: Path) -> tuple[str, ...]:
 
 def read_tree(folder: Path, class_names: Sequence[str]) -> ImageFiles:
     """Finds the images of `folder/<class>/`, at any depth, in sorted order.
+
+    Links are followed, wherever they lead; a folder to which several lead is read once in each class. What has an
+    image's name is taken for one until it is read.
 
     Args:
         folder: The folder.
@@ -95,7 +127,7 @@ def read_tree(folder: Path, class_names: Sequence[str]) -> ImageFiles:
     for target, name in enumerate(class_names):
         images = [
             f"{Path(parent).relative_to(folder)}/{file}"
-            for parent, _, names in sorted(os.walk(folder / name))
+            for parent, names in sorted(_folders(folder / name))
             for file in sorted(names)
             if file.lower().endswith(IMG_EXTENSIONS)
         ]
@@ -110,9 +142,27 @@ def read_tree(folder: Path, class_names: Sequence[str]) -> ImageFiles:
     return ImageFiles(folder, files, targets)
 
 
+def _folders(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder and the names of what is in it but folders; in the order of their names, so links are met in it."""
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(top, followlinks=True, onerror=_raise):
+        found = os.stat(parent)  # noqa: PTH116  # as os.walk has it: a text
+        if (found.st_dev, found.st_ino) in seen:  # by another link, or by one that leads back
+            folders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        folders.sort()
+        yield parent, names
+
+
+def _raise(error: OSError) -> None:
+    """A folder that cannot be read would otherwise have no images, in silence."""
+    raise error
+
+
 def few(names: Sequence[str]) -> str:
     """The first names of many, for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
+    return ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
 
 
 def split_folder(root: Path, split: str) -> Path | None:

@@ -45,6 +45,8 @@ class ImageFolderDataModule(ImageDataModule):
         views: Which views of each training image a batch has; by default the image alone.
         mix: How each training image is mixed with another one; by default not at all.
         resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
+        unreadable: Whether an image file that cannot be read ends the run, when it is met (`fail`), or is left out
+            before the training (`skip`); the other images keep their index.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class ImageFolderDataModule(ImageDataModule):
         views: Views | None = None,
         mix: Mix | None = None,
         resident_limit: int = 4 * 2**30,
+        unreadable: Literal["fail", "skip"] = "fail",
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be 1 or more, got {image_size}")
@@ -73,7 +76,7 @@ class ImageFolderDataModule(ImageDataModule):
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.449,), (0.226,))
         self.input_shape = (in_channels, image_size, image_size)
         own = (batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed)
-        super().__init__(*own, seed, augment, mean, std, views, mix, resident_limit)
+        super().__init__(*own, seed, augment, mean, std, views, mix, resident_limit, unreadable)
         self.root = root
         self.resize = CenterCrop(crop_ratio)
 
@@ -114,6 +117,8 @@ class ImageNetDataModule(ImageFolderDataModule):
         views: Which views of each training image a batch has; by default the image alone.
         mix: How each training image is mixed with another one; by default not at all.
         resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
+        unreadable: Whether an image file that cannot be read ends the run, when it is met (`fail`), or is left out
+            before the training (`skip`); the other images keep their index.
 
     References:
         Russakovsky et al.: ImageNet large scale visual recognition challenge (2014), arXiv:1409.0575.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import PIL
 import torch
 import torchvision
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _FORMAT = 1  # to be raised whenever the same files shall give other pixels
 _PIECE = 2**20  # bytes that are decoded at a time
 _PATIENCE = 1.0  # seconds before processes are started
+_Piece = TypeVar("_Piece")
 
 
 class Resident(TensorDataset):
@@ -60,7 +62,7 @@ class Resident(TensorDataset):
 
 
 def resident(dataset: ImageDataset, num_workers: int) -> Resident:
-    """Decodes all images of a source, or opens what was kept of them.
+    """Decodes the images that a data set has of a source, or opens what was kept of them.
 
     Image files of which all is known that decides their pixels are kept in `cache_folder("images")`. Processes that
     open the same file share its memory.
@@ -76,6 +78,8 @@ def resident(dataset: ImageDataset, num_workers: int) -> Resident:
     file = None if made_from is None else cache_folder("images") / f"{_name(made_from)}.safetensors"
     kept = None if file is None or made_from is None else load_tensors(file, made_from)
     image = None if kept is None else kept["image"]
+    if image is not None and (image.dtype, image.shape) != (torch.uint8, (len(dataset.target), *dataset.shape)):
+        image = None  # its checksum is right and its content is not: someone has made it
     if image is None:
         start = time.monotonic()
         image = _decoded(dataset, num_workers)
@@ -94,12 +98,9 @@ def _made_from(dataset: ImageDataset) -> dict[str, str] | None:
     source, resize = dataset.source, dataset.resize
     if type(source) is not ImageFiles or type(resize) is not CenterCrop:
         return None
-    try:
-        files = source.fingerprint()
-    except OSError:  # reading the file says which
-        return None
     versions = {"format": str(_FORMAT), "PIL": PIL.__version__, "torchvision": torchvision.__version__}
-    return {"files": files, "shape": str(dataset.shape), "resize": repr(resize), **versions}
+    some = {} if len(dataset) == len(source) else {"choice": fingerprint(dataset.index)}
+    return {"files": source.fingerprint(), "shape": str(dataset.shape), "resize": repr(resize), **versions, **some}
 
 
 def _name(made_from: Mapping[str, str]) -> str:
@@ -120,35 +121,49 @@ def _keep(image: Tensor, file: Path, made_from: Mapping[str, str]) -> bool:
 
 
 def _decoded(dataset: ImageDataset, num_workers: int) -> Tensor:
-    """All images `(N, C, H, W)`, uint8."""
-    image = torch.empty(len(dataset.target), *dataset.shape, dtype=torch.uint8)
-    pieces = torch.arange(len(image)).split(max(1, _PIECE // math.prod(dataset.shape)))  # type: ignore[no-untyped-call]
-    console = Console(stderr=True)
-    hidden = getattr(rank_zero_only, "rank", 0) != 0 or not console.is_terminal
-    with Progress(console=console, transient=True, disable=hidden) as progress:
-        task = progress.add_task("decoding images", total=len(image))
-        for index, read in zip(pieces, _read(dataset, pieces, num_workers), strict=True):
-            image[index[0] : index[-1] + 1] = read
-            progress.advance(task, len(index))
-    return image
+    """All images `(N, C, H, W)`, uint8; zeros for those of the source that the data set does not have."""
+    image = np.zeros((len(dataset.target), *dataset.shape), np.uint8)
+    pieces = dataset.index.split(max(1, _PIECE // math.prod(dataset.shape)))  # type: ignore[no-untyped-call]
+    read = in_pieces(partial(_images, dataset), pieces, num_workers, "decoding images")
+    for index, part in zip(pieces, read, strict=True):
+        image[index.numpy()] = part.numpy()  # without PyTorch's threads, for which a forked process would wait
+    return torch.from_numpy(image)
 
 
-def _read(dataset: ImageDataset, pieces: Sequence[Tensor], num_workers: int) -> Iterator[Tensor]:
-    """The images of each piece, in order; what a second is too short for is read by workers.
+def in_pieces(
+    read: Callable[[Tensor], _Piece], pieces: Sequence[Tensor], num_workers: int, title: str
+) -> Iterator[_Piece]:
+    """Do something with each piece of the images, in order; what a second is too short for is done by workers.
 
     Processes, as everywhere: around the decoding of a small image there is so much Python that two threads take longer
     than one, and whether threads may share a source is not known.
+
+    Args:
+        read: What to do.
+        pieces: Positions of images.
+        num_workers: How many processes.
+        title: What a terminal is told.
     """
+    console = Console(stderr=True)
+    hidden = getattr(rank_zero_only, "rank", 0) != 0 or not console.is_terminal
+    with Progress(console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task(title, total=sum(map(len, pieces)))
+        for index, result in zip(pieces, _in_turn(read, pieces, num_workers), strict=True):
+            yield result
+            progress.advance(task, len(index))
+
+
+def _in_turn(read: Callable[[Tensor], _Piece], pieces: Sequence[Tensor], num_workers: int) -> Iterator[_Piece]:
     start, done = time.monotonic(), 0
     while done < len(pieces) and time.monotonic() - start < _PATIENCE:
-        yield _images(dataset, pieces[done])
+        yield read(pieces[done])
         done += 1
     if done < len(pieces):
         # With its own generator, as the global one must not tell whether images had to be decoded.
         yield from DataLoader(
             pieces[done:],  # type: ignore[arg-type]
             batch_size=None,
-            collate_fn=partial(_images, dataset),
+            collate_fn=read,  # type: ignore[arg-type]
             num_workers=num_workers,
             generator=torch.Generator(),
         )

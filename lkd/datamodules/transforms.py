@@ -17,6 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+_LARGEST = 2**26
+"""Pixels that an image may be scaled to: a line of a million pixels, scaled to some height, would fill all memory."""
+
 
 class BatchTransform(ABC):
     """Changes the images of a batch, each by its own draws.
@@ -185,6 +188,8 @@ class CenterCrop(ImageTransform):
         if full == size:
             return image
         height, width = self.least(full, size, draws)
+        if height * width > _LARGEST:
+            raise ValueError(f"an image of {full[0]} x {full[1]} pixels is too narrow: scaled, {height} x {width}")
         factor = _reduction(image, full)
         whole = (0, 0, full[1] / factor, full[0] / factor)  # the last row and column may be only in part the image's
         scaled = image.resize((width, height), Image.Resampling.BILINEAR, whole)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from lkd.untrusted import UntrustedError, read_torch, said, shown
 
 PRETRAINED = Path(__file__).with_name("pretrained")
 """The folder of the weights that ship with the package."""
@@ -21,15 +20,6 @@ PRETRAINED = Path(__file__).with_name("pretrained")
 _PACKAGED = "lkd:"
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "net")
 _PREFIXES = ("module.", "model.", "student.", "network.", "net.", "_orig_mod.")
-# What training scripts save beside the weights: their options, a bag of attributes; accuracies as NumPy's numbers,
-# whose maker has another name in files from before NumPy 2.
-_SCALAR = np.float64(0).__reduce__()[0]
-_HARMLESS: list[Any] = [
-    argparse.Namespace,
-    np.dtype,
-    *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
-    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]
 _SYNONYMS = (("linear", "fc"), ("shortcut", "downsample"))
 
 
@@ -52,7 +42,8 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file holds no weights, would have to run code, or does not fit the network; the
-            message then names missing, unexpected and wrongly shaped tensors.
+            message then names missing, unexpected and wrongly shaped tensors, and the first whose numbers are not
+            finite, or are no weights.
 
     Example:
         >>> import tempfile
@@ -80,11 +71,11 @@ def _locate(path: str | Path) -> Path:
     if file.is_file():
         return file
     if file.is_dir():
-        raise FileNotFoundError(f"{file} is a folder; give the path of a weights file in it")
+        raise FileNotFoundError(f"{shown(file)} is a folder; give the path of a weights file in it")
     siblings = [sibling.name for sibling in file.parent.iterdir()] if file.parent.is_dir() else []
     nearest = difflib.get_close_matches(file.name, siblings, n=3)
-    hint = f"beside it lie {', '.join(nearest)}" if nearest else "train it first, or correct the path"
-    raise FileNotFoundError(f"there is no weights file {file}; {hint}")
+    hint = f"beside it lie {_some(nearest)}" if nearest else "train it first, or correct the path"
+    raise FileNotFoundError(f"there is no weights file {shown(file)}; {hint}")
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -97,30 +88,31 @@ def _read(file: Path) -> dict[str, Tensor]:
             return tensors
     found = f"a dictionary of {_some(map(str, entries))}" if entries else f"a {type(content).__name__}"
     raise ValueError(
-        f"{file} holds no weights but {found}; it should hold a state dict, alone or under 'state_dict' or 'model'"
+        f"{shown(file)} holds no weights but {found}; it should hold a state dict, alone or under 'state_dict' or "
+        "'model'"
     )
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a safetensors file, or it is damaged ({error})") from error
+    except (SafetensorError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{shown(file)} is not a safetensors file, or it is damaged ({said(error)})") from error
 
 
 def _read_torch(file: Path) -> object:
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            content: object = torch.load(file, map_location="cpu", weights_only=True)
-            return content
+        return read_torch(file)
+    except UntrustedError as error:
+        raise ValueError(f"{shown(file)} is not loaded: {error}") from error
     except Exception as error:  # damaged bytes can raise anything in the unpickler
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
-                f"{file} is not loaded: reading it would have to run code ({named[1]}); if you trust it, "
+                f"{shown(file)} is not loaded: reading it would have to run code ({shown(named[1])}); if you trust it, "
                 "read it once with torch.load(..., weights_only=False) and save its state dict by itself"
             ) from error
         raise ValueError(
-            f"{file} is not a weights file that PyTorch reads, or it is damaged ({type(error).__name__})"
+            f"{shown(file)} is not a weights file that PyTorch reads, or it is damaged ({type(error).__name__})"
         ) from error
 
 
@@ -128,19 +120,24 @@ def _fit_names(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, T
     """Take off the prefix under which most names are the network's; others (adapters', say) are left out."""
     wanted = network.state_dict().keys()
     candidates = []
-    for prefix in _prefixes(tensors):
-        names = [name for name in tensors if name.startswith(prefix)]
+    for prefix, names in _by_prefix(tensors).items():
         candidates.append(_rename({name.removeprefix(prefix): tensors[name] for name in names}, wanted))
     return max(candidates, key=lambda candidate: len(candidate.keys() & wanted))
 
 
-def _prefixes(names: Iterable[str]) -> list[str]:
-    """All combinations of known prefixes with which some name begins, the empty one first."""
-    prefixes = [""]
-    for prefix in prefixes:  # it grows while it is walked
-        longer = (prefix + known for known in _PREFIXES)
-        prefixes += [candidate for candidate in longer if any(name.startswith(candidate) for name in names)]
-    return prefixes
+def _by_prefix(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names that begin with each combination of up to four known prefixes, the empty one first."""
+    names = list(names)
+    found = {"": names}
+    for name in names:
+        prefix = ""
+        for _ in range(4):
+            known = next((known for known in _PREFIXES if name.startswith(known, len(prefix))), None)
+            if known is None:
+                break
+            prefix += known
+            found.setdefault(prefix, []).append(name)
+    return found
 
 
 def _rename(tensors: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
@@ -160,9 +157,35 @@ def _check_fit(tensors: Mapping[str, Tensor], network: nn.Module, file: Path) ->
     # Files from before PyTorch 0.4.1 do not count BatchNorm's batches.
     if problems := misfit(tensors, network, optional="num_batches_tracked"):
         raise ValueError(
-            f"the weights in {file} do not fit {type(network).__name__}; {problems}; build the network as it "
+            f"the weights in {shown(file)} do not fit {type(network).__name__}; {problems}; build the network as it "
             "was when it was trained (classes, input channels, depth, shortcuts), or choose its file"
         )
+    for name, own in network.state_dict().items():
+        if name in tensors and (problem := _flaw(tensors[name], own)):
+            raise ValueError(f"{shown(file)} is not loaded: {name} {problem}; choose a file of trained weights")
+
+
+def _flaw(tensor: Tensor, own: Tensor) -> str:
+    """Why a tensor cannot be a network's weight, for a message; empty if it can."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
+    if not plain or tensor.is_quantized or tensor.is_nested or tensor.is_complex() > own.is_complex():
+        return f"is {_kind(tensor)}, and should be plain numbers as {own.dtype}"
+    if own.is_floating_point() and not (tensor.is_floating_point() or tensor.dtype == own.dtype):
+        return f"has numbers of type {tensor.dtype}, which are no weights of type {own.dtype}"
+    try:
+        cast = tensor.detach().to(own.dtype)
+    except (RuntimeError, TypeError):  # types that PyTorch can store and do no more with
+        return f"has numbers of type {tensor.dtype}, which cannot be brought to {own.dtype}"
+    if cast.isfinite().all():
+        return ""
+    strange = int((~cast.isfinite() & own.isfinite().cpu()).sum())  # a mask of the network's own may be infinite
+    return f"has {strange:,} of {cast.numel():,} numbers that are not finite (NaN or infinite)" if strange else ""
+
+
+def _kind(tensor: Tensor) -> str:
+    special = {"quantized": tensor.is_quantized, "nested": tensor.is_nested, "without content": tensor.is_meta}
+    named = [word for word, holds in special.items() if holds]
+    return " and ".join(named) or f"a {type(tensor).__name__} of type {tensor.dtype}, {tensor.layout}"
 
 
 def misfit(tensors: Mapping[str, Tensor], network: nn.Module, optional: str = "") -> str:
@@ -187,6 +210,6 @@ def misfit(tensors: Mapping[str, Tensor], network: nn.Module, optional: str = ""
 
 
 def _some(names: Iterable[str]) -> str:
-    listed = list(names)
+    listed = [shown(name) for name in names]
     more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
     return ", ".join(listed[:4]) + more

@@ -1,0 +1,161 @@
+"""Inputs are read in a process of their own, within limits: what crashes, hangs or runs something is noticed."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import random
+import resource
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+READERS = ("config", "weights", "checkpoint", "images", "cache")
+SECONDS = 60.0  # by the clock, which a hang must not stop; a busy machine may take long for what is quick
+_MEMORY = "/dev/shm"
+_START = 300.0  # seconds, to import and to prepare
+_ADDRESS_SPACE = 6 * 2**30  # bytes above what the process has when it starts
+_PLAIN = ("accepted", "accepted, some left out", "made anew")
+
+
+@dataclass
+class Result:
+    """What came of a reader's inputs."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    findings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    slowest: tuple[float, int] = (0.0, 0)
+    largest: tuple[int, int] = (0, 0)
+
+    def add(self, index: int, kind: str, seconds: float, memory: int) -> None:
+        """Count one input."""
+        self.kinds[kind] += 1
+        self.seconds += seconds
+        self.slowest, self.largest = max(self.slowest, (seconds, index)), max(self.largest, (memory, index))
+
+
+def fuzz(readers: list[str], indices: range, seed: int, processes: int = 2) -> Iterator[tuple[str, Result]]:
+    """Give every reader its inputs; an input is a function of reader, seed and index.
+
+    Args:
+        readers: Names from `READERS`.
+        indices: Which inputs.
+        seed: The seed.
+        processes: How many readers at a time.
+
+    Yields:
+        A reader, as soon as it has had all its inputs, and what came of them.
+    """
+    with ThreadPoolExecutor(processes) as pool:
+        waiting = {pool.submit(_fuzz, name, indices, seed): name for name in readers}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+
+
+def _fuzz(name: str, indices: range, seed: int) -> Result:
+    result, waiting = Result(), list(indices)
+    context = multiprocessing.get_context("spawn")  # a forked process would wait for the threads of this one
+    with tempfile.TemporaryDirectory(dir=_MEMORY if Path(_MEMORY).is_dir() else None) as folder:
+        while waiting:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, name, waiting, seed, folder), daemon=True)
+            process.start()
+            theirs.close()
+            done = _listen(ours, name, waiting, result)
+            if done < len(waiting):
+                process.join(0.5)
+                how = f"killed by signal {-process.exitcode}" if process.exitcode else f"no end in {SECONDS:.0f} s"
+                result.findings.append(f"{name} {waiting[done]}: {how}")
+                result.add(waiting[done], "finding", SECONDS, 0)
+                done += 1
+            process.kill()
+            process.join()
+            waiting = waiting[done:]
+    return result
+
+
+def _listen(pipe: Connection, name: str, waiting: list[int], result: Result) -> int:
+    """Take what the process says; how many inputs it got through."""
+    told = pipe.recv() if pipe.poll(_START) else "it takes too long"
+    if told != "ready":
+        raise RuntimeError(f"the fuzz of {name} cannot begin: {told}")
+    for done, index in enumerate(waiting):
+        try:
+            if not pipe.poll(SECONDS):
+                return done
+            kind, message, seconds, memory = pipe.recv()
+        except EOFError:
+            return done
+        if message:
+            result.findings.append(f"{name} {index}: {message}")
+        result.add(index, "finding" if message else kind, seconds, memory)
+    return len(waiting)
+
+
+def _work(pipe: Connection, name: str, waiting: list[int], seed: int, folder: str) -> None:
+    import torch
+
+    from tests.fuzz import canary
+
+    torch.set_num_threads(1)
+    os.environ["LKD_CACHE"] = f"{folder}/cache"
+    os.chdir(folder)
+    warnings.simplefilter("ignore")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what readers say of each file
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    canary.install()
+    try:
+        module = importlib.import_module(f"tests.fuzz.{name}")
+        own = module.Fuzz()
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+        raise
+    limit = _status("VmSize") + _ADDRESS_SPACE
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    pipe.send("ready")
+    for index in waiting:
+        path = own.make(random.Random(f"{name} {seed} {index}"), Path(folder))
+        pipe.send(_read(own, module, path))
+
+
+def _read(own: Any, module: Any, path: Path) -> tuple[str, str, float, int]:
+    """Read one input: what came of it, what is wrong with that, seconds, bytes of memory."""
+    from tests.fuzz import canary
+
+    canary.heard.clear()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    before, start = _status("VmRSS"), time.perf_counter()
+    canary.listen(True)
+    wrong = ""
+    try:
+        kind = own.read(path)
+        wrong = "" if kind in _PLAIN else f"said {kind}"
+    except module.REFUSALS as error:
+        kind = type(error).__name__
+        if "\n" in str(error) and module.__name__ != "tests.fuzz.config":  # whose parser's lines `explain` joins
+            wrong = f"{kind} of several lines: {error}"[:300]
+    except BaseException as error:
+        kind, wrong = type(error).__name__, f"{type(error).__name__}: {error}"[:300]
+    canary.listen(False)
+    seconds, memory = time.perf_counter() - start, max(0, _status("VmHWM") - before)
+    if canary.heard:
+        wrong = f"something was run: {', '.join(canary.heard)}"
+    elif memory > module.MEMORY:
+        wrong = wrong or f"{memory / 2**20:,.0f} MiB of memory"
+    return kind, " ".join(wrong.split()), seconds, memory
+
+
+def _status(what: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {what}")

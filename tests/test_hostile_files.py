@@ -1,0 +1,429 @@
+"""Files that attack: what was found by `python -m tests.fuzz`, or by thinking, stays found."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lkd.__main__ import main
+from lkd.arguments import read_checkpoint
+from lkd.datamodules import ImageFolderDataModule
+from lkd.datamodules.dataset import ImageError
+from lkd.models import CIFARResNet, load_weights
+from lkd.store import load_tensors
+from lkd.untrusted import shown
+from tests.fuzz import canary, pickles
+
+if sys.platform == "linux":
+    from tests.fuzz.runner import READERS, fuzz
+
+
+@pytest.fixture(autouse=True)
+def _no_hang() -> Iterator[None]:
+    """A hang ends in a failure."""
+
+    def fail(*_: object) -> None:
+        raise TimeoutError("hangs")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def network() -> CIFARResNet:
+    torch.manual_seed(0)
+    return CIFARResNet(8, (2, 2, 2, 2), 3)
+
+
+def refused(content: bytes | object, name: str = "w.pth") -> str:
+    """What `load_weights` says of a file, with the network as it was."""
+    Path(name).write_bytes(content) if isinstance(content, bytes) else torch.save(content, name)
+    own = network()
+    with pytest.raises(ValueError, match=r"w\.") as caught:
+        load_weights(own, name)
+    assert "\n" not in str(caught.value)
+    for ours, before in zip(own.state_dict().values(), network().state_dict().values(), strict=True):
+        assert torch.equal(ours, before)
+    return str(caught.value)
+
+
+def spoilt(change: Callable[[Tensor], object], name: str = "fc.weight") -> dict[str, object]:
+    state = network().state_dict()
+    return {**state, name: change(state[name])}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda own: own * float("nan"), "fc.weight has 6 of 6 numbers that are not finite"),
+        (lambda own: own.index_fill(1, torch.tensor([0]), float("inf")), "fc.weight has 3 of 6 numbers that are not"),
+        (lambda own: own.double() + 1e300, "fc.weight has 6 of 6 numbers that are not finite"),  # in float32
+        (lambda own: own.to(torch.int8), "fc.weight has numbers of type torch.int8, which are no weights"),
+        (lambda own: own > 0, "fc.weight has numbers of type torch.bool"),
+        (lambda own: own.to(torch.complex64), "fc.weight is a Tensor of type torch.complex64"),
+        (lambda own: own.to("meta"), "fc.weight is without content"),
+        (lambda own: own.to_sparse(), "fc.weight is a Tensor of type torch.float32, torch.sparse_coo"),
+        (lambda own: torch.zeros(1).expand(10**12), r"fc.weight has 1,000,000,000,000 numbers, and the file"),
+    ],
+)
+def test_tensors_that_are_no_weights(change: Callable[[Tensor], object], says: str) -> None:
+    assert says in refused(spoilt(change))
+
+
+def test_a_mask_of_the_networks_own_may_be_infinite() -> None:
+    own = network()
+    own.register_buffer("mask", torch.full((2,), -float("inf")))
+    torch.save(own.state_dict(), "w.pth")
+    load_weights(own, "w.pth")
+    own.mask = torch.zeros(2)
+    with pytest.raises(ValueError, match="mask has 2 of 2 numbers that are not finite"):
+        load_weights(own, "w.pth")
+
+
+@pytest.mark.parametrize("name", ["x" * 10**6, "a\nb", "\x1b[2J", "\u202e"])
+def test_names_in_messages_are_short_and_steer_no_terminal(name: str) -> None:
+    said = refused(network().state_dict() | {name: torch.zeros(1)})
+    assert said.isprintable()
+    assert len(said) < 700
+    assert shown(name).isprintable()
+
+
+def test_a_name_of_nothing_but_prefixes_takes_no_time() -> None:
+    assert "unexpected" in refused(network().state_dict() | {"net." * 100_000: torch.zeros(1)})
+
+
+def doubled(levels: int, end: bytes) -> bytes:
+    """Tuples of twice the one before: a hash, or a text, of the last takes 2^levels steps."""
+    return b"\x80\x02}(K\x00" + b"q\x00h\x00\x86" * levels + end
+
+
+@pytest.mark.parametrize(
+    ("pickled", "says"),
+    [
+        (doubled(100, b"K\x01u."), "hold one another so often"),  # the key of a dictionary
+        (doubled(5000, b"K\x01u."), "hold one another so often"),
+        (b"\x80\x02}N" + b"\x85" * 200_000 + b"K\x01s.", "hold one another so often"),  # a hash that crashes
+        (b"\x80\x02]" + b"q\x00](h\x00h\x00e" * 60 + b")R.", "hold one another so often"),  # shown in the error
+        (b"\x80\x02]q\x00h\x00a.", "an object in it holds itself"),
+        (b"\x80\x02]q\x00}q\x01(X\x01\x00\x00\x00ah\x00uh\x00h\x01a.", "an object in it holds itself"),
+        (b"\x80\x02cnumpy\ndtype\n(X\x0b\x00\x00\x00V2000000000tR.", "it has a NumPy type V2000000000"),
+        (pickles.call("tests.fuzz.canary ring"), "would have to run code (tests.fuzz.canary.ring)"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["zip", "legacy"])
+def test_pickles_that_hash_or_print_for_ever(pickled: bytes, says: str, layout: str) -> None:
+    head = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}."
+    canary.heard.clear()
+    assert says in refused(pickles.zipped(pickled, ()) if layout == "zip" else head + pickled)
+    assert not canary.heard
+
+
+def test_legacy_head_is_pytorchs() -> None:
+    """The test above is of the layout that it says."""
+    torch.save({}, "empty.pth", _use_new_zipfile_serialization=False)
+    assert (
+        Path("empty.pth")
+        .read_bytes()
+        .startswith(b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}")
+    )
+
+
+def test_objects_that_are_shared_as_usual_are_read() -> None:
+    shared = [tuple(range(100))] * 50
+    torch.save(
+        {"model": network().state_dict(), "history": [shared] * 20, "rng": (3, tuple(range(625)), None)}, "w.pth"
+    )
+    load_weights(network(), "w.pth")
+
+
+def rezipped(
+    compression: int = zipfile.ZIP_STORED, prefix: bytes = b"", comment: bytes = b"", twice: bool = False
+) -> bytes:
+    torch.save(network().state_dict(), "good.pth")
+    with zipfile.ZipFile("good.pth") as source, zipfile.ZipFile("bad.pth", "w", compression) as target:
+        for entry in source.namelist():
+            target.writestr(entry, source.read(entry))
+        if twice:
+            target.writestr(source.namelist()[0].upper(), b"")
+        target.comment = comment
+    return prefix + Path("bad.pth").read_bytes()
+
+
+def test_zip_archives_that_torch_save_does_not_make() -> None:
+    Path("w.pth").write_bytes(rezipped())
+    load_weights(network(), "w.pth")
+    assert "its content is compressed" in refused(rezipped(zipfile.ZIP_DEFLATED))
+    for made in (rezipped(comment=b"x"), rezipped(twice=True), rezipped(prefix=b"PK\x03\x04" + b"\0" * 30)):
+        assert "a zip archive, but none that torch.save has made" in refused(made)
+
+
+def test_a_zip_bomb_is_not_unpacked() -> None:
+    bomb = pickles.zipped(b"\0" * 2**27, (), zipfile.ZIP_DEFLATED)
+    assert len(bomb) < 2**18
+    assert "its content is compressed" in refused(bomb)
+
+
+@pytest.mark.parametrize("size", [2**62, 2**32, 0])
+def test_a_safetensors_header_that_lies(size: int) -> None:
+    header = b'{"fc.weight":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
+    assert "or it is damaged" in refused(struct.pack("<Q", size or len(header)) + header + b"\0" * 8, "w.safetensors")
+
+
+def checkpoint(**changes: object) -> Path:
+    content = {"state_dict": network().state_dict(), "pytorch-lightning_version": "2.6.6", "optimizer_states": []}
+    torch.save(content | changes, "last.ckpt")
+    return Path("last.ckpt")
+
+
+def test_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
+    read_checkpoint(checkpoint(), whole=True)
+    read_checkpoint(checkpoint(state_dict=spoilt(lambda own: own - float("inf"))))  # as some criteria's own begin
+    with pytest.raises(ValueError, match=r"is not loaded: fc\.weight has numbers that are NaN"):
+        read_checkpoint(checkpoint(state_dict=spoilt(lambda own: own * float("nan"))))
+    with pytest.raises(ValueError, match="1,000,000,000,000 numbers, and the file"):
+        read_checkpoint(checkpoint(state_dict={"x": torch.zeros(1).expand(10**12)}))
+    Path("last.ckpt").write_bytes(pickles.zipped(doubled(100, b"K\x01u."), ()))
+    assert main(["fit", "--config", "digits/kd", "--ckpt_path", "last.ckpt"]) == 2
+    assert "last.ckpt is not loaded: its objects hold one another" in capsys.readouterr().err
+
+
+LAUGHS = "l0: &l0 [x]\n" + "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]\n" for i in range(1, 30))
+MERGED = "l0: &l0 {k: 1}\n" + "".join(f"l{i}: &l{i} {{<<: [{', '.join([f'*l{i - 1}'] * 10)}]}}\n" for i in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (LAUGHS, "hold one another so often"),
+        (MERGED, "hold one another so often"),
+        ("data: &a {x: *a}", "holds itself"),
+        ("data: &a [*a]", "holds itself"),
+        ("data: " + "[" * 100_000, "nested too deep"),
+        ("data: " + "[" * 200 + "]" * 200, "nested too deep"),
+        ("# " + "x" * 2**21, "a text of 2,097,154 characters is no config"),
+        ("trainer: {max_epochs: 1}\ntrainer: {max_epochs: 2}", "has the key trainer twice, again in line 2"),
+        ("seed_everything: " + "9" * 5000, "a value in it cannot be read"),
+        ("seed_everything: 2001-99-99", "a value in it cannot be read"),
+        ("seed_everything: !!timestamp x", "a value in it cannot be read"),
+        ("trainer: !!python/object/apply:tests.fuzz.canary.ring []", "could not determine a constructor"),
+        ("trainer:\n\tmax_epochs: 1", "cannot start any token"),
+        ("model: bomb.yaml", "model: Invalid content in sub-config file bomb.yaml: its objects hold one another"),
+        (
+            "model: {class_path: os.system}",
+            "Import path os.system does not correspond to a subclass of LightningModule",
+        ),
+        (
+            "data: lkd.DigitsDataModule\nmodel: {class_path: lkd.ClassificationModule, init_args: "
+            "{model: {class_path: tests.fuzz.canary.ring}}}",
+            "ring",
+        ),
+    ],
+)
+def test_configs(text: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("it.yaml").write_text(text)
+    Path("bomb.yaml").write_text(LAUGHS)
+    canary.heard.clear()
+    assert main(["fit", "--config", "it.yaml"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "lkd: error: " in line]
+    assert says in line
+    assert not canary.heard
+
+
+def test_aliases_as_people_use_them() -> None:
+    from lkd.plain_yaml import load_yaml
+
+    text = "a: &a {x: 1, y: [1, 2]}\nb: {<<: *a, y: 3}\nc: [*a, *a]"
+    assert load_yaml(text)["b"] == {"x": 1, "y": 3}
+
+
+def test_a_forged_header_of_a_kept_file() -> None:
+    header = b'{"__metadata__":{"lkd":"' + b"[" * 100_000 + b'"},"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    Path("kept.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    with pytest.warns(UserWarning, match="is not used, and made anew: it cannot be read"):
+        assert load_tensors(Path("kept.safetensors"), {}) is None
+
+
+def tree(*names: str, count: int = 3) -> Path:
+    """Folders of good images, and the one to which bad ones are added."""
+    for folder in names or ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (Path("pets") / folder).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            Image.effect_noise((9, 8), 99).convert("RGB").save(Path("pets") / folder / f"{number}.png")
+    return Path("pets/test/cat")
+
+
+def pets(**settings: object) -> ImageFolderDataModule:
+    return ImageFolderDataModule("pets", 8, num_workers=0, val_size=0, **settings)
+
+
+def shown_images(data: ImageFolderDataModule) -> list[int]:
+    data.setup("test")
+    return [index for batch in data.test_dataloader() for index in batch.index.tolist()]
+
+
+def damage(kind: str, path: Path) -> None:
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "huge":
+        path.write_bytes(b"P6 2000000000 2000000000 255\n")
+    elif kind == "line":
+        Image.new("1", (10**6, 1)).save(path, "PNG")
+    elif kind == "eps":  # for which Pillow would start Ghostscript
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    elif kind == "cut":
+        path.write_bytes((path.parent / "0.png").read_bytes()[:60])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    else:
+        path.symlink_to(kind)
+
+
+DAMAGES = ["fifo", "huge", "line", "eps", "cut", "empty", "/dev/zero", "/proc/kmsg", "nowhere", "1.jpg"]
+
+
+@pytest.mark.parametrize("limit", [0, 2**30])
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_an_image_that_cannot_be_read(kind: str, limit: int) -> None:
+    damage(kind, tree() / "1.jpg")
+    with pytest.raises(ImageError, match=r"image pets/test/cat/1.jpg cannot be read \(.*\); replace or remove it"):
+        shown_images(pets(resident_limit=limit))
+    for _ in range(2):  # found out, and read from what was kept of it
+        data = pets(resident_limit=limit, unreadable="skip")
+        with pytest.warns(
+            UserWarning, match=r"1 of 7 images in pets/test cannot .*: pets/test/cat/1.jpg \(.*all are listed in"
+        ):
+            assert shown_images(data) == [0, 2, 3, 4, 5, 6]  # the others keep their index
+
+
+def test_images_that_are_left_out_of_training() -> None:
+    tree(count=6)
+    for number in (1, 4):
+        Path(f"pets/train/cat/{number}.png").write_bytes(b"no image")
+    for settings in (
+        {"resident_limit": 0},
+        {"augment": []},
+        {"val_size": 4},
+        {"label_size": 4, "drop_unlabelled": True},
+    ):
+        data = ImageFolderDataModule("pets", 8, num_workers=0, unreadable="skip", **{"val_size": 0, **settings})
+        with pytest.warns(UserWarning, match="2 of 12 images"):
+            data.setup("fit")
+        splits = [split.index.tolist() for split in data.datasets.values()]
+        assert not {1, 4} & {position for split in splits for position in split}
+        expected = 4 if "drop_unlabelled" in settings else 10
+        assert sum(map(len, splits)) == expected
+        assert data.num_samples == 12
+        for batch in data.train_dataloader():
+            assert batch.input.isfinite().all()
+
+
+def test_images_that_were_replaced_are_looked_at_again() -> None:
+    bad = tree() / "1.png"
+    good = bad.read_bytes()
+    bad.write_bytes(good[:50])
+    with pytest.warns(UserWarning, match="1 of 6 images"):
+        assert len(shown_images(pets(unreadable="skip"))) == 5
+    bad.write_bytes(good)
+    assert len(shown_images(pets(unreadable="skip"))) == 6
+
+
+def test_a_class_without_a_readable_image() -> None:
+    folder = tree(count=1)
+    (folder / "0.png").write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match="no test image of the classes cat in pets/test can be read"),
+    ):
+        shown_images(pets(unreadable="skip"))
+
+
+def test_the_list_of_unreadable_images_has_no_other_names_than_there_are() -> None:
+    damage("cut", tree() / "1.jpg")
+    with pytest.warns(UserWarning, match="1 of 7"):
+        shown_images(pets(unreadable="skip"))
+    (file,) = Path("lkd_cache/unreadable").iterdir()
+    for forged in ('{"images": [{"position": 99, "reason": ""}]}', "[" * 10**5, "{}", "3", file.read_text()[:20]):
+        file.write_text(forged)
+        with pytest.warns(UserWarning, match="1 of 7"):
+            assert 1 not in shown_images(pets(unreadable="skip"))
+
+
+def test_links_are_followed_and_loops_end() -> None:
+    folder = tree()
+    Path("elsewhere/deep").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save("elsewhere/deep/7.png")
+    (folder / "more").symlink_to(Path("elsewhere").resolve())
+    (Path("elsewhere") / "back").symlink_to(folder.resolve())
+    for name in "abcdefghij":
+        (folder / name).symlink_to(".")
+    (folder / "3.png").symlink_to("0.png")
+    assert len(shown_images(pets())) == 3 + 3 + 1 + 1
+
+
+def test_links_that_lead_nowhere() -> None:
+    tree()
+    Path("pets/test/bird").symlink_to("gone")
+    with pytest.raises(FileNotFoundError, match=r"links in pets/test lead nowhere: bird; mend or remove them"):
+        shown_images(pets())
+
+
+@pytest.mark.parametrize("name", [b"a\nb.png", b"\xff\xfe.png", b"-a.png", b"\x1b[2J.png", b"%s {}.png"])
+def test_odd_names(name: bytes) -> None:
+    folder = tree()
+    path = Path(os.fsdecode(os.fsencode(folder) + b"/" + name))
+    path.write_bytes((folder / "0.png").read_bytes())
+    (folder / "folder.png").mkdir()
+    assert len(shown_images(pets())) == 7
+    path.write_bytes(b"")
+    with pytest.raises(ImageError) as caught:
+        shown_images(pets())
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "P", "RGBA", "LA", "1", "I;16", "L"])
+def test_modes(mode: str) -> None:
+    folder = tree()
+    Image.new("L", (9, 8), 200).convert("L" if mode in ("LA", "I;16") else "RGB").convert(mode).save(folder / "3.tif")
+    assert len(shown_images(pets())) == 7
+
+
+def test_of_several_images_in_a_file_the_first_is_read() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("white", "black")]
+    frames[0].save(tree() / "0.jpg", "GIF", save_all=True, append_images=frames[1:])
+    data = pets(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    data.setup("test")
+    assert next(iter(data.test_dataloader())).input[0].mean() == 1
+
+
+if sys.platform == "linux":
+
+    def test_a_few_inputs_of_the_fuzz() -> None:
+        signal.alarm(0)  # it has its own limits
+        results = dict(fuzz(list(READERS), range(40), seed=0))
+        assert {name: result.findings for name, result in results.items()} == {name: [] for name in READERS}
+        for result in results.values():
+            assert result.kinds.total() == 40
+            assert 0 < result.kinds["accepted"] < 40
+
+    def test_the_fuzz_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from tests.fuzz import runner
+
+        own = type("Own", (), {"read": staticmethod(lambda path: canary.ring() or "accepted")})
+        module = type("Module", (), {"REFUSALS": (ValueError,), "MEMORY": 2**20, "__name__": "x"})
+        assert runner._read(own, module, tmp_path)[1] == "something was run: canary"
+        own.read = staticmethod(lambda path: "accepted" if b"x" * 2**26 else "")
+        assert "MiB of memory" in runner._read(own, module, tmp_path)[1]
+        own.read = staticmethod(lambda path: 1 / 0)
+        assert runner._read(own, module, tmp_path)[1] == "ZeroDivisionError: division by zero"
