@@ -67,6 +67,7 @@ def _work(args: list[str], folder: Path, log: Path, fault: str) -> None:
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method("fork", force=True)  # of a loader's workers, which watch this process then
     torch.set_num_threads(1)
     if fault:
         import importlib

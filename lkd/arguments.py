@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,18 +39,15 @@ def prepare(args: Sequence[str]) -> tuple[list[str], str]:
     parser = ArgumentParser(prog="lkd", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     parser.add_argument("--ckpt_path")
-    if args[0] == "fit":
-        parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--trainer.default_root_dir", dest="root")
     given, rest = parser.parse_known_args(args[1:])
     configs = [find_config(name) for name in given.config]
     root = Path(given.root or "runs")
     if given.root is not None:
         rest.append(f"--trainer.default_root_dir={given.root}")
-    if getattr(given, "resume", False):
-        if given.ckpt_path is not None:
-            raise ValueError("--resume takes the newest run's last checkpoint; leave it out, or --ckpt_path")
-        given.ckpt_path = "last" if _checkpoints(root / _run_name(configs, root), "last") else None
+    if given.resume:
+        given.ckpt_path = _resumed(args[0], given, configs, root, rest)
     if given.ckpt_path not in (None, "null"):
         path = _find_checkpoint(given.ckpt_path, root, _run_name(configs, root))
         configs = configs or [_config_of(path)]
@@ -58,6 +55,37 @@ def prepare(args: Sequence[str]) -> tuple[list[str], str]:
             read_checkpoint(path, whole=args[0] == "fit")
         rest.append(f"--ckpt_path={path}")
     return [args[0], *(f"--config={path}" for path in configs), *rest], _run_name(configs, root)
+
+
+def _resumed(command: str, given: Namespace, configs: Sequence[Path], root: Path, rest: Sequence[str]) -> str | None:
+    """What `--resume` stands for: `last`, or None if the newest run has left nothing to go on from.
+
+    Raises:
+        ValueError: If it makes no sense beside the other arguments.
+    """
+    if command != "fit":
+        raise ValueError(f"--resume is for fit; lkd {command} takes --ckpt_path last or best, or a file")
+    if given.ckpt_path is not None:
+        raise ValueError("--resume takes the newest run's last checkpoint; leave it out, or --ckpt_path")
+    if not configs:
+        raise ValueError("--resume needs the run's --config, which gives it its name; or give its --ckpt_path")
+    if _names_logger(configs, rest):
+        raise ValueError(
+            "--resume finds a run by lkd's own logger; with another one give the run's last.ckpt as --ckpt_path FILE"
+        )
+    runs = sorted((root / _run_name(configs, root)).glob("version_*"), key=_number)
+    names = ("last.ckpt", "previous.ckpt")
+    return "last" if runs and any((runs[-1] / "checkpoints" / name).is_file() for name in names) else None
+
+
+def _names_logger(configs: Sequence[Path], rest: Sequence[str]) -> bool:
+    """Whether configs or arguments name a logger of their own, rather than saying true, false or null."""
+    values = [load_yaml(path.read_text(encoding="utf-8")).get("trainer", {}).get("logger") for path in configs]
+    for arg, following in zip(rest, [*rest[1:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        if name.startswith("--trainer.logger"):
+            values.append(value if equals else following)
+    return any(str(value).lower() not in ("none", "null", "true", "false") for value in values)
 
 
 def configs_folder() -> Path:
@@ -155,7 +183,13 @@ def _checkpoints(folder: Path, name: str) -> list[Path]:
     """Checkpoints of all runs of one name, the newest first."""
     names = ("last", "previous") if name == "last" else (name,)
     found = [path for each in names for path in folder.glob(f"version_*/checkpoints/{each}*.ckpt")]
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    return sorted(found, key=lambda path: (_number(path.parents[1]), path.stat().st_mtime), reverse=True)
+
+
+def _number(version: Path) -> int:
+    """The number of a run's folder."""
+    number = version.name.removeprefix("version_")
+    return int(number) if number.isdigit() else -1
 
 
 def _newest_whole(folder: Path) -> Path:
@@ -182,10 +216,10 @@ def run_version(path: Path, runs: Path) -> int | None:
     Returns:
         Its number; None if the checkpoint is of another run, or not its last: then a new run begins with it.
     """
-    version = path.resolve().parent.parent
-    number = version.name.removeprefix("version_")
+    version = path.absolute().parent.parent  # links stay: run and checkpoints may lie on another disk
     is_last = path.parent.name == "checkpoints" and path.stem in ("last", "previous")
-    return int(number) if is_last and version.parent == runs.resolve() and number.isdigit() else None
+    is_own = version.parent.resolve() == runs.resolve()
+    return _number(version) if is_last and is_own and _number(version) >= 0 else None
 
 
 def read_checkpoint(path: Path, whole: bool = False) -> Mapping[str, Any]:
@@ -205,7 +239,7 @@ def read_checkpoint(path: Path, whole: bool = False) -> Mapping[str, Any]:
     except Exception as error:  # damaged bytes can raise anything in the unpickler
         raise ValueError(
             f"{shown(path)} is not a checkpoint that PyTorch reads without running code, or it is damaged "
-            f"({type(error).__name__}); give one that `lkd fit` has written"
+            f"({type(error).__name__}); give one that `lkd fit` has written, or, if you trust it, --weights_only false"
         ) from error
     needed = {"state_dict", "pytorch-lightning_version"} | ({"optimizer_states"} if whole else set())
     if not (isinstance(content, Mapping) and needed <= set(content) and isinstance(content["state_dict"], Mapping)):
@@ -230,7 +264,7 @@ def _flaw(tensor: object) -> str:
 
 def _config_of(ckpt_path: Path) -> Path:
     """The config of the run in whose folder a checkpoint lies."""
-    for folder in list(ckpt_path.resolve().parents)[:3]:
+    for folder in [*list(ckpt_path.absolute().parents)[:3], *list(ckpt_path.resolve().parents)[:3]]:
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
     raise FileNotFoundError(

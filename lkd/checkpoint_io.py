@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **settings: Any) -> dict[str, Any]:
-        """Read a checkpoint, after a look whether it is whole."""
+        """Read a checkpoint, after a look whether it is whole.
+
+        Raises:
+            ValueError: If it is not.
+        """
         if Path(path).is_file() and (damage := damage_of(Path(path))):
             raise ValueError(f"{shown(path)} is damaged ({damage}); give another checkpoint")
         content: dict[str, Any] = super().load_checkpoint(path, *args, **settings)
@@ -66,9 +69,3 @@ def damage_of(path: Path) -> str:
             return ""
         return said(error) or type(error).__name__
     return ""
-
-
-def global_step(path: Path) -> int:
-    """How many steps a checkpoint's run has made, without reading its tensors."""
-    content: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return int(content.get("global_step", 0))

@@ -22,9 +22,9 @@ from jsonargparse import ArgumentError, get_loader, set_loader
 from jsonargparse._util import NestedArg, import_object
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -40,25 +40,15 @@ from lkd.callbacks import (
     RunRecord,
     StepSeed,
 )
+from lkd.callbacks.checkpoint import locked
 from lkd.callbacks.speed import fitting_precision
-from lkd.checkpoint_io import global_step
 from lkd.losses import DistillLoss
 from lkd.mistakes import CALLBACKS, explain
 from lkd.plain_yaml import load_yaml
 from lkd.processes import LostProcessError, bound_to_parent, lost, speaker
+from lkd.run_config import SaveConfig
 
 _MISTAKES = (ArgumentError, MisconfigurationException, OSError, TypeError, ValueError, yaml.YAMLError)
-
-
-class SaveConfig(SaveConfigCallback):
-    """Keep the resolved config in the run's folder, and as text in TensorBoard."""
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write the text."""
-        config = self.parser.dump(self.config, skip_none=False)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("config", "\n".join(f"    {line}" for line in config.splitlines()))
 
 
 class LkdCLI(LightningCLI):
@@ -151,11 +141,11 @@ class LkdCLI(LightningCLI):
         fit = self.subcommand == "fit"
         config = self._get(self.config_init, "trainer")
         folder = config.get("default_root_dir") or "runs"
-        goes_on = self._goes_on(Path(folder)) if fit else {}
+        version = self._version(Path(folder)) if fit else None
         if config.get("logger") in (None, True):
-            kwargs["logger"] = fit and TensorBoardLogger(folder, self.run_name, default_hp_metric=False, **goes_on)
+            kwargs["logger"] = fit and TensorBoardLogger(folder, self.run_name, version, default_hp_metric=False)
         elif fit and config["logger"] is False:  # config and checkpoints lie where a logger would have put them
-            kwargs["default_root_dir"] = TensorBoardLogger(folder, self.run_name, goes_on.get("version")).log_dir
+            kwargs["default_root_dir"] = TensorBoardLogger(folder, self.run_name, version).log_dir
         logged = bool(kwargs.get("logger", config.get("logger"))) and not config.get("fast_dev_run")
         kept = config.get("enable_checkpointing") is not False
         for section in () if kept else ("checkpoint", "last_checkpoint"):
@@ -174,11 +164,14 @@ class LkdCLI(LightningCLI):
             self.save_config_callback = None
         return super().instantiate_trainer(**kwargs)
 
-    def _goes_on(self, folder: Path) -> dict[str, Any]:
-        """Where a resumed run logs: in its own folder, from the step on that it had come to."""
+    def _version(self, folder: Path) -> int | None:
+        """The version of the run that goes on, in its own folder, which nobody else may write to from here on."""
         path = self._get(self.config_init, "ckpt_path")
-        version = path and run_version(Path(path), folder / self.run_name)
-        return {} if version is None else {"version": version, "purge_step": global_step(Path(path))}
+        runs = folder / self.run_name
+        version = run_version(Path(path), runs) if path else None
+        if version is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            self._lock = locked(runs / f"version_{version}" / "checkpoints")
+        return version
 
     def _precision(self, config: Any) -> str:
         shape = getattr(self.datamodule, "input_shape", None)

@@ -46,6 +46,8 @@ def explain(error: BaseException) -> str:
         text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
     if text.startswith("Expected more than 1 value per channel when training"):  # PyTorch's
         return f"{text}; a BatchNorm needs several images at once: set batch_size to 2 or more"
+    if found := re.search(r"restored a checkpoint with current_epoch=(\d+)", text):  # Lightning's
+        return f"the run has made {found[1]} epochs already; set --trainer.max_epochs to {found[1]} or more"
     keys, classes, reasons, value = _read(text)
     if len(reasons) == len(text.splitlines()):
         return _unknown_option(text) or text

@@ -30,6 +30,7 @@ LEVEL = {
     "mistakes": 3,
     "processes": 3,
     "cli": 3,
+    "run_config": 3,
     "listing": 3,
     "__main__": 3,
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import time
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from lkd.callbacks.stop import StopSignal
 from lkd.checkpoint_io import AtomicCheckpointIO
+from lkd.untrusted import read_torch
 
 _AGREE = 10
 """Steps between two moments at which several processes ask each other whether to save or stop: a round trip each."""
@@ -56,9 +59,18 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Also what Lightning forgets."""
-        super().load_state_dict(state_dict)
+        """Also what Lightning forgets: the current score, and all if the run's folder has another name by now."""
+        super().load_state_dict(self._moved(state_dict))
         self.current_score = state_dict.get("current_score")
+
+    def _moved(self, state: dict[str, Any]) -> dict[str, Any]:
+        folder, paths = str(self.dirpath), ("best_model_path", "kth_best_model_path", "last_model_path")
+        here = {path: str(Path(folder) / Path(path).name) for path in [*map(state.get, paths), *state["best_k_models"]]}
+        if not state["best_model_path"] or not Path(here[state["best_model_path"]]).is_file():
+            return state
+        kept = {here[path]: score for path, score in state["best_k_models"].items()}
+        named = {name: here[state[name]] if state.get(name) else "" for name in paths}
+        return {**state, **named, "dirpath": self.dirpath, "best_k_models": kept}
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -86,15 +98,19 @@ class LastCheckpoint(ModelCheckpoint):
         self._place: Literal["between epochs", "between steps"] | None = None
         self._step = self._boundaries = 0
         self._clock = 0.0
-        self._is_own = False
+        self._is_own = self._is_readable = False
         self._metrics: dict[str, Tensor] = {}
         self._batches: list[Any] = []  # their size, and the number of processes
         self._lock: IO[bytes] | None = None
 
     @property
     def path(self) -> Path:
-        """The file; its folder is known after `setup`."""
+        """The file; its folder is known after `setup`, and on this machine."""
         return Path(str(self.dirpath)) / "last.ckpt"
+
+    @property
+    def _is_local(self) -> bool:
+        return "://" not in str(self.dirpath)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder, and see that files are written at one stroke."""
@@ -103,10 +119,12 @@ class LastCheckpoint(ModelCheckpoint):
             return
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if not self._is_local:
+            return
         # A last.ckpt that this run does not come from may be damaged: it must not become the previous one.
         self._is_own = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == self.path.resolve()
         if trainer.is_global_zero:
-            self._lock = _locked(self.path.parent)
+            self._lock = locked(self.path.parent)
             for left in self.path.parent.glob(".*.ckpt.*"):  # by a process that was killed while it wrote
                 left.unlink(missing_ok=True)
 
@@ -201,11 +219,15 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero and self._is_own:
             _keep_previous(self.path)
         self._metrics = {name: metric.detach().cpu() for name, metric in trainer.callback_metrics.items()}
-        self._is_own, self._place, self.best_model_path = True, place, str(self.path)
+        self._is_own, self._place = self._is_local, place
+        self.best_model_path = str(self.path) if self._is_local else f"{self.dirpath}/last.ckpt"
         try:
-            trainer.save_checkpoint(self.path, weights_only=False)
+            trainer.save_checkpoint(self.best_model_path, weights_only=False)
         finally:
             self._place = None
+        if self._is_local and trainer.is_global_zero and not self._is_readable:
+            self._is_readable = True
+            _warn_of_code(self.path)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say where the run is: what has been got ready, but has not begun, is to be done by who goes on."""
@@ -251,7 +273,20 @@ def _was_validated(trainer: L.Trainer) -> bool:
     return bool(counted.started % every == 0)
 
 
-def _locked(folder: Path) -> IO[bytes] | None:
+def _warn_of_code(path: Path) -> None:
+    """Say in time that a checkpoint holds what is not read without running code, as a callback's state may."""
+    try:
+        if path.is_file():  # and no folder, as of a sharded student
+            read_torch(path)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        rank_zero_warn(
+            f"{path} holds {named[1] if named else 'an object'}, in the state of a callback or module of your own: to "
+            "read it would run code, so this run can only go on with --weights_only false; keep plain numbers instead"
+        )
+
+
+def locked(folder: Path) -> IO[bytes] | None:
     """Keep a folder for this process, until the file that is returned is closed or the process is gone.
 
     Raises:

@@ -50,8 +50,9 @@ class FitReport(L.Callback):
         if trainer.progress_bar_callback is not None:  # it would draw itself over what follows
             trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
         console = Console(soft_wrap=True)
-        if not self._trained:
-            console.print("nothing was left to train: the run is at its end; --trainer.max_epochs makes it longer")
+        if not self._trained and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            done = f"{trainer.current_epoch} epochs and {trainer.global_step} steps"
+            console.print(f"nothing was left to train: the run has made {done}; --trainer.max_epochs makes it longer")
         console.print(_table(pl_module.network_names[0], figures))
         for line in _where(trainer):
             console.print(line, highlight=False, markup=False)

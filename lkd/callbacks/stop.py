@@ -46,7 +46,8 @@ class StopSignal:
             if self.received is not None:
                 raise KeyboardInterrupt
             os.write(2, _WAIT)  # print could be in the middle of another print
-        self.received = number
+        if self._requeue is None or self.received != self._requeue:  # before its time limit SLURM sends both
+            self.received = number
 
     def release(self) -> None:
         """From here on, signals do what they did before."""

@@ -1,0 +1,99 @@
+"""A run's own config: kept in its folder, and looked at again where the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+from lkd.plain_yaml import load_yaml
+
+_FREE = ("ckpt_path", "config", "last_checkpoint", "trainer.max_", "trainer.enable_", "trainer.log_every_n_steps")
+"""Settings that change nothing in the steps that a run has still to make."""
+
+_STATEFUL = (".optimizer", ".optimizer.class_path", ".lr_scheduler", ".lr_scheduler.class_path")
+"""What a checkpoint's state is of: another class could not go on from it."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keep the resolved config in the run's folder, and as text in TensorBoard, once it is sure that the run begins.
+
+    Args:
+        parser: The command line's.
+        config: The config; the checkpoint in it is left out, as it belongs to this start and not to the run.
+        settings: As for Lightning's.
+    """
+
+    def __init__(self, parser: Any, config: Any, **settings: Any) -> None:
+        super().__init__(parser, config.clone(), **settings)
+        self.config["ckpt_path"] = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Not yet: what refuses the run comes later, and must leave the folder as it is."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Where a run goes on, compare its config with this one.
+
+        Raises:
+            ValueError: If the state of its optimizer or schedule is none for this config.
+        """
+        path = Path(str(trainer.log_dir)) / self.config_filename  # in all processes: it is broadcast
+        if not trainer.ckpt_path or not path.is_file():
+            return
+        try:
+            begun = load_yaml(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            return
+        now = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        changes = [change for change in _changes(begun, now) if not change[0].startswith(_FREE)]
+        said = [f"{name} {_short(old)} (now {_short(new)})" for name, old, new in changes]
+        if barred := [text for (name, *_), text in zip(changes, said, strict=True) if name.endswith(_STATEFUL)]:
+            raise ValueError(
+                f"the run in {path.parent} was begun with {barred[0]}, which cannot go on from its state; take that of "
+                "then, or begin a new run without --resume and --ckpt_path"
+            )
+        if said:
+            more = f" and {len(said) - 4} more" if len(said) > 4 else ""
+            held = "; numbers of optimizer and schedule stay those of then" if _is_held(changes) else ""
+            rank_zero_warn(f"this run was begun with other settings: {', '.join(said[:4])}{more}{held}")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep it; and tell TensorBoard from which step on the curves are drawn anew."""
+        super().setup(trainer, pl_module, "fit")
+        for logger in trainer.loggers if trainer.is_global_zero and trainer.ckpt_path else ():
+            if isinstance(logger, TensorBoardLogger):
+                step, start = trainer.global_step, SessionLog(status=SessionLog.START)
+                logger.experiment._get_file_writer().add_event(Event(step=step, session_log=start), step)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write the text."""
+        config = self.parser.dump(self.config, skip_none=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("config", "\n".join(f"    {line}" for line in config.splitlines()))
+
+
+def _changes(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Settings that both configs have, and that differ: name, old and new value."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in new:
+            if key in old:
+                yield from _changes(old[key], new[key], f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new
+
+
+def _is_held(changes: list[tuple[str, Any, Any]]) -> bool:
+    return any(".optimizer." in name or ".lr_scheduler." in name for name, *_ in changes)
+
+
+def _short(value: Any) -> str:
+    text = str(value.get("class_path", value) if isinstance(value, dict) else value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,174 @@
+"""What a user may do to a run before it goes on, and what is said and kept then."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from pathlib import Path
+
+import fsspec
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from benchmarks.lives import curves
+from lkd.__main__ import main
+from lkd.callbacks import LastCheckpoint
+
+FIT = ["fit", "--config", "digits/kd", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=7"]
+RUN = Path("runs/digits/kd/version_0")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> Path:
+    """A folder with a run of two epochs."""
+    folder = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("LKD_CACHE", str(folder / "lkd_cache"))
+        assert main([*FIT, "--resume", "--trainer.max_epochs=2"]) == 0
+    return folder
+
+
+@pytest.fixture
+def fit(begun, tmp_path, capfd):
+    """Goes on with that run for a third epoch; returns the exit code and what was said."""
+    shutil.copytree(begun / "runs", tmp_path / "runs")
+
+    def resume(*args: str, max_epochs: int = 3) -> tuple[int, str]:
+        code = main([*FIT, "--resume", f"--trainer.max_epochs={max_epochs}", *args])
+        out, err = capfd.readouterr()
+        return code, " ".join((out + err).split())
+
+    return resume
+
+
+def _best() -> dict[str, object]:
+    states = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["callbacks"].values()
+    return next(state for state in states if state.get("monitor") == "val/acc")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("student.init_args.depth=14", "the checkpoint does not fit this DistillModule"),
+        ("optimizer=torch.optim.Adam", "was begun with model.init_args.optimizer.class_path torch.optim.SGD (now"),
+        ("lr_scheduler=null", "was begun with model.init_args.lr_scheduler torch.optim.lr_scheduler.CosineAnnealingLR"),
+    ],
+)
+def test_a_refused_run_stays_as_it_was(fit, setting: str, said: str) -> None:
+    before, points = (RUN / "config.yaml").read_text(), curves(RUN)
+    code, text = fit(f"--model.init_args.{setting}")
+    assert code == 2
+    assert said in text
+    assert (RUN / "config.yaml").read_text() == before
+    assert curves(RUN) == points
+    assert fit()[0] == 0
+
+
+def test_another_process_is_refused_before_it_changes_anything(fit) -> None:
+    before, points = (RUN / "config.yaml").read_text(), curves(RUN)
+    with (RUN / "checkpoints/.lock").open("wb"):  # by this process, a lock would not be noticed
+        with pytest.MonkeyPatch.context() as patch:
+
+            def taken(*_: object) -> None:
+                raise BlockingIOError
+
+            patch.setattr(fcntl, "lockf", taken)
+            code, text = fit("--model.init_args.distill_weight=0.123")
+    assert code == 2
+    assert "another process is training the run" in text
+    assert (RUN / "config.yaml").read_text() == before
+    assert curves(RUN) == points
+
+
+def test_other_settings_are_told(fit) -> None:
+    code, text = fit("--model.init_args.optimizer.init_args.lr=0.0001", "--seed_everything=7")
+    assert code == 0
+    told = "seed_everything 0 (now 7), model.init_args.optimizer.init_args.lr 0.1 (now 0.0001); numbers of optimizer"
+    assert told in text
+    assert "begun with other settings" not in fit(max_epochs=4)[1].replace("seed_everything 7 (now 0)", "")
+
+
+def test_the_same_settings_are_not(fit) -> None:
+    assert "other settings" not in fit()[1]
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["ckpt_path"] is None
+
+
+@pytest.mark.parametrize("way", ["moved", "spelt otherwise", "on another disk"])
+def test_the_best_stays_the_best(fit, tmp_path, way: str) -> None:
+    wanted = _best()["best_model_score"]
+    args = ["--data.init_args.mean=[30.0]"]  # what is measured then is no better
+    if way == "spelt otherwise":
+        args.append(f"--trainer.default_root_dir={tmp_path}/runs")
+    if way == "moved":
+        Path("runs").rename("runs2")
+        args.append("--trainer.default_root_dir=runs2")
+    if way == "on another disk":
+        RUN.rename("disk")
+        RUN.symlink_to(Path("disk").absolute())
+    assert fit(*args)[0] == 0
+    if way == "moved":
+        Path("runs2").rename("runs")
+    assert sorted(path.name for path in RUN.parent.iterdir()) == ["version_0"]
+    assert _best()["best_model_score"] == wanted
+    assert torch.load(RUN / "checkpoints/best.ckpt", weights_only=True)["epoch"] < 2
+
+
+def test_the_newest_run_has_left_nothing(fit) -> None:
+    (RUN.parent / "version_1").mkdir()
+    (RUN.parent / "version_10").mkdir()
+    assert fit(max_epochs=1)[0] == 0
+    assert (RUN.parent / "version_11/checkpoints/last.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--trainer.logger=CSVLogger"], "--resume finds a run by lkd's own logger"),
+        (["--trainer.logger", "CSVLogger"], "--resume finds a run by lkd's own logger"),
+        (["--ckpt_path=best"], "leave it out, or --ckpt_path"),
+    ],
+)
+def test_what_makes_no_sense_with_resume(fit, args: list[str], said: str) -> None:
+    code, text = fit(*args)
+    assert code == 2
+    assert said in text
+
+
+def test_less_than_was_made(fit) -> None:
+    code, text = fit(max_epochs=1)
+    assert code == 2
+    assert "the run has made 2 epochs already; set --trainer.max_epochs to 2 or more" in text
+
+
+def test_resume_is_for_fit_and_needs_a_name(capsys) -> None:
+    assert main(["test", "--resume"]) == 2
+    assert "--resume is for fit" in capsys.readouterr().err
+    assert main(["fit", "--resume"]) == 2
+    assert "--resume needs the run's --config" in capsys.readouterr().err
+
+
+class Odd(L.Callback):
+    """Keeps what is not plain."""
+
+    def state_dict(self) -> dict[str, object]:
+        return {"x": np.array([1.5])}
+
+
+def test_state_that_needs_code_is_told_in_time(distill, data, trainer, recwarn) -> None:
+    trainer(max_epochs=1, callbacks=[Odd(), LastCheckpoint()], enable_checkpointing=True).fit(distill(), data)
+    told = [str(warning.message) for warning in recwarn if "--weights_only false" in str(warning.message)]
+    assert len(told) == 1
+    assert "numpy" in told[0]
+
+
+def test_remote_folder(distill, data, trainer) -> None:
+    root = "memory://runs"
+    engine = trainer(max_epochs=1, callbacks=[LastCheckpoint()], enable_checkpointing=True, default_root_dir=root)
+    engine.fit(distill(), data)
+    files = fsspec.filesystem("memory").glob("/runs/**/*.ckpt")
+    assert [Path(file).name for file in files] == ["last.ckpt"]
+    assert not Path("memory:").exists()
