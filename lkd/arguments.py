@@ -124,6 +124,8 @@ def _well_formed(path: Path) -> Path:
     for key in {"model", "data", "trainer"} & set(config):
         if not isinstance(config[key], dict) and not (isinstance(config[key], str) and key != "trainer"):
             raise ValueError(f"{path} should have settings below {key!r}, got {config[key]!r}")
+    if not isinstance(config.get("config"), list | None):  # a run's own may list the files that it was made from
+        raise ValueError(f"{path} has a key 'config'; name every file on the command line, by a --config of its own")
     for key, nearest in _misspelt(config):
         raise ValueError(f"{path} has a key {key!r}; did you mean {nearest!r}?")
     return path

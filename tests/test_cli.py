@@ -352,7 +352,7 @@ def test_a_run_s_own_config_has_its_name(root: str) -> None:
     folder = Path(root, "digits/kd/version_0")
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text("seed_everything: 1")
-    facts = dict.fromkeys(("state_dict", "pytorch-lightning_version", "optimizer_states"))
+    facts = {"state_dict": {}, "pytorch-lightning_version": "2.6.6", "optimizer_states": []}
     torch.save(facts, folder / "checkpoints/last.ckpt")
     args = ["fit", "--config", str(folder / "config.yaml"), "--ckpt_path", "last"]
     where = [] if root == "runs" else ["--trainer.default_root_dir", root]

@@ -218,6 +218,7 @@ MERGED = "l0: &l0 {k: 1}\n" + "".join(f"l{i}: &l{i} {{<<: [{', '.join([f'*l{i - 
         ("seed_everything: 2001-99-99", "a value in it cannot be read"),
         ("seed_everything: !!timestamp x", "a value in it cannot be read"),
         ("trainer: !!python/object/apply:tests.fuzz.canary.ring []", "could not determine a constructor"),
+        ("config: {a: 1}", "has a key 'config'; name every file on the command line"),
         ("trainer:\n\tmax_epochs: 1", "cannot start any token"),
         ("model: bomb.yaml", "model: Invalid content in sub-config file bomb.yaml: its objects hold one another"),
         (

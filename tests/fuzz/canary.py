@@ -15,6 +15,8 @@ _FORBIDDEN = {
     "shutil.rmtree",
     "os.putenv",
 }
+# How jsonargparse finds the stubs of a class whose arguments have no types: nothing in it comes from a file.
+_STUBS = [sys.executable, "-c", "import sys, json; print(json.dumps(sys.path))"]
 heard: list[str] = []
 _listening = False
 
@@ -32,4 +34,9 @@ def listen(on: bool) -> None:
 
 def install() -> None:
     """Once in a process; a hook cannot be taken away."""
-    sys.addaudithook(lambda event, args: heard.append(event) if _listening and event in _FORBIDDEN else None)
+    sys.addaudithook(_hear)
+
+
+def _hear(event: str, args: tuple[object, ...]) -> None:
+    if _listening and event in _FORBIDDEN and not (event == "subprocess.Popen" and args[1] == _STUBS):
+        heard.append(event)
