@@ -96,4 +96,4 @@ def _is_held(changes: list[tuple[str, Any, Any]]) -> bool:
 
 def _short(value: Any) -> str:
     text = str(value.get("class_path", value) if isinstance(value, dict) else value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return text if len(text) <= 60 else f"{text[:57]}..."

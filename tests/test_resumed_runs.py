@@ -68,32 +68,34 @@ def test_a_refused_run_stays_as_it_was(fit, setting: str, said: str) -> None:
     assert fit()[0] == 0
 
 
-def test_another_process_is_refused_before_it_changes_anything(fit) -> None:
+def test_another_process_is_refused_before_it_changes_anything(fit, monkeypatch) -> None:
+    def taken(*_: object) -> None:  # by this process, a lock would not be noticed
+        raise BlockingIOError
+
     before, points = (RUN / "config.yaml").read_text(), curves(RUN)
-    with (RUN / "checkpoints/.lock").open("wb"):  # by this process, a lock would not be noticed
-        with pytest.MonkeyPatch.context() as patch:
-
-            def taken(*_: object) -> None:
-                raise BlockingIOError
-
-            patch.setattr(fcntl, "lockf", taken)
-            code, text = fit("--model.init_args.distill_weight=0.123")
+    monkeypatch.setattr(fcntl, "lockf", taken)
+    code, text = fit("--model.init_args.distill_weight=0.123")
     assert code == 2
     assert "another process is training the run" in text
     assert (RUN / "config.yaml").read_text() == before
     assert curves(RUN) == points
 
 
-def test_other_settings_are_told(fit) -> None:
-    code, text = fit("--model.init_args.optimizer.init_args.lr=0.0001", "--seed_everything=7")
-    assert code == 0
-    told = "seed_everything 0 (now 7), model.init_args.optimizer.init_args.lr 0.1 (now 0.0001); numbers of optimizer"
-    assert told in text
-    assert "begun with other settings" not in fit(max_epochs=4)[1].replace("seed_everything 7 (now 0)", "")
+def _told(warned) -> list[str]:
+    return [str(warning.message) for warning in warned if "begun with other settings" in str(warning.message)]
 
 
-def test_the_same_settings_are_not(fit) -> None:
-    assert "other settings" not in fit()[1]
+def test_other_settings_are_told(fit, recwarn) -> None:
+    assert fit("--model.init_args.optimizer.init_args.lr=0.0001", "--seed_everything=7")[0] == 0
+    assert _told(recwarn) == [
+        "this run was begun with other settings: seed_everything 0 (now 7), model.init_args.optimizer.init_args.lr 0.1 "
+        "(now 0.0001); numbers of optimizer and schedule stay those of then"
+    ]
+
+
+def test_the_same_settings_are_not(fit, recwarn) -> None:
+    assert fit("--trainer.log_every_n_steps=3")[0] == 0
+    assert not _told(recwarn)
     assert yaml.safe_load((RUN / "config.yaml").read_text())["ckpt_path"] is None
 
 
