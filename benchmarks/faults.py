@@ -95,10 +95,11 @@ class Bench:
     Args:
         root: The folder.
         seed: Of the moments at which a run is killed.
+        twice: Whether each undisturbed run is made twice, and compared.
     """
 
-    def __init__(self, root: Path, seed: int = 0) -> None:
-        self.root, self.random = root, random.Random(seed)
+    def __init__(self, root: Path, seed: int = 0, twice: bool = True) -> None:
+        self.root, self.random, self.twice = root, random.Random(seed), twice
         root.chmod(0o755)
         self._wholes: dict[str, tuple[Path, float]] = {}
         self._count = 0
@@ -112,18 +113,18 @@ class Bench:
         return folder
 
     def whole(self, settings: str) -> tuple[Path, float]:
-        """A run of these settings that nothing interrupts, and its seconds; two were made, and are equal."""
+        """A run of these settings that nothing interrupts, and its seconds."""
         if settings not in self._wholes:
             runs = []
-            for _ in range(2):
+            for _ in range(1 + self.twice):
                 folder = self._new()
                 life, seconds = timed([*ARGS, *SETTINGS[settings]], folder, settings == "two processes")
                 if life.code != 0:
                     raise RuntimeError(f"{settings}: the undisturbed run has failed:\n{life.text}")
                 runs.append((run_of(folder), seconds))
-            if differs := differences(runs[0][0], runs[1][0]):
+            if differs := differences(runs[0][0], runs[-1][0]):
                 raise RuntimeError(f"{settings}: two undisturbed runs differ: {differs}")
-            self._wholes[settings] = runs[1]
+            self._wholes[settings] = runs[-1]
         return self._wholes[settings]
 
     def killed(self, settings: str) -> Row:

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import fcntl
 import signal
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.faults import ARGS, SETTINGS, Bench, Row, cut, empty, flip, images, run_of, table
+from benchmarks.faults import ARGS, Bench, Row, cut, empty, flip, images, run_of, table
 from benchmarks.lives import curves, differences, live, until_done
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Iterator[Bench]:
-    return Bench(tmp_path_factory.mktemp("faults"), seed=1)
+def bench(tmp_path_factory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("faults"), seed=1, twice=False)
 
 
 def _assert_nothing_lost(row: Row) -> None:
@@ -28,7 +27,16 @@ def _assert_nothing_lost(row: Row) -> None:
     assert not row.differs, row
 
 
-@pytest.mark.parametrize("settings", [name for name in SETTINGS if name not in ("the digits", "two processes")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "every augmentation, Mixup",
+        "image files, read by 2 workers",
+        "the teacher's answers kept",
+        "memories (CRD)",
+        "averaged weights (EMA)",
+    ],
+)
 def test_killed_within_an_epoch(bench, settings: str) -> None:
     row = bench.failed("SIGKILL after the second checkpoint", "benchmarks.faults:die_at_save,2,after", settings)
     _assert_nothing_lost(row)
@@ -50,7 +58,7 @@ def test_killed_while_the_previous_checkpoint_gets_its_name(bench) -> None:
     _assert_nothing_lost(bench.failed("", "benchmarks.faults:die_at_link"))
 
 
-@pytest.mark.parametrize("damage", [cut, flip, empty])
+@pytest.mark.parametrize("damage", [flip, empty])
 def test_damaged_checkpoint(bench, damage) -> None:
     _assert_nothing_lost(bench.torn("", damage))
 

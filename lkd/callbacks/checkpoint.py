@@ -78,7 +78,8 @@ class LastCheckpoint(ModelCheckpoint):
 
     It is written between two steps: before each epoch, at the end of fit, in long epochs every few minutes or steps,
     and after SIGTERM, SLURM's signal or Ctrl-C, which stop the run then. The one before it stays as `previous.ckpt`.
-    What loggers have got is written first, so that no point of a curve is lost.
+    What loggers have got is written first, so that no point of a curve is lost. A callback of your own that counts in
+    `on_train_batch_start` counts the batch before which it is written twice, if the run is resumed there.
 
     Args:
         minutes: Time between two savings in an epoch; None: it is not looked at.
