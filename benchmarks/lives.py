@@ -137,12 +137,16 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def until_done(one: Callable[[], Life], limit: int = 200) -> list[Life]:
-    """Lives, one after the other, until the run has ended by itself."""
+    """Lives, one after the other, until the run has ended by itself.
+
+    Raises:
+        RuntimeError: If one ends in a failure instead of being killed, or they are too many.
+    """
     lives = []
     while not lives or lives[-1].code != 0:
         lives.append(one())
-        if len(lives) > limit:
-            raise RuntimeError(f"the run did not end in {limit} lives; the last one said:\n{lives[-1].text}")
+        if lives[-1].code not in (0, -signal.SIGKILL) or len(lives) > limit:
+            raise RuntimeError(f"life {len(lives)} ended with {lives[-1].code}, and said:\n{lives[-1].text}")
     return lives
 
 

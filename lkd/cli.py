@@ -61,6 +61,7 @@ class LkdCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], name: str) -> None:
         self.args, self.run_name = list(args), name
+        self._lock: int | None = None
         quiet = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             model_class=L.LightningModule,
@@ -135,6 +136,9 @@ class LkdCLI(LightningCLI):
             if reason := lost(error, self.trainer):
                 raise LostProcessError(f"{reason}, so the run cannot go on") from error
             raise
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer, with a TensorBoard logger for fit unless the config says otherwise, and lkd's callbacks."""

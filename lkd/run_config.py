@@ -34,19 +34,35 @@ class SaveConfig(SaveConfigCallback):
     def __init__(self, parser: Any, config: Any, **settings: Any) -> None:
         super().__init__(parser, config.clone(), **settings)
         self.config["ckpt_path"] = None
+        self._step: int | None = None  # from which a run goes on
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Not yet: what refuses the run comes later, and must leave the folder as it is."""
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note from which step on."""
+        self._step = int(checkpoint["global_step"])
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Where a run goes on, compare its config with this one.
+        """Where a run goes on, compare its config with this one; tell TensorBoard which points will come again.
 
         Raises:
             ValueError: If the state of its optimizer or schedule is none for this config.
         """
         path = Path(str(trainer.log_dir)) / self.config_filename  # in all processes: it is broadcast
-        if not trainer.ckpt_path or not path.is_file():
+        if self._step is None:
             return
+        self._compare(path)
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, TensorBoardLogger):
+                start = Event(step=self._step, session_log=SessionLog(status=SessionLog.START))
+                logger.experiment._get_file_writer().add_event(start, self._step)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep it."""
+        super().setup(trainer, pl_module, "fit")
+
+    def _compare(self, path: Path) -> None:
         try:
             begun = load_yaml(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -63,14 +79,6 @@ class SaveConfig(SaveConfigCallback):
             more = f" and {len(said) - 4} more" if len(said) > 4 else ""
             held = "; numbers of optimizer and schedule stay those of then" if _is_held(changes) else ""
             rank_zero_warn(f"this run was begun with other settings: {', '.join(said[:4])}{more}{held}")
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep it; and tell TensorBoard from which step on the curves are drawn anew."""
-        super().setup(trainer, pl_module, "fit")
-        for logger in trainer.loggers if trainer.is_global_zero and trainer.ckpt_path else ():
-            if isinstance(logger, TensorBoardLogger):
-                step, start = trainer.global_step, SessionLog(status=SessionLog.START)
-                logger.experiment._get_file_writer().add_event(Event(step=step, session_log=start), step)
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the text."""

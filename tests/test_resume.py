@@ -120,7 +120,7 @@ def test_a_run_goes_on_from_every_step(distill, data, trainer, tmp_path, setting
     whole, wanted, engine = fit(tmp_path / "whole")
     batches, steps = engine.fit_loop.epoch_loop.batch_progress.total.ready, engine.global_step
     last = "curves/version_0/checkpoints/last.ckpt"
-    for number in range(2, batches if stopped_by == "crash" else steps, 3):
+    for number in range(2, batches if stopped_by == "crash" else steps, 4):
         path = tmp_path / str(number)
         _, first, engine = (
             fit(path, Stop(number)) if stopped_by == "crash" else fit(path, max_steps=number, max_epochs=-1)

@@ -7,7 +7,7 @@ import pickle
 import re
 import time
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -102,7 +102,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._is_own = self._is_readable = False
         self._metrics: dict[str, Tensor] = {}
         self._batches: list[Any] = []  # their size, and the number of processes
-        self._lock: IO[bytes] | None = None
+        self._lock: int | None = None
 
     @property
     def path(self) -> Path:
@@ -190,7 +190,7 @@ class LastCheckpoint(ModelCheckpoint):
         """Give signals and the folder back."""
         self._signal.release()
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -287,28 +287,32 @@ def _warn_of_code(path: Path) -> None:
         )
 
 
-def locked(folder: Path) -> IO[bytes] | None:
-    """Keep a folder for this process, until the file that is returned is closed or the process is gone.
+def locked(folder: Path) -> int | None:
+    """Keep a folder for this process, until what is returned is closed or the process is gone.
+
+    Returns:
+        An open file's number, which unlike a file can be copied with the callback that has it; None if the system has
+        no locks.
 
     Raises:
-        ValueError: If another process has it.
+        ValueError: If another process has the folder.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("wb")
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: a loader's workers do not inherit it
     except (BlockingIOError, PermissionError) as error:
-        file.close()
+        os.close(file)
         raise ValueError(
             f"another process is training the run in {folder.parent}; wait for its end, or begin a new one without "
             "--resume and --ckpt_path"
         ) from error
     except OSError:  # a file system without locks
-        file.close()
+        os.close(file)
         return None
     return file
 
