@@ -22,7 +22,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each resumed run that points come again
-_OWN = re.compile(r"images_per_s")  # a speed, which no two runs share
+_OWN = re.compile(r"images_per_s|/epoch_loop\.val_loop\.")
+"""A speed, which no two runs share; how many batches the last validation had, which is counted anew by each process."""
 
 
 class Life(NamedTuple):

@@ -143,8 +143,8 @@ class LastCheckpoint(ModelCheckpoint):
         self._batches = batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Also what was measured last: a schedule may wait for it, or a callback that watches it."""
-        return {**super().state_dict(), "metrics": self._metrics, "batches": self._batches}
+        """Also how large batches are; `on_save_checkpoint` adds what was measured."""
+        return {**super().state_dict(), "metrics": {}, "batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The same."""
@@ -219,7 +219,6 @@ class LastCheckpoint(ModelCheckpoint):
             logger.save()
         if trainer.is_global_zero and self._is_own:
             _keep_previous(self.path)
-        self._metrics = {name: metric.detach().cpu() for name, metric in trainer.callback_metrics.items()}
         self._is_own, self._place = self._is_local, place
         self.best_model_path = str(self.path) if self._is_local else f"{self.dirpath}/last.ckpt"
         try:
@@ -231,7 +230,12 @@ class LastCheckpoint(ModelCheckpoint):
             _warn_of_code(self.path)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say where the run is: what has been got ready, but has not begun, is to be done by who goes on."""
+        """Say what was measured, as a schedule may wait for it or a callback watch it; and where the run is.
+
+        What has been got ready, but has not begun, is to be done by who goes on.
+        """
+        metrics = {name: metric.detach().cpu() for name, metric in trainer.callback_metrics.items()}
+        checkpoint["callbacks"][self.state_key]["metrics"] = metrics
         if self._place is None:  # another callback's checkpoint
             return
         loops = checkpoint["loops"]["fit_loop"]

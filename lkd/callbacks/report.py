@@ -37,9 +37,9 @@ class FitReport(L.Callback):
         """Note that there is something to do."""
         self._trained = True
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Note what was measured."""
-        self._measured = _figures(trainer)
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Note what was measured, before the last checkpoint is written."""
+        self._measured = {**self._measured, **_figures(trainer)}
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
