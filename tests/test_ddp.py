@@ -198,7 +198,6 @@ FAILS = """
     ("rank", "how", "said"),
     [
         (1, "error", ["rank 1: as wanted", "rank 0: rank 1 has ended with exit code 2, so the run cannot go on"]),
-        (1, "kill", ["rank 0: rank 1 has ended, killed by SIGKILL, so the run cannot go on"]),
         (0, "kill", ["rank 1: rank 0 has ended, so the run cannot go on"]),
     ],
 )

@@ -208,9 +208,12 @@ for _ in range(10):
     torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    faults = [
-        int(subprocess.run([sys.executable, "-c", program, way], capture_output=True, text=True, check=True).stdout)
-        for way in ("keep", "return")
+    faults = [  # the least of some, as a busy system may take pages away meanwhile
+        min(
+            int(subprocess.run([sys.executable, "-c", program, way], capture_output=True, text=True, check=True).stdout)
+            for _ in range(tries)
+        )
+        for way, tries in (("keep", 3), ("return", 1))
     ]
     assert 20 * faults[0] < faults[1]
 
