@@ -33,16 +33,13 @@ class Life(NamedTuple):
     text: str
 
 
-def live(
-    args: Sequence[str], folder: Path, seconds: float | None = None, number: int = signal.SIGKILL, fault: str = ""
-) -> Life:
+def live(args: Sequence[str], folder: Path, seconds: float | None = None, fault: str = "") -> Life:
     """One process of `lkd`.
 
     Args:
         args: Its arguments.
         folder: Where it works.
-        seconds: When it gets a signal; None: never.
-        number: Which signal.
+        seconds: When it is killed; None: never.
         fault: `module:function` that is called in the process before it begins.
     """
     context = multiprocessing.get_context("forkserver")
@@ -51,12 +48,8 @@ def live(
     process = context.Process(target=_work, args=(list(args), folder, log, fault))
     process.start()
     process.join(seconds)
-    if process.is_alive():
-        os.kill(int(process.pid or 0), number)
-        process.join(120)
-    if process.is_alive():
-        process.kill()
-        raise TimeoutError(f"signal {number} did not end lkd {' '.join(args)} within two minutes:\n{log.read_text()}")
+    process.kill()  # which does nothing to one that has ended
+    process.join()
     return Life(int(process.exitcode or 0), log.read_text() if log.is_file() else "")
 
 

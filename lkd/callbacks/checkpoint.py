@@ -99,7 +99,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._place: Literal["between epochs", "between steps"] | None = None
         self._step = self._boundaries = 0
         self._clock = 0.0
-        self._is_own = self._is_readable = False
+        self._is_own = self._is_looked_at = False
         self._metrics: dict[str, Tensor] = {}
         self._batches: list[Any] = []  # their size, and the number of processes
         self._lock: int | None = None
@@ -225,8 +225,8 @@ class LastCheckpoint(ModelCheckpoint):
             trainer.save_checkpoint(self.best_model_path, weights_only=False)
         finally:
             self._place = None
-        if self._is_local and trainer.is_global_zero and not self._is_readable:
-            self._is_readable = True
+        if self._is_local and trainer.is_global_zero and not self._is_looked_at:
+            self._is_looked_at = True
             _warn_of_code(self.path)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
