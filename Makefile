@@ -9,8 +9,8 @@ demo: $(READY)  ## train a student from a teacher on real digits, in less than a
 	$(BIN)/lkd fit --config configs/digits/kd.yaml
 	@echo "for the commands above, first:  . $(BIN)/activate"
 
-test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## run the tests, a process for each core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

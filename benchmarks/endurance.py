@@ -186,7 +186,8 @@ def table(variant: Variant, seen: Sequence[Look]) -> Iterator[str]:
         yield f"| {one.at:,} | {sizes} | {counts} |"
     first, last = seen[0], seen[-1]
     yield ""
-    yield f"Peak from {unit} {first.at:,} to {last.at:,}: {last.peak / first.peak - 1:+.2%}."
+    growth = round(last.peak / first.peak - 1, 4) + 0.0  # never -0.00 %: the kernel counts its peak roughly
+    yield f"Peak from {unit} {first.at:,} to {last.at:,}: {growth:+.2%}."
     yield ""
 
 

@@ -29,7 +29,7 @@ _SCAFFOLD = re.compile(
     r"|Expected a <class 'NoneType'>|Expected a path but "
     r"|Subclass types expect one of:|a class path \(str\)$|a dict with"
 )
-_TOP = ("trainer", "model", "data", *CALLBACKS, "seed_everything", "ckpt_path", "config", "print_config")
+_TOP = ("trainer", "model", "data", *CALLBACKS, "seed_everything", "ckpt_path", "resume", "config", "print_config")
 
 
 def explain(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -128,5 +129,8 @@ def test_endurance(tmp_path: Path) -> None:
         assert [one.at for one in looks] == [1, 2]
         assert all(one.peak >= one.resident >= one.own > 1e8 and one.files > 2 and one.objects > 1e5 for one in looks)
         lines = list(endurance.table(variant, looks))
-        assert lines[-2].startswith(f"Peak from {'fit' if variant is fits else 'epoch'} 1 to 2: +")
+        unit = "fit" if variant is fits else "epoch"
+        grown = re.fullmatch(rf"Peak from {unit} 1 to 2: ([+-]\d+\.\d\d)%\.", lines[-2])
+        assert grown
+        assert float(grown[1]) == pytest.approx(100 * (looks[1].peak / looks[0].peak - 1), abs=0.006)
     assert seen[-1].modules > again[-1].modules  # after fit its networks are gone

@@ -207,6 +207,10 @@ def test_criterion_that_returns_no_scalar(answer, monkeypatch) -> None:
     assert "got float" in answer(*fit, "--model.init_args.criterion=returns.Number")
 
 
+def test_a_misspelt_option_that_is_no_setting(fit) -> None:
+    assert "did you mean 'resume'?" in fit("--resum")
+
+
 def test_measuring_without_a_checkpoint(answer) -> None:
     says = answer("test", "--config", "configs/digits/kd.yaml")
     assert "lkd test needs a checkpoint" in says
