@@ -50,7 +50,7 @@ def prepare(args: Sequence[str]) -> tuple[list[str], str]:
         given.ckpt_path = _resumed(args[0], given, configs, root, rest)
     if given.ckpt_path not in (None, "null"):
         path = _find_checkpoint(given.ckpt_path, root, _run_name(configs, root))
-        configs = configs or [_config_of(path)]
+        configs = configs or [config_of(path)]
         if not any(arg.startswith("--weights_only") for arg in rest):  # then the file is trusted to run code
             read_checkpoint(path, whole=args[0] == "fit")
         rest.append(f"--ckpt_path={path}")
@@ -264,7 +264,7 @@ def _flaw(tensor: object) -> str:
     return "has numbers that are NaN" if tensor.is_floating_point() and (tensor != tensor).any() else ""
 
 
-def _config_of(ckpt_path: Path) -> Path:
+def config_of(ckpt_path: Path) -> Path:
     """The config of the run in whose folder a checkpoint lies."""
     for folder in [*list(ckpt_path.absolute().parents)[:3], *list(ckpt_path.resolve().parents)[:3]]:
         if (folder / "config.yaml").is_file():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from contextvars import copy_context
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from lkd.callbacks import (
 )
 from lkd.callbacks.checkpoint import locked
 from lkd.callbacks.speed import fitting_precision
+from lkd.help import OWN
 from lkd.losses import DistillLoss
 from lkd.mistakes import CALLBACKS, explain
 from lkd.plain_yaml import load_yaml
@@ -235,10 +237,8 @@ def run(args: Sequence[str]) -> int:
         sys.path.insert(0, str(Path.cwd()))  # a console script would not find the user's own classes
     _quieten()
     try:
-        if args[0] == "layers":
-            from lkd.listing import show_layers  # it uses LkdCLI
-
-            show_layers(args[1:])
+        if args[0] in OWN:
+            copy_context().run(import_module(OWN[args[0]]).main, args[1:])  # they use LkdCLI
         else:
             # In a context of its own: jsonargparse leaves the parser, and with it the whole run, in a context variable.
             # In predict each process goes its own way.

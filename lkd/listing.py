@@ -38,7 +38,7 @@ class _ConfigReader(LkdCLI):
         pass
 
 
-def show_layers(args: Sequence[str]) -> None:
+def main(args: Sequence[str]) -> None:
     """Print the layers of a network, or of a run's networks, that can be tapped.
 
     Args:

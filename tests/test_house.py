@@ -32,6 +32,11 @@ LEVEL = {
     "cli": 3,
     "run_config": 3,
     "listing": 3,
+    "help": 0,
+    "trained": 3,
+    "compare": 3,
+    "sweep": 3,
+    "export": 3,
     "__main__": 3,
 }
 MAY_ALSO = {("functional", "losses"), ("store", "untrusted")}
