@@ -272,6 +272,7 @@ _KNOWN = (  # what Lightning warns of in every run, though all is as it should b
 def _quieten() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that this machine has no CUDA
     for message in _KNOWN:
         warnings.filterwarnings("ignore", message)
     warnings.formatwarning = lambda message, *_, **__: f"lkd: warning: {message}\n"

@@ -1,0 +1,192 @@
+"""Asking several networks about the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lkd.compare.figures import divergences
+from lkd.modules import ClassificationModule
+from lkd.taps import logits_of
+from lkd.types import Batch, Normalization
+
+Split = Literal["test", "val"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network that is compared.
+
+    Args:
+        name: What it is called.
+        network: Returns logits `(B, K)`, or has them as `.logits` or `["logits"]`.
+        normalization: How it wants its images normalised; None: as the data is.
+        source: Where it comes from, in words.
+        unpack: Makes a `Batch` of what the data gives; None: as `ClassificationModule.unpack`.
+    """
+
+    name: str
+    network: nn.Module
+    normalization: Normalization | None = None
+    source: str = ""
+    unpack: Callable[[Any], Batch] | None = None
+
+
+@dataclass
+class Disputed:
+    """Images on which a network and the teacher choose different classes, the greatest divergence first.
+
+    Attributes:
+        image: `(M, ...)`, as the data normalises it.
+        position: Their positions in the split `(M,)`.
+        divergence: KL(teacher || network), in nats `(M,)`.
+    """
+
+    image: Tensor
+    position: Tensor
+    divergence: Tensor
+
+
+@dataclass
+class Answers:
+    """What the networks said.
+
+    Attributes:
+        logits: Name to `(N, K)`, float32.
+        target: The images' classes `(N,)`.
+        disputed: Name to the images on which it disagrees with the teacher the most.
+        example: The inputs of the first batch, on the CPU.
+    """
+
+    logits: dict[str, Tensor]
+    target: Tensor
+    disputed: dict[str, Disputed] = field(default_factory=dict)
+    example: Any = None
+
+
+class _Asking(L.LightningModule):
+    """All candidates, each asked about every batch."""
+
+    def __init__(self, candidates: Sequence[Candidate], teacher: str | None, shown: int) -> None:
+        super().__init__()
+        self.candidates, self.teacher, self.shown = candidates, teacher, shown
+        self.networks = nn.ModuleList(one.network.eval().requires_grad_(False) for one in candidates)
+        self.unpack = next((one.unpack for one in candidates if one.unpack), None) or _UNPACK
+        self.logits: dict[str, list[Tensor]] = {one.name: [] for one in candidates}
+        self.target: list[Tensor] = []
+        self.disputed: dict[str, Disputed] = {}
+        self.example: Any = None
+        self._seen = 0
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Ask about one batch."""
+        batch = self.unpack(batch)
+        if self.example is None:
+            self.example = _on_cpu(batch.input)
+        answers = {one.name: self._answer(one, batch).float().cpu() for one in self.candidates}
+        for name, logits in answers.items():
+            self.logits[name].append(logits)
+        self.target.append(batch.target.cpu())
+        if self.teacher is not None and isinstance(batch.input, Tensor) and batch.input.dim() == 4:
+            for name in set(answers) - {self.teacher}:
+                self._keep_disputed(name, answers[name], answers[self.teacher], batch.input)
+        self._seen += len(batch.target)
+
+    validation_step = test_step
+
+    def _answer(self, candidate: Candidate, batch: Batch) -> Tensor:
+        try:
+            logits = logits_of(candidate.network(self.normalized(candidate, batch.input)))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{candidate.name} cannot take this data's input: {reason}") from error
+        wanted = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None) or logits.shape[-1]
+        first = self.logits[self.candidates[0].name]
+        classes = first[0].shape[1] if first else logits.shape[-1]
+        if logits.dim() != 2 or logits.shape[1] < wanted or logits.shape[1] != classes:
+            raise ValueError(
+                f"{candidate.name} answers with the shape {tuple(logits.shape)}, and the data has {wanted} classes, "
+                f"{self.candidates[0].name} {classes}; compare networks of the same classes"
+            )
+        return logits
+
+    def normalized(self, candidate: Candidate, input: Any) -> Any:
+        """The input as a candidate wants it."""
+        data = getattr(self.trainer, "datamodule", None)
+        mean, std, wanted = getattr(data, "mean", None), getattr(data, "std", None), candidate.normalization
+        if wanted is None or not isinstance(input, Tensor) or (mean, std) == (wanted.mean, wanted.std):
+            return input
+        if mean is None or std is None:
+            raise ValueError(
+                f"{candidate.name} has a normalization of its own, and this data does not tell its mean and std; use a "
+                "data module that has them"
+            )
+        shape = (1, -1, 1, 1)
+        data_mean, data_std, own_mean, own_std = (
+            torch.tensor(values, device=input.device, dtype=input.dtype).view(shape)
+            for values in (mean, std, wanted.mean, wanted.std)
+        )
+        return (input * data_std + data_mean - own_mean) / own_std
+
+    def _keep_disputed(self, name: str, ours: Tensor, theirs: Tensor, image: Tensor) -> None:
+        differs = (ours.argmax(1) != theirs.argmax(1)).nonzero().squeeze(1)
+        found = Disputed(
+            image[differs.to(image.device)].cpu(), differs + self._seen, divergences(ours[differs], theirs[differs])
+        )
+        if (kept := self.disputed.get(name)) is not None:
+            found = Disputed(*(torch.cat([getattr(part, each) for part in (kept, found)]) for each in vars(found)))
+        order = found.divergence.argsort(descending=True, stable=True)[: self.shown]
+        self.disputed[name] = Disputed(*(values[order] for values in vars(found).values()))
+
+
+_UNPACK = ClassificationModule(nn.Identity()).unpack
+
+
+def _on_cpu(input: Any) -> Any:
+    return L.pytorch.utilities.move_data_to_device(input, torch.device("cpu"))
+
+
+def ask(
+    candidates: Sequence[Candidate],
+    data: L.LightningDataModule,
+    split: Split = "test",
+    teacher: str | None = None,
+    accelerator: str = "auto",
+    shown: int = 12,
+) -> Answers:
+    """Ask all candidates about all images of a split, on one device, in float32.
+
+    Args:
+        candidates: The networks; they stay in eval mode, and frozen.
+        data: Brings the images; what a `LightningDataModule` does to a batch is done.
+        split: `test`, or `val`: the validation images.
+        teacher: The name of the candidate whose answers the others are compared with.
+        accelerator: Lightning's word for the device.
+        shown: Images to keep of those on which a network and the teacher disagree.
+
+    Returns:
+        The answers.
+
+    Raises:
+        ValueError: If a network cannot take the images, or has other classes than the data or the first network.
+    """
+    asking = _Asking(candidates, teacher, shown)
+    trainer = L.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        precision="32-true",
+    )
+    if split == "test":
+        trainer.test(asking, data, verbose=False)
+    else:
+        trainer.validate(asking, data, verbose=False)
+    logits = {name: torch.cat(parts) for name, parts in asking.logits.items()}
+    return Answers(logits, torch.cat(asking.target), asking.disputed, asking.example)

@@ -1,0 +1,191 @@
+"""`lkd compare`: which checkpoints and networks, on which data, and where the result goes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+from torch import nn
+
+from lkd.arguments import find_config
+from lkd.compare.asking import Candidate
+from lkd.compare.comparison import Comparison, compare
+from lkd.compare.tables import tables
+from lkd.modules import DistillModule
+from lkd.trained import Trained, load_trained, network_of
+from lkd.types import Normalization
+
+_TEACHER = "teacher"
+
+
+def main(args: Sequence[str]) -> None:
+    """Compare runs and networks, print the tables, and write table, page, figures and curves.
+
+    Args:
+        args: The arguments behind `lkd compare`.
+
+    Raises:
+        FileNotFoundError: If a run or config does not exist.
+        ValueError: If there is nothing to compare, or networks and data do not fit.
+    """
+    given = _parsed(args)
+    candidates, data, teacher = _chosen(given)
+    batch_sizes = given.batch_sizes
+    found = compare(candidates, data, teacher, given.split, batch_sizes, given.accelerator, given.seconds)
+    console = Console()
+    for table in tables(found)[:-1]:  # the classes are for the page
+        console.print(table.rich())
+    folder = _new_folder(Path(given.output))
+    write(found, folder)
+    for label, name in {"page": "comparison.html", "table": "comparison.md", "figures": "comparison.json"}.items():
+        console.print(f"{label + ':':8} {folder / name}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"curves:  tensorboard --host localhost --logdir {folder}", soft_wrap=True, highlight=False)
+
+
+def _parsed(args: Sequence[str]) -> Any:
+    parser = ArgumentParser(prog="lkd compare", exit_on_error=False, add_help=False)
+    parser.add_argument("--config", action="config")
+    parser.add_argument("runs", nargs="*", type=str)
+    parser.add_argument("--networks", type=dict[str, nn.Module] | None)
+    parser.add_argument("--normalization", type=dict[str, Normalization], default={})
+    parser.add_subclass_arguments(L.LightningDataModule, "data", required=False)
+    parser.add_argument("--teacher", type=str | None)
+    parser.add_argument("--split", type=Literal["test", "val"], default="test")
+    parser.add_argument("--batch_sizes", type=list[int], default=[1, 64])
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--accelerator", type=str, default="auto")
+    parser.add_argument("--output", type=str, default="runs/compare")
+    config = parser.parse_args(list(_with_found_configs(args)))
+    if not config.runs and not config.networks:
+        raise ValueError("lkd compare needs runs, or networks in a --config; see 'lkd compare --help'")
+    if any(size < 1 for size in config.batch_sizes) or not config.batch_sizes or config.seconds <= 0:
+        raise ValueError(
+            f"batch_sizes and seconds must be positive, got {config.batch_sizes} and {config.seconds}: for instance "
+            "--batch_sizes [1,64] --seconds 1"
+        )
+    return parser.instantiate(config)
+
+
+def _with_found_configs(args: Sequence[str]) -> Iterator[str]:
+    """The arguments, lkd's own configs by their paths."""
+    before = ""
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if before == "--config":
+            arg = str(find_config(arg))
+        elif name == "--config" and equals:
+            arg = f"--config={find_config(value)}"
+        yield arg
+        before = arg
+
+
+def _chosen(given: Any) -> tuple[list[Candidate], L.LightningDataModule, str | None]:
+    """Whom to compare, on what, and who is the teacher."""
+    runs = {name: load_trained(place) for name, place in _named(given.runs).items()}
+    candidates = [_of_run(name, run) for name, run in runs.items()]
+    networks: Mapping[str, nn.Module] = given.networks or {}
+    if unknown := set(given.normalization) - set(networks):
+        raise ValueError(f"normalization is for networks of the config, {', '.join(networks)}, got {min(unknown)!r}")
+    candidates += [Candidate(name, network, given.normalization.get(name)) for name, network in networks.items()]
+    teacher = given.teacher
+    if teacher is None and _TEACHER in (one.name for one in candidates):
+        teacher = _TEACHER
+    if teacher is None and (own := next(filter(None, map(_teacher_of, runs.values())), None)):
+        candidates, teacher = [own, *candidates], _TEACHER
+    data = given.data or next((run.data for run in runs.values()), None)
+    if data is None:
+        raise ValueError("networks are compared on data: name a data module, data: {class_path: ...}, in the --config")
+    for name, run in runs.items():
+        if _place(run.data) != _place(data):
+            rank_zero_warn(f"{name} was trained on {_place(run.data)}, and is measured on {_place(data)}")
+    return candidates, data, teacher
+
+
+def _place(data: L.LightningDataModule) -> str:
+    root = getattr(data, "root", None)
+    return f"{type(data).__name__}{f' ({root})' if root else ''}"
+
+
+def _named(runs: Sequence[str]) -> dict[str, str]:
+    """Name to place, of `[NAME=]PLACE`; a run without a name has its folder's."""
+    found: dict[str, str] = {}
+    for given in runs:
+        name, equals, place = given.partition("=")
+        if not equals:
+            name, place = _run_name(given), given
+        if not name or not place or name in found:
+            raise ValueError(
+                f"each run needs a name of its own, got {given!r}"
+                + (f" beside {name!r}" if name in found else "")
+                + "; write NAME=PLACE, as in student=runs/digits/kd"
+            )
+        found[name] = place
+    return found
+
+
+def _run_name(place: str) -> str:
+    parts = [part for part in Path(place).parts if part not in (os.sep, "checkpoints") and not part.endswith(".ckpt")]
+    while len(parts) > 1 and parts[-1].startswith("version_"):
+        parts.pop()
+    return parts[-1] if parts else Path(place).stem
+
+
+def _of_run(name: str, run: Trained) -> Candidate:
+    return Candidate(name, network_of(run.module), _statistics(run.data), str(run.path), run.module.unpack)
+
+
+def _statistics(data: Any) -> Normalization | None:
+    """How a data module normalises, as far as it tells."""
+    mean, std = getattr(data, "mean", None), getattr(data, "std", None)
+    return None if mean is None or std is None else Normalization(tuple(mean), tuple(std))
+
+
+def _teacher_of(run: Trained) -> Candidate | None:
+    """The teacher that a run's student has learned from, if it has one, with its weights."""
+    module = run.module
+    if not isinstance(module, DistillModule) or module.teacher is None or module.saves_teacher:
+        return None
+    if _TEACHER not in module.network_names:
+        return None
+    normalization = module.teacher_normalization or _statistics(run.data)
+    source = str(run.config.model.init_args.get("teacher_ckpt") or "")
+    return Candidate(_TEACHER, module.teacher, normalization, source, module.unpack)
+
+
+def _new_folder(parent: Path) -> Path:
+    """A folder of its own for each comparison."""
+    number = 0
+    while True:
+        folder = parent / f"version_{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def write(found: Comparison, folder: Path) -> None:
+    """Write `comparison.json`, `.md` and `.html`, and TensorBoard's curves.
+
+    Args:
+        found: The comparison.
+        folder: Where; it exists.
+    """
+    from lkd.compare.curves import write_curves  # they take matplotlib, which takes a second
+    from lkd.compare.page import page
+
+    (folder / "comparison.json").write_text(json.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
+    lines = [f"# {', '.join(found.figures)}", "", *(f"- {name}: {fact}" for name, fact in found.facts.items()), ""]
+    for table in tables(found):
+        lines += table.markdown()
+    (folder / "comparison.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    (folder / "comparison.html").write_text(page(found), encoding="utf-8")
+    write_curves(found, folder)

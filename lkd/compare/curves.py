@@ -1,0 +1,48 @@
+"""A comparison in TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+
+from lkd.compare.comparison import Comparison
+from lkd.compare.page import shown
+from lkd.compare.plots import plots
+from lkd.compare.tables import tables
+
+
+def write_curves(found: Comparison, folder: Path) -> None:
+    """Write scalars, a run for each network, and tables, plots and disputed images.
+
+    Args:
+        found: The comparison.
+        folder: TensorBoard's folder.
+    """
+    for name, figures in found.figures.items():
+        cost = found.costs[name]
+        scalars = {
+            "acc": figures.top1.value,
+            "nll": figures.nll,
+            "ece": figures.ece,
+            "scaled_ece": figures.scaled_ece,
+            "agreement": figures.agreement and figures.agreement.value,
+            "kl": figures.kl,
+            "parameters": cost.parameters,
+            "flops": cost.flops,
+            **{f"images_per_s_batch_{time.batch_size}": time.throughput for time in cost.times},
+        }
+        with SummaryWriter(str(folder / name.replace("/", "_"))) as writer:
+            for tag, value in scalars.items():
+                if value is not None:
+                    writer.add_scalar(f"compare/{tag}", value)
+    with SummaryWriter(str(folder)) as writer:
+        for table in tables(found):
+            writer.add_text(f"compare/{table.title}", "\n".join(table.markdown()))
+        for title, _, figure in plots(found):
+            writer.add_figure(f"compare/{title}", figure)
+        for name, disputed in found.answers.disputed.items():
+            if len(disputed.image):
+                images = make_grid(shown(disputed.image, found.data), nrow=6)
+                writer.add_image(f"compare/disputed by {name}", images)

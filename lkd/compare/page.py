@@ -1,0 +1,103 @@
+"""A comparison as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import torch
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from lkd.compare.comparison import Comparison
+from lkd.compare.plots import plots
+from lkd.compare.tables import tables
+
+
+class _Picture(NamedTuple):
+    source: str
+    position: int
+    label: str
+    teacher: str
+    network: str
+    right: str
+
+
+def page(found: Comparison) -> str:
+    """The page: tables, plots, and images on which networks and teacher disagree; it needs nothing else.
+
+    Args:
+        found: The comparison.
+
+    Returns:
+        HTML.
+    """
+    loader = PackageLoader("lkd.compare")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("page.html").render(
+        found=found,
+        tables=tables(found),
+        plots=[(title, note, as_svg(figure)) for title, note, figure in plots(found)],
+        disputed={name: list(_pictures(found, name)) for name in found.answers.disputed},
+    )
+
+
+def as_svg(figure: Figure) -> Markup:
+    """A figure as SVG that stands in HTML, its text as text.
+
+    Args:
+        figure: The figure.
+    """
+    file = io.StringIO()
+    # A salt of its own: figures of one page must not share the names of their parts.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": str(id(figure)), "font.family": "sans-serif"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return Markup(file.getvalue()[file.getvalue().index("<svg") :])
+
+
+def _pictures(found: Comparison, name: str) -> Iterator[_Picture]:
+    disputed, answers, names = found.answers.disputed[name], found.answers, found.class_names
+    for image, position in zip(shown(disputed.image, found.data), disputed.position.tolist(), strict=True):
+        label = int(answers.target[position])
+        theirs = _choice(answers.logits[str(found.teacher)][position])
+        ours = _choice(answers.logits[name][position])
+        right = {theirs[0]: "teacher", ours[0]: "network"}.get(label, "neither")
+        teacher, network = (f"{names[chosen]} {100 * sure:.0f} %" for chosen, sure in (theirs, ours))
+        truth = names[label] if label >= 0 else "no label"
+        yield _Picture(_as_png(image), position, truth, teacher, network, right)
+
+
+def _choice(logits: Tensor) -> tuple[int, float]:
+    sure, chosen = logits.softmax(0).max(0)
+    return int(chosen), float(sure)
+
+
+def shown(image: Tensor, data: Any) -> Tensor:
+    """Images as they were before normalisation.
+
+    Args:
+        image: `(B, C, H, W)`, as the data module gives them.
+        data: The data module; without `mean` and `std`, each image is stretched to the whole range instead.
+
+    Returns:
+        `(B, C, H, W)`, in [0, 1]; one or three channels.
+    """
+    mean, std = getattr(data, "mean", None), getattr(data, "std", None)
+    if mean is None or std is None:
+        low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
+        plain = (image - low) / (high - low).clamp(min=1e-9)
+    else:
+        plain = image * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
+    return plain[:, : 3 if image.shape[1] >= 3 else 1].clamp(0, 1)
+
+
+def _as_png(image: Tensor) -> str:
+    file = io.BytesIO()
+    to_pil_image(image).save(file, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

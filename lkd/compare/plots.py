@@ -1,0 +1,162 @@
+"""A comparison's figures, drawn by matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lkd.compare.comparison import Comparison
+from lkd.compare.figures import confusion, cross_fitted, reliability
+from lkd.types import IGNORE_INDEX
+
+_MOST = 30
+"""Classes that a plot shows one by one."""
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")  # Okabe, Ito
+
+
+def plots(found: Comparison) -> Iterator[tuple[str, str, Figure]]:
+    """All figures of a comparison.
+
+    Args:
+        found: The comparison.
+
+    Yields:
+        A title, how to read it, and the figure.
+    """
+    yield (
+        "Accuracy against cost",
+        "Up and to the left is better. Bars: 95 % intervals of the accuracy.",
+        _against_cost(found),
+    )
+    yield (
+        "Reliability",
+        "Of the answers with a confidence, how many are right: on the diagonal, the network knows how sure it may be; "
+        "below it, it is too sure. Dashed: after temperature scaling. Gray: share of the answers.",
+        _reliability(found),
+    )
+    yield "Accuracy of each class", _class_note(found), _classes(found)
+    if found.teacher is not None and len(found.class_names) <= _MOST and len(found.figures) > 1:
+        yield (
+            "What is confused more often than by the teacher",
+            f"Share of a class's images (row) that is taken for a class (column), minus the same of {found.teacher}, "
+            "in points. Red: more often; blue: less often. On the diagonal, blue is a loss.",
+            _confusions(found),
+        )
+
+
+def _color(number: int) -> str:
+    return _COLORS[number % len(_COLORS)]
+
+
+def _panels(count: int, width: float, height: float, most: int) -> tuple[Figure, list[Axes]]:
+    """A figure with some panels, at most so many in a row."""
+    columns = min(count, most)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
+    for spare in axes[count:]:
+        spare.set_axis_off()
+    return figure, axes[:count]
+
+
+def _against_cost(found: Comparison) -> Figure:
+    size = next(iter(found.costs.values())).times[0].batch_size
+    measures: dict[str, Callable[[Any], float | None]] = {
+        "parameters": lambda cost: cost.parameters,
+        "MFLOP for one image": lambda cost: cost.flops and cost.flops / 1e6,
+        f"ms for a batch of {size}": lambda cost: 1e3 * cost.times[0].median,
+    }
+    figure, axes = _panels(len(measures), 4.2, 3.6, 3)
+    for axis, (label, measure) in zip(axes, measures.items(), strict=True):
+        for number, (name, figures) in enumerate(found.figures.items()):
+            cost, share = measure(found.costs[name]), figures.top1
+            if cost is None:
+                continue
+            low, high = share.interval
+            gap = [[100 * (share.value - low)], [100 * (high - share.value)]]
+            axis.errorbar([cost], [100 * share.value], yerr=gap, fmt="o", color=_color(number), capsize=3, label=name)
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("top-1 accuracy, %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
+    return figure
+
+
+def _reliability(found: Comparison) -> Figure:
+    figure, axes = _panels(len(found.figures), 3.0, 3.0, 4)
+    target = found.answers.target
+    known = target != IGNORE_INDEX
+    for number, (axis, (name, figures)) in enumerate(zip(axes, found.figures.items(), strict=True)):
+        logits, labels = found.answers.logits[name][known].double(), target[known]
+        share, right, sure = reliability(logits, labels)
+        edges = np.arange(len(share)) / len(share)
+        axis.bar(edges, share.numpy(), width=1 / len(share), align="edge", color="#CCCCCC")
+        axis.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
+        axis.plot(sure.numpy(), right.numpy(), "o-", color=_color(number), markersize=3)
+        _, right, sure = reliability(cross_fitted(logits, labels), labels)
+        axis.plot(sure.numpy(), right.numpy(), "s--", color=_color(number), markersize=2, alpha=0.7, linewidth=0.8)
+        axis.set_title(f"{name}\nECE {100 * figures.ece:.1f} %, at T {100 * figures.scaled_ece:.1f} %", fontsize=9)
+        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
+        axis.label_outer()
+    return figure
+
+
+def _chosen(found: Comparison) -> list[int]:
+    """The classes that are shown: all, or, of many, those on which the networks differ the most."""
+    classes = range(len(found.class_names))
+    if len(classes) <= _MOST:
+        return list(classes)
+    values = np.array([[share.value for share in figures.per_class] for figures in found.figures.values()])
+    apart = values.max(0) - values.min(0) if len(values) > 1 else -values[0]
+    return sorted(np.argsort(-np.nan_to_num(apart, nan=-2), kind="stable")[:_MOST].tolist())
+
+
+def _class_note(found: Comparison) -> str:
+    if len(found.class_names) <= _MOST:
+        return "Top-1 of each class's images; bars: 95 % intervals."
+    return f"The {_MOST} classes on which the networks differ the most; bars: 95 % intervals."
+
+
+def _classes(found: Comparison) -> Figure:
+    chosen = _chosen(found)
+    figure, (axis,) = _panels(1, 9.5, 1.0 + 0.32 * len(chosen), 1)
+    for number, (name, figures) in enumerate(found.figures.items()):
+        shares = [figures.per_class[one] for one in chosen]
+        offset = 0.6 * ((number + 0.5) / len(found.figures) - 0.5)
+        values = np.array([100 * share.value for share in shares])
+        gaps = np.abs(np.array([[100 * end for end in share.interval] for share in shares]).T - values)
+        place = np.arange(len(chosen)) + offset
+        axis.errorbar(
+            values, place, xerr=gaps, fmt="o", markersize=3.5, color=_color(number), elinewidth=0.8, label=name
+        )
+    axis.set_yticks(range(len(chosen)), [found.class_names[one] for one in chosen])
+    axis.invert_yaxis()
+    axis.set_xlabel("top-1 accuracy, %")
+    axis.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=min(len(found.figures), 5), frameon=False)
+    return figure
+
+
+def _confusions(found: Comparison) -> Figure:
+    names = [name for name in found.figures if name != found.teacher]
+    known = found.answers.target != IGNORE_INDEX
+    target = found.answers.target[known]
+    teacher = confusion(found.answers.logits[str(found.teacher)][known], target)
+    gaps = {name: 100 * (confusion(found.answers.logits[name][known], target) - teacher).numpy() for name in names}
+    widest = max(0.1, *(float(np.abs(gap).max()) for gap in gaps.values()))
+    figure, axes = _panels(len(names), 4.8 if len(names) == 1 else 4.0, 3.8, 3)
+    ticks = range(len(found.class_names))
+    for axis, (name, gap) in zip(axes, gaps.items(), strict=True):
+        image = axis.imshow(gap, cmap="RdBu_r", vmin=-widest, vmax=widest)
+        axis.set_title(name, fontsize=9)
+        axis.set_xticks(ticks, found.class_names, rotation=90, fontsize=7)
+        axis.set_yticks(ticks, found.class_names, fontsize=7)
+    figure.colorbar(image, ax=axes, label="points", shrink=0.7)
+    return figure
