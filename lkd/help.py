@@ -54,7 +54,35 @@ teacher_layers, with the shapes of what they return and the groups (@stages, @po
   --input_size SIZE    224, or height and width (64 48), or channels too (3 64 48); without it, the data's size if a
                        config names the data, else 32
 """,
-    "compare": "",
+    "compare": """\
+usage: lkd compare [NAME=]RUN ... [--config FILE] [--KEY VALUE ...]
+
+Measure checkpoints and networks on the same images: accuracy with 95 % intervals, negative log-likelihood, calibration,
+agreement with the teacher, accuracy of each class, parameters, operations, size, latency and throughput on this device,
+and whether each difference is real (McNemar). Tables in the terminal; a page, Markdown, JSON and TensorBoard's curves
+in a folder of their own.
+
+  lkd compare runs/digits/kd alone=runs/digits/student       the teacher of the first run is measured, too
+  lkd compare distilled=runs/cifar10/kd --config others.yaml
+
+  RUN                 a checkpoint; a run's folder, or that of all runs of one name, for the newest one's best
+  --config FILE       networks of others, the data, and any of the settings below:
+                        networks:
+                          theirs:
+                            class_path: lkd.models.load_weights
+                            init_args: {network: {class_path: lkd.models.resnet20, init_args: {num_classes: 10}},
+                                        path: theirs.pth}
+                        normalization:
+                          theirs: {mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}
+                        data: {class_path: lkd.CIFAR10DataModule, init_args: {root: data}}
+  --data CLASS        the data module; by default the first run's. --data.init_args.KEY VALUE
+  --teacher NAME      whose answers the others' are compared with; by default the one named teacher, or the teacher that
+                      the first run had
+  --split test        test, or val: the validation images
+  --batch_sizes [1,64]  batches that are timed, each for --seconds 1.0
+  --accelerator auto  where: cpu, gpu, ...
+  --output FOLDER     by default runs/compare; each comparison gets a folder of its own in it
+""",
     "sweep": "",
     "export": "",
 }

@@ -70,7 +70,16 @@ def _parsed(args: Sequence[str]) -> Any:
             f"batch_sizes and seconds must be positive, got {config.batch_sizes} and {config.seconds}: for instance "
             "--batch_sizes [1,64] --seconds 1"
         )
-    return parser.instantiate(config)
+    given = parser.instantiate(config)
+    given.sources = {name: _source(settings) for name, settings in (config.networks or {}).items()}
+    return given
+
+
+def _source(settings: Any) -> str:
+    """Where a config's network comes from: its class, the network inside of it, the file of its weights."""
+    own = settings.get("init_args") or {}
+    inner = own.get("network")
+    return ", ".join(filter(None, [settings.class_path, inner and inner.class_path, own.get("path")]))
 
 
 def _with_found_configs(args: Sequence[str]) -> Iterator[str]:
@@ -93,7 +102,10 @@ def _chosen(given: Any) -> tuple[list[Candidate], L.LightningDataModule, str | N
     networks: Mapping[str, nn.Module] = given.networks or {}
     if unknown := set(given.normalization) - set(networks):
         raise ValueError(f"normalization is for networks of the config, {', '.join(networks)}, got {min(unknown)!r}")
-    candidates += [Candidate(name, network, given.normalization.get(name)) for name, network in networks.items()]
+    candidates += [
+        Candidate(name, network, given.normalization.get(name), given.sources[name])
+        for name, network in networks.items()
+    ]
     teacher = given.teacher
     if teacher is None and _TEACHER in (one.name for one in candidates):
         teacher = _TEACHER
@@ -181,11 +193,13 @@ def write(found: Comparison, folder: Path) -> None:
     """
     from lkd.compare.curves import write_curves  # they take matplotlib, which takes a second
     from lkd.compare.page import page
+    from lkd.compare.plots import plots
 
+    drawn = list(plots(found))
     (folder / "comparison.json").write_text(json.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
     lines = [f"# {', '.join(found.figures)}", "", *(f"- {name}: {fact}" for name, fact in found.facts.items()), ""]
     for table in tables(found):
         lines += table.markdown()
     (folder / "comparison.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    (folder / "comparison.html").write_text(page(found), encoding="utf-8")
-    write_curves(found, folder)
+    (folder / "comparison.html").write_text(page(found, drawn), encoding="utf-8")
+    write_curves(found, folder, drawn)

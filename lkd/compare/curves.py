@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -9,16 +10,17 @@ from torchvision.utils import make_grid
 
 from lkd.compare.comparison import Comparison
 from lkd.compare.page import shown
-from lkd.compare.plots import plots
+from lkd.compare.plots import Plot
 from lkd.compare.tables import tables
 
 
-def write_curves(found: Comparison, folder: Path) -> None:
+def write_curves(found: Comparison, folder: Path, plots: Sequence[Plot]) -> None:
     """Write scalars, a run for each network, and tables, plots and disputed images.
 
     Args:
         found: The comparison.
         folder: TensorBoard's folder.
+        plots: Its plots.
     """
     for name, figures in found.figures.items():
         cost = found.costs[name]
@@ -40,8 +42,8 @@ def write_curves(found: Comparison, folder: Path) -> None:
     with SummaryWriter(str(folder)) as writer:
         for table in tables(found):
             writer.add_text(f"compare/{table.title}", "\n".join(table.markdown()))
-        for title, _, figure in plots(found):
-            writer.add_figure(f"compare/{title}", figure)
+        for plot in plots:
+            writer.add_figure(f"compare/{plot.title}", plot.figure)
         for name, disputed in found.answers.disputed.items():
             if len(disputed.image):
                 images = make_grid(shown(disputed.image, found.data), nrow=6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from lkd.compare.comparison import Comparison
-from lkd.compare.plots import plots
+from lkd.compare.plots import Plot
 from lkd.compare.tables import tables
 
 
@@ -29,11 +29,12 @@ class _Picture(NamedTuple):
     right: str
 
 
-def page(found: Comparison) -> str:
+def page(found: Comparison, plots: Sequence[Plot]) -> str:
     """The page: tables, plots, and images on which networks and teacher disagree; it needs nothing else.
 
     Args:
         found: The comparison.
+        plots: Its plots.
 
     Returns:
         HTML.
@@ -43,8 +44,8 @@ def page(found: Comparison) -> str:
     return environment.get_template("page.html").render(
         found=found,
         tables=tables(found),
-        plots=[(title, note, as_svg(figure)) for title, note, figure in plots(found)],
-        disputed={name: list(_pictures(found, name)) for name in found.answers.disputed},
+        plots=[(plot.title, plot.note, as_svg(plot.figure)) for plot in plots],
+        disputed={name: list(_pictures(found, name)) for name in found.figures if name in found.answers.disputed},
     )
 
 
@@ -68,7 +69,7 @@ def _pictures(found: Comparison, name: str) -> Iterator[_Picture]:
         theirs = _choice(answers.logits[str(found.teacher)][position])
         ours = _choice(answers.logits[name][position])
         right = {theirs[0]: "teacher", ours[0]: "network"}.get(label, "neither")
-        teacher, network = (f"{names[chosen]} {100 * sure:.0f} %" for chosen, sure in (theirs, ours))
+        teacher, network = (f"{names[chosen]} {100 * sure:.0f}%" for chosen, sure in (theirs, ours))
         truth = names[label] if label >= 0 else "no label"
         yield _Picture(_as_png(image), position, truth, teacher, network, right)
 

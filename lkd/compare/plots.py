@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from lkd.compare.comparison import Comparison
 from lkd.compare.figures import confusion, cross_fitted, reliability
@@ -19,34 +20,34 @@ _MOST = 30
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")  # Okabe, Ito
 
 
-def plots(found: Comparison) -> Iterator[tuple[str, str, Figure]]:
-    """All figures of a comparison.
+class Plot(NamedTuple):
+    """A figure, with its title and how to read it."""
+
+    title: str
+    note: str
+    figure: Figure
+
+
+def plots(found: Comparison) -> Iterator[Plot]:
+    """All plots of a comparison.
 
     Args:
         found: The comparison.
-
-    Yields:
-        A title, how to read it, and the figure.
     """
-    yield (
-        "Accuracy against cost",
-        "Up and to the left is better. Bars: 95 % intervals of the accuracy.",
-        _against_cost(found),
-    )
-    yield (
-        "Reliability",
+    note = "Up and to the left is better. Bars: 95 % intervals of the accuracy."
+    yield Plot("Accuracy against cost", note, _against_cost(found))
+    note = (
         "Of the answers with a confidence, how many are right: on the diagonal, the network knows how sure it may be; "
-        "below it, it is too sure. Dashed: after temperature scaling. Gray: share of the answers.",
-        _reliability(found),
+        "below it, it is too sure. Dashed: after temperature scaling. Gray: share of the answers."
     )
-    yield "Accuracy of each class", _class_note(found), _classes(found)
+    yield Plot("Reliability", note, _reliability(found))
+    yield Plot("Accuracy of each class", _class_note(found), _classes(found))
     if found.teacher is not None and len(found.class_names) <= _MOST and len(found.figures) > 1:
-        yield (
-            "What is confused more often than by the teacher",
-            f"Share of a class's images (row) that is taken for a class (column), minus the same of {found.teacher}, "
-            "in points. Red: more often; blue: less often. On the diagonal, blue is a loss.",
-            _confusions(found),
+        note = (
+            "Share of a class's images (row) that is taken for a class (column), minus the same of "
+            f"{found.teacher}, in points. Red: more often; blue: less often. On the diagonal, blue is a loss."
         )
+        yield Plot("What is confused more often than by the teacher", note, _confusions(found))
 
 
 def _color(number: int) -> str:
@@ -55,8 +56,8 @@ def _color(number: int) -> str:
 
 def _panels(count: int, width: float, height: float, most: int) -> tuple[Figure, list[Axes]]:
     """A figure with some panels, at most so many in a row."""
-    columns = min(count, most)
-    rows = math.ceil(count / columns)
+    rows = math.ceil(count / most)
+    columns = math.ceil(count / rows)
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
     for spare in axes[count:]:
@@ -81,6 +82,9 @@ def _against_cost(found: Comparison) -> Figure:
             gap = [[100 * (share.value - low)], [100 * (high - share.value)]]
             axis.errorbar([cost], [100 * share.value], yerr=gap, fmt="o", color=_color(number), capsize=3, label=name)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("top-1 accuracy, %")

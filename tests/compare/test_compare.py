@@ -1,0 +1,237 @@
+"""`lkd compare`: from checkpoints to tables, page and curves."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, log_loss
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from lkd import DigitsDataModule, SyntheticDataModule
+from lkd.__main__ import main
+from lkd.compare import Candidate, compare, write
+from lkd.models import load_weights, resnet8
+from lkd.trained import load_trained, network_of
+from lkd.types import Normalization
+
+QUICK = ["--seconds=0.02", "--batch_sizes=[1,4]", "--accelerator=cpu"]
+FIT = ["--trainer.max_epochs=4", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Two runs on the digits: with a teacher, and alone."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for config in ("digits/kd", "digits/student"):
+            assert main(["fit", "--config", config, *FIT]) == 0
+    return folder / "runs"
+
+
+@pytest.fixture
+def answer(capsys, monkeypatch):
+    """What `lkd compare` says of a mistake."""
+    monkeypatch.delenv("LKD_DEBUG", raising=False)
+
+    def run(*args: str) -> str:
+        assert main(["compare", *QUICK, *args]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lkd: error: ")]
+        return line.removeprefix("lkd: error: ")
+
+    return run
+
+
+class _Page(HTMLParser):
+    """Tags that were opened, closed ones apart, and the addresses that the page asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.asked: list[str] = []
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.seen.append(tag)
+        self.asked += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+
+def test_runs_are_compared(runs, capsys) -> None:
+    assert main(["compare", str(runs / "digits" / "kd"), f"alone={runs / 'digits' / 'student'}", *QUICK]) == 0
+    shown = capsys.readouterr().out
+    folder = Path("runs/compare/version_0")
+    assert f"page:    {folder}/comparison.html" in shown
+    found = json.loads((folder / "comparison.json").read_text())
+    assert list(found["networks"]) == ["teacher", "kd", "alone"]
+    assert found["teacher"] == "teacher"
+    teacher = _digits(load_weights(resnet8(num_classes=10, in_channels=1), "lkd:digits_resnet8"))
+    kd, alone = (_digits(network_of(load_trained(str(runs / "digits" / name)).module)) for name in ("kd", "student"))
+    for name, (probabilities, target) in {"teacher": teacher, "kd": kd, "alone": alone}.items():
+        figures = found["networks"][name]["figures"]
+        accuracy = accuracy_score(target, probabilities.argmax(1))
+        assert figures["top1"]["value"] == pytest.approx(accuracy)
+        assert figures["nll"] == pytest.approx(log_loss(target, probabilities), abs=1e-5)
+        assert f"{100 * accuracy:.2f}" in shown
+    agreement = (kd[0].argmax(1) == teacher[0].argmax(1)).mean()
+    assert found["networks"]["kd"]["figures"]["agreement"]["value"] == pytest.approx(agreement)
+    assert [time["batch_size"] for time in found["networks"]["kd"]["cost"]["times"]] == [1, 4]
+    assert {(pair["first"], pair["second"]) for pair in found["differences"]} == {
+        ("teacher", "kd"),
+        ("teacher", "alone"),
+        ("kd", "alone"),
+    }
+
+
+def _digits(network: nn.Module):
+    """Probabilities of a network on the test images, and their classes, without lkd's measuring."""
+    data = DigitsDataModule()
+    data.setup("test")
+    batches = list(data.test_dataloader())
+    with torch.no_grad():
+        logits = torch.cat([network.eval()(batch.input) for batch in batches])
+    return logits.double().softmax(1).numpy(), torch.cat([batch.target for batch in batches]).numpy()
+
+
+def test_page_needs_nothing_else_and_escapes_names(runs, capsys) -> None:
+    named = f"<b>&kd={runs / 'digits' / 'kd'}"
+    assert main(["compare", named, *QUICK, "--output=here"]) == 0
+    text = Path("here/version_0/comparison.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert not page.open
+    assert page.asked
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.asked)
+    assert "b" not in page.seen
+    assert "&lt;b&gt;&amp;kd" in text
+    assert page.seen.count("svg") == 4
+    assert page.seen.count("table") == 4
+    assert not re.search(r"@import|url\((?!#)", text)
+
+
+def test_curves_hold_the_same_figures(runs) -> None:
+    assert main(["compare", str(runs / "digits" / "kd"), *QUICK]) == 0
+    folder = Path("runs/compare/version_0")
+    found = json.loads((folder / "comparison.json").read_text())["networks"]["kd"]["figures"]
+    curves = EventAccumulator(str(folder / "kd")).Reload()
+    for tag, figure in {"acc": found["top1"]["value"], "nll": found["nll"], "kl": found["kl"]}.items():
+        (point,) = curves.Scalars(f"compare/{tag}")
+        assert point.value == pytest.approx(figure, rel=1e-6)
+    own = EventAccumulator(str(folder)).Reload().Tags()
+    assert {"compare/Reliability", "compare/Accuracy against cost", "compare/disputed by kd"} <= set(own["images"])
+    assert "compare/Answers/text_summary" in own["tensors"]
+
+
+def test_networks_of_others_with_a_normalization_of_their_own(tmp_path) -> None:
+    network = "class_path: lkd.models.load_weights, init_args: {path: 'lkd:digits_resnet8', network: "
+    network += "{class_path: lkd.models.resnet8, init_args: {num_classes: 10, in_channels: 1}}}"
+    Path("others.yaml").write_text(
+        f"networks:\n  as_trained: {{{network}}}\n  shifted: {{{network}}}\n"
+        "normalization: {as_trained: {mean: [0.3], std: [0.35]}}\n"
+        "data: {class_path: lkd.DigitsDataModule, init_args: {mean: [0.5], std: [0.2]}}\n"
+    )
+    assert main(["compare", "--config", "others.yaml", "--split=val", *QUICK]) == 0
+    found = json.loads(Path("runs/compare/version_0/comparison.json").read_text())
+    assert "lkd.models.resnet8, lkd:digits_resnet8" in found["facts"]["network shifted"]
+    assert found["teacher"] is None
+    data = DigitsDataModule(mean=(0.3,), std=(0.35,))
+    data.setup("validate")
+    network = load_weights(resnet8(num_classes=10, in_channels=1), "lkd:digits_resnet8").eval()
+    with torch.no_grad():
+        right = [(network(batch.input).argmax(1) == batch.target).float() for batch in data.val_dataloader()]
+    accuracy = float(torch.cat(right).mean())
+    assert found["networks"]["as_trained"]["figures"]["top1"]["value"] == pytest.approx(accuracy)
+    assert found["networks"]["shifted"]["figures"]["nll"] != found["networks"]["as_trained"]["figures"]["nll"]
+
+
+def test_disputed_images_are_those_that_differ_the_most(tiny, data, tmp_path) -> None:
+    networks = {name: tiny(seed) for name, seed in (("teacher", 1), ("student", 2))}
+    found = compare([Candidate(*each) for each in networks.items()], data, "teacher", seconds=0.01, accelerator="cpu")
+    disputed, (theirs, ours) = found.answers.disputed["student"], found.answers.logits.values()
+    divergence = (theirs.softmax(1) * (theirs.log_softmax(1) - ours.log_softmax(1))).sum(1)
+    differs = theirs.argmax(1) != ours.argmax(1)
+    wanted = divergence.masked_fill(~differs, -1).topk(min(12, int(differs.sum())))
+    assert disputed.position.tolist() == wanted.indices.tolist()
+    assert disputed.divergence.tolist() == pytest.approx(wanted.values.tolist(), rel=1e-5)
+    images = torch.cat([batch.input for batch in data.test_dataloader()])
+    assert torch.equal(disputed.image, images[disputed.position])
+    write(found, tmp_path)
+    assert (tmp_path / "comparison.md").read_text().startswith("# teacher, student\n")
+
+
+def test_many_classes(tmp_path) -> None:
+    data = SyntheticDataModule(num_classes=40, input_shape=(1, 4, 4), train_size=80, test_size=80, batch_size=20)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 40))
+    found = compare([Candidate("a", network), Candidate("b", network)], data, "a", seconds=0.01, accelerator="cpu")
+    write(found, tmp_path)
+    text = (tmp_path / "comparison.html").read_text()
+    assert "The 30 classes on which the networks differ the most" in text
+    assert found.figures["b"].agreement.value == 1
+    assert found.figures["b"].kl == pytest.approx(0, abs=1e-9)
+
+
+def test_networks_that_do_not_fit(tiny, data) -> None:
+    for candidates, teacher, says in (
+        ([], None, "need names of their own, got none"),
+        ([Candidate("a", tiny()), Candidate("a", tiny())], None, "names of their own, got a, a"),
+        ([Candidate("a", tiny())], "b", "must be one of the networks a, got 'b'"),
+        ([Candidate("a", tiny(num_classes=3))], None, "a answers with the shape"),
+        ([Candidate("a", tiny()), Candidate("b", tiny(num_classes=5))], None, "compare networks of the same classes"),
+        ([Candidate("a", tiny(in_channels=1))], None, "a cannot take this data's input"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            compare(candidates, data, teacher, seconds=0.01, accelerator="cpu")
+
+
+def test_a_normalization_needs_the_datas(tiny, data) -> None:
+    own = Candidate("a", tiny(), Normalization((0.0,) * 3, (1.0,) * 3))
+    data.mean = None
+    with pytest.raises(ValueError, match="does not tell its mean and std"):
+        compare([own], _without_statistics(data), seconds=0.01, accelerator="cpu")
+
+
+def _without_statistics(data):
+    import lightning as L
+
+    class Plain(L.LightningDataModule):
+        def test_dataloader(self):
+            return torch.utils.data.DataLoader([(torch.zeros(3, 8, 8), 0)] * 4, batch_size=2)
+
+    return Plain()
+
+
+def test_mistakes(answer, runs) -> None:
+    assert "needs runs, or networks in a --config" in answer()
+    assert "there is no runs/digits/nothing" in answer("runs/digits/nothing")
+    kd = str(runs / "digits" / "kd")
+    assert "each run needs a name of its own" in answer(kd, kd)
+    assert "write NAME=PLACE" in answer(f"={kd}")
+    assert "must be one of the networks kd, got 'other'" in answer(kd, "--teacher=other")
+    assert "batch_sizes and seconds must be positive" in answer(kd, "--batch_sizes=[0]")
+    assert "there is no config 'nothing.yaml'" in answer("--config", "nothing.yaml")
+    assert "normalization is for networks of the config" in answer(kd, "--normalization.x={mean: [0.], std: [1.]}")
+
+
+def test_a_run_on_other_data_is_told(runs, capsys) -> None:
+    with pytest.warns(UserWarning, match="kd was trained on DigitsDataModule, and is measured on SyntheticDataModule"):
+        main(
+            [
+                "compare",
+                str(runs / "digits" / "kd"),
+                "--data=lkd.SyntheticDataModule",
+                *QUICK[1:],
+                "--data.init_args.num_classes=10",
+                "--data.init_args.input_shape=[1,8,8]",
+                "--seconds=0.01",
+            ]
+        )
