@@ -61,10 +61,12 @@ class Answers:
         target: The images' classes `(N,)`.
         disputed: Name to the images on which it disagrees with the teacher the most.
         example: The inputs of the first batch, on the CPU.
+        device: Where they were asked.
     """
 
     logits: dict[str, Tensor]
     target: Tensor
+    device: torch.device
     disputed: dict[str, Disputed] = field(default_factory=dict)
     example: Any = None
 
@@ -158,6 +160,7 @@ def ask(
     teacher: str | None = None,
     accelerator: str = "auto",
     shown: int = 12,
+    progress: bool = False,
 ) -> Answers:
     """Ask all candidates about all images of a split, on one device, in float32.
 
@@ -168,6 +171,7 @@ def ask(
         teacher: The name of the candidate whose answers the others are compared with.
         accelerator: Lightning's word for the device.
         shown: Images to keep of those on which a network and the teacher disagree.
+        progress: Whether to show a progress bar.
 
     Returns:
         The answers.
@@ -182,6 +186,7 @@ def ask(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=progress,
         precision="32-true",
     )
     if split == "test":
@@ -189,4 +194,5 @@ def ask(
     else:
         trainer.validate(asking, data, verbose=False)
     logits = {name: torch.cat(parts) for name, parts in asking.logits.items()}
-    return Answers(logits, torch.cat(asking.target), asking.disputed, asking.example)
+    device = trainer.strategy.root_device
+    return Answers(logits, torch.cat(asking.target), device, asking.disputed, asking.example)

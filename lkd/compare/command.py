@@ -37,8 +37,8 @@ def main(args: Sequence[str]) -> None:
     """
     given = _parsed(args)
     candidates, data, teacher = _chosen(given)
-    batch_sizes = given.batch_sizes
-    found = compare(candidates, data, teacher, given.split, batch_sizes, given.accelerator, given.seconds)
+    how = given.split, given.batch_sizes, given.accelerator, given.seconds
+    found = compare(candidates, data, teacher, *how, progress=True)
     console = Console()
     for table in tables(found)[:-1]:  # the classes are for the page
         console.print(table.rich())

@@ -57,6 +57,12 @@ class Comparison:
             "differences": pairs,
         }
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows."""
+        from lkd.compare.tables import tables  # it imports this file
+
+        return "\n".join(line for table in tables(self) for line in table.markdown())
+
 
 def _plain(value: Any) -> Any:
     """A dataclass as JSON can hold it: a share brings its value and interval, a time its throughput."""
@@ -83,6 +89,7 @@ def compare(
     batch_sizes: Sequence[int] = (1, 64),
     accelerator: str = "auto",
     seconds: float = 1.0,
+    progress: bool = False,
 ) -> Comparison:
     """Compare networks on one split of one data set.
 
@@ -94,6 +101,7 @@ def compare(
         batch_sizes: Images in the batches that are timed.
         accelerator: Lightning's word for the device.
         seconds: For how long each network is timed with each batch size.
+        progress: Whether to show a progress bar.
 
     Returns:
         The comparison.
@@ -106,14 +114,13 @@ def compare(
         raise ValueError(f"networks that are compared need names of their own, got {', '.join(names) or 'none'}")
     if teacher is not None and teacher not in names:
         raise ValueError(f"the teacher must be one of the networks {', '.join(names)}, got {teacher!r}")
-    answers = ask(candidates, data, split, teacher, accelerator)
+    answers = ask(candidates, data, split, teacher, accelerator, progress=progress)
     reference = None if teacher is None else answers.logits[teacher]
     figures = {
         name: measure(logits, answers.target, None if name == teacher else reference)
         for name, logits in answers.logits.items()
     }
-    device = L.Trainer(accelerator=accelerator, devices=1, logger=False).strategy.root_device
-    cost = costs({one.name: one.network for one in candidates}, answers.example, batch_sizes, device, seconds)
+    cost = costs({one.name: one.network for one in candidates}, answers.example, batch_sizes, answers.device, seconds)
     pairs = [
         difference(one, other, answers.logits[one], answers.logits[other], answers.target)
         for one, other in combinations(names, 2)
@@ -121,13 +128,14 @@ def compare(
     classes = next(iter(answers.logits.values())).shape[1]
     found = getattr(data, "class_names", ()) or ()
     class_names = [found[one] if one < len(found) else str(one) for one in range(classes)]
-    facts = _facts(candidates, data, split, answers, device)
+    facts = _facts(candidates, data, split, answers)
     return Comparison(figures, cost, pairs, teacher, facts, answers, class_names, data)
 
 
 def _facts(
-    candidates: Sequence[Candidate], data: L.LightningDataModule, split: Split, answers: Answers, device: torch.device
+    candidates: Sequence[Candidate], data: L.LightningDataModule, split: Split, answers: Answers
 ) -> dict[str, str]:
+    device = answers.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
     root = getattr(data, "root", None)
     return {
