@@ -177,7 +177,8 @@ def ask(
         The answers.
 
     Raises:
-        ValueError: If a network cannot take the images, or has other classes than the data or the first network.
+        ValueError: If a network cannot take the images, or has other classes than the data or the first network; or
+            there are no images.
     """
     asking = _Asking(candidates, teacher, shown)
     trainer = L.Trainer(
@@ -193,6 +194,8 @@ def ask(
         trainer.test(asking, data, verbose=False)
     else:
         trainer.validate(asking, data, verbose=False)
+    if not asking.target:
+        raise ValueError(f"{type(data).__name__} has no images in its {split} split; take the other one: --split")
     logits = {name: torch.cat(parts) for name, parts in asking.logits.items()}
     device = trainer.strategy.root_device
     return Answers(logits, torch.cat(asking.target), device, asking.disputed, asking.example)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from lkd.compare.asking import Candidate
 from lkd.compare.comparison import Comparison, compare
 from lkd.compare.tables import tables
 from lkd.modules import DistillModule
+from lkd.plain_yaml import load_yaml
 from lkd.trained import Trained, load_trained, network_of
 from lkd.types import Normalization
 
@@ -62,7 +65,9 @@ def _parsed(args: Sequence[str]) -> Any:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--accelerator", type=str, default="auto")
     parser.add_argument("--output", type=str, default="runs/compare")
-    config = parser.parse_args(list(_with_found_configs(args)))
+    args = list(_with_found_configs(args))
+    _check_keys(args, {action.dest.partition(".")[0] for action in parser._actions})
+    config = parser.parse_args(args)
     if not config.runs and not config.networks:
         raise ValueError("lkd compare needs runs, or networks in a --config; see 'lkd compare --help'")
     if any(size < 1 for size in config.batch_sizes) or not config.batch_sizes or config.seconds <= 0:
@@ -75,6 +80,19 @@ def _parsed(args: Sequence[str]) -> Any:
     return given
 
 
+def _check_keys(args: Sequence[str], known: set[str]) -> None:
+    """A key that is no setting of this command is told by name: the parser would speak of what stands below it."""
+    keys = [re.split(r"[.=+]", arg[2:], maxsplit=1)[0] for arg in args if arg.startswith("--")]
+    for arg in args:
+        if arg.startswith("--config="):
+            keys += load_yaml(Path(arg.removeprefix("--config=")).read_text(encoding="utf-8"))
+    for key in keys:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(sorted(known))}"
+            raise ValueError(f"lkd compare has no setting {key!r}; {hint}")
+
+
 def _source(settings: Any) -> str:
     """Where a config's network comes from: its class, the network inside of it, the file of its weights."""
     own = settings.get("init_args") or {}
@@ -84,15 +102,10 @@ def _source(settings: Any) -> str:
 
 def _with_found_configs(args: Sequence[str]) -> Iterator[str]:
     """The arguments, lkd's own configs by their paths."""
-    before = ""
-    for arg in args:
+    rest = iter(args)
+    for arg in rest:
         name, equals, value = arg.partition("=")
-        if before == "--config":
-            arg = str(find_config(arg))
-        elif name == "--config" and equals:
-            arg = f"--config={find_config(value)}"
-        yield arg
-        before = arg
+        yield f"--config={find_config(value if equals else next(rest, ''))}" if name == "--config" else arg
 
 
 def _chosen(given: Any) -> tuple[list[Candidate], L.LightningDataModule, str | None]:

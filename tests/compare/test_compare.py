@@ -218,7 +218,10 @@ def test_mistakes(answer, runs) -> None:
     assert "write NAME=PLACE" in answer(f"={kd}")
     assert "must be one of the networks kd, got 'other'" in answer(kd, "--teacher=other")
     assert "batch_sizes and seconds must be positive" in answer(kd, "--batch_sizes=[0]")
+    assert "lkd compare has no setting 'teachr'; did you mean 'teacher'?" in answer(kd, "--teachr=x")
+    assert "lkd compare has no setting 'model'; it has " in answer(kd, "--config", "digits/kd")
     assert "there is no config 'nothing.yaml'" in answer("--config", "nothing.yaml")
+    assert "no images in its val split" in answer(kd, "--split=val", "--data=lkd.DigitsDataModule", "--data.val_size=0")
     assert "normalization is for networks of the config" in answer(kd, "--normalization.x={mean: [0.], std: [1.]}")
 
 
