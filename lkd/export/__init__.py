@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import lightning as L
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from lkd import __version__
@@ -21,6 +22,7 @@ from lkd.export.files import INT8_FILE, METADATA, WRITERS, Network, as_json, che
 from lkd.export.images import batches, preprocessing, test_loader, training_images
 from lkd.export.measure import Checked, compare
 from lkd.trained import Trained, find_checkpoint, load_trained
+from lkd.types import Batch
 
 TOLERANCE = 1e-4
 """By how much logits of a float32 file may differ from the checkpoint's."""
@@ -95,7 +97,7 @@ def export(
         if int8:
             calibration = training_images(trained.data, trained.module)
             runs[INT8_FILE] = write_int8(written / WRITERS["onnx"][0], written / INT8_FILE, calibration)
-        checked = compare(network, runs, batches(loader, trained.module), written)
+        checked = compare(network, runs, _shown(batches(loader, trained.module), len(loader)), written)
         _refuse(checked)
         (written / CARD).write_text(card(trained, network, facts, metrics, checked), encoding="utf-8")
     return Export(folder, metrics, checked)
@@ -159,16 +161,22 @@ def _whole(folder: Path) -> Iterator[Path]:
     Yields:
         Where to write: a new folder beside it.
     """
+    folder = folder.resolve()  # a link stays
     written, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{part}") for part in ("new", "old"))
     written.mkdir(parents=True)
     try:
         yield written
         if folder.exists():
             folder.rename(old)
-        written.rename(folder)
+        try:
+            written.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
     finally:
-        for rest in (written, old):
-            shutil.rmtree(rest, ignore_errors=True)
+        shutil.rmtree(written, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _tested(trained: Trained) -> dict[str, float]:
@@ -184,6 +192,12 @@ def _tested(trained: Trained) -> dict[str, float]:
     trained.module.cpu().eval()
     trained.module.trainer = trained.data.trainer = None
     return dict(metrics)
+
+
+def _shown(found: Iterable[Batch], total: int) -> Iterable[Batch]:
+    """Batches, with a bar for those who look on."""
+    console = Console(stderr=True)
+    return track(found, "comparing", total, transient=True, console=console, disable=not console.is_terminal)
 
 
 def _refuse(checked: Sequence[Checked]) -> None:

@@ -73,7 +73,7 @@ class Checked:
     def differ(self, got: Tensor, expected: Tensor) -> None:
         """Note how far answers are apart; other shapes, and what is not finite, infinitely far."""
         apart = (got - expected).abs().max() if got.shape == expected.shape else torch.tensor(torch.inf)
-        self.difference = max(self.difference, float(apart.nan_to_num(torch.inf)))
+        self.difference = max(self.difference, float(apart.nan_to_num(torch.inf, torch.inf)))
 
 
 def compare(reference: Run, runs: Mapping[str, Run], batches: Iterable[Batch], folder: Path) -> list[Checked]:

@@ -62,7 +62,7 @@ def preparation(facts: Mapping[str, Any]) -> str:
     shape = " x ".join(map(str, facts["shape"]))
     said = f"`image`: {facts['dtype']}, {facts['layout']} ({shape}); the answer is `logits`, before softmax."
     if "mean" not in facts:
-        return f"{said} How the data made it is not known to lkd."
+        return f"{said} How the data made it is not known to lkd. Below, `batch` is such an array."
     said += (
         f" Pixels of 0 to 255 ({facts['channels']}) are divided by 255, then `(pixel - mean) / std` by channel, with "
         f"mean `{facts['mean']}` and std `{facts['std']}`."
