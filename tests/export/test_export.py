@@ -406,7 +406,7 @@ def test_calibration_sees_training_images_as_they_are_in_use(folder, distill) ->
     assert torch.equal(images, again)
     squares = [i for i, number in enumerate(train.index.tolist()) if train.source[number][0].size == (16, 16)]
     for i in squares:
-        pixels = torch.from_numpy(np.asarray(train.source[train.index[i]][0])).permute(2, 0, 1) / 255
+        pixels = torch.from_numpy(np.array(train.source[train.index[i]][0])).permute(2, 0, 1) / 255
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (folder.mean, folder.std))
         torch.testing.assert_close(images[i], (pixels - mean) / std)
     assert len(squares) == 1
