@@ -225,8 +225,10 @@ def check_formats(formats: Iterable[str], int8: bool) -> None:
         ValueError: If there is no such format, or something is missing for it.
     """
     formats = list(formats)
-    if unknown := [name for name in formats if name not in WRITERS]:
-        raise ValueError(f"--format takes {', '.join(WRITERS)}, or several with commas between, got {unknown[0]!r}")
+    unknown = [name for name in formats if name not in WRITERS]
+    if unknown or not formats:
+        got = repr(unknown[0]) if unknown else "none"
+        raise ValueError(f"--format takes {', '.join(WRITERS)}, or several with commas between, got {got}")
     if int8 and "onnx" not in formats:
         raise ValueError("--int8 is for ONNX alone, torch's programs stay float32; add onnx to --format")
     missing = [name for name in _NEEDED if find_spec(name) is None] if "onnx" in formats else []

@@ -249,6 +249,19 @@ def test_an_export_that_fails_leaves_the_older_one(run, tmp_path, monkeypatch) -
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_batches_of_one_and_of_several_are_compared(run, monkeypatch, size) -> None:
+    file, write = WRITERS["safetensors"]
+
+    def for_one_size(*given):
+        answer = write(*given)
+        return lambda image: answer(image) + ((len(image) == 1) == (size == 1))
+
+    monkeypatch.setitem(WRITERS, "safetensors", (file, for_one_size))
+    with pytest.raises(ValueError, match=r"logits differ by up to 1,"):
+        export(run, "out", ["safetensors"], images=10, settings=["--data.init_args.batch_size=1"])
+
+
 def test_only_what_is_asked_for(run, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("lkd.export.files.find_spec", lambda name: None)  # nothing of ONNX is needed for that
     assert main(["export", run, "--format", "safetensors,torch", "--output", "out", "--images", "300"]) == 0
