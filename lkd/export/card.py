@@ -1,0 +1,178 @@
+"""The model card: what the network is, how it was trained, what was measured, how to use it without lkd."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lkd import __version__
+from lkd.export.files import INT8_FILE, WRITERS, Network
+from lkd.export.measure import Checked
+from lkd.export.snippets import made, preparation, use
+from lkd.trained import Trained
+
+CARD = "README.md"
+_NETWORKS = ("student", "model")
+
+
+def card(
+    trained: Trained,
+    network: Network,
+    facts: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    checked: Sequence[Checked],
+) -> str:
+    """The card, with the front matter that Hugging Face reads.
+
+    Args:
+        trained: What was exported.
+        network: What of it answers.
+        facts: What `preprocessing.json` says.
+        metrics: What `lkd test` says.
+        checked: How the files compare with the checkpoint.
+    """
+    settings = _plain(dict(trained.config.as_dict()))
+    model, data = settings["model"], settings["data"]
+    own, name = _network(model), type(network.answering).__name__
+    if network.prefix:
+        name = type(trained.module).__name__
+    files = [one.file for one in checked]
+    network_made = made(own) if own and not network.prefix else None
+    title = f"{name}, {_dataset(trained)}"
+    count = len(facts.get("class_names", ()))
+    described = f"An image classifier{f' of {count} classes' if count else ''}, {network.num_parameters:,} parameters"
+    parts = [
+        f"---\n{_front(trained, title, facts['license'], metrics)}---",
+        f"# {title}",
+        f"{described}, trained by lkd {__version__} (Lightning Knowledge Distillation). {_licence(facts['license'])}",
+        "## Training",
+        _table(("", ""), _training(trained, own, model, data)),
+        "## Measured",
+        "By `lkd test`, on all test images:",
+        _table(("", "test images"), [(key.removeprefix("test/"), f"{value:.4f}") for key, value in metrics.items()]),
+        *_compared(checked),
+        "## Input",
+        preparation(facts),
+        "## Use",
+        *(use(file, files, facts, network_made) for file in files),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front(trained: Trained, title: str, license: str, metrics: Mapping[str, float]) -> str:
+    dataset = _dataset(trained)
+    found: dict[str, Any] = {
+        "license": license,
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "knowledge-distillation", "lkd"],
+        "datasets": [dataset],
+        "metrics": ["accuracy"],
+    }
+    if "test/acc" in metrics:
+        result = {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": dataset, "type": dataset, "split": "test"},
+            "metrics": [{"type": "accuracy", "value": round(metrics["test/acc"], 6)}],
+        }
+        found["model-index"] = [{"name": title, "results": [result]}]
+    text: str = yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=120)
+    return text
+
+
+def _licence(license: str) -> str:
+    return "Its license has not been stated." if license == "unknown" else f"License: `{license}`."
+
+
+def _dataset(trained: Trained) -> str:
+    """What the data is called: by its class, or by its folder where the class takes any."""
+    name = type(trained.data).__name__.removesuffix("DataModule")
+    root = getattr(trained.data, "root", None)
+    return Path(root).absolute().name if name == "ImageFolder" and root else name.lower()
+
+
+def _training(trained: Trained, own: Any, model: Any, data: Any) -> Iterator[tuple[str, str]]:
+    settings = model.get("init_args", {})
+    yield "data", _shown(data)
+    yield "network", _shown(own)
+    if teacher := settings.get("teacher"):
+        yield "teacher", _shown(teacher)
+    for name in ("teacher_ckpt", "student_ckpt", "model_ckpt"):
+        if settings.get(name):
+            yield name, f"`{settings[name]}`"
+    yield "module", f"`{model['class_path']}`"
+    criterion = getattr(trained.module, "criterion", None)
+    if criterion is not None:
+        yield "criterion", _shown(settings.get("criterion") or _described(criterion))
+    shown = {*_NETWORKS, "students", "teacher", "teacher_ckpt", "student_ckpt", "model_ckpt", "criterion"}
+    for name, value in settings.items():
+        if name not in shown and value is not None:
+            yield name, _shown(value)
+    yield "epochs until then", str(int(trained.checkpoint.get("epoch", -1)) + 1)
+    yield "steps until then", f"{trained.checkpoint.get('global_step', 0):,}"
+
+
+def _network(model: Any) -> Any:
+    """The settings of the network in training; of several, of the first."""
+    settings = model.get("init_args", {})
+    found = next((settings[name] for name in _NETWORKS if settings.get(name)), None)
+    return found or next(iter(settings.get("students") or ()), None)
+
+
+def _described(criterion: Any) -> dict[str, Any]:
+    """A criterion that no setting names: its class, and what of its arguments it remembers."""
+    names = inspect.signature(type(criterion)).parameters
+    plain = {
+        name: getattr(criterion, name) for name in names if isinstance(getattr(criterion, name, None), (int, float))
+    }
+    return {"class_path": f"{type(criterion).__module__}.{type(criterion).__name__}", "init_args": plain}
+
+
+def _shown(value: Any) -> str:
+    """A setting on one line."""
+    if not isinstance(value, Mapping) or "class_path" not in value:
+        return f"`{value}`"
+    own = {name: one for name, one in (value.get("init_args") or {}).items() if one is not None}
+    text = yaml.safe_dump(own, default_flow_style=True, width=10**6, sort_keys=False).strip() if own else ""
+    return f"`{value['class_path']}`" + (f" `{text}`" if text else "")
+
+
+def _plain(value: Any) -> Any:
+    """Settings without the folders of this machine: of a path from its root on, only the name stays."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, str | Path) and (Path(value).is_absolute() or str(value).startswith("~")):
+        return Path(value).name
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+def _compared(checked: Sequence[Checked]) -> Iterator[str]:
+    first = checked[0]
+    yield (
+        f"The files against the checkpoint (accuracy {first.expected_accuracy:.2%}), on {first.images:,} test images, "
+        "in batches and one by one:"
+    )
+    yield _table(
+        ("file", "bytes", "largest difference of a logit", "same class", "accuracy"),
+        [
+            (f"`{c.file}`", f"{c.size:,}", f"{c.difference:.2g}", f"{c.agreement:.2%}", f"{c.accuracy:.2%}")
+            for c in checked
+        ],
+    )
+    sizes = {one.file: one.size for one in checked}
+    for one in checked:
+        if one.file == INT8_FILE:
+            yield (
+                f"With 8 bits accuracy changes by {100 * (one.accuracy - one.expected_accuracy):+.2f} points, and the "
+                f"file has {one.size / sizes[WRITERS['onnx'][0]]:.2f} times the bytes of float32."
+            )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -1,0 +1,128 @@
+"""The images of an export: what is done to one before the network sees it, and those that it is tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from lkd.datamodules import ImageDataModule
+from lkd.datamodules.transforms import CenterCrop
+from lkd.modules import ClassificationModule
+from lkd.types import Batch
+
+_CALIBRATION, _PIECE = 512, 32
+_CHANNELS = {1: ("L", "gray"), 3: ("RGB", "red, green, blue")}
+
+
+def preprocessing(data: L.LightningDataModule, image: Tensor) -> dict[str, Any]:
+    """How an image becomes the network's input, as plain data.
+
+    Args:
+        data: The run's data, set up.
+        image: A batch of its images `(B, ...)`.
+    """
+    facts: dict[str, Any] = {
+        "input": "image",
+        "output": "logits, before softmax",
+        "shape": list(image.shape[1:]),
+        "layout": "batch of any size, channels, height, width" if image.dim() == 4 else "batch of any size, ...",
+        "dtype": str(image.dtype).removeprefix("torch."),
+    }
+    if isinstance(data, ImageDataModule):
+        mode, channels = _CHANNELS.get(len(data.mean), (None, "as in the data"))
+        facts |= {"mode": mode, "channels": channels, "resize": _resize(data), "value_range": [0, 1]}
+        facts |= {"divide_by": 255, "mean": list(data.mean), "std": list(data.std)}
+    if names := getattr(data, "class_names", None):
+        facts["class_names"] = list(names)
+    return facts
+
+
+def _resize(data: ImageDataModule) -> dict[str, Any]:
+    if type(data.resize) is not CenterCrop:
+        return {"by": repr(data.resize)}
+    return {
+        "unless": "the image has the size already",
+        "cover": [round(side / data.resize.ratio) for side in data.input_shape[1:]],
+        "interpolation": "bilinear, with antialiasing, as Pillow's",
+        "crop": "centre",
+    }
+
+
+def test_loader(data: L.LightningDataModule, limit: int) -> DataLoader[Any]:
+    """The test images; if there are more than a limit, so many of them, evenly spread.
+
+    Args:
+        data: The run's data, set up for the test.
+        limit: How many images.
+
+    Raises:
+        TypeError: If the data's loader is no DataLoader.
+    """
+    loader = data.test_dataloader()
+    if isinstance(loader, (list, tuple)) and len(loader) == 1:
+        loader = loader[0]
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"lkd export reads test images from one DataLoader, {type(data).__name__} has {type(loader)}")
+    dataset: Any = loader.dataset
+    if not hasattr(dataset, "__len__") or len(dataset) <= limit:
+        return loader
+    chosen = torch.linspace(0, len(dataset) - 1, limit, dtype=torch.float64).long().tolist()
+    return DataLoader(
+        Subset(dataset, chosen),
+        batch_size=loader.batch_size or 1,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+    )
+
+
+def batches(loader: DataLoader[Any], module: ClassificationModule) -> Iterator[Batch]:
+    """What a loader gives, on the CPU.
+
+    Args:
+        loader: The loader.
+        module: Takes batches apart.
+
+    Raises:
+        TypeError: If a network's input is more than one tensor.
+    """
+    for raw in loader:
+        batch = module.unpack(raw)
+        if not isinstance(batch.input, Tensor):
+            raise TypeError(
+                f"lkd export writes networks that take one tensor, and this data's input is a "
+                f"{type(batch.input).__name__}"
+            )
+        yield batch._replace(input=batch.input.cpu(), target=batch.target.cpu())
+
+
+def training_images(data: L.LightningDataModule, module: ClassificationModule) -> Iterator[Tensor]:
+    """Some training images, as the network meets them in use: brought to size, not augmented or mixed.
+
+    Of data that is not lkd's, they are as its training loader has them.
+
+    Args:
+        data: The run's data.
+        module: Takes batches apart.
+
+    Yields:
+        Batches `(B, C, H, W)`.
+    """
+    data.setup("fit")
+    if isinstance(data, ImageDataModule):
+        dataset = data.datasets["train"]
+        plain = dataset.variant(0, [data.resize])
+        step = max(1, len(dataset) // _CALIBRATION)
+        for index in dataset.index[::step][:_CALIBRATION].split(_PIECE):  # type: ignore[no-untyped-call]
+            yield plain.unmixed(torch.zeros_like(index), index).input
+        return
+    seen = 0
+    for batch in batches(data.train_dataloader(), module):
+        if seen >= _CALIBRATION:
+            return
+        seen += len(batch.input)
+        yield batch.input

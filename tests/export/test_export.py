@@ -1,0 +1,426 @@
+"""`lkd export`: every file answers as the checkpoint does, and without lkd."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+
+from lkd import ImageFolderDataModule, __version__
+from lkd.__main__ import main
+from lkd.export import export
+from lkd.export.card import CARD
+from lkd.export.files import WRITERS
+from lkd.export.images import preprocessing, training_images
+from lkd.export.snippets import preparation
+from lkd.trained import load_trained
+
+QUICK = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.enable_progress_bar=false")
+FILES = ("model.safetensors", "model.pt2", "model.onnx", "model.int8.onnx")
+PAIR = ("--config=data/digits", "--config=pairs/digits")
+WITHOUT_LKD = """
+import json, re, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "lkd":
+            raise ImportError("lkd is not here")
+
+sys.meta_path.insert(0, Refuse())
+import numpy as np, onnxruntime, torch
+from safetensors.torch import load_file
+
+given = np.load(sys.argv[1])
+image, logits = given["image"], given["logits"]
+program = torch.export.load("model.pt2").module()
+bare = torch.export.load("model.pt2").module()
+for tensor in bare.state_dict().values():
+    tensor.zero_()
+bare.load_state_dict(load_file("model.safetensors"))
+session = onnxruntime.InferenceSession("model.onnx")
+answers = {
+    "torch": lambda batch: program(torch.from_numpy(batch)).detach().numpy(),
+    "safetensors": lambda batch: bare(torch.from_numpy(batch)).detach().numpy(),
+    "onnx": lambda batch: session.run(["logits"], {"image": batch})[0],
+}
+apart = {
+    f"{name}, {size}": max(float(abs(answer(image[i : i + size]) - logits[i : i + size]).max())
+                           for i in range(0, min(len(image), 64 * size), size))
+    for name, answer in answers.items() for size in (1, 100, len(image))
+}
+blocks = re.findall(r"```python\\n(.*?)```", open("README.md", encoding="utf-8").read(), re.S)
+card = []
+for block in blocks[1:]:
+    names = {"print": lambda *_: None}
+    exec(blocks[0] + block, names)
+    card.append(float(abs(np.asarray(names["logits"]) - logits[:1]).max()))
+print(json.dumps({"images": len(image), "apart": apart, "card": card, "lkd": "lkd" in sys.modules}))
+"""
+
+
+def fit(folder: Path, *args: str) -> str:
+    """Trains a little; the run's folder."""
+    assert main(["fit", *args, *QUICK, f"--trainer.default_root_dir={folder}"]) == 0
+    return str(next(folder.rglob("best.ckpt")).parents[1])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> str:
+    return fit(tmp_path_factory.mktemp("runs"), "--config=configs/digits/kd.yaml")
+
+
+@pytest.fixture(scope="module")
+def done(run):
+    """The run, exported in every way."""
+    return export(run, int8=True, license="apache-2.0")
+
+
+@pytest.fixture
+def answer(capsys, monkeypatch):
+    """What `lkd export` says of a mistake."""
+    monkeypatch.delenv("LKD_DEBUG", raising=False)
+
+    def ask(*args: str) -> str:
+        assert main(["export", *args]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lkd: error: ")]
+        return line.removeprefix("lkd: error: ")
+
+    return ask
+
+
+def digits(run: str):
+    """All test images `(359, 1, 8, 8)`, and the checkpoint's logits."""
+    trained = load_trained(run)
+    trained.data.setup("test")
+    image = torch.cat([batch.input for batch in trained.data.test_dataloader()])
+    with torch.no_grad():
+        return image, trained.module(image)
+
+
+def test_files_answer_without_lkd_as_the_checkpoint_does(run, done, tmp_path) -> None:
+    image, logits = digits(run)
+    np.savez(tmp_path / "given.npz", image=image.numpy(), logits=logits.numpy())
+    pixels = (image[0, 0] * 0.3762 + 0.3057) * 255
+    Image.fromarray(pixels.round().to(torch.uint8).numpy()).save(done.folder / "image.png")
+    command = [sys.executable, "-I", "-c", WITHOUT_LKD, str(tmp_path / "given.npz")]
+    ran = subprocess.run(command, cwd=done.folder, capture_output=True, text=True)
+    (done.folder / "image.png").unlink()
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["images"] == 359
+    assert not found["lkd"]
+    assert len(found["apart"]) == 9
+    assert max(found["apart"].values()) <= 1e-4, found["apart"]
+    *float32, int8 = found["card"]
+    assert len(float32) == 3
+    assert max(float32) <= 1e-4
+    assert 1e-4 < int8 < 1
+
+
+def test_what_is_measured(done) -> None:
+    assert [one.file for one in done.files] == list(FILES)
+    for one in done.files:
+        assert one.images == one.labelled == 359
+        assert one.size == (done.folder / one.file).stat().st_size
+        assert one.expected_accuracy == pytest.approx(done.metrics["test/acc"])
+    *float32, int8 = done.files
+    assert all(one.difference <= 1e-4 and one.agreement == 1 for one in float32)
+    assert all(one.accuracy == one.expected_accuracy for one in float32)
+    assert int8.difference > 1e-4
+    assert int8.agreement > 0.9
+
+
+def test_preprocessing_is_in_every_file(done) -> None:
+    import onnx
+
+    text = (done.folder / "preprocessing.json").read_text()
+    with safe_open(done.folder / "model.safetensors", "pt") as file:
+        assert file.metadata()["preprocessing"] == text
+    extra = {"preprocessing.json": ""}
+    torch.export.load(done.folder / "model.pt2", extra_files=extra)
+    assert extra["preprocessing.json"] == text
+    for name in ("model.onnx", "model.int8.onnx"):
+        properties = {entry.key: entry.value for entry in onnx.load(done.folder / name).metadata_props}
+        assert properties["preprocessing"] == text
+    facts = json.loads(text)
+    assert facts["shape"] == [1, 8, 8]
+    assert (facts["mean"], facts["std"], facts["value_range"]) == ([0.3057], [0.3762], [0, 1])
+    assert facts["class_names"] == list("0123456789")
+    assert (facts["license"], facts["lkd"]) == ("apache-2.0", __version__)
+
+
+def test_batches_are_of_any_size(done) -> None:
+    import onnx
+
+    for name in ("model.onnx", "model.int8.onnx"):
+        graph = onnx.load(done.folder / name).graph
+        shapes = [
+            [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.output)
+        ]
+        assert shapes == [["batch", 1, 8, 8], ["batch", 10]]
+
+
+def test_int8_computes_with_8_bits(done) -> None:
+    import onnx
+
+    model = onnx.load(done.folder / "model.int8.onnx")
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    assert convolutions
+    for node in convolutions:
+        weight = made_by[node.input[1]]
+        assert weight.op_type == "DequantizeLinear"
+        assert kinds[weight.input[0]] == onnx.TensorProto.INT8
+
+
+def test_files_tell_nothing_of_this_machine_and_have_no_image(run, done) -> None:
+    private = [str(Path(run).parents[1]), str(Path(__file__).parents[2]), "site-packages", "resnet.py"]
+    for path in done.folder.iterdir():
+        parts = [path.read_bytes()]
+        if path.suffix == ".pt2":
+            archive = zipfile.ZipFile(path)
+            parts = [archive.read(name) for name in archive.namelist()]
+        assert not [text for text in private for part in parts if text.encode() in part], path
+    (example,), _ = torch.export.load(done.folder / "model.pt2").example_inputs
+    assert example.untyped_storage().nbytes() == 2 * 8 * 8 * 4
+    assert not example.any()
+
+
+def test_the_card(done) -> None:
+    _, front, text = (done.folder / CARD).read_text().split("---\n", 2)
+    found = yaml.safe_load(front)
+    assert found["license"] == "apache-2.0"
+    assert found["datasets"] == ["digits"]
+    assert found["metrics"] == ["accuracy"]
+    assert "knowledge-distillation" in found["tags"]
+    (result,) = found["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == pytest.approx(done.metrics["test/acc"], abs=1e-6)
+    for words in (
+        "5,142 parameters",
+        "| teacher | `lkd.models.resnet8` `{num_classes: 10, in_channels: 1, shortcut: B}` |",
+        "| teacher_ckpt | `lkd:digits_resnet8` |",
+        "| criterion | `lkd.losses.KD` `{temperature: 4.0}` |",
+        "| distill_weight | `0.9` |",
+        f"| acc | {done.metrics['test/acc']:.4f} |",
+        f"trained by lkd {__version__}",
+        "mean `[0.3057]` and std `[0.3762]`",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize("apart", [2e-4, float("nan")])
+def test_a_file_that_answers_otherwise_is_not_left(run, tmp_path, monkeypatch, apart) -> None:
+    file, write = WRITERS["torch"]
+
+    def otherwise(network, path, metadata):
+        answer = write(network, path, metadata)
+        return lambda image: answer(image) + apart
+
+    monkeypatch.setitem(WRITERS, "torch", (file, otherwise))
+    with pytest.raises(
+        ValueError, match=r"model.pt2 does not answer as the checkpoint does: over 359 .*nothing is exp"
+    ):
+        export(run, tmp_path / "out" / "here", ["safetensors", "torch"])
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_export_that_fails_leaves_the_older_one(run, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    export(run, out, ["safetensors"])
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    file, write = WRITERS["safetensors"]
+    monkeypatch.setitem(
+        WRITERS, "safetensors", (file, lambda *given: (write(*given), lambda image: image.flatten(1))[1])
+    )
+    with pytest.raises(ValueError, match=r"logits differ by up to inf"):
+        export(run, out, ["safetensors"], overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_batches_of_one_and_of_several_are_compared(run, monkeypatch, size) -> None:
+    file, write = WRITERS["safetensors"]
+
+    def for_one_size(*given):
+        answer = write(*given)
+        return lambda image: answer(image) + ((len(image) == 1) == (size == 1))
+
+    monkeypatch.setitem(WRITERS, "safetensors", (file, for_one_size))
+    with pytest.raises(ValueError, match=r"logits differ by up to 1,"):
+        export(run, "out", ["safetensors"], images=10, settings=["--data.init_args.batch_size=1"])
+
+
+def test_only_what_is_asked_for(run, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("lkd.export.files.find_spec", lambda name: None)  # nothing of ONNX is needed for that
+    assert main(["export", run, "--format", "safetensors,torch", "--output", "out", "--images", "300"]) == 0
+    assert {path.name for path in Path("out").iterdir()} == {*FILES[:2], "preprocessing.json", CARD}
+    shown = capsys.readouterr().out
+    assert "on 300 test images" in shown
+    assert "model.pt2" in shown
+
+
+def test_an_export_is_not_lost(run, answer) -> None:
+    small = (run, "--format", "safetensors", "--output", "out")
+    assert main(["export", *small]) == 0
+    before = Path("out/model.safetensors").stat().st_mtime_ns
+    assert answer(*small) == "out has an export already; give another --output, or --overwrite to replace it"
+    assert Path("out/model.safetensors").stat().st_mtime_ns == before
+    assert main(["export", *small, "--overwrite"]) == 0
+    assert Path("out/model.safetensors").stat().st_mtime_ns > before
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years of work")
+    said = answer(run, "--format", "safetensors", "--output", "mine", "--overwrite")
+    assert said == "mine is there, and no export of lkd's; give a new folder as --output"
+    assert {path.name for path in Path().iterdir()} >= {"mine", "out"}
+    assert not [path for path in Path().iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "lkd export needs a checkpoint, or the folder of a run, first; see 'lkd export --help'"),
+        (["nowhere"], "there is no nowhere; give a checkpoint, or the folder of a run or of runs"),
+        (
+            ["RUN", "--format", "onx"],
+            "--format takes safetensors, torch, onnx, or several with commas between, got 'onx'",
+        ),
+        (["RUN", "--format", "torch", "onnx"], "several formats with commas between, got 'onnx'"),
+        (["RUN", "--int8", "--format", "torch"], "--int8 is for ONNX alone, torch's programs stay float32"),
+        (["RUN", "--images", "0"], "--images takes a number of test images from 1 on, got 0"),
+        (["RUN", "--output", "out", "--licence", "mit"], "lkd has no setting 'licence'"),
+    ],
+)
+def test_mistakes_get_one_sentence(run, answer, args, words) -> None:
+    assert words in answer(*(arg.replace("RUN", run) for arg in args))
+
+
+def test_a_missing_extra_is_named(run, answer, monkeypatch) -> None:
+    monkeypatch.setattr("lkd.export.files.find_spec", lambda name: None if name == "onnxscript" else name)
+    assert answer(run, "--output", "out") == (
+        "--format onnx needs onnxscript, which is not installed; pip install 'lkd[onnx]', or take "
+        "--format safetensors,torch"
+    )
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "own_names"),
+    [
+        ("simkd", (), False),  # the teacher's classifier answers
+        ("byot", ("--model.init_args.exit=1",), False),  # an exit does
+        ("byot", (), True),  # the network alone does, though its module has exits
+        ("ema_teacher", (), True),
+    ],
+)
+def test_modules_that_answer_in_their_own_way(tmp_path, method, settings, own_names) -> None:
+    run = fit(tmp_path / "runs", *PAIR, f"--config=methods/{method}", *settings)
+    done = export(run, "out", ["safetensors"] if own_names else ["safetensors", "torch", "onnx"])
+    assert max(one.difference for one in done.files) <= 1e-4
+    with safe_open("out/model.safetensors", "pt") as file:
+        names = set(file.keys())
+    checkpoint = set(load_trained(run).checkpoint["state_dict"])
+    own = {name.removeprefix("model.") for name in checkpoint if name.startswith("model.")}
+    assert names == own if own_names else names < checkpoint
+    assert not [name for name in names if name.startswith(("metrics", "teacher"))]
+
+
+NETS = """
+from torch import Tensor, nn
+
+class Tied(nn.Module):
+    '''Returns a dict; two of its layers have one weight.'''
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+        self.second.weight = self.first.weight
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        hidden = self.second(self.first(image.flatten(1)).relu()).relu()
+        return {"logits": self.head(hidden), "hidden": hidden}
+
+class Choosy(Tied):
+    '''Its way depends on what it sees.'''
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return super().forward(image if image.sum() > 0 else -image)
+"""
+
+
+def fit_own(folder: Path, network: str) -> str:
+    Path("own_nets.py").write_text(NETS)
+    module = ("--model=lkd.ClassificationModule", f"--model.init_args.model=own_nets.{network}")
+    return fit(folder, "--config=data/digits", *module)
+
+
+def test_a_network_that_returns_a_dict_and_ties_weights(tmp_path) -> None:
+    done = export(fit_own(tmp_path, "Tied"), "out")
+    assert max(one.difference for one in done.files) <= 1e-4
+    assert "own_nets.Tied()" in Path("out", CARD).read_text()
+    program = torch.export.load("out/model.pt2")
+    with safe_open("out/model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(program.module().state_dict())
+
+
+def test_a_network_that_cannot_be_traced(tmp_path, answer) -> None:
+    run = fit_own(tmp_path, "Choosy")
+    said = answer(run, "--format", "torch", "--output", "out")
+    assert said.startswith("torch.export cannot trace Choosy for batches of any size (Could not guard")
+    assert said.endswith("--format safetensors writes its weights alone")
+    assert not Path("out").exists()
+    assert main(["export", run, "--format", "safetensors", "--output", "out"]) == 0
+
+
+@pytest.fixture
+def folder(tmp_path) -> ImageFolderDataModule:
+    """Images of all shapes."""
+    sizes = [(40, 30), (30, 47), (16, 16), (20, 20), (91, 17), (12, 10), (33, 64), (25, 25)]
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for number, (width, height) in enumerate(sizes):
+            path = tmp_path / "images" / split / f"class{number % 2}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(path)
+    return ImageFolderDataModule(str(tmp_path / "images"), image_size=16, num_workers=0, val_size=0)
+
+
+def test_the_cards_code_prepares_an_image_as_the_data_module_does(folder, tmp_path) -> None:
+    folder.setup("test")
+    (batch,) = folder.test_dataloader()
+    facts = preprocessing(folder, batch.input)
+    (tmp_path / "preprocessing.json").write_text(json.dumps(facts))
+    (code,) = re.findall(r"```python\n(.*?)```", preparation(facts), re.S)
+    paths = sorted((tmp_path / "images" / "test").glob("*/*.png"))
+    assert len(paths) == len(batch.input) == 8
+    for path, expected in zip(paths, batch.input, strict=True):
+        (tmp_path / "image.png").write_bytes(path.read_bytes())
+        names: dict[str, np.ndarray] = {}
+        exec(code, names)
+        torch.testing.assert_close(torch.from_numpy(names["batch"])[0], expected, rtol=0, atol=1e-6)
+
+
+def test_calibration_sees_training_images_as_they_are_in_use(folder, distill) -> None:
+    images = torch.cat(list(training_images(folder, distill())))
+    train = folder.datasets["train"]
+    assert train.augment  # which is left out
+    again = torch.cat(list(training_images(folder, distill())))
+    assert torch.equal(images, again)
+    squares = [i for i, number in enumerate(train.index.tolist()) if train.source[number][0].size == (16, 16)]
+    for i in squares:
+        pixels = torch.from_numpy(np.array(train.source[train.index[i]][0])).permute(2, 0, 1) / 255
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (folder.mean, folder.std))
+        torch.testing.assert_close(images[i], (pixels - mean) / std)
+    assert len(squares) == 1
+    assert len(images) == 8
