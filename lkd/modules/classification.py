@@ -121,6 +121,8 @@ class ClassificationModule(L.LightningModule):
     def unpack(self, batch: Any) -> Batch:
         """What the data gave, as a `Batch`; override it for data of other forms.
 
+        Callbacks ask it too: what takes long belongs in the data module's `on_after_batch_transfer`.
+
         Args:
             batch: A `Batch`, `(input, target)`, `(input, target, index)`, or a dict with these keys.
 
