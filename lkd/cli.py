@@ -152,6 +152,8 @@ class LkdCLI(LightningCLI):
             kwargs["logger"] = fit and TensorBoardLogger(folder, self.run_name, version, default_hp_metric=False)
         elif fit and config["logger"] is False:  # config and checkpoints lie where a logger would have put them
             kwargs["default_root_dir"] = TensorBoardLogger(folder, self.run_name, version).log_dir
+        elif fit and not config.get("default_root_dir"):  # a logger without a folder leaves checkpoints there
+            kwargs["default_root_dir"] = folder
         logged = bool(kwargs.get("logger", config.get("logger"))) and not config.get("fast_dev_run")
         kept = config.get("enable_checkpointing") is not False
         for section in () if kept else ("checkpoint", "last_checkpoint"):

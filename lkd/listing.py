@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import lightning as L
+import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lkd.arguments import prepare
+from lkd.callbacks.monitor import fitting
 from lkd.cli import LkdCLI
 from lkd.layers import FeatureLayers, blank_image, feature_layers, layer_names
 from lkd.taps import FeatureTaps
@@ -51,16 +54,17 @@ def main(args: Sequence[str]) -> None:
     size, args = _input_size(args)
     if not args:
         raise ValueError("lkd layers needs a network's class_path, or --config FILE; see 'lkd layers --help'")
-    shape: tuple[int, ...] | None = None
+    example: Any = None
     if args[0].startswith("-"):
-        networks, shape = _read_config(args, with_data=not size)
+        networks, example = _read_config(args, with_data=not size)
     elif "." in args[0]:
         networks = {args[0]: _built(nn.Module, args[0], args[1:])}
     else:
         raise ValueError(f"{args[0]!r} is no class_path; say where it lies, as in lkd.models.resnet20 or my_net.Net")
     lines: list[str] = []
     for name, network in networks.items():
-        lines += [*_listing(name, network, blank_image(network, size or shape or [32])), ""]
+        given = blank_image(network, size or [32]) if example is None else fitting(example, network)
+        lines += [*_listing(name, network, given), ""]
     print(*lines, _NOTE, sep="\n")
 
 
@@ -79,8 +83,8 @@ def _input_size(args: Sequence[str]) -> tuple[list[int], list[str]]:
     return [int(number) for number in given], rest
 
 
-def _read_config(args: Sequence[str], with_data: bool) -> tuple[dict[str, nn.Module], tuple[int, ...] | None]:
-    """The networks of a run, by name, and the shape of its data's images."""
+def _read_config(args: Sequence[str], with_data: bool) -> tuple[dict[str, nn.Module], Any]:
+    """The networks of a run, by name, and a blank input of its data's, if that tells one."""
     config = _ConfigReader(*prepare(["fit", *args])).config["fit"]
     model = config["model"].get("init_args", {})
     settings = {name: model.get(name) for name in ("student", "teacher", "model")}
@@ -93,7 +97,9 @@ def _read_config(args: Sequence[str], with_data: bool) -> tuple[dict[str, nn.Mod
         )
     if not (with_data and config.get("data")):
         return networks, None
-    return networks, getattr(_built(L.LightningDataModule, config["data"]), "input_shape", None)
+    data = _built(L.LightningDataModule, config["data"])
+    example, shape = getattr(data, "example_input", None), getattr(data, "input_shape", None)
+    return networks, torch.zeros(1, *shape) if example is None and shape is not None else example
 
 
 def _built(kind: type[_T], given: Any, settings: Sequence[str] = ()) -> _T:
@@ -109,17 +115,27 @@ def _built(kind: type[_T], given: Any, settings: Sequence[str] = ()) -> _T:
     return found
 
 
-def _listing(name: str, network: nn.Module, image: Tensor) -> Iterator[str]:
+def _is_image(example: Any) -> bool:
+    return isinstance(example, Tensor) and example.dim() == 4
+
+
+def _shape(example: Any) -> str:
+    """The shape of a tensor; of several tensors, each one's."""
+    return str(tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf, example))
+
+
+def _listing(name: str, network: nn.Module, example: Any) -> Iterator[str]:
     """The lines for one network."""
     groups = _groups(feature_layers(network))
     try:
-        shapes = layer_names(network, image)
+        shapes = layer_names(network, example)
         inputs = [layer for layer in groups if layer.endswith(":input") and layer.removesuffix(":input") in shapes]
-        features = FeatureTaps(network, inputs).probe(image).outputs.features
+        features = FeatureTaps(network, inputs).probe(example).outputs.features
     except Exception as error:  # whatever someone's forward pass raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        kind = "an image" if _is_image(example) else "an input"
         raise ValueError(
-            f"{type(network).__name__} cannot take an image of the shape {tuple(image.shape)}: {reason}; give another "
+            f"{type(network).__name__} cannot take {kind} of the shape {_shape(example)}: {reason}; give another "
             "--input_size"
         ) from error
     rows = [("layer", "shape", "groups" if groups else "")]
@@ -128,7 +144,7 @@ def _listing(name: str, network: nn.Module, image: Tensor) -> Iterator[str]:
             rows.append((read, str(tuple(features[read].shape)), ", ".join(groups[read])))
         rows.append((layer, str(shape), ", ".join(groups.get(layer, []))))
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    yield f"{name}, {parameters:,} parameters, for one image {tuple(image.shape)}"
+    yield f"{name}, {parameters:,} parameters, for one {'image' if _is_image(example) else 'input'} {_shape(example)}"
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     yield from (f"  {layer:{first}}  {shape:{second}}  {group}".rstrip() for layer, shape, group in rows)
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import lightning as L
 import yaml
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+from lkd.callbacks.record import run_folder
 from lkd.plain_yaml import load_yaml
 
 _FREE = ("ckpt_path", "config", "last_checkpoint", "trainer.max_", "trainer.enable_", "trainer.log_every_n_steps")
@@ -49,7 +51,7 @@ class SaveConfig(SaveConfigCallback):
         Raises:
             ValueError: If the state of its optimizer or schedule is none for this config.
         """
-        path = Path(str(trainer.log_dir)) / self.config_filename  # in all processes: it is broadcast
+        path = Path(run_folder(trainer)) / self.config_filename  # in all processes: it is broadcast
         if self._step is None:
             return
         self._compare(path)
@@ -59,8 +61,14 @@ class SaveConfig(SaveConfigCallback):
                 logger.experiment._get_file_writer().add_event(start, self._step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep it."""
-        super().setup(trainer, pl_module, "fit")
+        """Keep it beside the checkpoints: not every logger has a folder for each run."""
+        folder = run_folder(trainer)
+        if not trainer.is_global_zero:
+            return
+        get_filesystem(folder).makedirs(folder, exist_ok=True)
+        path = f"{folder}/{self.config_filename}"
+        self.parser.save(self.config, path, skip_none=False, overwrite=True)
+        self.save_config(trainer, pl_module, "fit")
 
     def _compare(self, path: Path) -> None:
         try:

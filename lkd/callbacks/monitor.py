@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 _LAYOUT = {
@@ -48,15 +49,35 @@ def network_size(name: str, network: nn.Module, example: Any | None) -> NetworkS
     parameters = sum(parameter.numel() for parameter in network.parameters())
     if example is None:
         return NetworkSize(name, type(network).__name__, parameters, None)
-    if isinstance(example, Tensor) and example.is_floating_point():
-        example = example.to(next(network.parameters(), example).dtype)
-    training = network.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network.eval()(example)
+    example = fitting(example, network)
+    training, fused = network.training, torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # PyTorch's own transformer layers in one: it would not be counted
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network.eval()(example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     network.train(training)
     if isinstance(network, FSDPModule):  # it has its whole weights until the next backward pass
         network.reshard()
     return NetworkSize(name, type(network).__name__, parameters, counter.get_total_flops())
+
+
+def fitting(example: Any, network: nn.Module) -> Any:
+    """An input where the network is; what is floating point in it, in the network's type.
+
+    Args:
+        example: A tensor, or dicts, lists and tuples of tensors.
+        network: Any module.
+    """
+    like = next((weight for weight in network.parameters() if weight.is_floating_point()), torch.empty(0))
+
+    def fit(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(like.device, like.dtype if leaf.is_floating_point() else leaf.dtype)
+
+    return tree_map(fit, example)
 
 
 class NetworkSummary(L.Callback):

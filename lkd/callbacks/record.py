@@ -29,6 +29,19 @@ _PATIENCE = 10.0  # seconds for git, should the repository lie on a slow disk
 _UNKNOWN = "unknown"
 
 
+def run_folder(trainer: L.Trainer) -> str:
+    """A run's folder, whatever its loggers: that in which its `checkpoints` lie, or would lie.
+
+    Args:
+        trainer: The run's, in `fit`; to be asked in all processes.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        folder, _, name = str(getattr(callback, "dirpath", None) or "").rpartition(os.sep)
+        if folder and name == "checkpoints":
+            return folder
+    return trainer.log_dir or trainer.default_root_dir
+
+
 class RunRecord(L.Callback):
     """Write, when fit begins, what it begins with: versions, code, devices, seeds, images, command, time.
 
@@ -47,13 +60,13 @@ class RunRecord(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Compare and write."""
-        folder = trainer.log_dir  # in all processes: it is the first one's
+        folder = run_folder(trainer)  # in all processes: it is the first one's
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         begun, now = _begun(self._places(trainer.ckpt_path)), self._now(trainer)
         if differing := list(_differences(begun, now)):
             rank_zero_warn(f"this run was begun with {' and '.join(differing)}; bits may differ")
-        if folder is None or "://" in folder:  # somewhere else than on this machine
+        if "://" in folder:  # somewhere else than on this machine
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
         with Path(folder, RECORD).open("a") as file:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW
+from torch.utils._pytree import tree_map
 
 from lkd.callbacks.folding import fold_batch_norms
-from lkd.callbacks.monitor import network_size
+from lkd.callbacks.monitor import fitting, network_size
 from lkd.layers import evaluating
 from lkd.taps import FeatureTaps, logits_of
 
@@ -118,7 +119,7 @@ class Speed(L.Callback):
         if read or not any(isinstance(layer, _BatchNorm) for layer in layers):
             return
         generator = torch.Generator().manual_seed(0)
-        noise = _fitting(torch.randn((2, *example.shape[1:]), generator=generator), module.teacher)
+        noise = fitting(torch.randn((2, *example.shape[1:]), generator=generator), module.teacher)
         try:
             module.teacher_taps = FeatureTaps(fold_batch_norms(module.teacher, noise))
         except ValueError as error:
@@ -148,7 +149,7 @@ class Speed(L.Callback):
 
     def _mode(self, trainer: L.Trainer, example: Any) -> tuple[str | None, str]:
         if self.compile != "off" and not _is_image(example):
-            return None, " (the input's shape is not known)"
+            return None, " (only networks that take images are)"
         if self.compile != "auto":
             return (None, "") if self.compile == "off" else (self.compile, "")
         device = trainer.strategy.root_device
@@ -162,7 +163,7 @@ class Speed(L.Callback):
         """One forward and backward pass of a full batch, that leaves no trace."""
         example, model = module.example_input(), module.model
         size = getattr(trainer.datamodule, "batch_size", 2)  # type: ignore[attr-defined]
-        batch = _fitting(torch.zeros((size, *example.shape[1:])), model)
+        batch = fitting(torch.zeros((size, *example.shape[1:])), model)
         kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
         modes = {layer: layer.training for layer in model.modules()}
         devices = [batch.device] if batch.device.type == "cuda" else []
@@ -320,13 +321,10 @@ def _lay_out(network: nn.Module, memory_format: torch.memory_format) -> int:
 
 
 def _try(network: nn.Module, example: Any) -> None:
-    if isinstance(example, Tensor):
+    if example is not None:
+        twice = tree_map(lambda leaf: torch.cat((leaf, leaf)) if isinstance(leaf, Tensor) else leaf, example)
         with torch.no_grad(), evaluating(network):
-            network(_fitting(torch.cat((example, example)), network))  # for one image, more views fit
-
-
-def _fitting(input: Tensor, network: nn.Module) -> Tensor:
-    return input.to(next(network.parameters(), input))
+            network(fitting(twice, network))  # for one image, more views fit
 
 
 def _is_image(example: Any) -> bool:

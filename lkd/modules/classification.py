@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -40,6 +41,13 @@ def accuracy() -> Metric:
 
 def _is_plain(value: Any) -> bool:
     return all(type(leaf) in (bool, int, float, str, type(None)) for leaf in tree_leaves(value))
+
+
+def _is_safe(example: Any) -> bool:
+    """Whether a checkpoint can hold it without code of the user's, and be read with `weights_only`."""
+    if type(example) in (dict, list, tuple):
+        return all(_is_safe(part) for part in (example.values() if type(example) is dict else example))
+    return type(example) in (Tensor, str)
 
 
 def _name_default(kind: type[L.LightningModule]) -> None:
@@ -112,6 +120,8 @@ class ClassificationModule(L.LightningModule):
 
     def unpack(self, batch: Any) -> Batch:
         """What the data gave, as a `Batch`; override it for data of other forms.
+
+        Callbacks ask it too: what takes long belongs in the data module's `on_after_batch_transfer`.
 
         Args:
             batch: A `Batch`, `(input, target)`, `(input, target, index)`, or a dict with these keys.
@@ -332,11 +342,17 @@ class ClassificationModule(L.LightningModule):
             self.build(example)
 
     def example_input(self) -> Any | None:
-        """One blank input: `example_input_array` if it is set, else an image of the datamodule's `input_shape`."""
-        if self.example_input_array is not None:
-            return self.example_input_array
-        shape = self._data_attribute("input_shape")
-        return None if shape is None else torch.zeros(1, *shape, device=self.device)
+        """One blank input, on the module's device.
+
+        It is `example_input_array` if that is set, else the data module's `example_input`, which may be a dict or a
+        tuple of tensors, else an image of its `input_shape`.
+        """
+        example, shape = self.example_input_array, self._data_attribute("input_shape")
+        if example is None:
+            example = self._data_attribute("example_input")
+        if example is None and shape is not None:
+            example = torch.zeros(1, *shape)
+        return move_data_to_device(example, self.device)
 
     def _data_attribute(self, name: str) -> Any | None:
         """What the data module tells, else what a checkpoint does: in a test, no training images are opened."""
@@ -391,11 +407,12 @@ class ClassificationModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what of the data `on_load_checkpoint` needs to build what depends on it."""
-        shape = self._data_attribute("input_shape")
+        shape, example = self._data_attribute("input_shape"), self._data_attribute("example_input")
         facts = {name: fact for name in FROM_DATA if not isinstance(fact := self._data_attribute(name), Tensor)}
         checkpoint["lkd"] = {
             "version": __version__,
             "input_shape": None if shape is None else tuple(shape),
+            "example_input": move_data_to_device(example, "cpu") if _is_safe(example) else None,
             "meter": self._meter.state(self._gather),
             **facts,
         }

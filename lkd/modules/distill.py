@@ -310,7 +310,7 @@ class DistillModule(ClassificationModule):
         if not self._built and self.criterion.needs_build and self.example_input() is None:
             raise ValueError(
                 f"{type(self.criterion).__name__} builds its adapters from the shape of the input, which is not known; "
-                "use a datamodule with `input_shape`, or set the module's `example_input_array`"
+                "use a datamodule with `input_shape` or `example_input`, or set the module's `example_input_array`"
             )
         self._check_hidden()
 

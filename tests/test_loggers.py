@@ -1,0 +1,161 @@
+"""Other loggers than TensorBoard get the same points; nothing is lost where there is none."""
+
+from __future__ import annotations
+
+import csv
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lkd.__main__ import main
+from lkd.mistakes import explain
+
+FIT = ["fit", "--config=digits/kd", "--trainer.max_epochs=2", "--trainer.limit_train_batches=4"]
+FIT += ["--trainer.limit_val_batches=2", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+Points = dict[tuple[str, int], float]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder with the same run by each logger, by all, and by none."""
+    import wandb
+
+    folder = tmp_path_factory.mktemp("loggers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("WANDB_ERROR_REPORTING", "false")
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        assert main(FIT) == 0
+        for name in ("csv", "mlflow", "wandb"):
+            assert main([*FIT, f"--config=loggers/{name}"]) == 0
+        wandb.finish()  # as the end of a process does
+        several = "[{class_path: TensorBoardLogger, init_args: {save_dir: both}}, {class_path: CSVLogger, "
+        several += "init_args: {save_dir: both}}]"
+        assert main([*FIT, f"--trainer.logger={several}"]) == 0
+        assert main([*FIT, "--trainer.logger=false", "--trainer.default_root_dir=none"]) == 0
+    return folder
+
+
+def _tensorboard(folder: Path) -> Points:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if _is_compared(name)]
+    return {(name, point.step): point.value for name in names for point in events.Scalars(name)}
+
+
+def _is_compared(name: str) -> bool:
+    return "/" in name and not name.startswith("final/") and "images_per_s" not in name
+
+
+def _csv(path: Path) -> Points:
+    rows = csv.DictReader(path.read_text().splitlines())
+    cells = [(name, int(row["step"]), cell) for row in rows for name, cell in row.items() if cell]
+    return {(name, step): float(cell) for name, step, cell in cells if _is_compared(name)}
+
+
+def _mlflow(path: Path) -> tuple[Points, dict[str, str]]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{path}")
+    experiment = client.get_experiment_by_name("lkd")
+    (run,) = client.search_runs([experiment.experiment_id])
+    names = [name for name in run.data.metrics if _is_compared(name)]
+    histories = {name: client.get_metric_history(run.info.run_id, name) for name in names}
+    return {(name, p.step): p.value for name, history in histories.items() for p in history}, run.data.params
+
+
+def _wandb(path: Path) -> tuple[Points, dict[str, object]]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    points: Points = {}
+    config: dict[str, object] = {}
+    for part in _parts(path.read_bytes()):
+        record = Record.FromString(part)
+        config |= {item.key: json.loads(item.value_json) for item in record.config.update}
+        config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        points |= {(name, row["trainer/global_step"]): row[name] for name in row if _is_compared(name)}
+    return {place: value for place, value in points.items() if not place[0].startswith("trainer/")}, config
+
+
+def _parts(content: bytes) -> list[bytes]:
+    """The records of a file in LevelDB's log format, which wandb's own package writes but does not read."""
+    records, place, whole = [], 7, b""
+    while place + 7 <= len(content):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        whole += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a record in one part, or its last one
+            records.append(whole)
+            whole = b""
+    return records
+
+
+@pytest.fixture(scope="module")
+def expected(runs: Path) -> Points:
+    points = _tensorboard(runs / "runs/digits/kd/version_0")
+    names = {"train/loss", "train/hard", "train/kd", "train/acc", "val/acc", "val/loss", "val/teacher_acc"}
+    assert names <= {name for name, _ in points}
+    assert [step for name, step in points if name == "val/acc"] == [3, 7]
+    return points
+
+
+def test_csv_has_the_same_points(runs: Path, expected: Points) -> None:
+    assert _csv(runs / "runs/csv/version_0/metrics.csv") == pytest.approx(expected, rel=1e-6)
+    assert yaml.safe_load((runs / "runs/csv/version_0/hparams.yaml").read_text())["distill_weight"] == 0.9
+
+
+def test_mlflow_has_the_same_points(runs: Path, expected: Points) -> None:
+    points, settings = _mlflow(runs / "runs/mlflow.db")
+    assert points == pytest.approx(expected, rel=1e-6)
+    assert settings["distill_weight"] == "0.9"
+    assert settings["student/init_args/depth"] == "8"
+
+
+def test_wandb_has_the_same_points(runs: Path, expected: Points) -> None:
+    (file,) = (runs / "runs/wandb").glob("offline-run-*/*.wandb")
+    points, settings = _wandb(file)
+    assert points == pytest.approx(expected, rel=1e-6)
+    assert settings["distill_weight"] == 0.9
+
+
+def test_several_loggers_have_the_same_points(runs: Path, expected: Points) -> None:
+    assert _tensorboard(next((runs / "both").rglob("events.*")).parent) == pytest.approx(expected)
+    assert _csv(next((runs / "both").rglob("metrics.csv"))) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("place", ["runs/csv", "runs/1", "runs/lkd", "both", "none"])
+def test_config_record_and_checkpoints_lie_together(runs: Path, place: str, monkeypatch, capsys) -> None:
+    (best,) = (runs / place).rglob("best.ckpt")
+    folder = best.parent.parent
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["class_path"] == "lkd.DistillModule"
+    assert len(yaml.safe_load((folder / "run.yaml").read_text())) == 1
+    monkeypatch.chdir(runs)
+    assert main(["test", f"--ckpt_path={best}", "--trainer.enable_progress_bar=false"]) == 0
+    assert "test/acc" in capsys.readouterr().out
+
+
+def test_nothing_lies_outside_of_the_runs(runs: Path) -> None:
+    assert {path.name for path in runs.iterdir()} <= {"runs", "both", "none", "mlruns"}
+
+
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_a_missing_logger_gets_a_sentence(package: str, monkeypatch, capsys) -> None:
+    module = __import__(f"lightning.pytorch.loggers.{package}", fromlist=["x"])
+    name = {"wandb": "_WANDB_AVAILABLE", "mlflow": "_MLFLOW_AVAILABLE"}[package]
+    monkeypatch.setattr(module, name, type(getattr(module, name))("surely_not_there>=1.0"))
+    assert main([*FIT, f"--config=loggers/{package}"]) == 2
+    assert "surely_not_there" in capsys.readouterr().err
+    text = f"Requirement '{package}>=1.0' not met. HINT: Try running `pip install -U '{package}'`"
+    assert explain(ModuleNotFoundError(text)) == (
+        f"the logger needs {package}, which is not installed; pip install 'lkd[loggers]'"
+    )
