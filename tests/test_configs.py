@@ -157,4 +157,4 @@ def _contains(resolved: object, given: object) -> bool:
 def test_every_overlay_is_run_above() -> None:
     assert set(OVERLAYS["pairs"]) >= set(PAIR_OF.values())
     folders = {path.parent.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml")}
-    assert folders == {"digits", "cifar10", *OVERLAYS}
+    assert folders == {"digits", "cifar10", "sweep", *OVERLAYS}  # spaces: tests/test_sweep.py
