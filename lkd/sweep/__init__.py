@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from lkd.sweep.study import Claim, Study
 
 _TRIALS = 20
+_DRAW_EVERY = 20.0
+"""Seconds between two pages: one takes half a second. At the end it is drawn in any case."""
+
 _ALIKE = 3
 """So many trials that fail with the same words, while none does not, end a sweep."""
 
@@ -77,21 +81,20 @@ def _stoppable(args: Sequence[str]) -> Iterator[None]:
 
 def _planned(options: Options) -> tuple[Study, int]:
     """The study, and how many trials it is to have, once all is sure to be as it should."""
-    from lkd.sweep.fitting import parsed, planned
+    from lkd.sweep.fitting import Settings, planned
     from lkd.sweep.space import as_arguments, corners, grid, read_space
     from lkd.sweep.study import Study
 
-    files = [find_config(name) for name in options.space_files]
-    space = read_space(files, options.space, parsed(options.fit))
+    settings = Settings(options.fit)
+    config = settings.resolved()
+    space = read_space([find_config(name) for name in options.space_files], options.space, config)
     fixed = {arg.partition("=")[0].removeprefix("--") for arg in options.fit}
     if both := sorted(fixed & set(space)):
         raise ValueError(f"{both[0]} is searched by the space, and set on the command line; leave one out")
     cells = math.prod(map(len, grid(space).values())) if options.sampler == "grid" else None
-    combinations = [as_arguments(settings) for settings in corners(space)]
-    for settings in combinations:
-        parsed([*options.fit, *settings])
-    plan = planned(options.fit, combinations[0])
-    study = Study(plan, space, options)
+    for corner in corners(space):
+        settings.change(as_arguments(corner))
+    study = Study(planned(config, options.fit), space, options)
     return study, min(options.trials or cells, cells) if cells else options.trials or _TRIALS
 
 
@@ -106,6 +109,7 @@ def _work(study: Study, total: int, options: Options) -> None:
     done = sum(trial.state.is_finished() for trial in study.trials)
     best = "least" if study.plan.mode == "min" else "most"
     print(f"{study.folder}: {done} of {total} trials are done; the {best} {study.plan.monitor} is best", flush=True)
+    drawn = -math.inf
     failures: Counter[str] | None = Counter()  # None once a trial has not failed
     while claim := study.claim(total):
         try:
@@ -115,7 +119,9 @@ def _work(study: Study, total: int, options: Options) -> None:
             raise
         study.finish(claim, outcome)
         print(_line(study, claim, outcome), flush=True)
-        write(study)
+        if is_due := time.monotonic() - drawn > _DRAW_EVERY:
+            drawn = time.monotonic()
+        write(study, with_page=is_due)
         if outcome.state.name != "FAIL":
             failures = None
         elif failures is not None:

@@ -103,27 +103,45 @@ class _Fit(LkdCLI):
         return settings
 
 
-def parsed(args: Sequence[str]) -> dict[str, Any]:
-    """The resolved settings of a run.
+class Settings:
+    """The settings of a run, and whether others would do.
 
     Args:
         args: The arguments behind `lkd fit`.
     """
-    return copy_context().run(_Fit, *prepare(["fit", *args]), "parsed").resolved()
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self._context = copy_context()
+        self._args, name = prepare(["fit", *args])
+        self._fit = self._context.run(_Fit, self._args, name, "parsed")
+
+    def resolved(self) -> dict[str, Any]:
+        """All of them, as plain values."""
+        return self._fit.resolved()
+
+    def change(self, args: Sequence[str]) -> None:
+        """Take others.
+
+        Args:
+            args: They, as arguments over the first ones.
+
+        Raises:
+            ValueError: If they are none; or what else the parser raises.
+        """
+        self._context.run(self._fit.parse_arguments, self._fit.parser, [*self._args, *args])
 
 
-def planned(args: Sequence[str], first: Sequence[str]) -> Plan:
+def planned(config: dict[str, Any], args: Sequence[str]) -> Plan:
     """Build what a trial would train, and look whether a sweep can work with it.
 
     Args:
-        args: The arguments that all trials have.
-        first: Settings that a trial may have.
+        config: The resolved settings that all trials have.
+        args: The arguments that these come from.
 
     Raises:
         ValueError: If it cannot.
     """
-    config = parsed(args)
-    fit = copy_context().run(_Fit, *prepare(["fit", *args, *first]), "built")
+    fit = copy_context().run(_Fit, *prepare(["fit", *args]), "built")
     trainer = fit.trainer
     if trainer.world_size > 1:
         raise ValueError(

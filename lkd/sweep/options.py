@@ -53,6 +53,8 @@ def read_options(args: Sequence[str]) -> Options:
     Raises:
         ValueError: If one of them is none, or has no such value.
     """
+    if not args:
+        raise ValueError("lkd sweep needs --config FILE and --space FILE; see 'lkd sweep --help'")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--space", action="append", default=[])
     for name, default in (("sampler", "tpe"), ("sampler_seed", "0"), ("pruner", "none"), ("study", "sweep")):

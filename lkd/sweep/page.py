@@ -15,6 +15,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
@@ -75,7 +76,7 @@ def _figures(study: Study, done: list[FrozenTrial], names: dict[str, str]) -> li
     weights = _importances(study)
     if weights:
         bars = _drawn("importances", 1, lambda axes: _bars(axes[0], {names[key]: w for key, w in weights.items()}))
-        note = "Share of the variation of the values that each setting explains (fANOVA, by a forest of trees)."
+        note = "How much each setting tells the better tenth of the trials from the others (PED-ANOVA)."
         found.append(("Importances", note, bars))
     slices = _drawn("slices", len(names), lambda axes: _slices(axes, study, done, names))
     found.append(("Slices", "Each setting and the values of its trials, whatever the others were.", slices))
@@ -118,7 +119,7 @@ def _importances(study: Study) -> dict[str, float]:
 
 def _bars(axes: Axes, weights: dict[str, float]) -> None:
     names = list(weights)[::-1]
-    axes.barh(names, [weights[name] for name in names], color=_DOT)
+    axes.barh(names, [weights[name] for name in names], height=0.5, color=_DOT)
     axes.set(xlabel="importance", xlim=(0, 1))
 
 
@@ -128,9 +129,10 @@ def _slices(axes: list[Axes], study: Study, done: list[FrozenTrial], names: dict
         own = [trial.params[key] for trial in done]
         if isinstance(study.space[key], CategoricalDistribution):
             own = [_label(value) for value in own]
+            axes[number].tick_params(axis="x", rotation=20)
         axes[number].plot(own, values, "o", color=_DOT, markersize=4, alpha=0.7)
         axes[number].set(xlabel=name, ylabel=study.plan.monitor if number == 0 else "")
-        _scale(axes[number].set_xscale, study, key)
+        _scale(axes[number], "x", study, key)
 
 
 def _label(value: Any) -> str:
@@ -138,18 +140,24 @@ def _label(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:21]}..."
 
 
-def _scale(scale: Callable[[str], None], study: Study, key: str) -> None:
+def _scale(axes: Axes, side: str, study: Study, key: str) -> None:
     if getattr(study.space[key], "log", False):
-        scale("log")
+        axes.set(**{f"{side}scale": "log"})
+        axis = axes.xaxis if side == "x" else axes.yaxis
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _contour(axes: Axes, study: Study, done: list[FrozenTrial], pair: list[str], names: dict[str, str]) -> None:
     first, second = ([float(trial.params[key]) for trial in done] for key in pair)
     values = _values(done)
-    for key, scale in zip(pair, (axes.set_xscale, axes.set_yscale), strict=True):
-        _scale(scale, study, key)
+    for key, side in zip(pair, "xy", strict=True):
+        _scale(axes, side, study, key)
     with suppress(RuntimeError, ValueError):  # all on one line
         axes.tricontourf(first, second, values, levels=12, cmap="Blues")
     dots = axes.scatter(first, second, c=values, cmap="Blues", edgecolors="black", linewidths=0.6, s=24)
     axes.figure.colorbar(dots, ax=axes, label=study.plan.monitor)
     axes.set(xlabel=names[pair[0]], ylabel=names[pair[1]])
+    axes.use_sticky_edges = False  # dots on the edge would be cut
+    axes.margins(0.06)

@@ -18,14 +18,13 @@ from lkd.sweep.study import REASON, Study
 BEST, TABLE, PAGE = "best.yaml", "trials.csv", "study.html"
 
 
-def write(study: Study) -> None:
+def write(study: Study, with_page: bool = True) -> None:
     """Write all three, each whole or not at all.
 
     Args:
         study: The study.
+        with_page: Whether the page is drawn anew, too.
     """
-    from lkd.sweep.page import page
-
     with study.alone():  # so that no older state takes a newer one's place
         trials = study.trials
         with replacing(study.folder / TABLE) as file, file.open("w", newline="", encoding="utf-8") as out:
@@ -33,8 +32,11 @@ def write(study: Study) -> None:
         if (best := study.best) and (config := best_config(study, best)):
             with replacing(study.folder / BEST) as file:
                 file.write_text(config, encoding="utf-8")
-        with replacing(study.folder / PAGE) as file:
-            file.write_text(page(study, trials), encoding="utf-8")
+        if with_page:
+            from lkd.sweep.page import page
+
+            with replacing(study.folder / PAGE) as file:
+                file.write_text(page(study, trials), encoding="utf-8")
 
 
 def _table(trials: Sequence[FrozenTrial], keys: Sequence[str]) -> Iterator[list[Any]]:

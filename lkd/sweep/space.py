@@ -6,6 +6,7 @@ import difflib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +131,13 @@ def _stored(choice: Any) -> Any:
 
 
 def _number(key: str, name: str, value: Any) -> int | float:
+    number = value
     if isinstance(value, str):  # YAML takes 1e-3 for a text
-        try:
-            value = float(value)
-        except ValueError:
-            value = None
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        with suppress(ValueError):
+            number = float(value)
+    if not isinstance(number, (int, float)) or isinstance(number, bool) or not math.isfinite(number):
         raise ValueError(f"{name} of {key} should be a number, got {value!r}")
-    return value
+    return number
 
 
 def suggest(trial: Trial, space: Space) -> dict[str, Any]:

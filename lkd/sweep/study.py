@@ -111,8 +111,8 @@ class Study:
         elif changes := list(_changes(begun, facts)):
             more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
             raise ValueError(
-                f"the study in {self.folder} was begun with {', '.join(changes[:4])}{more}; take that of then, or give "
-                "another --study NAME"
+                f"the study in {self.folder} was begun with {', '.join(changes[:4])}{more}; take that of then, give "
+                "another --study NAME, or remove the folder if it is of no use"
             )
 
     def _study(self, number: int = 0) -> optuna.Study:
@@ -188,9 +188,12 @@ class Study:
     def finish(self, claim: Claim, outcome: Outcome) -> None:
         """Write down what a trial has come to, and give it back."""
         trial = claim.trial
-        if outcome.reason:
-            trial.set_user_attr(REASON, outcome.reason)
-        trial.study.tell(trial, outcome.value, outcome.state)
+        if self._storage.get_trial(trial._trial_id).state.is_finished():  # taken over, though this process was alive
+            print(f"trial {trial.number} has been finished by another process; its value stays", flush=True)
+        else:
+            if outcome.reason:
+                trial.set_user_attr(REASON, outcome.reason)
+            trial.study.tell(trial, outcome.value, outcome.state)
         self.give_back(claim)
 
     @staticmethod
