@@ -54,6 +54,7 @@ teacher_layers, with the shapes of what they return and the groups (@stages, @po
   --input_size SIZE    224, or height and width (64 48), or channels too (3 64 48); without it, the data's size if a
                        config names the data, else 32
 """,
+<<<<<<< HEAD
     "compare": """\
 usage: lkd compare [NAME=]RUN ... [--config FILE] [--KEY VALUE ...]
 
@@ -106,5 +107,42 @@ each of them, too) and a model card, README.md, with the code to use them.
 
 From Python: lkd.export.export("runs/digits/kd", formats=["onnx"])
 """,
+=======
+    "compare": "",
+    "sweep": """\
+usage: lkd sweep --config FILE [--config OVERLAY ...] --space FILE [--trials N] [--KEY VALUE ...]
+
+Search settings of lkd fit: each trial is a run of it, in this process, with settings from the space. Its value is that
+of its best checkpoint: the largest val/acc, unless --monitor says otherwise. The same command again goes on where it
+was interrupted, however it ended; begun twice at once, on one machine, both share the work.
+
+  lkd sweep --config digits/kd --space sweep/temperature_weight --trials 20
+  lkd sweep --config digits/kd --space sweep/temperature_weight_grid --sampler grid --teacher_cache.versions 1
+  lkd sweep --config digits/kd --space.model.init_args.optimizer.init_args.lr '{low: 0.01, high: 1, log: true}'
+
+  --space FILE         settings by their names in a config, each with a list of choices or a range; several add up
+                         model.init_args.distill_weight: [0.1, 0.5, 0.9]
+                         model.init_args.criterion.init_args.temperature: {low: 1, high: 16, log: true}
+                         data.init_args.batch_size: {low: 32, high: 128, step: 32}
+  --space.KEY VALUE    the same for one setting, over the files'
+  --trials N           how many there are to be in all: 20 by default; of a grid, all its cells
+  --sampler NAME       tpe (the default; Bayesian: what did well is tried more), random, grid
+  --sampler_seed N     what it draws from, 0 by default; every trial is trained with the config's seed_everything
+  --pruner NAME        none (the default), median, halving, hyperband: give hopeless trials up early
+  --monitor NAME       the curve whose best point is a trial's value, as --checkpoint.monitor; of a loss, the least
+  --study NAME         the folder beside version_0, version_1, ...: 'sweep' by default; another search needs another one
+  --storage PLACE      where the study is kept: a URL as Optuna takes it (postgresql://...), by which machines share the
+                       work; a file, SQLite if it ends in .db, else a journal; by default study.db in its folder
+  --take_over N ...    take up trials that another machine has left, once nobody works at them any more
+  --give_up N ...      take up trials no more, as they end their process each time (for want of memory?): they failed
+  --KEY VALUE          any setting of lkd fit
+
+In the study's folder lie best.yaml (the best trial's config, for lkd fit), trials.csv, study.html, and trial_0000, ...
+with checkpoints, curves and log.txt. Each trial uses one device; for several begin the command once for each:
+
+  CUDA_VISIBLE_DEVICES=0 lkd sweep ... & CUDA_VISIBLE_DEVICES=1 lkd sweep ... & wait
+""",
+    "export": "",
+>>>>>>> sweep
 }
 """The whole answer of `lkd COMMAND --help`."""

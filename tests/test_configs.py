@@ -157,5 +157,5 @@ def _contains(resolved: object, given: object) -> bool:
 def test_every_overlay_is_run_above() -> None:
     assert set(OVERLAYS["pairs"]) >= set(PAIR_OF.values())
     folders = {path.parent.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml")}
-    elsewhere = {"loggers", "cluster"}  # tests/test_loggers.py, tests/test_cluster.py
+    elsewhere = {"cluster", "loggers", "sweep"}  # tests/test_cluster.py, tests/test_loggers.py, tests/sweep
     assert folders == {"digits", "cifar10", *OVERLAYS, *elsewhere}

@@ -1,0 +1,185 @@
+"""`lkd sweep`: search temperature, weights, and any other setting of `lkd fit`."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import signal
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lkd.arguments import find_config
+
+if TYPE_CHECKING:
+    from lkd.sweep.fitting import Outcome
+    from lkd.sweep.options import Options
+    from lkd.sweep.study import Claim, Study
+
+_TRIALS = 20
+_DRAW_EVERY = 20.0
+"""Seconds between two pages: one takes half a second. At the end it is drawn in any case."""
+
+_ALIKE = 3
+"""So many trials that fail with the same words, while none does not, end a sweep."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Search, or go on with a search.
+
+    Args:
+        args: The arguments behind `lkd sweep`: its own options, and what `lkd fit` takes.
+
+    Raises:
+        ValueError: If the search cannot begin, or none of its trials can be trained.
+        SystemExit: After Ctrl-C or SIGTERM.
+    """
+    try:
+        import optuna
+        import optuna_integration  # noqa: F401
+    except ImportError as error:
+        raise ValueError("lkd sweep needs Optuna, which is not installed; pip install 'lkd[sweep]'") from error
+    from lkd.sweep.options import read_options
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    options = read_options(args)
+    with _stoppable(args):
+        study, total = _planned(options)
+        _work(study, total, options)
+    _report(study)
+
+
+@contextmanager
+def _stoppable(args: Sequence[str]) -> Iterator[None]:
+    """Let SIGTERM end it as Ctrl-C does, and say how to go on."""
+
+    def stop(*_: Any) -> None:
+        raise SIGTERMException
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if is_main else None
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, KeyboardInterrupt) or error.code or isinstance(error, SIGTERMException):
+            print(f"interrupted; go on with: lkd sweep {shlex.join(args)}", flush=True)
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(1) from error  # as lkd fit
+        raise
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _planned(options: Options) -> tuple[Study, int]:
+    """The study, and how many trials it is to have, once all is sure to be as it should."""
+    from lkd.sweep.fitting import Settings, planned
+    from lkd.sweep.space import as_arguments, corners, grid, read_space
+    from lkd.sweep.study import Study
+
+    settings = Settings(options.fit)
+    config = settings.resolved()
+    space = read_space([find_config(name) for name in options.space_files], options.space, config)
+    fixed = {arg.partition("=")[0].removeprefix("--") for arg in options.fit}
+    if both := sorted(fixed & set(space)):
+        raise ValueError(f"{both[0]} is searched by the space, and set on the command line; leave one out")
+    cells = math.prod(map(len, grid(space).values())) if options.sampler == "grid" else None
+    for corner in corners(space):
+        settings.change(as_arguments(corner))
+    study = Study(planned(config, options.fit), space, options)
+    return study, min(options.trials or cells, cells) if cells else options.trials or _TRIALS
+
+
+def _work(study: Study, total: int, options: Options) -> None:
+    """Train trials until there are enough.
+
+    Raises:
+        ValueError: If they fail again and again in the same way.
+    """
+    from lkd.sweep.results import write
+
+    done = sum(trial.state.is_finished() for trial in study.trials)
+    best = "least" if study.plan.mode == "min" else "most"
+    print(f"{study.folder}: {done} of {total} trials are done; the {best} {study.plan.monitor} is best", flush=True)
+    drawn = -math.inf
+    failures: Counter[str] | None = Counter()  # None once a trial has not failed
+    while claim := study.claim(total):
+        try:
+            outcome = _trained(study, claim, options)
+        except BaseException:  # the trial stays to be taken up
+            study.give_back(claim)
+            raise
+        study.finish(claim, outcome)
+        print(_line(study, claim, outcome), flush=True)
+        if is_due := time.monotonic() - drawn > _DRAW_EVERY:
+            drawn = time.monotonic()
+        write(study, with_page=is_due)
+        if outcome.state.name != "FAIL":
+            failures = None
+        elif failures is not None:
+            failures[alike := re.sub(r"\d+", "", outcome.reason)] += 1
+            if failures[alike] == _ALIKE:
+                log = study.trial_folder(claim.trial.number) / "log.txt"
+                raise ValueError(f"{_ALIKE} trials have failed in the same way: {outcome.reason} (more in {log})")
+    write(study)  # a process that was killed may not have come to it
+
+
+def _trained(study: Study, claim: Claim, options: Options) -> Outcome:
+    from optuna_integration import PyTorchLightningPruningCallback
+
+    from lkd.sweep.fitting import last_checkpoint, train
+    from lkd.sweep.space import as_arguments
+
+    number = claim.trial.number
+    folder = study.trial_folder(number)
+    if claim.goes_on:
+        where = "goes on from its last checkpoint" if last_checkpoint(folder) else "begins again"
+        print(f"trial {number} was interrupted, and {where}", flush=True)
+    prunes = options.pruner != "none"
+    callbacks = [PyTorchLightningPruningCallback(claim.trial, study.plan.monitor)] if prunes else []
+    return train([*options.fit, *as_arguments(claim.settings)], f"{study.name}/{folder.name}", folder, callbacks)
+
+
+def _line(study: Study, claim: Claim, outcome: Outcome) -> str:
+    """What the terminal tells of a trial."""
+    from lkd.sweep.results import said_settings
+
+    best = study.best
+    if outcome.value is not None:
+        came_to = f"{study.plan.monitor} {outcome.value:.5g}"
+    else:
+        came_to = f"failed: {outcome.reason}" if outcome.state.name == "FAIL" else f"pruned {outcome.reason}"
+    so_far = f"; best {best.value:.5g} (trial {best.number})" if best else ""
+    return f"trial {claim.trial.number}: {said_settings(claim.settings)}: {came_to}{so_far}"
+
+
+def _report(study: Study) -> None:
+    """What there is now, and where it lies."""
+    from lkd.sweep.results import BEST, PAGE, TABLE, checkpoint, said_settings, said_state
+
+    trials = study.trials
+    states = Counter(map(said_state, trials))
+    print(f"\n{len(trials)} trials: {', '.join(f'{number} {state}' for state, number in states.items())}")
+    for trial in trials:
+        if said_state(trial) == "running":
+            place = study.elsewhere(trial)
+            where = f" at {place}; if nobody works at it any more: --take_over {trial.number}" if place else ""
+            print(f"trial {trial.number} is another process's{where}")
+    if best := study.best:
+        print(f"best:      trial {best.number}, {study.plan.monitor} {best.value:.5g}: {said_settings(best.params)}")
+        if (study.folder / BEST).is_file() and not study.elsewhere(best):
+            print(f"config:    lkd fit --config {shlex.quote(str(study.folder / BEST))}")
+            print(f"test it:   lkd test --ckpt_path {shlex.quote(str(checkpoint(study, best)))}")
+        else:
+            print(f"           its config and checkpoint lie at {study.elsewhere(best)}")
+    print(f"table:     {study.folder / TABLE}")
+    print(f"page:      {study.folder / PAGE}")
+    print(f"curves:    tensorboard --host localhost --logdir {shlex.quote(str(study.folder))}")

@@ -1,0 +1,163 @@
+"""A study as one page of HTML that needs nothing else."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from jinja2 import Environment
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+import lkd
+from lkd.sweep.space import short_names
+from lkd.sweep.study import REASON, Study
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+_DOT, _LINE = "#3b6ea5", "#c2571a"
+
+
+def page(study: Study, trials: Sequence[FrozenTrial]) -> str:
+    """The page.
+
+    Args:
+        study: The study.
+        trials: Its trials.
+
+    Returns:
+        HTML with figures inside.
+    """
+    from lkd.sweep.results import said_settings, said_state, said_value
+
+    done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    keys, best = list(study.space), study.best
+    names = short_names(keys)
+    rows = [
+        {
+            "number": trial.number,
+            "state": said_state(trial),
+            "value": f"{trial.value:.5g}" if trial.state == TrialState.COMPLETE else "",
+            "settings": [said_value(trial.params[key]) if key in trial.params else "" for key in keys],
+            "reason": trial.user_attrs.get(REASON, ""),
+            "is_best": best is not None and trial.number == best.number,
+        }
+        for trial in trials
+    ]
+    states = [said_state(trial) for trial in trials]
+    template = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        title=study.name,
+        version=lkd.__version__,
+        monitor=study.plan.monitor,
+        least=study.plan.mode == "min",
+        counts=[(states.count(state), state) for state in dict.fromkeys(states)],
+        best=best and {"number": best.number, "value": f"{best.value:.5g}", "settings": said_settings(best.params)},
+        columns=[{"short": names[key], "long": key} for key in keys],
+        rows=rows,
+        figures=_figures(study, done, names) if len(done) > 1 else [],
+    )
+
+
+def _figures(study: Study, done: list[FrozenTrial], names: dict[str, str]) -> list[dict[str, Any]]:
+    """Each figure's heading, what it shows, and its SVG."""
+    history = _drawn("history", 1, lambda axes: _history(axes[0], study, done))
+    found = [("History", "Each trial's value, and the best so far.", history)]
+    weights = _importances(study)
+    if weights:
+        bars = _drawn("importances", 1, lambda axes: _bars(axes[0], {names[key]: w for key, w in weights.items()}))
+        note = "How much each setting tells the better tenth of the trials from the others (PED-ANOVA)."
+        found.append(("Importances", note, bars))
+    slices = _drawn("slices", len(names), lambda axes: _slices(axes, study, done, names))
+    found.append(("Slices", "Each setting and the values of its trials, whatever the others were.", slices))
+    pair = [key for key in (weights or names) if not isinstance(study.space[key], CategoricalDistribution)][:2]
+    if len(pair) == 2 and len(done) > 3:
+        chart = _drawn("contour", 1, lambda axes: _contour(axes[0], study, done, pair, names))
+        found.append(("Two settings", "Between the trials, marked by dots, values are interpolated.", chart))
+    return [{"heading": heading, "note": note, "svg": Markup(svg)} for heading, note, svg in found]  # ours, no user's
+
+
+def _drawn(name: str, columns: int, draw: Callable[[list[Axes]], None]) -> str:
+    """A figure as SVG."""
+    with rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(6.4 if columns == 1 else 3.2 * columns, 3.2), layout="constrained")
+        draw(list(np.atleast_1d(figure.subplots(1, columns))))
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
+
+
+def _values(done: Sequence[FrozenTrial]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([trial.value for trial in done], dtype=float)
+
+
+def _history(axes: Axes, study: Study, done: list[FrozenTrial]) -> None:
+    numbers, values = [trial.number for trial in done], _values(done)
+    best = np.minimum.accumulate(values) if study.plan.mode == "min" else np.maximum.accumulate(values)
+    axes.plot(numbers, values, "o", color=_DOT, markersize=4)
+    axes.step(numbers, best, where="post", color=_LINE)
+    axes.set(xlabel="trial", ylabel=study.plan.monitor)
+
+
+def _importances(study: Study) -> dict[str, float]:
+    """Each setting's, the largest first; empty where they cannot be told."""
+    try:
+        return dict(optuna.importance.get_param_importances(study.optuna, params=list(study.space)))
+    except (ValueError, RuntimeError):  # too few trials, or all have the same value
+        return {}
+
+
+def _bars(axes: Axes, weights: dict[str, float]) -> None:
+    names = list(weights)[::-1]
+    axes.barh(names, [weights[name] for name in names], height=0.5, color=_DOT)
+    axes.set(xlabel="importance", xlim=(0, 1))
+
+
+def _slices(axes: list[Axes], study: Study, done: list[FrozenTrial], names: dict[str, str]) -> None:
+    values = _values(done)
+    for number, (key, name) in enumerate(names.items()):
+        own = [trial.params[key] for trial in done]
+        if isinstance(study.space[key], CategoricalDistribution):
+            own = [_label(value) for value in own]
+            axes[number].tick_params(axis="x", rotation=20)
+        axes[number].plot(own, values, "o", color=_DOT, markersize=4, alpha=0.7)
+        axes[number].set(xlabel=name, ylabel=study.plan.monitor if number == 0 else "")
+        _scale(axes[number], "x", study, key)
+
+
+def _label(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:21]}..."
+
+
+def _scale(axes: Axes, side: str, study: Study, key: str) -> None:
+    if getattr(study.space[key], "log", False):
+        axes.set(**{f"{side}scale": "log"})
+        axis = axes.xaxis if side == "x" else axes.yaxis
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _contour(axes: Axes, study: Study, done: list[FrozenTrial], pair: list[str], names: dict[str, str]) -> None:
+    first, second = ([float(trial.params[key]) for trial in done] for key in pair)
+    values = _values(done)
+    for key, side in zip(pair, "xy", strict=True):
+        _scale(axes, side, study, key)
+    with suppress(RuntimeError, ValueError):  # all on one line
+        axes.tricontourf(first, second, values, levels=12, cmap="Blues")
+    dots = axes.scatter(first, second, c=values, cmap="Blues", edgecolors="black", linewidths=0.6, s=24)
+    axes.figure.colorbar(dots, ax=axes, label=study.plan.monitor)
+    axes.set(xlabel=names[pair[0]], ylabel=names[pair[1]])
+    axes.use_sticky_edges = False  # dots on the edge would be cut
+    axes.margins(0.06)

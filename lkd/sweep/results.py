@@ -1,0 +1,86 @@
+"""What a study leaves: its best config, a table, and a page."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+
+from lkd.plain_yaml import load_yaml
+from lkd.store import replacing
+from lkd.sweep.space import short_names
+from lkd.sweep.study import REASON, Study
+
+BEST, TABLE, PAGE = "best.yaml", "trials.csv", "study.html"
+
+
+def write(study: Study, with_page: bool = True) -> None:
+    """Write all three, each whole or not at all.
+
+    Args:
+        study: The study.
+        with_page: Whether the page is drawn anew, too.
+    """
+    with study.alone():  # so that no older state takes a newer one's place
+        trials = study.trials
+        with replacing(study.folder / TABLE) as file, file.open("w", newline="", encoding="utf-8") as out:
+            csv.writer(out).writerows(_table(trials, list(study.space)))
+        if (best := study.best) and (config := best_config(study, best)):
+            with replacing(study.folder / BEST) as file:
+                file.write_text(config, encoding="utf-8")
+        if with_page:
+            from lkd.sweep.page import page
+
+            with replacing(study.folder / PAGE) as file:
+                file.write_text(page(study, trials), encoding="utf-8")
+
+
+def _table(trials: Sequence[FrozenTrial], keys: Sequence[str]) -> Iterator[list[Any]]:
+    yield ["trial", "state", "value", *keys, "reason"]
+    for trial in trials:
+        settings = [trial.params.get(key, "") for key in keys]
+        value = "" if trial.state != TrialState.COMPLETE else trial.value
+        yield [trial.number, said_state(trial), value, *settings, trial.user_attrs.get(REASON, "")]
+
+
+def said_state(trial: FrozenTrial) -> str:
+    """A trial's state in one word."""
+    return {TrialState.FAIL: "failed"}.get(trial.state, trial.state.name.lower())
+
+
+def said_settings(settings: dict[str, Any]) -> str:
+    """Settings by the ends of their names: `temperature 3.21, distill_weight 0.5`."""
+    names = short_names(list(settings))
+    return ", ".join(f"{names[key]} {said_value(value)}" for key, value in settings.items())
+
+
+def said_value(value: Any) -> str:
+    """A setting's value; numbers with four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def best_config(study: Study, best: FrozenTrial) -> str:
+    """The config of a trial, as `lkd fit` takes it; empty if that trial's folder is not here.
+
+    Args:
+        study: The study.
+        best: The trial.
+    """
+    try:
+        text = (study.trial_folder(best.number) / "version_0" / "config.yaml").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    config = {key: value for key, value in load_yaml(text).items() if key not in ("config", "ckpt_path")}
+    value = f"{study.plan.monitor} {best.value:.6g}"
+    head = f"# Trial {best.number} of {study.name}: {value}. Run it: lkd fit --config {study.folder / BEST}\n"
+    return head + str(yaml.safe_dump(config, sort_keys=False, width=120, allow_unicode=True))
+
+
+def checkpoint(study: Study, best: FrozenTrial) -> Path:
+    """A trial's best checkpoint."""
+    found = sorted((study.trial_folder(best.number) / "version_0" / "checkpoints").glob("best*.ckpt"))
+    return found[0] if found else study.trial_folder(best.number)

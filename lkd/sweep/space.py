@@ -1,0 +1,210 @@
+"""What a sweep searches: settings, each with a range or with choices."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import Trial
+
+from lkd.plain_yaml import load_yaml
+
+_RANGE = ("low", "high", "step", "log")
+_HOW = "write a list of choices, or a range such as {low: 1, high: 16, log: true}"
+
+Space = dict[str, BaseDistribution]
+"""A setting's dotted name to what it may be."""
+
+
+def read_space(files: Sequence[Path], options: Mapping[str, str], config: Mapping[str, Any]) -> Space:
+    """Read a space, and look whether the config has what it names.
+
+    Args:
+        files: YAML files: settings by their dotted names, or nested as in a config; later ones go over earlier ones.
+        options: The same from the command line: a name to YAML.
+        config: The resolved config of `lkd fit`.
+
+    Returns:
+        The settings in the order in which they were given.
+
+    Raises:
+        ValueError: If there is none, or one is no range and no choice, or unknown to the config.
+    """
+    known = dict(_settings(config))
+    given: dict[str, Any] = {}
+    for path in files:
+        given |= _flat(load_yaml(path.read_text(encoding="utf-8")), known)
+    for key, text in options.items():
+        given |= _flat({key: _read(key, text)}, known)
+    if not given:
+        raise ValueError(
+            "lkd sweep needs settings to search: --space FILE, or as in --space.model.init_args.distill_weight "
+            "'{low: 0.1, high: 0.9}'"
+        )
+    return {key: _distribution(key, wanted, _current(key, known)) for key, wanted in given.items()}
+
+
+def _read(key: str, text: str) -> Any:
+    try:
+        return load_yaml(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--space.{key} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def _flat(space: Mapping[str, Any], known: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in space.items():
+        name = f"{above}{key}"
+        is_single = name in known and not isinstance(known[name], Mapping)
+        if isinstance(value, Mapping) and not (is_single or set(value) & {"low", "high"}):
+            flat |= _flat(value, known, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def _settings(config: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items() if isinstance(config, Mapping) else ():
+        yield f"{above}{key}", value
+        yield from _settings(value, f"{above}{key}.")
+
+
+def _current(key: str, known: Mapping[str, Any]) -> Any:
+    """What the config has a setting at.
+
+    Raises:
+        ValueError: If it has none of that name.
+    """
+    if key in known:
+        return known[key]
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    hint = f"; did you mean {(same or nearest)[0]!r}?" if same or nearest else "; --print_config shows all settings"
+    raise ValueError(f"the space names {key!r}, which the config does not have{hint}")
+
+
+def _distribution(key: str, wanted: Any, current: Any) -> BaseDistribution:
+    if isinstance(wanted, list):
+        choices = [_stored(choice) for choice in wanted]
+        if not choices or len({repr(choice) for choice in choices}) < len(choices):
+            raise ValueError(f"the choices of {key} should be different values, got {wanted}")
+        return CategoricalDistribution(choices)
+    if not isinstance(wanted, Mapping):
+        raise ValueError(f"the space has {key}: {wanted}; {_HOW}; what is fixed belongs to --config or --KEY VALUE")
+    if (unknown := set(map(str, wanted)) - set(_RANGE)) or not {"low", "high"} <= set(wanted):
+        what = f"an unknown {sorted(unknown)[0]!r}" if unknown else "no low or no high"
+        raise ValueError(f"the range of {key} has {what}; {_HOW}")
+    log = wanted.get("log", False)
+    if not isinstance(log, bool):
+        raise ValueError(f"log of {key} should be true or false, got {log!r}")
+    low, high = (_number(key, name, wanted[name]) for name in ("low", "high"))
+    step = None if wanted.get("step") is None else _number(key, "step", wanted["step"])
+    if not low < high or (log and not low > 0) or (step is not None and (log or not 0 < step <= high - low)):
+        raise ValueError(
+            f"the range of {key} should have low < high, a low above 0 if log is true, and else perhaps a step that "
+            f"fits in, got {dict(wanted)}"
+        )
+    whole = all(isinstance(number, int) for number in (low, high, step or 1))
+    if whole and (current is None or (isinstance(current, int) and not isinstance(current, bool))):
+        return IntDistribution(int(low), int(high), log=log, step=int(step or 1))
+    return FloatDistribution(low, high, log=log, step=step)
+
+
+def _stored(choice: Any) -> Any:
+    """A choice as Optuna keeps it: plain, or, if it is a class with its settings, a list or the like, its YAML."""
+    if isinstance(choice, (bool, int, float, str, type(None))):
+        return choice
+    return yaml.safe_dump(choice, default_flow_style=True, width=math.inf, sort_keys=False).strip()
+
+
+def _number(key: str, name: str, value: Any) -> int | float:
+    number = value
+    if isinstance(value, str):  # YAML takes 1e-3 for a text
+        with suppress(ValueError):
+            number = float(value)
+    if not isinstance(number, (int, float)) or isinstance(number, bool) or not math.isfinite(number):
+        raise ValueError(f"{name} of {key} should be a number, got {value!r}")
+    return number
+
+
+def suggest(trial: Trial, space: Space) -> dict[str, Any]:
+    """A trial's settings; of one that is taken up again, those that it has.
+
+    Args:
+        trial: The trial.
+        space: The space.
+    """
+    return {key: _suggested(trial, key, distribution) for key, distribution in space.items()}
+
+
+def _suggested(trial: Trial, key: str, of: BaseDistribution) -> Any:
+    if isinstance(of, IntDistribution):
+        return trial.suggest_int(key, of.low, of.high, step=of.step, log=of.log)
+    if isinstance(of, FloatDistribution):
+        return trial.suggest_float(key, of.low, of.high, step=of.step, log=of.log)
+    return trial.suggest_categorical(key, of.choices)  # type: ignore[attr-defined]
+
+
+def grid(space: Space) -> dict[str, list[Any]]:
+    """All values of each setting.
+
+    Raises:
+        ValueError: If a setting has no end of them.
+    """
+    return {key: list(_values(key, distribution)) for key, distribution in space.items()}
+
+
+def _values(key: str, distribution: BaseDistribution) -> Sequence[Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices
+    if isinstance(distribution, IntDistribution) and not distribution.log:
+        return range(distribution.low, distribution.high + 1, distribution.step)
+    if isinstance(distribution, FloatDistribution) and distribution.step is not None:
+        steps = round((distribution.high - distribution.low) / distribution.step)  # Optuna has made high fit
+        return [float(f"{distribution.low + number * distribution.step:.12g}") for number in range(steps + 1)]
+    raise ValueError(f"a grid needs an end of the values of {key}: give it a list of choices, or its range a step")
+
+
+def corners(space: Space) -> list[dict[str, Any]]:
+    """As few combinations as have every choice, and the ends of every range."""
+    ends = [
+        distribution.choices
+        if isinstance(distribution, CategoricalDistribution)
+        else (distribution.low, distribution.high)  # type: ignore[attr-defined]
+        for distribution in space.values()
+    ]
+    rows = itertools.islice(zip(*map(itertools.cycle, ends), strict=False), max(map(len, ends)))
+    return [dict(zip(space, row, strict=True)) for row in rows]
+
+
+def as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as `lkd fit` takes them on its command line."""
+    return [f"--{key}={_text(value)}" for key, value in settings.items()]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Each dotted name to as much of its end as tells it from the others."""
+    ends = {key: [".".join(key.split(".")[-length:]) for length in range(1, key.count(".") + 2)] for key in keys}
+    return {
+        key: next((end for end in own if not any(end in ends[other] for other in keys if other != key)), key)
+        for key, own in ends.items()
+    }

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lkd.__main__ import main
+
+CONFIG = """
+model:
+  class_path: lkd.DistillModule
+  init_args:
+    student: {class_path: lkd.models.CIFARResNet, init_args: {depth: 8, num_filters: [4, 4, 4, 4], num_classes: 4}}
+    teacher: {class_path: lkd.models.CIFARResNet, init_args: {depth: 8, num_filters: [4, 4, 4, 4], num_classes: 4}}
+    criterion: {class_path: lkd.losses.KD, init_args: {temperature: 4.0}}
+data:
+  class_path: lkd.SyntheticDataModule
+  init_args: {num_classes: 4, input_shape: [3, 8, 8], train_size: 64, test_size: 16, val_size: 32, batch_size: 16}
+trainer: {max_epochs: 2, accelerator: cpu, num_sanity_val_steps: 0}
+speed: {fold_teacher: false}
+"""
+SPACE = """
+model.init_args.criterion.init_args.temperature: {low: 1, high: 16, log: true}
+model.init_args.distill_weight: [0.1, 0.5, 0.9]
+"""
+FOLDER = Path("runs/small/sweep")
+
+
+@pytest.fixture(autouse=True)
+def _small(_in_an_own_folder) -> None:
+    """The folder of someone who has a small config, and a space for it."""
+    Path("small.yaml").write_text(CONFIG)
+    Path("space.yaml").write_text(SPACE)
+
+
+@pytest.fixture
+def sweep(capsys) -> Callable[..., tuple[int, str]]:
+    """Runs `lkd sweep`; returns the exit code, and what was said."""
+
+    def run(*args: str, space: bool = True) -> tuple[int, str]:
+        code = main(["sweep", "--config=small.yaml", *(["--space=space.yaml"] if space else []), *args])
+        out, err = capsys.readouterr()
+        return code, out + err
+
+    return run
+
+
+def table(folder: Path = FOLDER) -> list[dict[str, str]]:
+    """The trials, as the table has them."""
+    with (folder / "trials.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,156 @@
+"""A search, undisturbed: what it leaves, prunes, records as failed, and says of mistakes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import lightning as L
+import optuna
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lkd.__main__ import main
+from tests.sweep.conftest import FOLDER, table
+
+T, W = "model.init_args.criterion.init_args.temperature", "model.init_args.distill_weight"
+
+
+def test_what_a_search_leaves(sweep) -> None:
+    code, said = sweep("--trials=2", "--sampler=random")
+    assert code == 0
+    lines = [line for line in said.splitlines() if line.startswith("trial ")]
+    assert len(lines) == 2
+    assert "temperature " in lines[0]
+    assert "distill_weight " in lines[0]
+    rows = table()
+    assert [row["state"] for row in rows] == ["complete"] * 2
+    best = max(rows, key=lambda row: float(row["value"]))  # the first of several
+    for row in rows:
+        run = FOLDER / f"trial_{int(row['trial']):04}" / "version_0"
+        model = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]
+        assert model["criterion"]["init_args"]["temperature"] == float(row[T])
+        assert model["distill_weight"] == float(row[W])
+        points = EventAccumulator(str(run)).Reload().Scalars("val/acc")
+        assert max(point.value for point in points) == pytest.approx(float(row["value"]))
+        assert "accuracy on the validation images" in (run.parent / "log.txt").read_text()
+    page = (FOLDER / "study.html").read_text()
+    assert page.count("<svg") >= 2
+    assert not re.findall(r"<(?:script|link|img|iframe)|@import|url\((?!#)", page)  # nothing is fetched
+    config = yaml.safe_load((FOLDER / "best.yaml").read_text())
+    assert not {"config", "ckpt_path"} & set(config)
+    assert config["model"]["init_args"]["distill_weight"] == float(best[W])
+    assert main(["fit", "--config", str(FOLDER / "best.yaml")]) == 0
+    points = EventAccumulator("runs/best/version_0").Reload().Scalars("val/acc")
+    assert max(point.value for point in points) == pytest.approx(float(best["value"]))  # the same training again
+
+
+class Scores(L.Callback):
+    """Let validation say what a trial's weight says."""
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("val/score", float(pl_module.distill_weight))
+
+
+def _weights(*values: float) -> str:
+    return f"--space.{W}={list(values)}"
+
+
+def test_hopeless_trials_are_pruned(sweep, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules["lkd.sweep.study"], "MedianPruner", _eager)
+    args = [f"--trainer.callbacks+={__name__}.Scores", "--monitor=val/score", "--pruner=median", "--sampler=grid"]
+    code, said = sweep(*args, f"--space.{T}=[4.0]", _weights(0.1, 0.2, 0.3, 0.4))
+    assert code == 0, said
+    rows = {float(row[W]): row for row in table()}
+    best = max(float(row["value"]) for row in rows.values() if row["state"] == "complete")
+    pruned = [row for row in rows.values() if row["state"] == "pruned"]
+    assert best == pytest.approx(0.4)
+    assert pruned
+    for row in pruned:
+        assert "pruned at epoch 0" in row["reason"]
+        assert row["value"] == ""
+    assert "4 trials: " in said
+    assert "Callback" not in (FOLDER / "best.yaml").read_text().replace("callbacks", "")
+
+
+def _eager() -> optuna.pruners.BasePruner:
+    return optuna.pruners.MedianPruner(n_startup_trials=1)
+
+
+def test_the_least_loss_is_best(sweep) -> None:
+    code, said = sweep("--monitor=val/loss", "--trials=2", "--trainer.max_epochs=1")
+    assert code == 0
+    assert "the least val/loss is best" in said
+    least = min(float(row["value"]) for row in table())
+    assert f"val/loss {least:.5g}" in said.split("best: ")[1]
+
+
+def test_a_failed_trial_is_recorded_and_the_search_goes_on(sweep) -> None:
+    code, said = sweep("--sampler=grid", f"--space.{T}=[4.0]", _weights(-1.0, 0.5, 0.9), "--trainer.max_epochs=1")
+    assert code == 0
+    failed = [row for row in table() if row["state"] == "failed"]
+    assert [float(row[W]) for row in failed] == [-1.0]
+    assert "distill_weight" in failed[0]["reason"]
+    assert "2 complete" in said
+    assert "1 failed" in said
+    assert "Traceback" in (FOLDER / f"trial_{int(failed[0]['trial']):04}" / "log.txt").read_text()
+
+
+def test_another_search_of_the_same_name_is_refused(sweep) -> None:
+    short = ["--trials=1", "--trainer.limit_train_batches=1"]
+    assert sweep(*short, "--trainer.max_epochs=1")[0] == 0
+    code, said = sweep(*short)
+    assert code == 2
+    assert "was begun with trainer.max_epochs 1 (now 2); take that of then, give another --study NAME" in said
+    assert sweep(*short, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=5")[0] == 0  # changes no value
+    assert "there is no curve 'val/accc' to monitor" in sweep(*short, "--study=other", "--monitor=val/accc")[1]
+
+
+def test_what_fails_each_time_ends_it(sweep) -> None:
+    code, said = sweep("--trials=20", "--trainer.max_epochs=1", "--model.init_args.optimizer.init_args.lr=1e30")
+    assert code == 2
+    assert "3 trials have failed in the same way: the loss is not finite" in said
+    assert len(table()) == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--trails=3"], "lkd sweep has no option --trails; did you mean --trials?"),
+        (["--trials=0"], "--trials takes a whole number from 1 on, got '0'"),
+        (["--trials=many"], "--trials takes a whole number"),
+        (["--sampler=gird"], "--sampler has no 'gird'; did you mean 'grid'?"),
+        (["--pruner=medain"], "did you mean 'median'?"),
+        (["--study=a/b"], "--study names a folder"),
+        (["--study=version_0"], "--study names a folder"),
+        (["--resume"], "lkd sweep takes no --resume"),
+        (["--space=spice.yaml"], "there is no config 'spice.yaml'"),
+        (["--space.model.init_args.distill_wieght=[1, 2]"], "did you mean 'model.init_args.distill_weight'?"),
+        ([f"--space.{T}=[1, warm]"], "criterion"),
+        ([f"--{W}=0.3"], f"{W} is searched by the space, and set on the command line"),
+        (["--sampler=grid"], f"a grid needs an end of the values of {T}"),
+        (["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"], "leave trainer.logger to lkd"),
+        (["--trainer.enable_checkpointing=false"], "there would be none"),
+        (["--checkpoint.save_top_k=0"], "there would be none"),
+        (["--trainer.fast_dev_run=true"], "there would be none"),
+        (["--checkpoint.dirpath=here"], "leave checkpoint.dirpath out"),
+        (["--trainer.devices=2"], "trains each trial in one process"),
+        (["--storage=nodb://x"], "--storage nodb://x cannot be opened"),
+        (["--model.init_args.studnet=3"], "student"),
+    ],
+)
+def test_mistakes_are_found_before_any_trial(sweep, args: list[str], said: str) -> None:
+    code, text = sweep(*args)
+    assert code == 2
+    assert said in " ".join(text.split())
+    assert text.count("\n") == 1
+    assert not list(Path("runs").rglob("trial_*")) if Path("runs").exists() else True
+
+
+def test_without_optuna_it_says_what_to_install(sweep, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    code, said = sweep()
+    assert code == 2
+    assert "pip install 'lkd[sweep]'" in said
