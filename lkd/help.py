@@ -54,7 +54,6 @@ teacher_layers, with the shapes of what they return and the groups (@stages, @po
   --input_size SIZE    224, or height and width (64 48), or channels too (3 64 48); without it, the data's size if a
                        config names the data, else 32
 """,
-<<<<<<< HEAD
     "compare": """\
 usage: lkd compare [NAME=]RUN ... [--config FILE] [--KEY VALUE ...]
 
@@ -84,31 +83,6 @@ in a folder of their own.
   --accelerator auto  where: cpu, gpu, ...
   --output FOLDER     by default runs/compare; each comparison gets a folder of its own in it
 """,
-    "sweep": "",
-    "export": """\
-usage: lkd export CHECKPOINT [--format FORMATS] [--output FOLDER] [--int8] [--license ID] [--KEY VALUE ...]
-
-A trained network as files that need no lkd. CHECKPOINT is a file, a run's folder, or that of all runs of one name, for
-the newest one's best. Each file is read again and answers the run's test images: one that differs from the checkpoint
-by more than 1e-4 in any logit is an error, and nothing is left. Beside the files lie preprocessing.json (which is in
-each of them, too) and a model card, README.md, with the code to use them.
-
-  lkd export runs/digits/kd
-  lkd export runs/digits/kd --format onnx --int8 --output digits_onnx --license apache-2.0
-
-  --format FORMATS     safetensors (weights), torch (a program for torch.export.load), onnx; several with commas
-                       between; all three if not given. onnx needs pip install 'lkd[onnx]'
-  --output FOLDER      where to; if not given, export in the run's folder
-  --overwrite          replace an export that is there
-  --int8               an ONNX file of 8 bits as well, calibrated on training images; it is measured, not held to 1e-4
-  --license ID         the license that the card states, as Hugging Face calls it; unknown if not given
-  --images N           compare on at most N test images, evenly spread (10000)
-  --KEY VALUE          a change of the run's settings, as --data.init_args.root FOLDER where the images have moved
-
-From Python: lkd.export.export("runs/digits/kd", formats=["onnx"])
-""",
-=======
-    "compare": "",
     "sweep": """\
 usage: lkd sweep --config FILE [--config OVERLAY ...] --space FILE [--trials N] [--KEY VALUE ...]
 
@@ -142,7 +116,27 @@ with checkpoints, curves and log.txt. Each trial uses one device; for several be
 
   CUDA_VISIBLE_DEVICES=0 lkd sweep ... & CUDA_VISIBLE_DEVICES=1 lkd sweep ... & wait
 """,
-    "export": "",
->>>>>>> sweep
+    "export": """\
+usage: lkd export CHECKPOINT [--format FORMATS] [--output FOLDER] [--int8] [--license ID] [--KEY VALUE ...]
+
+A trained network as files that need no lkd. CHECKPOINT is a file, a run's folder, or that of all runs of one name, for
+the newest one's best. Each file is read again and answers the run's test images: one that differs from the checkpoint
+by more than 1e-4 in any logit is an error, and nothing is left. Beside the files lie preprocessing.json (which is in
+each of them, too) and a model card, README.md, with the code to use them.
+
+  lkd export runs/digits/kd
+  lkd export runs/digits/kd --format onnx --int8 --output digits_onnx --license apache-2.0
+
+  --format FORMATS     safetensors (weights), torch (a program for torch.export.load), onnx; several with commas
+                       between; all three if not given. onnx needs pip install 'lkd[onnx]'
+  --output FOLDER      where to; if not given, export in the run's folder
+  --overwrite          replace an export that is there
+  --int8               an ONNX file of 8 bits as well, calibrated on training images; it is measured, not held to 1e-4
+  --license ID         the license that the card states, as Hugging Face calls it; unknown if not given
+  --images N           compare on at most N test images, evenly spread (10000)
+  --KEY VALUE          a change of the run's settings, as --data.init_args.root FOLDER where the images have moved
+
+From Python: lkd.export.export("runs/digits/kd", formats=["onnx"])
+""",
 }
 """The whole answer of `lkd COMMAND --help`."""

@@ -48,13 +48,10 @@ def explain(error: BaseException) -> str:
         return f"{text}; a BatchNorm needs several images at once: set batch_size to 2 or more"
     if found := re.search(r"restored a checkpoint with current_epoch=(\d+)", text):  # Lightning's
         return f"the run has made {found[1]} epochs already; set --trainer.max_epochs to {found[1]} or more"
-<<<<<<< HEAD
     if found := re.search(r"Requirement '(mlflow|wandb)\b.*?' not met", text):  # Lightning's
         return f"the logger needs {found[1]}, which is not installed; pip install 'lkd[loggers]'"
-=======
     if found := re.search(r"monitor='(.*?)'\)` could not find the monitored key .*?: \[(.*?)\]", text):  # Lightning's
         return f"there is no curve {found[1]!r} to monitor; there are {found[2]}"
->>>>>>> sweep
     keys, classes, reasons, value = _read(text)
     if len(reasons) == len(text.splitlines()):
         return _unknown_option(text) or text
