@@ -26,6 +26,7 @@ LEVEL = {
     "modules": 2,
     "callbacks": 2,
     "plain_yaml": 1,
+    "pages": 1,
     "arguments": 3,
     "mistakes": 3,
     "processes": 3,

@@ -7,17 +7,14 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import torch
-from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
-from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from lkd.compare.comparison import Comparison
 from lkd.compare.plots import Plot
 from lkd.compare.tables import tables
+from lkd.pages import as_svg, rendered
 
 
 class _Picture(NamedTuple):
@@ -39,27 +36,13 @@ def page(found: Comparison, plots: Sequence[Plot]) -> str:
     Returns:
         HTML.
     """
-    loader = PackageLoader("lkd.compare")
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("page.html").render(
+    return rendered(
+        "compare",
         found=found,
         tables=tables(found),
         plots=[(plot.title, plot.note, as_svg(plot.figure)) for plot in plots],
         disputed={name: list(_pictures(found, name)) for name in found.figures if name in found.answers.disputed},
     )
-
-
-def as_svg(figure: Figure) -> Markup:
-    """A figure as SVG that stands in HTML, its text as text.
-
-    Args:
-        figure: The figure.
-    """
-    file = io.StringIO()
-    # A salt of its own: figures of one page must not share the names of their parts.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": str(id(figure)), "font.family": "sans-serif"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return Markup(file.getvalue()[file.getvalue().index("<svg") :])
 
 
 def _pictures(found: Comparison, name: str) -> Iterator[_Picture]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -20,11 +17,11 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 import lkd
+from lkd.pages import as_svg, rendered
 from lkd.sweep.space import short_names
 from lkd.sweep.study import REASON, Study
 
-_TEMPLATE = Path(__file__).with_name("page.html")
-_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 _DOT, _LINE = "#3b6ea5", "#c2571a"
 
 
@@ -55,8 +52,8 @@ def page(study: Study, trials: Sequence[FrozenTrial]) -> str:
         for trial in trials
     ]
     states = [said_state(trial) for trial in trials]
-    template = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return rendered(
+        "sweep",
         title=study.name,
         version=lkd.__version__,
         monitor=study.plan.monitor,
@@ -71,30 +68,28 @@ def page(study: Study, trials: Sequence[FrozenTrial]) -> str:
 
 def _figures(study: Study, done: list[FrozenTrial], names: dict[str, str]) -> list[dict[str, Any]]:
     """Each figure's heading, what it shows, and its SVG."""
-    history = _drawn("history", 1, lambda axes: _history(axes[0], study, done))
+    history = _drawn(1, lambda axes: _history(axes[0], study, done))
     found = [("History", "Each trial's value, and the best so far.", history)]
     weights = _importances(study)
     if weights:
-        bars = _drawn("importances", 1, lambda axes: _bars(axes[0], {names[key]: w for key, w in weights.items()}))
+        bars = _drawn(1, lambda axes: _bars(axes[0], {names[key]: w for key, w in weights.items()}))
         note = "How much each setting tells the better tenth of the trials from the others (PED-ANOVA)."
         found.append(("Importances", note, bars))
-    slices = _drawn("slices", len(names), lambda axes: _slices(axes, study, done, names))
+    slices = _drawn(len(names), lambda axes: _slices(axes, study, done, names))
     found.append(("Slices", "Each setting and the values of its trials, whatever the others were.", slices))
     pair = [key for key in (weights or names) if not isinstance(study.space[key], CategoricalDistribution)][:2]
     if len(pair) == 2 and len(done) > 3:
-        chart = _drawn("contour", 1, lambda axes: _contour(axes[0], study, done, pair, names))
+        chart = _drawn(1, lambda axes: _contour(axes[0], study, done, pair, names))
         found.append(("Two settings", "Between the trials, marked by dots, values are interpolated.", chart))
-    return [{"heading": heading, "note": note, "svg": Markup(svg)} for heading, note, svg in found]  # ours, no user's
+    return [{"heading": heading, "note": note, "svg": svg} for heading, note, svg in found]
 
 
-def _drawn(name: str, columns: int, draw: Callable[[list[Axes]], None]) -> str:
+def _drawn(columns: int, draw: Callable[[list[Axes]], None]) -> Markup:
     """A figure as SVG."""
-    with rc_context({**_STYLE, "svg.hashsalt": name}):
+    with rc_context(_STYLE):
         figure = Figure(figsize=(6.4 if columns == 1 else 3.2 * columns, 3.2), layout="constrained")
         draw(list(np.atleast_1d(figure.subplots(1, columns))))
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
+        return as_svg(figure)
 
 
 def _values(done: Sequence[FrozenTrial]) -> np.ndarray[Any, np.dtype[np.float64]]:
