@@ -34,6 +34,7 @@ from benchmarks.speed import machine
 HERE = Path(__file__).parent
 SIDE = 32
 LEAST, MOST = 32, 256  # pixels of a photograph's part
+SHARES = {"1 %": 0.01, "10 %": 0.1, "100 %": 1.0}  # of the labels
 
 
 class Row(NamedTuple):
@@ -59,7 +60,7 @@ class Row(NamedTuple):
 def rows(pool: int, made: int, made_steps: int, photographs: str, teacher: str) -> list[Row]:
     """The lines of the table."""
     found = []
-    for share, name in ((0.01, "1 %"), (0.1, "10 %"), (1.0, "100 %")):
+    for name, share in SHARES.items():
         part = {"label_size": share}
         number = round(share * pool)
         found.append(Row(f"{name} of the labels", part, pool, {**part, "drop_unlabelled": True}, number, 0.1))

@@ -170,6 +170,12 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """Positions of the training images `(N,)` among those that `index` counts; None before they are opened."""
         return self.datasets["train"].index if "train" in self.datasets else None
 
+    @property
+    def num_labelled(self) -> int | None:
+        """Number of training images that have a label; None before they are opened."""
+        data = self.datasets.get("train")
+        return None if data is None else int((data.target[data.index] != IGNORE_INDEX).sum())
+
     def _setup_train(self) -> None:
         source, target = self._open("train")
         usable = self._readable("train", source, target)
