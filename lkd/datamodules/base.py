@@ -150,7 +150,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             raise ValueError(f"mean has {len(self.mean)} values, but images have {self.input_shape[0]} channels")
         self.class_names = self.class_names or tuple(str(c) for c in range(self.num_classes))
         if stage in ("fit", "validate") and "train" not in self.datasets:
-            self._setup_train()
+            self._setup_train(stage)
         if stage in ("test", "predict") and "test" not in self.datasets:
             self.datasets["test"] = self._whole("test", *self._open("test"))
         for dataset in self.datasets.values():  # each time: the next run of a program may have another seed
@@ -176,7 +176,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         data = self.datasets.get("train")
         return None if data is None else int((data.target[data.index] != IGNORE_INDEX).sum())
 
-    def _setup_train(self) -> None:
+    def _setup_train(self, stage: str) -> None:
         source, target = self._open("train")
         usable = self._readable("train", source, target)
         held_out = torch.zeros(len(target), dtype=torch.bool)
@@ -197,8 +197,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
             self.datasets["val"] = self._whole("val", val, val_target)
         elif self.val_size != 0:
             self.datasets["val"] = self._wrap(source, target, held_out)
-        training = self._with_extra(source, kept, chosen, decoded)
-        self.datasets["train"] = self._wrap(*training, augment, self.views, self.mix)
+        if self.extra is None or stage == "fit":  # to measure, none need be found or made
+            training = self._with_extra(source, kept, chosen, decoded)
+            self.datasets["train"] = self._wrap(*training, augment, self.views, self.mix)
 
     def _with_extra(
         self, source: ImageSource, target: Tensor, chosen: Tensor, decoded: bool
@@ -367,7 +368,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Validation images; no loader if `val_size` is 0."""
-        return [] if "train" in self.datasets and "val" not in self.datasets else self._loader("val")
+        opened = "train" in self.datasets or not self.val_size
+        return [] if opened and "val" not in self.datasets else self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Test images."""

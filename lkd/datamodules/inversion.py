@@ -173,6 +173,7 @@ class DeepInversion(ExtraImages):
             Images `(N, C, H, W)`, uint8, and the classes asked for `(N,)`, int64; on the CPU.
         """
         network = deepcopy(self.network).to(device).eval().requires_grad_(False)
+        _check_fit(network, torch.zeros(1, *shape, device=device), num_classes)
         target = torch.arange(self.number) % num_classes
         generator = torch.Generator().manual_seed(self.seed)
         console = Console(stderr=True)
@@ -216,6 +217,24 @@ def _descend(
         pixels = ((image * std + mean) * 255).round().clamp(0, 255)
         right = (network((pixels / 255 - mean) / std).argmax(1) == wanted).sum()
     return pixels.to(torch.uint8).cpu(), int(right)
+
+
+def _check_fit(network: nn.Module, blank: Tensor, num_classes: int) -> None:
+    """See whether a network takes the data's images, and knows its classes."""
+    shape = tuple(blank.shape[1:])
+    try:
+        answer = network(blank)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"DeepInversion's network cannot take this data's images {shape}: {reason}; take the teacher of this data"
+        ) from error
+    if not isinstance(answer, Tensor) or answer.dim() != 2 or answer.shape[1] < num_classes:
+        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise ValueError(
+            f"DeepInversion's network must return logits (batch, {num_classes}) for the data's classes, got {got}; "
+            "take the teacher of this data"
+        )
 
 
 def _norms(network: nn.Module) -> list[_BatchNorm]:

@@ -85,7 +85,7 @@ def test_a_step_is_adams_on_the_sum_of_the_terms() -> None:
     network, scale = Noted().eval(), Normalization((0.5,), (0.25,))
     settings = {"statistics_weight": 3.0, "variation_weight": 2.0, "l2_weight": 0.5, "lr": 0.01, "jitter": 0}
     DeepInversion(network, number=4, steps=3, **settings).synthesise((1, 2, 2), 2, scale, CPU)
-    first, second = network.seen[:2]
+    first, second = network.seen[1:3]  # after the blank image
     assert first.abs().max() <= 2  # black and white
     image = first.clone().requires_grad_()
     loss = nn.functional.cross_entropy(network(image), torch.tensor([0, 1, 0, 1]))
@@ -173,6 +173,29 @@ def test_no_real_image_is_trained_on() -> None:
         assert torch.allclose(given, (image[index] / 255 - 0.3057) / 0.3762, atol=1e-6)
         assert label == int(target[index]) == index % 10
     assert len(data.datasets["val"]) == 144
+
+
+def test_to_measure_no_image_is_made(tmp_path, monkeypatch) -> None:
+    data = DigitsDataModule(label_size=0, drop_unlabelled=True, extra=inversion())
+    with monkeypatch.context() as patch:
+        patch.setattr(DeepInversion, "images", lambda *_: pytest.fail("images were made"))
+        data.setup("validate")
+        data.setup("test")
+        assert sum(len(batch.target) for batch in data.val_dataloader()) == 144
+    data.setup("fit")
+    assert data.num_samples == 20
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_classes", "message"),
+    [
+        ((3, 8, 8), 10, r"cannot take this data's images \(3, 8, 8\): .*expected input"),
+        ((1, 8, 8), 11, r"must return logits \(batch, 11\) .* got \(1, 10\)"),
+    ],
+)
+def test_a_network_for_other_data_is_refused(shape, num_classes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        inversion().images(shape, num_classes, GRAY, CPU)
 
 
 @pytest.mark.parametrize(
