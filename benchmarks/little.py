@@ -1,15 +1,16 @@
 """What a teacher is worth where labels, or images, are few: test accuracy of a student alone and of a distilled one.
 
     python -m benchmarks.little IMAGES TEACHER [--seeds 3] [--pool 5000] [--epochs 10] [--made 1024] [--made_steps 150]
-        [--folder runs/little] [--out FILE]
+        [--only WORD] [--folder runs/little] [--out FILE]
 
 IMAGES is a folder train/<class>/, test/<class>/ of CIFAR-10; TEACHER the weights of the teacher in methods.yaml, which
 says what is trained, here with the first images of each class, a pool. The rows: a part of the pool's labels; none; a
 transfer set, which is random parts of the two photographs that come with scikit-learn; images made from the teacher
-(DeepInversion). All runs have as many steps, of a schedule that falls as far. A student alone has only the images with
-a label; of the made ones, the class that was asked for is the label. A distilled student has all images, and the labels
-where there are some. Each seed is another initialisation, order, augmentation and choice of labels; the images are made
-once. The student is measured after its last step, on all test images: nothing is chosen by accuracy.
+(DeepInversion). All runs have as many steps (to a part of an epoch), of a schedule that falls as far. A student alone
+has only the images with a label; of the made ones, the class that was asked for is the label. A distilled student has
+all images, and the labels where there are some. Each seed is another initialisation, order, augmentation and choice of
+labels; the images are made once. The student is measured after its last step, on all test images: nothing is chosen by
+accuracy.
 
 Each finished run is a line in FOLDER/runs.jsonl, and is not run again: the same command goes on where one was stopped.
 """
@@ -77,7 +78,8 @@ def rows(pool: int, made: int, made_steps: int, photographs: str, teacher: str) 
         "normalization": model["teacher_normalization"],
     }
     own = {**only, "extra": {"class_path": "lkd.datamodules.DeepInversion", "init_args": inversion}}
-    found.append(Row(f"no images: {made:,} made from the teacher", own, made, own, made, 0.0))
+    name = f"no images: {made:,} made from the teacher, {made_steps:,} steps"
+    found.append(Row(name, own, made, own, made, 0.0))
     return found
 
 
@@ -181,6 +183,7 @@ def main() -> None:
     parser.add_argument("teacher", type=Path)
     for name, number in (("seeds", 3), ("pool", 5000), ("epochs", 10), ("made", 1024), ("made_steps", 150)):
         parser.add_argument(f"--{name}", type=int, default=number)
+    parser.add_argument("--only", default="", help="a word in the names of the rows that are to be run")
     parser.add_argument("--folder", type=Path, default=Path("runs/little"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -193,7 +196,8 @@ def main() -> None:
     file = folder / "runs.jsonl"
     results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(run["row"], run["alone"], run["seed"]) for run in results}
-    jobs = [(row, alone, seed) for seed in range(options.seeds) for row in lines for alone in (True, False)]
+    wanted = [row for row in lines if options.only in row.name]
+    jobs = [(row, alone, seed) for seed in range(options.seeds) for row in wanted for alone in (True, False)]
     for row, alone, seed in jobs:
         if (row.name, alone, seed) in done or (alone and row.alone is None):
             continue

@@ -89,8 +89,8 @@ class DeepInversion(ExtraImages):
         steps: Steps of descent for each.
         batch_size: How many at once: of these, the statistics are to be the network's.
         lr: Learning rate, for pixels that are normalised.
-        statistics_weight: Weight of the statistics; so large that the network still sees the classes asked for, as is
-            said at the end: the larger the network, the larger.
+        statistics_weight: Weight of the statistics. If it is too large, the network does not see the classes asked for:
+            with 100, a ResNet-8 for digits saw 29 of 256 after 200 steps, with 1 it saw 251. At the end it is said.
         variation_weight: Weight of the total variation.
         l2_weight: Weight of the norm of the pixels.
         jitter: By how many pixels the images are shifted at most; 0: not at all.
