@@ -125,7 +125,11 @@ def test_little(tmp_path: Path, images: str, monkeypatch, capsys) -> None:
     torch.save(resnet20(num_classes=10, shortcut="A").state_dict(), "resnet20.th")
     small = ["--seeds=1", "--pool=80", "--epochs=2", "--made=20", "--made_steps=1"]
     monkeypatch.setattr(little, "SHARES", {"all": 1.0, "half": 0.5})
-    monkeypatch.setattr("sys.argv", ["little", images, "resnet20.th", *small, "--folder=kept", "--out=little.md"])
+    command = ["little", images, "resnet20.th", *small, "--folder=kept", "--out=little.md"]
+    monkeypatch.setattr("sys.argv", [*command, "--only=half"])
+    little.main()
+    assert len(Path("kept/runs.jsonl").read_text().splitlines()) == 2
+    monkeypatch.setattr("sys.argv", command)
     little.main()
     lines = Path("kept/runs.jsonl").read_text()
     runs = [json.loads(line) for line in lines.splitlines()]

@@ -148,6 +148,19 @@ def test_random_parts_are_cut_from_both(tmp_path, in_memory) -> None:
         assert torch.equal(ours.index, theirs.index)
 
 
+def test_files_come_beside_images_in_memory(tmp_path) -> None:
+    pixels = write(tmp_path / "more", ["0.png"], (20, 15))["0.png"]
+    settings = {"augment": [RandomResizedCrop((1.0, 1.0), (0.75, 0.75))], "batch_size": 1, "num_workers": 0}
+    plain, data = digits(**settings), digits(**settings, extra=UnlabelledFolder(str(tmp_path / "more")))
+    assert isinstance(data.datasets["train"].source, Joined)
+    seen = shown(data)
+    for index, (image, _) in shown(plain).items():
+        assert torch.equal(image, seen[index][0])
+    whole = Image.fromarray(pixels).resize((8, 8), Image.Resampling.BILINEAR)
+    expected = (np.asarray(whole) / 255 - 0.3057) / 0.3762
+    assert np.allclose(seen[data.num_samples - 1][0], expected, atol=1e-5)
+
+
 def test_joined_images_have_names(tmp_path) -> None:
     """By which kept answers, and runs that are made again, know them."""
     write(tmp_path / "more", ["0.png", "1.png"])
