@@ -33,6 +33,9 @@ LITERATURE = 240  # epochs of the CIFAR-100 benchmark, for which the overlays' s
 LEFT_OUT = {
     "backbone_kd": "it trains no classifier",
     "deit": "its student is a transformer",
+    "patient": "it is KD with other augmentation, for thousands of epochs",
+    "transfer_set": "it is KD on other images: benchmarks/little.py",
+    "unlabelled": "it is KD without labels: benchmarks/little.py",
     "vitkd": "its networks are transformers",
 }
 

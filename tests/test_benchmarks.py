@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import accuracy, endurance, growth, pacing, speed
-from lkd.models import resnet56
+from benchmarks import accuracy, endurance, growth, little, pacing, speed
+from lkd.models import resnet20, resnet56
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -117,6 +117,45 @@ def test_accuracy(images: str, teacher: str) -> None:
     found = {name: [accuracy.accuracy(way, 0, images, teacher, 40, 6)] for name, way in (("a", plain), ("b", kept))}
     assert all(0 <= value <= 100 for (value,) in found.values())
     assert len(list(accuracy.table(found))) == 4
+
+
+def test_little(tmp_path: Path, images: str, monkeypatch, capsys) -> None:
+    """Every row is run, for as many steps, once; the same command goes on, and writes the table."""
+    torch.manual_seed(0)
+    torch.save(resnet20(num_classes=10, shortcut="A").state_dict(), "resnet20.th")
+    small = ["--seeds=1", "--pool=80", "--epochs=2", "--made=20", "--made_steps=1"]
+    monkeypatch.setattr(little, "SHARES", {"all": 1.0, "half": 0.5})
+    command = ["little", images, "resnet20.th", *small, "--folder=kept", "--out=little.md"]
+    monkeypatch.setattr("sys.argv", [*command, "--only=half"])
+    little.main()
+    assert len(Path("kept/runs.jsonl").read_text().splitlines()) == 2
+    monkeypatch.setattr("sys.argv", command)
+    little.main()
+    lines = Path("kept/runs.jsonl").read_text()
+    runs = [json.loads(line) for line in lines.splitlines()]
+    assert len(runs) == 8
+    assert {run["steps"] for run in runs} == {2}
+    table = Path("little.md").read_text()
+    assert [line.count("|") for line in table.splitlines()[:-2]] == [6] * 7
+    capsys.readouterr()
+    little.main()
+    assert Path("kept/runs.jsonl").read_text() == lines
+    assert Path("little.md").read_text() == table == capsys.readouterr().out
+
+
+def test_gains_of_little_are_those_of_the_same_seeds() -> None:
+    row = little.Row("few", {}, 80, {}, 8, 0.1)
+    runs = [("few", True, 0, 40.0), ("few", True, 1, 44.0), ("few", False, 0, 43.0), ("few", False, 1, 50.0)]
+    runs += [("few", False, 2, 60.0)]
+    results = [dict(zip(("row", "alone", "seed", "accuracy"), run, strict=True)) for run in runs]
+    assert list(little.table([row], results))[2] == "| few | 42.00 ± 2.83 | 51.00 ± 8.54 | +4.50 | 3 |"
+
+
+def test_parts_of_photographs(tmp_path: Path) -> None:
+    folder = Path(little.parts_of_photographs(6, tmp_path / "parts"))
+    parts = [np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]
+    assert {part.shape for part in parts} == {(32, 32, 3)}
+    assert len({part.tobytes() for part in parts}) == 6
 
 
 def test_endurance(tmp_path: Path) -> None:

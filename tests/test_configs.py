@@ -65,6 +65,8 @@ def _no_downloads(monkeypatch) -> None:
 @pytest.mark.parametrize("config", COMPLETE)
 def test_complete_configs(config: str) -> None:
     settings = ["--data.init_args.batch_size=8"]
+    if "data_free" in config:
+        settings += [f"--data.init_args.extra.init_args.{name}" for name in ("number=20", "steps=2")]
     if config.startswith("cifar10"):
         settings += [f"--data.init_args.root={_tree(10)}", "--data.init_args.val_size=10"]
     for earlier in BEFORE.get(config, []):
@@ -72,6 +74,8 @@ def test_complete_configs(config: str) -> None:
     if config.startswith("cifar10") and "teacher_ckpt: runs" in (FOLDER / config).read_text():
         torch.save(models.resnet56(num_classes=10, shortcut="A").state_dict(), "teacher.pth")
         settings += ["--model.init_args.teacher_ckpt=teacher.pth"]
+        if "data_free" in config:
+            settings += ["--data.init_args.extra.init_args.network.init_args.path=teacher.pth"]
     assert main(["fit", "--config", config, *settings, *SHORT]) == 0
     assert list(Path("runs", config.removesuffix(".yaml")).rglob("best.ckpt"))
 
@@ -112,6 +116,8 @@ def _synthetic_settings(pair: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["methods", "trainer"])
 def test_other_overlays_keep_their_settings(kind: str) -> None:
+    Path("data").mkdir()
+    Path("data/unlabelled").symlink_to(Path(_tree(10)).resolve())
     for name in OVERLAYS[kind]:
         pair = PAIR_OF_METHOD.get(name, "digits")
         data, settings = ("digits", []) if pair == "digits" else ("synthetic", _synthetic_settings(pair))

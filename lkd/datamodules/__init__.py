@@ -15,7 +15,9 @@ from lkd.datamodules.dataset import ImageDataset, ImageError, ImageSource
 from lkd.datamodules.digits import DigitsDataModule
 from lkd.datamodules.draws import permutation, uniform
 from lkd.datamodules.erasing import Cutout, RandomErasing
+from lkd.datamodules.extra import ExtraImages, UnlabelledFolder
 from lkd.datamodules.folder import ImageFolderDataModule, ImageNetDataModule
+from lkd.datamodules.inversion import DeepInversion
 from lkd.datamodules.mixing import CutMix, Mix, Mixup
 from lkd.datamodules.randaugment import RandAugment, TrivialAugment
 from lkd.datamodules.sampler import EpochSampler, Key
@@ -41,8 +43,10 @@ __all__ = [
     "ColorJitter",
     "CutMix",
     "Cutout",
+    "DeepInversion",
     "DigitsDataModule",
     "EpochSampler",
+    "ExtraImages",
     "FashionMNISTDataModule",
     "ImageDataModule",
     "ImageDataset",
@@ -68,6 +72,7 @@ __all__ = [
     "SyntheticDataModule",
     "TinyImageNetDataModule",
     "TrivialAugment",
+    "UnlabelledFolder",
     "Views",
     "permutation",
     "uniform",

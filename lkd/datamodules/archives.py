@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from lkd.datamodules.base import ImageDataModule, Split
 from lkd.datamodules.dataset import ImageSource
+from lkd.datamodules.extra import ExtraImages
 from lkd.datamodules.files import class_folders, few, read_tree, split_folder
 from lkd.datamodules.mixing import Mix
 from lkd.datamodules.transforms import BatchTransform, ImageTransform, RandomCrop, RandomHorizontalFlip
@@ -42,7 +43,7 @@ class ArchiveDataModule(ImageDataModule):
         batch_size: Images in a batch, in each process.
         num_workers: Processes that read images; by default none for data in memory, else up to 4.
         val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
-        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all.
+        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all, 0: none.
         drop_unlabelled: Leave the others out of training; otherwise they stay, without a label, for the teacher.
         split_seed: Seed of these choices; not the run's, so that teacher and students agree.
         seed: Seed of order and augmentation; by default the run's.
@@ -54,6 +55,9 @@ class ArchiveDataModule(ImageDataModule):
         resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
         unreadable: Whether an image file that cannot be read ends the run, when it is met (`fail`), or is left out
             before the training (`skip`); the other images keep their index.
+        labels_per_class: In place of `label_size`: how many training images of each class keep their label.
+        extra: Training images from elsewhere, beside the data set's own; with `label_size` 0 and `drop_unlabelled`
+            instead of them. See `UnlabelledFolder`, `DeepInversion`.
 
     Attributes:
         title: Name of the data set.
@@ -81,9 +85,12 @@ class ArchiveDataModule(ImageDataModule):
         mix: Mix | None = None,
         resident_limit: int = 4 * 2**30,
         unreadable: Literal["fail", "skip"] = "fail",
+        labels_per_class: int | None = None,
+        extra: ExtraImages | None = None,
     ) -> None:
         own = (batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed)
-        super().__init__(*own, seed, augment, mean, std, views, mix, resident_limit, unreadable)
+        rest = (views, mix, resident_limit, unreadable, labels_per_class, extra)
+        super().__init__(*own, seed, augment, mean, std, *rest)
         self.root = root
         self.download = download
 

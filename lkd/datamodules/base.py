@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from lkd.datamodules.dataset import ImageDataset, ImageSource
+from lkd.datamodules.extra import ExtraImages
 from lkd.datamodules.files import ImageFiles, few
+from lkd.datamodules.joined import join
 from lkd.datamodules.mixing import Mix
 from lkd.datamodules.resident import resident
 from lkd.datamodules.sampler import EpochSampler
-from lkd.datamodules.split import stratified
+from lkd.datamodules.split import of_each_class, stratified
 from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
 from lkd.datamodules.unreadable import readable
 from lkd.datamodules.views import Views
@@ -43,7 +45,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         batch_size: Images in a batch, in each process.
         num_workers: Processes that read images; by default none for data in memory, else up to 4.
         val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
-        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all.
+        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all, 0: none.
         drop_unlabelled: Leave the others out of training; otherwise they stay, without a label, for the teacher.
         split_seed: Seed of these choices; not the run's, so that teacher and students agree.
         seed: Seed of order and augmentation; by default the run's.
@@ -55,6 +57,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
         unreadable: Whether an image file that cannot be read ends the run, when it is met (`fail`), or is left out
             before the training (`skip`); the other images keep their index.
+        labels_per_class: In place of `label_size`: how many training images of each class keep their label.
+        extra: Training images from elsewhere, beside the data set's own; with `label_size` 0 and `drop_unlabelled`
+            instead of them. See `UnlabelledFolder`, `DeepInversion`.
 
     Attributes:
         num_classes: Number of classes.
@@ -87,14 +92,15 @@ class ImageDataModule(L.LightningDataModule, ABC):
         mix: Mix | None = None,
         resident_limit: int = 4 * 2**30,
         unreadable: Literal["fail", "skip"] = "fail",
+        labels_per_class: int | None = None,
+        extra: ExtraImages | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        _check_sizes(batch_size, label_size, labels_per_class)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.val_size = val_size
-        self.label_size = label_size
+        self.label_size, self.labels_per_class = label_size, labels_per_class
         self.drop_unlabelled = drop_unlabelled
         self.split_seed = split_seed
         self.seed = seed
@@ -103,6 +109,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.mix = mix
         self.resident_limit = resident_limit
         self.unreadable = unreadable
+        self.extra = extra
         if mean is not None:
             self.mean = mean
         if std is not None:
@@ -143,7 +150,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             raise ValueError(f"mean has {len(self.mean)} values, but images have {self.input_shape[0]} channels")
         self.class_names = self.class_names or tuple(str(c) for c in range(self.num_classes))
         if stage in ("fit", "validate") and "train" not in self.datasets:
-            self._setup_train()
+            self._setup_train(stage)
         if stage in ("test", "predict") and "test" not in self.datasets:
             self.datasets["test"] = self._whole("test", *self._open("test"))
         for dataset in self.datasets.values():  # each time: the next run of a program may have another seed
@@ -163,7 +170,13 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """Positions of the training images `(N,)` among those that `index` counts; None before they are opened."""
         return self.datasets["train"].index if "train" in self.datasets else None
 
-    def _setup_train(self) -> None:
+    @property
+    def num_labelled(self) -> int | None:
+        """Number of training images that have a label; None before they are opened."""
+        data = self.datasets.get("train")
+        return None if data is None else int((data.target[data.index] != IGNORE_INDEX).sum())
+
+    def _setup_train(self, stage: str) -> None:
         source, target = self._open("train")
         usable = self._readable("train", source, target)
         held_out = torch.zeros(len(target), dtype=torch.bool)
@@ -176,26 +189,52 @@ class ImageDataModule(L.LightningDataModule, ABC):
         labelled = self._labelled(target, ~held_out & usable)
         kept = target.masked_fill(~held_out & ~labelled, IGNORE_INDEX)
         chosen = labelled if self.drop_unlabelled else ~held_out & usable
-        if divide(augment)[0] is None:  # a random part of an image has to be cut out of the whole one
-            source = self._resident(source, target, usable)
+        decoded = divide(augment)[0] is None  # else a random part of an image has to be cut out of the whole one
+        needed = usable if chosen.any() else held_out
+        if decoded and needed.any():
+            source = self._resident(source, target, needed)
         if val is not None and val_target is not None:
             self.datasets["val"] = self._whole("val", val, val_target)
         elif self.val_size != 0:
             self.datasets["val"] = self._wrap(source, target, held_out)
-        self.datasets["train"] = self._wrap(source, kept, chosen, augment, self.views, self.mix)
+        if self.extra is None or stage == "fit":  # to measure, none need be found or made
+            training = self._with_extra(source, kept, chosen, decoded)
+            self.datasets["train"] = self._wrap(*training, augment, self.views, self.mix)
+
+    def _with_extra(
+        self, source: ImageSource, target: Tensor, chosen: Tensor, decoded: bool
+    ) -> tuple[ImageSource, Tensor, Tensor]:
+        """Training images with those from elsewhere: the source, its classes `(N,)`, and which are taken `(N,)`."""
+        if self.extra is None and not chosen.any():
+            raise ValueError(
+                f"no training image of {type(self).__name__} is left, as none keeps its label and drop_unlabelled is "
+                "on; turn it off, raise label_size, or give extra images"
+            )
+        if self.extra is None:
+            return source, target, chosen
+        device = _gpu(self.trainer) or torch.device("cpu")
+        more = self.extra.images(self.input_shape, self.num_classes, Normalization(self.mean, self.std), device)
+        classes = self._targets("extra", more)
+        usable = self._readable("extra", more, classes)
+        if decoded:
+            more = self._resident(more, classes, usable)
+        if not chosen.any():
+            return more, classes, usable
+        joined = join(source, more, self.input_shape if decoded else None)
+        return joined, torch.cat((target, classes)), torch.cat((chosen, usable))
 
     def _whole(self, split: Split, source: ImageSource, target: Tensor) -> ImageDataset:
         """All images of a split."""
         usable = self._readable(split, source, target)
         return self._wrap(self._resident(source, target, usable), target, usable)
 
-    def _readable(self, split: Split, source: ImageSource, target: Tensor) -> Tensor:
+    def _readable(self, split: str, source: ImageSource, target: Tensor) -> Tensor:
         """Which images are not left out `(N,)`, bool."""
         if self.unreadable == "fail" or type(source) is not ImageFiles:
             return torch.ones(len(target), dtype=torch.bool)
         whole = readable(self._wrap(source, target), self._decoders())
         if gone := sorted(set(target.tolist()) - set(target[whole].tolist())):
-            names = few([self.class_names[number] for number in gone])
+            names = few(["(none)" if number == IGNORE_INDEX else self.class_names[number] for number in gone])
             raise ValueError(f"no {split} image of the classes {names} in {source.folder} can be read; replace them")
         return whole
 
@@ -212,11 +251,16 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def _labelled(self, target: Tensor, training: Tensor) -> Tensor:
         """Which training images keep their label `(N,)`, bool."""
-        if self.label_size == 1:
+        labelled = torch.zeros_like(training)
+        if self.label_size == 0:
+            return labelled
+        if self.label_size == 1 and self.labels_per_class is None:
             return training & (target != IGNORE_INDEX)
         position = training.nonzero().squeeze(1)
-        chosen = stratified(target[position], self.label_size, self.split_seed, "label_size", ("labelled",))
-        labelled = torch.zeros_like(training)
+        if self.labels_per_class is not None:
+            chosen = of_each_class(target[position], self.labels_per_class, self.split_seed)
+        else:
+            chosen = stratified(target[position], self.label_size, self.split_seed, "label_size", ("labelled",))
         labelled[position[chosen]] = True
         return labelled
 
@@ -226,7 +270,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             raise ValueError(f"{type(self).__name__}.make_dataset({split!r}) must return a data set, got None")
         return source, self._targets(split, source)
 
-    def _targets(self, split: Split, source: ImageSource) -> Tensor:
+    def _targets(self, split: str, source: ImageSource) -> Tensor:
         """The class of every image, without reading the images if the source has `targets`."""
         where = f"the {split} split of {type(self).__name__}"
         if len(source) == 0:
@@ -324,7 +368,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Validation images; no loader if `val_size` is 0."""
-        return [] if "train" in self.datasets and "val" not in self.datasets else self._loader("val")
+        opened = "train" in self.datasets or not self.val_size
+        return [] if opened and "val" not in self.datasets else self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Test images."""
@@ -333,6 +378,16 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Test images, each in one process."""
         return self._loader("test", padded=False)
+
+
+def _check_sizes(batch_size: int, label_size: int | float, labels_per_class: int | None) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    if labels_per_class is not None and label_size != 1:
+        raise ValueError(
+            f"label_size {label_size} and labels_per_class {labels_per_class} both say how many labels are kept; leave "
+            "one of them out"
+        )
 
 
 class _Loader(DataLoader[Batch]):

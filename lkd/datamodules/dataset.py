@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from lkd.datamodules.draws import IMAGE, VIEW, Draws, successive, uniform
 from lkd.datamodules.files import ImageFiles
+from lkd.datamodules.joined import located, parts
 from lkd.datamodules.mixing import Mix
 from lkd.datamodules.resident import Resident
 from lkd.datamodules.sampler import read_keys
@@ -174,14 +175,15 @@ class ImageDataset(Dataset[Batch]):
         In memory they count with their pixels (0.7 s per GB); files that are read one by one with their names and sizes
         (6 us each): a file in which only pixels have changed is not noticed.
         """
-        source: Sequence[object]
-        if isinstance(self.source, TensorDataset):
-            source = self.source.tensors
-        elif type(self.source) is ImageFiles:
-            source = (self.source.contents(),)
-        else:
-            return None
-        return fingerprint(*source, self.index, self.target)
+        sources: list[object] = []
+        for part in parts(self.source):
+            if isinstance(part, TensorDataset):
+                sources += part.tensors
+            elif type(part) is ImageFiles:
+                sources.append(part.contents())
+            else:
+                return None
+        return fingerprint(*sources, self.index, self.target)
 
     def batch(self, epoch: Tensor, index: Tensor) -> Batch:
         """Reads, augments, normalises and mixes images: one view.
@@ -289,7 +291,7 @@ class ImageDataset(Dataset[Batch]):
             image, full = self._decode(index, draws)
             image = self.resize.reduced(image, full, self.shape[1:], draws)
         except Exception as error:  # decoders of broken files raise nearly every kind there is
-            source = self.source
+            source, index = located(self.source, index)
             name = shown(source.path(index)) if isinstance(source, ImageFiles) else f"number {index}"
             raise ImageError(f"image {name} cannot be read ({_reason(error)}); replace or remove it") from error
         tensor: Tensor = TF.pil_to_tensor(image)
@@ -297,7 +299,8 @@ class ImageDataset(Dataset[Batch]):
 
     def _decode(self, index: int, draws: Tensor) -> tuple[Image.Image, tuple[int, int]]:
         """An image, and its full size: large JPEG files are decoded no larger than `resize` needs them."""
-        mode, source = _MODES[self.shape[0]], self.source
+        mode = _MODES[self.shape[0]]
+        source, index = located(self.source, index)
         if type(source) is ImageFiles:  # only an image that nobody else has may be decoded smaller
             with source.open(index) as opened:
                 full = opened.height, opened.width
@@ -345,6 +348,8 @@ class ImageDataset(Dataset[Batch]):
 def source_fingerprint(source: ImageSource) -> str:
     """A name for the images of a source; one that is new each time, if nothing tells which they are."""
     original = source.original if isinstance(source, Resident) else source
+    if len(parts(original)) > 1:
+        return fingerprint(*map(source_fingerprint, parts(original)))
     if type(original) is ImageFiles:  # one derived from it may show other pixels
         return original.fingerprint()
     return fingerprint(*source.tensors) if isinstance(source, TensorDataset) else uuid.uuid4().hex

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lkd.store import fingerprint
+from lkd.types import IGNORE_INDEX
 from lkd.untrusted import shown
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
@@ -125,12 +126,7 @@ def read_tree(folder: Path, class_names: Sequence[str]) -> ImageFiles:
     targets: list[int] = []
     empty = []
     for target, name in enumerate(class_names):
-        images = [
-            f"{Path(parent).relative_to(folder)}/{file}"
-            for parent, names in sorted(_folders(folder / name))
-            for file in sorted(names)
-            if file.lower().endswith(IMG_EXTENSIONS)
-        ]
+        images = _images(folder, folder / name)
         empty += [] if images else [name]
         files += images
         targets += [target] * len(images)
@@ -140,6 +136,35 @@ def read_tree(folder: Path, class_names: Sequence[str]) -> ImageFiles:
             f"expected files that end in {', '.join(IMG_EXTENSIONS)}"
         )
     return ImageFiles(folder, files, targets)
+
+
+def read_all(folder: Path) -> ImageFiles:
+    """Finds all images of a folder, at any depth, in sorted order; none has a class. Links are followed.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        FileNotFoundError: If the folder is missing, or has no images.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {shown(folder)}; give one with images in it, at any depth")
+    files = _images(folder, folder)
+    if not files:
+        raise FileNotFoundError(
+            f"no images in {shown(folder)}, at any depth; expected files that end in {', '.join(IMG_EXTENSIONS)}"
+        )
+    return ImageFiles(folder, files, [IGNORE_INDEX] * len(files))
+
+
+def _images(folder: Path, top: Path) -> list[str]:
+    """Names of the images in `top`, at any depth, as seen from the folder."""
+    return [
+        f"{Path(parent).relative_to(folder)}/{file}"
+        for parent, names in sorted(_folders(top))
+        for file in sorted(names)
+        if file.lower().endswith(IMG_EXTENSIONS)
+    ]
 
 
 def _folders(top: Path) -> Iterator[tuple[str, list[str]]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from lkd.datamodules.base import ImageDataModule, Split
+from lkd.datamodules.extra import ExtraImages
 from lkd.datamodules.files import ImageFiles, class_folders, read_tree, split_folder
 from lkd.datamodules.mixing import Mix
 from lkd.datamodules.transforms import (
@@ -35,7 +36,7 @@ class ImageFolderDataModule(ImageDataModule):
         batch_size: Images in a batch, in each process.
         num_workers: Processes that read images; by default up to 4.
         val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
-        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all.
+        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all, 0: none.
         drop_unlabelled: Leave the others out of training; otherwise they stay, without a label, for the teacher.
         split_seed: Seed of these choices; not the run's, so that teacher and students agree.
         seed: Seed of order and augmentation; by default the run's.
@@ -47,6 +48,9 @@ class ImageFolderDataModule(ImageDataModule):
         resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
         unreadable: Whether an image file that cannot be read ends the run, when it is met (`fail`), or is left out
             before the training (`skip`); the other images keep their index.
+        labels_per_class: In place of `label_size`: how many training images of each class keep their label.
+        extra: Training images from elsewhere, beside the data set's own; with `label_size` 0 and `drop_unlabelled`
+            instead of them. See `UnlabelledFolder`, `DeepInversion`.
     """
 
     def __init__(
@@ -69,6 +73,8 @@ class ImageFolderDataModule(ImageDataModule):
         mix: Mix | None = None,
         resident_limit: int = 4 * 2**30,
         unreadable: Literal["fail", "skip"] = "fail",
+        labels_per_class: int | None = None,
+        extra: ExtraImages | None = None,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be 1 or more, got {image_size}")
@@ -76,7 +82,8 @@ class ImageFolderDataModule(ImageDataModule):
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.449,), (0.226,))
         self.input_shape = (in_channels, image_size, image_size)
         own = (batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed)
-        super().__init__(*own, seed, augment, mean, std, views, mix, resident_limit, unreadable)
+        rest = (views, mix, resident_limit, unreadable, labels_per_class, extra)
+        super().__init__(*own, seed, augment, mean, std, *rest)
         self.root = root
         self.resize = CenterCrop(crop_ratio)
 
@@ -107,7 +114,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         batch_size: Images in a batch, in each process.
         num_workers: Processes that read images; by default up to 4.
         val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
-        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all.
+        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all, 0: none.
         drop_unlabelled: Leave the others out of training; otherwise they stay, without a label, for the teacher.
         split_seed: Seed of these choices; not the run's, so that teacher and students agree.
         seed: Seed of order and augmentation; by default the run's.
@@ -119,6 +126,9 @@ class ImageNetDataModule(ImageFolderDataModule):
         resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
         unreadable: Whether an image file that cannot be read ends the run, when it is met (`fail`), or is left out
             before the training (`skip`); the other images keep their index.
+        labels_per_class: In place of `label_size`: how many training images of each class keep their label.
+        extra: Training images from elsewhere, beside the data set's own; with `label_size` 0 and `drop_unlabelled`
+            instead of them. See `UnlabelledFolder`, `DeepInversion`.
 
     References:
         Russakovsky et al.: ImageNet large scale visual recognition challenge (2014), arXiv:1409.0575.

@@ -53,8 +53,45 @@ def stratified(
                 f"{setting} {size} leaves no {name} image of class {int(classes[worst])}, which has "
                 f"{int(count[worst])} of the {total} images; choose another {setting} or add images"
             )
-    order = permutation(seed, 0, total, SPLIT)
+    return labelled[_first(member, count, quota, seed)]
+
+
+def of_each_class(target: Tensor, number: int, seed: int) -> Tensor:
+    """Chooses equally many samples of each class at random; fewer with the same seed are among them.
+
+    Args:
+        target: Classes `(N,)`, int64; samples without a label are never chosen.
+        number: How many samples of each class.
+        seed: Seed of the choice.
+
+    Returns:
+        Positions of the chosen samples `(M,)`, int64, sorted.
+
+    Raises:
+        ValueError: If the number is less than 1, or a class has fewer samples.
+    """
+    labelled = (target != IGNORE_INDEX).nonzero().squeeze(1)
+    classes, member, count = torch.unique(target[labelled], return_inverse=True, return_counts=True)
+    least = int(count.min()) if len(count) else 0
+    if not 1 <= number <= least:
+        rarest = f"class {int(classes[count.argmin()])} has {least}" if least else "none has a label"
+        raise ValueError(
+            f"labels_per_class must be 1 or more, and no more than a class has training images ({rarest}), got {number}"
+        )
+    return labelled[_first(member, count, torch.full_like(count, number), seed)]
+
+
+def _first(member: Tensor, count: Tensor, quota: Tensor, seed: int) -> Tensor:
+    """The first samples of each class in a random order: their positions, sorted.
+
+    Args:
+        member: Number of each sample's class `(N,)`.
+        count: How many samples each class has `(K,)`.
+        quota: How many of them to take `(K,)`.
+        seed: Seed of the order.
+    """
+    order = permutation(seed, 0, len(member), SPLIT)
     by_class = order[member[order].argsort(stable=True)]
     group = member[by_class]
-    rank = torch.arange(total) - (count.cumsum(0) - count)[group]
-    return labelled[by_class[rank < quota[group]].sort().values]
+    rank = torch.arange(len(member)) - (count.cumsum(0) - count)[group]
+    return by_class[rank < quota[group]].sort().values

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 from lkd.datamodules.base import ImageDataModule, Split
+from lkd.datamodules.extra import ExtraImages
 from lkd.datamodules.mixing import Mix
 from lkd.datamodules.transforms import BatchTransform, ImageTransform
 from lkd.datamodules.views import Views
@@ -23,7 +24,7 @@ class SyntheticDataModule(ImageDataModule):
         batch_size: Images in a batch, in each process.
         num_workers: Processes that read images; by default none.
         val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
-        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all.
+        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all, 0: none.
         drop_unlabelled: Leave the others out of training; otherwise they stay, without a label, for the teacher.
         split_seed: Seed of these choices; not the run's, so that teacher and students agree.
         seed: Seed of order and augmentation; by default the run's.
@@ -32,6 +33,9 @@ class SyntheticDataModule(ImageDataModule):
         std: Standard deviation of each channel.
         views: Which views of each training image a batch has; by default the image alone.
         mix: How each training image is mixed with another one; by default not at all.
+        labels_per_class: In place of `label_size`: how many training images of each class keep their label.
+        extra: Training images from elsewhere, beside the data set's own; with `label_size` 0 and `drop_unlabelled`
+            instead of them. See `UnlabelledFolder`, `DeepInversion`.
     """
 
     def __init__(
@@ -52,24 +56,15 @@ class SyntheticDataModule(ImageDataModule):
         std: tuple[float, ...] | None = None,
         views: Views | None = None,
         mix: Mix | None = None,
+        labels_per_class: int | None = None,
+        extra: ExtraImages | None = None,
     ) -> None:
         self.num_classes = num_classes
         self.input_shape = input_shape
         self.mean, self.std = (0.5,) * input_shape[0], (0.25,) * input_shape[0]
-        super().__init__(
-            batch_size,
-            num_workers,
-            val_size,
-            label_size,
-            drop_unlabelled,
-            split_seed,
-            seed,
-            augment,
-            mean,
-            std,
-            views,
-            mix,
-        )
+        own = (batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed)
+        shown = (seed, augment, mean, std, views, mix)
+        super().__init__(*own, *shown, labels_per_class=labels_per_class, extra=extra)
         self.train_size = train_size
         self.test_size = test_size
 

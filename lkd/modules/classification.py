@@ -332,11 +332,21 @@ class ClassificationModule(L.LightningModule):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    @property
+    def only_labels(self) -> bool:
+        """Whether there is nothing to learn from but labels."""
+        return True
+
     def setup(self, stage: str) -> None:
         """Check that networks and data fit before anything runs."""
         for metric in self.modules():
             if isinstance(metric, Metric):  # validate leaves inference tensors, which fit could not update
                 metric.reset()
+        if stage == TrainerFn.FITTING and self.only_labels and self._data_attribute("num_labelled") == 0:
+            raise ValueError(
+                "no training image has a label, and labels are all that this run learns from; raise the data module's "
+                "label_size, or let a teacher say what the images are (DistillModule, distill_weight above 0)"
+            )
         example = self.example_input()
         if example is not None:
             self.build(example)

@@ -301,6 +301,11 @@ class DistillModule(ClassificationModule):
         if not self._built and (example := self.example_input()) is not None:
             self.build(example)
 
+    @property
+    def only_labels(self) -> bool:
+        """Whether the criterion has no weight."""
+        return not self.distill_weight
+
     def setup(self, stage: str) -> None:
         """Check that networks, criterion and data fit before anything runs."""
         if self.teacher_normalization is not None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lkd.datamodules.split import stratified
+from lkd.datamodules.split import of_each_class, stratified
 from lkd.types import IGNORE_INDEX
 
 
@@ -82,3 +82,20 @@ def test_some_images_keep_their_label():
     assert (training()[1] != IGNORE_INDEX).all()
     with pytest.raises(ValueError, match="label_size 3 leaves no labelled image of class 3"):
         training(label_size=3)
+
+
+def test_each_class_gives_as_many_and_fewer_are_among_them():
+    target = torch.cat((targets(9, 40, 20), torch.full((30,), IGNORE_INDEX)))
+    many, few, other = (of_each_class(target, number, seed) for number, seed in ((7, 0), (3, 0), (3, 1)))
+    assert target[many].bincount().tolist() == [7, 7, 7]
+    assert set(few.tolist()) < set(many.tolist())
+    assert torch.equal(few, few.unique())
+    assert not torch.equal(few, other)
+    assert torch.equal(of_each_class(targets(5, 5), 5, 0), torch.arange(10))
+
+
+@pytest.mark.parametrize(("number", "rarest"), [(0, "class 0 has 3"), (4, "class 0 has 3"), (1, "none has a label")])
+def test_more_of_each_class_than_there_are_is_refused(number, rarest):
+    target = torch.full((4,), IGNORE_INDEX) if "none" in rarest else targets(3, 5)
+    with pytest.raises(ValueError, match=rf"no more than a class has training images \({rarest}\), got {number}"):
+        of_each_class(target, number, 0)

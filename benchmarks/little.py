@@ -1,0 +1,220 @@
+"""What a teacher is worth where labels, or images, are few: test accuracy of a student alone and of a distilled one.
+
+    python -m benchmarks.little IMAGES TEACHER [--seeds 3] [--pool 5000] [--epochs 10] [--made 1024] [--made_steps 150]
+        [--only WORD] [--folder runs/little] [--out FILE]
+
+IMAGES is a folder train/<class>/, test/<class>/ of CIFAR-10; TEACHER the weights of the teacher in methods.yaml, which
+says what is trained, here with the first images of each class, a pool. The rows: a part of the pool's labels; none; a
+transfer set, which is random parts of the two photographs that come with scikit-learn; images made from the teacher
+(DeepInversion). All runs have as many steps (to a part of an epoch), of a schedule that falls as far. A student alone
+has only the images with a label; of the made ones, the class that was asked for is the label. A distilled student has
+all images, and the labels where there are some. Each seed is another initialisation, order, augmentation and choice of
+labels; the images are made once. The student is measured after its last step, on all test images: nothing is chosen by
+accuracy.
+
+Each finished run is a line in FOLDER/runs.jsonl, and is not run again: the same command goes on where one was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from benchmarks.speed import machine
+
+HERE = Path(__file__).parent
+SIDE = 32
+LEAST, MOST = 32, 256  # pixels of a photograph's part
+SHARES = {"1 %": 0.01, "10 %": 0.1, "100 %": 1.0}  # of the labels
+
+
+class Row(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+        name: What is there to learn from.
+        data: Settings of the data module for the distilled student.
+        images: How many of them.
+        alone: The same for the student alone; None: without labels it learns nothing.
+        labelled: How many of them have a label.
+        hard_weight: Weight of the labels for the distilled student.
+    """
+
+    name: str
+    data: dict[str, Any]
+    images: int
+    alone: dict[str, Any] | None
+    labelled: int
+    hard_weight: float
+
+
+def rows(pool: int, made: int, made_steps: int, photographs: str, teacher: str) -> list[Row]:
+    """The lines of the table."""
+    found = []
+    for name, share in SHARES.items():
+        part = {"label_size": share}
+        number = round(share * pool)
+        found.append(Row(f"{name} of the labels", part, pool, {**part, "drop_unlabelled": True}, number, 0.1))
+    found.append(Row("no labels", {"label_size": 0}, pool, None, 0, 0.0))
+    folder = {"class_path": "lkd.datamodules.UnlabelledFolder", "init_args": {"root": photographs}}
+    only = {"label_size": 0, "drop_unlabelled": True}
+    found.append(Row("other images: parts of two photographs", {**only, "extra": folder}, pool, None, 0, 0.0))
+    model = yaml.safe_load((HERE / "methods.yaml").read_text())["model"]["init_args"]
+    network = {"network": model["teacher"], "path": teacher}
+    inversion = {
+        "network": {"class_path": "lkd.models.load_weights", "init_args": network},
+        "number": made,
+        "steps": made_steps,
+        "normalization": model["teacher_normalization"],
+    }
+    own = {**only, "extra": {"class_path": "lkd.datamodules.DeepInversion", "init_args": inversion}}
+    name = f"no images: {made:,} made from the teacher, {made_steps:,} steps"
+    found.append(Row(name, own, made, own, made, 0.0))
+    return found
+
+
+def settings(row: Row, alone: bool, seed: int, pool: int, epochs: int, images: str, teacher: str) -> dict[str, Any]:
+    """The config of one run."""
+    config: dict[str, Any] = yaml.safe_load((HERE / "methods.yaml").read_text())
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    number = row.labelled if alone else row.images
+    size = min(data["batch_size"], number)
+    per_epoch = number // size
+    config["trainer"]["max_epochs"] = round(epochs * (pool // data["batch_size"] or 1) / per_epoch)
+    model["lr_scheduler"]["init_args"]["T_max"] = config["trainer"]["max_epochs"]
+    for name in ("label_size", "drop_unlabelled"):
+        del data[name]
+    data |= {"root": images, "val_size": 0, "split_seed": seed, **((row.alone if alone else row.data) or {})}
+    if alone:
+        kept = {"optimizer": model["optimizer"], "lr_scheduler": model["lr_scheduler"]}
+        config["model"] = {"class_path": "lkd.ClassificationModule", "init_args": {"model": model["student"], **kept}}
+    else:
+        model |= {"teacher_ckpt": teacher, "hard_weight": row.hard_weight, "distill_weight": 1 - row.hard_weight}
+        config["teacher_cache"] = {"versions": 2}
+    return config
+
+
+def train(config: dict[str, Any], seed: int, folder: Path) -> dict[str, float]:
+    """One run: test accuracies in percent of student and, if there is one, teacher; steps; seconds of the training."""
+    import torch
+
+    from lkd.arguments import prepare
+    from lkd.cli import LkdCLI
+
+    torch.set_num_threads(1)  # small networks do not fill two
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    quiet = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", f"--trainer.default_root_dir={folder}"]
+    start = time.perf_counter()
+    cli = LkdCLI(*prepare(["fit", f"--config={path}", f"--seed_everything={seed}", *quiet]))
+    seconds = time.perf_counter() - start
+    steps = cli.trainer.global_step
+    (result,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+    found = {"accuracy": 100 * result["test/acc"], "steps": steps, "seconds": seconds}
+    return found | ({"teacher": 100 * result["test/teacher_acc"]} if "test/teacher_acc" in result else {})
+
+
+def pool_of(images: Path, number: int, folder: Path) -> str:
+    """A folder with the first training images of each class, and all test images: links."""
+    classes = sorted(path.name for path in (images / "train").iterdir())
+    for name in classes:
+        own = folder / "train" / name
+        own.mkdir(parents=True, exist_ok=True)
+        for path in sorted((images / "train" / name).iterdir())[: number // len(classes)]:
+            if not (own / path.name).exists():
+                (own / path.name).symlink_to(path)
+    if not (folder / "test").exists():
+        (folder / "test").symlink_to(images / "test")
+    return str(folder)
+
+
+def parts_of_photographs(number: int, folder: Path) -> str:
+    """A folder with random square parts of scikit-learn's two photographs, 32x32 pixels, as PNG files."""
+    from sklearn.datasets import load_sample_images
+
+    photographs = [Image.fromarray(image) for image in load_sample_images().images]
+    draw = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in range(number):
+        photograph = photographs[place % len(photographs)]
+        side = round(LEAST * (MOST / LEAST) ** draw.random())
+        left, top = (int(draw.integers(size - side + 1)) for size in photograph.size)
+        part = photograph.resize((SIDE, SIDE), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+        part.save(folder / f"{place:05}.png")
+    return str(folder)
+
+
+def table(lines: list[Row], results: list[dict[str, Any]]) -> Iterator[str]:
+    """The lines of the table, in Markdown."""
+    yield "| to learn from | student alone, % | distilled, % | difference, same seeds | n |"
+    yield "|---|---|---|---|---|"
+    for row in lines:
+        alone, distilled = (_by_seed(results, row.name, way) for way in (True, False))
+        both = sorted(alone.keys() & distilled.keys())
+        gain = f"{statistics.mean(distilled[seed] - alone[seed] for seed in both):+.2f}" if both else "-"
+        yield f"| {row.name} | {_cell(alone)} | {_cell(distilled)} | {gain} | {len(distilled)} |"
+
+
+def _by_seed(results: list[dict[str, Any]], name: str, alone: bool) -> dict[int, float]:
+    return {run["seed"]: run["accuracy"] for run in results if (run["row"], run["alone"]) == (name, alone)}
+
+
+def _cell(found: dict[int, float]) -> str:
+    if not found:
+        return "-"
+    spread = f" ± {statistics.stdev(found.values()):.2f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found.values()):.2f}{spread}"
+
+
+def main() -> None:
+    """Run what has not been run yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("teacher", type=Path)
+    for name, number in (("seeds", 3), ("pool", 5000), ("epochs", 10), ("made", 1024), ("made_steps", 150)):
+        parser.add_argument(f"--{name}", type=int, default=number)
+    parser.add_argument("--only", default="", help="a word in the names of the rows that are to be run")
+    parser.add_argument("--folder", type=Path, default=Path("runs/little"))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    folder, teacher = options.folder.resolve(), str(options.teacher.resolve())
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["LKD_CACHE"] = str(folder / "cache")
+    images = pool_of(options.images.resolve(), options.pool, folder / "images")
+    photographs = parts_of_photographs(options.pool, folder / "photographs")
+    lines = rows(options.pool, options.made, options.made_steps, photographs, teacher)
+    file = folder / "runs.jsonl"
+    results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {(run["row"], run["alone"], run["seed"]) for run in results}
+    wanted = [row for row in lines if options.only in row.name]
+    jobs = [(row, alone, seed) for seed in range(options.seeds) for row in wanted for alone in (True, False)]
+    for row, alone, seed in jobs:
+        if (row.name, alone, seed) in done or (alone and row.alone is None):
+            continue
+        config = settings(row, alone, seed, options.pool, options.epochs, images, teacher)
+        run = {"row": row.name, "alone": alone, "seed": seed, **train(config, seed, folder)}
+        results.append(run)
+        with file.open("a") as opened:
+            opened.write(json.dumps(run) + "\n")
+        print(json.dumps(run), flush=True)
+    known = sorted({round(run["teacher"], 2) for run in results if "teacher" in run})
+    steps = sorted({run["steps"] for run in results})
+    what = f"a pool of {options.pool:,} images, {steps[0]:,} to {steps[-1]:,} steps; the teacher has {known} %"
+    text = "\n".join([*table(lines, results), "", f"CIFAR-10 (JPEG), {what}; {machine()}"])
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
