@@ -49,3 +49,10 @@ def test_what_a_student_learned() -> None:
     stages = re.findall(r"stage by stage: ([\d., ]+)", shown)
     assert len(stages) == 2
     assert all(0 < float(value) <= 1 for line in stages for value in line.split(","))
+
+
+def test_temperature_and_weight() -> None:
+    shown = executed("temperature_and_weight")
+    assert "8 trials: 8 complete" in shown
+    assert figure(shown, "8 trials, the best") >= figure(shown, "the worst")
+    assert "test/agreement" in shown

@@ -49,14 +49,14 @@ def test_commands(command: str, reader: None) -> None:
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) == 8
-    assert len(CHAINS) == 4
+    assert len(COMMANDS) == 11
+    assert len(CHAINS) == 5
 
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_chains(chain: list[str]) -> None:
     """Each command goes on from the one before; one that trains nothing, from a run of the digits."""
-    few = {"fit": SHORT, "test": SHORT[1:], "sweep": SHORT[:2], "compare": ["--seconds=0.02"]}
+    few = {"fit": SHORT, "test": SHORT[1:], "sweep": [*SHORT[:2], "--trials=2"], "compare": ["--seconds=0.02"]}
     if not any(command.startswith("lkd fit") for command in chain):
         assert main(["fit", "--config=digits/kd", *SHORT]) == 0
     for command in chain:

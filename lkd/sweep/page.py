@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
@@ -101,6 +101,7 @@ def _history(axes: Axes, study: Study, done: list[FrozenTrial]) -> None:
     best = np.minimum.accumulate(values) if study.plan.mode == "min" else np.maximum.accumulate(values)
     axes.plot(numbers, values, "o", color=_DOT, markersize=4)
     axes.step(numbers, best, where="post", color=_LINE)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="trial", ylabel=study.plan.monitor)
 
 
