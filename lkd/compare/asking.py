@@ -77,7 +77,7 @@ class _Asking(L.LightningModule):
     def __init__(self, candidates: Sequence[Candidate], teacher: str | None, shown: int) -> None:
         super().__init__()
         self.candidates, self.teacher, self.shown = candidates, teacher, shown
-        self.networks = nn.ModuleList(one.network.eval().requires_grad_(False) for one in candidates)
+        self.networks = nn.ModuleList(one.network for one in candidates)
         self.unpack = next((one.unpack for one in candidates if one.unpack), None) or _UNPACK
         self.logits: dict[str, list[Tensor]] = {one.name: [] for one in candidates}
         self.target: list[Tensor] = []
@@ -165,7 +165,7 @@ def ask(
     """Ask all candidates about all images of a split, on one device, in float32.
 
     Args:
-        candidates: The networks; they stay in eval mode, and frozen.
+        candidates: The networks; they are given back as they were.
         data: Brings the images; what a `LightningDataModule` does to a batch is done.
         split: `test`, or `val`: the validation images.
         teacher: The name of the candidate whose answers the others are compared with.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.benchmark import Measurement, Timer
 
 from lkd.callbacks.monitor import network_size
+from lkd.layers import evaluating
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def costs(
     """Measure what networks cost; their passes are timed in turn, so that a disturbance meets all of them.
 
     Args:
-        networks: Name to network, in eval mode.
+        networks: Name to network; given back as it was.
         example: Inputs `(B, ...)`, or a structure of such; repeated or cut to each batch size.
         batch_sizes: Images in a batch.
         device: Where it is timed.
@@ -74,18 +77,32 @@ def costs(
     """
     example = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, example)
     measured: dict[tuple[str, int], list[Measurement]] = {}
-    for _ in range(rounds):
-        for size in batch_sizes:
+    found = {}
+    with ExitStack() as stack:
+        for network in networks.values():
+            stack.enter_context(_ready(network, device))
+        for _, size in product(range(rounds), batch_sizes):
             batch = resized(example, size)
             for name, network in networks.items():
-                measured.setdefault((name, size), []).append(_timed(network.to(device), batch, seconds / rounds))
-    found = {}
-    for name, network in networks.items():
-        times = [_time(size, measured[name, size]) for size in batch_sizes]
-        counted = network_size(name, network, resized(example, 1))
-        held = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
-        found[name] = Cost(counted.parameters, counted.flops, held, times)
+                measured.setdefault((name, size), []).append(_timed(network, batch, seconds / rounds))
+        for name, network in networks.items():
+            times = [_time(size, measured[name, size]) for size in batch_sizes]
+            counted = network_size(name, network, resized(example, 1))
+            held = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+            found[name] = Cost(counted.parameters, counted.flops, held, times)
     return found
+
+
+@contextmanager
+def _ready(network: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """A network in eval mode on a device; afterwards as it was."""
+    home = next((parameter.device for parameter in network.parameters()), device)
+    with evaluating(network):
+        network.to(device)
+        try:
+            yield
+        finally:
+            network.to(home)
 
 
 def resized(example: Any, size: int) -> Any:

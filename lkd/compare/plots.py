@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from lkd.compare.comparison import Comparison
-from lkd.compare.figures import confusion, cross_fitted, reliability
+from lkd.compare.figures import Bin, confusion
 from lkd.types import IGNORE_INDEX
 
 _MOST = 30
@@ -95,17 +95,18 @@ def _against_cost(found: Comparison) -> Figure:
 
 def _reliability(found: Comparison) -> Figure:
     figure, axes = _panels(len(found.figures), 3.0, 3.0, 4)
-    target = found.answers.target
-    known = target != IGNORE_INDEX
     for number, (axis, (name, figures)) in enumerate(zip(axes, found.figures.items(), strict=True)):
-        logits, labels = found.answers.logits[name][known].double(), target[known]
-        share, right, sure = reliability(logits, labels)
-        edges = np.arange(len(share)) / len(share)
-        axis.bar(edges, share.numpy(), width=1 / len(share), align="edge", color="#CCCCCC")
+        bins, scaled = figures.reliability, figures.scaled_reliability
+        edges = np.arange(len(bins)) / len(bins)
+        axis.bar(edges, [one.share for one in bins], width=1 / len(bins), align="edge", color="#CCCCCC")
         axis.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
-        axis.plot(sure.numpy(), right.numpy(), "o-", color=_color(number), markersize=3)
-        _, right, sure = reliability(cross_fitted(logits, labels), labels)
-        axis.plot(sure.numpy(), right.numpy(), "s--", color=_color(number), markersize=2, alpha=0.7, linewidth=0.8)
+        lines: tuple[tuple[list[Bin], str, dict[str, Any]], ...] = (
+            (bins, "o-", {"markersize": 3}),
+            (scaled, "s--", {"markersize": 2, "alpha": 0.7, "linewidth": 0.8}),
+        )
+        for points, style, size in lines:
+            shown = [(one.confidence, one.accuracy) for one in points if one.share]
+            axis.plot(*zip(*shown, strict=True), style, color=_color(number), **size)
         axis.set_title(f"{name}\nECE {100 * figures.ece:.1f} %, at T {100 * figures.scaled_ece:.1f} %", fontsize=9)
         axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
         axis.label_outer()

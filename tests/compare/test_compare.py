@@ -169,6 +169,19 @@ def test_disputed_images_are_those_that_differ_the_most(tiny, data, tmp_path) ->
     assert (tmp_path / "comparison.md").read_text().startswith("# teacher, student\n")
 
 
+def test_networks_are_given_back_as_they_were(tiny, data) -> None:
+    network = tiny().train()
+    network.layer1.eval()
+    next(network.parameters()).requires_grad_(False)
+    before = [module.training for module in network.modules()]
+    trains = [parameter.requires_grad for parameter in network.parameters()]
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    compare([Candidate("a", network)], data, seconds=0.01, accelerator="cpu")
+    assert [module.training for module in network.modules()] == before
+    assert [parameter.requires_grad for parameter in network.parameters()] == trains
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
+
+
 def test_many_classes(tmp_path) -> None:
     data = SyntheticDataModule(num_classes=40, input_shape=(1, 4, 4), train_size=80, test_size=80, batch_size=20)
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 40))
