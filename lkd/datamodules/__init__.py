@@ -30,6 +30,7 @@ from lkd.datamodules.transforms import (
     RandomResizedCrop,
 )
 from lkd.datamodules.views import ClassPartner, RotatedViews, StrongView, Views
+from lkd.datamodules.webdataset import WebDatasetDataModule
 
 __all__ = [
     "ArchiveDataModule",
@@ -69,6 +70,7 @@ __all__ = [
     "TinyImageNetDataModule",
     "TrivialAugment",
     "Views",
+    "WebDatasetDataModule",
     "permutation",
     "uniform",
 ]

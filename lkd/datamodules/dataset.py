@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms.v2 import functional as TF
 
 from lkd.datamodules.draws import IMAGE, VIEW, Draws, successive, uniform
-from lkd.datamodules.files import ImageFiles
+from lkd.datamodules.files import ImageBytes, ImageFiles
 from lkd.datamodules.mixing import Mix
 from lkd.datamodules.resident import Resident
 from lkd.datamodules.sampler import read_keys
@@ -290,7 +290,7 @@ class ImageDataset(Dataset[Batch]):
             image = self.resize.reduced(image, full, self.shape[1:], draws)
         except Exception as error:  # decoders of broken files raise nearly every kind there is
             source = self.source
-            name = shown(source.path(index)) if isinstance(source, ImageFiles) else f"number {index}"
+            name = shown(source.path(index)) if isinstance(source, ImageFiles | ImageBytes) else f"number {index}"
             raise ImageError(f"image {name} cannot be read ({_reason(error)}); replace or remove it") from error
         tensor: Tensor = TF.pil_to_tensor(image)
         return tensor
@@ -298,7 +298,9 @@ class ImageDataset(Dataset[Batch]):
     def _decode(self, index: int, draws: Tensor) -> tuple[Image.Image, tuple[int, int]]:
         """An image, and its full size: large JPEG files are decoded no larger than `resize` needs them."""
         mode, source = _MODES[self.shape[0]], self.source
-        if type(source) is ImageFiles:  # only an image that nobody else has may be decoded smaller
+        if (
+            type(source) is ImageFiles or type(source) is ImageBytes
+        ):  # only one that nobody else has may be decoded smaller
             with source.open(index) as opened:
                 full = opened.height, opened.width
                 height, width = self.resize.least(full, self.shape[1:], draws)
