@@ -115,11 +115,7 @@ class WebDatasetDataModule(L.LightningDataModule):
         self.class_names = tuple(class_names or map(str, range(num_classes)))
         self.input_shape = (in_channels, image_size, image_size)
         self.resize = CenterCrop(crop_ratio)
-        # The gray statistics are the means of the colours'.
-        usual = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.449,), (0.226,))
-        self.mean, self.std = mean or usual[0], std or usual[1]
-        if len(self.mean) != in_channels:
-            raise ValueError(f"mean has {len(self.mean)} values, but images have {in_channels} channels")
+        self.mean, self.std = _statistics(in_channels, mean, std)
         self.shards: dict[str, tuple[str, ...]] = {}
 
     def setup(self, stage: str) -> None:
@@ -316,6 +312,17 @@ class _Loader(DataLoader[Batch]):
         if self.trainer is not None:
             cast("_Stream", self.dataset).epoch = self.trainer.current_epoch
         yield from super().__iter__()
+
+
+def _statistics(
+    in_channels: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    # The gray statistics are the means of the colours'.
+    usual = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.449,), (0.226,))
+    chosen = mean or usual[0], std or usual[1]
+    if len(chosen[0]) != in_channels:
+        raise ValueError(f"mean has {len(chosen[0])} values, but images have {in_channels} channels")
+    return chosen
 
 
 def _worker() -> tuple[int, int]:

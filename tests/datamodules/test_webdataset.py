@@ -71,8 +71,7 @@ def _levels(batches) -> list[int]:
 
 @pytest.mark.parametrize("workers", [0, 2, 9])
 def test_evaluation_shows_each_image_once(workers: int) -> None:
-    train, sizes = _shards("a", (7, 1, 5)), []
-    seen = []
+    train, sizes, seen = _shards("a", (7, 1, 5)), [], []
     for rank in range(2):
         batches = list(_module(train, 2, rank, num_workers=workers).test_dataloader())
         seen += _levels(batches)
@@ -123,9 +122,9 @@ def test_an_images_augmentation_depends_on_seed_epoch_and_image_alone() -> None:
     for number in range(6):
         file = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(file, "JPEG")
-        members.append([(f"{number}.jpg", file.getvalue()), (f"{number}.cls", b"%d" % (number % 4))])
+        members += [(f"{number}.jpg", file.getvalue()), (f"{number}.cls", b"%d" % (number % 4))]
     for number in range(2):
-        _tar(f"a/{number}.tar", sum(members[3 * number : 3 * number + 3], []))
+        _tar(f"a/{number}.tar", members[6 * number : 6 * number + 6])
     augment = [RandomResizedCrop(), RandomHorizontalFlip()]
 
     def images(batch_size: int, workers: int, epoch: int = 0) -> set[bytes]:
@@ -157,7 +156,7 @@ def test_a_pickle_in_a_shard_is_not_loaded() -> None:
     _tar("a/0.tar", [("0.png", _png(3)), ("0.cls", b" 3\n"), *((name, code) for name in names)])
     assert _levels(_module("a").test_dataloader()) == [3]
     _tar("a/0.tar", [("0.png", _png(3)), ("0.cls", code)])
-    with pytest.raises(ImageError, match="0.tar: 0 has the class .* expected a number"):
+    with pytest.raises(ImageError, match=r"0.tar: 0 has the class .* expected a number"):
         list(_module("a").test_dataloader())
     assert not Path("bomb").exists()
 
@@ -187,7 +186,6 @@ def _damaged() -> None:
     Path("a/0.tar").write_bytes(content)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -203,17 +201,23 @@ def _damaged() -> None:
         (lambda: _tar("a/0.tar", [*GOOD, ("0.jpg", b"")]), "0.tar: 0 has 2 images"),
         (lambda: _tar("a/0.tar", [*GOOD, GOOD[0]]), "duplicate file name"),
         (lambda: _tar("a/0.tar", [GOOD[0], ("0.cls", b"4")]), "has the class 4, outside the 4 classes, 0 to 3"),
-        (lambda: _tar("a/0.tar", [("0.png", _png(0)[:60]), GOOD[1]]), "image a/0.tar: 0 cannot be read"),
+        (lambda: _tar("a/0.tar", [("0.png", b"none"), GOOD[1]]), "image a/0.tar: 0 cannot be read"),
     ],
 )
-def test_what_is_wrong_with_a_shard_is_said_in_one_sentence(make, message: str, workers: int) -> None:
+def test_what_is_wrong_with_a_shard_is_said_in_one_sentence(make, message: str) -> None:
     Path("a").mkdir()
     make()
     with pytest.raises(ImageError, match=message) as caught:
-        list(_module("a", num_workers=workers).test_dataloader())
+        list(_module("a").test_dataloader())
     assert "\n" not in str(caught.value)
     with pytest.raises(ImageError, match=message):
-        list(_module("a", num_workers=workers).train_dataloader())
+        list(_module("a").train_dataloader())
+
+
+def test_what_a_worker_says_is_one_sentence_too() -> None:
+    _tar("a/0.tar", GOOD[:1])
+    with pytest.raises(ImageError, match=r"^the sample a/0.tar: 0 has no class; .*behind it$"):
+        list(_module("a", num_workers=1).test_dataloader())
 
 
 def test_an_image_without_a_label_is_marked() -> None:
@@ -299,7 +303,7 @@ def test_a_run_from_yaml(capsys) -> None:
     assert main(["test", "--ckpt_path", str(best)]) == 0
     assert main(["predict", "--ckpt_path", str(best)]) == 0
     assert main(["fit", "--config", "shards.yaml", "--resume", "--trainer.max_epochs=3"]) == 0
-    (file,) = Path("runs").rglob("predictions.csv")
+    (file,) = (path for path in Path().rglob("*.csv") if "predict" in str(path))
     assert [line.split(",")[0] for line in file.read_text().split()[1:]] == [str(number) for number in range(7)]
     assert "webdataset" not in capsys.readouterr().err.lower()
 
