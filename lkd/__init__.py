@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         SVHNDataModule,
         SyntheticDataModule,
         TinyImageNetDataModule,
+        WebDatasetDataModule,
     )
     from lkd.losses import DistillLoss
     from lkd.modules import (
@@ -51,6 +52,7 @@ _HOMES = {
         "SVHNDataModule",
         "SyntheticDataModule",
         "TinyImageNetDataModule",
+        "WebDatasetDataModule",
     ),
     "lkd.losses": ("DistillLoss",),
     "lkd.modules": (
@@ -97,6 +99,7 @@ __all__ = [
     "SimKDModule",
     "SyntheticDataModule",
     "TinyImageNetDataModule",
+    "WebDatasetDataModule",
     "__version__",
 ]
 

@@ -264,6 +264,8 @@ _KNOWN = (  # what Lightning warns of in every run, though all is as it should b
     ".*The dirpath has changed from.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*Total length of `list` across ranks is zero.*",  # val_size: 0
+    ".*Your `IterableDataset` has `__len__` defined.*",  # WebDatasetDataModule, whose workers know their shares
+    ".*Couldn't infer the batch indices fetched from your dataloader.*",  # its batches have them
     ".*all_gather is deprecated.*",
     ".*WeightAveraging callback with a model that overrides the configure_model.*",
     ".*callbacks used to create the checkpoint need to be provided.*",

@@ -32,6 +32,7 @@ BEFORE = {  # runs that a config goes on from
 CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar100": 100}
 PAIR_OF = {"digits": "digits", "mnist": "resnet20_resnet8_gray10", "fashion_mnist": "resnet20_resnet8_gray10"}
 PAIR_OF |= {"cifar100": "resnet56_resnet20_100", "imagenet": "resnet34_resnet18_imagenet"}
+PAIR_OF |= {"webdataset": "resnet34_resnet18_imagenet"}
 PAIR_OF_METHOD = {"deit": "resnet56_deit_tiny_100", "vitkd": "deit_small_deit_tiny_100"}
 SHORT = [
     "--trainer.max_epochs=1",
@@ -53,6 +54,16 @@ def _tree(classes: int, size: int = 32, splits: tuple[str, ...] = ("train", "tes
             for copy in range(2 if split == "train" else 1):
                 image.save(folder / f"{copy}.png")
     return "tree"
+
+
+def _shard() -> dict[str, object]:
+    """Settings for one small shard, for training and validation."""
+    from webdataset import ShardWriter
+
+    with ShardWriter("%d.tar", verbose=0) as writer:
+        for number in range(8):
+            writer.write({"__key__": str(number), "png": Image.new("RGB", (32, 32)), "cls": number})
+    return {"train": "0.tar", "val": "0.tar", "train_size": 8, "batch_size": 4, "num_workers": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +94,8 @@ def test_complete_configs(config: str) -> None:
 def _data_settings(data: str) -> list[str]:
     if data in ("digits", "synthetic"):
         return ["--data.init_args.batch_size=8"]
+    if data == "webdataset":
+        return [f"--data.init_args.{name}={value}" for name, value in _shard().items()]
     classes = CLASSES.get(data, 10)
     root = _tree(classes, splits=("train", "val") if data == "imagenet" else ("train", "test"))
     small = [

@@ -307,7 +307,7 @@ def _check(trainer: L.Trainer, module: Any) -> None:
     data = trainer.datamodule  # type: ignore[attr-defined]
     reason = getattr(module, "not_to_be_kept", f"{type(module).__name__} is no DistillModule")
     if not isinstance(data, ImageDataModule):
-        reason = "only lkd's data modules can show the same images again"
+        reason = "only lkd's data modules can show the same images again (WebDatasetDataModule, a stream, cannot)"
     elif trainer.overfit_batches:  # type: ignore[attr-defined]
         reason = "with overfit_batches every epoch shows the same few images"
     if reason:

@@ -32,6 +32,7 @@ from lkd.datamodules.transforms import (
     RandomResizedCrop,
 )
 from lkd.datamodules.views import ClassPartner, RotatedViews, StrongView, Views
+from lkd.datamodules.webdataset import WebDatasetDataModule
 
 __all__ = [
     "ArchiveDataModule",
@@ -74,6 +75,7 @@ __all__ = [
     "TrivialAugment",
     "UnlabelledFolder",
     "Views",
+    "WebDatasetDataModule",
     "permutation",
     "uniform",
 ]

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms.v2 import functional as TF
 
 from lkd.datamodules.draws import IMAGE, VIEW, Draws, successive, uniform
-from lkd.datamodules.files import ImageFiles
+from lkd.datamodules.files import ImageBytes, ImageFiles
 from lkd.datamodules.joined import located, parts
 from lkd.datamodules.mixing import Mix
 from lkd.datamodules.resident import Resident
@@ -292,7 +292,7 @@ class ImageDataset(Dataset[Batch]):
             image = self.resize.reduced(image, full, self.shape[1:], draws)
         except Exception as error:  # decoders of broken files raise nearly every kind there is
             source, index = located(self.source, index)
-            name = shown(source.path(index)) if isinstance(source, ImageFiles) else f"number {index}"
+            name = shown(source.path(index)) if isinstance(source, ImageFiles | ImageBytes) else f"number {index}"
             raise ImageError(f"image {name} cannot be read ({_reason(error)}); replace or remove it") from error
         tensor: Tensor = TF.pil_to_tensor(image)
         return tensor
@@ -301,7 +301,8 @@ class ImageDataset(Dataset[Batch]):
         """An image, and its full size: large JPEG files are decoded no larger than `resize` needs them."""
         mode = _MODES[self.shape[0]]
         source, index = located(self.source, index)
-        if type(source) is ImageFiles:  # only an image that nobody else has may be decoded smaller
+        # only an image that nobody else has may be decoded smaller
+        if type(source) is ImageFiles or type(source) is ImageBytes:
             with source.open(index) as opened:
                 full = opened.height, opened.width
                 height, width = self.resize.least(full, self.shape[1:], draws)

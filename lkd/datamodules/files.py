@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,33 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
         states = [_state(self.path(i)) for i in range(len(self))]
         sizes = [None if state is None else state[0] for state in states]
         return fingerprint(self.files.tobytes(), self.targets.tobytes(), sizes)
+
+
+class ImageBytes(Dataset[tuple[Image.Image, int]]):
+    """Image files in memory, as those of a batch that has been read from an archive.
+
+    Args:
+        samples: Number of each image to its name, its bytes and its class.
+    """
+
+    def __init__(self, samples: Mapping[int, tuple[str, bytes, int]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with self.open(index) as image:
+            image.load()
+        return image, self.samples[index][2]
+
+    def open(self, index: int) -> Image.Image:
+        """An image whose pixels are not decoded yet."""
+        return Image.open(io.BytesIO(self.samples[index][1]), formats=_FORMATS)
+
+    def path(self, index: int) -> str:
+        """Where an image comes from."""
+        return self.samples[index][0]
 
 
 def _state(path: Path) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lkd.datamodules import ImageDataModule
+from lkd.datamodules import ImageDataModule, WebDatasetDataModule
 from lkd.datamodules.transforms import CenterCrop
 from lkd.modules import ClassificationModule
 from lkd.types import Batch
@@ -33,7 +33,7 @@ def preprocessing(data: L.LightningDataModule, image: Tensor) -> dict[str, Any]:
         "layout": "batch of any size, channels, height, width" if image.dim() == 4 else "batch of any size, ...",
         "dtype": str(image.dtype).removeprefix("torch."),
     }
-    if isinstance(data, ImageDataModule):
+    if isinstance(data, ImageDataModule | WebDatasetDataModule):
         mode, channels = _CHANNELS.get(len(data.mean), (None, "as in the data"))
         facts |= {"mode": mode, "channels": channels, "resize": _resize(data), "value_range": [0, 1]}
         facts |= {"divide_by": 255, "mean": list(data.mean), "std": list(data.std)}
@@ -42,7 +42,7 @@ def preprocessing(data: L.LightningDataModule, image: Tensor) -> dict[str, Any]:
     return facts
 
 
-def _resize(data: ImageDataModule) -> dict[str, Any]:
+def _resize(data: ImageDataModule | WebDatasetDataModule) -> dict[str, Any]:
     if type(data.resize) is not CenterCrop:
         return {"by": repr(data.resize)}
     return {
