@@ -248,12 +248,17 @@ def run(args: Sequence[str]) -> int:
                 copy_context().run(LkdCLI, *prepare(args))
     except SIGTERMException:  # a SystemExit with code 0: what waits for the run would take it for done
         return 128 + signal.SIGTERM
-    except (*_MISTAKES, LostProcessError) as error:
-        if debug:
+    except Exception as error:
+        if debug or not (isinstance(error, (*_MISTAKES, LostProcessError)) or _is_a_loggers(error)):
             raise
         print(f"lkd: error: {speaker()}{' '.join(explain(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, LostProcessError) else 2
     return 0
+
+
+def _is_a_loggers(error: Exception) -> bool:
+    """Whether W&B or MLflow has raised it: no login, no server, no place to write."""
+    return type(error).__module__.partition(".")[0] in ("wandb", "mlflow")
 
 
 _KNOWN = (  # what Lightning warns of in every run, though all is as it should be

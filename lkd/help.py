@@ -100,7 +100,8 @@ was interrupted, however it ended; begun twice at once, on one machine, both sha
                          data.init_args.batch_size: {low: 32, high: 128, step: 32}
   --space.KEY VALUE    the same for one setting, over the files'
   --trials N           how many there are to be in all: 20 by default; of a grid, all its cells
-  --sampler NAME       tpe (the default; Bayesian: what did well is tried more), random, grid
+  --sampler NAME       tpe (the default; Bayesian: after ten random trials, what did well is tried more), random,
+                       grid
   --sampler_seed N     what it draws from, 0 by default; every trial is trained with the config's seed_everything
   --pruner NAME        none (the default), median, halving, hyperband: give hopeless trials up early
   --monitor NAME       the curve whose best point is a trial's value, as --checkpoint.monitor; of a loss, the least

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lkd.arguments import config_of, newest_checkpoint, prepare, read_checkpoint
 from lkd.cli import LkdCLI
-from lkd.modules import ClassificationModule
+from lkd.modules import ClassificationModule, EarlyExitModule
 
 
 class Trained(NamedTuple):
@@ -111,4 +111,6 @@ def network_of(module: ClassificationModule) -> nn.Module:
     Returns:
         Its network, which returns logits `(B, K)`; or the module behind an `Answer`.
     """
-    return module.model if type(module).forward is ClassificationModule.forward else Answer(module)
+    alone = type(module).forward is ClassificationModule.forward
+    alone = alone or (isinstance(module, EarlyExitModule) and module.exit is None)
+    return module.model if alone else Answer(module)

@@ -159,3 +159,15 @@ def test_a_missing_logger_gets_a_sentence(package: str, monkeypatch, capsys) -> 
     assert explain(ModuleNotFoundError(text)) == (
         f"the logger needs {package}, which is not installed; pip install 'lkd[loggers]'"
     )
+
+
+def test_what_a_logger_refuses_is_one_sentence(capsys, monkeypatch) -> None:
+    from wandb.errors import UsageError
+
+    def refuses(*_: object) -> None:
+        raise UsageError("No API key configured.")
+
+    monkeypatch.delenv("LKD_DEBUG", raising=False)
+    monkeypatch.setattr("lkd.cli.LkdCLI", refuses)
+    assert main(FIT) == 2
+    assert capsys.readouterr().err == "lkd: error: No API key configured.\n"

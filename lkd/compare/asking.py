@@ -92,6 +92,10 @@ class _Asking(L.LightningModule):
             self.example = _on_cpu(batch.input)
         answers = {one.name: self._answer(one, batch).float().cpu() for one in self.candidates}
         for name, logits in answers.items():
+            if not logits.isfinite().all():
+                raise ValueError(
+                    f"{name} answers with logits that are not finite; look at its weights and normalization"
+                )
             self.logits[name].append(logits)
         self.target.append(batch.target.cpu())
         if self.teacher is not None and isinstance(batch.input, Tensor) and batch.input.dim() == 4:
@@ -121,12 +125,12 @@ class _Asking(L.LightningModule):
         """The input as a candidate wants it."""
         data = getattr(self.trainer, "datamodule", None)
         mean, std, wanted = getattr(data, "mean", None), getattr(data, "std", None), candidate.normalization
-        if wanted is None or not isinstance(input, Tensor) or (mean, std) == (wanted.mean, wanted.std):
+        if wanted is None or (mean, std) == (wanted.mean, wanted.std):
             return input
-        if mean is None or std is None:
+        if mean is None or std is None or not isinstance(input, Tensor):
             raise ValueError(
-                f"{candidate.name} has a normalization of its own, and this data does not tell its mean and std; use a "
-                "data module that has them"
+                f"{candidate.name} has a normalization of its own, and this data does not tell its mean and std, or "
+                "its input is no tensor; use a data module that has them, or normalise in the network"
             )
         shape = (1, -1, 1, 1)
         data_mean, data_std, own_mean, own_std = (

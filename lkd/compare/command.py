@@ -26,6 +26,10 @@ from lkd.trained import Trained, load_trained, network_of
 from lkd.types import Normalization
 
 _TEACHER = "teacher"
+_SAME = ("input_shape", "resize", "class_names")
+"""What of a run's data is to be as in the data that all are measured on."""
+_SPLIT = ("val_size", "split_seed")
+"""The same for validation images: with others, some of them are training images."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -40,12 +44,12 @@ def main(args: Sequence[str]) -> None:
     """
     given = _parsed(args)
     candidates, data, teacher = _chosen(given)
+    folder = _new_folder(Path(given.output))  # before the work: where nothing can be written, it would be in vain
     how = given.split, given.batch_sizes, given.accelerator, given.seconds
     found = compare(candidates, data, teacher, *how, progress=True)
     console = Console()
     for table in tables(found)[:-1]:  # the classes are for the page
         console.print(table.rich())
-    folder = _new_folder(Path(given.output))
     write(found, folder)
     for label, name in {"page": "comparison.html", "table": "comparison.md", "figures": "comparison.json"}.items():
         console.print(f"{label + ':':8} {folder / name}", soft_wrap=True, highlight=False, markup=False)
@@ -122,7 +126,8 @@ def _chosen(given: Any) -> tuple[list[Candidate], L.LightningDataModule, str | N
     teacher = given.teacher
     if teacher is None and _TEACHER in (one.name for one in candidates):
         teacher = _TEACHER
-    if teacher is None and (own := next(filter(None, map(_teacher_of, runs.values())), None)):
+    wanted = teacher is None or (teacher == _TEACHER and teacher not in (one.name for one in candidates))
+    if wanted and (own := next(filter(None, map(_teacher_of, runs.values())), None)):
         candidates, teacher = [own, *candidates], _TEACHER
     data = given.data or next((run.data for run in runs.values()), None)
     if data is None:
@@ -130,6 +135,10 @@ def _chosen(given: Any) -> tuple[list[Candidate], L.LightningDataModule, str | N
     for name, run in runs.items():
         if _place(run.data) != _place(data):
             rank_zero_warn(f"{name} was trained on {_place(run.data)}, and is measured on {_place(data)}")
+        for fact in _SAME + (_SPLIT if given.split == "val" else ()):
+            own, measured = (getattr(module, fact, None) for module in (run.data, data))
+            if repr(own) != repr(measured):
+                rank_zero_warn(f"{name} was trained with {fact} {own}, and is measured with {measured}")
     return candidates, data, teacher
 
 
@@ -143,7 +152,7 @@ def _named(runs: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for given in runs:
         name, equals, place = given.partition("=")
-        if not equals:
+        if not equals or Path(given).exists():
             name, place = _run_name(given), given
         if not name or not place or name in found:
             raise ValueError(
@@ -187,10 +196,11 @@ def _teacher_of(run: Trained) -> Candidate | None:
 def _new_folder(parent: Path) -> Path:
     """A folder of its own for each comparison."""
     number = 0
+    parent.mkdir(parents=True, exist_ok=True)
     while True:
         folder = parent / f"version_{number}"
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
         except FileExistsError:
             number += 1
         else:

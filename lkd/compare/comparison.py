@@ -114,6 +114,8 @@ def compare(
         raise ValueError(f"networks that are compared need names of their own, got {', '.join(names) or 'none'}")
     if teacher is not None and teacher not in names:
         raise ValueError(f"the teacher must be one of the networks {', '.join(names)}, got {teacher!r}")
+    if not batch_sizes:
+        raise ValueError("networks are timed with one batch size or more, got none")
     answers = ask(candidates, data, split, teacher, accelerator, progress=progress)
     reference = None if teacher is None else answers.logits[teacher]
     figures = {
@@ -126,7 +128,8 @@ def compare(
         for one, other in combinations(names, 2)
     ]
     classes = next(iter(answers.logits.values())).shape[1]
-    found = getattr(data, "class_names", ()) or ()
+    told = getattr(data, "class_names", None)
+    found = [] if told is None else [str(name) for name in told]
     class_names = [found[one] if one < len(found) else str(one) for one in range(classes)]
     facts = _facts(candidates, data, split, answers)
     return Comparison(figures, cost, pairs, teacher, facts, answers, class_names, data)

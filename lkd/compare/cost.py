@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -88,7 +88,8 @@ def costs(
         for name, network in networks.items():
             times = [_time(size, measured[name, size]) for size in batch_sizes]
             counted = network_size(name, network, resized(example, 1))
-            held = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+            tensors = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
+            held = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             found[name] = Cost(counted.parameters, counted.flops, held, times)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def write_curves(found: Comparison, folder: Path, plots: Sequence[Plot]) -> None
         folder: TensorBoard's folder.
         plots: Its plots.
     """
-    for name, figures in found.figures.items():
+    for number, (name, figures) in enumerate(found.figures.items()):
         cost = found.costs[name]
         scalars = {
             "acc": figures.top1.value,
@@ -35,7 +36,7 @@ def write_curves(found: Comparison, folder: Path, plots: Sequence[Plot]) -> None
             "flops": cost.flops,
             **{f"images_per_s_batch_{time.batch_size}": time.throughput for time in cost.times},
         }
-        with SummaryWriter(str(folder / name.replace("/", "_"))) as writer:
+        with SummaryWriter(str(folder / _folder(name, number))) as writer:
             for tag, value in scalars.items():
                 if value is not None:
                     writer.add_scalar(f"compare/{tag}", value)
@@ -48,3 +49,10 @@ def write_curves(found: Comparison, folder: Path, plots: Sequence[Plot]) -> None
             if len(disputed.image):
                 images = make_grid(shown(disputed.image, found.data), nrow=6)
                 writer.add_image(f"compare/disputed by {name}", images)
+
+
+def _folder(name: str, number: int) -> str:
+    """A folder's name for a network: its own, if it makes one."""
+    if re.fullmatch(r"[\w-][\w.-]{0,99}", name):
+        return name
+    return f"{number}_" + re.sub(r"[^\w-]+", "_", name)[:99]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
@@ -34,6 +35,11 @@ def plots(found: Comparison) -> Iterator[Plot]:
     Args:
         found: The comparison.
     """
+    with rc_context({"text.parse_math": False}):  # a name with $ is no formula
+        yield from _drawn(found)
+
+
+def _drawn(found: Comparison) -> Iterator[Plot]:
     note = "Up and to the left is better. Bars: 95 % intervals of the accuracy."
     yield Plot("Accuracy against cost", note, _against_cost(found))
     note = (
@@ -83,7 +89,7 @@ def _against_cost(found: Comparison) -> Figure:
             axis.errorbar([cost], [100 * share.value], yerr=gap, fmt="o", color=_color(number), capsize=3, label=name)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.xaxis.set_major_formatter(EngFormatter(sep="") if label == "parameters" else "{x:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from rich.markup import escape
 from rich.table import Table
 
 from lkd.compare.comparison import Comparison
@@ -49,9 +50,9 @@ class Grid:
             rows = list(zip(*rows, strict=True))
         table = Table(title=self.title, title_justify="left", caption=self.note, caption_justify="left")
         for number, name in enumerate(rows[0]):
-            table.add_column(name, justify="right" if number else "left", overflow="fold")
+            table.add_column(escape(name), justify="right" if number else "left", overflow="fold")
         for row in rows[1:]:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         return table
 
 
@@ -142,7 +143,8 @@ def _differences(found: Comparison) -> Iterator[Grid]:
     head = ["pair", "points, [95 %]", "only 1st right", "only 2nd", "p", "real?"]
     note = (
         "Top-1 of the first minus the second's. Intervals: paired bootstrap, 10,000 samples. p: McNemar's exact test. "
-        "Real: p times the number of pairs is below 0.05 (Bonferroni)."
+        "Real: p times the number of pairs is below 0.05 (Bonferroni). Where few images differ, p tells, not the "
+        "interval."
     )
     yield Grid("Is the difference real?", head, rows, note)
 

@@ -27,6 +27,7 @@ from lkd.types import Batch
 TOLERANCE = 1e-4
 """By how much logits of a float32 file may differ from the checkpoint's."""
 PREPROCESSING = f"{METADATA}.json"
+_OWN = {CARD, PREPROCESSING, INT8_FILE, *(file for file, _ in WRITERS.values())}
 
 
 class Export(NamedTuple):
@@ -87,7 +88,7 @@ def export(
     metrics = _tested(trained)
     with _whole(folder) as written:
         loader = test_loader(trained.data, images)
-        first = next(iter(batches(loader, trained.module))).input
+        first = next(iter(batches(loader, trained.data, trained.module))).input
         network = Network(trained.module, first)
         facts = preprocessing(trained.data, first) | {"license": license, "lkd": __version__}
         (written / PREPROCESSING).write_text(as_json(facts), encoding="utf-8")
@@ -97,7 +98,7 @@ def export(
         if int8:
             calibration = training_images(trained.data, trained.module)
             runs[INT8_FILE] = write_int8(written / WRITERS["onnx"][0], written / INT8_FILE, calibration)
-        checked = compare(network, runs, _shown(batches(loader, trained.module), len(loader)), written)
+        checked = compare(network, runs, _shown(batches(loader, trained.data, trained.module), len(loader)), written)
         _refuse(checked)
         (written / CARD).write_text(card(trained, network, facts, metrics, checked), encoding="utf-8")
     return Export(folder, metrics, checked)
@@ -147,6 +148,8 @@ def _check_place(folder: Path, overwrite: bool) -> None:
         return
     if not (folder / PREPROCESSING).is_file():
         raise ValueError(f"{folder} is there, and no export of lkd's; give a new folder as --output")
+    if foreign := sorted({path.name for path in folder.iterdir()} - _OWN):
+        raise ValueError(f"{folder} has {foreign[0]!r}, which is no export's; give a new folder as --output")
     if not overwrite:
         raise ValueError(f"{folder} has an export already; give another --output, or --overwrite to replace it")
 

@@ -80,18 +80,19 @@ def test_loader(data: L.LightningDataModule, limit: int) -> DataLoader[Any]:
     )
 
 
-def batches(loader: DataLoader[Any], module: ClassificationModule) -> Iterator[Batch]:
-    """What a loader gives, on the CPU.
+def batches(loader: DataLoader[Any], data: L.LightningDataModule, module: ClassificationModule) -> Iterator[Batch]:
+    """What a loader gives, after the data module's hooks, on the CPU.
 
     Args:
         loader: The loader.
+        data: Its data module.
         module: Takes batches apart.
 
     Raises:
         TypeError: If a network's input is more than one tensor.
     """
     for raw in loader:
-        batch = module.unpack(raw)
+        batch = module.unpack(data.on_after_batch_transfer(data.on_before_batch_transfer(raw, 0), 0))
         if not isinstance(batch.input, Tensor):
             raise TypeError(
                 f"lkd export writes networks that take one tensor, and this data's input is a "
@@ -121,7 +122,7 @@ def training_images(data: L.LightningDataModule, module: ClassificationModule) -
             yield plain.unmixed(torch.zeros_like(index), index).input
         return
     seen = 0
-    for batch in batches(data.train_dataloader(), module):
+    for batch in batches(data.train_dataloader(), data, module):
         if seen >= _CALIBRATION:
             return
         seen += len(batch.input)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from sklearn.metrics import accuracy_score, log_loss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -16,6 +18,7 @@ from torch import nn
 from lkd import DigitsDataModule, SyntheticDataModule
 from lkd.__main__ import main
 from lkd.compare import Candidate, compare, write
+from lkd.compare.tables import tables
 from lkd.models import load_weights, resnet8
 from lkd.trained import load_trained, network_of
 from lkd.types import Normalization
@@ -221,6 +224,46 @@ def _without_statistics(data):
             return torch.utils.data.DataLoader([(torch.zeros(3, 8, 8), 0)] * 4, batch_size=2)
 
     return Plain()
+
+
+def test_names_that_are_no_names(tiny, data, tmp_path) -> None:
+    names = ["a[/]", r"$\frac$", "..", "a/b", "a_b", "x" * 300]
+    found = compare([Candidate(name, tiny()) for name in names], data, seconds=0.01, accelerator="cpu")
+    write(found, tmp_path)
+    console = Console(record=True, width=400)
+    for table in tables(found):
+        console.print(table.rich())
+    assert "a[/]" in console.export_text()
+    assert r"$\frac$" in (tmp_path / "comparison.html").read_text()
+    folders = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(folders) == len(names)
+
+
+def test_answers_that_are_not_finite(tiny, data) -> None:
+    broken = tiny()
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="broken answers with logits that are not finite"):
+        compare([Candidate("broken", broken)], data, seconds=0.01, accelerator="cpu")
+
+
+def test_a_checkpoint_with_an_equals_sign(runs, tmp_path) -> None:
+    run = shutil.copytree(runs / "digits" / "kd" / "version_0", tmp_path / "run")
+    best = (run / "checkpoints" / "best.ckpt").rename(run / "checkpoints" / "epoch=1-step=40.ckpt")
+    assert main(["compare", str(best), "--teacher=teacher", *QUICK]) == 0
+    found = json.loads(Path("runs/compare/version_0/comparison.json").read_text())
+    assert list(found["networks"]) == ["teacher", "run"]
+
+
+def test_other_validation_images_are_told(runs) -> None:
+    own = ["--data=lkd.DigitsDataModule", "--data.split_seed=5", "--split=val"]
+    with pytest.warns(UserWarning, match="kd was trained with split_seed 0, and is measured with 5"):
+        main(["compare", str(runs / "digits" / "kd"), *own, *QUICK])
+
+
+def test_an_output_that_cannot_be_written(answer, runs) -> None:
+    Path("afile").write_text("")
+    assert "afile" in answer(str(runs / "digits" / "kd"), "--output=afile/x")
 
 
 def test_mistakes(answer, runs) -> None:
