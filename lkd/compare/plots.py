@@ -88,6 +88,7 @@ def _against_cost(found: Comparison) -> Figure:
             gap = [[100 * (share.value - low)], [100 * (high - share.value)]]
             axis.errorbar([cost], [100 * share.value], yerr=gap, fmt="o", color=_color(number), capsize=3, label=name)
         axis.set_xscale("log")
+        axis.tick_params(axis="x", labelsize=8)
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(EngFormatter(sep="") if label == "parameters" else "{x:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
