@@ -15,12 +15,12 @@ from sklearn.metrics import accuracy_score, log_loss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from lkd import DigitsDataModule, SyntheticDataModule
+from lkd import Batch, DigitsDataModule, EarlyExitModule, SyntheticDataModule
 from lkd.__main__ import main
 from lkd.compare import Candidate, compare, write
 from lkd.compare.tables import tables
 from lkd.models import load_weights, resnet8
-from lkd.trained import load_trained, network_of
+from lkd.trained import Answer, load_trained, network_of
 from lkd.types import Normalization
 
 QUICK = ["--seconds=0.02", "--batch_sizes=[1,4]", "--accelerator=cpu"]
@@ -183,6 +183,27 @@ def test_networks_are_given_back_as_they_were(tiny, data) -> None:
     assert [module.training for module in network.modules()] == before
     assert [parameter.requires_grad for parameter in network.parameters()] == trains
     assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
+
+
+def test_exits_that_do_not_answer_cost_nothing(tiny) -> None:
+    student = tiny()
+    assert network_of(EarlyExitModule(student)) is student
+    assert isinstance(network_of(EarlyExitModule(student, exit=1)), Answer)
+
+
+def test_a_dict_is_not_normalised_otherwise_in_silence(tiny, data) -> None:
+    class Dict(nn.Module):
+        def forward(self, input):
+            return input["image"].flatten(1)[:, :4]
+
+    def unpack(batch) -> Batch:
+        return Batch({"image": batch.input}, batch.target)
+
+    own = Candidate("a", Dict(), Normalization((0.1,) * 3, (1.0,) * 3), unpack=unpack)
+    with pytest.raises(ValueError, match="its input is no tensor"):
+        compare([own], data, seconds=0.01, accelerator="cpu")
+    plain = Candidate("a", Dict(), Normalization(data.mean, data.std), unpack=unpack)
+    assert compare([plain], data, seconds=0.01, accelerator="cpu").figures["a"].top1.total == 24
 
 
 def test_many_classes(tmp_path) -> None:

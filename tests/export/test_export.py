@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from lkd.__main__ import main
 from lkd.export import export
 from lkd.export.card import CARD
 from lkd.export.files import WRITERS
-from lkd.export.images import preprocessing, training_images
+from lkd.export.images import batches, preprocessing, training_images
 from lkd.export.snippets import preparation
 from lkd.trained import load_trained
 
@@ -285,6 +286,26 @@ def test_an_export_is_not_lost(run, answer) -> None:
     assert said == "mine is there, and no export of lkd's; give a new folder as --output"
     assert {path.name for path in Path().iterdir()} >= {"mine", "out"}
     assert not [path for path in Path().iterdir() if path.name.startswith(".")]
+
+
+def test_files_that_are_no_exports_own_are_not_lost(run, answer) -> None:
+    small = (run, "--format", "safetensors", "--output", "out")
+    assert main(["export", *small]) == 0
+    Path("out/NOTES.md").write_text("mine")
+    assert "out has 'NOTES.md', which is no export's" in answer(*small, "--overwrite")
+    assert Path("out/NOTES.md").read_text() == "mine"
+
+
+def test_a_data_modules_hooks_are_kept(distill) -> None:
+    class Shifted(L.LightningDataModule):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0] + 1, batch[1]]
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return [2 * batch[0], batch[1]]
+
+    (batch,) = batches([[torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)]], Shifted(), distill())
+    assert batch.input.tolist() == [[2.0] * 3] * 2
 
 
 @pytest.mark.parametrize(
