@@ -142,9 +142,11 @@ def _misspelt(config: object) -> Iterator[tuple[str, str]]:
 
 
 def _find_checkpoint(name: str, root: Path, run: str) -> Path:
-    """A checkpoint's path: the file itself, or the `last` or `best` of the newest run of that name."""
+    """A checkpoint's path: the file itself, a folder's best, or the `last` or `best` of the newest run of that name."""
     if Path(name).is_file():
         return Path(name)
+    if Path(name).is_dir():
+        return in_folder(Path(name), "best")
     if name in _NEWEST:
         return newest_checkpoint(root / run, name)
     near = sorted(str(path) for path in root.rglob("*.ckpt")) if root.is_dir() else []
@@ -152,6 +154,20 @@ def _find_checkpoint(name: str, root: Path, run: str) -> Path:
         f"; there are {', '.join(near[:4])}" if near else f"; a run writes it to {root}/<name>/version_<n>/checkpoints/"
     )
     raise FileNotFoundError(f"there is no checkpoint {name!r}{hint}")
+
+
+def in_folder(folder: Path, name: str) -> Path:
+    """A checkpoint in a run's folder, or in that of all runs of one name: of the newest that has left one.
+
+    Args:
+        folder: The folder.
+        name: `best` or `last`.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    own = folder / "checkpoints" / f"{name}.ckpt"
+    return own if own.is_file() else newest_checkpoint(folder, name)
 
 
 def newest_checkpoint(folder: Path, name: str) -> Path:
@@ -286,4 +302,6 @@ def _run_name(configs: Sequence[Path], root: Path) -> str:
     if path.name == "config.yaml":  # a run's own, run again
         run, root = path.resolve().parent.parent, root.resolve()
         return str(run.relative_to(root)) if root in run.parents else run.name
+    if path.resolve().is_relative_to(root.resolve()):  # a sweep's best
+        return str(path.resolve().relative_to(root.resolve()).with_suffix(""))
     return path.stem

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import lightning as L
 from torch import Tensor, nn
 
-from lkd.arguments import config_of, newest_checkpoint, prepare, read_checkpoint
+from lkd.arguments import config_of, in_folder, prepare, read_checkpoint
 from lkd.cli import LkdCLI
 from lkd.modules import ClassificationModule, EarlyExitModule
 
@@ -75,8 +75,7 @@ def find_checkpoint(place: str) -> Path:
         return path
     if not path.exists():
         raise FileNotFoundError(f"there is no {place}; give a checkpoint, or the folder of a run or of runs")
-    own = path / "checkpoints" / "best.ckpt"
-    return own if own.is_file() else newest_checkpoint(path, "best")
+    return in_folder(path, "best")
 
 
 def load_trained(place: str, *settings: str) -> Trained:

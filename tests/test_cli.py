@@ -367,3 +367,14 @@ def test_a_file_goes_before_lkd_s_own_config() -> None:
     Path("configs/digits/kd.yaml").write_text("{}")
     assert find_config("configs/digits/kd.yaml") == Path("configs/digits/kd.yaml")
     assert find_config("configs/digits/student.yaml") == configs_folder() / "digits/student.yaml"
+
+
+def test_a_folder_stands_for_its_best(capsys) -> None:
+    assert main(["fit", "--config=digits/kd", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]) == 0
+    for place in ("runs/digits/kd", "runs/digits/kd/version_0"):
+        capsys.readouterr()
+        assert main(["test", f"--ckpt_path={place}", "--trainer.accelerator=cpu"]) == 0
+        assert "test/acc" in capsys.readouterr().out
+    Path("nothing").mkdir()
+    assert main(["test", "--ckpt_path=nothing"]) == 2
+    assert "no run in nothing has left a best.ckpt" in capsys.readouterr().err

@@ -78,7 +78,8 @@ class _Asking(L.LightningModule):
         super().__init__()
         self.candidates, self.teacher, self.shown = candidates, teacher, shown
         self.networks = nn.ModuleList(one.network for one in candidates)
-        self.unpack = next((one.unpack for one in candidates if one.unpack), None) or _UNPACK
+        own = (one.unpack for one in candidates if one.unpack)
+        self.unpack = next(own, None) or ClassificationModule(nn.Identity()).unpack
         self.logits: dict[str, list[Tensor]] = {one.name: [] for one in candidates}
         self.target: list[Tensor] = []
         self.disputed: dict[str, Disputed] = {}
@@ -123,11 +124,10 @@ class _Asking(L.LightningModule):
 
     def normalized(self, candidate: Candidate, input: Any) -> Any:
         """The input as a candidate wants it."""
-        data = getattr(self.trainer, "datamodule", None)
-        mean, std, wanted = getattr(data, "mean", None), getattr(data, "std", None), candidate.normalization
-        if wanted is None or (mean, std) == (wanted.mean, wanted.std):
+        given, wanted = statistics_of(getattr(self.trainer, "datamodule", None)), candidate.normalization
+        if wanted is None or given == wanted:
             return input
-        if mean is None or std is None or not isinstance(input, Tensor):
+        if given is None or not isinstance(input, Tensor):
             raise ValueError(
                 f"{candidate.name} has a normalization of its own, and this data does not tell its mean and std, or "
                 "its input is no tensor; use a data module that has them, or normalise in the network"
@@ -135,7 +135,7 @@ class _Asking(L.LightningModule):
         shape = (1, -1, 1, 1)
         data_mean, data_std, own_mean, own_std = (
             torch.tensor(values, device=input.device, dtype=input.dtype).view(shape)
-            for values in (mean, std, wanted.mean, wanted.std)
+            for values in (given.mean, given.std, wanted.mean, wanted.std)
         )
         return (input * data_std + data_mean - own_mean) / own_std
 
@@ -150,7 +150,17 @@ class _Asking(L.LightningModule):
         self.disputed[name] = Disputed(*(values[order] for values in vars(found).values()))
 
 
-_UNPACK = ClassificationModule(nn.Identity()).unpack
+def statistics_of(data: Any) -> Normalization | None:
+    """How a data module normalises, as far as it tells.
+
+    Args:
+        data: The data module; its `mean` and `std` are numbers, or one for each channel.
+    """
+    told = getattr(data, "mean", None), getattr(data, "std", None)
+    if any(values is None for values in told):
+        return None
+    mean, std = (tuple(torch.as_tensor(values, dtype=torch.float64).flatten().tolist()) for values in told)
+    return Normalization(mean, std)
 
 
 def _on_cpu(input: Any) -> Any:

@@ -17,8 +17,8 @@ from rich.console import Console
 from torch import nn
 
 from lkd.arguments import find_config
-from lkd.compare.asking import Candidate
-from lkd.compare.comparison import Comparison, compare
+from lkd.compare.asking import Candidate, statistics_of
+from lkd.compare.comparison import Comparison, compare, place_of
 from lkd.compare.tables import tables
 from lkd.modules import DistillModule
 from lkd.plain_yaml import load_yaml
@@ -133,18 +133,13 @@ def _chosen(given: Any) -> tuple[list[Candidate], L.LightningDataModule, str | N
     if data is None:
         raise ValueError("networks are compared on data: name a data module, data: {class_path: ...}, in the --config")
     for name, run in runs.items():
-        if _place(run.data) != _place(data):
-            rank_zero_warn(f"{name} was trained on {_place(run.data)}, and is measured on {_place(data)}")
+        if place_of(run.data) != place_of(data):
+            rank_zero_warn(f"{name} was trained on {place_of(run.data)}, and is measured on {place_of(data)}")
         for fact in _SAME + (_SPLIT if given.split == "val" else ()):
             own, measured = (getattr(module, fact, None) for module in (run.data, data))
             if repr(own) != repr(measured):
                 rank_zero_warn(f"{name} was trained with {fact} {own}, and is measured with {measured}")
     return candidates, data, teacher
-
-
-def _place(data: L.LightningDataModule) -> str:
-    root = getattr(data, "root", None)
-    return f"{type(data).__name__}{f' ({root})' if root else ''}"
 
 
 def _named(runs: Sequence[str]) -> dict[str, str]:
@@ -172,13 +167,7 @@ def _run_name(place: str) -> str:
 
 
 def _of_run(name: str, run: Trained) -> Candidate:
-    return Candidate(name, network_of(run.module), _statistics(run.data), str(run.path), run.module.unpack)
-
-
-def _statistics(data: Any) -> Normalization | None:
-    """How a data module normalises, as far as it tells."""
-    mean, std = getattr(data, "mean", None), getattr(data, "std", None)
-    return None if mean is None or std is None else Normalization(tuple(mean), tuple(std))
+    return Candidate(name, network_of(run.module), statistics_of(run.data), str(run.path), run.module.unpack)
 
 
 def _teacher_of(run: Trained) -> Candidate | None:
@@ -188,7 +177,7 @@ def _teacher_of(run: Trained) -> Candidate | None:
         return None
     if _TEACHER not in module.network_names:
         return None
-    normalization = module.teacher_normalization or _statistics(run.data)
+    normalization = module.teacher_normalization or statistics_of(run.data)
     source = str(run.config.model.init_args.get("teacher_ckpt") or "")
     return Candidate(_TEACHER, module.teacher, normalization, source, module.unpack)
 

@@ -140,10 +140,19 @@ def _facts(
 ) -> dict[str, str]:
     device = answers.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
-    root = getattr(data, "root", None)
     return {
-        "data": f"{type(data).__name__}{f' ({root})' if root else ''}, {split} split, {len(answers.target):,} images",
+        "data": f"{place_of(data)}, {split} split, {len(answers.target):,} images",
         "device": f"{where}, float32, {torch.get_num_threads()} threads",
         "versions": f"lkd {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         **{f"network {one.name}": one.source for one in candidates if one.source},
     }
+
+
+def place_of(data: L.LightningDataModule) -> str:
+    """What data is called, and where it lies, if it tells.
+
+    Args:
+        data: The data module.
+    """
+    root = getattr(data, "root", None)
+    return f"{type(data).__name__}{f' ({root})' if root else ''}"

@@ -18,7 +18,11 @@ from lkd.datamodules.transforms import (
 )
 from lkd.datamodules.views import Views
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_STATISTICS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    1: ((0.449,), (0.226,)),  # the means of the colours'
+}
+"""Mean and standard deviation of each channel of ImageNet's images, by the number of channels."""
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -78,8 +82,7 @@ class ImageFolderDataModule(ImageDataModule):
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be 1 or more, got {image_size}")
-        # The gray statistics are the means of the colours'.
-        self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.449,), (0.226,))
+        self.mean, self.std = IMAGENET_STATISTICS[in_channels]
         self.input_shape = (in_channels, image_size, image_size)
         own = (batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed)
         rest = (views, mix, resident_limit, unreadable, labels_per_class, extra)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from lkd.datamodules.dataset import ImageDataset
 from lkd.datamodules.draws import permutation
 from lkd.datamodules.files import ImageBytes
-from lkd.datamodules.folder import IMAGENET_MEAN, IMAGENET_STD
+from lkd.datamodules.folder import IMAGENET_STATISTICS
 from lkd.datamodules.mixing import Mix
 from lkd.datamodules.shards import Sample, find_shards, read_shard, require_webdataset
 from lkd.datamodules.transforms import (
@@ -317,8 +317,7 @@ class _Loader(DataLoader[Batch]):
 def _statistics(
     in_channels: int, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    # The gray statistics are the means of the colours'.
-    usual = (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.449,), (0.226,))
+    usual = IMAGENET_STATISTICS[in_channels]
     chosen = mean or usual[0], std or usual[1]
     if len(chosen[0]) != in_channels:
         raise ValueError(f"mean has {len(chosen[0])} values, but images have {in_channels} channels")

@@ -27,7 +27,8 @@ from lkd.types import Batch
 TOLERANCE = 1e-4
 """By how much logits of a float32 file may differ from the checkpoint's."""
 PREPROCESSING = f"{METADATA}.json"
-_OWN = {CARD, PREPROCESSING, INT8_FILE, *(file for file, _ in WRITERS.values())}
+_OWN = (CARD, PREPROCESSING, INT8_FILE, *(file for file, _ in WRITERS.values()))
+"""What names in an export begin with: ONNX may keep large weights in `model.onnx.data`."""
 
 
 class Export(NamedTuple):
@@ -148,7 +149,7 @@ def _check_place(folder: Path, overwrite: bool) -> None:
         return
     if not (folder / PREPROCESSING).is_file():
         raise ValueError(f"{folder} is there, and no export of lkd's; give a new folder as --output")
-    if foreign := sorted({path.name for path in folder.iterdir()} - _OWN):
+    if foreign := sorted(path.name for path in folder.iterdir() if not path.name.startswith(_OWN)):
         raise ValueError(f"{folder} has {foreign[0]!r}, which is no export's; give a new folder as --output")
     if not overwrite:
         raise ValueError(f"{folder} has an export already; give another --output, or --overwrite to replace it")

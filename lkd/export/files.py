@@ -46,9 +46,6 @@ class Network:
         # Two, as for one torch.export would make a program for one; blank, as a program's file has its example in it.
         self.blank = torch.zeros(2, *example.shape[1:], dtype=example.dtype)
         self.answering = network_of(module)
-        with torch.no_grad():
-            if isinstance(self.answering, Answer) and torch.equal(self(example), logits_of(module.model(example))):
-                self.answering = module.model  # as in an EarlyExitModule none of whose exits answers
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import json
 import numpy as np
 from PIL import Image
 
-about = json.load(open("preprocessing.json", encoding="utf-8"))
+with open("preprocessing.json", encoding="utf-8") as file:
+    about = json.load(file)
 channels, height, width = about["shape"]
 image = Image.open("image.png").convert(about["mode"])
 {resize}pixels = np.asarray(image, np.float32).reshape(height, width, channels) / 255
@@ -109,7 +110,8 @@ def use(file: str, files: Collection[str], facts: Mapping[str, Any], made: Made 
         imported, code = "import torch", _LOADED.format(call=f'torch.export.load("{PROGRAM}").module()', then=then)
     else:
         said += f", and no code; that is `{made.call}`"
-        imported, code = f"import {made.library}", _LOADED.format(call=made.call, then="network.eval()")
+        imported = f"import torch\nimport {made.library}"
+        code = _LOADED.format(call=made.call, then=f"network.eval()\n{then}")
     return f"{said}:\n\n{_python(_WEIGHTS.format(file=file, imported=imported, network=code))}"
 
 

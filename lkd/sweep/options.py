@@ -71,7 +71,9 @@ def read_options(args: Sequence[str]) -> Options:
     _one_of("--sampler", given.sampler, SAMPLERS)
     _one_of("--pruner", given.pruner, PRUNERS)
     if not re.fullmatch(r"\w[\w.-]*", given.study) or given.study.startswith("version_"):
-        raise ValueError(f"--study names a folder by letters, digits, _, - and ., got {given.study!r}")
+        raise ValueError(
+            f"--study names a folder by letters, digits, _, - and ., not as runs are (version_0), got {given.study!r}"
+        )
     return Options(
         given.space,
         space,

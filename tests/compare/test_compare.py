@@ -8,6 +8,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -18,6 +19,7 @@ from torch import nn
 from lkd import Batch, DigitsDataModule, EarlyExitModule, SyntheticDataModule
 from lkd.__main__ import main
 from lkd.compare import Candidate, compare, write
+from lkd.compare.asking import statistics_of
 from lkd.compare.tables import tables
 from lkd.models import load_weights, resnet8
 from lkd.trained import Answer, load_trained, network_of
@@ -204,6 +206,18 @@ def test_a_dict_is_not_normalised_otherwise_in_silence(tiny, data) -> None:
         compare([own], data, seconds=0.01, accelerator="cpu")
     plain = Candidate("a", Dict(), Normalization(data.mean, data.std), unpack=unpack)
     assert compare([plain], data, seconds=0.01, accelerator="cpu").figures["a"].top1.total == 24
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.25), ([0.5], np.array([0.25])), ((0.5,), torch.tensor([0.25]))])
+def test_statistics_in_every_form(mean, std) -> None:
+    class Data:
+        pass
+
+    data = Data()
+    data.mean, data.std = mean, std
+    assert statistics_of(data) == Normalization((0.5,), (0.25,))
+    data.std = None
+    assert statistics_of(data) is None
 
 
 def test_many_classes(tmp_path) -> None:

@@ -43,7 +43,7 @@ def test_what_a_search_leaves(sweep) -> None:
     assert not {"config", "ckpt_path"} & set(config)
     assert config["model"]["init_args"]["distill_weight"] == float(best[W])
     assert main(["fit", "--config", str(FOLDER / "best.yaml")]) == 0
-    points = EventAccumulator("runs/best/version_0").Reload().Scalars("val/acc")
+    points = EventAccumulator(str(FOLDER / "best" / "version_0")).Reload().Scalars("val/acc")
     assert max(point.value for point in points) == pytest.approx(float(best["value"]))  # the same training again
 
 
