@@ -156,6 +156,22 @@ def _find_checkpoint(name: str, root: Path, run: str) -> Path:
     raise FileNotFoundError(f"there is no checkpoint {name!r}{hint}")
 
 
+def check_option(command: str, arg: str, own: Sequence[str]) -> None:
+    """Notice an option that is nearly one of a command's own, before it goes on to the settings of a run.
+
+    Args:
+        command: The command.
+        arg: An argument that is none of its own.
+        own: Its own options (`--output`).
+
+    Raises:
+        ValueError: If it is one.
+    """
+    name = arg.partition("=")[0]
+    if name.startswith("--") and (near := difflib.get_close_matches(name, own, 1, 0.75)):
+        raise ValueError(f"lkd {command} has no option {name}; did you mean {near[0]}?")
+
+
 def in_folder(folder: Path, name: str) -> Path:
     """A checkpoint in a run's folder, or in that of all runs of one name: of the newest that has left one.
 

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 import lightning as L
+from torch import nn
 
 from lkd.callbacks import BestCheckpoint, LastCheckpoint, Speed, TeacherCache
 
@@ -97,6 +98,8 @@ def _unknown_setting(classes: list[str], reason: str) -> str | None:
     setting, kind = found[1].split(".")[0], found[2] or classes[-1]
     if _find(kind) is L.LightningDataModule:  # a method's overlay sets the data's views
         return f"a config changes {setting!r} of the data before another has named it; put --config data/NAME first"
+    if _find(kind) is nn.Module:  # an option for each setting makes no network of a dict
+        return f"{setting!r} is set of a network that has not been named; give class_path and settings in a --config"
     return f"{kind} has no setting {setting!r}{_nearest(setting, _settings(_find(kind)))}"
 
 
@@ -156,4 +159,6 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if nearest:
         return f"; did you mean {nearest[0]!r}?"
+    if not known:
+        return "; it has none"
     return f"; there are {', '.join(sorted(known))}" if len(known) <= 30 else "; 'lkd COMMAND --help' lists all"

@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lkd import __version__
+from lkd.arguments import check_option
 from lkd.export.card import CARD, card
 from lkd.export.files import INT8_FILE, METADATA, WRITERS, Network, as_json, check_formats, write_int8
 from lkd.export.images import batches, preprocessing, test_loader, training_images
@@ -124,6 +125,8 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--overwrite", action="store_true")
     given, rest = parser.parse_known_args(list(args[1:]))
+    for arg in rest:
+        check_option("export", arg, [action.option_strings[0] for action in parser._actions])
     formats = list(dict.fromkeys(chain.from_iterable(text.split(",") for text in given.format))) or list(WRITERS)
     if rest and not rest[0].startswith("-"):
         raise ValueError(f"lkd export takes one checkpoint, and several formats with commas between, got {rest[0]!r}")

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lkd.arguments import check_option
+
 SAMPLERS = ("tpe", "random", "grid")
 PRUNERS = ("none", "median", "halving", "hyperband")
 
@@ -104,8 +106,8 @@ def _told_apart(args: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str]
             continue
         if name in ("--resume", "--ckpt_path"):
             raise ValueError(f"lkd sweep takes no {name}: the same command, given again, goes on with its study")
-        if name.startswith("--") and name[2:] not in _FIT and (near := difflib.get_close_matches(name, own, 1, 0.75)):
-            raise ValueError(f"lkd sweep has no option {name}; did you mean {near[0]}?")
+        if name[2:] not in _FIT:
+            check_option("sweep", arg, own)
         left.append(arg)
     return space, left
 

@@ -320,7 +320,8 @@ def test_a_data_modules_hooks_are_kept(distill) -> None:
         (["RUN", "--format", "torch", "onnx"], "several formats with commas between, got 'onnx'"),
         (["RUN", "--int8", "--format", "torch"], "--int8 is for ONNX alone, torch's programs stay float32"),
         (["RUN", "--images", "0"], "--images takes a number of test images from 1 on, got 0"),
-        (["RUN", "--output", "out", "--licence", "mit"], "lkd has no setting 'licence'"),
+        (["RUN", "--output", "out", "--licence", "mit"], "no option --licence; did you mean --license?"),
+        (["RUN", "--output", "out", "--nothing=1"], "lkd has no setting 'nothing'"),
     ],
 )
 def test_mistakes_get_one_sentence(run, answer, args, words) -> None:
