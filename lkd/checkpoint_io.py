@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch import Tensor
 
 from lkd.store import replacing
 from lkd.untrusted import is_zip, read_torch, said, shown
@@ -35,7 +37,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         try:
             with replacing(Path(path)) as written, written.open("wb") as file:
-                torch.save(checkpoint, file)
+                torch.save(_on_cpu(checkpoint), file)
         except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's
             kept = "the one that was there is whole" if Path(path).is_file() else "nothing was written"
             reason = " ".join(str(error.__context__ if isinstance(error.__context__, OSError) else error).split())
@@ -54,6 +56,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise ValueError(f"{shown(path)} is damaged ({damage}); give another checkpoint")
         content: dict[str, Any] = super().load_checkpoint(path, *args, **settings)
         return content
+
+
+def _on_cpu(value: Any) -> Any:
+    """A checkpoint's content with all tensors on the CPU, so that a machine without the run's device can read it."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        moved = copy(value)  # of the same kind: a state dict has attributes of its own
+        for name, part in value.items():
+            moved[name] = _on_cpu(part)
+        return moved
+    return type(value)(map(_on_cpu, value)) if type(value) in (list, tuple) else value
 
 
 def damage_of(path: Path) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -200,6 +201,19 @@ def layer_names(network: nn.Module, example: Any = None) -> dict[str, tuple[int,
 def _record(shapes: dict[str, tuple[int, ...]], name: str, layer: nn.Module, args: Any, output: Any) -> None:
     if isinstance(output, Tensor):
         shapes[name] = tuple(output.shape)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """The device of a network's weights; the CPU if it has none.
+
+    While `setup` runs, a LightningModule's `device` is already the GPU, but its weights are still on the CPU: what is
+    to meet the weights belongs where they are.
+
+    Args:
+        network: Any module.
+    """
+    tensors = chain(network.parameters(), network.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
 import lkd
+from lkd import devices
 from lkd.datamodules import ImageDataModule
 
 RECORD = "run.yaml"
@@ -128,18 +129,8 @@ def _revision(folder: Path) -> str | None:
 
 def _devices(trainer: L.Trainer) -> dict[str, Any]:
     device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
-    return {"processes": trainer.world_size, "device": f"{device.type}, {name}", "threads": torch.get_num_threads()}
-
-
-def _cpu() -> str:
-    """The processor's name; elsewhere than on Linux, as Python knows it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    name = f"{device.type}, {devices.name_of(device)}"
+    return {"processes": trainer.world_size, "device": name, "threads": torch.get_num_threads()}
 
 
 def _is_ours(data: Any) -> bool:

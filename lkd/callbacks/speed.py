@@ -17,18 +17,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW
 from torch.utils._pytree import tree_map
 
+from lkd import devices
 from lkd.callbacks.folding import fold_batch_norms
 from lkd.callbacks.monitor import fitting, network_size
+from lkd.callbacks.step_graph import StepGraph, obstacle
 from lkd.layers import evaluating
 from lkd.taps import FeatureTaps, logits_of
 
 CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
+GraphMode = Literal["auto", "off"]
 
 _LONG = 2000
 """Steps from which on compiling, which takes up to a minute, can be repaid."""
 
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 2**26}
 """From malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD."""
+
+_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes of `torch.compile` that capture CUDA graphs, which cannot become part of another one."""
 
 _HOOKS = (
     *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
@@ -63,6 +69,10 @@ class Speed(L.Callback):
             zeros: that takes a fifth of the time. The peak is the same.
         fuse_optimizer: Whether SGD, Adam and AdamW update all parameters in one operation, unless they were
             told otherwise, or fp16's scaling is in use, or weights are sharded.
+        graph: `auto` runs the whole training step as one CUDA graph, which is checked against the ordinary step before
+            it is used: on one CUDA device, with one optimizer, without gradient accumulation or float16's scaling,
+            where no callback or module hooks into the middle of a step. The line at the start of fit says so, or names
+            the reason against it. `off`: steps are launched operation by operation.
     """
 
     def __init__(
@@ -72,7 +82,10 @@ class Speed(L.Callback):
         compile: CompileMode = "auto",
         keep_memory: bool = True,
         fuse_optimizer: bool = True,
+        graph: GraphMode = "auto",
     ) -> None:
+        self.graph = graph
+        self._step_graph: StepGraph | None = None
         self.channels_last, self.fold_teacher, self.compile = channels_last, fold_teacher, compile
         self.keep_memory, self.fuse_optimizer = keep_memory, fuse_optimizer
         self._compiled: list[nn.Module] = []
@@ -83,7 +96,7 @@ class Speed(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Lay the weights out, before there are optimizers and processes that look at them."""
         self._said = [str(trainer.precision)]
-        gpu = trainer.strategy.root_device.type == "cuda"
+        gpu = devices.is_gpu(trainer.strategy.root_device)
         wanted = self.channels_last
         if wanted is None:
             wanted = (not gpu or str(trainer.precision).startswith(("16", "bf16"))) and not _reads_by_its_own(pl_module)
@@ -153,7 +166,7 @@ class Speed(L.Callback):
         if self.compile != "auto":
             return (None, "") if self.compile == "off" else (self.compile, "")
         device = trainer.strategy.root_device
-        if device.type != "cuda" and not (device.type == "cpu" and torch.cpu._is_amx_tile_supported()):
+        if not devices.compiles_well(device):
             return None, " (no gain on this device)"
         if (steps := trainer.estimated_stepping_batches) < _LONG:
             return None, f" ({steps} steps would not repay it)"
@@ -166,9 +179,9 @@ class Speed(L.Callback):
         batch = fitting(torch.zeros((size, *example.shape[1:])), model)
         kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
         modes = {layer: layer.training for layer in model.modules()}
-        devices = [batch.device] if batch.device.type == "cuda" else []
+        random = devices.rng_states(batch.device)
         try:
-            with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
+            with trainer.precision_plugin.forward_context():
                 torch.autograd.backward(logits_of(model(batch)).float().sum())
                 with torch.no_grad():
                     for network in self._compiled[1:]:
@@ -179,6 +192,7 @@ class Speed(L.Callback):
             model.zero_grad(set_to_none=True)
             for name, buffer in model.named_buffers():
                 buffer.copy_(kept[name])
+            devices.set_rng_states(batch.device, random)
 
     def _uncompile(self) -> None:
         for network in self._compiled:
@@ -192,6 +206,7 @@ class Speed(L.Callback):
         """
         if self.fuse_optimizer and [o for o in trainer.optimizers if _fuse(o, str(trainer.precision))]:
             self._said.append("optimizer fused")
+        self._prepare_graph(trainer, pl_module)
         pl_module.print(f"Step: {', '.join(self._said)}")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             for name in _HOOKS:
@@ -201,8 +216,20 @@ class Speed(L.Callback):
         if type(profiler) is PassThroughProfiler:
             vars(profiler)["profile"] = lambda name: _NOTHING
 
+    def _prepare_graph(self, trainer: L.Trainer, module: Any) -> None:
+        capture = devices.step_capture(trainer.strategy.root_device)
+        if capture is None:
+            return
+        own = f"torch.compile's {self.compile} has graphs of its own" if self.compile in _WITH_GRAPHS else ""
+        reason = "off" if self.graph == "off" else own or obstacle(trainer, module)
+        self._said.append(f"no CUDA graph ({reason})" if reason else "whole step as a CUDA graph")
+        if not reason:
+            self._step_graph = module.step_graph = StepGraph(trainer, module, capture)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Give that back."""
+        if self._step_graph is not None:
+            pl_module.step_graph = self._step_graph = None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             for name in _HOOKS:
                 if vars(callback).get(name, callback) is None:
@@ -220,7 +247,9 @@ class Speed(L.Callback):
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Ask the teacher itself if somebody has changed it since it was folded."""
+        """Ask the teacher itself if somebody has changed it since it was folded; have the graph's constants checked."""
+        if self._step_graph is not None:
+            self._step_graph.look_again()
         if self._own_taps is not None and pl_module.teacher_version != self._version:
             pl_module.teacher_taps, self._own_taps = self._own_taps, None
 
@@ -231,6 +260,8 @@ class Speed(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Train compiled."""
+        if self._step_graph is not None:
+            self._step_graph.look_again()
         if self._compiled:
             torch.compiler.set_stance("default")
 
@@ -259,10 +290,10 @@ def fitting_precision(module: Any, example: Tensor | None, gpu: bool) -> Literal
     networks = [getattr(module, name) for name in getattr(module, "network_names", ())]
     if not networks or not _is_image(example):
         return "32-true"
-    if gpu:
-        return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "32-true"
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not devices.has_bf16_units(gpu):
         return "32-true"
+    if gpu:
+        return "bf16-mixed"
     convolutions = [layer for layer in networks[0].modules() if isinstance(layer, nn.Conv2d)]
     if any(layer.groups > 1 for layer in convolutions):  # in bfloat16, a CPU's depthwise convolutions are slow
         return "32-true"
@@ -286,10 +317,10 @@ def _fuse(optimizer: Any, precision: str) -> bool:
         return False
     if any(isinstance(parameter, DTensor) for parameter in parameters):  # PyTorch has no such operation for shards
         return False
-    if not all(parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda") for parameter in parameters):
+    if not all(one.is_floating_point() and devices.has_fused_optimizers(one.device) for one in parameters):
         return False
     counted = any("step" in state for state in optimizer.state.values())
-    if counted and any(parameter.is_cuda for parameter in parameters):  # a run resumed: its steps lie on the CPU
+    if counted and any(devices.is_gpu(one.device) for one in parameters):  # resumed: its steps are on the CPU
         return False
     for group in groups:
         group["fused"] = True

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from lkd import devices
 from lkd.store import fingerprint
 
 
@@ -31,9 +32,4 @@ class StepSeed(L.Callback):
         """Seed torch's generators: the CPU's, and the device's."""
         name = fingerprint(self._seed, trainer.current_epoch, batch_idx, trainer.global_rank)
         seed = int(name[:15], 16)  # 60 bits
-        # torch.manual_seed would look for devices each time, which takes longer than a small step.
-        torch.default_generator.manual_seed(seed)
-        if pl_module.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        elif pl_module.device.type == "mps":
-            torch.mps.manual_seed(seed)
+        devices.seed(pl_module.device, seed)

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from lkd import __version__
+from lkd import __version__, devices
 from lkd.compare.asking import Answers, Candidate, Split, ask
 from lkd.compare.cost import Cost, costs
 from lkd.compare.figures import Difference, Figures, Share, difference, measure
@@ -139,7 +139,7 @@ def _facts(
     candidates: Sequence[Candidate], data: L.LightningDataModule, split: Split, answers: Answers
 ) -> dict[str, str]:
     device = answers.device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
+    where = f"{device.type}, {platform.machine()}" if device.type == "cpu" else devices.name_of(device)
     return {
         "data": f"{place_of(data)}, {split} split, {len(answers.target):,} images",
         "device": f"{where}, float32, {torch.get_num_threads()} threads",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
+from lkd import devices
 from lkd.datamodules.dataset import ImageDataset, ImageSource
 from lkd.datamodules.extra import ExtraImages
 from lkd.datamodules.files import ImageFiles, few
@@ -341,7 +342,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             sampler=sampler,
             num_workers=workers,
             collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available() and dataset.index.is_cpu,
+            pin_memory=devices.pins_memory() and dataset.index.is_cpu,
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # of the workers' seeds, so that they leave the global one alone
             # A rest of one image would break BatchNorm, and compiled steps want one shape. Which images are
@@ -356,7 +357,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         device, there = _gpu(self.trainer), self._on_device.get(id(dataset.source))
         if device is None or dataset.stored is None or self.num_workers:
             return dataset
-        if there is None and 4 * dataset.stored.nbytes > _free(device):
+        if there is None and 4 * dataset.stored.nbytes > devices.free_memory(device):
             return dataset
         placed = dataset.to(device, there)
         self._on_device[id(dataset.source)] = placed.source  # training and validation images have one source
@@ -437,14 +438,8 @@ def _batches_seen(trainer: L.Trainer | None) -> int:
 
 def _gpu(trainer: L.Trainer | None) -> torch.device | None:
     """The GPU of this process, if it has one."""
-    if trainer is None or not torch.cuda.is_available():
-        return None
-    device = trainer.strategy.root_device
-    return device if device.type == "cuda" else None
-
-
-def _free(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0]
+    device = None if trainer is None else trainer.strategy.root_device
+    return device if device is not None and devices.is_gpu(device) else None
 
 
 def _as_it_is(batch: Any) -> Any:

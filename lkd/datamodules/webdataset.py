@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from lkd import devices
 from lkd.datamodules.dataset import ImageDataset
 from lkd.datamodules.draws import permutation
 from lkd.datamodules.files import ImageBytes
@@ -171,7 +172,7 @@ class WebDatasetDataModule(L.LightningDataModule):
 
     def _loader(self, dataset: _Stream, workers: int) -> _Loader:
         generator = torch.Generator()  # of the workers' seeds, so that they leave the global one alone
-        pinned = torch.cuda.is_available()
+        pinned = devices.pins_memory()
         return _Loader(dataset, batch_size=None, num_workers=workers, pin_memory=pinned, generator=generator)
 
     def _images(

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lkd import __version__
+from lkd.layers import device_of
 from lkd.losses.labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
@@ -32,6 +34,16 @@ _LOGITS = " logits"
 RUNNING_HOOK = "_current_fx_name"
 FROM_DATA = ("num_samples", "batch_size", "train_index")
 """What a criterion may leave to the datamodule: attributes of these names that are None."""
+
+
+class StepReplay(Protocol):
+    """Takes whole training steps: `lkd.callbacks.step_graph.StepGraph`."""
+
+    def prepare(self, batch: Batch) -> bool:
+        """Get ready for a batch; whether its step is to be taken by `run`."""
+
+    def run(self, batch: Batch) -> tuple[tuple[str, ...], Tensor]:
+        """Take a step; the names and values `(C,)` of what `training_values` computes."""
 
 
 def accuracy() -> Metric:
@@ -48,6 +60,22 @@ def _is_safe(example: Any) -> bool:
     if type(example) in (dict, list, tuple):
         return all(_is_safe(part) for part in (example.values() if type(example) is dict else example))
     return type(example) in (Tensor, str)
+
+
+def _mismatch(network: nn.Module, example: Any) -> str:
+    """Describe tensors of a network and its input that are on different devices or of different types, if there are."""
+    inputs = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+    tensors = [*network.parameters(), *network.buffers(), *inputs]
+    places = sorted({str(tensor.device) for tensor in tensors})
+    if len(places) > 1:
+        return f"its weights, buffers and input are on several devices ({', '.join(places)}); move the network to one"
+    kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.is_floating_point()})
+    if len(kinds) > 1:
+        return (
+            f"its weights and input are of several types ({', '.join(kinds)}); convert the network with .float(), and "
+            "choose the type to compute in with --trainer.precision"
+        )
+    return ""
 
 
 def _name_default(kind: type[L.LightningModule]) -> None:
@@ -80,6 +108,8 @@ class ClassificationModule(L.LightningModule):
 
     network_names: tuple[str, ...] = ("model",)
     """Attributes that hold networks, the one in training first."""
+    step_graph: StepReplay | None = None
+    """Takes training steps in place of `training_values`, `backward` and the optimizer: for a callback (`Speed`)."""
 
     def __init__(
         self,
@@ -102,6 +132,7 @@ class ClassificationModule(L.LightningModule):
         self._meter = Meter()
         self._kept_facts: dict[str, Any] = {}  # what a checkpoint tells of the data
         self._watched: dict[str, Tensor] = {}
+        self._replays = False  # whether the current step is a replay of `step_graph`
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -187,9 +218,33 @@ class ClassificationModule(L.LightningModule):
         total = cross_entropies(logits, target, label_smoothing, "sum")
         return total / (target != IGNORE_INDEX).sum().clamp(min=1)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Get the graph of the step ready, where there is one: all callbacks have prepared the step by now."""
+        self._replays = False  # to capture, `prepare` takes ordinary steps
+        if self.step_graph is not None:
+            self._replays = self.step_graph.prepare(self.unpack(batch))
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum of `losses`."""
         batch = self.unpack(batch)
+        if self.step_graph is not None and self._replays:
+            names, row = self.step_graph.run(batch)
+            row = row.clone()
+            self._meter.add(names, row, self.global_step)
+            return row[0]
+        values = self.training_values(batch)
+        self._meter.update(values, self.global_step)
+        return values["loss"]
+
+    def training_values(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the loss and everything else that is logged of a training step.
+
+        Args:
+            batch: One batch.
+
+        Returns:
+            Name to scalar: `loss`, with its gradient, comes first.
+        """
         logits, terms = self.losses(batch)
         loss = reduce(torch.add, terms.values())
         self.watch(self.network_names[0], logits)
@@ -197,8 +252,30 @@ class ClassificationModule(L.LightningModule):
             "correct answers": (logits.argmax(1) == batch.target).sum(),
             "labelled images": (batch.target != IGNORE_INDEX).sum(),
         }
-        self._meter.update({"loss": loss, **terms, **counts, **self._watched}, self.global_step)
-        return loss
+        return {"loss": loss, **terms, **counts, **self._watched}
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute the gradients, unless a graph has done it already."""
+        if not self._replays:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Clear the gradients, unless a graph has done it already."""
+        if not self._replays:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Update the weights; where a graph does it, only run the step."""
+        if self._replays and optimizer_closure is not None:
+            optimizer_closure()
+        else:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def watch(self, network: str, logits: Tensor) -> None:
         """Remember whether a network's logits are finite: the error message names who failed first.
@@ -352,7 +429,7 @@ class ClassificationModule(L.LightningModule):
             self.build(example)
 
     def example_input(self) -> Any | None:
-        """One blank input, on the module's device.
+        """One blank input, on the device of the network's weights.
 
         It is `example_input_array` if that is set, else the data module's `example_input`, which may be a dict or a
         tuple of tensors, else an image of its `input_shape`.
@@ -362,7 +439,7 @@ class ClassificationModule(L.LightningModule):
             example = self._data_attribute("example_input")
         if example is None and shape is not None:
             example = torch.zeros(1, *shape)
-        return move_data_to_device(example, self.device)
+        return move_data_to_device(example, device_of(self.model))
 
     def _data_attribute(self, name: str) -> Any | None:
         """What the data module tells, else what a checkpoint does: in a test, no training images are opened."""
@@ -400,10 +477,10 @@ class ClassificationModule(L.LightningModule):
         except RuntimeError as error:
             shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
             reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"the {name} cannot take this data's input {shape}: {reason}; give the network the data's number of "
-                "channels (in_channels) and image size, or the data the network's"
-            ) from error
+            remedy = _mismatch(taps.network, example) or (
+                "give the network the data's number of channels (in_channels) and image size, or the data the network's"
+            )
+            raise ValueError(f"the {name} cannot take this data's input {shape}: {reason}; {remedy}") from error
         shape = tuple(probe.outputs.logits.shape)
         if len(shape) != 2:
             raise ValueError(f"the {name} must return logits (batch, classes), got the shape {shape} for one input")

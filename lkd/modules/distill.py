@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torchmetrics import Metric
 
+from lkd.layers import device_of
 from lkd.losses import KD, DistillLoss, named_terms
 from lkd.losses.base import RESERVED, buffers_same_everywhere, check_criterion
 from lkd.models import load_weights
@@ -342,7 +343,7 @@ class DistillModule(ClassificationModule):
                 "one std per channel"
             )
         data_mean, data_std, teacher_mean, teacher_std = (
-            torch.tensor(values, device=self.device).view(1, -1, 1, 1)
+            torch.tensor(values, device=device_of(self.model)).view(1, -1, 1, 1)
             for values in (mean, std, teacher.mean, teacher.std)
         )
         self.teacher_scale = data_std / teacher_std
@@ -368,7 +369,8 @@ class DistillModule(ClassificationModule):
                     setattr(part, name, self._data_attribute(name))
         if self._awaits_checkpoint:
             return
-        self.criterion.build(*probes)
+        with torch.device(device_of(self.model)):  # wherever tensors are made by default at this moment
+            self.criterion.build(*probes)
         self._ddp_params_and_buffers_to_ignore = buffers_same_everywhere(self)
         self._built = True
 

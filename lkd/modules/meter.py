@@ -33,9 +33,19 @@ class Meter:
                 rises from 0, it starts again.
             step: The step's number, for the error if one of them is not finite.
         """
-        if self._names != tuple(values):
-            self._names, self._waiting, self._sums, self._first_bad, self._count = tuple(values), [], None, None, 0
-        self._waiting.append((step, torch.stack([value.detach().float() for value in values.values()])))
+        self.add(tuple(values), torch.stack([value.detach().float() for value in values.values()]), step)
+
+    def add(self, names: tuple[str, ...], row: Tensor, step: int) -> None:
+        """Add one step's values that are in one tensor already.
+
+        Args:
+            names: Their names, as the keys in `update`.
+            row: The values `(C,)`, float32; kept, so not to be changed afterwards.
+            step: The step's number.
+        """
+        if self._names != names:
+            self._names, self._waiting, self._sums, self._first_bad, self._count = names, [], None, None, 0
+        self._waiting.append((step, row))
         if len(self._waiting) == _TOGETHER:
             self._sum()
 

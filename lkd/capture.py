@@ -1,0 +1,114 @@
+"""Capturing a function of static tensors, so that the device can replay it without the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+T = TypeVar("T")
+
+
+class Capture(Protocol):
+    """Records what a function does on the device.
+
+    A captured function takes no arguments. It reads and writes tensors that exist before and after it, always at the
+    same addresses. Every Python number that it reads is recorded as a constant. It must not wait for the device.
+
+    Attributes:
+        scalar: Type of a tensor that holds a Python number which changes between replays, such as a learning rate.
+    """
+
+    scalar: torch.dtype
+
+    def warm_up(self, function: Callable[[], T]) -> T:
+        """Run a function in the way in which it will be captured: libraries allocate their workspaces then.
+
+        Args:
+            function: The function.
+        """
+
+    def capture(self, function: Callable[[], T]) -> tuple[T, Callable[[], Any]]:
+        """Record a function.
+
+        Args:
+            function: The function. Whether recording also executes it is not specified.
+
+        Returns:
+            What it returned, whose tensors each replay overwrites; and the function that replays it.
+
+        Raises:
+            RuntimeError: If the function does something that cannot be recorded.
+        """
+
+
+class CudaCapture:
+    """Records CUDA graphs."""
+
+    scalar = torch.float32  # what fused optimizers take as a learning rate on the device
+
+    def warm_up(self, function: Callable[[], T]) -> T:
+        """Run a function on a side stream, as PyTorch asks for before a capture."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = function()
+        torch.cuda.current_stream().wait_stream(stream)
+        return result
+
+    def capture(self, function: Callable[[], T]) -> tuple[T, Callable[[], Any]]:
+        """Record a CUDA graph; nothing is executed."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (pinning memory, writing logs) may call CUDA meanwhile, which must not spoil the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = function()
+        return result, graph.replay
+
+
+class Snapshot:
+    """Copies of tensors, to undo what a trial changes in them.
+
+    Args:
+        tensors: The tensors.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors = list(tensors)
+        with torch.no_grad():
+            self.copies = [tensor.detach().clone() for tensor in self.tensors]
+
+    def restore(self) -> None:
+        """Write the copies back into the tensors."""
+        with torch.no_grad():
+            for tensor, copy in zip(self.tensors, self.copies, strict=True):
+                tensor.copy_(copy)
+
+
+def signature(tree: Any) -> tuple[Any, ...]:
+    """What a graph needs to be the same in all its inputs: shapes, types and devices of tensors, and all other values.
+
+    Args:
+        tree: Tensors in tuples, lists and dicts.
+    """
+    leaves, structure = tree_flatten(tree)
+    described = [
+        (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves
+    ]
+    return (structure, *described)
+
+
+def copy_into(static: Any, tree: Any) -> None:
+    """Copy tensors into the static ones that a graph reads.
+
+    Args:
+        static: The static tensors.
+        tree: Tensors of the same `signature`. Those that are the static ones themselves need no copy.
+    """
+    if tree is static:
+        return
+    for own, new in zip(tree_leaves(static), tree_leaves(tree), strict=True):
+        if isinstance(own, Tensor) and own is not new:
+            own.copy_(new, non_blocking=True)

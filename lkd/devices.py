@@ -1,0 +1,146 @@
+"""Every decision that depends on the device. Tests replace these functions to stand in for a GPU."""
+
+from __future__ import annotations
+
+import platform
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from lkd.capture import Capture, CudaCapture
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether a device computes while the host goes on, and is to be given whole batches and fused operations.
+
+    Args:
+        device: Any device.
+    """
+    return device.type == "cuda"
+
+
+def step_capture(device: torch.device) -> Capture | None:
+    """What captures a step on a device so that it can be replayed; `None` if the device has nothing of that kind.
+
+    Args:
+        device: Any device.
+    """
+    return CudaCapture() if device.type == "cuda" else None
+
+
+def free_memory(device: torch.device) -> int:
+    """Free memory of a GPU, in bytes.
+
+    Args:
+        device: The GPU.
+    """
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def pins_memory() -> bool:
+    """Whether batches made on the host belong in page-locked memory, from which a GPU fetches them on its own."""
+    return torch.cuda.is_available()
+
+
+def has_bf16_units(gpu: bool) -> bool:
+    """Whether the device multiplies in bfloat16 faster than in float32.
+
+    Args:
+        gpu: Whether the current CUDA device is meant rather than the CPU.
+    """
+    return torch.cuda.get_device_capability() >= (8, 0) if gpu else torch.cpu._is_avx512_bf16_supported()
+
+
+def compiles_well(device: torch.device) -> bool:
+    """Whether `torch.compile` can repay its time: on a GPU, and on a CPU with matrix units (AMX).
+
+    Args:
+        device: Any device.
+    """
+    return is_gpu(device) or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
+
+
+def has_fused_optimizers(device: torch.device) -> bool:
+    """Whether PyTorch's fused optimizers run on a device.
+
+    Args:
+        device: Any device.
+    """
+    return device.type == "cpu" or is_gpu(device)
+
+
+def seed(device: torch.device, number: int) -> None:
+    """Seed the random numbers of the CPU and of one device.
+
+    `torch.manual_seed` looks for all devices each time, which takes longer than a small step.
+
+    Args:
+        device: Any device.
+        number: The seed, 0 to 2^64 - 1.
+    """
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+    elif device.type == "mps":
+        torch.mps.manual_seed(number)
+
+
+def rng_states(device: torch.device) -> list[torch.Tensor]:
+    """The states of the random number generators of the CPU and of one device.
+
+    Args:
+        device: Any device.
+    """
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def set_rng_states(device: torch.device, states: list[torch.Tensor]) -> None:
+    """Restore what `rng_states` returned.
+
+    Args:
+        device: The same device.
+        states: The states.
+    """
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def name_of(device: torch.device) -> str:
+    """The name of the GPU or, for the CPU, of the processor.
+
+    Args:
+        device: Any device.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A constant tensor on a device, copied there once: a copy in each step would make the host wait for the GPU.
+
+    Args:
+        values: Its numbers `(N,)`.
+        dtype: Its type.
+        device: Where it is needed.
+
+    Returns:
+        `(N,)`; shared, so not to be changed.
+    """
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    return _constant(values, dtype, device)
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # a constant first needed in validation serves in training, too
+        return torch.tensor(values, dtype=dtype).to(device)
