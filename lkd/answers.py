@@ -77,6 +77,23 @@ class Answers:
         self._row[index] = torch.arange(len(index))
         self._row = self._row.to(device)
 
+    def load(self, stored: tuple[Tensor, ...]) -> bool:
+        """Replace the rows by others, in the same memory.
+
+        Args:
+            stored: As for the constructor.
+
+        Returns:
+            Whether they have the same shapes and types; if not, nothing is changed.
+        """
+        pairs = list(zip(self.stored, stored, strict=False))
+        if len(stored) != len(self.stored) or any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in pairs):
+            return False
+        for own, new in pairs:
+            own.copy_(new)
+        self.seen.fill_(False)
+        return True
+
     def write(self, index: Tensor, logits: Tensor) -> None:
         """Store logits.
 
@@ -87,7 +104,7 @@ class Answers:
         row = self._row[index]
         for part, new in zip(self.stored, self.storage.pack(_by_image(logits, len(index))), strict=True):
             part[row] = new
-        self.seen[row] = True
+        self.seen.index_fill_(0, row, True)
 
     def read(self, index: Tensor) -> Tensor:
         """The logits of images.

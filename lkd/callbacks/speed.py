@@ -21,6 +21,7 @@ from lkd import devices
 from lkd.callbacks.folding import fold_batch_norms
 from lkd.callbacks.monitor import fitting, network_size
 from lkd.callbacks.step_graph import StepGraph, obstacle
+from lkd.datamodules import ImageDataModule
 from lkd.layers import evaluating
 from lkd.taps import FeatureTaps, logits_of
 
@@ -96,6 +97,8 @@ class Speed(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Lay the weights out, before there are optimizers and processes that look at them."""
         self._said = [str(trainer.precision)]
+        if isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
+            trainer.datamodule.uses_graphs = self.graph == "auto"  # type: ignore[attr-defined]
         gpu = devices.is_gpu(trainer.strategy.root_device)
         wanted = self.channels_last
         if wanted is None:

@@ -166,6 +166,9 @@ class StepGraph:
         if self._steps_in_a_row > _MANY:
             self._give_up("numbers that the step reads change in every step")
             return
+        if reason := getattr(getattr(self.module, "recall", None), "obstacle", ""):
+            self._give_up(reason)
+            return
         device = _device(self._optimizer)
         random, before = devices.rng_states(device), Snapshot(self._state())
         try:

@@ -66,6 +66,7 @@ class TeacherCache(L.Callback):
         self.folder = folder
         self._answers: Answers | None = None
         self._shared: SharedRows | None = None
+        self._on_device: Answers | None = None  # one table for all versions: a graph reads it at its address
         self._keeps = self._is_checked = False
         self._made_from: dict[str, str] = {}
         self._trusted: set[int] = set()
@@ -99,7 +100,7 @@ class TeacherCache(L.Callback):
         pl_module.print(
             f"The teacher's answers: {kept} of {self.versions} versions are kept in {self._path(0).parent}{others}"
         )
-        pl_module.recall = lambda batch, ask: self._recall(trainer, batch, ask)
+        pl_module.recall = _Recall(self, trainer)
 
     @property
     def _root(self) -> Path:
@@ -174,14 +175,47 @@ class TeacherCache(L.Callback):
         device = trainer.strategy.root_device
         if sum(part.numel() * part.element_size() for part in stored) > _ON_DEVICE:
             device = torch.device("cpu")
-        return Answers(self.storage, stored, _images(trainer).index, num_classes, device)
+        if device.type != "cpu" and self._on_device is not None and self._on_device.load(stored):
+            return self._on_device
+        table = Answers(self.storage, stored, _images(trainer).index, num_classes, device)
+        self._on_device = None if device.type == "cpu" else table
+        return table
 
-    def _recall(self, trainer: L.Trainer, batch: Batch, ask: Callable[[Batch], Outputs]) -> Outputs:
-        """What the teacher says: read, or asked and written."""
+    @property
+    def state(self) -> tuple[str, int]:
+        """Whether logits are read or written, and in which memory: while it stays, a graph of the step can be used."""
+        return "written" if self._shared is not None else "read", id(self._answers)
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether the logits are too large for the device, so that each step fetches its own."""
+        return self._answers is not None and self._answers.seen.is_cpu
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Once an epoch, check that the cached logits are those of the images to come."""
+        if not self._keeps:
+            return
         if self._epoch != trainer.current_epoch:  # a run resumed in mid-epoch does not start it
-            self._begin(trainer, trainer.lightning_module)
+            self._begin(trainer, pl_module)
         if not self._is_checked:
-            self._check_version(trainer, batch)
+            self._check_version(trainer, pl_module.unpack(batch))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the images whose logits were computed, and those whose logits were read."""
+        if self._keeps and self._answers is not None:
+            batch = pl_module.unpack(batch)
+            size = len(batch.target) // batch.views
+            self._asked += size if self._shared is not None else 0
+            self._read += size if self._shared is None else 0
+
+    def recall(self, trainer: L.Trainer, batch: Batch, ask: Callable[[Batch], Outputs]) -> Outputs:
+        """The teacher's logits of a batch: read, or computed and written.
+
+        Args:
+            trainer: The trainer.
+            batch: The batch.
+            ask: Runs the teacher.
+        """
         if self._answers is None or self._shared is not None:
             outputs = ask(batch)
             if self._answers is None and not self._open(trainer, batch, outputs.logits):
@@ -190,10 +224,7 @@ class TeacherCache(L.Callback):
         answers, index = cast("Answers", self._answers), cast("Tensor", batch.index)[:size]
         index = index.to(answers.seen.device)  # to the host it must have arrived before it is used
         if self._shared is not None:
-            self._asked += size
             answers.write(index, outputs.logits.to(index.device))
-        else:
-            self._read += size
         return Outputs(answers.read(index).to(batch.target.device, non_blocking=True), {})
 
     def _check_version(self, trainer: L.Trainer, batch: Batch) -> None:
@@ -285,7 +316,7 @@ class TeacherCache(L.Callback):
         """Let the module ask its teacher again, and the data make new versions."""
         if self._keeps or getattr(pl_module, "recall", None) is not None:
             pl_module.recall = None
-        self._answers = self._shared = None
+        self._answers = self._shared = self._on_device = None
         self._replay(trainer, None)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -296,6 +327,26 @@ class TeacherCache(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, ImageDataModule) and "train" in data.datasets:
             data.datasets["train"].replay = versions
+
+
+class _Recall:
+    """What `DistillModule.recall` is while logits are cached."""
+
+    def __init__(self, cache: TeacherCache, trainer: L.Trainer) -> None:
+        self._cache, self._trainer = cache, trainer
+
+    def __call__(self, batch: Batch, ask: Callable[[Batch], Outputs]) -> Outputs:
+        return self._cache.recall(self._trainer, batch, ask)
+
+    @property
+    def state(self) -> tuple[str, int]:
+        """As `TeacherCache.state`."""
+        return self._cache.state
+
+    @property
+    def obstacle(self) -> str:
+        """Why a graph cannot read the logits; empty if it can."""
+        return "the cached logits are too large for the device" if self._cache.is_on_host else ""
 
 
 def _images(trainer: L.Trainer) -> ImageDataset:

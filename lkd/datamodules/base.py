@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from lkd import devices
-from lkd.datamodules.dataset import ImageDataset, ImageSource
+from lkd.datamodules.batch_graph import BatchGraph
+from lkd.datamodules.dataset import ImageDataset, ImageSource, without_labels
 from lkd.datamodules.extra import ExtraImages
 from lkd.datamodules.files import ImageFiles, few
 from lkd.datamodules.joined import join
@@ -68,6 +69,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
         input_shape: Channels, height and width of an image.
         resize: How images of another size are brought to `input_shape`, without randomness.
         datasets: The data sets of the splits, after `setup`.
+        uses_graphs: Whether training batches that are made on a GPU are made by replaying a graph, in memory that the
+            next batch overwrites. `Speed` sets it.
     """
 
     num_classes: int
@@ -116,7 +119,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         if std is not None:
             self.std = std
         self.datasets: dict[Split, ImageDataset] = {}
+        self.uses_graphs = False
         self._on_device: dict[int, ImageSource] = {}
+        self._batch_graph: BatchGraph | None = None
 
     @abstractmethod
     def make_dataset(self, split: Split) -> ImageSource | None:
@@ -160,6 +165,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def teardown(self, stage: str) -> None:
         """Frees the GPU's memory."""
         self._on_device.clear()
+        self._batch_graph = None
 
     @property
     def num_samples(self) -> int | None:
@@ -350,7 +356,15 @@ class ImageDataModule(L.LightningDataModule, ABC):
             drop_last=training and len(sampler) >= self.batch_size,
         )
         loader.begin = _batches_seen(self.trainer) if training else 0
+        device = dataset.index.device
+        if training and self.uses_graphs and (capture := devices.step_capture(device)):
+            self._batch_graph = loader.graph = BatchGraph(dataset, capture, self.batch_size)
         return loader
+
+    @property
+    def static_batch(self) -> Batch | None:
+        """The training batch that always has the same memory; `None` where batches are made one by one."""
+        return None if self._batch_graph is None else self._batch_graph.batch
 
     def _placed(self, dataset: ImageDataset) -> ImageDataset:
         """The data set, on the GPU if batches can be made there."""
@@ -400,6 +414,8 @@ class _Loader(DataLoader[Batch]):
 
     begin = 0
     """How many batches the next epoch leaves out at its start."""
+    graph: BatchGraph | None = None
+    """Makes full batches, where they are made on a GPU that replays graphs."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tells Lightning that a run may be resumed in mid-epoch; its own count of batches is what counts."""
@@ -423,9 +439,12 @@ class _Loader(DataLoader[Batch]):
             yield from super().__iter__()
             return
         epoch, dealt = sampler.epoch, sampler.deal()
-        for position, padding in zip(*(torch.split(part, size) for part in dealt), strict=True):
+        # All positions of the epoch at once: a copy for each batch would make the host wait for a GPU.
+        places = torch.split(dealt[0].to(dataset.index.device), size)
+        for position, padding in zip(places, torch.split(dealt[1], size), strict=True):
             if len(position) == size or not self.drop_last:
-                yield dataset.take(epoch, position, padding)
+                take = dataset.take if self.graph is None or padding.any() else self.graph.take
+                yield without_labels(take(epoch, position), padding)
 
 
 def _batches_seen(trainer: L.Trainer | None) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lkd import devices
 from lkd.datamodules.transforms import BatchTransform
 
 # Every step below is one correctly rounded operation, so that all devices get the same bits: no fused multiply-adds
@@ -54,7 +55,7 @@ def _hue(image: Tensor, factor: Tensor) -> Tensor:
     divisor = spread.clamp(min=1)  # in gray there is no hue, and none is needed
     of_green, of_blue = (blue - red) / divisor + 2, (red - green) / divisor + 4
     hue = torch.where(high == red, (green - blue) / divisor, torch.where(high == green, of_green, of_blue))
-    corner = torch.tensor([5.0, 3.0, 1.0], device=image.device).view(3, 1, 1)
+    corner = devices.constant((5.0, 3.0, 1.0), torch.float32, image.device).view(3, 1, 1)
     k = (corner + (hue + factor * 6)).remainder_(6)
     turned = high - spread * torch.minimum(k, 4 - k).clamp_(0, 1)
     return (turned * (255.999 / 255)).to(torch.uint8)  # torchvision's way back from [0, 1]
@@ -110,13 +111,24 @@ class ColorJitter(BatchTransform):
             raise ValueError(f"ColorJitter changes gray or colour images, got {image.shape[1]} channels; leave it out")
         idle = ((1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (0.0, 0.0))
         chosen = [i for i in range(4 if image.shape[1] == 3 else 2) if tuple(self.ranges[i]) != idle[i]]
-        low, high = torch.tensor(self.ranges, device=image.device).T
-        factors = (low + (high - low) * draws[:, :4])[:, chosen, None, None, None]
-        orders = draws[:, [4 + i for i in chosen]].argsort(dim=1, stable=True).cpu()  # the only wait for a GPU
+        low, high = (devices.constant(edge, torch.float32, image.device) for edge in zip(*self.ranges, strict=True))
+        factors = (low + (high - low) * draws[:, :4])
+        factors = torch.stack([factors[:, i] for i in chosen], 1)[..., None, None, None] if chosen else factors
+        orders = torch.stack([draws[:, 4 + i] for i in chosen], 1).argsort(dim=1, stable=True) if chosen else draws[:, :0]
         image = image.clone()
         for order in orders.T:
-            for place, i in enumerate(chosen):
+            image = self._one_change(image, order, chosen, factors)
+        return image
+
+    @staticmethod
+    def _one_change(image: Tensor, order: Tensor, chosen: list[int], factors: Tensor) -> Tensor:
+        """Change each image once: `order` has the place of its change among the chosen ones `(B,)`."""
+        before = image
+        for place, i in enumerate(chosen):
+            if image.is_cpu:
                 row = (order == place).nonzero().squeeze(1)
                 if len(row):
                     image[row] = _CHANGES[i](image[row], factors[row, place])
+            else:  # which images these are is not known to the host without waiting for the GPU
+                image = torch.where((order == place)[:, None, None, None], _CHANGES[i](before, factors[:, place]), image)
         return image

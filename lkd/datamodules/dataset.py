@@ -130,24 +130,41 @@ class ImageDataset(Dataset[Batch]):
         """Returns the samples of the keys; see `Key`."""
         epoch, position, padding = read_keys(keys)
         if (epoch == epoch[0]).all():
-            return self.take(int(epoch[0]), position, padding.bool())
+            return without_labels(self.take(int(epoch[0]), position), padding.bool())
         version = epoch if self.replay is None else epoch % self.replay
         batch = self.make(version.to(self.index.device), self.index[position.to(self.index.device)])
-        return _without(batch, padding.bool())
+        return without_labels(batch, padding.bool())
 
-    def take(self, epoch: int, position: Tensor, padding: Tensor) -> Batch:
+    def take(self, epoch: int, position: Tensor) -> Batch:
         """Samples of one epoch.
 
         Args:
             epoch: Its number.
-            position: Positions in this data set `(B,)`, int64, on the CPU.
-            padding: Which samples only fill up the batch `(B,)`, bool, on the CPU: they get no label.
+            position: Positions in this data set `(B,)`, int64.
         """
         index = self.index.index_select(0, position.to(self.index.device, non_blocking=True))
-        number = epoch if self.replay is None else epoch % self.replay
+        number = self.version_in(epoch)
         version = torch.full_like(index, number)
         self._draws.announce(version, number)
-        return _without(self.make(version, index), padding)
+        return self.make(version, index)
+
+    def version_in(self, epoch: int) -> int:
+        """Which augmented version of the images an epoch shows.
+
+        Args:
+            epoch: Its number.
+        """
+        return epoch if self.replay is None else epoch % self.replay
+
+    def draw_for(self, version: Tensor, number: int) -> None:
+        """Make the draws of one version for all images, in place, for a graph that reads them.
+
+        Args:
+            version: The tensor that `make` gets, itself.
+            number: Its one value.
+        """
+        self._draws.announce(version, number)
+        self._draws.refill(self.seed, number, self.index.device)
 
     def make(self, version: Tensor, index: Tensor) -> Batch:
         """Some images with all their views.
@@ -362,7 +379,13 @@ def _joined(views: Sequence[Batch]) -> Batch:
     return Batch(image, target, index, len(views), version, _joined_mixed(views))
 
 
-def _without(batch: Batch, padding: Tensor) -> Batch:
+def without_labels(batch: Batch, padding: Tensor) -> Batch:
+    """The batch with the labels of some samples removed.
+
+    Args:
+        batch: A batch.
+        padding: Which samples only fill up the batch `(B,)`, bool, on the CPU.
+    """
     if not padding.any():  # as in training
         return batch
     unlabelled = padding.to(batch.target.device).repeat(batch.views)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lkd import devices
+
 ORDER, SPLIT, PARTNER, IMAGE = 2**32 - 1, 2**32 - 2, 2**32 - 3, 2**31
 """Streams of the training order, of the validation split, of the choice of another image of the same class, and the
 first of those that read an image.
@@ -37,9 +39,10 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
         Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011), section 3.3.
     """
     pair = (2, *[1] * (counter.dim() - 1))
-    weyl = torch.tensor([0x9E3779B9, 0xBB67AE85], device=counter.device).view(pair)
-    multiplier = torch.tensor([0xD2511F53, 0xCD9E8D57], device=counter.device).view(pair)
-    round_key = torch.tensor(key, device=counter.device).view(pair)
+    weyl, multiplier, round_key = (
+        devices.constant(words, torch.int64, counter.device).view(pair)
+        for words in ((0x9E3779B9, 0xBB67AE85), (0xD2511F53, 0xCD9E8D57), key)
+    )
     even, odd = counter[0::2], counter[1::2]
     for _ in range(10):
         # An int64 product wraps around, which leaves its 64 bits as those of the unsigned product. Only what
@@ -133,10 +136,30 @@ class Draws:
             self._tables[first, count] = wanted, None
             return successive(seed, epoch, index, first, count)
         if table is None:
-            pieces = torch.arange(self.size, device=index.device).split(_PIECE)  # type: ignore[no-untyped-call]
-            table = torch.cat([successive(seed, single, piece, first, count) for piece in pieces])
+            table = self._table(seed, single, index.device, first, count)
             self._tables[first, count] = wanted, table
         return table.index_select(0, index)
+
+    def _table(self, seed: int, epoch: int, device: torch.device, first: int, count: int) -> Tensor:
+        pieces = torch.arange(self.size, device=device).split(_PIECE)  # type: ignore[no-untyped-call]
+        return torch.cat([successive(seed, epoch, piece, first, count) for piece in pieces])
+
+    def refill(self, seed: int, epoch: int, device: torch.device) -> None:
+        """Make all tables that were asked for so far for another epoch, in place: a graph reads them at their address.
+
+        Args:
+            seed: As in `__call__`.
+            epoch: The one epoch of the batches to come.
+            device: Where the samples are.
+        """
+        wanted = (seed, epoch, device)
+        for (first, count), (found, table) in self._tables.items():
+            if found == wanted and table is not None:
+                continue
+            fresh = self._table(seed, epoch, device, first, count)
+            if table is not None and table.device == fresh.device:
+                fresh = table.copy_(fresh)
+            self._tables[first, count] = wanted, fresh
 
     def _value(self, epoch: Tensor) -> int | None:
         """The one value that a tensor has; None if there are several, or it is not known."""

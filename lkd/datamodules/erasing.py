@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lkd import devices
 from lkd.datamodules.transforms import BatchTransform
 
 _TRIES = 10
@@ -45,7 +46,7 @@ def _filled(name: str, image: Tensor, inside: Tensor, fill: int | tuple[int, ...
             f"{name}'s fill has {len(fill)} levels, but images have {image.shape[1]} channels; give one level for "
             "each channel, or one number for all"
         )
-    level = torch.tensor(fill, dtype=torch.uint8, device=image.device).view(-1, 1, 1)
+    level = devices.constant(fill, torch.uint8, image.device).view(-1, 1, 1)
     return torch.where(inside, level, image)
 
 

@@ -39,7 +39,7 @@ def smaller_share(alpha: float, draw: Tensor) -> Tensor:
         >>> smaller_share(1.0, torch.tensor([0.0, 0.5]))
         tensor([0.0000, 0.2500], dtype=torch.float64)
     """
-    probability, point = (part.to(draw.device) for part in _lower_half(alpha))
+    probability, point = _lower_half(alpha, draw.device)
     cell = torch.searchsorted(probability, draw.double(), right=True) - 1
     within = (draw - probability[cell]) / (probability[cell + 1] - probability[cell])
     found: Tensor = torch.lerp(point[cell], point[cell + 1], within) ** (1 / _power(alpha))
@@ -47,8 +47,11 @@ def smaller_share(alpha: float, draw: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _lower_half(alpha: float) -> tuple[Tensor, Tensor]:
+def _lower_half(alpha: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Probabilities of smaller shares, 0 to 1, and these shares to a power at which their density begins smoothly."""
+    if device.type != "cpu":
+        probability, point = _lower_half(alpha, torch.device("cpu"))
+        return probability.to(device), point.to(device)
     power = _power(alpha)
     point = torch.linspace(0.0, 0.5**power, _CELLS + 1, dtype=torch.float64)
     log_share = point.log() / power
@@ -116,12 +119,18 @@ class Mix(ABC):
         mixed = Mixed.none(batch.target)
         streams = dataset.number * VIEW + MIX + torch.arange(2, device=index.device)
         choice, place = uniform(dataset.seed, epoch, index, streams[:, None]).unbind(0)
-        row = (choice[:, 0] < self.p).nonzero().squeeze(1)
+        chosen = choice[:, 0] < self.p
+        # Which images are mixed is not known to the host without waiting for a GPU: there, all are, and then chosen.
+        row = chosen.nonzero().squeeze(1) if index.is_cpu else torch.arange(len(index), device=index.device)
         if len(row) == 0:
             return batch._replace(mixed=mixed)
         partner = dataset.unmixed(epoch[row], _another(dataset.index, index[row], choice[row, 1]))
         share = smaller_share(self.alpha, choice[row, 2])
         image, own = self.blend(batch.input[row], partner.input, share, place[row])
+        if not index.is_cpu:
+            image = torch.where(chosen.view(-1, 1, 1, 1), image, batch.input)
+            partner = partner._replace(target=torch.where(chosen, partner.target, mixed.target))
+            own = torch.where(chosen, own, mixed.weight)
         mixed = Mixed(mixed.target.index_copy(0, row, partner.target), mixed.weight.index_copy(0, row, own))
         return batch._replace(input=batch.input.index_copy(0, row, image), mixed=mixed)
 

@@ -134,7 +134,7 @@ def pad_loss(student_feature: Tensor, teacher_feature: Tensor, log_variance: Ten
         0.8
     """
     # 1 / (exp + eps) by logarithms: exp alone would overflow, and make its gradient 0 * inf.
-    precision = torch.logaddexp(log_variance, log_variance.new_tensor(eps).log()).neg().exp()
+    precision = torch.logaddexp(log_variance, log_variance.new_full((), eps).log()).neg().exp()
     return ((teacher_feature - student_feature).square() * precision + log_variance).mean()
 
 

@@ -416,6 +416,7 @@ class DistillModule(ClassificationModule):
             or len(trainer.num_val_batches) != 1
             or batch.version is None  # not lkd's data: it may differ from epoch to epoch
             or index is None
+            or not index.is_cpu  # to look at it would make the host wait for a GPU, which asks the teacher sooner
             or self.teacher_changes
             or self._overrides("teacher_outputs", "teacher_input")
         ):

@@ -125,8 +125,14 @@ def _play(tape: list[tuple[Any, Any, Any, Any]]) -> None:
     with _disable_current_modes(), torch.no_grad():
         for func, args, kwargs, recorded in tape:
             for old, new in zip(recorded, tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor) and old is not new:
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+
+
+def _as_now(tree: Any) -> Any:
+    """Tensors of the same memory that keep their present shape, whatever becomes of the others (`squeeze_`)."""
+    with _disable_current_modes():
+        return tree_map_only(torch.Tensor, torch.Tensor.detach, tree)
 
 
 def _is_view(func: Any) -> bool:
@@ -175,7 +181,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     kwargs_.pop("pin_memory", None)
     result = func(*args_, **kwargs_)
     if _tape is not None and not _is_view(func):
-        _tape.append((func, args_, kwargs_, tree_leaves(result)))
+        _tape.append((func, *_as_now((args_, kwargs_)), tree_leaves(_as_now(result))))
     if func._schema.is_mutable and not func._schema.name.endswith("batch_norm"):
         return kwargs["out"] if "out" in kwargs else args[0] if func._schema.returns else None
     to_host = name == "_to_copy" and target is not None and target.type == "cpu"

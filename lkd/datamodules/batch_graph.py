@@ -1,0 +1,86 @@
+"""Training batches made on a GPU by replaying a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lkd.capture import Capture
+from lkd.datamodules.dataset import ImageDataset
+from lkd.types import Batch
+
+
+class BatchGraph:
+    """Captures how a data set on a GPU makes a batch, and replays it: one launch instead of dozens.
+
+    A replayed batch is checked against an ordinary one, bit by bit, before the graph is used. If they differ, or making
+    a batch cannot be captured (a transform of your own that looks at its draws), batches are made as usual.
+
+    Args:
+        dataset: Images on a GPU.
+        capture: How the device captures.
+        size: Images in a batch; others are made as usual.
+
+    Attributes:
+        batch: The batch that each replay overwrites; `None` before the first.
+    """
+
+    def __init__(self, dataset: ImageDataset, capture: Capture, size: int) -> None:
+        self.dataset, self.capture, self.size = dataset, capture, size
+        self.batch: Batch | None = None
+        self._is_possible = True
+        self._replay: Callable[[], Any] | None = None
+        self._position = torch.zeros(size, dtype=torch.int64, device=dataset.index.device)
+        self._version = torch.zeros_like(self._position)
+        self._number: int | None = None  # the version that the static tensors are for
+
+    def take(self, epoch: int, position: Tensor) -> Batch:
+        """Samples of one epoch, as `ImageDataset.take` makes them; the next call overwrites them.
+
+        Args:
+            epoch: Its number.
+            position: Positions in the data set `(B,)`, int64, on its device.
+        """
+        if self._is_possible and len(position) == self.size:
+            self._position.copy_(position)
+            number = self.dataset.version_in(epoch)
+            if self._replay is None:
+                self._try_capture(number)
+            if self._replay is not None:
+                self._begin(number)
+                self._replay()
+                return self.batch  # type: ignore[return-value]
+        return self.dataset.take(epoch, position)
+
+    def _begin(self, number: int) -> None:
+        """Set what differs between epochs: the version of the images, and the draws of their augmentation."""
+        if number != self._number:
+            self._number = number
+            self._version.fill_(number)
+            self.dataset.draw_for(self._version, number)
+
+    def _try_capture(self, number: int) -> None:
+        try:
+            self._begin(number)
+            self.capture.warm_up(self._make)  # the data set notes which draws it needs,
+            self._number = None
+            self._begin(number)  # and makes them here
+            usual = tree_map_only(Tensor, torch.clone, self._make())
+            self.batch, self._replay = self.capture.capture(self._make)
+            self._replay()
+            pairs = zip(tree_leaves(usual), tree_leaves(self.batch), strict=True)
+            if all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs):
+                return
+            reason = "a replay differs from an ordinary batch"
+        except Exception as error:  # whatever a transform of the user's raises: an ordinary batch raises it again
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        self._is_possible, self._replay, self.batch = False, None, None
+        rank_zero_warn(f"batches are made without a graph ({reason})")
+
+    def _make(self) -> Batch:
+        return self.dataset.make(self._version, self.dataset.index.index_select(0, self._position))
