@@ -32,7 +32,6 @@ from torch.fx.experimental.optimization import fuse
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu import has_graph, step_of
 from benchmarks.loops import BATCH, MEAN, STD, kd, networks
 from benchmarks.pacing import Pace
 from benchmarks.speed import decoded, machine
@@ -49,6 +48,8 @@ BEFORE = {"takd": ["assistant"], "multi_teacher": ["assistant"], "born_again_ens
 PAIRS = {"deit": "resnet56_deit_tiny_100", "vitkd": "deit_small_deit_tiny_100"}
 """Pairs of the methods that need transformers."""
 ARRAYS = ("images", "targets")
+ON_CPU = ["--trainer.accelerator=cpu", "--speed.channels_last=false"]
+"""With AVX2 alone, torch 2.14 gets gradients of channels-last convolutions with 1x1 kernels and strides wrong."""
 SHORT = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1"]
 SHARDS = json.dumps(
     {
@@ -66,7 +67,7 @@ def serve_checks(pipe: Connection, folder: str, threads: int) -> None:
     """Run checks until the pipe is closed, each in a folder of its own.
 
     Args:
-        pipe: Receives `(number, module:function, arguments)`; sends the titles, each result, and `None` at the end.
+        pipe: Receives `(number, module:function, arguments)`; sends the titles, then each result.
         folder: Where the folders are created.
         threads: Number of CPU threads.
     """
@@ -95,7 +96,6 @@ def serve_checks(pipe: Connection, folder: str, threads: int) -> None:
         pipe.send(list(checks))
         for check in checks.values():
             pipe.send(_result(check))
-        pipe.send(None)
 
 
 def _raise(error: Exception) -> str:
@@ -140,8 +140,8 @@ def command(*args: str) -> str:
 
 def trained_on(device: str) -> list[str]:
     """Settings of a short run on a device."""
-    accelerator = "gpu" if device == "cuda" else device
-    return [f"--trainer.accelerator={accelerator}", "--trainer.devices=1", "--trainer.num_sanity_val_steps=0"]
+    there = ["--trainer.accelerator=gpu"] if device == "cuda" else ON_CPU
+    return [*there, "--trainer.devices=1", "--trainer.num_sanity_val_steps=0"]
 
 
 class Fit(NamedTuple):
@@ -169,6 +169,23 @@ def fit(folder: str, device: str, *settings: str, bar: bool = False) -> Fit:
     state = torch.load(last, map_location="cpu", weights_only=True)["state_dict"]
     weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
     return Fit(step_of(text), json.loads(Path(f"{folder}.json").read_text()), weights, text)
+
+
+def step_of(text: str) -> str:
+    """The line in which a run lists its optimizations, without its first word, and why it gave up its graph.
+
+    Args:
+        text: What the run printed.
+    """
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n")
+    found = re.search(r"^\s*(?:Step|Optimizations): (.*?)\s*$", plain, re.MULTILINE)
+    failed = re.search(r"step runs without a graph: (.*?)(?:; --speed|$)", plain, re.MULTILINE)
+    return (found[1] if found else "") + (f"; no CUDA graph ({failed[1]})" if failed else "")
+
+
+def has_graph(step: str) -> bool:
+    """Whether a list of optimizations says that the step is a CUDA graph."""
+    return "CUDA graph" in step and "no CUDA graph" not in step
 
 
 class Losses(L.Callback):
@@ -345,8 +362,8 @@ def unsynchronized(device: str, settings: list[str]) -> Checks:
     return {"nothing in a step waits for the GPU": check}
 
 
-def commands(device: str) -> Checks:
-    """All commands after a run on the device."""
+def commands(device: str, few: bool) -> Checks:
+    """All commands after a run on the device; `few`: without those that take long."""
     best = "--ckpt_path=runs/digits/kd/version_0/checkpoints/best.ckpt"
     onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
     there = [*SHORT, *trained_on(device), "--trainer.enable_progress_bar=false"]
@@ -359,7 +376,8 @@ def commands(device: str) -> Checks:
         "export": ["export", "runs/digits/kd", f"--format=safetensors,torch{',onnx' * onnx}"],
     }
     calls["compare"] += ["--seconds=0.05"]
-    return {name: lambda call=call: step_of(command(*call)) for name, call in calls.items()}
+    chosen = list(calls)[:-2] if few else list(calls)
+    return {name: lambda name=name: step_of(command(*calls[name])) for name in chosen}
 
 
 def complete(name: str, device: str) -> Checks:
@@ -441,7 +459,10 @@ def prepare(device: str | None, folder: str, images: str | None, teacher: str | 
         else:
             _initial_teacher(folder)
         count = len(np.load(f"{folder}/targets.npy"))
-        data = {"class_path": f"{__name__}.ArrayDataModule", "init_args": {"root": folder, "val_size": count // 10}}
+        data = {
+            "class_path": f"{__name__}.ArrayDataModule",
+            "init_args": {"root": folder, "val_size": max(10, count // 10)},
+        }
         Path(folder, "images.yaml").write_text(json.dumps({"data": data}))
         student, big = networks(f"{folder}/teacher.pth")
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -485,9 +506,9 @@ def _flops(network: nn.Module) -> int:
 
 
 def _matmul(device: str) -> float:
-    """Operations per second of a large product of matrices in bfloat16."""
-    size, times = (8192, 20) if device == "cuda" else (256, 3)
-    ours, theirs = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    """Operations per second of a large product of matrices; in bfloat16 on a GPU."""
+    size, times, kind = (8192, 20, torch.bfloat16) if device == "cuda" else (256, 3, torch.float32)
+    ours, theirs = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
     for _ in range(3):
         ours @ theirs
     _wait()
@@ -504,7 +525,13 @@ def _wait() -> None:
 
 
 class GpuPace(Pace):
-    """A `Pace` that waits for the GPU before it reads the clock, and reports the peak of the GPU's memory."""
+    """A `Pace` that waits for the GPU before it reads the clock, and reports the peak of the GPU's memory.
+
+    Attributes:
+        log: The file that gets what a run of `lkd fit` prints, which lists its optimizations.
+    """
+
+    log: Path | None = None
 
     def step(self, images: int) -> None:
         """One step was taken.
@@ -520,7 +547,8 @@ class GpuPace(Pace):
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             if torch.cuda.is_initialized():
                 peak = torch.cuda.max_memory_allocated()
-            self._pipe.send(("done", self._images, seconds, peak))
+            step = step_of(self.log.read_text(errors="replace")) if self.log else ""
+            self._pipe.send(("done", self._images, seconds, peak, step))
             self.wait()
 
 
@@ -536,11 +564,13 @@ def serve_loop(pipe: Connection, loop: str, arguments: dict[str, Any]) -> None:
     try:
         pace = Pace.current = GpuPace(pipe)
         getattr(importlib.import_module(module), name)(pace, **arguments)
-        pipe.send(("failed", "the loop has ended"))
+        pipe.send(("FAILED", "the loop has ended"))
     except EOFError:  # no more orders
         return
+    except NotApplicable as reason:
+        pipe.send(("left out", str(reason)))
     except BaseException:
-        pipe.send(("failed", traceback.format_exc()))
+        pipe.send(("FAILED", traceback.format_exc()))
 
 
 class Bare:
@@ -598,6 +628,8 @@ class Bare:
 
 def bare(pace: Pace, images: str, teacher: str, device: str, how: Collection[str], size: int = BATCH) -> None:
     """The bare loop; see `Bare`. With `graph` in `how`, its step is one CUDA graph."""
+    if "graph" in how and device != "cuda":
+        raise NotApplicable("needs CUDA")
     step, index = Bare(images, teacher, device, how), torch.arange(size, device=device)
     run = _captured(step, index) if "graph" in how else partial(step, index)
     pace.wait()
@@ -626,7 +658,7 @@ def in_a_terminal(log: str) -> None:
     """Let this process print to a terminal, whose contents are appended to a file."""
     ours, theirs = pty.openpty()
     with Path(log).open("a") as file:
-        subprocess.Popen(["cat"], stdin=ours, stdout=file)
+        subprocess.Popen(["cat"], stdin=ours, stdout=file, stderr=subprocess.DEVNULL)
     os.dup2(theirs, 1)
     os.dup2(theirs, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
@@ -644,12 +676,13 @@ class Paced(L.Callback):
         Pace.current.step(trainer.datamodule.batch_size)
 
 
-def lkd_fit(pace: Pace, settings: list[str], folder: str) -> None:
+def lkd_fit(pace: GpuPace, settings: list[str], folder: str) -> None:
     """`lkd fit` as its users run it, in a terminal: TensorBoard, progress bar, metrics and checkpoints on."""
     from lkd.__main__ import main
 
     Path(folder).mkdir()
     os.chdir(folder)
     in_a_terminal("log.txt")
+    pace.log = Path("log.txt")
     code = main(["fit", *settings, "--trainer.callbacks+=benchmarks.gpu_loops.Paced", "--debug"])
     raise RuntimeError(f"lkd fit ended with exit code {code}")

@@ -83,8 +83,19 @@ class Snapshot:
     def restore(self) -> None:
         """Write the copies back into the tensors."""
         with torch.no_grad():
-            for tensor, copy in zip(self.tensors, self.copies, strict=True):
-                tensor.copy_(copy)
+            torch._foreach_copy_(self.tensors, self.copies)
+
+
+def flat(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Copies of tensors, joined to one vector for each type: a few operations handle them all.
+
+    Args:
+        tensors: The tensors, on one device.
+    """
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_type.setdefault(tensor.dtype, []).append(tensor.detach().reshape(-1))
+    return [torch.cat(parts) for parts in by_type.values()]
 
 
 def signature(tree: Any) -> tuple[Any, ...]:

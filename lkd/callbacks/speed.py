@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam, AdamW
 from torch.utils._pytree import tree_map
 
 from lkd import devices
+from lkd.callbacks.eval_graph import EvalGraph
 from lkd.callbacks.folding import fold_batch_norms
 from lkd.callbacks.monitor import fitting, network_size
 from lkd.callbacks.step_graph import StepGraph, obstacle
@@ -87,6 +88,7 @@ class Speed(L.Callback):
     ) -> None:
         self.graph = graph
         self._step_graph: StepGraph | None = None
+        self._eval_graph: EvalGraph | None = None
         self.channels_last, self.fold_teacher, self.compile = channels_last, fold_teacher, compile
         self.keep_memory, self.fuse_optimizer = keep_memory, fuse_optimizer
         self._compiled: list[nn.Module] = []
@@ -228,11 +230,13 @@ class Speed(L.Callback):
         self._said.append(f"no CUDA graph ({reason})" if reason else "whole step as a CUDA graph")
         if not reason:
             self._step_graph = module.step_graph = StepGraph(trainer, module, capture)
+            self._eval_graph = module.eval_graph = EvalGraph(module, capture)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Give that back."""
         if self._step_graph is not None:
             pl_module.step_graph = self._step_graph = None
+            pl_module.eval_graph = self._eval_graph = None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             for name in _HOOKS:
                 if vars(callback).get(name, callback) is None:
@@ -258,6 +262,8 @@ class Speed(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Validate as it is: other batch sizes and modes would be compiled anew."""
+        if self._eval_graph is not None:
+            self._eval_graph.begin()
         if self._compiled:
             torch.compiler.set_stance("force_eager")
 

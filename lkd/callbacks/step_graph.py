@@ -14,10 +14,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils._pytree import tree_map_only
-from torchmetrics import Metric
 
 from lkd import devices
-from lkd.capture import Capture, Snapshot, copy_into, signature
+from lkd.capture import Capture, Snapshot, copy_into, flat, signature
 from lkd.types import Batch
 
 _WITHIN_STEP = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
@@ -43,7 +42,7 @@ class Outcome(NamedTuple):
     Attributes:
         row: Loss, terms and counts `(C,)`.
         norm: The norm of the gradient.
-        state: Weights, buffers and optimizer state after the step.
+        state: Weights, buffers and optimizer state after the step, as `flat` joins them.
     """
 
     row: Tensor
@@ -155,11 +154,7 @@ class StepGraph:
 
     def _look_everywhere(self) -> tuple[Any, ...]:
         """Also numbers, modes and addresses in the networks, and which parameters train."""
-        networks = [getattr(self.module, name) for name in self.module.network_names]
-        layers = [layer for network in networks for layer in network.modules() if not isinstance(layer, Metric)]
-        tensors = chain.from_iterable(chain(network.parameters(), network.buffers()) for network in networks)
-        places = [(id(tensor), tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
-        return [_numbers(layer) for layer in layers], places, id(getattr(self.module, "teacher_taps", None))
+        return constants_of(self.module)
 
     def _try_capture(self, batch: Batch) -> None:
         self._steps_in_a_row += 1
@@ -189,7 +184,7 @@ class StepGraph:
         """Capture; return what speaks against using the graph, or an empty text."""
         device = _device(self._optimizer)
         self._signature = signature(batch)
-        is_static = batch is getattr(self.trainer.datamodule, "static_batch", None)  # type: ignore[attr-defined]
+        is_static = getattr(self.trainer.datamodule, "is_static", lambda batch: False)(batch)  # type: ignore[attr-defined]
         self._batch = batch if is_static else tree_map_only(Tensor, torch.clone, batch)
 
         def trial(function: Callable[[], Tensor]) -> Outcome:
@@ -197,7 +192,7 @@ class StepGraph:
             devices.set_rng_states(device, random)
             row = function().clone()
             gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
-            return Outcome(row, get_total_norm(gradients).clone(), Snapshot(before.tensors).copies)
+            return Outcome(row, get_total_norm(gradients), flat(before.tensors))
 
         first = trial(lambda: self.capture.warm_up(self._step))
         numbers = self._look(), self._look_everywhere()
@@ -217,7 +212,7 @@ class StepGraph:
 
         found = trial(replayed)
         self._step_token, self._epoch_token, self._is_looked_at = self._look(), self._look_everywhere(), True
-        return _disagreement(ordinary, found, before.copies)
+        return _disagreement(ordinary, found, flat(before.copies))
 
     def _step(self) -> Tensor:
         """What Lightning does for one batch, and the values of its curves `(C,)`."""
@@ -253,6 +248,19 @@ class StepGraph:
         finally:
             for group, rate in zip(groups, own, strict=True):
                 group["lr"] = rate
+
+
+def constants_of(module: Any) -> tuple[Any, ...]:
+    """What a graph takes for constant in the networks of a module: numbers, modes, addresses, and what trains.
+
+    Args:
+        module: A `ClassificationModule`.
+    """
+    networks = [getattr(module, name) for name in module.network_names]
+    layers = [layer for network in networks for layer in network.modules()]
+    tensors = chain.from_iterable(chain(network.parameters(), network.buffers()) for network in networks)
+    places = [(id(tensor), tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
+    return [_numbers(layer) for layer in layers], places, id(getattr(module, "teacher_taps", None))
 
 
 def obstacle(trainer: L.Trainer, module: Any) -> str:

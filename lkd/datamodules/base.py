@@ -69,8 +69,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
         input_shape: Channels, height and width of an image.
         resize: How images of another size are brought to `input_shape`, without randomness.
         datasets: The data sets of the splits, after `setup`.
-        uses_graphs: Whether training batches that are made on a GPU are made by replaying a graph, in memory that the
-            next batch overwrites. `Speed` sets it.
+        uses_graphs: Whether batches that are made on a GPU are made by replaying a graph, in memory that the next batch
+            overwrites. `Speed` sets it.
     """
 
     num_classes: int
@@ -121,7 +121,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.datasets: dict[Split, ImageDataset] = {}
         self.uses_graphs = False
         self._on_device: dict[int, ImageSource] = {}
-        self._batch_graph: BatchGraph | None = None
+        self._batch_graphs: dict[Split, BatchGraph] = {}
 
     @abstractmethod
     def make_dataset(self, split: Split) -> ImageSource | None:
@@ -165,7 +165,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def teardown(self, stage: str) -> None:
         """Frees the GPU's memory."""
         self._on_device.clear()
-        self._batch_graph = None
+        self._batch_graphs.clear()
 
     @property
     def num_samples(self) -> int | None:
@@ -357,14 +357,17 @@ class ImageDataModule(L.LightningDataModule, ABC):
         )
         loader.begin = _batches_seen(self.trainer) if training else 0
         device = dataset.index.device
-        if training and self.uses_graphs and (capture := devices.step_capture(device)):
-            self._batch_graph = loader.graph = BatchGraph(dataset, capture, self.batch_size)
+        if self.uses_graphs and (capture := devices.step_capture(device)):
+            self._batch_graphs[split] = loader.graph = BatchGraph(dataset, capture, self.batch_size)
         return loader
 
-    @property
-    def static_batch(self) -> Batch | None:
-        """The training batch that always has the same memory; `None` where batches are made one by one."""
-        return None if self._batch_graph is None else self._batch_graph.batch
+    def is_static(self, batch: Batch) -> bool:
+        """Whether a batch is one that each replay of a graph overwrites, always in the same memory.
+
+        Args:
+            batch: A batch.
+        """
+        return any(graph.batch is batch for graph in self._batch_graphs.values())
 
     def _placed(self, dataset: ImageDataset) -> ImageDataset:
         """The data set, on the GPU if batches can be made there."""

@@ -19,14 +19,13 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from lkd import __version__
 from lkd.layers import device_of
 from lkd.losses.labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
-from lkd.modules.meter import Meter, WeightedMean
+from lkd.modules.meter import Accuracy, Meter, WeightedMean
 from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
 
@@ -34,6 +33,13 @@ _LOGITS = " logits"
 RUNNING_HOOK = "_current_fx_name"
 FROM_DATA = ("num_samples", "batch_size", "train_index")
 """What a criterion may leave to the datamodule: attributes of these names that are None."""
+
+
+class EvalReplay(Protocol):
+    """Measures validation batches: `lkd.callbacks.eval_graph.EvalGraph`."""
+
+    def update(self, metrics: Mapping[str, Metric], batch: Batch) -> bool:
+        """Measure one batch as `update_metrics` does; whether that was done."""
 
 
 class StepReplay(Protocol):
@@ -44,11 +50,6 @@ class StepReplay(Protocol):
 
     def run(self, batch: Batch) -> tuple[tuple[str, ...], Tensor]:
         """Take a step; the names and values `(C,)` of what `training_values` computes."""
-
-
-def accuracy() -> Metric:
-    """Share of images whose largest logit, or given class, is the target; those without a label do not count."""
-    return MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX, validate_args=False)
 
 
 def _is_plain(value: Any) -> bool:
@@ -110,6 +111,8 @@ class ClassificationModule(L.LightningModule):
     """Attributes that hold networks, the one in training first."""
     step_graph: StepReplay | None = None
     """Takes training steps in place of `training_values`, `backward` and the optimizer: for a callback (`Speed`)."""
+    eval_graph: EvalReplay | None = None
+    """Measures validation batches in place of `update_metrics`, where it can: for a callback (`Speed`)."""
 
     def __init__(
         self,
@@ -347,7 +350,7 @@ class ClassificationModule(L.LightningModule):
 
     def make_metrics(self) -> dict[str, Metric]:
         """Name to metric, for each of the stages `val` and `test`."""
-        return {"loss": WeightedMean(), "acc": accuracy()}
+        return {"loss": WeightedMean(), "acc": Accuracy()}
 
     def stage_metrics(self, stage: str) -> dict[str, Metric]:
         """The metrics of `val` or `test`, by name."""
@@ -387,8 +390,9 @@ class ClassificationModule(L.LightningModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, stage: str, batch: Any) -> None:
-        metrics = self.stage_metrics(stage)
-        self.update_metrics(metrics, self.unpack(batch))
+        metrics, batch = self.stage_metrics(stage), self.unpack(batch)
+        if self.eval_graph is None or stage != "val" or not self.eval_graph.update(metrics, batch):
+            self.update_metrics(metrics, batch)
         updated = {f"{stage}/{name}": metric for name, metric in metrics.items() if metric.update_called}
         self.log_dict({name: updated.pop(name) for name in [f"{stage}/acc"]}, prog_bar=stage == "val")
         self.log_dict(updated)

@@ -19,7 +19,8 @@ from lkd.layers import device_of
 from lkd.losses import KD, DistillLoss, named_terms
 from lkd.losses.base import RESERVED, buffers_same_everywhere, check_criterion
 from lkd.models import load_weights
-from lkd.modules.classification import FROM_DATA, RUNNING_HOOK, ClassificationModule, accuracy
+from lkd.modules.classification import FROM_DATA, RUNNING_HOOK, ClassificationModule
+from lkd.modules.meter import Accuracy
 from lkd.taps import FeatureTaps
 from lkd.types import IGNORE_INDEX, Batch, Normalization, Outputs, Probe
 
@@ -390,7 +391,7 @@ class DistillModule(ClassificationModule):
 
     def make_metrics(self) -> dict[str, Metric]:
         """Those of `ClassificationModule`, the teacher's accuracy, and the agreement with it."""
-        return {**super().make_metrics(), "teacher_acc": accuracy(), "agreement": accuracy()}
+        return {**super().make_metrics(), "teacher_acc": Accuracy(), "agreement": Accuracy()}
 
     def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> Tensor:
         """Measure student and teacher on one batch."""

@@ -11,8 +11,8 @@ from torch.optim import SGD
 from torchmetrics import Metric
 
 from lkd.losses import BYOT
-from lkd.modules.classification import accuracy
 from lkd.modules.distill import DistillModule
+from lkd.modules.meter import Accuracy
 from lkd.types import Batch
 
 
@@ -66,7 +66,7 @@ class EarlyExitModule(DistillModule):
         self.exit = exit
         for metrics in self.metrics.values():
             for number in range(1, num_exits + 1):
-                cast("nn.ModuleDict", metrics)[f"acc_exit{number}"] = accuracy()
+                cast("nn.ModuleDict", metrics)[f"acc_exit{number}"] = Accuracy()
 
     def exit_logits(self, input: Any) -> list[Tensor]:
         """Logits `(B, K)` of each exit, from shallow to deep, and, last, of the network itself.

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lkd.types import IGNORE_INDEX
+
 _TOGETHER = 64
 
 
@@ -153,3 +155,35 @@ class WeightedMean(Metric):
     def compute(self) -> Tensor:
         """The mean so far."""
         return self.total / torch.where(self.weight > 0, self.weight, 1)
+
+
+class Accuracy(Metric):
+    """Share of samples whose largest logit, or given class, is the target; those without a label do not count.
+
+    torchmetrics' `MulticlassAccuracy` selects the samples that have a label, which waits for the device to count them.
+    """
+
+    full_state_update = False
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("correct", "total"):
+            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, predictions: Tensor, target: Tensor) -> None:
+        """Add samples.
+
+        Args:
+            predictions: Logits `(B, K)`, or classes `(B,)`.
+            target: `(B,)`; `IGNORE_INDEX` where there is no label.
+        """
+        classes = predictions.argmax(1) if predictions.dim() > target.dim() else predictions
+        labelled = target != IGNORE_INDEX
+        self.correct += ((classes == target) & labelled).sum()
+        self.total += labelled.sum()
+
+    def compute(self) -> Tensor:
+        """The share so far; 0 if no sample has a label."""
+        return self.correct / self.total.clamp(min=1)

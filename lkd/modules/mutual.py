@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
 from lkd.losses import KD, CompositeLoss, DistillLoss, named_terms
-from lkd.modules.classification import accuracy
 from lkd.modules.distill import DistillModule
+from lkd.modules.meter import Accuracy
 from lkd.taps import FeatureTaps, logits_of
 from lkd.types import Batch, Outputs, Probe
 
@@ -156,7 +156,7 @@ class MutualModule(DistillModule):
             self.network_names += (f"student_{number}",)
             self.taps.append(FeatureTaps(student, mutual.layers_of(number - 1)))
             for metrics in self.metrics.values():
-                cast("nn.ModuleDict", metrics)[f"acc_{number}"] = accuracy()
+                cast("nn.ModuleDict", metrics)[f"acc_{number}"] = Accuracy()
 
     @property
     def asks_teacher(self) -> bool:

@@ -25,7 +25,8 @@ waits: Counter[str] = Counter()
 """What a GPU would have made the host wait for, by the name of the operation."""
 
 _MOVES = ("_to_copy", "copy_", "lift_fresh")
-_READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique2", "_unique2")
+_READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "bincount", "repeat_interleave")
+_READS += ("unique2", "_unique2", "unique_dim", "unique_consecutive")
 _tape: list[tuple[Any, Any, Any, Any]] | None = None
 
 
@@ -158,24 +159,29 @@ def _makes_wait(name: str, args: Any, kwargs: Any, target: torch.device | None, 
         apart = isinstance(args[0], There) != isinstance(args[1], There)
         waiting = not isinstance(args[0], There) or not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
         return apart and waiting
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        masks = [index for index in args[1] if index is not None and index.dtype == torch.bool]
+        fills = name != "index" and args[2].numel() == 1  # a mask with one value fills, and need not be counted
+        return bool(here) or (bool(masks) and not fills)
     return name.startswith("index") and isinstance(args[0], There) and bool(here)
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    name = func.overloadpacket.__name__
     target = None if kwargs.get("device") is None else torch.device(kwargs["device"])
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    there = [tensor for tensor in tensors if isinstance(tensor, There)]
-    here = [tensor for tensor in tensors if not isinstance(tensor, There) and tensor.dim()]
+    there: list[There] = []
+    here: list[torch.Tensor] = []
+    args_ = [_inner(value, there, here) for value in args]
+    kwargs_ = {key: _inner(value, there, here) for key, value in kwargs.items()}
+    if not there and not (target is not None and target.type == NAME):
+        return func(*args, **kwargs)
+    name = func.overloadpacket.__name__
+    here = [tensor for tensor in here if tensor.dim()]
     indexes = name.startswith("index") and isinstance(args[0], There)  # indices may be on the CPU
     if there and here and name not in _MOVES and not indexes:
         shapes = [tuple(tensor.shape) for tensor in here]
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {DEVICE} and cpu {shapes}")
-    if not there and not (target is not None and target.type == NAME):
-        return func(*args, **kwargs)
     if _makes_wait(name, args, kwargs, target, here):
         _wait(name)
-    args_, kwargs_ = tree_map_only(There, lambda tensor: tensor.inner, (args, kwargs))
     if target is not None:
         kwargs_["device"] = torch.device("cpu")
     kwargs_.pop("pin_memory", None)
@@ -185,7 +191,26 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if func._schema.is_mutable and not func._schema.name.endswith("batch_norm"):
         return kwargs["out"] if "out" in kwargs else args[0] if func._schema.returns else None
     to_host = name == "_to_copy" and target is not None and target.type == "cpu"
-    return result if to_host else tree_map_only(torch.Tensor, There, result)
+    return result if to_host else _outer(result)
+
+
+def _inner(value: Any, there: list[There], here: list[torch.Tensor]) -> Any:
+    """What a value is on the host; tensors of both places are added to the lists."""
+    if isinstance(value, torch.Tensor):
+        if isinstance(value, There):
+            there.append(value)
+            return value.inner
+        here.append(value)
+        return value
+    if type(value) in (list, tuple):
+        return [_inner(part, there, here) for part in value]
+    return value
+
+
+def _outer(result: Any) -> Any:
+    if isinstance(result, torch.Tensor):
+        return There(result)
+    return type(result)(map(_outer, result)) if type(result) in (list, tuple) else result
 
 
 def _empty_strided(size: Any, stride: Any, dtype: Any = None, **_: Any) -> torch.Tensor:

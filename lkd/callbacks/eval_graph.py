@@ -1,0 +1,136 @@
+"""Validation on a GPU as captured graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from torchmetrics import Metric
+
+from lkd.callbacks.step_graph import constants_of
+from lkd.capture import Capture, copy_into, signature
+from lkd.types import Batch
+
+_TOLERANCE = 1e-5
+
+
+class _Captured(NamedTuple):
+    """A captured update: what it reads, how to replay it, and the metrics that it updates."""
+
+    batch: Batch
+    replay: Callable[[], Any]
+    updated: list[Metric]
+
+
+class EvalGraph:
+    """Captures how a module measures one validation batch, once for each shape of a batch, and replays it.
+
+    Networks and metrics run in the graph. The states of the metrics have fixed addresses while validation runs. Before a
+    graph is used, a replay and an ordinary update from the same states must agree; if they do not, or the update cannot
+    be captured (a metric that keeps lists, or waits for the device), validation goes on without graphs.
+
+    Args:
+        module: A `ClassificationModule`.
+        capture: How the device captures.
+    """
+
+    def __init__(self, module: Any, capture: Capture) -> None:
+        self.module, self.capture = module, capture
+        self._is_possible = True
+        self._graphs: dict[tuple[Any, ...], _Captured] = {}
+        self._states: list[tuple[Metric, str, Tensor]] = []
+        self._constants: tuple[Any, ...] = ()
+
+    def begin(self) -> None:
+        """Look at what the graphs depend on before a validation: in training, anything may have changed."""
+        constants = constants_of(self.module)
+        if constants != self._constants:
+            self._graphs, self._constants = {}, constants
+
+    def update(self, metrics: Mapping[str, Metric], batch: Batch) -> bool:
+        """Measure one batch.
+
+        Args:
+            metrics: The metrics of the stage, by name.
+            batch: The batch.
+
+        Returns:
+            Whether that was done; otherwise an ordinary update is due.
+        """
+        if not self._is_possible:
+            return False
+        name = signature(batch)
+        if name not in self._graphs:
+            self._try_capture(metrics, batch, name)
+        if name not in self._graphs:
+            return False
+        captured = self._graphs[name]
+        self._fix_states()
+        copy_into(captured.batch, batch)
+        captured.replay()
+        for metric in captured.updated:  # what torchmetrics notes of an update
+            metric._update_count += 1
+            metric._computed = None
+        return True
+
+    def _fix_states(self) -> None:
+        """Let the metrics keep their states in the memory that the graphs use: a reset gives them new tensors."""
+        for metric, name, static in self._states:
+            current = getattr(metric, name)
+            if current is not static:
+                static.copy_(current)
+                setattr(metric, name, static)
+
+    def _try_capture(self, metrics: Mapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> None:
+        counts = {metric: metric._update_count for metric in metrics.values()}
+        try:
+            reason = self._capture_and_check(metrics, batch, name)
+        except Exception as error:  # whatever the update of a user raises: the ordinary update raises it again
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        for metric, count in counts.items():
+            metric._update_count = count
+        if reason:
+            self._is_possible, self._graphs = False, {}
+            rank_zero_warn(f"validation runs without graphs ({reason})")
+
+    def _capture_and_check(self, metrics: Mapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> str:
+        if not self._states:
+            self._states = [
+                (metric, state, getattr(metric, state)) for metric in metrics.values() for state in metric._defaults
+            ]
+        if kept := [type(metric).__name__ for metric, _, state in self._states if not isinstance(state, Tensor)]:
+            return f"{kept[0]} keeps lists"
+        self._fix_states()
+        before = [state.clone() for _, _, state in self._states]
+        data = getattr(self.module.trainer, "datamodule", None)
+        is_static = getattr(data, "is_static", lambda batch: False)(batch)
+        static = batch if is_static else tree_map_only(Tensor, torch.clone, batch)
+        counts = {metric: metric._update_count for metric in metrics.values()}
+
+        def update() -> None:
+            self.module.update_metrics(metrics, static)
+            self._fix_states()
+
+        self.capture.warm_up(update)
+        updated = [metric for metric, count in counts.items() if metric._update_count > count]
+        usual = self._states_then_back_to(before)
+        _, replay = self.capture.capture(update)
+        self._states_then_back_to(before)
+        replay()
+        found = self._states_then_back_to(before)
+        pairs = zip(usual, found, strict=True)
+        if not all(torch.allclose(a.double(), b.double(), rtol=_TOLERANCE, equal_nan=True) for a, b in pairs):
+            return "a replay differs from an ordinary update"
+        self._graphs[name] = _Captured(static, replay, updated)
+        return ""
+
+    def _states_then_back_to(self, before: list[Tensor]) -> list[Tensor]:
+        """The states as they are; afterwards they are as before."""
+        found = [state.clone() for _, _, state in self._states]
+        for (_, _, state), old in zip(self._states, before, strict=True):
+            state.copy_(old)
+        return found

@@ -1,0 +1,47 @@
+"""Every method's overlay trains on the pretended device, by a graph, with the bits of the CPU's ordinary steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tests.pretended.device import NAME
+from tests.pretended.runs import differences, fit, overlay, trained
+from tests.test_configs import FOLDER, OVERLAYS, _contains, _tree
+
+HOST_BATCHES = {
+    "mlkd": "RandAugment chooses the operations for its images on the host",
+    "noisy_student": "RandAugment chooses the operations for its images on the host",
+}
+"""Overlays whose batches are made without a graph, with the reason. Their steps are graphs all the same."""
+
+
+@pytest.mark.parametrize("name", OVERLAYS["methods"])
+def test_a_methods_overlay(name: str, pretended, capfd, recwarn) -> None:
+    Path("data").mkdir()
+    Path("data/unlabelled").symlink_to(Path(_tree(10)).resolve())
+    with sdpa_kernel(SDPBackend.MATH):  # the CPU's own attention kernel rounds otherwise
+        usual = fit("cpu", "cpu", *overlay(name))
+        capfd.readouterr()
+        graph = fit("gpu", NAME, *overlay(name))
+    assert "whole step as a CUDA graph" in capfd.readouterr().out
+    warned = [str(warning.message) for warning in recwarn if "graph" in str(warning.message)]
+    assert all("batches are made without a graph" in text for text in warned), warned
+    assert bool(warned) == (name in HOST_BATCHES)
+    assert not differences(trained(usual), trained(graph))
+    _keeps_its_settings(name)
+
+
+def _keeps_its_settings(name: str) -> None:
+    (saved,) = Path("cpu").rglob("config.yaml")
+    resolved = yaml.safe_load(saved.read_text())
+    given = yaml.safe_load((FOLDER / "methods" / f"{name}.yaml").read_text())
+    for key, value in given.get("model", {}).get("init_args", {}).items():
+        assert _contains(resolved["model"]["init_args"][key], value), key
+
+
+def test_exceptions_are_overlays() -> None:
+    assert set(HOST_BATCHES) <= set(OVERLAYS["methods"])
