@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu --check [--jobs 8] [--minutes 4] [--only WORD ...] [--out FILE]
     python -m benchmarks.gpu --speed [--images FOLDER] [--teacher FILE] [--minutes 5] [--only WORD ...] [--out FILE]
-    python -m benchmarks.gpu --full --images FOLDER --teacher FILE [--epochs 240] [--seconds 540] [-- FLAGS OF LKD FIT]
+    python -m benchmarks.gpu --full --images FOLDER --teacher FILE [--epochs 240] [--seconds 480] [-- FLAGS OF LKD FIT]
 
 `--check` trains with every overlay of configs/methods and compares the GPU with the CPU, a CUDA graph with none, a
 resumed run with a whole one, and cached logits with computed ones; it runs all commands, and strategies for several
@@ -21,6 +21,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import pty
 import re
 import shlex
 import statistics
@@ -36,7 +37,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from itertools import count
 from pathlib import Path
-from subprocess import PIPE, Popen
+from subprocess import DEVNULL, Popen
 from typing import Any
 
 from benchmarks.pacing import Row
@@ -47,8 +48,6 @@ WORK = "benchmarks.gpu_loops"
 PRELOADED = [WORK, "lkd.cli", "lkd.losses", "lkd.datamodules", "lkd.modules", "sklearn.datasets", "timm"]
 PATIENCE = 200.0
 """Seconds until a process that does not answer is given up."""
-ON_CPU = ["--trainer.accelerator=cpu", "--speed.channels_last=false"]
-"""Settings of runs on the CPU: with AVX2 alone, torch 2.14 gets gradients of some channels-last convolutions wrong."""
 METHODS = ("at", "dkd", "crd", "reviewkd", "rkd", "sp", "fitnet", "mgd", "dist", "nkd")
 FASTEST = "bare loop, bf16, CUDA graph, compiled, teacher folded"
 GRAPHED = "bare loop, bf16, CUDA graph, teacher folded"
@@ -230,7 +229,7 @@ class Worker:
     def close(self) -> None:
         """End the process: an idle one ends by itself, any other is killed."""
         self._pipe.close()
-        self.process.join(0.0 if self.pending else 2.0)
+        self.process.join(0.0 if self.pending else 1.0)
         self.process.kill()
         self.process.join()
 
@@ -409,14 +408,17 @@ class Utilization:
         self.samples: list[tuple[float, float]] = []
         command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
         self._process = None
+        ours, theirs = pty.openpty()  # to a pipe, lines would come late
         with suppress(OSError):
-            self._process = Popen(command, stdout=PIPE, text=True)
-            threading.Thread(target=self._read, daemon=True).start()
+            self._process = Popen(command, stdout=theirs, stderr=DEVNULL)
+            threading.Thread(target=self._read, args=(ours,), daemon=True).start()
+        os.close(theirs)
 
-    def _read(self) -> None:
-        for line in self._process.stdout:
-            with suppress(ValueError):
-                self.samples.append((time.monotonic(), float(line)))
+    def _read(self, terminal: int) -> None:
+        with suppress(OSError), os.fdopen(terminal) as lines:  # reading ends with an error
+            for line in lines:
+                if line.strip().isdecimal():
+                    self.samples.append((time.monotonic(), float(line)))
 
     def since(self, begin: float) -> list[float]:
         """The samples from some time on."""
@@ -426,6 +428,7 @@ class Utilization:
         """End nvidia-smi."""
         if self._process:
             self._process.kill()
+            self._process.wait()
 
 
 @dataclass
@@ -463,12 +466,10 @@ class Bench:
             f"--config={self.folder}/images.yaml",
             f"--data.init_args.batch_size={size}",
             f"--model.init_args.teacher_ckpt={self.folder}/teacher.pth",
-            *(["--trainer.accelerator=gpu"] if self.options.device == "cuda" else ON_CPU),
-            *("--trainer.devices=1", "--trainer.num_sanity_val_steps=0"),
             *("--trainer.max_epochs=10000", "--trainer.check_val_every_n_epoch=10000"),
         ]
         place = self.folder / re.sub(r"\W+", "_", name)
-        arguments = {"settings": [*first, *settings, *always], "folder": str(place)}
+        arguments = {"settings": [*first, *settings, *always], "folder": str(place), "device": self.options.device}
         warm_up = self._warm(20) + kept * (self.about["number"] * 9 // 10 // size)
         flops = 3 * flops["student"] + flops["teacher"] * (not kept)
         return GpuRow(
@@ -618,7 +619,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--round", type=float, default=0.6, help="seconds that a row trains for in a round")
     parser.add_argument("--number", type=int, default=50_000, help="generated images")
     parser.add_argument("--epochs", type=int, default=240)
-    parser.add_argument("--seconds", type=int, default=540, help="when a full run is stopped")
+    parser.add_argument("--seconds", type=int, default=480, help="when a full run is stopped")
     args, dashes = sys.argv[1:], "--" in sys.argv
     flags = args[args.index("--") + 1 :] if dashes else []
     options = parser.parse_args(args[: args.index("--")] if dashes else args)
@@ -636,9 +637,11 @@ def prepared(options: argparse.Namespace, folder: Path) -> tuple[Any, dict[str, 
     They are forked from one that has imported everything. Where CUDA does not start in such a process, each is a new
     one, which takes longer.
     """
-    timed = options.speed or options.full
-    arguments = {"device": options.device, "folder": str(folder), "number": options.number if timed else 160}
-    arguments |= {name: getattr(options, name) if timed else None for name in ("images", "teacher")}
+    arguments = {"device": options.device, "folder": str(folder), "teacher": options.teacher, "images": None}
+    if options.speed:
+        arguments["images"] = options.images
+    generated = options.speed or (options.full and not options.images)
+    arguments["number"] = options.number if generated else 160
     for method in ("forkserver", "spawn"):
         context = multiprocessing.get_context(method)
         context.set_forkserver_preload(PRELOADED)

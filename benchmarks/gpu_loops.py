@@ -676,7 +676,7 @@ class Paced(L.Callback):
         Pace.current.step(trainer.datamodule.batch_size)
 
 
-def lkd_fit(pace: GpuPace, settings: list[str], folder: str) -> None:
+def lkd_fit(pace: GpuPace, settings: list[str], folder: str, device: str) -> None:
     """`lkd fit` as its users run it, in a terminal: TensorBoard, progress bar, metrics and checkpoints on."""
     from lkd.__main__ import main
 
@@ -684,5 +684,6 @@ def lkd_fit(pace: GpuPace, settings: list[str], folder: str) -> None:
     os.chdir(folder)
     in_a_terminal("log.txt")
     pace.log = Path("log.txt")
-    code = main(["fit", *settings, "--trainer.callbacks+=benchmarks.gpu_loops.Paced", "--debug"])
+    paced = "--trainer.callbacks+=benchmarks.gpu_loops.Paced"
+    code = main(["fit", *settings, *trained_on(device), paced, "--debug"])
     raise RuntimeError(f"lkd fit ended with exit code {code}")

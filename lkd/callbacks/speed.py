@@ -100,7 +100,8 @@ class Speed(L.Callback):
         """Lay the weights out, before there are optimizers and processes that look at them."""
         self._said = [str(trainer.precision)]
         if isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
-            trainer.datamodule.uses_graphs = self.graph == "auto"  # type: ignore[attr-defined]
+            # Elsewhere each batch is made once.
+            trainer.datamodule.uses_graphs = stage == "fit" and self.graph == "auto"  # type: ignore[attr-defined]
         gpu = devices.is_gpu(trainer.strategy.root_device)
         wanted = self.channels_last
         if wanted is None:

@@ -136,10 +136,13 @@ def _as_now(tree: Any) -> Any:
         return tree_map_only(torch.Tensor, torch.Tensor.detach, tree)
 
 
-def _is_view(func: Any) -> bool:
+def _is_view(func: Any, args: Any, result: Any) -> bool:
     """Whether the results are memory of the arguments, which needs no second execution."""
-    returns = func._schema.returns
-    return bool(returns) and not func._schema.is_mutable and all(one.alias_info is not None for one in returns)
+    if func._schema.is_mutable:
+        return False
+    places = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+    made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    return bool(made) and all(leaf.untyped_storage().data_ptr() in places for leaf in made)
 
 
 def _wait(name: str) -> None:
@@ -167,6 +170,8 @@ def _makes_wait(name: str, args: Any, kwargs: Any, target: torch.device | None, 
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    if func is torch.ops.aten.to.dtype_layout and kwargs.get("device") != args[0].device:
+        func = torch.ops.aten._to_copy.default  # in inference mode, a move between devices arrives like this
     target = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     there: list[There] = []
     here: list[torch.Tensor] = []
@@ -186,7 +191,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         kwargs_["device"] = torch.device("cpu")
     kwargs_.pop("pin_memory", None)
     result = func(*args_, **kwargs_)
-    if _tape is not None and not _is_view(func):
+    if _tape is not None and not _is_view(func, args_, result):
         _tape.append((func, *_as_now((args_, kwargs_)), tree_leaves(_as_now(result))))
     if func._schema.is_mutable and not func._schema.name.endswith("batch_norm"):
         return kwargs["out"] if "out" in kwargs else args[0] if func._schema.returns else None

@@ -1,0 +1,110 @@
+"""Every command and every complete config on the pretended device, with the CPU's results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+
+from lkd import models
+from lkd.__main__ import main
+from tests.pretended.device import NAME
+from tests.pretended.runs import SHORT, differences, fit, trained
+from tests.test_configs import BEFORE, COMPLETE, FOLDER, _tree
+
+ON = f"--trainer.accelerator={NAME}"
+KD = ["--config", "digits/kd", "--data.init_args.batch_size=16"]
+
+
+@pytest.mark.parametrize("config", COMPLETE)
+def test_complete_configs(config: str, pretended, capfd) -> None:
+    settings = ["--data.init_args.batch_size=8"]
+    if "data_free" in config:  # DeepInversion makes its images on the device
+        settings += [f"--data.init_args.extra.init_args.{name}" for name in ("number=20", "steps=2")]
+    if config.startswith("cifar10"):
+        settings += [f"--data.init_args.root={_tree(10)}", "--data.init_args.val_size=10"]
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+    for earlier in BEFORE.get(config, []):
+        assert main(["fit", "--config", earlier, *settings, *short, "--trainer.accelerator=cpu"]) == 0
+    if config.startswith("cifar10") and "teacher_ckpt: runs" in (FOLDER / config).read_text():
+        torch.save(models.resnet56(num_classes=10, shortcut="A").state_dict(), "teacher.pth")
+        settings += ["--model.init_args.teacher_ckpt=teacher.pth"]
+        if "data_free" in config:
+            settings += ["--data.init_args.extra.init_args.network.init_args.path=teacher.pth"]
+    capfd.readouterr()
+    fit("there", NAME, "--config", config, *settings, *short)
+    assert "whole step as a CUDA graph" in capfd.readouterr().out
+
+
+def test_validate_test_and_predict(pretended, capfd) -> None:
+    fit("run", "cpu", *KD)
+    (path,) = Path("run").rglob("last.ckpt")
+    lines = {}
+    for command in ("validate", "test", "predict"):
+        for place in ("cpu", NAME):
+            capfd.readouterr()
+            where = [f"--trainer.accelerator={place}", "--trainer.precision=32-true", "--speed.channels_last=false"]
+            assert main([command, *KD, "--ckpt_path", str(path), *where]) == 0
+            said = capfd.readouterr().out
+            measured = [line for line in said.splitlines() if "/acc" in line or "/loss" in line]
+            lines[command, place] = measured if command != "predict" else Path("predictions.csv").read_text()
+            assert lines[command, place]
+        assert lines[command, "cpu"] == lines[command, NAME]
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_a_run_resumed_in_mid_epoch(stop: int, pretended) -> None:
+    """Stopped after an ordinary step or replays, the run ends with the bits of one that was not, and of the CPU's."""
+    long = [*KD, "--trainer.limit_train_batches=4", "--trainer.max_epochs=3"]
+    usual = fit("cpu", "cpu", *long)
+    whole = fit("whole", NAME, *long)
+    fit("parts", NAME, *long, f"--trainer.max_steps={stop}")
+    (last,) = Path("parts").rglob("last.ckpt")
+    parts = fit("parts", NAME, *long, "--ckpt_path", str(last))
+    assert not differences(trained(whole), trained(parts))
+    assert not differences(trained(usual), trained(parts))
+
+
+def test_a_checkpoint_has_tensors_of_the_cpu(pretended) -> None:
+    checkpoint = fit("run", NAME, *KD)
+    assert all(type(tensor) is torch.Tensor for tensor in checkpoint["state_dict"].values())
+    assert checkpoint["state_dict"]["model.conv1.weight"].device.type == "cpu"
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_cached_logits(top_k: int | None, pretended, capfd) -> None:
+    """The run that fills the cache, one that reads it, and the CPU's have the same bits."""
+    cached = [*KD, "--teacher_cache.versions=2", "--trainer.max_epochs=5", "--trainer.limit_train_batches=1.0"]
+    cached += ["--data.init_args.batch_size=200", *([] if top_k is None else [f"--teacher_cache.top_k={top_k}"])]
+    usual = fit("cpu", "cpu", *cached, "--teacher_cache.folder=cpu_cache")
+    fills = fit("fills", NAME, *cached, "--teacher_cache.folder=cache")
+    capfd.readouterr()
+    reads = fit("reads", NAME, *cached, "--teacher_cache.folder=cache")
+    assert "2 of 2 versions are kept" in capfd.readouterr().out
+    assert not differences(trained(usual), trained(fills))
+    assert not differences(trained(fills), trained(reads))
+
+
+def test_compare_export_and_layers(pretended, monkeypatch) -> None:
+    for seed in (0, 1):
+        fit(f"seed{seed}", NAME, *KD, f"--seed_everything={seed}")
+    one, two = (str(next(Path(f"seed{seed}").rglob("version_0"))) for seed in (0, 1))
+    for place in ("cpu", NAME):
+        quick = ["--seconds=0.01", "--batch_sizes=[1]", f"--output={place}", f"--accelerator={place}"]
+        assert main(["compare", f"one={one}", f"two={two}", *quick]) == 0
+    usual, there = (json.loads(next(Path(place).rglob("comparison.json")).read_text()) for place in ("cpu", NAME))
+    for name in ("one", "two", "teacher"):
+        assert usual["networks"][name]["figures"] == there["networks"][name]["figures"]
+    monkeypatch.setattr(_AcceleratorConnector, "_choose_auto_accelerator", lambda *_: NAME)  # as on a machine with a GPU
+    assert main(["export", one, "--format=safetensors,torch", "--output=exported", "--images=50"]) == 0
+    assert {".safetensors", ".pt2", ".md"} <= {path.suffix for path in Path("exported").iterdir()}
+    assert main(["layers", "--config", "digits/kd"]) == 0
+
+
+def test_a_sweep(pretended) -> None:
+    args = ["--trials=2", "--space=sweep/temperature_weight", ON, "--trainer.max_epochs=1", *SHORT[1:]]
+    assert main(["sweep", "--config", "digits/kd", *args]) == 0
+    assert list(Path("runs").rglob("best.yaml"))
