@@ -484,24 +484,23 @@ class Bench:
         bare, lkd, kept = self.bare, self.lkd, "--teacher_cache.versions=1"
         yield bare("fp32", reduced=True)
         yield bare("bf16", "bf16")
-        for name, how in (("", ()), (", teacher folded", ("folded",)), (", logits at hand", ("kept",))):
-            for compiled, group in (((), 0), (("compiled",), 1)):
-                title = f"bf16, CUDA graph{', compiled' * bool(compiled)}{name}"
-                yield bare(title, "bf16", "graph", *how, *compiled, group=group, reduced=not (how or compiled))
+        for name, how in (("", []), (", teacher folded", ["folded"]), (", logits at hand", ["kept"])):
+            yield bare(f"bf16, CUDA graph{name}", "bf16", "graph", *how, reduced=not how)
+            yield bare(f"bf16, CUDA graph, compiled{name}", "bf16", "graph", "compiled", *how, group=1)
         yield bare("bf16, compiled", "bf16", "compiled", group=1)
-        yield lkd("eager", "--speed.graph=off", "--speed.compile=off", bare="bare loop, bf16", reduced=True)
+        eager, compiled = "bare loop, bf16", "bare loop, bf16, compiled"
+        yield lkd("eager", "--speed.graph=off", "--speed.compile=off", bare=eager, reduced=True)
         yield lkd("graph", "--speed.compile=off")
-        at_hand = "bare loop, bf16, CUDA graph, logits at hand"
+        at_hand = f"{eager}, CUDA graph, logits at hand"
         yield lkd("graph, cached logits", "--speed.compile=off", kept, bare=at_hand, reduced=True)
-        compiled = "bare loop, bf16, compiled"
         yield lkd("defaults", bare=FASTEST, group=1)
-        yield lkd("graph, compiled", "--speed.compile=default", bare=FASTEST, group=1)
-        at_hand = at_hand.replace("graph", "graph, compiled")
+        at_hand = f"{eager}, CUDA graph, compiled, logits at hand"
         yield lkd("graph, compiled, cached logits", "--speed.compile=default", kept, bare=at_hand, group=1)
         yield lkd("graph off", "--speed.graph=off", bare=compiled, group=1)
-        yield lkd("compiled, graph off", "--speed.graph=off", "--speed.compile=default", bare=compiled, group=1)
         reduce = ["--speed.graph=off", "--speed.compile=reduce-overhead"]
         yield lkd("reduce-overhead, graph off", *reduce, bare=FASTEST, group=1)
+        yield lkd("graph, compiled", "--speed.compile=default", bare=FASTEST, group=1)
+        yield lkd("compiled, graph off", "--speed.graph=off", "--speed.compile=default", bare=compiled, group=1)
         yield from self._methods()
         for size in (64, 512):
             name = f"bf16, CUDA graph, compiled, teacher folded, batch size {size}"
@@ -574,7 +573,7 @@ class Bench:
         else:
             theirs = first.speeds[-len(row.speeds) :]
             ratios = [one / other for one, other in zip(row.speeds, theirs, strict=False)]
-            measured = {"speeds": row.speeds, "ratios": ratios, "batch": row.batch, "flops": row.flops}
+            measured: dict[str, Any] = {"speeds": row.speeds, "ratios": ratios, "batch": row.batch, "flops": row.flops}
             measured |= {"memory": row.peak / 1e6, "start_up": row.start_up, "bare": row.bare}
             measured["busy"] = statistics.mean(row.busy) if row.busy else None
             self.report.add("speed", row.name, "ok", row.step, **measured)
@@ -631,7 +630,7 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def prepared(options: argparse.Namespace, folder: Path) -> tuple[Any, dict[str, Any]]:
+def prepared(options: argparse.Namespace, folder: Path, report: Report) -> tuple[Any, dict[str, Any]]:
     """How processes are started, and what `prepare` in benchmarks/gpu_loops.py has found.
 
     They are forked from one that has imported everything. Where CUDA does not start in such a process, each is a new
@@ -645,14 +644,11 @@ def prepared(options: argparse.Namespace, folder: Path) -> tuple[Any, dict[str, 
     for method in ("forkserver", "spawn"):
         context = multiprocessing.get_context(method)
         context.set_forkserver_preload(PRELOADED)
-        worker = Worker(context, str(folder), os.cpu_count() or 1)
-        try:
-            ((_, outcome, remark, trace),) = worker.run(method, Job("machine", f"{WORK}:prepare", arguments))
-        finally:
-            worker.close()
-        if outcome == "ok":
-            return context, json.loads(remark)
-        print(f"processes by {method}: {remark}\n{trace}", file=sys.stderr)
+        workers = Workers(context, f"{folder}/by_{method}", 1, report)
+        with suppress(OSError, EOFError):
+            if workers.run([Job(f"processes by {method}", f"{WORK}:prepare", arguments, part="preparation")]):
+                row = report.rows["preparation", f"processes by {method}: preparation"]
+                return context, json.loads(row["remark"])
     sys.exit("the machine cannot be used")
 
 
@@ -666,7 +662,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         folder = Path(place)
         os.environ["LKD_CACHE"] = f"{folder}/cache"
-        context, about = prepared(options, folder)
+        context, about = prepared(options, folder, report)
         options.device = about["device"]
         for part, minutes in (("check", 4.0), ("speed", 5.0), ("full", 0.0)):
             if not getattr(options, part):
@@ -680,7 +676,7 @@ def main() -> int:
             jobs = check_jobs(options.device, options.reduced) if part == "check" else [full_job(options, folder)]
             chosen = [job for job in jobs if part == "full" or any(word in job.name for word in options.only)]
             limit = deadline if part == "check" else float("inf")
-            well &= Workers(context, str(folder), options.jobs, report, limit).run(chosen)
+            well &= Workers(context, f"{folder}/{part}", options.jobs, report, limit).run(chosen)
     return 0 if well else 1
 
 

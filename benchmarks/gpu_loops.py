@@ -81,7 +81,7 @@ def serve_checks(pipe: Connection, folder: str, threads: int) -> None:
         except EOFError:
             return
         place = Path(folder, f"check_{number}")
-        place.mkdir()
+        place.mkdir(parents=True)
         os.chdir(place)
         os.environ["LKD_CACHE"] = str(place / "cache")
         with Path("log.txt").open("w") as log:

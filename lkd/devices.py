@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lkd.capture import Capture, CudaCapture
 
@@ -59,6 +60,22 @@ def compiles_well(device: torch.device) -> bool:
         device: Any device.
     """
     return is_gpu(device) or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
+
+
+def breaks_channels_last(network: nn.Module, device: torch.device) -> bool:
+    """Whether a convolution of a network damages memory on a device if its weights have the channels last.
+
+    Without AVX-512, oneDNN 3.12 (in torch 2.14) writes past its buffers in 1x1 convolutions with a stride that have
+    fewer than 8 input channels: results are wrong, or the process aborts.
+
+    Args:
+        network: Any module.
+        device: Any device.
+    """
+    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return False
+    convolutions = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    return any(max(c.kernel_size) == 1 < max(c.stride) and c.in_channels // c.groups < 8 for c in convolutions)
 
 
 def has_fused_optimizers(device: torch.device) -> bool:

@@ -20,6 +20,9 @@ class ProgressBar(RichProgressBar):
         super().__init__(refresh_rate=round(1 / _EVERY))
         self._start = (0.0, 0)
         self._shown = 0.0
+        self._in_step = False
+        self._metrics: dict[str, Any] = {}
+        self._flushes: int | None = None  # of the module, when the metrics were read
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock."""
@@ -30,12 +33,16 @@ class ProgressBar(RichProgressBar):
         """Move the bar, a few times a second."""
         now = time.monotonic()
         if now - self._shown >= _EVERY or trainer.is_last_batch:
-            self._shown = now
+            self._shown, self._in_step = now, True
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._in_step = False
 
     def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         """What is shown behind the bar."""
-        metrics: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
+        flushes = getattr(pl_module, "flushes", None)
+        if not self._in_step or flushes is None or flushes != self._flushes:  # to read them is to wait for a GPU
+            self._metrics, self._flushes = dict(super().get_metrics(trainer, pl_module)), flushes
+        metrics = dict(self._metrics)
         metrics.pop("v_num", None)
         since, first_step = self._start
         done, steps = trainer.global_step - first_step, trainer.estimated_stepping_batches - trainer.global_step

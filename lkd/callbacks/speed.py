@@ -108,6 +108,9 @@ class Speed(L.Callback):
             wanted = (not gpu or str(trainer.precision).startswith(("16", "bf16"))) and not _reads_by_its_own(pl_module)
             wanted = wanted and not isinstance(trainer.strategy, _SHARDING)
         networks = [getattr(pl_module, name) for name in getattr(pl_module, "network_names", ())]
+        if wanted and any(devices.breaks_channels_last(network, trainer.strategy.root_device) for network in networks):
+            self._said.append("channels first (with channels last a 1x1 convolution damages memory on this CPU)")
+            return
         if not wanted or not sum(_lay_out(network, torch.channels_last) for network in networks):
             return
         try:
@@ -226,6 +229,8 @@ class Speed(L.Callback):
         capture = devices.step_capture(trainer.strategy.root_device)
         if capture is None:
             return
+        for optimizer in trainer.optimizers:
+            _keep_on_device(optimizer)
         own = f"torch.compile's {self.compile} has graphs of its own" if self.compile in _WITH_GRAPHS else ""
         reason = "off" if self.graph == "off" else own or obstacle(trainer, module)
         self._said.append(f"no CUDA graph ({reason})" if reason else "whole step as a CUDA graph")
@@ -335,6 +340,17 @@ def _fuse(optimizer: Any, precision: str) -> bool:
     for group in groups:
         group["fused"] = True
     return True
+
+
+def _keep_on_device(optimizer: Any) -> None:
+    """Let an optimizer of PyTorch's count its steps on the device, if it can and has not begun: so it can be captured.
+
+    With graphs or without: a run is the same.
+    """
+    if type(optimizer).__module__.startswith("torch.optim.") and not optimizer.state:
+        for group in optimizer.param_groups:
+            if "capturable" in group and not group.get("fused"):
+                group["capturable"] = True
 
 
 def _keep_memory() -> bool:

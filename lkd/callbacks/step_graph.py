@@ -24,7 +24,8 @@ _WITHIN_STEP = ("on_before_zero_grad", "on_before_backward", "on_after_backward"
 
 _OF_MODULE = ("training_step", "backward", "optimizer_step", "optimizer_zero_grad", *_WITHIN_STEP)
 _PLAIN = (bool, int, float, str)
-_OF_ANY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+_NOT_READ = (frozenset(vars(nn.Module())) - {"training"}) | {"flushes"}
+"""Attributes of modules that are no numbers, or that no step reads."""
 
 _TOLERANCE = 1e-5
 """Relative difference between a replay and an ordinary step that is rounding: the graph's learning rate is a float32."""
@@ -165,6 +166,9 @@ class StepGraph:
             self._give_up(reason)
             return
         device = _device(self._optimizer)
+        if any(tensor.device != device for tensor in self._state()):
+            self._give_up(f"{type(self._optimizer).__name__} or the module keeps part of its state on another device")
+            return
         random, before = devices.rng_states(device), Snapshot(self._state())
         try:
             reason = self._capture_and_check(batch, before, random)
@@ -318,7 +322,7 @@ def _numbers(part: nn.Module, public: bool = False) -> tuple[Any, ...]:
     return tuple(
         (name, _plain(value))
         for name, value in vars(part).items()
-        if name not in _OF_ANY_MODULE and not (public and name.startswith("_"))
+        if name not in _NOT_READ and not (public and name.startswith("_"))
     )
 
 

@@ -103,6 +103,9 @@ class ClassificationModule(L.LightningModule):
         label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
         model_ckpt: File with weights to start from: anything that `lkd.models.load_weights` reads.
 
+    Attributes:
+        flushes: How many times curves of the training were read from the device and logged.
+
     Raises:
         ValueError: If `label_smoothing` is out of range, or the file's weights do not fit.
     """
@@ -135,6 +138,7 @@ class ClassificationModule(L.LightningModule):
         self._meter = Meter()
         self._kept_facts: dict[str, Any] = {}  # what a checkpoint tells of the data
         self._watched: dict[str, Tensor] = {}
+        self.flushes = 0
         self._replays = False  # whether the current step is a replay of `step_graph`
 
     def __init_subclass__(cls, **settings: Any) -> None:
@@ -324,13 +328,14 @@ class ClassificationModule(L.LightningModule):
         means = self._meter.means(self._gather)
         if not means:  # a training_step of the user's own, which logs for itself
             return
+        self.flushes += 1
         means["acc"] = means.pop("correct answers") / max(means.pop("labelled images"), 1e-9)
         curves = {f"train/{name}": mean for name, mean in means.items() if not name.endswith(_LOGITS)}
-        bar = {name: curves.pop(name) for name in ("train/loss", "train/acc")}
-        self.log_dict(bar, prog_bar=True, logger=False)
-        self.log_dict(curves, logger=False)
+        # Not by `self.log`: Lightning would read what the bar shows from the device again in each of the next steps.
+        self.trainer.progress_bar_metrics.update({name: curves[name] for name in ("train/loss", "train/acc")})
+        self.trainer.callback_metrics.update({name: torch.tensor(mean) for name, mean in curves.items()})
         for logger in self.loggers:
-            logger.log_metrics({**bar, **curves}, step=self.global_step - 1)  # as Lightning counts
+            logger.log_metrics(curves, step=self.global_step - 1)  # as Lightning counts
 
     def _check_finite(self, first_bad: dict[str, int]) -> None:
         if "loss" not in first_bad:

@@ -1,0 +1,404 @@
+"""A captured step and an ordinary one agree bit by bit; what cannot be captured is found, reported, and runs as usual."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from lkd import ClassificationModule, DistillModule, SyntheticDataModule
+from lkd.callbacks import Schedule, Speed
+from lkd.callbacks.step_graph import StepGraph
+from lkd.datamodules.color import ColorJitter
+from lkd.datamodules.erasing import Cutout, RandomErasing
+from lkd.datamodules.mixing import CutMix, Mixup
+from lkd.datamodules.transforms import RandomCrop, RandomHorizontalFlip
+from lkd.datamodules.views import ClassPartner, RotatedViews
+from lkd.losses import DistillLoss
+from tests.pretended.device import NAME
+from tests.pretended.runs import differences
+
+DATA: dict[str, Any] = {
+    "num_classes": 4,
+    "input_shape": (3, 8, 8),
+    "train_size": 56,
+    "test_size": 8,
+    "val_size": 16,
+    "batch_size": 8,
+}
+
+
+@pytest.fixture
+def train(trainer, distill, pretended, monkeypatch) -> Callable[..., tuple[dict[str, Any], list[StepGraph]]]:
+    """Trains on a device; the state of module and optimizer afterwards, and the graphs of the step."""
+    made: list[StepGraph] = []
+    init = StepGraph.__init__
+
+    def noted(self: StepGraph, *args: Any) -> None:
+        init(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(StepGraph, "__init__", noted)
+
+    def run(
+        accelerator: str,
+        module: Callable[[], L.LightningModule] = distill,
+        data: dict[str, Any] | None = None,
+        callbacks: Callable[[], list[Callback]] = list,
+        speed: Speed | None = None,
+        **settings: Any,
+    ) -> tuple[dict[str, Any], list[StepGraph]]:
+        made.clear()
+        L.seed_everything(0, verbose=False)
+        engine = trainer(
+            accelerator=accelerator,
+            callbacks=[speed or Speed(channels_last=False), *callbacks()],
+            **{"max_epochs": 3, **settings},
+        )
+        trained = module()
+        engine.fit(trained, SyntheticDataModule(**{**DATA, **(data or {})}))
+        state = {
+            "weights": {name: value.cpu() for name, value in trained.state_dict().items()},
+            "measured": {name: value.cpu() for name, value in engine.callback_metrics.items()},
+            "optimizer": engine.optimizers[0].state_dict(),
+        }
+        state["optimizer"]["state"] = {
+            number: {name: value.cpu() if isinstance(value, Tensor) else value for name, value in held.items()}
+            for number, held in state["optimizer"]["state"].items()
+        }
+        return state, list(made)
+
+    return run
+
+
+@pytest.fixture
+def agree(train) -> Callable[..., StepGraph]:
+    """Trains on the CPU and by a graph, sees that both have the same bits, and returns the graph."""
+
+    def check(**settings: Any) -> StepGraph:
+        usual, _ = train("cpu", **settings)
+        replayed, (graph,) = train(NAME, **settings)
+        assert not graph.obstacle
+        assert graph.captures
+        assert not differences(usual, replayed)
+        return graph
+
+    return check
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "sgd": lambda p: SGD(p, lr=0.1),
+    "momentum": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3, nesterov=True),
+    "dampened": lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.5),
+    "not fused": lambda p: SGD(p, lr=0.1, momentum=0.9, foreach=True),
+    "adam": lambda p: Adam(p, lr=1e-2),
+    "amsgrad": lambda p: Adam(p, lr=1e-2, amsgrad=True),
+    "adamw": lambda p: AdamW(p, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name: str, agree, distill) -> None:
+    agree(module=lambda: distill(optimizer=OPTIMIZERS[name]))
+
+
+@pytest.mark.parametrize("name", ["Adadelta", "Adam", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"])
+def test_optimizers_that_can_count_their_steps_on_the_device(name: str, train, distill) -> None:
+    def module() -> DistillModule:
+        return distill(optimizer=lambda p: getattr(torch.optim, name)(p, lr=1e-3, foreach=True))
+
+    off, _ = train(NAME, module=module, speed=Speed(channels_last=False, graph="off"))
+    found, (graph,) = train(NAME, module=module)
+    assert not graph.obstacle
+    assert not differences(off, found)
+
+
+def _scheduled(distill: Any, scheduler: Any, **optimizer: Any) -> Callable[[], DistillModule]:
+    return lambda: distill(
+        optimizer=lambda p: SGD(p, **{"lr": 0.1, "momentum": 0.9, **optimizer}), lr_scheduler=scheduler
+    )
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda o: StepLR(o, step_size=1, gamma=0.3),
+        lambda o: CosineAnnealingLR(o, T_max=3),
+        lambda o: LambdaLR(o, lambda epoch: 0.9**epoch),
+    ],
+)
+def test_a_fused_optimizers_learning_rate_is_a_tensor(scheduler, agree, distill) -> None:
+    assert agree(module=_scheduled(distill, scheduler)).captures == 1
+
+
+def test_another_optimizers_learning_rate_is_captured_again(agree, distill) -> None:
+    module = _scheduled(distill, lambda o: StepLR(o, step_size=1, gamma=0.3), foreach=True)
+    assert agree(module=module).captures == 3
+
+
+class EveryStep(DistillModule):
+    """Its schedule moves in every step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._make_optimizer(self.model.parameters())
+        scheduler = OneCycleLR(optimizer, 0.2, total_steps=15, cycle_momentum=False)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def test_a_learning_rate_that_changes_in_every_step(agree, distill) -> None:
+    assert agree(module=lambda: distill(EveryStep)).captures == 1
+
+
+@pytest.mark.parametrize("shape", ["linear", "step"])
+def test_scheduled_weights_are_captured_again(shape: str, agree) -> None:
+    assert agree(callbacks=lambda: [Schedule("distill_weight", epochs=2, shape=shape)]).captures > 1
+
+
+def test_several_groups_of_parameters(agree, distill) -> None:
+    class Groups(DistillModule):
+        def configure_optimizers(self) -> Any:
+            *first, last = self.model.parameters()
+            optimizer = SGD([{"params": first, "lr": 0.01}, {"params": [last]}], lr=0.1, momentum=0.9)
+            return {"optimizer": optimizer, "lr_scheduler": StepLR(optimizer, 1, 0.5)}
+
+    assert agree(module=lambda: distill(Groups)).captures == 1
+
+
+def test_clipped_gradients(agree) -> None:
+    agree(gradient_clip_val=0.1)
+    agree(gradient_clip_val=0.01, gradient_clip_algorithm="value")
+
+
+def test_dropout_draws_as_in_ordinary_steps(agree, tiny) -> None:
+    def module() -> DistillModule:
+        student = tiny(seed=1)
+        student.fc = nn.Sequential(nn.Dropout(0.5), student.fc)
+        return DistillModule(student, tiny(seed=2), optimizer=lambda p: SGD(p, lr=0.1, momentum=0.9))
+
+    agree(module=module)
+
+
+def test_averaged_weights(agree) -> None:
+    agree(callbacks=lambda: [EMAWeightAveraging(decay=0.5, update_every_n_steps=1)])
+
+
+class Unfreezes(Callback):
+    """Freezes a layer and sets it to eval mode for an epoch."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        frozen = trainer.current_epoch == 1
+        pl_module.student.bn1.train(not frozen).requires_grad_(not frozen)
+
+
+def test_layers_that_are_frozen_meanwhile(agree) -> None:
+    assert agree(callbacks=lambda: [Unfreezes()]).captures == 3
+
+
+def test_training_with_labels_alone(agree, tiny) -> None:
+    agree(module=lambda: ClassificationModule(tiny(), optimizer=lambda p: SGD(p, lr=0.1, momentum=0.9)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"augment": [RandomCrop(1), RandomHorizontalFlip(), Cutout(2, fill=(1, 2, 3)), RandomErasing()]},
+        {"augment": [ColorJitter(0.4, 0.4, 0.4, 0.1)]},
+        {"augment": [RandomHorizontalFlip()], "mix": Mixup(0.5, p=0.5)},
+        {"mix": CutMix()},
+        {"views": RotatedViews()},
+        {"views": ClassPartner()},
+        {"label_size": 0.5},
+        {"batch_size": 100},  # one batch, smaller than a full one
+    ],
+    ids=str,
+)
+def test_batches(data: dict[str, Any], agree, recwarn) -> None:
+    agree(data=data)
+    assert not [warning for warning in recwarn if "graph" in str(warning.message)]
+
+
+def test_without_graphs_the_device_has_the_same_bits(train) -> None:
+    usual, _ = train("cpu")
+    off, graphs = train(NAME, speed=Speed(channels_last=False, graph="off"))
+    assert not graphs
+    assert not differences(usual, off)
+
+
+class Plain(L.LightningDataModule):
+    """Ordinary batches, of which the last one is smaller: it takes an ordinary step."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        image = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(image, torch.arange(20) % 4), batch_size=8)
+
+
+def test_batches_of_several_sizes_from_any_loader(trainer, distill, pretended) -> None:
+    found = []
+    for place in ("cpu", NAME):
+        L.seed_everything(0, verbose=False)
+        module = distill()
+        trainer(accelerator=place, callbacks=[Speed(channels_last=False)], max_epochs=3).fit(module, Plain())
+        found.append({name: value.cpu() for name, value in module.state_dict().items()})
+    assert not differences(*found)
+
+
+class Counts(DistillLoss):
+    """A criterion that reads a Python counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, student: Any, teacher: Any, batch: Any) -> Tensor:
+        self.calls += 1
+        loss: Tensor = student.logits.square().mean() / self.calls
+        return loss
+
+
+class CountsElsewhere(Counts):
+    """One that hides its counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = itertools.count(1)
+
+    def forward(self, student: Any, teacher: Any, batch: Any) -> Tensor:
+        loss: Tensor = student.logits.square().mean() / next(self.numbers)
+        return loss
+
+
+class Waits(DistillLoss):
+    """One that waits for the device."""
+
+    def forward(self, student: Any, teacher: Any, batch: Any) -> Tensor:
+        loss: Tensor = student.logits.square().mean()
+        return loss * (2.0 if loss.item() > 1 else 1.0)
+
+
+class Remembers(DistillLoss):
+    """One that keeps a tensor of the step before, not as a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Tensor | None = None
+
+    def forward(self, student: Any, teacher: Any, batch: Any) -> Tensor:
+        mean = student.logits.mean()
+        loss = mean.square() if self.last is None else (mean - self.last).square()
+        self.last = mean.detach()
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("criterion", "reason"),
+    [
+        (Counts, "the step changes 'calls'"),
+        (CountsElsewhere, "two ordinary steps from the same state differ in"),
+        (Waits, "_local_scalar_dense: operation not permitted while a graph is captured"),
+        (Remembers, "two ordinary steps from the same state differ in"),
+    ],
+)
+def test_planted_faults_are_found_and_the_run_goes_on(criterion, reason: str, train, distill) -> None:
+    def module() -> DistillModule:
+        return distill(criterion=criterion())
+
+    off, _ = train(NAME, module=module, speed=Speed(channels_last=False, graph="off"), max_epochs=2)
+    with pytest.warns(UserWarning, match=f"the training step runs without a graph: .*{reason}"):
+        found, (graph,) = train(NAME, module=module, max_epochs=2)
+    assert graph.obstacle
+    assert found["weights"].keys() == off["weights"].keys()
+    if criterion is Waits:  # the others had some calls more
+        assert not differences(off, found)
+
+
+class Lies:
+    """A capture whose replays do something else than what was recorded."""
+
+    scalar = torch.float64
+
+    def warm_up(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        return function(), lambda: None
+
+
+def test_a_graph_that_does_something_else_is_not_used(train, monkeypatch) -> None:
+    off, _ = train(NAME, speed=Speed(channels_last=False, graph="off"))
+    monkeypatch.setattr("lkd.devices.step_capture", lambda device: Lies())
+    with pytest.warns(UserWarning, match="a replay of the graph differs from an ordinary step in"):
+        found, _ = train(NAME)
+    assert not differences(off, found)
+
+
+class Looks(Callback):
+    """Looks at gradients within the step."""
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert next(pl_module.parameters()).grad is not None
+
+
+class OwnStep(DistillModule):
+    """A module with a step of its own."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"accumulate_grad_batches": 2}, "gradients are accumulated"),
+        ({"callbacks": lambda: [Looks()]}, "Looks uses on_after_backward"),
+        ({"detect_anomaly": True}, "detect_anomaly looks at each operation"),
+        ({"speed": Speed(graph="off")}, "off"),
+        ({"speed": Speed(compile="off", graph="off")}, "off"),
+    ],
+)
+def test_where_no_graph_is_possible_the_reason_is_given(settings: dict[str, Any], reason: str, train, capfd) -> None:
+    _, graphs = train(NAME, **settings)
+    assert not graphs
+    assert f"no CUDA graph ({reason})" in capfd.readouterr().out
+
+
+def test_a_step_of_the_users_own(train, distill, capfd) -> None:
+    train(NAME, module=lambda: distill(OwnStep))
+    assert "no CUDA graph (OwnStep has its own training_step)" in capfd.readouterr().out
+
+
+def test_numbers_that_change_in_every_step(train, distill) -> None:
+    class Restless(Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            pl_module.distill_weight = 1 / (1 + trainer.global_step)
+
+    usual, _ = train("cpu", callbacks=lambda: [Restless()])
+    with pytest.warns(UserWarning, match="numbers that the step reads change in every step"):
+        found, (graph,) = train(NAME, callbacks=lambda: [Restless()])
+    assert graph.obstacle
+    assert not differences(usual, found)
+
+
+def test_an_optimizer_that_counts_its_steps_on_the_host(train, distill) -> None:
+    def module() -> DistillModule:
+        return distill(optimizer=lambda p: torch.optim.Adagrad(p, lr=1e-2))
+
+    usual, _ = train("cpu", module=module)
+    with pytest.warns(UserWarning, match="Adagrad or the module keeps part of its state on another device"):
+        found, _ = train(NAME, module=module)
+    assert not differences(usual["weights"], found["weights"])
+
+
+def test_after_fit_the_module_is_as_before(train, distill) -> None:
+    module = distill()
+    train(NAME, module=lambda: module)
+    assert module.step_graph is None
+    assert module.eval_graph is None
