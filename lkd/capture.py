@@ -52,7 +52,7 @@ class CudaCapture:
 
     def warm_up(self, function: Callable[[], T]) -> T:
         """Run a function on a side stream, as PyTorch asks for before a capture."""
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             result = function()

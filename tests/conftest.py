@@ -26,7 +26,7 @@ def tiny() -> Callable[..., nn.Module]:
 
     def make(seed: int = 0, num_classes: int = 4, in_channels: int = 3) -> nn.Module:
         torch.manual_seed(seed)
-        return CIFARResNet(8, (8, 8, 8, 8), num_classes, in_channels)
+        return CIFARResNet(8, (4, 4, 4, 4), num_classes, in_channels)
 
     return make
 

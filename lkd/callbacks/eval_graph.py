@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
-from lkd.callbacks.step_graph import constants_of
+from lkd.callbacks.graph_constants import constants_of
 from lkd.capture import Capture, copy_into, signature
 from lkd.types import Batch
 
@@ -29,9 +29,9 @@ class _Captured(NamedTuple):
 class EvalGraph:
     """Captures how a module measures one validation batch, once for each shape of a batch, and replays it.
 
-    Networks and metrics run in the graph. The states of the metrics have fixed addresses while validation runs. Before a
-    graph is used, a replay and an ordinary update from the same states must agree; if they do not, or the update cannot
-    be captured (a metric that keeps lists, or waits for the device), validation goes on without graphs.
+    Networks and metrics run in the graph. The states of the metrics have fixed addresses while validation runs. Before
+    a graph is used, a replay and an ordinary update from the same states must agree; if they do not, or the update
+    cannot be captured (a metric that keeps lists, or waits for the device), validation goes on without graphs.
 
     Args:
         module: A `ClassificationModule`.

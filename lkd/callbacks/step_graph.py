@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -16,6 +15,15 @@ from torch.nn.utils import get_total_norm
 from torch.utils._pytree import tree_map_only
 
 from lkd import devices
+from lkd.callbacks.graph_check import Outcome, disagreement
+from lkd.callbacks.graph_constants import (
+    Watched,
+    attributes_of,
+    constants_of,
+    first_difference,
+    numbers_of,
+    plain,
+)
 from lkd.capture import Capture, Snapshot, copy_into, flat, signature
 from lkd.types import Batch
 
@@ -23,32 +31,8 @@ _WITHIN_STEP = ("on_before_zero_grad", "on_before_backward", "on_after_backward"
 """Hooks that Lightning calls within a step, where a graph has no place for them."""
 
 _OF_MODULE = ("training_step", "backward", "optimizer_step", "optimizer_zero_grad", *_WITHIN_STEP)
-_PLAIN = (bool, int, float, str)
-_NOT_READ = (frozenset(vars(nn.Module())) - {"training"}) | {"flushes"}
-"""Attributes of modules that are no numbers, or that no step reads."""
-
-_TOLERANCE = 1e-5
-"""Relative difference between a replay and an ordinary step that is rounding: the graph's learning rate is a float32."""
-
-_REPEATABLE = 1e-3
-"""Relative difference between two ordinary steps up to which the step counts as the same computation."""
-
 _MANY = 3
 """Captures in successive steps after which the step is taken for one that changes all the time."""
-
-
-class Outcome(NamedTuple):
-    """What a step did.
-
-    Attributes:
-        row: Loss, terms and counts `(C,)`.
-        norm: The norm of the gradient.
-        state: Weights, buffers and optimizer state after the step, as `flat` joins them.
-    """
-
-    row: Tensor
-    norm: Tensor
-    state: list[Tensor]
 
 
 class StepGraph:
@@ -83,8 +67,9 @@ class StepGraph:
         self._names: tuple[str, ...] = ()
         self._batch: Batch | None = None
         self._signature: tuple[Any, ...] = ()
-        self._step_token: tuple[Any, ...] = ()
-        self._epoch_token: tuple[Any, ...] = ()
+        self._watched = Watched([])
+        self._state_of_cache: Any = None
+        self._constants: tuple[Any, ...] = ()
         self._is_looked_at = False
         self._steps_in_a_row = 0
         self._rates = [
@@ -115,15 +100,15 @@ class StepGraph:
             self._try_capture(batch)
         elif self._steps_in_a_row:
             self._steps_in_a_row = 0
-        return self._replay is not None and signature(batch) == self._signature
+        return self._replay is not None and (batch is self._batch or signature(batch) == self._signature)
 
     def _is_current(self) -> bool:
         """Whether the graph's constants are still what Python says."""
         if not self._is_looked_at:
             self._is_looked_at = True
-            if self._look_everywhere() != self._epoch_token:
+            if constants_of(self.module) != self._constants:
                 return False
-        return self._look() == self._step_token
+        return self._watched.are_as_before() and self._cache_state() == self._state_of_cache
 
     def run(self, batch: Batch) -> tuple[tuple[str, ...], Tensor]:
         """Take a step.
@@ -149,13 +134,29 @@ class StepGraph:
             [(name, value) for name, value in group.items() if name != "params" and (name != "lr" or rate is None)]
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True)
         ]
-        recall = getattr(self.module, "recall", None)
-        numbers = [_numbers(part) for part in parts]
-        return _numbers(self.module, public=True), numbers, _plain(groups), getattr(recall, "state", None)
+        numbers = [numbers_of(part) for part in parts]
+        return numbers_of(self.module, public=True), numbers, plain(groups), self._cache_state()
 
-    def _look_everywhere(self) -> tuple[Any, ...]:
-        """Also numbers, modes and addresses in the networks, and which parameters train."""
-        return constants_of(self.module)
+    def _watch(self) -> Watched:
+        """The same numbers, to be compared in each step."""
+        criterion = getattr(self.module, "criterion", None)
+        parts = () if criterion is None else criterion.modules()
+        fixed = [group for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True) if rate is None]
+        moving = [
+            group for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True) if rate is not None
+        ]
+        return Watched(
+            [
+                attributes_of(self.module, public=True),
+                *map(attributes_of, parts),
+                *((group, lambda name: name != "params") for group in fixed),
+                *((group, lambda name: name not in ("params", "lr")) for group in moving),
+            ]
+        )
+
+    def _cache_state(self) -> Any:
+        """Whether and where the teacher's logits are read or written."""
+        return getattr(getattr(self.module, "recall", None), "state", None)
 
     def _try_capture(self, batch: Batch) -> None:
         self._steps_in_a_row += 1
@@ -195,13 +196,15 @@ class StepGraph:
             before.restore()
             devices.set_rng_states(device, random)
             row = function().clone()
-            gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+            gradients = [
+                p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None
+            ]
             return Outcome(row, get_total_norm(gradients), flat(before.tensors))
 
         first = trial(lambda: self.capture.warm_up(self._step))
-        numbers = self._look(), self._look_everywhere()
+        numbers = self._look(), constants_of(self.module)
         ordinary = [first, trial(lambda: self.capture.warm_up(self._step))]
-        if changed := _first_difference(numbers, (self._look(), self._look_everywhere())):
+        if changed := first_difference(numbers, (self._look(), constants_of(self.module))):
             return f"the step changes {changed}, which a graph cannot do"
         if len(self._state()) != len(before.tensors):
             return "the step creates tensors that belong to the state of the module or optimizer"
@@ -215,8 +218,9 @@ class StepGraph:
             return self._row  # type: ignore[return-value]
 
         found = trial(replayed)
-        self._step_token, self._epoch_token, self._is_looked_at = self._look(), self._look_everywhere(), True
-        return _disagreement(ordinary, found, flat(before.copies))
+        self._watched, self._state_of_cache = self._watch(), self._cache_state()
+        self._constants, self._is_looked_at = constants_of(self.module), True
+        return disagreement(ordinary, found, flat(before.copies))
 
     def _step(self) -> Tensor:
         """What Lightning does for one batch, and the values of its curves `(C,)`."""
@@ -227,7 +231,9 @@ class StepGraph:
         optimizer.zero_grad()
         module.backward(values["loss"])
         module.configure_gradient_clipping(
-            optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm  # type: ignore[attr-defined]
+            optimizer,
+            trainer.gradient_clip_val,
+            trainer.gradient_clip_algorithm,
         )
         optimizer.step()
         _keep_in_place(module, buffers)
@@ -252,19 +258,6 @@ class StepGraph:
         finally:
             for group, rate in zip(groups, own, strict=True):
                 group["lr"] = rate
-
-
-def constants_of(module: Any) -> tuple[Any, ...]:
-    """What a graph takes for constant in the networks of a module: numbers, modes, addresses, and what trains.
-
-    Args:
-        module: A `ClassificationModule`.
-    """
-    networks = [getattr(module, name) for name in module.network_names]
-    layers = [layer for network in networks for layer in network.modules()]
-    tensors = chain.from_iterable(chain(network.parameters(), network.buffers()) for network in networks)
-    places = [(id(tensor), tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
-    return [_numbers(layer) for layer in layers], places, id(getattr(module, "teacher_taps", None))
 
 
 def obstacle(trainer: L.Trainer, module: Any) -> str:
@@ -306,39 +299,8 @@ def _device(optimizer: torch.optim.Optimizer) -> torch.device:
     return device
 
 
-def _plain(value: Any) -> Any:
-    """The numbers and texts in a value; `None` in place of everything else."""
-    if type(value) in _PLAIN:
-        return value
-    if isinstance(value, (list, tuple)):
-        return tuple(_plain(part) for part in value)
-    if isinstance(value, dict):
-        return tuple((name, _plain(part)) for name, part in value.items() if isinstance(name, _PLAIN))
-    return None
-
-
-def _numbers(part: nn.Module, public: bool = False) -> tuple[Any, ...]:
-    """The numbers and texts among a module's attributes, by name; of a LightningModule only the public ones."""
-    return tuple(
-        (name, _plain(value))
-        for name, value in vars(part).items()
-        if name not in _NOT_READ and not (public and name.startswith("_"))
-    )
-
-
-def _first_difference(before: Any, after: Any, name: str = "an attribute") -> str:
-    """The name of an attribute whose number differs; empty if all are equal."""
-    if before == after:
-        return ""
-    if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)) and len(before) == len(after):
-        if len(before) == 2 and isinstance(before[0], str) and before[0] == after[0]:
-            return _first_difference(before[1], after[1], f"{before[0]!r}") or name
-        return next((found for pair in zip(before, after, strict=True) if (found := _first_difference(*pair, name))), "")
-    return f"{name} ({before} to {after})" if type(before) in _PLAIN and type(after) in _PLAIN else name
-
-
 def _keep_in_place(module: nn.Module, buffers: dict[str, Tensor]) -> None:
-    """Let buffers that a step replaced by other tensors be the old ones, with the new numbers: their addresses count."""
+    """Let buffers that a step has replaced be the old tensors, with the new numbers: a graph reads them by address."""
     for name, old in buffers.items():
         owner, _, leaf = name.rpartition(".")
         holder = module.get_submodule(owner)
@@ -347,38 +309,3 @@ def _keep_in_place(module: nn.Module, buffers: dict[str, Tensor]) -> None:
             with torch.no_grad():
                 old.copy_(new)
             setattr(holder, leaf, old)
-
-
-def _disagreement(ordinary: list[Outcome], replay: Outcome, before: list[Tensor]) -> str:
-    """In what a replay differs from ordinary steps by more than rounding; empty if it does not."""
-    first, second = ordinary
-    noise = _distances(first, second, before)
-    if worst := [name for name, distance in noise.items() if not distance <= _REPEATABLE]:
-        return f"two ordinary steps from the same state differ in {worst[0]} (by {noise[worst[0]]:.1g})"
-    found = _distances(first, replay, before)
-    for name, distance in found.items():
-        if not distance <= max(_TOLERANCE, 10 * noise[name]):
-            return f"a replay of the graph differs from an ordinary step in {name} (by {distance:.1g} of it)"
-    return ""
-
-
-def _distances(one: Outcome, other: Outcome, before: list[Tensor]) -> dict[str, float]:
-    """Relative differences of the losses, the gradients' norms and the updates of all state."""
-    tiny = 1e-30
-    loss = (_gap(one.row, other.row).abs() / (one.row.abs() + tiny)).max()
-    norm = _gap(one.norm, other.norm).abs() / (one.norm.abs() + tiny)
-    apart, change, size = (torch.zeros((), dtype=torch.float64, device=one.row.device) for _ in range(3))
-    for ours, theirs, old in zip(one.state, other.state, before, strict=True):
-        apart += _gap(ours, theirs).square().sum()
-        change += _gap(ours, old).square().sum()
-        size += ours.double().nan_to_num().square().sum()
-    rounding = 2.0**-22 * size.sqrt()
-    update = (apart.sqrt() - rounding).clamp(min=0) / (change.sqrt() + tiny)
-    values = torch.stack((loss.double(), norm.double(), update)).tolist()
-    return dict(zip(("the loss", "the gradient", "the updated weights"), values, strict=True))
-
-
-def _gap(one: Tensor, other: Tensor) -> Tensor:
-    """The difference, in float64; 0 where both are NaN, or infinite, as in a run that has diverged."""
-    one, other = one.double(), other.double()
-    return torch.where((one == other) | (one.isnan() & other.isnan()), torch.zeros_like(one), one - other)

@@ -112,9 +112,11 @@ class ColorJitter(BatchTransform):
         idle = ((1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (0.0, 0.0))
         chosen = [i for i in range(4 if image.shape[1] == 3 else 2) if tuple(self.ranges[i]) != idle[i]]
         low, high = (devices.constant(edge, torch.float32, image.device) for edge in zip(*self.ranges, strict=True))
-        factors = (low + (high - low) * draws[:, :4])
+        factors = low + (high - low) * draws[:, :4]
         factors = torch.stack([factors[:, i] for i in chosen], 1)[..., None, None, None] if chosen else factors
-        orders = torch.stack([draws[:, 4 + i] for i in chosen], 1).argsort(dim=1, stable=True) if chosen else draws[:, :0]
+        orders = (
+            torch.stack([draws[:, 4 + i] for i in chosen], 1).argsort(dim=1, stable=True) if chosen else draws[:, :0]
+        )
         image = image.clone()
         for order in orders.T:
             image = self._one_change(image, order, chosen, factors)
@@ -130,5 +132,7 @@ class ColorJitter(BatchTransform):
                 if len(row):
                     image[row] = _CHANGES[i](image[row], factors[row, place])
             else:  # which images these are is not known to the host without waiting for the GPU
-                image = torch.where((order == place)[:, None, None, None], _CHANGES[i](before, factors[:, place]), image)
+                image = torch.where(
+                    (order == place)[:, None, None, None], _CHANGES[i](before, factors[:, place]), image
+                )
         return image

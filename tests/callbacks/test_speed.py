@@ -63,6 +63,17 @@ class MyAT(DistillLoss):
 
 
 @pytest.fixture
+def tiny() -> Callable[..., nn.Module]:
+    """As everywhere, but with channels enough for every CPU to have them last."""
+
+    def make(seed: int = 0, num_classes: int = 4, in_channels: int = 3) -> nn.Module:
+        torch.manual_seed(seed)
+        return CIFARResNet(8, (8, 8, 8, 8), num_classes, in_channels)
+
+    return make
+
+
+@pytest.fixture
 def fit(trainer, data, capfd) -> Callable[..., str]:
     """Trains, and returns what is said of the step."""
 
@@ -317,7 +328,9 @@ def test_precision(monkeypatch, network, has_units: bool, precision: str) -> Non
     assert fitting_precision(module, None, gpu=False) == "32-true"
 
 
-@pytest.mark.parametrize(("capability", "channels", "unsafe"), [("AVX2", 4, True), ("AVX2", 8, False), ("AVX512", 4, False)])
+@pytest.mark.parametrize(
+    ("capability", "channels", "unsafe"), [("AVX2", 4, True), ("AVX2", 8, False), ("AVX512", 4, False)]
+)
 def test_channels_stay_first_where_the_cpu_would_damage_memory(
     monkeypatch, fit, capability: str, channels: int, unsafe: bool
 ) -> None:

@@ -98,7 +98,9 @@ def test_compare_export_and_layers(pretended, monkeypatch) -> None:
     usual, there = (json.loads(next(Path(place).rglob("comparison.json")).read_text()) for place in ("cpu", NAME))
     for name in ("one", "two", "teacher"):
         assert usual["networks"][name]["figures"] == there["networks"][name]["figures"]
-    monkeypatch.setattr(_AcceleratorConnector, "_choose_auto_accelerator", lambda *_: NAME)  # as on a machine with a GPU
+    monkeypatch.setattr(
+        _AcceleratorConnector, "_choose_auto_accelerator", lambda *_: NAME
+    )  # as on a machine with a GPU
     assert main(["export", one, "--format=safetensors,torch", "--output=exported", "--images=50"]) == 0
     assert {".safetensors", ".pt2", ".md"} <= {path.suffix for path in Path("exported").iterdir()}
     assert main(["layers", "--config", "digits/kd"]) == 0

@@ -1,4 +1,4 @@
-"""A captured step and an ordinary one agree bit by bit; what cannot be captured is found, reported, and runs as usual."""
+"""A captured step and an ordinary one agree bit by bit; what cannot be captured is reported, and runs as usual."""
 
 from __future__ import annotations
 

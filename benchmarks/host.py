@@ -1,0 +1,139 @@
+"""Host time of a training step: what Python takes for it where the device does the rest.
+
+    python -m benchmarks.host [--steps 2000] [--out FILE]
+
+`lkd fit` trains tiny networks with TensorBoard, progress bar, metrics and checkpoints. Replays of the captured step and
+of the captured batch then do nothing, so what remains is the Python of lkd and Lightning. A GPU waits for the host only
+if its own step is shorter than this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import os
+import pstats
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.speed import TINY, machine
+from lkd import devices
+
+
+class Hollow:
+    """A capture whose replays execute the function at first, so that checks pass, and then do nothing.
+
+    Attributes:
+        is_hollow: Whether replays do nothing.
+    """
+
+    scalar = torch.float64
+    is_hollow = False
+
+    def warm_up(self, function: Callable[[], Any]) -> Any:
+        """Run the function."""
+        return function()
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """Run the function; a replay runs it again, into the same tensors."""
+        result = function()
+
+        def replay() -> None:
+            if not Hollow.is_hollow:
+                for own, new in zip(tree_leaves(result), tree_leaves(function()), strict=True):
+                    if isinstance(own, Tensor):
+                        own.copy_(new)
+
+        return result, replay
+
+
+class Clock(L.Callback):
+    """Times steps in rounds, without and then with a profiler; stops the run."""
+
+    rounds: list[float] = []
+    profile = cProfile.Profile()
+    steps = 2000
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._since = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Begin a round, or end the run."""
+        warm_up, size = 50, Clock.steps // 10
+        number, place = divmod(self._seen - warm_up, size)
+        self._seen += 1
+        if number < 0 or place:
+            return
+        Hollow.is_hollow = True
+        now = time.perf_counter()
+        if 0 < number <= 10:
+            Clock.rounds.append((now - self._since) / size)
+        if number == 10:
+            Clock.profile.enable()
+        if number == 11:
+            Clock.profile.disable()
+            trainer.should_stop = True
+        self._since = time.perf_counter()
+
+
+def shares(profile: cProfile.Profile) -> dict[str, float]:
+    """Share of the profiled time by package: lkd, lightning, torch, and all else.
+
+    Args:
+        profile: A profile of some steps.
+    """
+    found: Counter[str] = Counter()
+    for (path, _, _), (_, _, own, _, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        names = ("lightning", "torchmetrics", "tensorboard", "torch", "rich", "lkd")
+        found[next((name for name in names if f"/{name}/" in path), "Python and built-in functions")] += own
+    total = sum(found.values())
+    return {name: seconds / total for name, seconds in found.most_common()}
+
+
+def main() -> None:
+    """Measure, and write the lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    Clock.steps = options.steps
+    devices.step_capture = lambda device: Hollow()
+    from lkd.__main__ import main as run
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "tiny.yaml").write_text(TINY.replace("IMAGES", "26600"))
+        here = Path.cwd()
+        os.chdir(folder)
+        callbacks = "--trainer.callbacks+=benchmarks.host.Clock"
+        code = run(["fit", "--config=tiny.yaml", callbacks, "--trainer.accelerator=cpu"])
+        os.chdir(here)
+    if code:
+        raise SystemExit(code)
+    times = [1e3 * seconds for seconds in Clock.rounds]
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in shares(Clock.profile).items() if share >= 0.01)
+    lines = [
+        f"A step takes {statistics.median(times):.2f} ms of the host ({min(times):.2f} to {max(times):.2f}, n = "
+        f"{len(times)} rounds of {options.steps // 10} steps), with TensorBoard, progress bar, metrics and checkpoints.",
+        f"Own time by package, with the profiler: {parts}.",
+        machine(),
+    ]
+    print("\n".join(lines))
+    if options.out:
+        options.out.write_text("\n\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    import benchmarks.host
+
+    benchmarks.host.main()  # the run imports its callback from there

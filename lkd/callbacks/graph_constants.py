@@ -1,0 +1,107 @@
+"""What a captured graph takes for constant: numbers that Python holds, modes of layers, addresses of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+_PLAIN = (bool, int, float, str)
+_NOT_READ = (frozenset(vars(nn.Module())) - {"training"}) | {"flushes"}
+"""Attributes of modules that are no numbers, or that no step reads."""
+
+
+def constants_of(module: Any) -> tuple[Any, ...]:
+    """What a graph takes for constant in the networks of a module: numbers, modes, addresses, and what trains.
+
+    Args:
+        module: A `ClassificationModule`.
+    """
+    networks = [getattr(module, name) for name in module.network_names]
+    layers = [layer for network in networks for layer in network.modules()]
+    tensors = chain.from_iterable(chain(network.parameters(), network.buffers()) for network in networks)
+    places = [(id(tensor), tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
+    return [numbers_of(layer) for layer in layers], places, id(getattr(module, "teacher_taps", None))
+
+
+def plain(value: Any) -> Any:
+    """The numbers and texts in a value; `None` in place of everything else.
+
+    Args:
+        value: Any value; lists, tuples and dicts are looked into.
+    """
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(part) for part in value)
+    if isinstance(value, dict):
+        return tuple((name, plain(part)) for name, part in value.items() if isinstance(name, _PLAIN))
+    return None
+
+
+def numbers_of(part: nn.Module, public: bool = False) -> tuple[Any, ...]:
+    """The numbers and texts among a module's attributes, by name.
+
+    Args:
+        part: Any module.
+        public: Whether only public attributes count, as of a LightningModule.
+    """
+    attributes, counts = attributes_of(part, public)
+    return tuple((name, plain(value)) for name, value in attributes.items() if counts(name))
+
+
+class Watched:
+    """Numbers in dicts, such as attributes of objects, that are compared in every step: a few microseconds for all.
+
+    Args:
+        owners: The dicts, each with a function that tells which names count.
+    """
+
+    def __init__(self, owners: Iterable[tuple[dict[str, Any], Callable[[str], bool]]]) -> None:
+        self._values = [
+            (owner, name, deepcopy(value))
+            for owner, counts in owners
+            for name, value in owner.items()
+            if counts(name) and _is_plain(value)
+        ]
+
+    def are_as_before(self) -> bool:
+        """Whether all of them are still there and equal."""
+        return all(owner.get(name) == value for owner, name, value in self._values)
+
+
+def attributes_of(part: nn.Module, public: bool = False) -> tuple[dict[str, Any], Callable[[str], bool]]:
+    """A module's attributes, and which of them count, for `Watched`.
+
+    Args:
+        part: Any module.
+        public: Whether only public attributes count, as of a LightningModule.
+    """
+    return vars(part), lambda name: name not in _NOT_READ and not (public and name.startswith("_"))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value consists of numbers and texts."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return all(map(_is_plain, value.values())) if isinstance(value, dict) else type(value) in _PLAIN
+
+
+def first_difference(before: Any, after: Any, name: str = "an attribute") -> str:
+    """The name of an attribute whose number differs; empty if all are equal.
+
+    Args:
+        before: What `numbers_of` and the others returned.
+        after: The same at another time.
+        name: What to call a difference outside of named attributes.
+    """
+    if before == after:
+        return ""
+    if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)) and len(before) == len(after):
+        if len(before) == 2 and isinstance(before[0], str) and before[0] == after[0]:
+            return first_difference(before[1], after[1], f"{before[0]!r}") or name
+        return next((found for pair in zip(before, after, strict=True) if (found := first_difference(*pair, name))), "")
+    return f"{name} ({before} to {after})" if type(before) in _PLAIN and type(after) in _PLAIN else name
