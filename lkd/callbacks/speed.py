@@ -12,15 +12,14 @@ import torch
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import SGD, Adam, AdamW
 from torch.utils._pytree import tree_map
 
 from lkd import devices
 from lkd.callbacks.eval_graph import EvalGraph
 from lkd.callbacks.folding import fold_batch_norms
 from lkd.callbacks.monitor import fitting, network_size
+from lkd.callbacks.optimizers import count_on_device, fuse
 from lkd.callbacks.step_graph import StepGraph, obstacle
 from lkd.datamodules import ImageDataModule
 from lkd.layers import evaluating
@@ -48,8 +47,6 @@ _HOOKS = (
 """What Lightning asks of each callback in each step."""
 
 _NOTHING = nullcontext()
-
-_FUSIBLE = (SGD, Adam, AdamW)
 
 _SHARDING = (FSDPStrategy, ModelParallelStrategy)
 """They split weights into parts that know no layout."""
@@ -224,7 +221,7 @@ class Speed(L.Callback):
 
         Of some 80 hooks of callbacks in a step 7 do something, and no profiler runs.
         """
-        if self.fuse_optimizer and [o for o in trainer.optimizers if _fuse(o, str(trainer.precision))]:
+        if self.fuse_optimizer and [o for o in trainer.optimizers if fuse(o, str(trainer.precision))]:
             self._said.append("optimizer fused")
         self._prepare_graph(trainer, pl_module)
         pl_module.print(f"Step: {', '.join(self._said)}")
@@ -251,7 +248,7 @@ class Speed(L.Callback):
         if capture is None:
             return
         for optimizer in trainer.optimizers:
-            _keep_on_device(optimizer)
+            count_on_device(optimizer)
         self._said.append(f"no CUDA graph ({self._no_graph})" if self._no_graph else "whole step as a CUDA graph")
         if not self._no_graph:
             self._step_graph = module.step_graph = StepGraph(trainer, module, capture)
@@ -336,40 +333,6 @@ def fitting_precision(module: Any, example: Tensor | None, gpu: bool) -> Literal
     except RuntimeError:  # the network cannot take the input: setup says so
         return "32-true"
     return "bf16-mixed" if flops > 1e6 * _MEGAFLOPS else "32-true"
-
-
-def _fuse(optimizer: Any, precision: str) -> bool:
-    """Let an optimizer's step be one operation; whether that can be done."""
-    groups = optimizer.param_groups
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    told = any(group.get("foreach") is not None or group.get("fused") is not None for group in groups)
-    if all(group.get("fused") for group in groups):  # as in a run that is resumed
-        return True
-    if type(optimizer) not in _FUSIBLE or told or precision.startswith("16"):
-        return False
-    if any(group.get("differentiable") or group.get("capturable") for group in groups):
-        return False
-    if any(isinstance(parameter, DTensor) for parameter in parameters):  # PyTorch has no such operation for shards
-        return False
-    if not all(one.is_floating_point() and devices.has_fused_optimizers(one.device) for one in parameters):
-        return False
-    counted = any("step" in state for state in optimizer.state.values())
-    if counted and any(devices.is_gpu(one.device) for one in parameters):  # resumed: its steps are on the CPU
-        return False
-    for group in groups:
-        group["fused"] = True
-    return True
-
-
-def _keep_on_device(optimizer: Any) -> None:
-    """Let an optimizer of PyTorch's count its steps on the device, if it can and has not begun: so it can be captured.
-
-    With graphs or without: a run is the same.
-    """
-    if type(optimizer).__module__.startswith("torch.optim.") and not optimizer.state:
-        for group in optimizer.param_groups:
-            if "capturable" in group and not group.get("fused"):
-                group["capturable"] = True
 
 
 def _keep_memory() -> bool:

@@ -141,18 +141,12 @@ class StepGraph:
         """The same numbers, to be compared in each step."""
         criterion = getattr(self.module, "criterion", None)
         parts = () if criterion is None else criterion.modules()
-        fixed = [group for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True) if rate is None]
-        moving = [
-            group for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True) if rate is not None
+        hidden = [("params",) if rate is None else ("params", "lr") for rate in self._rates]
+        groups = [
+            (group, lambda name, hidden=names: name not in hidden)
+            for group, names in zip(self._optimizer.param_groups, hidden, strict=True)
         ]
-        return Watched(
-            [
-                attributes_of(self.module, public=True),
-                *map(attributes_of, parts),
-                *((group, lambda name: name != "params") for group in fixed),
-                *((group, lambda name: name not in ("params", "lr")) for group in moving),
-            ]
-        )
+        return Watched([attributes_of(self.module, public=True), *map(attributes_of, parts), *groups])
 
     def _cache_state(self) -> Any:
         """Whether and where the teacher's logits are read or written."""

@@ -1,0 +1,55 @@
+"""Settings of optimizers that make the same update cheaper."""
+
+from __future__ import annotations
+
+from torch.distributed.tensor import DTensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lkd import devices
+
+_FUSIBLE = (SGD, Adam, AdamW)
+
+
+def fuse(optimizer: Optimizer, precision: str) -> bool:
+    """Let an optimizer update all parameters in one operation, if it can.
+
+    Args:
+        optimizer: The optimizer, before its first step in this process.
+        precision: The trainer's precision.
+
+    Returns:
+        Whether it does.
+    """
+    groups = optimizer.param_groups
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    told = any(group.get("foreach") is not None or group.get("fused") is not None for group in groups)
+    if all(group.get("fused") for group in groups):  # as in a run that is resumed
+        return True
+    if type(optimizer) not in _FUSIBLE or told or precision.startswith("16"):
+        return False
+    if any(group.get("differentiable") or group.get("capturable") for group in groups):
+        return False
+    if any(isinstance(parameter, DTensor) for parameter in parameters):  # PyTorch has no such operation for shards
+        return False
+    if not all(one.is_floating_point() and devices.has_fused_optimizers(one.device) for one in parameters):
+        return False
+    counted = any("step" in state for state in optimizer.state.values())
+    if counted and any(devices.is_gpu(one.device) for one in parameters):  # resumed: its steps are on the CPU
+        return False
+    for group in groups:
+        group["fused"] = True
+    return True
+
+
+def count_on_device(optimizer: Optimizer) -> None:
+    """Let an optimizer of PyTorch's count its steps on the device, if it can and has not begun: a graph needs that.
+
+    It is done with graphs and without, so that both give the same numbers.
+
+    Args:
+        optimizer: The optimizer.
+    """
+    if type(optimizer).__module__.startswith("torch.optim.") and not optimizer.state:
+        for group in optimizer.param_groups:
+            if "capturable" in group and not group.get("fused"):
+                group["capturable"] = True
