@@ -162,6 +162,9 @@ class LkdCLI(LightningCLI):
         forks = any(word in str(config.get("strategy")) for word in ("fork", "notebook"))  # they want CUDA untouched
         if fit and config.get("precision") is None and not config.get("plugins") and not forks:
             config["precision"] = kwargs["precision"] = self._precision(config)
+        if fit and config.get("benchmark") is None and not config.get("deterministic"):
+            # Batches of one size: cuDNN's search for the fastest convolutions pays within seconds.
+            kwargs["benchmark"] = True
         own_bar = any(isinstance(callback, L.pytorch.callbacks.ProgressBar) for callback in config["callbacks"] or [])
         if config.get("enable_progress_bar") is not False and not own_bar:
             self.trainer_defaults["callbacks"].append(ProgressBar())

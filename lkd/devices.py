@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -85,6 +86,40 @@ def has_fused_optimizers(device: torch.device) -> bool:
         device: Any device.
     """
     return device.type == "cpu" or is_gpu(device)
+
+
+def conv_relu(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    added: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A convolution, plus another tensor, and ReLU: on CUDA one operation of cuDNN, in the weights' type.
+
+    Args:
+        input: `(B, C, H, W)`.
+        weight: `(K, C / groups, h, w)`.
+        bias: `(K,)`.
+        stride: As for `torch.conv2d`, as are `padding`, `dilation` and `groups`.
+        padding: Pixels of zeros on each side.
+        dilation: Distance between the pixels that meet neighbouring weights.
+        groups: Number of groups of channels.
+        added: What is added before the ReLU, of the shape of the result.
+    """
+    kind = weight.dtype
+    input = input.to(kind)
+    if not input.is_cuda:
+        result = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return torch.relu(result if added is None else result + added.to(kind))
+    if added is None:
+        return torch.cudnn_convolution_relu(input, weight, bias, stride, padding, dilation, groups)
+    return torch.cudnn_convolution_add_relu(
+        input, weight, added.to(kind), None, bias, stride, padding, dilation, groups
+    )
 
 
 def seed(device: torch.device, number: int) -> None:

@@ -146,9 +146,10 @@ class Speed(L.Callback):
             return
         generator = torch.Generator().manual_seed(0)
         noise = fitting(torch.randn((2, *example.shape[1:]), generator=generator), module.teacher)
+        join = devices.is_gpu(trainer.strategy.root_device) and self._mode(trainer, example)[0] is None
         low = torch.bfloat16 if str(trainer.precision) == "bf16-mixed" else None
         try:
-            module.teacher_taps = FeatureTaps(fold_batch_norms(module.teacher, noise, low))
+            module.teacher_taps = FeatureTaps(fold_batch_norms(module.teacher, noise, low, join))
         except ValueError as error:
             self._said.append(f"teacher not folded ({error})")
         else:
