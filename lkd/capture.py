@@ -61,10 +61,13 @@ class CudaCapture:
 
     def capture(self, function: Callable[[], T]) -> tuple[T, Callable[[], Any]]:
         """Record a CUDA graph; nothing is executed."""
+        # Under autocast, weights converted outside of the graph would be constants in it, in memory that is freed soon.
+        torch.clear_autocast_cache()
         graph = torch.cuda.CUDAGraph()
         # Other threads (pinning memory, writing logs) may call CUDA meanwhile, which must not spoil the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = function()
+        torch.clear_autocast_cache()  # those are the graph's
         return result, graph.replay
 
 

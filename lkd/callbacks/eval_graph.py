@@ -15,13 +15,14 @@ from lkd.callbacks.graph_constants import constants_of
 from lkd.capture import Capture, copy_into, signature
 from lkd.types import Batch
 
-_TOLERANCE = 1e-5
+_TOLERANCE = 1e-4
 
 
 class _Captured(NamedTuple):
-    """A captured update: what it reads, how to replay it, and the metrics that it updates."""
+    """A captured update: what it reads and does, how to replay it, and the metrics that it updates."""
 
     batch: Batch
+    update: Callable[[], None]
     replay: Callable[[], Any]
     updated: list[Metric]
 
@@ -30,8 +31,9 @@ class EvalGraph:
     """Captures how a module measures one validation batch, once for each shape of a batch, and replays it.
 
     Networks and metrics run in the graph. The states of the metrics have fixed addresses while validation runs. Before
-    a graph is used, a replay and an ordinary update from the same states must agree; if they do not, or the update
-    cannot be captured (a metric that keeps lists, or waits for the device), validation goes on without graphs.
+    a graph is used in a validation, a replay and an ordinary update from the same states must agree; if they do not, or
+    the update cannot be captured (a metric that keeps lists, or waits for the device), validation goes on without
+    graphs.
 
     Args:
         module: A `ClassificationModule`.
@@ -44,12 +46,14 @@ class EvalGraph:
         self._graphs: dict[tuple[Any, ...], _Captured] = {}
         self._states: list[tuple[Metric, str, Tensor]] = []
         self._constants: tuple[Any, ...] = ()
+        self._checked: set[tuple[Any, ...]] = set()  # graphs that agree with an ordinary update in this validation
 
     def begin(self) -> None:
         """Look at what the graphs depend on before a validation: in training, anything may have changed."""
         constants = constants_of(self.module)
         if constants != self._constants:
             self._graphs, self._constants = {}, constants
+        self._checked.clear()
 
     def update(self, metrics: Mapping[str, Metric], batch: Batch) -> bool:
         """Measure one batch.
@@ -64,8 +68,8 @@ class EvalGraph:
         if not self._is_possible:
             return False
         name = signature(batch)
-        if name not in self._graphs:
-            self._try_capture(metrics, batch, name)
+        if name not in self._checked:
+            self._try(metrics, batch, name)
         if name not in self._graphs:
             return False
         captured = self._graphs[name]
@@ -85,25 +89,30 @@ class EvalGraph:
                 static.copy_(current)
                 setattr(metric, name, static)
 
-    def _try_capture(self, metrics: Mapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> None:
+    def _try(self, metrics: Mapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> None:
+        """Capture an update, if that was not done yet, and check it."""
         counts = {metric: metric._update_count for metric in metrics.values()}
         try:
-            reason = self._capture_and_check(metrics, batch, name)
+            if name not in self._graphs:
+                self._capture(metrics, batch, name)
+            copy_into(self._graphs[name].batch, batch)
+            reason = self._check(self._graphs[name])
         except Exception as error:  # whatever the update of a user raises: the ordinary update raises it again
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         for metric, count in counts.items():
             metric._update_count = count
+        self._checked.add(name)
         if reason:
             self._is_possible, self._graphs = False, {}
             rank_zero_warn(f"validation runs without graphs ({reason})")
 
-    def _capture_and_check(self, metrics: Mapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> str:
+    def _capture(self, metrics: Mapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> None:
         if not self._states:
             self._states = [
                 (metric, state, getattr(metric, state)) for metric in metrics.values() for state in metric._defaults
             ]
         if kept := [type(metric).__name__ for metric, _, state in self._states if not isinstance(state, Tensor)]:
-            return f"{kept[0]} keeps lists"
+            raise TypeError(f"{kept[0]} keeps lists")
         self._fix_states()
         before = [state.clone() for _, _, state in self._states]
         data = getattr(self.module.trainer, "datamodule", None)
@@ -117,16 +126,21 @@ class EvalGraph:
 
         self.capture.warm_up(update)
         updated = [metric for metric, count in counts.items() if metric._update_count > count]
-        usual = self._states_then_back_to(before)
         _, replay = self.capture.capture(update)
         self._states_then_back_to(before)
-        replay()
+        self._graphs[name] = _Captured(static, update, replay, updated)
+
+    def _check(self, captured: _Captured) -> str:
+        """Describe the difference between a replay and an ordinary update; empty if they agree."""
+        self._fix_states()
+        before = [state.clone() for _, _, state in self._states]
+        captured.update()
+        usual = self._states_then_back_to(before)
+        captured.replay()
         found = self._states_then_back_to(before)
         pairs = zip(usual, found, strict=True)
-        if not all(torch.allclose(a.double(), b.double(), rtol=_TOLERANCE, equal_nan=True) for a, b in pairs):
-            return "a replay differs from an ordinary update"
-        self._graphs[name] = _Captured(static, replay, updated)
-        return ""
+        agree = all(torch.allclose(a.double(), b.double(), rtol=_TOLERANCE, equal_nan=True) for a, b in pairs)
+        return "" if agree else "a replay differs from an ordinary update"
 
     def _states_then_back_to(self, before: list[Tensor]) -> list[Tensor]:
         """The states as they are; afterwards they are as before."""

@@ -203,7 +203,7 @@ class StepGraph:
         if len(self._state()) != len(before.tensors):
             return "the step creates tensors that belong to the state of the module or optimizer"
         before.restore()
-        with self._rates_as_tensors():
+        with self._settings_of_capture():
             self._row, self._replay = self.capture.capture(self._step)
         self.captures += 1
 
@@ -241,17 +241,22 @@ class StepGraph:
         return [*self.module.parameters(), *buffers, *(value for value in held if isinstance(value, Tensor))]
 
     @contextmanager
-    def _rates_as_tensors(self) -> Iterator[None]:
-        """Let the optimizer read its learning rates from tensors."""
+    def _settings_of_capture(self) -> Iterator[None]:
+        """Let the optimizer read its learning rates from tensors, and know that it may be captured."""
         groups = self._optimizer.param_groups
-        own = [group["lr"] for group in groups]
+        own: list[dict[str, Any]] = [
+            {name: group[name] for name in ("lr", "capturable") if name in group} for group in groups
+        ]
         for group, rate in zip(groups, self._rates, strict=True):
-            group["lr"] = group["lr"] if rate is None else rate
+            if rate is not None:
+                group["lr"] = rate
+            if group.get("fused") and "capturable" in group:  # a fused optimizer counts on the device anyway
+                group["capturable"] = True
         try:
             yield
         finally:
-            for group, rate in zip(groups, own, strict=True):
-                group["lr"] = rate
+            for group, settings in zip(groups, own, strict=True):
+                group.update(settings)
 
 
 def obstacle(trainer: L.Trainer, module: Any) -> str:

@@ -26,6 +26,7 @@ waits: Counter[str] = Counter()
 
 _MOVES = ("_to_copy", "copy_", "lift_fresh")
 _READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "bincount", "repeat_interleave")
+_READS += ("_linalg_svd", "_linalg_eigh", "linalg_qr")  # their libraries look at what they find
 _READS += ("unique2", "_unique2", "unique_dim", "unique_consecutive")
 _tape: list[tuple[Any, Any, Any, Any]] | None = None
 
