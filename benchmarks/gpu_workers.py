@@ -77,7 +77,7 @@ def end_process(pipe: Any, process: Any) -> None:
     """Kill a process; do not wait long for one that the driver keeps alive."""
     pipe.close()
     process.kill()
-    process.join(5)
+    process.join(1)
 
 
 @dataclass(frozen=True)

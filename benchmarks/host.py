@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -60,9 +60,9 @@ class Hollow:
 class Clock(L.Callback):
     """Times steps in rounds, without and then with a profiler; stops the run."""
 
-    rounds: list[float] = []
-    profile = cProfile.Profile()
-    steps = 2000
+    rounds: ClassVar[list[float]] = []
+    profile: ClassVar[cProfile.Profile] = cProfile.Profile()
+    steps: ClassVar[int] = 2000
 
     def __init__(self) -> None:
         self._seen = 0
@@ -123,8 +123,8 @@ def main() -> None:
     times = [1e3 * seconds for seconds in Clock.rounds]
     parts = ", ".join(f"{name} {share:.0%}" for name, share in shares(Clock.profile).items() if share >= 0.01)
     lines = [
-        f"A step takes {statistics.median(times):.2f} ms of the host ({min(times):.2f} to {max(times):.2f}, n = "
-        f"{len(times)} rounds of {options.steps // 10} steps), with TensorBoard, progress bar, metrics and checkpoints.",
+        f"A step takes {statistics.median(times):.2f} ms of the host ({min(times):.2f} to {max(times):.2f}, "
+        f"n = {len(times)} rounds of {options.steps // 10} steps), with TensorBoard, bar, metrics, checkpoints.",
         f"Own time by package, with the profiler: {parts}.",
         machine(),
     ]

@@ -33,7 +33,7 @@ def decoded(images: str, folder: str) -> str:
     """All training images in one file, for the loops that use nothing of lkd."""
     from lkd import CIFAR10DataModule
 
-    data = CIFAR10DataModule(images, val_size=0)
+    data = CIFAR10DataModule(images, val_size=0, num_workers=0)  # the process may be one that must not start others
     data.setup("fit")
     dataset = data.datasets["train"]
     np.save(f"{folder}/images.npy", dataset.images(dataset.index * 0, dataset.index).numpy())

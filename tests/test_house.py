@@ -13,6 +13,8 @@ import lkd
 PACKAGE = Path(lkd.__file__).parent
 LEVEL = {
     "types": 0,
+    "capture": 0,
+    "devices": 0,
     "layers": 0,
     "store": 0,
     "checkpoint_io": 1,
@@ -40,7 +42,7 @@ LEVEL = {
     "export": 3,
     "__main__": 3,
 }
-MAY_ALSO = {("functional", "losses"), ("store", "untrusted")}
+MAY_ALSO = {("functional", "losses"), ("store", "untrusted"), ("devices", "capture")}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

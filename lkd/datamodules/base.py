@@ -79,6 +79,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: ImageTransform = CenterCrop()
+    uses_graphs: bool = False
 
     def __init__(
         self,
@@ -119,7 +120,6 @@ class ImageDataModule(L.LightningDataModule, ABC):
         if std is not None:
             self.std = std
         self.datasets: dict[Split, ImageDataset] = {}
-        self.uses_graphs = False
         self._on_device: dict[int, ImageSource] = {}
         self._batch_graphs: dict[Split, BatchGraph] = {}
 
@@ -355,7 +355,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             # left out differs from epoch to epoch.
             drop_last=training and len(sampler) >= self.batch_size,
         )
-        loader.begin = _batches_seen(self.trainer) if training else 0
+        loader.trainer = self.trainer if training else None
         device = dataset.index.device
         if self.uses_graphs and (capture := devices.step_capture(device)):
             self._batch_graphs[split] = loader.graph = BatchGraph(dataset, capture, self.batch_size)
@@ -415,8 +415,8 @@ class _Loader(DataLoader[Batch]):
     sampler the epoch; workers that began to read then would read the first epoch again.
     """
 
-    begin = 0
-    """How many batches the next epoch leaves out at its start."""
+    trainer: L.Trainer | None = None
+    """Knows where a resumed epoch goes on, once its progress is restored: the loader may be made before that."""
     graph: BatchGraph | None = None
     """Makes full batches, where they are made on a GPU that replays graphs."""
 
@@ -428,10 +428,7 @@ class _Loader(DataLoader[Batch]):
         """Nothing is to be loaded."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        begin, self.begin = self.begin, 0
-        return self._batches(begin)
-
-    def _batches(self, begin: int) -> Iterator[Batch]:
+        begin = _batches_seen(self.trainer)
         size, sampler, dataset = self.batch_size or 0, self.sampler, self.dataset
         if isinstance(sampler, EpochSampler):
             sampler.begin = begin * size

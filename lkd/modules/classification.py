@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import reduce
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
@@ -26,6 +25,7 @@ from lkd.losses.labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
 from lkd.modules.meter import Accuracy, Meter, WeightedMean
+from lkd.modules.replay import ReplayableModule
 from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
 
@@ -33,23 +33,6 @@ _LOGITS = " logits"
 RUNNING_HOOK = "_current_fx_name"
 FROM_DATA = ("num_samples", "batch_size", "train_index")
 """What a criterion may leave to the datamodule: attributes of these names that are None."""
-
-
-class EvalReplay(Protocol):
-    """Measures validation batches: `lkd.callbacks.eval_graph.EvalGraph`."""
-
-    def update(self, metrics: Mapping[str, Metric], batch: Batch) -> bool:
-        """Measure one batch as `update_metrics` does; whether that was done."""
-
-
-class StepReplay(Protocol):
-    """Takes whole training steps: `lkd.callbacks.step_graph.StepGraph`."""
-
-    def prepare(self, batch: Batch) -> bool:
-        """Get ready for a batch; whether its step is to be taken by `run`."""
-
-    def run(self, batch: Batch) -> tuple[tuple[str, ...], Tensor]:
-        """Take a step; the names and values `(C,)` of what `training_values` computes."""
 
 
 def _is_plain(value: Any) -> bool:
@@ -89,7 +72,7 @@ def _name_default(kind: type[L.LightningModule]) -> None:
         setattr(kind, "<lambda>", optimizer.default)
 
 
-class ClassificationModule(L.LightningModule):
+class ClassificationModule(ReplayableModule):
     """Train a classifier with labels.
 
     Batches are `Batch`, `(input, target)`, `(input, target, index)` or a dict with these keys; override `unpack`
@@ -112,10 +95,6 @@ class ClassificationModule(L.LightningModule):
 
     network_names: tuple[str, ...] = ("model",)
     """Attributes that hold networks, the one in training first."""
-    step_graph: StepReplay | None = None
-    """Takes training steps in place of `training_values`, `backward` and the optimizer: for a callback (`Speed`)."""
-    eval_graph: EvalReplay | None = None
-    """Measures validation batches in place of `update_metrics`, where it can: for a callback (`Speed`)."""
 
     def __init__(
         self,
@@ -139,7 +118,6 @@ class ClassificationModule(L.LightningModule):
         self._kept_facts: dict[str, Any] = {}  # what a checkpoint tells of the data
         self._watched: dict[str, Tensor] = {}
         self.flushes = 0
-        self._replays = False  # whether the current step is a replay of `step_graph`
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -225,12 +203,6 @@ class ClassificationModule(L.LightningModule):
         total = cross_entropies(logits, target, label_smoothing, "sum")
         return total / (target != IGNORE_INDEX).sum().clamp(min=1)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Get the graph of the step ready, where there is one: all callbacks have prepared the step by now."""
-        self._replays = False  # to capture, `prepare` takes ordinary steps
-        if self.step_graph is not None:
-            self._replays = self.step_graph.prepare(self.unpack(batch))
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum of `losses`."""
         batch = self.unpack(batch)
@@ -260,29 +232,6 @@ class ClassificationModule(L.LightningModule):
             "labelled images": (batch.target != IGNORE_INDEX).sum(),
         }
         return {"loss": loss, **terms, **counts, **self._watched}
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Compute the gradients, unless a graph has done it already."""
-        if not self._replays:
-            super().backward(loss, *args, **kwargs)
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Clear the gradients, unless a graph has done it already."""
-        if not self._replays:
-            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Optimizer | LightningOptimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Update the weights; where a graph does it, only run the step."""
-        if self._replays and optimizer_closure is not None:
-            optimizer_closure()
-        else:
-            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def watch(self, network: str, logits: Tensor) -> None:
         """Remember whether a network's logits are finite: the error message names who failed first.

@@ -22,7 +22,6 @@ def pretended(monkeypatch) -> Iterator[Pretend]:
     monkeypatch.setattr(_AcceleratorConnector, "_choose_strategy", strategy)
     monkeypatch.setattr(devices, "is_gpu", lambda device: device.type == NAME)
     monkeypatch.setattr(devices, "free_memory", lambda device: 2**40)
-    monkeypatch.setattr(devices, "compiles_well", lambda device: False)  # what compilers make cannot run there
     monkeypatch.setattr(devices, "step_capture", lambda device: Tape() if device.type == NAME else None)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: None)  # for PyTorch's own timer
     with Pretend() as mode:
