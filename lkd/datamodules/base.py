@@ -112,8 +112,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.augment = augment
         self.views = views
         self.mix = mix
-        self.resident_limit = resident_limit
-        self.unreadable = unreadable
+        self.resident_limit, self.unreadable = resident_limit, unreadable
         self.extra = extra
         if mean is not None:
             self.mean = mean

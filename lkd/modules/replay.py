@@ -35,8 +35,8 @@ class StepReplay(Protocol):
 class ReplayableModule(L.LightningModule):
     """A LightningModule whose training steps and validation batches can be replays of captured graphs.
 
-    Lightning's automatic optimization stays in charge. In a step that is a replay, `training_step` runs the graph, which
-    holds the backward pass and the optimizer's update, too, so the hooks for these do nothing.
+    Lightning's automatic optimization stays in charge. In a step that is a replay, `training_step` runs the graph. The
+    graph includes the backward pass and the optimizer's update, so the hooks for these do nothing.
     """
 
     step_graph: StepReplay | None = None
