@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -173,3 +175,11 @@ def test_endurance(tmp_path: Path) -> None:
         assert grown
         assert float(grown[1]) == pytest.approx(100 * (looks[1].peak / looks[0].peak - 1), abs=0.006)
     assert again[1].modules <= again[0].modules  # after fit its networks are gone
+
+
+def test_the_hosts_share_of_a_step(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.host", "--steps", "50", "--out", str(tmp_path / "host.md")]
+    subprocess.run(command, cwd=FOLDER.parent, check=True, capture_output=True)
+    first, second, *_ = (tmp_path / "host.md").read_text().split("\n\n")
+    assert float(re.match(r"A step takes ([\d.]+) ms of the host \(", first)[1]) > 0
+    assert "lightning" in second
