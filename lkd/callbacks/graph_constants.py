@@ -20,7 +20,8 @@ def constants_of(module: Any) -> tuple[Any, ...]:
     Args:
         module: A `ClassificationModule`.
     """
-    networks = [getattr(module, name) for name in module.network_names]
+    criterion = getattr(module, "criterion", None)
+    networks = [getattr(module, name) for name in module.network_names] + ([] if criterion is None else [criterion])
     layers = [layer for network in networks for layer in network.modules()]
     tensors = chain.from_iterable(chain(network.parameters(), network.buffers()) for network in networks)
     places = [(id(tensor), tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]

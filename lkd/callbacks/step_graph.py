@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -31,6 +32,9 @@ _WITHIN_STEP = ("on_before_zero_grad", "on_before_backward", "on_after_backward"
 """Hooks that Lightning calls within a step, where a graph has no place for them."""
 
 _OF_MODULE = ("training_step", "backward", "optimizer_step", "optimizer_zero_grad", *_WITHIN_STEP)
+_KNOWN = {"lkd", "torch", "torchvision", "timm", "torchmetrics", "lightning"}
+"""Packages whose modules read neither the number of the step nor that of the epoch."""
+
 _MANY = 3
 """Captures in successive steps after which the step is taken for one that changes all the time."""
 
@@ -71,9 +75,16 @@ class StepGraph:
         self._state_of_cache: Any = None
         self._constants: tuple[Any, ...] = ()
         self._is_looked_at = False
-        self._steps_in_a_row = 0
-        self._rates = [
-            torch.full((), float(group["lr"]), dtype=capture.scalar, device=_device(self._optimizer))
+        self._captures_in_a_row = 0
+        self._rates: list[Tensor | None] = self._make_rates()
+        self._is_fresh = trainer.global_step == 0 or not (self._optimizer.state or trainer.ckpt_path)
+        self._has_foreign_code = has_foreign_code(module)
+        self._check_due: Literal["", "in the next step", "in this epoch"] = ""
+
+    def _make_rates(self) -> list[Tensor | None]:
+        """A tensor for the learning rate of each group of a fused optimizer."""
+        return [
+            torch.full((), float(group["lr"]), dtype=self.capture.scalar, device=_device(self._optimizer))
             if group.get("fused") and not isinstance(group["lr"], Tensor)
             else None
             for group in self._optimizer.param_groups
@@ -82,6 +93,7 @@ class StepGraph:
     def look_again(self) -> None:
         """Look at everything the graph depends on before the next step: between epochs, anything may have changed."""
         self._is_looked_at = False
+        self._check_due = "in this epoch" if self._has_foreign_code and self._replay is not None else ""
 
     def prepare(self, batch: Batch) -> bool:
         """Make the graph ready for a batch, capturing the step if needed.
@@ -92,15 +104,42 @@ class StepGraph:
         Returns:
             Whether the step is to be replayed; otherwise an ordinary step is due.
         """
-        if self.obstacle or self.trainer.global_step == 0:  # the first step creates the optimizer's state
+        if self.obstacle:
             return False
-        if self._replay is not None and not self._is_current():
+        if self._is_fresh or len(self._rates) != len(self._optimizer.param_groups):
+            # An ordinary step creates the optimizer's state for all that trains.
+            self._is_fresh, self._replay, self._rates = False, None, self._make_rates()
+            return False
+        if self._replay is not None and not (self._is_current() and self._agrees(batch)):
             self._replay = self._row = None
-        if self._replay is None:
+        if self._replay is None and not self.obstacle:
             self._try_capture(batch)
-        elif self._steps_in_a_row:
-            self._steps_in_a_row = 0
-        return self._replay is not None and (batch is self._batch or signature(batch) == self._signature)
+        else:
+            self._captures_in_a_row = 0
+        return self._replay is not None and self._fits(batch)
+
+    def _fits(self, batch: Batch) -> bool:
+        return batch is self._batch or signature(batch) == self._signature
+
+    def _agrees(self, batch: Batch) -> bool:
+        """Whether a replay still does what an ordinary step does: asked of code that lkd does not know.
+
+        Such code may read the number of the step or of the epoch, which are constants in a graph.
+        """
+        due = self._check_due
+        if not due or not self._fits(batch):
+            return True
+        self._check_due = ""
+        before, random = Snapshot(self._state()), devices.rng_states(_device(self._optimizer))
+        copy_into(self._batch, batch)
+        usual = self._trial(lambda: self.capture.warm_up(self._step), before, random)
+        found = self._trial(lambda: self._replayed(batch), before, random)
+        before.restore()
+        devices.set_rng_states(_device(self._optimizer), random)
+        differs = disagreement([usual, usual], found, flat(before.copies))
+        if differs and due == "in the next step":
+            self._give_up(f"what it computes depends on its number ({differs})")
+        return not differs
 
     def _is_current(self) -> bool:
         """Whether the graph's constants are still what Python says."""
@@ -153,8 +192,8 @@ class StepGraph:
         return getattr(getattr(self.module, "recall", None), "state", None)
 
     def _try_capture(self, batch: Batch) -> None:
-        self._steps_in_a_row += 1
-        if self._steps_in_a_row > _MANY:
+        self._captures_in_a_row += 1
+        if self._captures_in_a_row > _MANY:
             self._give_up("numbers that the step reads change in every step")
             return
         if reason := getattr(getattr(self.module, "recall", None), "obstacle", ""):
@@ -181,23 +220,13 @@ class StepGraph:
 
     def _capture_and_check(self, batch: Batch, before: Snapshot, random: list[Tensor]) -> str:
         """Capture; return what speaks against using the graph, or an empty text."""
-        device = _device(self._optimizer)
         self._signature = signature(batch)
         is_static = getattr(self.trainer.datamodule, "is_static", lambda batch: False)(batch)  # type: ignore[attr-defined]
         self._batch = batch if is_static else tree_map_only(Tensor, torch.clone, batch)
 
-        def trial(function: Callable[[], Tensor]) -> Outcome:
-            before.restore()
-            devices.set_rng_states(device, random)
-            row = function().clone()
-            gradients = [
-                p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None
-            ]
-            return Outcome(row, get_total_norm(gradients), flat(before.tensors))
-
-        first = trial(lambda: self.capture.warm_up(self._step))
+        first = self._trial(lambda: self.capture.warm_up(self._step), before, random)
         numbers = self._look(), constants_of(self.module)
-        ordinary = [first, trial(lambda: self.capture.warm_up(self._step))]
+        ordinary = [first, self._trial(lambda: self.capture.warm_up(self._step), before, random)]
         if changed := first_difference(numbers, (self._look(), constants_of(self.module))):
             return f"the step changes {changed}, which a graph cannot do"
         if len(self._state()) != len(before.tensors):
@@ -206,15 +235,23 @@ class StepGraph:
         with self._settings_of_capture():
             self._row, self._replay = self.capture.capture(self._step)
         self.captures += 1
-
-        def replayed() -> Tensor:
-            self.run(batch)
-            return self._row  # type: ignore[return-value]
-
-        found = trial(replayed)
+        found = self._trial(lambda: self._replayed(batch), before, random)
         self._watched, self._state_of_cache = self._watch(), self._cache_state()
         self._constants, self._is_looked_at = constants_of(self.module), True
+        self._check_due = "in the next step" if self._has_foreign_code else ""
         return disagreement(ordinary, found, flat(before.copies))
+
+    def _trial(self, function: Callable[[], Tensor], before: Snapshot, random: list[Tensor]) -> Outcome:
+        """What a step does from a state; the state is not restored afterwards."""
+        before.restore()
+        devices.set_rng_states(_device(self._optimizer), random)
+        row = function().clone()
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        return Outcome(row, norm, flat(before.tensors))
+
+    def _replayed(self, batch: Batch) -> Tensor:
+        return self.run(batch)[1]
 
     def _step(self) -> Tensor:
         """What Lightning does for one batch, and the values of its curves `(C,)`."""
@@ -285,6 +322,17 @@ def obstacle(trainer: L.Trainer, module: Any) -> str:
             if getattr(type(callback), name) is not getattr(L.Callback, name):
                 return f"{type(callback).__name__} uses {name}"
     return ""
+
+
+def has_foreign_code(module: nn.Module) -> bool:
+    """Whether a part of a module is neither lkd's nor of the libraries of networks.
+
+    Args:
+        module: A `ClassificationModule`.
+    """
+    teacher = getattr(module, "teacher", None)
+    parts = chain(module.modules(), () if teacher is None else teacher.modules())
+    return not {type(part).__module__.partition(".")[0] for part in parts} <= _KNOWN
 
 
 def _is_known(kind: type, name: str) -> bool:

@@ -320,6 +320,51 @@ def test_planted_faults_are_found_and_the_run_goes_on(criterion, reason: str, tr
         assert not differences(off, found)
 
 
+class ByEpoch(DistillModule):
+    """A loss that reads the number of the epoch."""
+
+    def distill_loss(self, student: Any, teacher: Any, batch: Any) -> Any:
+        return super().distill_loss(student, teacher, batch) * (1 + self.current_epoch)
+
+
+class ByStep(DistillModule):
+    """A loss that reads the number of the step."""
+
+    def distill_loss(self, student: Any, teacher: Any, batch: Any) -> Any:
+        return super().distill_loss(student, teacher, batch) * min(1.0, self.global_step / 10)
+
+
+def test_code_that_reads_the_epoch_is_captured_again(agree, distill) -> None:
+    assert agree(module=lambda: distill(ByEpoch)).captures == 3
+
+
+def test_code_that_reads_the_step_runs_as_usual(train, distill) -> None:
+    usual, _ = train("cpu", module=lambda: distill(ByStep))
+    with pytest.warns(UserWarning, match="what it computes depends on its number"):
+        found, (graph,) = train(NAME, module=lambda: distill(ByStep))
+    assert graph.captures == 1
+    assert not differences(usual, found)  # found before the graph took a step with another number
+
+
+class AddsGroup(Callback):
+    """Lets the classifier train from the second epoch on, in a group of its own."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            head = pl_module.student.fc.requires_grad_(True)
+            group = {name: value for name, value in trainer.optimizers[0].param_groups[0].items() if name != "params"}
+            trainer.optimizers[0].add_param_group({**group, "params": list(head.parameters()), "lr": 0.01})
+
+
+def test_a_group_that_joins_later(agree, distill) -> None:
+    def module() -> DistillModule:
+        made = distill()
+        made.student.fc.requires_grad_(False)
+        return made
+
+    assert agree(module=module, callbacks=lambda: [AddsGroup()]).captures == 2
+
+
 class Lies:
     """A capture whose replays do something else than what was recorded."""
 
