@@ -65,9 +65,11 @@ class CudaCapture:
         torch.clear_autocast_cache()
         graph = torch.cuda.CUDAGraph()
         # Other threads (pinning memory, writing logs) may call CUDA meanwhile, which must not spoil the capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = function()
-        torch.clear_autocast_cache()  # those are the graph's
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result = function()
+        finally:
+            torch.clear_autocast_cache()  # those are the graph's
         return result, graph.replay
 
 

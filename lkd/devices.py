@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
+import random
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -158,6 +160,17 @@ def set_rng_states(device: torch.device, states: list[torch.Tensor]) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+def host_random_states(device: torch.device) -> tuple[object, ...]:
+    """What Python's, NumPy's and, beside a GPU, PyTorch's generators on the host have come to.
+
+    Args:
+        device: The device that computes.
+    """
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002  # the generator that users' code draws from
+    own = torch.get_rng_state().numpy().tobytes() if device.type == "cuda" else b""
+    return random.getstate(), name, np.asarray(keys).tobytes(), tuple(rest), own
 
 
 def name_of(device: torch.device) -> str:

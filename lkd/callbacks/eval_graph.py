@@ -124,18 +124,23 @@ class EvalGraph:
             self.module.update_metrics(metrics, static)
             self._fix_states()
 
-        self.capture.warm_up(update)
-        updated = [metric for metric, count in counts.items() if metric._update_count > count]
-        _, replay = self.capture.capture(update)
-        self._states_then_back_to(before)
+        try:
+            self.capture.warm_up(update)
+            updated = [metric for metric, count in counts.items() if metric._update_count > count]
+            _, replay = self.capture.capture(update)
+        finally:
+            self._fix_states()
+            self._states_then_back_to(before)
         self._graphs[name] = _Captured(static, update, replay, updated)
 
     def _check(self, captured: _Captured) -> str:
         """Describe the difference between a replay and an ordinary update; empty if they agree."""
         self._fix_states()
         before = [state.clone() for _, _, state in self._states]
-        captured.update()
-        usual = self._states_then_back_to(before)
+        try:
+            captured.update()
+        finally:
+            usual = self._states_then_back_to(before)
         captured.replay()
         found = self._states_then_back_to(before)
         pairs = zip(usual, found, strict=True)

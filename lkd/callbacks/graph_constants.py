@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from copy import deepcopy
+from enum import Enum
 from itertools import chain
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
-_PLAIN = (bool, int, float, str)
+_PLAIN = (bool, int, float, complex, str, np.generic, Enum)
 _NOT_READ = (frozenset(vars(nn.Module())) - {"training"}) | {"flushes"}
 """Attributes of modules that are no numbers, or that no step reads."""
 
@@ -29,18 +30,20 @@ def constants_of(module: Any) -> tuple[Any, ...]:
 
 
 def plain(value: Any) -> Any:
-    """The numbers and texts in a value; `None` in place of everything else.
+    """The numbers and texts in a value; its type in place of everything else.
 
     Args:
-        value: Any value; lists, tuples and dicts are looked into.
+        value: Any value; lists, tuples, dicts and tensors of one number on the CPU are looked into.
     """
-    if type(value) in _PLAIN:
+    if isinstance(value, _PLAIN):
         return value
     if isinstance(value, (list, tuple)):
         return tuple(plain(part) for part in value)
     if isinstance(value, dict):
         return tuple((name, plain(part)) for name, part in value.items() if isinstance(name, _PLAIN))
-    return None
+    if isinstance(value, Tensor) and value.dim() == 0 and value.device.type == "cpu":
+        return value.item()
+    return type(value)
 
 
 def numbers_of(part: nn.Module, public: bool = False) -> tuple[Any, ...]:
@@ -63,15 +66,12 @@ class Watched:
 
     def __init__(self, owners: Iterable[tuple[dict[str, Any], Callable[[str], bool]]]) -> None:
         self._values = [
-            (owner, name, deepcopy(value))
-            for owner, counts in owners
-            for name, value in owner.items()
-            if counts(name) and _is_plain(value)
+            (owner, name, plain(value)) for owner, counts in owners for name, value in owner.items() if counts(name)
         ]
 
     def are_as_before(self) -> bool:
         """Whether all of them are still there and equal."""
-        return all(owner.get(name) == value for owner, name, value in self._values)
+        return all(plain(owner.get(name)) == value for owner, name, value in self._values)
 
 
 def attributes_of(part: nn.Module, public: bool = False) -> tuple[dict[str, Any], Callable[[str], bool]]:
@@ -82,13 +82,6 @@ def attributes_of(part: nn.Module, public: bool = False) -> tuple[dict[str, Any]
         public: Whether only public attributes count, as of a LightningModule.
     """
     return vars(part), lambda name: name not in _NOT_READ and not (public and name.startswith("_"))
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value consists of numbers and texts."""
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return all(map(_is_plain, value.values())) if isinstance(value, dict) else type(value) in _PLAIN
 
 
 def first_difference(before: Any, after: Any, name: str = "an attribute") -> str:
@@ -105,4 +98,4 @@ def first_difference(before: Any, after: Any, name: str = "an attribute") -> str
         if len(before) == 2 and isinstance(before[0], str) and before[0] == after[0]:
             return first_difference(before[1], after[1], f"{before[0]!r}") or name
         return next((found for pair in zip(before, after, strict=True) if (found := first_difference(*pair, name))), "")
-    return f"{name} ({before} to {after})" if type(before) in _PLAIN and type(after) in _PLAIN else name
+    return f"{name} ({before} to {after})" if isinstance(before, _PLAIN) and isinstance(after, _PLAIN) else name

@@ -53,3 +53,14 @@ def count_on_device(optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             if "capturable" in group and not group.get("fused"):
                 group["capturable"] = True
+
+
+def count_on_host(optimizer: Optimizer) -> None:
+    """Undo `count_on_device` on the CPU, for a run that began on a GPU.
+
+    Args:
+        optimizer: The optimizer.
+    """
+    for group in optimizer.param_groups:
+        if group.get("capturable") and all(parameter.is_cpu for parameter in group["params"]):
+            group["capturable"] = False

@@ -19,7 +19,7 @@ from lkd import devices
 from lkd.callbacks.eval_graph import EvalGraph
 from lkd.callbacks.folding import fold_batch_norms
 from lkd.callbacks.monitor import fitting, network_size
-from lkd.callbacks.optimizers import count_on_device, fuse
+from lkd.callbacks.optimizers import count_on_device, count_on_host, fuse
 from lkd.callbacks.step_graph import StepGraph, obstacle
 from lkd.datamodules import ImageDataModule
 from lkd.layers import evaluating
@@ -98,13 +98,11 @@ class Speed(L.Callback):
         self._version = 0  # the teacher's, when it was folded
         self._said: list[str] = []
         self._no_graph = ""
+        self._data: ImageDataModule | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Lay the weights out, before there are optimizers and processes that look at them."""
         self._said = [str(trainer.precision)]
-        if isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
-            # Elsewhere each batch is made once.
-            trainer.datamodule.uses_graphs = stage == "fit" and self.graph == "auto"  # type: ignore[attr-defined]
         gpu = devices.is_gpu(trainer.strategy.root_device)
         wanted = self.channels_last
         if wanted is None:
@@ -131,6 +129,9 @@ class Speed(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Fold the teacher, and compile."""
         self._no_graph = self._why_no_graph(trainer, pl_module)
+        self._data = trainer.datamodule if isinstance(trainer.datamodule, ImageDataModule) else None  # type: ignore[attr-defined]
+        if self._data is not None:
+            self._data.uses_graphs = not self._no_graph
         self._fold(trainer, pl_module)
         if self.keep_memory and trainer.strategy.root_device.type == "cpu" and _keep_memory():
             self._said.append("freed memory kept")
@@ -247,6 +248,8 @@ class Speed(L.Callback):
     def _prepare_graph(self, trainer: L.Trainer, module: Any) -> None:
         capture = devices.step_capture(trainer.strategy.root_device)
         if capture is None:
+            for optimizer in trainer.optimizers:
+                count_on_host(optimizer)
             return
         for optimizer in trainer.optimizers:
             count_on_device(optimizer)
@@ -299,6 +302,8 @@ class Speed(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Leave the networks as they were."""
+        if self._data is not None:
+            self._data.uses_graphs, self._data = False, None
         if self._compiled:
             torch.compiler.set_stance("default")
         self._uncompile()

@@ -31,7 +31,10 @@ from lkd.types import Batch
 _WITHIN_STEP = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 """Hooks that Lightning calls within a step, where a graph has no place for them."""
 
-_OF_MODULE = ("training_step", "backward", "optimizer_step", "optimizer_zero_grad", *_WITHIN_STEP)
+_OF_MODULE = (
+    *("training_step", "backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping"),
+    *_WITHIN_STEP,
+)
 _KNOWN = {"lkd", "torch", "torchvision", "timm", "torchmetrics", "lightning"}
 """Packages whose modules read neither the number of the step nor that of the epoch."""
 
@@ -74,6 +77,7 @@ class StepGraph:
         self._watched = Watched([])
         self._state_of_cache: Any = None
         self._constants: tuple[Any, ...] = ()
+        self._places: list[int] = []
         self._is_looked_at = False
         self._captures_in_a_row = 0
         self._rates: list[Tensor | None] = self._make_rates()
@@ -104,7 +108,7 @@ class StepGraph:
         Returns:
             Whether the step is to be replayed; otherwise an ordinary step is due.
         """
-        if self.obstacle:
+        if self.obstacle or self.trainer.accumulate_grad_batches > 1:  # which callbacks may change
             return False
         if self._is_fresh or len(self._rates) != len(self._optimizer.param_groups):
             # An ordinary step creates the optimizer's state for all that trains.
@@ -147,7 +151,11 @@ class StepGraph:
             self._is_looked_at = True
             if constants_of(self.module) != self._constants:
                 return False
-        return self._watched.are_as_before() and self._cache_state() == self._state_of_cache
+        is_moved = self._addresses() != self._places
+        return not is_moved and self._watched.are_as_before() and self._cache_state() == self._state_of_cache
+
+    def _addresses(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self.module.parameters()]
 
     def run(self, batch: Batch) -> tuple[tuple[str, ...], Tensor]:
         """Take a step.
@@ -185,7 +193,8 @@ class StepGraph:
             (group, lambda name, hidden=names: name not in hidden)
             for group, names in zip(self._optimizer.param_groups, hidden, strict=True)
         ]
-        return Watched([attributes_of(self.module, public=True), *map(attributes_of, parts), *groups])
+        clipping = vars(self.trainer), lambda name: name in ("gradient_clip_val", "gradient_clip_algorithm")
+        return Watched([attributes_of(self.module, public=True), *map(attributes_of, parts), *groups, clipping])
 
     def _cache_state(self) -> Any:
         """Whether and where the teacher's logits are read or written."""
@@ -194,7 +203,7 @@ class StepGraph:
     def _try_capture(self, batch: Batch) -> None:
         self._captures_in_a_row += 1
         if self._captures_in_a_row > _MANY:
-            self._give_up("numbers that the step reads change in every step")
+            self._give_up("what the step reads from Python changes in every step")
             return
         if reason := getattr(getattr(self.module, "recall", None), "obstacle", ""):
             self._give_up(reason)
@@ -204,14 +213,22 @@ class StepGraph:
             self._give_up(f"{type(self._optimizer).__name__} or the module keeps part of its state on another device")
             return
         random, before = devices.rng_states(device), Snapshot(self._state())
+        buffers = dict(self.module.named_buffers())
         try:
-            reason = self._capture_and_check(batch, before, random)
+            with _without_logging(self.module):
+                reason = self._capture_and_check(batch, before, random)
         except Exception as error:  # whatever the step of a user raises: the ordinary step raises it again
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            _put_back(self.module, buffers)
+            self._optimizer.zero_grad()
         before.restore()
         devices.set_rng_states(device, random)
         if reason:
             self._give_up(reason)
+            return
+        self._watched, self._state_of_cache = self._watch(), self._cache_state()
+        self._constants, self._is_looked_at, self._places = constants_of(self.module), True, self._addresses()
+        self._check_due = "in the next step" if self._has_foreign_code else ""
 
     def _give_up(self, reason: str) -> None:
         self._replay = self._row = self._batch = None
@@ -224,7 +241,10 @@ class StepGraph:
         is_static = getattr(self.trainer.datamodule, "is_static", lambda batch: False)(batch)  # type: ignore[attr-defined]
         self._batch = batch if is_static else tree_map_only(Tensor, torch.clone, batch)
 
+        drawn = devices.host_random_states(_device(self._optimizer))
         first = self._trial(lambda: self.capture.warm_up(self._step), before, random)
+        if devices.host_random_states(_device(self._optimizer)) != drawn:
+            return "the step draws random numbers on the host"
         numbers = self._look(), constants_of(self.module)
         ordinary = [first, self._trial(lambda: self.capture.warm_up(self._step), before, random)]
         if changed := first_difference(numbers, (self._look(), constants_of(self.module))):
@@ -236,9 +256,6 @@ class StepGraph:
             self._row, self._replay = self.capture.capture(self._step)
         self.captures += 1
         found = self._trial(lambda: self._replayed(batch), before, random)
-        self._watched, self._state_of_cache = self._watch(), self._cache_state()
-        self._constants, self._is_looked_at = constants_of(self.module), True
-        self._check_due = "in the next step" if self._has_foreign_code else ""
         return disagreement(ordinary, found, flat(before.copies))
 
     def _trial(self, function: Callable[[], Tensor], before: Snapshot, random: list[Tensor]) -> Outcome:
@@ -315,11 +332,12 @@ def obstacle(trainer: L.Trainer, module: Any) -> str:
         return "several optimizers or manual optimization"
     if trainer._detect_anomaly:
         return "detect_anomaly looks at each operation"
-    if own := [name for name in _OF_MODULE if not _is_known(type(module), name)]:
+    if own := [name for name in _OF_MODULE if name in vars(module) or not _is_known(type(module), name)]:
         return f"{type(module).__name__} has its own {own[0]}"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for name in _WITHIN_STEP:
-            if getattr(type(callback), name) is not getattr(L.Callback, name):
+            own_hook = vars(callback).get(name)  # as of a LambdaCallback
+            if own_hook is not None or getattr(type(callback), name) is not getattr(L.Callback, name):
                 return f"{type(callback).__name__} uses {name}"
     return ""
 
@@ -344,6 +362,30 @@ def _is_known(kind: type, name: str) -> bool:
 def _device(optimizer: torch.optim.Optimizer) -> torch.device:
     device: torch.device = optimizer.param_groups[0]["params"][0].device
     return device
+
+
+@contextmanager
+def _without_logging(module: Any) -> Iterator[None]:
+    """Let `self.log` raise an error: in a graph it would be called once, and never again."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("the step calls self.log, which a graph cannot do")
+
+    names = ("log", "log_dict")
+    vars(module).update(dict.fromkeys(names, refuse))
+    try:
+        yield
+    finally:
+        for name in names:
+            del vars(module)[name]
+
+
+def _put_back(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    """Let a module have its buffers again, after a step that was not finished has replaced some."""
+    for name, old in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        if getattr(module.get_submodule(owner), leaf) is not old:
+            setattr(module.get_submodule(owner), leaf, old)
 
 
 def _keep_in_place(module: nn.Module, buffers: dict[str, Tensor]) -> None:

@@ -69,8 +69,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
         input_shape: Channels, height and width of an image.
         resize: How images of another size are brought to `input_shape`, without randomness.
         datasets: The data sets of the splits, after `setup`.
-        uses_graphs: Whether batches that are made on a GPU are made by replaying a graph, in memory that the next batch
-            overwrites. `Speed` sets it.
+        uses_graphs: Whether training batches that are made on a GPU are made by replaying a graph, in memory that the
+            next batch overwrites. `Speed` sets it where training steps are graphs.
     """
 
     num_classes: int
@@ -356,7 +356,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         )
         loader.trainer = self.trainer if training else None
         device = dataset.index.device
-        if self.uses_graphs and (capture := devices.step_capture(device)):
+        if training and self.uses_graphs and (capture := devices.step_capture(device)):
             self._batch_graphs[split] = loader.graph = BatchGraph(dataset, capture, self.batch_size)
         return loader
 

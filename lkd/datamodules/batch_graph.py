@@ -37,6 +37,7 @@ class BatchGraph:
         self._replay: Callable[[], Any] | None = None
         self._position = torch.zeros(size, dtype=torch.int64, device=dataset.index.device)
         self._version = torch.zeros_like(self._position)
+        self._captured_settings = ""
         self._number: int | None = None  # the version that the static tensors are for
 
     def take(self, epoch: int, position: Tensor) -> Batch:
@@ -49,6 +50,8 @@ class BatchGraph:
         if self._is_possible and len(position) == self.size:
             self._position.copy_(position)
             number = self.dataset.version_in(epoch)
+            if number != self._number and self._settings() != self._captured_settings:
+                self._replay = None  # a callback has changed the augmentation
             if self._replay is None:
                 self._try_capture(number)
                 self._position.copy_(position)
@@ -71,6 +74,7 @@ class BatchGraph:
             self.capture.warm_up(self._make)  # the data set notes which draws it needs,
             self._number = None
             self._begin(number)  # and makes them here
+            self._captured_settings = self._settings()
             self.batch, self._replay = self.capture.capture(self._make)
             self._position.copy_(self._position.flip(0))  # other images than those that the capture may have made
             usual = tree_map_only(Tensor, torch.clone, self._make())
@@ -83,6 +87,10 @@ class BatchGraph:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         self._is_possible, self._replay, self.batch = False, None, None
         rank_zero_warn(f"batches are made without a graph ({reason})")
+
+    def _settings(self) -> str:
+        """All numbers of the augmentation: constants in a graph."""
+        return repr((self.dataset.augment, self.dataset.mix, self.dataset.views, self.dataset.seed))
 
     def _make(self) -> Batch:
         return self.dataset.make(self._version, self.dataset.index.index_select(0, self._position))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LambdaCallback
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
@@ -365,6 +367,73 @@ def test_a_group_that_joins_later(agree, distill) -> None:
     assert agree(module=module, callbacks=lambda: [AddsGroup()]).captures == 2
 
 
+class Logs(DistillModule):
+    """A loss that logs for itself."""
+
+    def distill_loss(self, student: Any, teacher: Any, batch: Any) -> Any:
+        self.log("train/mine", student.logits.mean())
+        return super().distill_loss(student, teacher, batch)
+
+
+class DrawsOnHost(DistillModule):
+    """A loss that draws on the host."""
+
+    def distill_loss(self, student: Any, teacher: Any, batch: Any) -> Any:
+        return super().distill_loss(student, teacher, batch) * (1 + random.random())
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(Logs, "the step calls self.log"), (DrawsOnHost, "the step draws random numbers on the host")],
+)
+def test_what_a_graph_would_do_only_once(kind: type[DistillModule], reason: str, train, distill) -> None:
+    with pytest.warns(UserWarning, match=reason):
+        train(NAME, module=lambda: distill(kind))
+
+
+class NumpyWeight(Callback):
+    """Sets a weight to a number of NumPy's."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.distill_weight = np.float64(0.5 + trainer.current_epoch)
+
+
+def test_numbers_of_numpy(agree) -> None:
+    assert agree(callbacks=lambda: [NumpyWeight()]).captures == 3
+
+
+class Turns(Callback):
+    """Changes the augmentation between epochs."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        data = trainer.datamodule.datasets["train"]
+        object.__setattr__(data.augment[0], "p", 0.2 + 0.3 * trainer.current_epoch)
+
+
+def test_augmentation_that_changes(agree) -> None:
+    def data() -> dict[str, Any]:
+        return {"augment": [RandomHorizontalFlip()]}
+
+    usual = agree(data=data(), callbacks=lambda: [Turns()])
+    assert usual.captures == 1
+
+
+class Accumulates(Callback):
+    """Accumulates gradients from the second epoch on, as `GradientAccumulationScheduler` does."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        trainer.accumulate_grad_batches = 2 if trainer.current_epoch else 1
+
+
+def test_accumulation_that_begins_later(agree) -> None:
+    agree(callbacks=lambda: [Accumulates()])
+
+
+def test_hooks_of_a_callbacks_instance(train, capfd) -> None:
+    train(NAME, callbacks=lambda: [LambdaCallback(on_after_backward=lambda *_: None)])
+    assert "no CUDA graph (LambdaCallback uses on_after_backward)" in capfd.readouterr().out
+
+
 class Lies:
     """A capture whose replays do something else than what was recorded."""
 
@@ -426,7 +495,7 @@ def test_numbers_that_change_in_every_step(train, distill) -> None:
             pl_module.distill_weight = 1 / (1 + trainer.global_step)
 
     usual, _ = train("cpu", callbacks=lambda: [Restless()])
-    with pytest.warns(UserWarning, match="numbers that the step reads change in every step"):
+    with pytest.warns(UserWarning, match="what the step reads from Python changes in every step"):
         found, (graph,) = train(NAME, callbacks=lambda: [Restless()])
     assert graph.obstacle
     assert not differences(usual, found)
