@@ -115,9 +115,7 @@ class EvalGraph:
             raise TypeError(f"{kept[0]} keeps lists")
         self._fix_states()
         before = [state.clone() for _, _, state in self._states]
-        data = getattr(self.module.trainer, "datamodule", None)
-        is_static = getattr(data, "is_static", lambda batch: False)(batch)
-        static = batch if is_static else tree_map_only(Tensor, torch.clone, batch)
+        static = tree_map_only(Tensor, torch.clone, batch)
         counts = {metric: metric._update_count for metric in metrics.values()}
 
         def update() -> None:

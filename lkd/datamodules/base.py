@@ -120,7 +120,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             self.std = std
         self.datasets: dict[Split, ImageDataset] = {}
         self._on_device: dict[int, ImageSource] = {}
-        self._batch_graphs: dict[Split, BatchGraph] = {}
+        self._batch_graph: BatchGraph | None = None
 
     @abstractmethod
     def make_dataset(self, split: Split) -> ImageSource | None:
@@ -164,7 +164,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def teardown(self, stage: str) -> None:
         """Frees the GPU's memory."""
         self._on_device.clear()
-        self._batch_graphs.clear()
+        self._batch_graph = None
 
     @property
     def num_samples(self) -> int | None:
@@ -357,7 +357,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         loader.trainer = self.trainer if training else None
         device = dataset.index.device
         if training and self.uses_graphs and (capture := devices.step_capture(device)):
-            self._batch_graphs[split] = loader.graph = BatchGraph(dataset, capture, self.batch_size)
+            self._batch_graph = loader.graph = BatchGraph(dataset, capture, self.batch_size)
         return loader
 
     def is_static(self, batch: Batch) -> bool:
@@ -366,7 +366,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         Args:
             batch: A batch.
         """
-        return any(graph.batch is batch for graph in self._batch_graphs.values())
+        return self._batch_graph is not None and self._batch_graph.batch is batch
 
     def _placed(self, dataset: ImageDataset) -> ImageDataset:
         """The data set, on the GPU if batches can be made there."""
