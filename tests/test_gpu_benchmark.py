@@ -147,22 +147,6 @@ def test_failures_are_told(tmp_path: Path, capfd) -> None:
     ]
 
 
-def test_the_time_limits(tmp_path: Path, capfd) -> None:
-    """A job that hangs is given up; at the deadline, all that runs is ended, and the rest is left out."""
-    out, begin = tmp_path / "gpu.md", time.monotonic()
-    forever = gpu_workers.Job("job forever", f"{HERE}:planted", {"kind": "hanging"})
-    jobs = [*_jobs("hanging", seconds=0.4), *_jobs("fine"), forever, *_jobs("after")]
-    assert _main(jobs, "--minutes=0.025", f"--out={out}") == 1
-    assert time.monotonic() - begin < 60 * 0.025 + 1
-    rows = {row["name"]: (row["outcome"], row["remark"]) for row in _rows(out)}
-    assert rows["job hanging: hanging"] == ("FAILED", "no answer within the time limit")
-    assert rows["job forever: fine"] == ("ok", "well")
-    assert rows["job fine: after"] == ("ok", "")
-    for name in ("job forever: hanging", "job forever: after", "job after"):
-        assert rows[name] == ("left out", "out of time")
-    assert "\nleft out (out of time): job forever: hanging; job forever: after; job after\n" in capfd.readouterr().out
-
-
 def _in_a_process(*arguments: object, **options: object) -> multiprocessing.Process:
     """Run `_main` in a process group of its own."""
 

@@ -456,7 +456,7 @@ def _batches_seen(trainer: L.Trainer | None) -> int:
 
 def _gpu(trainer: L.Trainer | None) -> torch.device | None:
     """The GPU of this process, if it has one."""
-    device = None if trainer is None else trainer.strategy.root_device
+    device = getattr(getattr(trainer, "strategy", None), "root_device", None)
     return device if device is not None and devices.is_gpu(device) else None
 
 

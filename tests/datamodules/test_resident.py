@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lkd import store
+from lkd import devices, store
 from lkd.datamodules import (
     CenterCrop,
     ClassPartner,
@@ -467,7 +467,7 @@ def test_a_run_whose_batches_are_made_on_the_device_sees_the_same(root, monkeypa
     readers = []
     for gpu in (None, torch.device("cpu")):
         monkeypatch.setattr(base, "_gpu", lambda trainer, gpu=gpu: gpu)
-        monkeypatch.setattr(base, "_free", lambda device: free)
+        monkeypatch.setattr(devices, "free_memory", lambda device: free)
         datamodule, reader = folder(root, batch_size=9, seed=1), Reader()
         run = trainer()
         run.fit(reader, datamodule)

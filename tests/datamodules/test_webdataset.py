@@ -316,7 +316,7 @@ def test_two_processes_count_each_image_once() -> None:
         "class Count(L.Callback):\n"
         "    def on_validation_epoch_end(self, trainer, module):\n"
         "        metric = module.stage_metrics('val')['acc']\n"
-        "        counted = metric.tp + metric.fn\n"
+        "        counted = metric.total\n"
         "        total = int(trainer.strategy.reduce(counted.float().sum(), reduce_op='sum'))\n"
         "        print(f'process {trainer.global_rank}: {total} images, {trainer.global_step} steps', flush=True)\n"
     )

@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
 from lkd import devices
@@ -23,6 +22,5 @@ def pretended(monkeypatch) -> Iterator[Pretend]:
     monkeypatch.setattr(devices, "is_gpu", lambda device: device.type == NAME)
     monkeypatch.setattr(devices, "free_memory", lambda device: 2**40)
     monkeypatch.setattr(devices, "step_capture", lambda device: Tape() if device.type == NAME else None)
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: None)  # for PyTorch's own timer
     with Pretend() as mode:
         yield mode

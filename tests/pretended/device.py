@@ -52,6 +52,7 @@ class _Backend(_DummyBackendModule):
 
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
 DEVICE = torch.device(NAME, 0)
+torch.accelerator.synchronize = lambda *_: None  # PyTorch now asks this backend, whatever a test runs on
 
 
 class There(torch.Tensor):
