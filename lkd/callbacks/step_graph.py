@@ -185,7 +185,7 @@ class StepGraph:
         return numbers_of(self.module, public=True), numbers, plain(groups), self._cache_state()
 
     def _watch(self) -> Watched:
-        """The same numbers, to be compared in each step."""
+        """Collect the numbers that are compared before each step."""
         criterion = getattr(self.module, "criterion", None)
         parts = () if criterion is None else criterion.modules()
         hidden = [("params",) if rate is None else ("params", "lr") for rate in self._rates]
