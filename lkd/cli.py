@@ -35,6 +35,7 @@ from lkd.arguments import newest_checkpoint, prepare, run_version
 from lkd.callbacks import (
     FitReport,
     ImagesPerSecond,
+    MonitorCheck,
     NetworkSummary,
     PredictionWriter,
     ProgressBar,
@@ -45,7 +46,7 @@ from lkd.callbacks.checkpoint import locked
 from lkd.callbacks.speed import fitting_precision
 from lkd.help import OWN
 from lkd.losses import DistillLoss
-from lkd.mistakes import CALLBACKS, explain
+from lkd.mistakes import CALLBACKS, explain, is_no_curve
 from lkd.plain_yaml import load_yaml
 from lkd.processes import LostProcessError, bound_to_parent, lost, speaker
 from lkd.run_config import SaveConfig
@@ -222,7 +223,7 @@ def _callbacks(command: str, logged: bool) -> list[L.Callback]:
         return [PredictionWriter()]
     if command != "fit":
         return []
-    callbacks: list[L.Callback] = [NetworkSummary(), ImagesPerSecond(), FitReport(), StepSeed()]
+    callbacks: list[L.Callback] = [MonitorCheck(), NetworkSummary(), ImagesPerSecond(), FitReport(), StepSeed()]
     return [*callbacks, LearningRateMonitor()] if logged else callbacks
 
 
@@ -252,7 +253,9 @@ def run(args: Sequence[str]) -> int:
     except SIGTERMException:  # a SystemExit with code 0: what waits for the run would take it for done
         return 128 + signal.SIGTERM
     except Exception as error:
-        if debug or not (isinstance(error, (*_MISTAKES, LostProcessError)) or _is_a_loggers(error)):
+        if debug or not (
+            isinstance(error, (*_MISTAKES, LostProcessError)) or _is_a_loggers(error) or is_no_curve(error)
+        ):
             raise
         print(f"lkd: error: {speaker()}{' '.join(explain(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, LostProcessError) else 2
