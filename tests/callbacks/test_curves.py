@@ -164,7 +164,7 @@ def test_features_get_better(trainer) -> None:
         student = CIFARResNet(8, (4, 4, 8, 16), 10, in_channels=1)
         teacher = load_weights(resnet8(num_classes=10, in_channels=1), "lkd:digits_resnet8")
         module = DistillModule(student, teacher, BackboneKD(), distill_weight=1.0, hard_weight=0.0)
-        data = DigitsDataModule(batch_size=64, val_size=0.2)
+        data = DigitsDataModule(batch_size=16, val_size=0.2)
         (curves,) = trainer(callbacks=callbacks).validate(module, data, verbose=False)
         L.seed_everything(0, verbose=False)
         engine = trainer(callbacks=callbacks, max_epochs=3)
