@@ -94,13 +94,17 @@ class EvalGraph:
     def _try(self, metrics: MutableMapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> None:
         """Capture an update, if that was not done yet, and check it."""
         counts = {metric: metric._update_count for metric in metrics.values()}
+        device = batch.target.device
+        random = devices.rng_states(device)
         try:
-            if name not in self._graphs:
+            is_new = name not in self._graphs
+            reason = "" if is_new else self._check(name, batch)
+            if is_new or reason:  # code of a user may read the epoch, which is a constant in a graph
                 self._capture(metrics, batch, name)
-            copy_into(self._graphs[name].batch, batch)
-            reason = self._check(self._graphs[name])
+                reason = self._check(name, batch)
         except Exception as error:  # whatever the update of a user raises: the ordinary update raises it again
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        devices.set_rng_states(device, random)
         for metric, count in counts.items():
             metric._update_count = count
         self._checked.add(name)
@@ -133,8 +137,10 @@ class EvalGraph:
             self._states_then_back_to(before)
         self._graphs[name] = _Captured(static, update, replay, updated)
 
-    def _check(self, captured: _Captured) -> str:
+    def _check(self, name: tuple[Any, ...], batch: Batch) -> str:
         """Describe the difference between a replay and an ordinary update; empty if they agree."""
+        captured = self._graphs[name]
+        copy_into(captured.batch, batch)
         self._fix_states()
         before = [state.clone() for _, _, state in self._states]
         device = captured.batch.target.device

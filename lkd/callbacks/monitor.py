@@ -20,9 +20,10 @@ from lkd.layers import evaluating
 
 _LAYOUT = {
     "lkd": {
-        "accuracy": ["Multiline", ["train/acc", "val/acc", "val/teacher_acc"]],
+        "accuracy": ["Multiline", ["train/acc", "val/acc", "val/teacher_acc", "val/knn_acc", "val/probe_acc"]],
         "loss": ["Multiline", ["train/loss", "val/loss"]],
         "terms of the training loss": ["Multiline", ["train/(?!acc$|images_per_s$)"]],
+        "terms of the validation loss": ["Multiline", ["val/(?!loss$|agreement$|.*acc)"]],
         "agreement with the teacher": ["Multiline", ["val/agreement"]],
     }
 }

@@ -9,7 +9,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -133,15 +133,20 @@ class EvaluatedDistillation(ClassificationModule):
     def trains_logits(self) -> bool:
         """Whether the loss trains all that the logits depend on.
 
-        With a `hard_weight` of 0 this is found out once: a blank batch runs through student, teacher and criterion,
-        with gradients. It is True while no input is known to try it with, and for a loss of your own (`losses`,
-        `training_values` or `training_step`).
+        This is found out once in a run, before it starts: a `Schedule` may begin with labels that do not count. With a
+        `hard_weight` of 0, a blank batch runs through student, teacher and criterion, with gradients. It is True while
+        no input is known to try it with, and for a loss of your own (`losses`, `training_values` or `training_step`).
         """
-        if self.hard_weight:
-            return True
-        if self._has_untrained_part is None:
-            self._has_untrained_part = self._try_loss()
-        return not self._has_untrained_part
+        if self._has_untrained_part is not None:
+            return not self._has_untrained_part
+        found = False if self.hard_weight else self._try_loss()
+        if self._trainer is not None and self._trainer.state.status == TrainerStatus.RUNNING:
+            self._has_untrained_part = found
+        return not found
+
+    def teardown(self, stage: str) -> None:
+        """Let the next run find out anew whether the loss trains the logits."""
+        self._has_untrained_part = None
 
     def _try_loss(self) -> bool | None:
         """Whether a part that the logits depend on is not trained; None if there is no input to try it with."""

@@ -21,6 +21,7 @@ from lkd import (
     SimKDModule,
     SyntheticDataModule,
 )
+from lkd.callbacks import Schedule
 from lkd.losses import AT, BYOT, CRD, KD, MGD, RKD, SSKD, BackboneKD, FitNet, SemCKD, SimKD, TfKD, WeightedSum
 
 SIZES = [16, 8]
@@ -236,6 +237,18 @@ def test_untrained_logits_are_not_logged(distill, data, trainer) -> None:
     assert engine.lr_scheduler_configs[0].monitor == "val/at"
     engine.test(module, data, verbose=False)
     assert set(_curves(engine, "test")) == {"at", "teacher_acc"}
+
+
+def test_labels_that_begin_to_count_later(distill, data, trainer) -> None:
+    module, engine = distill(criterion=AT(), hard_weight=1.0), trainer(max_epochs=1)
+    engine.callbacks.append(Schedule("hard_weight", epochs=1, shape="step"))
+    engine.fit(module, data)
+    assert {"at", "acc", "loss"} <= set(_curves(engine))
+    assert module.trains_logits
+    module.hard_weight = 0.0
+    engine = trainer(max_epochs=1)
+    engine.fit(module, data)
+    assert set(_curves(engine)) == {"at", "teacher_acc"}
 
 
 def test_trying_the_loss_leaves_no_trace(distill, data, trainer) -> None:
