@@ -46,8 +46,10 @@ class MonitorCheck(L.Callback):
             self._check(trainer, pl_module)
 
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._is_checked = True
         known = {*trainer.callback_metrics}
+        if not any(name.startswith("val/") for name in known):  # no validation images
+            return
+        self._is_checked = True
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             known.update(getattr(callback, "curves", ()))
         for who, name in _monitors(trainer):
