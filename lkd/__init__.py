@@ -104,9 +104,32 @@ __all__ = [
 ]
 
 
+_SUBMODULES = (
+    "callbacks",
+    "compare",
+    "datamodules",
+    "export",
+    "functional",
+    "layers",
+    "losses",
+    "models",
+    "modules",
+    "sweep",
+    "taps",
+    "types",
+)
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use: `lkd --help` must not wait for torch."""
+    if name in _SUBMODULES:
+        return import_module(f"lkd.{name}")
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(home), name)
     raise AttributeError(f"module 'lkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List what is public, for tab completion."""
+    return sorted([*__all__, *_SUBMODULES])

@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lkd
 from lkd.__main__ import main
-from lkd.arguments import configs_folder, find_config, prepare
+from lkd.arguments import prepare
+from lkd.config_files import configs_folder, find_config
 from lkd.listing import _ConfigReader
 
 SHORT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
@@ -148,7 +149,7 @@ def test_continue_from_the_last_checkpoint(run: Path, capsys) -> None:
 def test_newest_checkpoint_of_a_run(capsys) -> None:
     for _ in range(2):
         assert main(["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1"]) == 0
-    prepared, _ = prepare(["fit", "--config", "digits/kd", "--ckpt_path", "last"])
+    prepared = prepare(["fit", "--config", "digits/kd", "--ckpt_path", "last"]).args
     assert prepared[-1] == "--ckpt_path=runs/digits/kd/version_1/checkpoints/last.ckpt"
     assert main(["test", "--config", "digits/kd", "--ckpt_path", "best"]) == 0
     assert "test/acc" in capsys.readouterr().out
@@ -205,7 +206,7 @@ def test_best_of_several(capfd) -> None:
     assert best < 3
     shown = capfd.readouterr().out
     assert f"checkpoint: {folder}/checkpoints/best-epoch={best}.ckpt" in shown
-    prepared, _ = prepare(["test", "--config", "digits/kd", "--ckpt_path", "best"])
+    prepared = prepare(["test", "--config", "digits/kd", "--ckpt_path", "best"]).args
     assert prepared[-1] == f"--ckpt_path={folder}/checkpoints/best-epoch={best}.ckpt"
 
 
@@ -322,7 +323,9 @@ def test_names_of_runs() -> None:
     assert prepare(["fit", "--config", "configs/digits/kd.yaml"])[1] == "digits/kd"
     assert prepare(["fit", "--config=data/digits", "--config", "methods/kd"])[1] == "digits+kd"
     Path("mine.yaml").write_text("{}")
-    assert prepare(["fit", "-c", "mine.yaml"]) == (["fit", "--config=mine.yaml"], "mine")
+    assert prepare(["fit", "-c", "mine.yaml"]) == (["fit", "--config=mine.yaml"], "mine", False)
+    configs = ["--config=pairs/digits", "--config=data/digits", "--config=methods/kd"]
+    assert prepare(["fit", *configs]).name == "digits+kd"
 
 
 @pytest.mark.parametrize(
@@ -356,7 +359,7 @@ def test_a_run_s_own_config_has_its_name(root: str) -> None:
     torch.save(facts, folder / "checkpoints/last.ckpt")
     args = ["fit", "--config", str(folder / "config.yaml"), "--ckpt_path", "last"]
     where = [] if root == "runs" else ["--trainer.default_root_dir", root]
-    prepared, name = prepare([*args, *where])
+    prepared, name, _ = prepare([*args, *where])
     assert name == "digits/kd"
     assert prepared[-1] == f"--ckpt_path={folder}/checkpoints/last.ckpt"
     assert prepare(["fit", "--config", str(folder / "config.yaml"), "--trainer.default_root_dir=other"])[1] == "kd"

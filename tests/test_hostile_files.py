@@ -20,9 +20,9 @@ from lkd.__main__ import main
 from lkd.arguments import read_checkpoint
 from lkd.datamodules import ImageFolderDataModule
 from lkd.datamodules.dataset import ImageError
+from lkd.limits import shown
 from lkd.models import CIFARResNet, load_weights
 from lkd.store import load_tensors
-from lkd.untrusted import shown
 from tests.fuzz import canary, pickles
 
 if sys.platform == "linux":

@@ -35,14 +35,20 @@ LEVEL = {
     "cli": 3,
     "run_config": 3,
     "listing": 3,
-    "help": 0,
+    "help": 1,
+    "catalogue": 0,
+    "class_help": 0,
+    "config_files": 2,
+    "early_checks": 3,
+    "limits": 0,
+    "run_folder": 3,
     "trained": 3,
     "compare": 3,
     "sweep": 3,
     "export": 3,
     "__main__": 3,
 }
-MAY_ALSO = {("functional", "losses"), ("store", "untrusted"), ("devices", "capture")}
+MAY_ALSO = {("functional", "losses"), ("store", "limits"), ("untrusted", "limits"), ("devices", "capture")}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

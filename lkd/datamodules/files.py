@@ -13,9 +13,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from lkd.limits import shown
 from lkd.store import fingerprint
 from lkd.types import IGNORE_INDEX
-from lkd.untrusted import shown
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 """What a file may be, whatever its name says: for some others Pillow starts a program, as Ghostscript for EPS."""

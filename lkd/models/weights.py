@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lkd.untrusted import UntrustedError, read_torch, said, shown
+from lkd.limits import UntrustedError, said, shown
+from lkd.untrusted import read_torch
 
 PRETRAINED = Path(__file__).with_name("pretrained")
 """The folder of the weights that ship with the package."""

@@ -72,6 +72,21 @@ def _name_default(kind: type[L.LightningModule]) -> None:
         setattr(kind, "<lambda>", optimizer.default)
 
 
+def _inner_arguments(kind: type) -> list[str]:
+    """Return the arguments that constructors of a class's bases take, and that the class itself does not.
+
+    As hyperparameters they would be passed to the class when it is loaded from a checkpoint.
+    """
+    makers = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
+    signatures = [inspect.signature(maker).parameters for maker in makers if inspect.isfunction(maker)]
+    taken: set[str] = set()
+    for parameters in signatures:  # the class's own first
+        taken |= set(parameters)
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return sorted({name for parameters in signatures for name in parameters} - taken)
+
+
 class ClassificationModule(ReplayableModule):
     """Train a classifier with labels.
 
@@ -106,7 +121,7 @@ class ClassificationModule(ReplayableModule):
     ) -> None:
         super().__init__()
         # From the CLI these are the config's values, from which load_from_checkpoint rebuilds everything.
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=_inner_arguments(type(self)))
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {label_smoothing}")
         self.model = load_weights(model, model_ckpt) if model_ckpt else model
