@@ -9,6 +9,7 @@ from lkd.losses.base import DistillLoss
 from lkd.losses.checks import check_positive, check_temperature, check_weights
 from lkd.losses.logit import kd_loss
 from lkd.losses.precision import wide
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
@@ -122,6 +123,7 @@ class InstanceCTKD(DistillLoss):
 
     def temperatures(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """One temperature for each sample, `(B, 1)`; their gradient reaches the network reversed.
+    @check_shapes(student_logits="B K", teacher_logits="B K")
 
         Args:
             student_logits: `(B, K)`.

@@ -14,6 +14,7 @@ from lkd.losses.checks import check_classes, check_temperature, check_weights
 from lkd.losses.labels import labelled_mean, log_others, others, own_class
 from lkd.losses.logit import kl_divergence
 from lkd.losses.precision import wide
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs
 
 
@@ -24,6 +25,7 @@ def _log_or_not(logits: Tensor, own: Tensor) -> Tensor:
     return torch.stack([log_p.gather(1, own).squeeze(1), others(log_p, own).logsumexp(1)], dim=1)
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K", target="B")
 def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
     r"""Divergence between the probabilities of the target and of all else: the first part of `dkd_loss`.
 
@@ -47,6 +49,7 @@ def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
     return temperature**2 * labelled_mean(kl_divergence(student, teacher), target)
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K", target="B")
 def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
     r"""Divergence between the probabilities of the other classes: the second part of `dkd_loss`.
 
@@ -73,6 +76,7 @@ def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
     return temperature**2 * labelled_mean(kl_divergence(student, teacher), target)
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K", target="B")
 def dkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -152,6 +156,7 @@ class DKD(DistillLoss):
         }
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K", target="B")
 def _nkd_target(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
     """The first part of `nkd_loss`."""
     own = own_class(target, student_logits)
@@ -161,6 +166,7 @@ def _nkd_target(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) 
     return labelled_mean(-teacher.exp() * student, target)
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K", target="B")
 def _nkd_nontarget(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """The second part of `nkd_loss`: `nckd_loss` and the teacher's entropy, which has no gradient."""
     own = own_class(target, student_logits)
@@ -168,6 +174,7 @@ def _nkd_nontarget(student_logits: Tensor, teacher_logits: Tensor, target: Tenso
     return temperature**2 * labelled_mean(-(teacher.exp() * student).sum(1), target)
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K", target="B")
 def nkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -240,6 +247,7 @@ class NKD(DistillLoss):
 
 
 def wsld_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
+@check_shapes(student_logits="B K", teacher_logits="B K", target="B")
     r"""Cross-entropy with the softened teacher, in which a sample weighs less the better the student knows it.
 
     $$ \tau^2 \; \frac{1}{B} \sum_i w_i \Big( -\sum_c p_{t,ic} \log p_{s,ic} \Big), \quad
@@ -300,6 +308,7 @@ class WSLD(DistillLoss):
 
 def _scd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """The first part of `rld_loss`: sample confidence."""
+@check_shapes(student_logits="B K", teacher_logits="B K", target="B")
     student = _log_or_not(wide(student_logits) / temperature, own_class(target, student_logits))
     teacher = _log_or_not(wide(teacher_logits) / temperature, teacher_logits.argmax(1, keepdim=True))
     return temperature**2 * labelled_mean(kl_divergence(student, teacher), target)
@@ -307,6 +316,7 @@ def _scd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, tempera
 
 def _mcd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """The second part of `rld_loss`: masked correlation."""
+@check_shapes(student_logits="B K", teacher_logits="B K", target="B")
     masked = teacher_logits >= teacher_logits.gather(1, own_class(target, teacher_logits))
     nothing_left = masked.all(1, keepdim=True)
     masked = masked & ~nothing_left  # a softmax of nothing is not a number; these samples are left out below
@@ -320,6 +330,7 @@ def _mcd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, tempera
 
 def rld_loss(
     student_logits: Tensor,
+@check_shapes(student_logits="B K", teacher_logits="B K", target="B")
     teacher_logits: Tensor,
     target: Tensor,
     alpha: float = 1.0,

@@ -16,12 +16,14 @@ from lkd.losses.checks import check_classes, check_temperature, check_weights
 from lkd.losses.labels import labelled_cross_entropy, labelled_mean, log_others, others, own_class
 from lkd.losses.logit import softened_kl
 from lkd.losses.precision import wide
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 _SMOOTHING = 0.1
 """Of the labels that USKD's weak head learns."""
 
 
+@check_shapes(student_logits="B K", target="B")
 def tfkd_loss(
     student_logits: Tensor, target: Tensor, temperature: float = 20.0, correct_probability: float = 0.99
 ) -> Tensor:
@@ -89,6 +91,7 @@ class TfKD(DistillLoss):
 
 
 def cskd_loss(student_logits: Tensor, partner_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
+@check_shapes(student_logits="B K", partner_logits="B K", target="B")
     r"""Hinton's loss with the student's own answer to another image of the same class in the teacher's place.
 
     $$ \tau^2 \; \frac{1}{B} \sum_i
@@ -146,6 +149,7 @@ class CSKD(DistillLoss):
 
 
 def _uskd_target(student_logits: Tensor, target: Tensor) -> Tensor:
+@check_shapes(student_logits="B K", target="B")
     """Cross-entropy with the label, weighed by how sure the student is of it."""
     log_own = F.log_softmax(wide(student_logits), dim=1).gather(1, own_class(target, student_logits)).squeeze(1)
     squares = (2 * log_own.detach()).exp()
@@ -153,6 +157,7 @@ def _uskd_target(student_logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _uskd_nontarget(student_logits: Tensor, weak_logits: Tensor, target: Tensor) -> Tensor:
+@check_shapes(student_logits="B K", weak_logits="B K", target="B")
     """Cross-entropy of the other classes with Zipf's law over their ranks."""
     own, student_logits = own_class(target, student_logits), wide(student_logits)
     log_student = F.log_softmax(student_logits, dim=1)
@@ -165,6 +170,7 @@ def _uskd_nontarget(student_logits: Tensor, weak_logits: Tensor, target: Tensor)
 
 
 def uskd_loss(
+@check_shapes(student_logits="B K", weak_logits="B K", target="B")
     student_logits: Tensor,
     weak_logits: Tensor,
     target: Tensor,
