@@ -90,7 +90,8 @@ class DISTPlus(DIST):
 
     References:
         Huang et al.: DIST+: Knowledge Distillation From a Stronger Adaptive Teacher, TPAMI 2025. The channels' term is
-        1 - correlation, as in the paper; torchdistill adds the correlation itself, which drives the channels apart.
+        1 - correlation, as in the paper; torchdistill adds the correlation itself, which drives the channels apart. Its
+        configuration for ImageNet, the only public one, has `beta` and `gamma` 2, and weighs the sum with 2.
     """
 
     per_process = "correlates its images within a class, and at a pixel"
