@@ -126,6 +126,8 @@ class MutualModule(DistillModule):
         Zhang, Xiang, Hospedales, Lu: Deep Mutual Learning, CVPR 2018 (arXiv 1706.00384). They update one student after
         the other, each from its peers' newest answers; here all are updated at once, from the same forward pass, as in
         their equations but not in their algorithm 1: it costs half, for two students, and lets them share an optimizer.
+        The mean over the peers is the paper's; the authors' code adds the peers' divergences without dividing by
+        M - 1, which `distill_weight` M - 1 gives here.
     """
 
     def __init__(
