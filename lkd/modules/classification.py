@@ -25,7 +25,7 @@ from lkd.losses.labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
 from lkd.modules.meter import Accuracy, Meter, WeightedMean
-from lkd.modules.replay import ReplayableModule
+from lkd.modules.recorded import RecordedModule
 from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
 
@@ -72,7 +72,7 @@ def _name_default(kind: type[L.LightningModule]) -> None:
         setattr(kind, "<lambda>", optimizer.default)
 
 
-class ClassificationModule(ReplayableModule):
+class ClassificationModule(RecordedModule):
     """Train a classifier with labels.
 
     Batches are `Batch`, `(input, target)`, `(input, target, index)` or a dict with these keys; override `unpack`
@@ -456,6 +456,7 @@ class ClassificationModule(ReplayableModule):
         facts = {name: fact for name in FROM_DATA if not isinstance(fact := self._data_attribute(name), Tensor)}
         checkpoint["lkd"] = {
             "version": __version__,
+            **self.run_facts(),
             "input_shape": None if shape is None else tuple(shape),
             "example_input": move_data_to_device(example, "cpu") if _is_safe(example) else None,
             "meter": self._meter.state(self._gather),
