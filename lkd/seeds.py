@@ -48,7 +48,7 @@ _PLACES = (
 )
 """Settings that change where a run is kept and what it shows, not what it trains."""
 _LENGTH = "trainer.max_"
-_INTERRUPTED = (128 + signal.SIGTERM, -signal.SIGTERM, 128 + signal.SIGINT)
+_INTERRUPTED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 
 class Run(NamedTuple):
@@ -226,7 +226,8 @@ def _fit(args: Sequence[str]) -> int:
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, lambda *_: run.terminate()) if is_main else None
     try:
-        return run.wait()
+        code = run.wait()
+        return 128 - code if code < 0 else code  # killed by a signal: as a shell reports it
     except KeyboardInterrupt:  # the run gets it from the terminal, too, and writes a checkpoint
         run.wait()
         return 128 + signal.SIGINT

@@ -143,7 +143,7 @@ def _chosen(given: Any, runs: Mapping[str, Trained]) -> tuple[list[Candidate], L
             rank_zero_warn(f"{name} was trained on {place_of(run.data)}, and is measured on {place_of(data)}")
         for fact in _SAME + (_SPLIT if given.split == "val" else ()):
             own, measured = (getattr(module, fact, None) for module in (run.data, data))
-            if repr(own) != repr(measured):
+            if own is not None and measured is not None and repr(own) != repr(measured):  # None: not known yet
                 rank_zero_warn(f"{name} was trained with {fact} {own}, and is measured with {measured}")
     return candidates, data, teacher
 

@@ -65,7 +65,7 @@ class Grid:
             parts[-1].append(number)
             free -= needed + 3
         for part in parts:
-            table = Table(title=self.title if part is parts[0] else None, title_justify="left")
+            table = Table(title=escape(self.title) if part is parts[0] else None, title_justify="left")
             table.add_column(escape(self.head[0]), overflow="fold", width=first)
             for number in part:
                 table.add_column(escape(self.head[number]), justify="right", width=self._needed(number))
@@ -243,11 +243,11 @@ def _methods(found: Comparison) -> Iterator[Grid]:
         for one in found.method_differences
     ]
     note = (
-        "Welch's t-test compares the mean top-1 of two methods over their seeds: the first's minus the second's, in "
-        "percentage points. It accounts for the variation between trainings, on these images. Differs: p times the "
-        "number of pairs is below 0.05 (Bonferroni). With few seeds, only large differences are found."
+        "Welch's t-test compares the mean top-1 of two methods over their seeds. Gap: the first minus the second, in "
+        "percentage points (pp). The test accounts for the variation between trainings, on these images. Differs: p "
+        "times the number of pairs is below 0.05 (Bonferroni). With few seeds, only large differences are found."
     )
-    head = ["methods", "difference, pp", "95 % interval", "t (d.f.)", "p", "differs"]
+    head = ["methods", "gap, pp", "95 % interval", "t (d.f.)", "p", "differs"]
     yield Grid("Do two methods differ?", head, rows, note)
 
 
@@ -276,12 +276,12 @@ def _networks(found: Comparison, members: bool) -> Iterator[Grid]:
     shown = [_turned(pairs[frozenset((name, reference))], name) for name in alone if name != reference]
     note = (
         "McNemar's exact test compares two trained networks on these images, not two methods: two seeds of one method "
-        "may differ as well. To compare methods, train each with several seeds (lkd fit --seeds 5). Difference: top-1 "
-        "of the first minus the second's, in percentage points; interval: paired bootstrap, 10,000 samples. Only 1st, "
+        "may differ as well. To compare methods, train each with several seeds (lkd fit --seeds 5). Gap: top-1 of the "
+        "first minus the second's, in percentage points (pp); interval: paired bootstrap, 10,000 samples. Only 1st, "
         "only 2nd: images that one of the two alone classifies correctly. Differs: p times the number of all pairs, "
         f"{len(pairs)}, is below 0.05 (Bonferroni). Where few images differ, rely on p rather than on the interval."
     )
-    head = ["difference, pp", "95 % interval", "only 1st", "only 2nd", "p", "differs"]
+    head = ["gap, pp", "95 % interval", "only 1st", "only 2nd", "p", "differs"]
     if shown:
         rows = [[one.first, *_pair(one, len(pairs))] for one in shown]
         yield Grid(f"Does a trained network (1st) differ from {reference} (2nd)?", ["network", *head], rows, note)

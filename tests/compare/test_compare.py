@@ -21,6 +21,7 @@ from lkd import Batch, DigitsDataModule, EarlyExitModule, SyntheticDataModule
 from lkd.__main__ import main
 from lkd.compare import Candidate, compare, write
 from lkd.compare.asking import statistics_of
+from lkd.compare.groups import methods_of
 from lkd.compare.tables import tables
 from lkd.models import load_weights, resnet8
 from lkd.trained import Answer, load_trained, network_of
@@ -336,26 +337,27 @@ def test_runs_that_differ_only_by_seed_are_one_method(runs, tmp_path, capsys, mo
     assert f"│ kd │ 3 │ {100 * np.mean(values):.2f} │ {100 * np.std(values, ddof=1):.2f} │" in shown
     assert "kd/version_1" not in shown
     assert "kd - student" in shown
-    assert "compares two trained networks on these images, not two methods" in shown
     page = Path("runs/compare/version_0/comparison.html").read_text()
     assert page.count("<details>") == 3
     assert "All 15 pairs of trained networks" in page
-    again = _another(kd, tmp_path / "again", 0)
+    assert "compares two trained networks on these images, not two methods" in page
+    trained = load_trained(str(kd))
     with pytest.warns(UserWarning, match="again has the settings and the seed of kd, so it does not count"):
-        main(["compare", str(kd), f"again={again}", *QUICK])
+        assert methods_of({"kd": trained, "again": trained}) == {}
 
 
 def test_class_names_are_those_of_the_training(runs, tmp_path, recwarn) -> None:
     synthetic = {"class_path": "lkd.SyntheticDataModule", "init_args": {"num_classes": 10, "input_shape": [1, 8, 8]}}
-    path = _another(runs / "digits" / "kd" / "version_0", tmp_path / "run", 1, data=synthetic)
-    own = ["--data=lkd.DigitsDataModule", *QUICK]
-    assert main(["compare", str(path), *own]) == 0  # its data module has no names before it is used
-    assert not [warning for warning in recwarn if "class" in str(warning.message)]
-    checkpoint = torch.load(path, weights_only=True)
+    kd = runs / "digits" / "kd" / "version_0"
+    same, other = (_another(kd, tmp_path / name, 1, data=synthetic) for name in ("same", "other"))
+    checkpoint = torch.load(other, weights_only=True)
     checkpoint["lkd"]["class_names"] = tuple("abcdefghij")
-    torch.save(checkpoint, path)
-    with pytest.warns(UserWarning, match="run was trained with the classes a, b, c, d, e and 5 more, and is measured"):
-        main(["compare", str(path), *own])
+    torch.save(checkpoint, other)
+    assert main(["compare", str(same), str(other), "--data=lkd.DigitsDataModule", *QUICK]) == 0
+    (said,) = [str(warning.message) for warning in recwarn if "class" in str(warning.message)]
+    assert said == (
+        "other was trained with the classes a, b, c, d, e and 5 more, and is measured with 0, 1, 2, 3, 4 and 5 more"
+    )
 
 
 def test_mistakes(answer, runs) -> None:
