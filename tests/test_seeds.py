@@ -50,24 +50,12 @@ def begun(monkeypatch) -> list[list[str]]:
     return calls
 
 
-def test_each_run_is_the_single_run_with_its_seed(capfd, monkeypatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-    assert main([*FIT, "--seeds=0,7"]) == 0
-    said = capfd.readouterr().out
-    scores = [_score(_checkpoint(version)) for version in (0, 1)]
-    mean, std = statistics.mean(scores), statistics.stdev(scores)
-    assert f"mean {mean:.4g}, standard deviation {std:.4g}, n = 2" in said
-    with (RUNS / "seeds.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["seed"], row["run"], row["monitor"]) for row in rows] == [
-        ("0", "version_0", "val/acc"),
-        ("7", "version_1", "val/acc"),
-    ]
-    assert [float(row["value"]) for row in rows] == scores
+def test_each_run_is_the_single_run_with_its_seed(monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # each run has a process of its own
+    assert main([*FIT, "--seeds=7,"]) == 0
     assert main([*FIT, "--seed_everything=7"]) == 0
-    assert _same(_checkpoint(1), _checkpoint(2))
-    assert _score(_checkpoint(1)) == _score(_checkpoint(2))
-    assert not _same(_checkpoint(0), _checkpoint(1))
+    assert _same(_checkpoint(0), _checkpoint(1))
+    assert _score(_checkpoint(0)) == _score(_checkpoint(1))
 
 
 def test_the_seed_is_recorded_and_modules_load_as_before() -> None:
@@ -113,8 +101,13 @@ def test_a_run_that_fails_leaves_the_others(begun, capfd, monkeypatch) -> None:
     assert main([*FIT, "--seeds=3"]) == 2
     said = capfd.readouterr().out
     assert "failed: exit code 2" in said
-    assert f"mean {statistics.mean(_score(_checkpoint(version)) for version in (0, 2)):.4g}" in said
-    assert "n = 2" in said
+    scores = [_score(_checkpoint(version)) for version in (0, 2)]
+    assert not _same(_checkpoint(0), _checkpoint(2))
+    mean, std = statistics.mean(scores), statistics.stdev(scores)
+    assert f"mean {mean:.4g}, standard deviation {std:.4g}, n = 2" in said
+    with (RUNS / "seeds.csv").open() as file:
+        rows = [(row["seed"], row["run"], row["value"]) for row in csv.DictReader(file)]
+    assert rows == [("0", "version_0", str(scores[0])), ("1", "version_1", ""), ("2", "version_2", str(scores[1]))]
     assert len(begun) == 3
 
 
