@@ -257,6 +257,10 @@ def run(args: Sequence[str]) -> int:
     try:
         if args[0] in OWN:
             copy_context().run(import_module(OWN[args[0]]).main, args[1:])  # they use LkdCLI
+        elif args[0] == "fit" and any(arg.partition("=")[0] == "--seeds" for arg in args):
+            from lkd.seeds import fit_seeds  # it uses LkdCLI
+
+            return fit_seeds(args[1:], debug)
         else:
             # In a context of its own: jsonargparse leaves the parser, and with it the whole run, in a context variable.
             # In predict each process goes its own way.

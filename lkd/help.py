@@ -34,6 +34,8 @@ Options
   --config FILE        a file of settings; later ones, and --KEY VALUE, go over earlier ones. lkd's own lie in configs/
   --resume             fit: continue the newest run of that name from its last checkpoint; begin if there is none
   --name NAME          the run's name: its folder is runs/NAME/version_N
+  --seeds N            fit: N runs with the seeds 0 to N-1 (or --seeds 0,1,2), and the mean and standard deviation of
+                       their results; with --resume, runs that are done are kept and the others continue
   --ckpt_path FILE     a checkpoint to continue from (fit) or to measure; last, best: the newest run's
   --teacher_cache.versions N   ask the teacher once for each of N augmented versions of an image, and keep what it says
   --KEY VALUE          any setting, as in --model.init_args.distill_weight 0.5 or --trainer.max_epochs 10
@@ -115,12 +117,14 @@ teacher_layers, with the shapes of what they return and the groups (@stages, @po
 usage: lkd compare [NAME=]RUN ... [--config FILE] [--KEY VALUE ...]
 
 Measure checkpoints and networks on the same images: accuracy with 95 % intervals, negative log-likelihood, calibration,
-agreement with the teacher, accuracy of each class, parameters, operations, size, latency and throughput on this device,
-and whether each difference is real (McNemar). Tables in the terminal; a page, Markdown, JSON and TensorBoard's curves
-in a folder of their own.
+agreement with the teacher, accuracy of each class, parameters, operations, size, latency and throughput on this device.
+Runs that differ only by seed form one row: mean, standard deviation, n, and 95 % interval over the seeds. Welch's
+t-test compares two such methods; McNemar's test compares two trained networks. Tables in the terminal; a page,
+Markdown, JSON and TensorBoard's curves in a folder of their own.
 
   lkd compare runs/digits/kd alone=runs/digits/student       the teacher of the first run is measured, too
   lkd compare distilled=runs/cifar10/kd --config others.yaml
+  lkd compare runs/digits/kd/version_* runs/digits/student/version_*     seeds, as of lkd fit --seeds 5
 
   RUN                 a checkpoint; a run's folder, or that of all runs of one name, for the newest one's best
   --config FILE       networks of others, the data, and any of the settings below:
@@ -138,6 +142,7 @@ in a folder of their own.
   --split test        test, or val: the validation images
   --batch_sizes [1,64]  batches that are timed, each for --seconds 1.0
   --accelerator auto  where: cpu, gpu, ...
+  --members           also show the networks of each method in the terminal, one by one; the page always has them
   --output FOLDER     by default runs/compare; each comparison gets a folder of its own in it
 """,
     "sweep": """\

@@ -34,6 +34,7 @@ LEVEL = {
     "processes": 3,
     "cli": 3,
     "run_config": 3,
+    "seeds": 3,
     "listing": 3,
     "help": 1,
     "catalogue": 0,

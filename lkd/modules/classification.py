@@ -25,7 +25,7 @@ from lkd.losses.labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
 from lkd.modules.meter import Accuracy, Meter, WeightedMean
-from lkd.modules.replay import ReplayableModule
+from lkd.modules.recorded import RecordedModule, inner_arguments
 from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
 
@@ -72,22 +72,7 @@ def _name_default(kind: type[L.LightningModule]) -> None:
         setattr(kind, "<lambda>", optimizer.default)
 
 
-def _inner_arguments(kind: type) -> list[str]:
-    """Return the arguments that constructors of a class's bases take, and that the class itself does not.
-
-    As hyperparameters they would be passed to the class when it is loaded from a checkpoint.
-    """
-    makers = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
-    signatures = [inspect.signature(maker).parameters for maker in makers if inspect.isfunction(maker)]
-    taken: set[str] = set()
-    for parameters in signatures:  # the class's own first
-        taken |= set(parameters)
-        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
-            break
-    return sorted({name for parameters in signatures for name in parameters} - taken)
-
-
-class ClassificationModule(ReplayableModule):
+class ClassificationModule(RecordedModule):
     """Train a classifier with labels.
 
     Batches are `Batch`, `(input, target)`, `(input, target, index)` or a dict with these keys; override `unpack`
@@ -121,7 +106,7 @@ class ClassificationModule(ReplayableModule):
     ) -> None:
         super().__init__()
         # From the CLI these are the config's values, from which load_from_checkpoint rebuilds everything.
-        self.save_hyperparameters(ignore=_inner_arguments(type(self)))
+        self.save_hyperparameters(ignore=inner_arguments(type(self)))
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {label_smoothing}")
         self.model = load_weights(model, model_ckpt) if model_ckpt else model
@@ -471,6 +456,7 @@ class ClassificationModule(ReplayableModule):
         facts = {name: fact for name in FROM_DATA if not isinstance(fact := self._data_attribute(name), Tensor)}
         checkpoint["lkd"] = {
             "version": __version__,
+            **self.run_facts(),
             "input_shape": None if shape is None else tuple(shape),
             "example_input": move_data_to_device(example, "cpu") if _is_safe(example) else None,
             "meter": self._meter.state(self._gather),
