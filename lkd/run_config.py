@@ -20,7 +20,10 @@ from lkd.plain_yaml import load_yaml
 _FREE = ("ckpt_path", "config", "last_checkpoint", "trainer.max_", "trainer.enable_", "trainer.log_every_n_steps")
 """Settings that change nothing in the steps that a run has still to make."""
 
-_STATEFUL = (".optimizer", ".optimizer.class_path", ".lr_scheduler", ".lr_scheduler.class_path")
+_STATEFUL = (
+    *(".optimizer", ".optimizer.class_path", ".lr_scheduler", ".lr_scheduler.class_path"),
+    ".lr_scheduler_interval",
+)
 """What a checkpoint's state is of: another class could not go on from it."""
 
 
