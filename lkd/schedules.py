@@ -78,6 +78,8 @@ class RunSchedule(LRScheduler):
             interval: Which of both.
         """
         groups, previous = self.optimizer.param_groups, self.total
+        if previous == total:
+            return  # a resumed run has its learning rates
         before, self.total = float(groups[0]["lr"]), total
         for group, rate in zip(groups, self.get_lr(), strict=True):
             if isinstance(group["lr"], Tensor):
@@ -85,11 +87,11 @@ class RunSchedule(LRScheduler):
             else:
                 group["lr"] = rate
         self._last_lr = [rate.clone() if isinstance(rate, Tensor) else rate for rate in self.get_lr()]
-        if previous not in (None, total):
+        if previous is not None:
             rank_zero_warn(
-                f"the run was begun with {previous:,} {interval}s and now has {total:,}: after {self.last_epoch:,} "
-                f"{interval}s, {type(self).__name__} follows the schedule of {total:,}, with a learning rate of "
-                f"{float(groups[0]['lr']):.3g} instead of {before:.3g}"
+                f"the run was begun with {_count(previous, interval)} and now has {total:,}: after "
+                f"{_count(self.last_epoch, interval)}, {type(self).__name__} follows the schedule of {total:,}, with a "
+                f"learning rate of {float(groups[0]['lr']):.3g} instead of {before:.3g}"
             )
 
 
@@ -250,6 +252,12 @@ def fit_schedules(trainer: L.Trainer) -> None:
     for config in trainer.lr_scheduler_configs:
         schedule, interval = config.scheduler, cast("Interval", config.interval)
         length, other = (run.step, run.epoch) if interval == "step" else (run.epoch, run.step)
+        for part in getattr(schedule, "_schedulers", ()):  # of SequentialLR and ChainedScheduler
+            if isinstance(part, RunSchedule) and part.total is None:
+                name = type(part).__name__
+                raise ValueError(
+                    f"{name} cannot follow the length of the run as a part of another schedule; pass total"
+                )
         if isinstance(schedule, RunSchedule) and schedule.follows_run:
             if length == math.inf:
                 raise ValueError(
@@ -324,6 +332,10 @@ def _problem(schedule: Any, span: _Span | None, length: float) -> str:
     return span.afterwards
 
 
+def _count(number: float, unit: str) -> str:
+    return f"{number:,.0f} {unit}{'' if number == 1 else 's'}"
+
+
 def _check(schedule: Any, interval: Interval, length: float, other: float) -> None:
     """Reject a schedule that only fits the other interval, or fails; warn of one that does not fit the run.
 
@@ -335,19 +347,21 @@ def _check(schedule: Any, interval: Interval, length: float, other: float) -> No
     """
     span, name = _span(schedule), type(schedule).__name__
     problem = _problem(schedule, span, length)
-    fits_other = bool(span and problem and abs(span.length - other) <= 1)
+    is_total = not isinstance(schedule, (lr_scheduler.StepLR, lr_scheduler.MultiStepLR))
+    # In long runs, a total may be one less: then the last step has the final learning rate.
+    fits_other = bool(span and problem and is_total and abs(span.length - other) <= (other >= 100))
     if isinstance(schedule, lr_scheduler.MultiStepLR) and span and schedule.gamma < 1:
-        fits_other |= interval == "step" and span.length < other <= length / 10
+        fits_other = interval == "step" and span.length < other <= length / 10
     if not (problem or fits_other):
         return
     has = f"{span.setting} {span.length:,.0f}" if span else f"a gamma of {schedule.gamma}"
-    said = f"{name} has {has}, but this run steps it {length:,.0f} times, once per {interval}"
+    said = f"{name} has {has}, but this run steps it {_count(length, 'time')}, once per {interval}"
     others: Interval = "epoch" if interval == "step" else "step"
-    switch = f"set lr_scheduler_interval to {others}, which steps it {other:,.0f} times"
+    switch = f"set lr_scheduler_interval to {others}, which steps it {_count(other, 'time')}"
     if fits_other:
         raise ValueError(f"{said}; {switch}")
     if problem == _FAILS:
         raise ValueError(f"{said}: {problem}; use {_REMEDY}")
-    counts_other = span and span.length <= other < math.inf and (interval == "step" or span.length > length)
-    remedy = f"{switch}, or use" if counts_other else "use"
-    rank_zero_warn(f"{said}: {problem}; {remedy} {_REMEDY}")
+    least = (0.9 if span and span.afterwards else 0.02) * other  # a warm-up, or a milestone, may come early
+    counts_other = span and length != other and least <= span.length <= other
+    rank_zero_warn(f"{said}: {problem}; {f'{switch}, or use' if counts_other else 'use'} {_REMEDY}")

@@ -260,6 +260,17 @@ def test_an_endless_run_has_no_length(fit, interval: str, setting: str) -> None:
         fit(CosineDecay, interval, max_epochs=-1, max_steps=-1, max_time="00:00:00:01")
 
 
+def test_a_part_of_another_schedule_needs_a_length(recwarn) -> None:
+    def parts(**settings: Any) -> LRScheduler:
+        made = optimizer()
+        return SequentialLR(made, [LinearLR(made, total_iters=5), CosineDecay(made, **settings)], [5])
+
+    with pytest.raises(ValueError, match="CosineDecay cannot follow the length of the run as a part of another"):
+        fit_schedules(_run(parts(), "epoch"))
+    fit_schedules(_run(parts(total=25), "epoch"))
+    assert not _warned(recwarn)
+
+
 def test_what_the_interval_may_be(fit) -> None:
     with pytest.raises(ValueError, match="lr_scheduler_interval must be epoch or step, got 'batch'"):
         fit(CosineDecay, "batch")
@@ -365,11 +376,10 @@ def test_schedules_of_the_other_interval_are_rejected(interval: str, make: Calla
             3,
             lambda made: CosineAnnealingLR(made, 30),
             "CosineAnnealingLR has T_max 30, but this run steps it 3 times, once per epoch: only the first 10.0% of "
-            "the schedule takes place; set lr_scheduler_interval to step, which steps it 300 times, or use "
-            "lkd.schedules.CosineDecay or StepDecay, which follow the length of the run",
+            "the schedule takes place; use lkd.schedules.CosineDecay or StepDecay, which follow the length of the run",
         ),
         ("epoch", 60, lambda made: MultiStepLR(made, [91, 136]), "last milestone at 136, but this run steps it 60"),
-        ("epoch", 30, lambda made: LinearLR(made, total_iters=500), "only the first 6.0% of the schedule takes place"),
+        ("epoch", 30, lambda made: LinearLR(made, total_iters=500), "; set lr_scheduler_interval to step, which"),
         ("epoch", 30, lambda made: LinearLR(made, 1, 0, 10), "the learning rate stays 0 from there on"),
         ("epoch", 30, lambda made: pytorch.PolynomialLR(made, 10), "the learning rate stays 0 from there on"),
         ("epoch", 30, lambda made: pytorch.OneCycleLR(made, 0.1, 50), "only the first 60.0% of the schedule"),
@@ -383,6 +393,12 @@ def test_schedules_of_the_other_interval_are_rejected(interval: str, make: Calla
 def test_schedules_that_do_not_fit_are_reported(interval: str, epochs: int, make: Any, words: str, recwarn) -> None:
     fit_schedules(_run(make(optimizer()), interval, epochs))
     assert words in _warned(recwarn)
+
+
+@pytest.mark.parametrize("make", [lambda made: pytorch.StepLR(made, 1), lambda made: CosineAnnealingLR(made, 4)])
+def test_small_numbers_are_not_taken_for_the_other_interval(make: Any, recwarn) -> None:
+    fit_schedules(_run(make(optimizer()), "epoch", epochs=1, batches=3))
+    assert "but this run steps it 1 time, once per epoch" in _warned(recwarn)
 
 
 def test_a_schedule_of_the_other_interval_does_not_train(fit) -> None:

@@ -111,8 +111,7 @@ class DistillModule(ClassificationModule):
                 f"the criterion {type(self.criterion).__name__} would be logged as {self.distill_name!r}, the name of "
                 "another curve; call the class otherwise"
             )
-        self.distill_weight = distill_weight
-        self.hard_weight = hard_weight
+        self.distill_weight, self.hard_weight = distill_weight, hard_weight
         self.teacher_normalization = teacher_normalization
         self.criterion.locate(self.student, self.teacher)
         self.student_taps = FeatureTaps(self.student, self.criterion.student_layers)
