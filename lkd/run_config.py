@@ -34,7 +34,10 @@ _IDENTITY = ("seed_everything", "data", "model")
 _PLACES = tuple(f"data.init_args.{name}" for name in ("root", "num_workers", "resident_limit"))
 """Settings of the data that do not change its batches."""
 
-_STATEFUL = (".optimizer", ".optimizer.class_path", ".lr_scheduler", ".lr_scheduler.class_path")
+_STATEFUL = (
+    *(".optimizer", ".optimizer.class_path", ".lr_scheduler", ".lr_scheduler.class_path"),
+    ".lr_scheduler_interval",
+)
 """What a checkpoint's state is of: another class could not go on from it."""
 
 

@@ -25,6 +25,7 @@ LEVEL = {
     "taps": 1,
     "models": 1,
     "datamodules": 1,
+    "schedules": 1,
     "modules": 2,
     "callbacks": 2,
     "plain_yaml": 1,

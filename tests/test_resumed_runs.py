@@ -55,7 +55,8 @@ def _best() -> dict[str, object]:
     [
         ("student.init_args.depth=14", "the checkpoint does not fit this DistillModule"),
         ("optimizer=torch.optim.Adam", "was begun with model.init_args.optimizer.class_path torch.optim.SGD (now"),
-        ("lr_scheduler=null", "was begun with model.init_args.lr_scheduler torch.optim.lr_scheduler.CosineAnnealingLR"),
+        ("lr_scheduler=null", "was begun with model.init_args.lr_scheduler lkd.schedules.CosineDecay"),
+        ("lr_scheduler_interval=step", "was begun with model.init_args.lr_scheduler_interval epoch (now step)"),
     ],
 )
 def test_a_refused_run_stays_as_it_was(fit, setting: str, said: str) -> None:

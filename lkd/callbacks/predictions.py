@@ -37,10 +37,10 @@ class PredictionWriter(BasePredictionWriter):
         """Keep one batch's lines."""
         index = pl_module.unpack(batch).index
         indices = [None] * len(prediction) if index is None else index.tolist()
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None) or ()
         probabilities, classes = prediction.float().softmax(1).max(1)
         for position, chosen, probability in zip(indices, classes.tolist(), probabilities.tolist(), strict=True):
-            self._rows.append((position, chosen, names[chosen] if names else "", round(probability, 6)))
+            self._rows.append((position, chosen, names[chosen] if chosen < len(names) else "", round(probability, 6)))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write the file and say where it is."""

@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from lkd.losses import KD, CompositeLoss, DistillLoss, named_terms
 from lkd.modules.distill import DistillModule
 from lkd.modules.meter import Accuracy
+from lkd.schedules import Interval
 from lkd.taps import FeatureTaps, logits_of
 from lkd.types import Batch, Outputs, Probe
 
@@ -115,8 +116,10 @@ class MutualModule(DistillModule):
         distill_weight: Weight of the criterion, at least 0.
         hard_weight: Weight of the cross-entropy with the labels, at least 0.
         optimizer: Makes the optimizer from the parameters that train, all students' and the criteria's.
-        lr_scheduler: Makes the learning rate's schedule, stepped once an epoch, from the optimizer; None: constant.
+        lr_scheduler: Makes the learning rate's schedule from the optimizer; None: constant. `lkd.schedules` has
+            schedules that follow the length of the run.
         label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
+        lr_scheduler_interval: Whether the schedule is stepped after each `epoch` or each optimizer `step`.
 
     Raises:
         ValueError: If there are fewer than two students, a weight is negative, or, before training, the students have
@@ -139,6 +142,7 @@ class MutualModule(DistillModule):
         optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
+        lr_scheduler_interval: Interval = "epoch",
     ) -> None:
         if len(students) < 2:
             raise ValueError(f"MutualModule needs at least two students, got {len(students)}")
@@ -151,6 +155,7 @@ class MutualModule(DistillModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             label_smoothing=label_smoothing,
+            lr_scheduler_interval=lr_scheduler_interval,
         )
         self.taps = [self.student_taps]
         for number, student in enumerate(students[1:], 2):
