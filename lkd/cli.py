@@ -35,6 +35,7 @@ from lkd.arguments import newest_checkpoint, prepare, run_version
 from lkd.callbacks import (
     FitReport,
     ImagesPerSecond,
+    LimitReport,
     NetworkSummary,
     PredictionWriter,
     ProgressBar,
@@ -221,7 +222,7 @@ def _callbacks(command: str, logged: bool) -> list[L.Callback]:
     if command == "predict":
         return [PredictionWriter()]
     if command != "fit":
-        return []
+        return [LimitReport()]
     callbacks: list[L.Callback] = [NetworkSummary(), ImagesPerSecond(), FitReport(), StepSeed()]
     return [*callbacks, LearningRateMonitor()] if logged else callbacks
 

@@ -84,6 +84,18 @@ def test_table_at_the_end(tmp_path, capfd) -> None:
     assert "tensorboard --host localhost --logdir runs/digits/kd" in shown
 
 
+def test_accuracy_on_some_of_the_images_is_labelled_as_such(capfd) -> None:
+    limits = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=2", "--trainer.limit_test_batches=0.6"]
+    assert main(["fit", "--config", "digits/kd", *SHORT, *limits]) == 0
+    shown = capfd.readouterr().out
+    assert "The teacher's accuracy on 128 of 288 validation images: " in shown
+    assert "accuracy on 128 of 288 validation images" in shown.replace("The teacher's accuracy", "")
+    best = "runs/digits/kd/version_0/checkpoints/best.ckpt"
+    for command, images in (("validate", "128 of 288 validation images"), ("test", "192 of 359 test images")):
+        assert main([command, "--ckpt_path", best, *limits[1:]]) == 0
+        assert f"measured on {images}" in capfd.readouterr().out
+
+
 def test_flops_are_those_of_a_count_by_hand() -> None:
     from lkd.callbacks.monitor import network_size
     from lkd.models import CIFARResNet

@@ -16,6 +16,7 @@ LEVEL = {
     "capture": 0,
     "devices": 0,
     "layers": 0,
+    "limits": 0,
     "store": 0,
     "checkpoint_io": 1,
     "untrusted": 0,
