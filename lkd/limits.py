@@ -24,9 +24,14 @@ def is_limited(trainer: L.Trainer | None, split: Evaluated) -> bool:
         True for `limit_val_batches`, `limit_test_batches`, `fast_dev_run`, and a sanity check of a few batches.
     """
     limits: list[int | float] = [getattr(trainer, f"limit_{split}_batches", 1.0)]
-    if trainer is not None and split == "val" and getattr(trainer.state, "fn", None) == TrainerFn.FITTING:
+    if trainer is not None and split == "val" and _is_fitting(trainer):
         limits.append(trainer.num_sanity_val_steps or math.inf)
     return any(isinstance(limit, int) or limit < 1 for limit in limits)
+
+
+def _is_fitting(trainer: L.Trainer) -> bool:
+    state = getattr(trainer, "state", None)  # a stand-in of a test or a notebook may have none
+    return state is not None and state.fn == TrainerFn.FITTING
 
 
 def images_measured(trainer: L.Trainer, split: Evaluated) -> str:

@@ -71,6 +71,7 @@ def _no_downloads(monkeypatch) -> None:
     """torchvision's trained weights would be fetched; random ones have the same form."""
     get_model = torchvision.models.get_model
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None, **rest: get_model(name, **rest))
+    monkeypatch.setattr("lkd.models.factories.unreachable", lambda url: "")
 
 
 @pytest.mark.parametrize("config", COMPLETE)

@@ -168,7 +168,7 @@ def test_a_limited_evaluation_takes_images_of_all_classes(split, processes, work
         datamodule.setup("test")
         shares = []
         for rank in range(processes):
-            limits = {f"limit_{split}_batches": limit, "state": SimpleNamespace(fn=None)}
+            limits = {f"limit_{split}_batches": limit}
             datamodule.trainer = SimpleNamespace(world_size=processes, global_rank=rank, strategy=CPU, **limits)
             loaded = getattr(datamodule, f"{loader}_dataloader")()
             loaded.sampler.set_epoch(epoch)
