@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
@@ -358,7 +358,7 @@ class ClassificationModule(ReplayableModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over what trains (never a teacher), and the schedule."""
-        optimizer = self._make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        optimizer = self.make_optimizer()
         if self._make_lr_scheduler is None:
             return optimizer
         scheduler = self._make_lr_scheduler(optimizer)
@@ -366,6 +366,10 @@ class ClassificationModule(ReplayableModule):
             monitor = getattr(scheduler, "monitor", "val/loss")
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def make_optimizer(self) -> Optimizer:
+        """The optimizer of all parameters that train; override it for groups of parameters."""
+        return self._make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
 
     @property
     def only_labels(self) -> bool:
