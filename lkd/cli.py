@@ -245,6 +245,8 @@ def run(args: Sequence[str]) -> int:
     try:
         if args[0] in OWN:
             copy_context().run(import_module(OWN[args[0]]).main, args[1:])  # they use LkdCLI
+        elif args[0] == "predict" and any(arg.partition("=")[0] == "--images" for arg in args):
+            copy_context().run(import_module("lkd.new_images").main, args)
         else:
             # In a context of its own: jsonargparse leaves the parser, and with it the whole run, in a context variable.
             # In predict each process goes its own way.

@@ -148,6 +148,15 @@ def test_predictions(run: Path, capsys) -> None:
     assert [float(row["probability"]) for row in rows] == pytest.approx(probability.tolist(), abs=2e-6)
 
 
+def test_predictions_of_a_network_with_more_classes_than_the_data() -> None:
+    torch.manual_seed(0)
+    torch.save(lkd.models.resnet8(num_classes=90, in_channels=1).state_dict(), "more.pth")
+    more = ["--model.init_args.model.init_args.num_classes=90", "--model.init_args.model_ckpt=more.pth"]
+    assert main(["predict", "--config=digits/teacher", *more, "--trainer.accelerator=cpu"]) == 0
+    rows = list(csv.DictReader(Path("predictions.csv").read_text().splitlines()))
+    assert {row["class_name"] for row in rows if int(row["class"]) > 9} == {""}
+
+
 def test_continue_from_the_last_checkpoint(run: Path, capsys) -> None:
     last = str(run / "checkpoints/last.ckpt")
     assert main(["fit", "--ckpt_path", last, "--trainer.max_epochs=3", "--trainer.default_root_dir=more"]) == 0

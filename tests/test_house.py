@@ -34,6 +34,7 @@ LEVEL = {
     "mistakes": 3,
     "processes": 3,
     "cli": 3,
+    "new_images": 3,
     "run_config": 3,
     "listing": 3,
     "help": 0,

@@ -408,6 +408,12 @@ class ClassificationModule(ReplayableModule):
         told = getattr(getattr(self._trainer, "datamodule", None), name, None)
         return self._kept_facts.get(name) if told is None else told
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes: the data module's, else those that the checkpoint holds; empty if not known."""
+        told = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
+        return tuple(told or self._kept_facts.get("class_names") or ())
+
     def build(self, example: Any) -> None:
         """Run a blank input through what is trained, and check what comes out.
 
@@ -462,6 +468,7 @@ class ClassificationModule(ReplayableModule):
             "version": __version__,
             "input_shape": None if shape is None else tuple(shape),
             "example_input": move_data_to_device(example, "cpu") if _is_safe(example) else None,
+            "class_names": list(self.class_names),
             "meter": self._meter.state(self._gather),
             **facts,
         }
