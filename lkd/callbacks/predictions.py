@@ -55,9 +55,11 @@ class PredictionWriter(BasePredictionWriter):
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
             data = getattr(trainer, "datamodule", None)
-            own = isinstance(data, NewImages)
-            writer.writerow(("file" if own else "index", "class", "class_name", "probability"))
-            writer.writerows(self._by_file(data, trainer.is_global_zero) if own else self._rows)
+            columns = ("class", "class_name", "probability")
+            if isinstance(data, NewImages):
+                writer.writerows([("file", *columns), *self._by_file(data, trainer.is_global_zero)])
+            else:
+                writer.writerows([("index", *columns), *self._rows])
         pl_module.print(f"{len(self._rows)} predictions: {path}")
         self._rows.clear()
 

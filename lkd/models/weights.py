@@ -211,12 +211,10 @@ def misfit(tensors: Mapping[str, Tensor], network: nn.Module, optional: str = ""
         optional: End of the names that may be missing; empty: none.
         ignored: Name of a layer that need not fit; empty: none.
     """
-    state: Mapping[str, object] = network.state_dict()
+    state = network.state_dict()
     if ignored:
-        tensors, state = (
-            {name: value for name, value in part.items() if not name.startswith(f"{ignored}.")}
-            for part in (tensors, state)
-        )
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{ignored}.")}
+        state = {name: value for name, value in state.items() if not name.startswith(f"{ignored}.")}
     own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     missing = [name for name in own if name not in tensors and not (optional and name.endswith(optional))]
     unexpected = [name for name in tensors if name not in state]

@@ -106,8 +106,9 @@ class FineTuneModule(ClassificationModule):
         Raises:
             ValueError: If the schedule makes the learning rates of head and backbone equal.
         """
-        made: Any = super().configure_optimizers()
-        rates = [group["lr"] for group in (made["optimizer"] if isinstance(made, dict) else made).param_groups]
+        made = super().configure_optimizers()
+        optimizer: Any = made["optimizer"] if isinstance(made, dict) else made
+        rates = [group["lr"] for group in optimizer.param_groups]
         if len(rates) == 2 and rates[0] == rates[1] != 0 and self.backbone_lr_factor != 1:
             raise ValueError(
                 "the schedule sets one learning rate for head and backbone, whatever backbone_lr_factor is; give it a "
