@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lkd.checkpoint_io import damage_of
 from lkd.config_files import checked_name, find_config, run_name
-from lkd.limits import UntrustedError, shown
+from lkd.refused import UntrustedError, shown
 from lkd.untrusted import read_torch
 
 _NEWEST = ("last", "best")

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from lkd.limits import said, shown
+from lkd.refused import said, shown
 from lkd.store import replacing
 from lkd.untrusted import is_zip, read_torch
 

@@ -35,6 +35,7 @@ from lkd.arguments import newest_checkpoint, prepare, run_version
 from lkd.callbacks import (
     FitReport,
     ImagesPerSecond,
+    LimitReport,
     NetworkSummary,
     PredictionWriter,
     ProgressBar,
@@ -234,7 +235,7 @@ def _callbacks(command: str, logged: bool) -> list[L.Callback]:
     if command == "predict":
         return [PredictionWriter()]
     if command != "fit":
-        return []
+        return [LimitReport()]
     callbacks: list[L.Callback] = [NetworkSummary(), ImagesPerSecond(), FitReport(), StepSeed()]
     return [*callbacks, LearningRateMonitor()] if logged else callbacks
 
@@ -261,6 +262,8 @@ def run(args: Sequence[str]) -> int:
             from lkd.seeds import fit_seeds  # it uses LkdCLI
 
             return fit_seeds(args[1:], debug)
+        elif args[0] == "predict" and any(arg.partition("=")[0] == "--images" for arg in args):
+            copy_context().run(import_module("lkd.new_images").main, args)
         else:
             # In a context of its own: jsonargparse leaves the parser, and with it the whole run, in a context variable.
             # In predict each process goes its own way.

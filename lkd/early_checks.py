@@ -9,7 +9,7 @@ from typing import Any
 
 from lkd.config_files import KEYS, configs_folder, find_config, is_config, read_config
 
-OPTIONS = ("config", "help", "resume", "seeds", "print_config", "debug")
+OPTIONS = ("config", "help", "resume", "seeds", "images", "print_config", "debug")
 """Options that are not settings."""
 _FLAGS = ("--resume", "--print_config", "--debug", "--help", "-h")
 _TRAINED = ("student", "students", "model")  # the arguments of lkd's modules for networks in training

@@ -38,6 +38,7 @@ Options
                        their results; with --resume, runs that are done are kept and the others continue
   --ckpt_path FILE     a checkpoint to continue from (fit) or to measure; last, best: the newest run's
   --teacher_cache.versions N   ask the teacher once for each of N augmented versions of an image, and keep what it says
+  --images FOLDER      predict: all images in a folder, in place of the test images
   --KEY VALUE          any setting, as in --model.init_args.distill_weight 0.5 or --trainer.max_epochs 10
   --print_config       print all settings and stop
   --debug              show the whole traceback of an error (also: LKD_DEBUG=1)

@@ -1,60 +1,65 @@
-"""Limits for content that an untrusted file declares, and how its names are printed. Imports nothing heavy."""
+"""How many images an evaluation measures, where the trainer limits its batches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import math
+from typing import Any, Literal
 
-_DEPTH = 100
-Node = list["Node | None"]
-"""A container of containers; None: what holds nothing."""
+import lightning as L
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.trainer.states import TrainerFn
 
-
-class UntrustedError(ValueError):
-    """A file that is not read, and why: the end of a sentence."""
-
-
-def shown(name: object, longest: int = 120) -> str:
-    """A name from a file, for a message: short, on one line, without what steers a terminal."""
-    text = str(name) if isinstance(name, str | bytes | Path) else type(name).__name__
-    text = text if len(text) <= longest else f"{text[: longest - 40]}...{text[-30:]}"
-    return text if text.isprintable() else ascii(text)
+Evaluated = Literal["val", "test"]
+_NAMES = {"val": "validation images", "test": "test images"}
 
 
-def said(error: BaseException) -> str:
-    """What an error says of a file, for a message: as `shown`."""
-    return shown(" ".join(str(error).split()), 300)
-
-
-def weigh(made: Sequence[Node], limit: int) -> None:
-    """Refuse containers that hold themselves, are nested too deep, or hold too much if each is counted as often as met.
-
-    Without recursion, whose depth the file would choose.
+def is_limited(trainer: L.Trainer | None, split: Evaluated) -> bool:
+    """Whether a trainer is told to measure only some batches of a split.
 
     Args:
-        made: All containers.
-        limit: How much one may hold.
+        trainer: The trainer, if there is one.
+        split: Which images.
 
-    Raises:
-        UntrustedError: If one is refused.
+    Returns:
+        True for `limit_val_batches`, `limit_test_batches`, `fast_dev_run`, and a sanity check of a few batches.
     """
-    known: dict[int, tuple[int, int]] = {}  # size and depth
-    begun: set[int] = set()
-    for root in made:
-        path = [root]
-        while path:
-            node = path[-1]
-            waiting = [part for part in node if part is not None and id(part) not in known]
-            if id(node) in known:
-                path.pop()
-            elif any(id(part) in begun for part in waiting):
-                raise UntrustedError("an object in it holds itself")
-            elif waiting:
-                begun.add(id(node))
-                path += waiting
-            else:
-                parts = [(1, 0) if part is None else known[id(part)] for part in node]
-                size, depth = 1 + sum(part[0] for part in parts), 1 + max((part[1] for part in parts), default=0)
-                if size > limit or depth > _DEPTH:
-                    raise UntrustedError("its objects hold one another so often that they could not be handled")
-                known[id(node)] = size, depth
+    limits: list[int | float] = [getattr(trainer, f"limit_{split}_batches", 1.0)]
+    if trainer is not None and split == "val" and _is_fitting(trainer):
+        limits.append(trainer.num_sanity_val_steps or math.inf)
+    return any(isinstance(limit, int) or limit < 1 for limit in limits)
+
+
+def _is_fitting(trainer: L.Trainer) -> bool:
+    state = getattr(trainer, "state", None)  # a stand-in of a test or a notebook may have none
+    return state is not None and state.fn == TrainerFn.FITTING
+
+
+def images_measured(trainer: L.Trainer, split: Evaluated) -> str:
+    """Describes the images that an evaluation measures: all of a split, or how many of them.
+
+    Args:
+        trainer: The trainer, during or after the evaluation.
+        split: Which images.
+
+    Returns:
+        `the validation images`; or, where batches are limited, `320 of 5,000 validation images`, or `10 batches of the
+        validation images` if the data does not tell how many images there are.
+    """
+    batches, loaders = _batches(trainer, split), getattr(trainer, f"{split}_dataloaders")
+    loader: Any = loaders[0] if isinstance(loaders, (list, tuple)) and len(loaders) == 1 else loaders
+    available = None if isinstance(loader, (list, tuple, dict)) else sized_len(loader)
+    if not math.isfinite(batches) or (available is not None and batches >= available):
+        return f"the {_NAMES[split]}"
+    size, images = getattr(loader, "batch_size", None), sized_len(getattr(loader, "dataset", None))
+    if not size or not images:
+        return f"{batches} {'batch' if batches == 1 else 'batches'} of the {_NAMES[split]}"
+    return f"{min(int(batches) * size * trainer.world_size, images):,} of {images:,} {_NAMES[split]}"
+
+
+def _batches(trainer: L.Trainer, split: Evaluated) -> int | float:
+    """How many batches are measured; infinitely many where that is not known."""
+    if split == "test":
+        found = trainer.num_test_batches
+    else:
+        found = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+    return sum(found) if found else math.inf

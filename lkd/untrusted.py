@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lkd.limits import Node, UntrustedError, shown, weigh
+from lkd.refused import Node, UntrustedError, shown, weigh
 
 _PICKLES = 5  # of PyTorch's format before zip: magic number, version, system, content, names of the storages
 _SHARING = 10  # how many times as large a content may be, written out, as the file's instructions for it

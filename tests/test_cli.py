@@ -85,6 +85,18 @@ def test_table_at_the_end(tmp_path, capfd) -> None:
     assert "tensorboard --host localhost --logdir runs/digits/kd" in shown
 
 
+def test_accuracy_on_some_of_the_images_is_labelled_as_such(capfd) -> None:
+    limits = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=2", "--trainer.limit_test_batches=0.6"]
+    assert main(["fit", "--config", "digits/kd", *SHORT, *limits]) == 0
+    shown = capfd.readouterr().out
+    assert "The teacher's accuracy on 128 of 288 validation images: " in shown
+    assert "accuracy on 128 of 288 validation images" in shown.replace("The teacher's accuracy", "")
+    best = "runs/digits/kd/version_0/checkpoints/best.ckpt"
+    for command, images in (("validate", "128 of 288 validation images"), ("test", "192 of 359 test images")):
+        assert main([command, "--ckpt_path", best, *limits[1:]]) == 0
+        assert f"measured on {images}" in capfd.readouterr().out
+
+
 def test_flops_are_those_of_a_count_by_hand() -> None:
     from lkd.callbacks.monitor import network_size
     from lkd.models import CIFARResNet
@@ -135,6 +147,15 @@ def test_predictions(run: Path, capsys) -> None:
         probability, chosen = module(batch.input).softmax(1).max(1)
     assert [int(row["class"]) for row in rows] == chosen.tolist()
     assert [float(row["probability"]) for row in rows] == pytest.approx(probability.tolist(), abs=2e-6)
+
+
+def test_predictions_of_a_network_with_more_classes_than_the_data() -> None:
+    torch.manual_seed(0)
+    torch.save(lkd.models.resnet8(num_classes=90, in_channels=1).state_dict(), "more.pth")
+    more = ["--model.init_args.model.init_args.num_classes=90", "--model.init_args.model_ckpt=more.pth"]
+    assert main(["predict", "--config=digits/teacher", *more, "--trainer.accelerator=cpu"]) == 0
+    rows = list(csv.DictReader(Path("predictions.csv").read_text().splitlines()))
+    assert {row["class_name"] for row in rows if int(row["class"]) > 9} == {""}
 
 
 def test_continue_from_the_last_checkpoint(run: Path, capsys) -> None:

@@ -20,8 +20,8 @@ from lkd.__main__ import main
 from lkd.arguments import read_checkpoint
 from lkd.datamodules import ImageFolderDataModule
 from lkd.datamodules.dataset import ImageError
-from lkd.limits import shown
 from lkd.models import CIFARResNet, load_weights
+from lkd.refused import shown
 from lkd.store import load_tensors
 from tests.fuzz import canary, pickles
 

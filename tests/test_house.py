@@ -19,6 +19,7 @@ LEVEL = {
     "store": 0,
     "checkpoint_io": 1,
     "untrusted": 0,
+    "refused": 0,
     "answers": 1,
     "losses": 1,
     "functional": 1,
@@ -34,6 +35,7 @@ LEVEL = {
     "mistakes": 3,
     "processes": 3,
     "cli": 3,
+    "new_images": 3,
     "run_config": 3,
     "seeds": 3,
     "listing": 3,
@@ -50,7 +52,7 @@ LEVEL = {
     "export": 3,
     "__main__": 3,
 }
-MAY_ALSO = {("functional", "losses"), ("store", "limits"), ("untrusted", "limits"), ("devices", "capture")}
+MAY_ALSO = {("functional", "losses"), ("store", "refused"), ("untrusted", "refused"), ("devices", "capture")}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.models import resnet18
+from torchvision.models import ResNet18_Weights, resnet18
 
 from lkd.__main__ import main
 
@@ -39,6 +40,13 @@ def reader(monkeypatch) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
     torch.save(resnet18(num_classes=2).state_dict(), "teacher.pth")
+    for folder, images in (("flowers/daisy", 10), ("flowers/tulip", 10), ("new", 2)):
+        Path(folder).mkdir(parents=True)
+        for number in range(images):
+            shutil.copy(f"shop/train/hat/{number}.jpg", folder)
+    monkeypatch.setenv("TORCH_HOME", "torch")  # the weights are there: nothing is downloaded
+    Path("torch/hub/checkpoints").mkdir(parents=True)
+    torch.save(resnet18().state_dict(), f"torch/hub/checkpoints/{Path(ResNet18_Weights.DEFAULT.url).name}")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -50,11 +58,11 @@ def test_commands(command: str, reader: None) -> None:
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) == 11
-    assert len(CHAINS) == 5
+    assert len(CHAINS) == 6
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_chains(chain: list[str]) -> None:
+def test_chains(chain: list[str], reader: None) -> None:
     """Each command goes on from the one before; one that trains nothing, from a run of the digits."""
     few = {"fit": SHORT, "test": SHORT[1:], "sweep": [*SHORT[:2], "--trials=2"], "compare": ["--seconds=0.02"]}
     if not any(command.startswith("lkd fit") for command in chain):
@@ -62,6 +70,15 @@ def test_chains(chain: list[str]) -> None:
     for command in chain:
         arguments = shlex.split(command, comments=True)[1:]
         assert main([*arguments, *few.get(arguments[0], [])]) == 0
+
+
+def test_weights_with_another_head(reader: None) -> None:
+    shop = ["--data=lkd.ImageFolderDataModule", "--data.init_args.root=shop", "--data.init_args.image_size=32"]
+    assert main(["fit", "--config=finetune_own.yaml", *shop, *SHORT, "--trainer.limit_train_batches=1"]) == 0
+    (best,) = Path("runs").rglob("best.ckpt")
+    own, begun = torch.load(best, weights_only=True)["state_dict"], torch.load("teacher.pth", weights_only=True)
+    assert own["model.fc.weight"].shape == (5, 512)
+    assert own["model.conv1.weight"].sub(begun["conv1.weight"]).abs().max() < 0.1
 
 
 def test_own_criterion_logs_its_terms(reader: None) -> None:

@@ -5,7 +5,7 @@ from lkd.callbacks.monitor import ImagesPerSecond, NetworkSummary
 from lkd.callbacks.predictions import PredictionWriter
 from lkd.callbacks.progress import ProgressBar
 from lkd.callbacks.record import RunRecord
-from lkd.callbacks.report import FitReport
+from lkd.callbacks.report import FitReport, LimitReport
 from lkd.callbacks.schedule import Schedule
 from lkd.callbacks.speed import Speed
 from lkd.callbacks.step_seed import StepSeed
@@ -16,6 +16,7 @@ __all__ = [
     "FitReport",
     "ImagesPerSecond",
     "LastCheckpoint",
+    "LimitReport",
     "NetworkSummary",
     "PredictionWriter",
     "ProgressBar",

@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
 
+from lkd.limits import Evaluated, images_measured, is_limited
+
 
 class FitReport(L.Callback):
     """At the end of fit: teacher, student (best by validation, and last), gap, and where things lie.
@@ -53,7 +55,7 @@ class FitReport(L.Callback):
         if not self._trained and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             done = f"{trainer.current_epoch} epochs and {trainer.global_step} steps"
             console.print(f"nothing was left to train: the run has made {done}; --trainer.max_epochs makes it longer")
-        console.print(_table(pl_module.network_names[0], figures))
+        console.print(_table(pl_module.network_names[0], figures, images_measured(trainer, "val")))
         for line in _where(trainer):
             console.print(line, highlight=False, markup=False)
         for logger in trainer.loggers:
@@ -72,6 +74,25 @@ class FitReport(L.Callback):
             ]
             how = f"go on with: lkd fit --ckpt_path {shlex.quote(last[0])}" if last else "no checkpoint was written yet"
             Console(soft_wrap=True).print(f"interrupted in epoch {trainer.current_epoch}; {how}", highlight=False)
+
+
+class LimitReport(L.Callback):
+    """Print how many images the figures of a limited validation or test come from."""
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Print, before Lightning's table."""
+        _report_limit(trainer, "val")
+
+    @rank_zero_only
+    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Print, before Lightning's table."""
+        _report_limit(trainer, "test")
+
+
+def _report_limit(trainer: L.Trainer, split: Evaluated) -> None:
+    if is_limited(trainer, split):
+        Console(soft_wrap=True).print(f"measured on {images_measured(trainer, split)}", highlight=False)
 
 
 def _path(callback: L.Callback) -> str:
@@ -97,8 +118,8 @@ def _best_checkpoint(trainer: L.Trainer) -> ModelCheckpoint | None:
     return None
 
 
-def _table(network: str, figures: dict[str, float]) -> Table:
-    table = Table("", "accuracy on the validation images")
+def _table(network: str, figures: dict[str, float], images: str) -> Table:
+    table = Table("", f"accuracy on {images}")
     rows = {"teacher": "teacher_acc", f"{network}, best": "best_acc", f"{network}, last": "last_acc"}
     for label, name in rows.items():
         if name in figures:

@@ -23,7 +23,7 @@ from lkd.datamodules.resident import Resident
 from lkd.datamodules.sampler import read_keys
 from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
 from lkd.datamodules.views import Views
-from lkd.limits import said, shown
+from lkd.refused import said, shown
 from lkd.store import fingerprint
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Normalization
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lkd.datamodules.files import ImageFiles, few
 from lkd.datamodules.resident import in_pieces
-from lkd.limits import shown
+from lkd.refused import shown
 from lkd.store import cache_folder, fingerprint, replacing
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lkd.limits import UntrustedError, said, shown
+from lkd.layers import feature_layers
+from lkd.refused import UntrustedError, said, shown
 from lkd.untrusted import read_torch
 
 PRETRAINED = Path(__file__).with_name("pretrained")
@@ -21,10 +22,14 @@ PRETRAINED = Path(__file__).with_name("pretrained")
 _PACKAGED = "lkd:"
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "net")
 _PREFIXES = ("module.", "model.", "student.", "network.", "net.", "_orig_mod.")
+_FINE_TUNE = (
+    "; only the head {head} does not fit: to train a new one, let lkd.models.load_weights load the file into the "
+    "network, with drop_head: true"
+)
 _SYNONYMS = (("linear", "fc"), ("shortcut", "downsample"))
 
 
-def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
+def load_weights(network: nn.Module, path: str | Path, drop_head: bool = False) -> nn.Module:
     """Read trained weights into a network.
 
     The file is a safetensors file, or a PyTorch file with a state dict, alone or under `state_dict`
@@ -36,6 +41,8 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     Args:
         network: The network; its weights are changed in place.
         path: The file; or `lkd:NAME` for weights that ship with the package.
+        drop_head: Whether the network keeps its own last linear layer, to fine-tune it on other classes; the file's is
+            ignored, whatever its shape.
 
     Returns:
         The same network.
@@ -44,7 +51,7 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         FileNotFoundError: If there is no such file.
         ValueError: If the file holds no weights, would have to run code, or does not fit the network; the
             message then names missing, unexpected and wrongly shaped tensors, and the first whose numbers are not
-            finite, or are no weights.
+            finite, or are no weights. Also if a head is to be dropped and the network has no linear layer.
 
     Example:
         >>> import tempfile
@@ -53,9 +60,13 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         ...     torch.save({"state_dict": resnet8(num_classes=10).state_dict()}, f"{folder}/best.ckpt")
         ...     network = load_weights(resnet8(num_classes=10), f"{folder}/best.ckpt")
     """
-    file = _locate(path)
+    file, head = _locate(path), feature_layers(network).head
     tensors = _fit_names(_read(file), network)
-    _check_fit(tensors, network, file)
+    if drop_head and not head:
+        raise ValueError(f"{type(network).__name__} has no linear layer, so drop_head finds no head; leave it out")
+    if drop_head:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{head}.")}
+    _check_fit(tensors, network, file, head, drop_head)
     network.load_state_dict(tensors, strict=False)
     return network
 
@@ -154,12 +165,15 @@ def _has_part(names: Iterable[str], part: str) -> bool:
     return any(part in name.split(".") for name in names)
 
 
-def _check_fit(tensors: Mapping[str, Tensor], network: nn.Module, file: Path) -> None:
+def _check_fit(tensors: Mapping[str, Tensor], network: nn.Module, file: Path, head: str, drop_head: bool) -> None:
     # Files from before PyTorch 0.4.1 do not count BatchNorm's batches.
-    if problems := misfit(tensors, network, optional="num_batches_tracked"):
+    optional = "num_batches_tracked"
+    if problems := misfit(tensors, network, optional, head if drop_head else ""):
+        only_head = head and not drop_head and not misfit(tensors, network, optional, head)
         raise ValueError(
             f"the weights in {shown(file)} do not fit {type(network).__name__}; {problems}; build the network as it "
             "was when it was trained (classes, input channels, depth, shortcuts), or choose its file"
+            + (_FINE_TUNE.format(head=head) if only_head else "")
         )
     for name, own in network.state_dict().items():
         if name in tensors and (problem := _flaw(tensors[name], own)):
@@ -189,15 +203,19 @@ def _kind(tensor: Tensor) -> str:
     return " and ".join(named) or f"a {type(tensor).__name__} of type {tensor.dtype}, {tensor.layout}"
 
 
-def misfit(tensors: Mapping[str, Tensor], network: nn.Module, optional: str = "") -> str:
+def misfit(tensors: Mapping[str, Tensor], network: nn.Module, optional: str = "", ignored: str = "") -> str:
     """What keeps weights from being loaded, for a message; empty if they fit.
 
     Args:
         tensors: The weights, by name.
         network: What they are meant for.
         optional: End of the names that may be missing; empty: none.
+        ignored: Name of a layer that need not fit; empty: none.
     """
     state = network.state_dict()
+    if ignored:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{ignored}.")}
+        state = {name: value for name, value in state.items() if not name.startswith(f"{ignored}.")}
     own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     missing = [name for name in own if name not in tensors and not (optional and name.endswith(optional))]
     unexpected = [name for name in tensors if name not in state]

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
@@ -25,7 +25,7 @@ from lkd.models import load_weights
 from lkd.models.weights import misfit
 from lkd.modules.checks import mismatch, warn_of_unused_outputs
 from lkd.modules.meter import Accuracy, Meter, WeightedMean
-from lkd.modules.recorded import RecordedModule, inner_arguments
+from lkd.modules.recorded import RecordedModule, global_seed, inner_arguments
 from lkd.schedules import Interval, fit_schedules, with_schedule
 from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
@@ -348,7 +348,7 @@ class ClassificationModule(RecordedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over what trains (never a teacher), and the schedule."""
-        optimizer = self._make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        optimizer = self.make_optimizer()
         if self._make_lr_scheduler is None:
             return optimizer
         return with_schedule(optimizer, self._make_lr_scheduler(optimizer), self.lr_scheduler_interval)
@@ -356,6 +356,10 @@ class ClassificationModule(RecordedModule):
     def on_train_start(self) -> None:
         """Set the length of schedules that follow the run, which is known from here on; check the others."""
         fit_schedules(self.trainer)
+
+    def make_optimizer(self) -> Optimizer:
+        """The optimizer of all parameters that train; override it for groups of parameters."""
+        return self._make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
 
     @property
     def only_labels(self) -> bool:
@@ -393,6 +397,12 @@ class ClassificationModule(RecordedModule):
         """What the data module tells, else what a checkpoint does: in a test, no training images are opened."""
         told = getattr(getattr(self._trainer, "datamodule", None), name, None)
         return self._kept_facts.get(name) if told is None else told
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes: the data module's, else those that the checkpoint holds; empty if not known."""
+        told = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
+        return tuple(told or self._kept_facts.get("class_names") or ())
 
     def build(self, example: Any) -> None:
         """Run a blank input through what is trained, and check what comes out.
@@ -448,9 +458,10 @@ class ClassificationModule(RecordedModule):
         facts = {name: fact for name in FROM_DATA if not isinstance(fact := self._data_attribute(name), Tensor)}
         checkpoint["lkd"] = {
             "version": __version__,
-            **self.run_facts(),
+            **global_seed(),
             "input_shape": None if shape is None else tuple(shape),
             "example_input": move_data_to_device(example, "cpu") if _is_safe(example) else None,
+            "class_names": list(self.class_names),
             "meter": self._meter.state(self._gather),
             **facts,
         }

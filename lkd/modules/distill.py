@@ -16,6 +16,7 @@ from torch.optim import SGD
 from torchmetrics import Metric
 
 from lkd.layers import device_of
+from lkd.limits import images_measured
 from lkd.losses import KD, DistillLoss, named_terms
 from lkd.losses.base import RESERVED, buffers_same_everywhere, check_criterion
 from lkd.models import load_weights
@@ -438,10 +439,11 @@ class DistillModule(ClassificationModule):
             return
         acc = float(metric.compute())
         chance = 1 / self._num_classes
-        self.print(f"The teacher's accuracy on the validation images: {acc:.2%}")
+        images = images_measured(self.trainer, "val")
+        self.print(f"The teacher's accuracy on {images}: {acc:.2%}")
         if acc - chance < 0.1 * (1 - chance):
             rank_zero_warn(
-                f"the teacher's accuracy on the validation images is {acc:.2%}, near chance ({chance:.2%}): "
+                f"the teacher's accuracy on {images} is {acc:.2%}, near chance ({chance:.2%}): "
                 "its weights may be untrained (teacher_ckpt), its classes in another order, or its images normalised "
                 "otherwise (teacher_normalization)"
             )

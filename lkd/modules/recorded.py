@@ -1,10 +1,9 @@
-"""What a module records of its run beside its own arguments: the seed, and the names of the classes."""
+"""What a module records of its run beside its own arguments: the seed."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from typing import Any
 
 from lightning.fabric.utilities.data import AttributeDict
 
@@ -43,8 +42,3 @@ class RecordedModule(ReplayableModule):
     def hparams_initial(self) -> AttributeDict:
         """The hyperparameters that loggers record: those of `save_hyperparameters`, and the seed."""
         return AttributeDict({**global_seed(), **super().hparams_initial})
-
-    def run_facts(self) -> dict[str, Any]:
-        """The seed and the class names, for a checkpoint."""
-        names = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
-        return {**global_seed(), "class_names": tuple(map(str, names)) if names else None}
