@@ -39,9 +39,9 @@ def few_labels(number: int) -> tuple[str, list[str], list[str]]:
     steps, batch_size = 17, 64  # of an epoch of configs/digits/
     per_epoch = max(number // batch_size, 1)
     epochs = 30 * steps // per_epoch
-    longer = [f"--trainer.max_epochs={epochs}", f"--model.init_args.lr_scheduler.init_args.T_max={epochs}"]
+    longer = f"--trainer.max_epochs={epochs}"
     rarely = f"--trainer.check_val_every_n_epoch={steps // per_epoch}"
-    return str(number), [labels, "--data.init_args.drop_unlabelled=true", *longer, rarely], [labels]
+    return str(number), [labels, "--data.init_args.drop_unlabelled=true", longer, rarely], [labels]
 
 
 def main() -> None:

@@ -85,14 +85,13 @@ def check_jobs(device: str, reduced: bool) -> list[Job]:
 
 def full_job(options: argparse.Namespace, folder: Path) -> Job:
     """A complete run, with the learning rate divided after 150, 180 and 210 of 240 epochs."""
-    milestones = [round(options.epochs * number / 240) for number in (150, 180, 210)]
     images = f"--data.init_args.root={Path(options.images).resolve()}" if options.images else None
     settings = [
         "--config=cifar10/kd_resnet56_resnet20",
         images or f"--config={folder}/images.yaml",
         f"--model.init_args.teacher_ckpt={folder}/teacher.pth",
         f"--trainer.max_epochs={options.epochs}",
-        f"--model.init_args.lr_scheduler.init_args.milestones={milestones}",
+        "--model.init_args.lr_scheduler.init_args.milestones=[0.625, 0.75, 0.875]",
         *options.flags,
     ]
     name = f"{options.epochs} epochs {shlex.join(options.flags)}".strip()

@@ -91,7 +91,6 @@ def settings(row: Row, alone: bool, seed: int, pool: int, epochs: int, images: s
     size = min(data["batch_size"], number)
     per_epoch = number // size
     config["trainer"]["max_epochs"] = round(epochs * (pool // data["batch_size"] or 1) / per_epoch)
-    model["lr_scheduler"]["init_args"]["T_max"] = config["trainer"]["max_epochs"]
     for name in ("label_size", "drop_unlabelled"):
         del data[name]
     data |= {"root": images, "val_size": 0, "split_seed": seed, **((row.alone if alone else row.data) or {})}

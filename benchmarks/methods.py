@@ -33,6 +33,10 @@ LITERATURE = 240  # epochs of the CIFAR-100 benchmark, for which the overlays' s
 LEFT_OUT = {
     "backbone_kd": "it trains no classifier",
     "deit": "its student is a transformer",
+    **dict.fromkeys(
+        ("ema_teacher_imagenet", "nkd_imagenet", "rld_imagenet", "uskd_imagenet"),
+        "its weights are for ImageNet, and the overlay without this ending has those for small images",
+    ),
     "patient": "it is KD with other augmentation, for thousands of epochs",
     "transfer_set": "it is KD on other images: benchmarks/little.py",
     "unlabelled": "it is KD without labels: benchmarks/little.py",

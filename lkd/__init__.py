@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         DistillModule,
         DOTModule,
         EarlyExitModule,
+        FineTuneModule,
         MutualModule,
         NoisyStudentModule,
         PastTeacherModule,
@@ -61,6 +62,7 @@ _HOMES = {
         "DOTModule",
         "DistillModule",
         "EarlyExitModule",
+        "FineTuneModule",
         "MutualModule",
         "NoisyStudentModule",
         "PastTeacherModule",
@@ -83,6 +85,7 @@ __all__ = [
     "EarlyExitModule",
     "FashionMNISTDataModule",
     "FeatureTaps",
+    "FineTuneModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageNetDataModule",
@@ -104,9 +107,32 @@ __all__ = [
 ]
 
 
+_SUBMODULES = (
+    "callbacks",
+    "compare",
+    "datamodules",
+    "export",
+    "functional",
+    "layers",
+    "losses",
+    "models",
+    "modules",
+    "sweep",
+    "taps",
+    "types",
+)
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use: `lkd --help` must not wait for torch."""
+    if name in _SUBMODULES:
+        return import_module(f"lkd.{name}")
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(home), name)
     raise AttributeError(f"module 'lkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List what is public, for tab completion."""
+    return sorted([*__all__, *_SUBMODULES])

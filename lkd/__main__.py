@@ -3,40 +3,89 @@
 from __future__ import annotations
 
 import difflib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from lkd import __version__
-from lkd.help import COMMANDS, HELP, OWN_HELP
+from lkd.catalogue import listed, part_of
+from lkd.early_checks import check
+from lkd.help import COMMANDS, HELP, OWN_HELP, SETTINGS, settings_help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: The arguments behind `lkd`; None: this process's.
+        argv: The arguments after `lkd`; None: those of this process.
 
     Returns:
         The exit code: 0, or 2 after a mistake that the user can mend.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help"):
-        print(HELP, end="")
-        return 0
-    if args[0] in OWN_HELP and {"-h", "--help"} & set(args):
-        print(OWN_HELP[args[0]], end="")
-        return 0
-    if args[0] == "--version":
-        print(f"lkd {__version__}")
-        return 0
-    if args[0] not in COMMANDS:
-        nearest = difflib.get_close_matches(args[0], COMMANDS, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; the commands are {', '.join(COMMANDS)}"
-        print(f"lkd: error: there is no command {args[0]!r}{hint}", file=sys.stderr)
+    try:
+        if (text := _answer(args)) is not None:
+            print(text, end="", flush=True)
+            return 0
+        check([arg for arg in args if arg != "--debug"])
+    except BrokenPipeError:
+        return _closed()
+    except (ValueError, OSError) as error:
+        print(f"lkd: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     from lkd.cli import run
 
-    return run(args)
+    try:
+        code = run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return _closed()
+
+
+def _answer(args: Sequence[str]) -> str | None:
+    """Return the answer to a question about lkd itself; None if the arguments ask for work.
+
+    Raises:
+        ValueError: If there is no such command or class.
+    """
+    if not args or args[0] in ("-h", "--help"):
+        return HELP
+    command, options = args[0], args[1:]
+    if command == "--version":
+        return f"lkd {__version__}\n"
+    if command not in COMMANDS:
+        nearest = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; the commands are {', '.join(COMMANDS)}"
+        raise ValueError(f"there is no command {command!r}{hint}")
+    if command in OWN_HELP and {"-h", "--help"} & set(options):
+        return OWN_HELP[command]
+    return _help(command, options) if command in SETTINGS else None
+
+
+def _help(command: str, options: Sequence[str]) -> str | None:
+    """Return the answer to `--help`, `--model.help` and `--model.help CLASS`."""
+    for option, following in zip(options, [*options[1:], ""], strict=True) if options else ():
+        name, equals, value = option.partition("=")
+        value = value if equals else "" if following.startswith("-") else following
+        if name in ("-h", "--help") and value != "all":
+            return settings_help(command)
+        if name.startswith("--") and name.endswith(".help"):
+            part = part_of(name[2:].removesuffix(".help"))
+            if value:
+                from lkd.class_help import class_help
+
+                return class_help(value, part)
+            if part:
+                return "\n".join([*listed(part), "", f"lkd {command} {name} CLASS shows the settings of a class", ""])
+    return None
+
+
+def _closed() -> int:
+    """Return the exit code of a command whose output is no longer read, as in `lkd layers ... | head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end
+    return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

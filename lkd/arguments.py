@@ -4,141 +4,93 @@ from __future__ import annotations
 
 import difflib
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
-import lkd
 from lkd.checkpoint_io import damage_of
-from lkd.plain_yaml import load_yaml
-from lkd.untrusted import UntrustedError, read_torch, shown
+from lkd.config_files import checked_name, find_config, run_name
+from lkd.refused import UntrustedError, shown
+from lkd.untrusted import read_torch
 
-_CLASS_KEYS = ("class_path", "init_args")
 _NEWEST = ("last", "best")
 
 
-def prepare(args: Sequence[str]) -> tuple[list[str], str]:
-    """Find the configs that the arguments name, and the run's name.
+class Prepared(NamedTuple):
+    """What Lightning's CLI is given.
+
+    Attributes:
+        args: The arguments, the command first, with the paths of configs and checkpoint.
+        name: The run's name.
+        resumes: Whether a run is to continue exactly: `--resume` found one.
+    """
+
+    args: list[str]
+    name: str
+    resumes: bool = False
+
+
+def prepare(args: Sequence[str]) -> Prepared:
+    """Find the configs and the checkpoint that the arguments name, and the run's name.
 
     A checkpoint without a config stands for its run's own `config.yaml`.
 
     Args:
-        args: The arguments behind `lkd`, the command first.
+        args: The arguments after `lkd`, the command first.
 
     Returns:
-        The arguments with each config's path, and the run's name.
+        Arguments, name, and whether a run is resumed.
 
     Raises:
         FileNotFoundError: If a config or the checkpoint does not exist.
-        ValueError: If one of them is none.
+        ValueError: If a config or the checkpoint is invalid, or the arguments contradict each other.
     """
     parser = ArgumentParser(prog="lkd", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     parser.add_argument("--ckpt_path")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--name")
     parser.add_argument("--trainer.default_root_dir", dest="root")
     given, rest = parser.parse_known_args(args[1:])
     configs = [find_config(name) for name in given.config]
     root = Path(given.root or "runs")
-    if given.root is not None:
-        rest.append(f"--trainer.default_root_dir={given.root}")
+    name = run_name(configs, root) if given.name is None else checked_name(given.name)
+    for option, value in (("trainer.default_root_dir", given.root), ("name", given.name)):
+        if value is not None:
+            rest.append(f"--{option}={value}")
     if given.resume:
-        given.ckpt_path = _resumed(args[0], given, configs, root, rest)
+        given.ckpt_path = _resumed(args[0], given, configs, root / name)
     if given.ckpt_path not in (None, "null"):
-        path = _find_checkpoint(given.ckpt_path, root, _run_name(configs, root))
-        configs = configs or [config_of(path)]
-        if not any(arg.startswith("--weights_only") for arg in rest):  # then the file is trusted to run code
+        path = _find_checkpoint(given.ckpt_path, root, name)
+        if not configs:
+            configs = [config_of(path)]
+            name = run_name(configs, root) if given.name is None else name
+        if not any(arg.startswith("--weights_only") for arg in rest):  # otherwise the file is trusted to run code
             read_checkpoint(path, whole=args[0] == "fit")
         rest.append(f"--ckpt_path={path}")
-    return [args[0], *(f"--config={path}" for path in configs), *rest], _run_name(configs, root)
+    resumes = given.resume and given.ckpt_path is not None
+    return Prepared([args[0], *(f"--config={path}" for path in configs), *rest], name, resumes)
 
 
-def _resumed(command: str, given: Namespace, configs: Sequence[Path], root: Path, rest: Sequence[str]) -> str | None:
-    """What `--resume` stands for: `last`, or None if the newest run has left nothing to go on from.
+def _resumed(command: str, given: Namespace, configs: Sequence[Path], runs: Path) -> str | None:
+    """Return `last` if the newest run has left a checkpoint to continue from, otherwise None.
 
     Raises:
-        ValueError: If it makes no sense beside the other arguments.
+        ValueError: If `--resume` contradicts the other arguments.
     """
     if command != "fit":
         raise ValueError(f"--resume is for fit; lkd {command} takes --ckpt_path last or best, or a file")
     if given.ckpt_path is not None:
-        raise ValueError("--resume takes the newest run's last checkpoint; leave it out, or --ckpt_path")
+        raise ValueError("--resume takes the newest run's last checkpoint; leave out --resume or --ckpt_path")
     if not configs:
         raise ValueError("--resume needs the run's --config, which gives it its name; or give its --ckpt_path")
-    if _names_logger(configs, rest):
-        raise ValueError(
-            "--resume finds a run by lkd's own logger; with another one give the run's last.ckpt as --ckpt_path FILE"
-        )
-    runs = sorted((root / _run_name(configs, root)).glob("version_*"), key=_number)
+    # A folder without a config is that of a run that failed before it began.
+    begun = sorted((path.parent for path in runs.glob("version_*/config.yaml")), key=_number)
     names = ("last.ckpt", "previous.ckpt")
-    return "last" if runs and any((runs[-1] / "checkpoints" / name).is_file() for name in names) else None
-
-
-def _names_logger(configs: Sequence[Path], rest: Sequence[str]) -> bool:
-    """Whether configs or arguments name a logger of their own, rather than saying true, false or null."""
-    values = [load_yaml(path.read_text(encoding="utf-8")).get("trainer", {}).get("logger") for path in configs]
-    for arg, following in zip(rest, [*rest[1:], ""], strict=True):
-        name, equals, value = arg.partition("=")
-        if name.startswith("--trainer.logger"):
-            values.append(value if equals else following)
-    return any(str(value).lower() not in ("none", "null", "true", "false") for value in values)
-
-
-def configs_folder() -> Path:
-    """Where lkd's own configs lie: in the package, or, in a checkout, beside it."""
-    package = Path(lkd.__file__).parent
-    packaged = package / "configs"
-    return packaged if packaged.is_dir() else package.parent / "configs"
-
-
-def find_config(name: str) -> Path:
-    """A config's path: the file itself, or one of lkd's own (`configs/digits/kd.yaml`, `digits/kd`).
-
-    Args:
-        name: What stands behind `--config`.
-
-    Raises:
-        FileNotFoundError: If there is none; the message names the nearest of lkd's own.
-    """
-    folder = configs_folder()
-    own = name.removeprefix("configs/")
-    for path in (Path(name), folder / own, folder / f"{own}.yaml"):
-        if path.is_file():
-            return _well_formed(path)
-    known = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
-    nearest = difflib.get_close_matches(own, known, n=3, cutoff=0.4) or known
-    raise FileNotFoundError(f"there is no config {name!r}; the nearest of lkd's own are {', '.join(nearest)}")
-
-
-def _well_formed(path: Path) -> Path:
-    try:
-        config = load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no settings; it should have keys such as model, data and trainer")
-    for key in {"model", "data", "trainer"} & set(config):
-        if not isinstance(config[key], dict) and not (isinstance(config[key], str) and key != "trainer"):
-            raise ValueError(f"{path} should have settings below {key!r}, got {config[key]!r}")
-    if not isinstance(config.get("config"), list | None):  # a run's own may list the files that it was made from
-        raise ValueError(f"{path} has a key 'config'; name every file on the command line, by a --config of its own")
-    for key, nearest in _misspelt(config):
-        raise ValueError(f"{path} has a key {key!r}; did you mean {nearest!r}?")
-    return path
-
-
-def _misspelt(config: object) -> Iterator[tuple[str, str]]:
-    """Keys that are nearly `class_path` or `init_args`: the parser would speak of everything but them."""
-    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
-        yield from _misspelt(value)
-    for key in config if isinstance(config, dict) else ():
-        for nearest in difflib.get_close_matches(str(key), _CLASS_KEYS, n=1, cutoff=0.8):
-            if key not in _CLASS_KEYS:
-                yield str(key), nearest
+    return "last" if begun and any((begun[-1] / "checkpoints" / name).is_file() for name in names) else None
 
 
 def _find_checkpoint(name: str, root: Path, run: str) -> Path:
@@ -305,19 +257,3 @@ def config_of(ckpt_path: Path) -> Path:
         f"no --config is given, and there is no config.yaml beside the checkpoint {str(ckpt_path)!r} or above it; "
         "give the config that it was trained with"
     )
-
-
-def _run_name(configs: Sequence[Path], root: Path) -> str:
-    if not configs:
-        return "run"
-    if len(configs) > 1:
-        return "+".join(path.stem for path in configs)
-    path, folder = configs[0], configs_folder()
-    if path.resolve().is_relative_to(folder.resolve()):
-        return str(path.resolve().relative_to(folder.resolve()).with_suffix(""))
-    if path.name == "config.yaml":  # a run's own, run again
-        run, root = path.resolve().parent.parent, root.resolve()
-        return str(run.relative_to(root)) if root in run.parents else run.name
-    if path.resolve().is_relative_to(root.resolve()):  # a sweep's best
-        return str(path.resolve().relative_to(root.resolve()).with_suffix(""))
-    return path.stem

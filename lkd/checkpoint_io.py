@@ -11,8 +11,9 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
+from lkd.refused import said, shown
 from lkd.store import replacing
-from lkd.untrusted import is_zip, read_torch, said, shown
+from lkd.untrusted import is_zip, read_torch
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -35,6 +35,7 @@ from lkd.arguments import newest_checkpoint, prepare, run_version
 from lkd.callbacks import (
     FitReport,
     ImagesPerSecond,
+    LimitReport,
     MonitorCheck,
     NetworkSummary,
     PredictionWriter,
@@ -42,14 +43,14 @@ from lkd.callbacks import (
     RunRecord,
     StepSeed,
 )
-from lkd.callbacks.checkpoint import locked
 from lkd.callbacks.speed import fitting_precision
 from lkd.help import OWN
 from lkd.losses import DistillLoss
 from lkd.mistakes import CALLBACKS, explain, is_no_curve
 from lkd.plain_yaml import load_yaml
 from lkd.processes import LostProcessError, bound_to_parent, lost, speaker
-from lkd.run_config import SaveConfig
+from lkd.run_config import SaveConfig, check_same_run
+from lkd.run_folder import RunFolder, described
 
 _MISTAKES = (ArgumentError, MisconfigurationException, OSError, TypeError, ValueError, yaml.YAMLError)
 
@@ -60,26 +61,28 @@ class LkdCLI(LightningCLI):
     Args:
         args: The arguments behind `lkd`.
         name: The run's name: its folder below `runs/`.
+        resumes: Whether the checkpoint must be that of a run with the same settings.
     """
 
-    def __init__(self, args: Sequence[str], name: str) -> None:
-        self.args, self.run_name = list(args), name
-        self._lock: int | None = None
+    def __init__(self, args: Sequence[str], name: str, resumes: bool = False) -> None:
+        self.args, self.run_name, self.resumes = list(args), name, resumes
+        self._folder = RunFolder()
         quiet = {"exit_on_error": False, "allow_abbrev": False}
-        super().__init__(
-            model_class=L.LightningModule,
-            datamodule_class=L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},  # some loggers have no new folder for each run
-            # the whole validation split before the first epoch: how good is the teacher?
-            trainer_defaults={"num_sanity_val_steps": -1, "enable_model_summary": False},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_kwargs={**quiet, **{command: dict(quiet) for command in self.subcommands()}},
-            args=list(args),
-        )
+        with self._folder:
+            super().__init__(
+                model_class=L.LightningModule,
+                datamodule_class=L.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"overwrite": True},  # some loggers have no new folder for each run
+                # the whole validation split before the first epoch: how good is the teacher?
+                trainer_defaults={"num_sanity_val_steps": -1, "enable_model_summary": False},
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                parser_kwargs={**quiet, **{command: dict(quiet) for command in self.subcommands()}},
+                args=self.args,
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without Lightning's warning about `args`: `main` gets them, not `sys.argv`."""
@@ -107,8 +110,11 @@ class LkdCLI(LightningCLI):
         config = self.config[self.subcommand]
         own = config.get("model", {}).get("init_args", {})
         for name in ("model_ckpt", "student_ckpt", "teacher_ckpt"):
-            if own.get(name) and Path(own[name]).is_dir():  # settled before the config is saved: it stays this file
+            if own.get(name) and Path(own[name]).is_dir():  # resolved before the config is saved, which names the file
                 own[name] = str(newest_checkpoint(Path(own[name]), "best"))
+                rank_zero_only(print)(f"{name.removesuffix('_ckpt')}: {described(Path(own[name]))}")
+        if self.resumes:
+            check_same_run(Path(config["ckpt_path"]), self._parser("fit"), config)
         trained = config.get("ckpt_path") or own.get("model_ckpt") or own.get("student_ckpt")
         trained = trained or "lkd.models.load_weights" in str(own.get("model"))  # an ensemble's members bring theirs
         if self.subcommand != "fit" and not trained:
@@ -128,9 +134,10 @@ class LkdCLI(LightningCLI):
             self.model.network_names = ("student",)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The settings that are lkd's own."""
+        """Add lkd's own settings."""
         for section, kind in CALLBACKS.items():
             parser.add_lightning_class_args(kind, section)
+        parser.add_argument("--name", type=str | None, help="The run's name: its folder is runs/NAME/version_N.")
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -139,22 +146,25 @@ class LkdCLI(LightningCLI):
             if reason := lost(error, self.trainer):
                 raise LostProcessError(f"{reason}, so the run cannot go on") from error
             raise
-        finally:
-            if self._lock is not None:
-                os.close(self._lock)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer, with a TensorBoard logger for fit unless the config says otherwise, and lkd's callbacks."""
         fit = self.subcommand == "fit"
         config = self._get(self.config_init, "trainer")
-        folder = config.get("default_root_dir") or "runs"
-        version = self._version(Path(folder)) if fit else None
-        if config.get("logger") in (None, True):
-            kwargs["logger"] = fit and TensorBoardLogger(folder, self.run_name, version, default_hp_metric=False)
-        elif fit and config["logger"] is False:  # config and checkpoints lie where a logger would have put them
-            kwargs["default_root_dir"] = TensorBoardLogger(folder, self.run_name, version).log_dir
-        elif fit and not config.get("default_root_dir"):  # a logger without a folder leaves checkpoints there
-            kwargs["default_root_dir"] = folder
+        if fit:
+            root = config.get("default_root_dir") or "runs"
+            logger = self._run_logger(root, not config.get("fast_dev_run"))
+            if config.get("logger") is False:
+                kwargs["default_root_dir"] = logger.log_dir
+            elif not config.get("default_root_dir"):  # loggers without a folder of their own write there
+                kwargs["default_root_dir"] = root
+            for section in ("checkpoint", "last_checkpoint"):  # whatever the loggers, a run is in one folder
+                callback = self.config_init["fit"][section]
+                callback.dirpath = callback.dirpath or f"{logger.log_dir}/checkpoints"
+            if config.get("logger") in (None, True):
+                kwargs["logger"] = logger
+        elif config.get("logger") in (None, True):
+            kwargs["logger"] = False
         logged = bool(kwargs.get("logger", config.get("logger"))) and not config.get("fast_dev_run")
         kept = config.get("enable_checkpointing") is not False
         for section in () if kept else ("checkpoint", "last_checkpoint"):
@@ -176,14 +186,18 @@ class LkdCLI(LightningCLI):
             self.save_config_callback = None
         return super().instantiate_trainer(**kwargs)
 
-    def _version(self, folder: Path) -> int | None:
-        """The version of the run that goes on, in its own folder, which nobody else may write to from here on."""
+    def _run_logger(self, root: str, leaves_files: bool) -> TensorBoardLogger:
+        """Return the logger of a new run's folder, or of the resumed run's, which is locked from here on."""
         path = self._get(self.config_init, "ckpt_path")
-        runs = folder / self.run_name
+        runs = Path(root) / self.run_name
         version = run_version(Path(path), runs) if path else None
-        if version is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            self._lock = locked(runs / f"version_{version}" / "checkpoints")
-        return version
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        if version is not None and first:
+            self._folder.lock(runs / f"version_{version}" / "checkpoints")
+        logger = TensorBoardLogger(root, self.run_name, version, default_hp_metric=False)
+        if version is None and first and leaves_files and "://" not in root:
+            logger = TensorBoardLogger(root, self.run_name, self._folder.reserve(runs), default_hp_metric=False)
+        return logger
 
     def _precision(self, config: Any) -> str:
         shape = getattr(self.datamodule, "input_shape", None)
@@ -222,7 +236,7 @@ def _callbacks(command: str, logged: bool) -> list[L.Callback]:
     if command == "predict":
         return [PredictionWriter()]
     if command != "fit":
-        return []
+        return [LimitReport()]
     callbacks: list[L.Callback] = [MonitorCheck(), NetworkSummary(), ImagesPerSecond(), FitReport(), StepSeed()]
     return [*callbacks, LearningRateMonitor()] if logged else callbacks
 
@@ -245,6 +259,12 @@ def run(args: Sequence[str]) -> int:
     try:
         if args[0] in OWN:
             copy_context().run(import_module(OWN[args[0]]).main, args[1:])  # they use LkdCLI
+        elif args[0] == "fit" and any(arg.partition("=")[0] == "--seeds" for arg in args):
+            from lkd.seeds import fit_seeds  # it uses LkdCLI
+
+            return fit_seeds(args[1:], debug)
+        elif args[0] == "predict" and any(arg.partition("=")[0] == "--images" for arg in args):
+            copy_context().run(import_module("lkd.new_images").main, args)
         else:
             # In a context of its own: jsonargparse leaves the parser, and with it the whole run, in a context variable.
             # In predict each process goes its own way.
@@ -252,6 +272,8 @@ def run(args: Sequence[str]) -> int:
                 copy_context().run(LkdCLI, *prepare(args))
     except SIGTERMException:  # a SystemExit with code 0: what waits for the run would take it for done
         return 128 + signal.SIGTERM
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if debug or not (
             isinstance(error, (*_MISTAKES, LostProcessError)) or _is_a_loggers(error) or is_no_curve(error)

@@ -1,4 +1,7 @@
-"""The losses as pure functions: `from lkd import functional as KF; KF.kd_loss(student, teacher)`."""
+"""The losses as pure functions: `from lkd import functional as KF; KF.kd_loss(student, teacher)`.
+
+Each function checks the shapes that its docstring gives, and raises a `ValueError` for any others.
+"""
 
 from lkd.losses.adaptation import affinity_loss, kta_loss
 from lkd.losses.backbone import feature_matching_loss

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from lkd import __version__
+from lkd.catalogue import indented, listed, summaries
 
 OWN = {"layers": "lkd.listing", "compare": "lkd.compare", "sweep": "lkd.sweep", "export": "lkd.export"}
 """The commands that are not Lightning's: each one's module, whose `main` gets the arguments behind the command."""
-COMMANDS = ("fit", "validate", "test", "predict", *OWN)
+SETTINGS = ("fit", "validate", "test", "predict")
+"""The commands that take the settings of a run."""
+COMMANDS = (*SETTINGS, *OWN)
 
 HELP = f"""\
 lkd {__version__}: make small image classifiers learn from large ones
@@ -29,14 +32,71 @@ The first steps
 
 Options
   --config FILE        a file of settings; later ones, and --KEY VALUE, go over earlier ones. lkd's own lie in configs/
-  --resume             fit: go on with the newest run of that name, if it was interrupted; else begin
+  --resume             fit: continue the newest run of that name from its last checkpoint; begin if there is none
+  --name NAME          the run's name: its folder is runs/NAME/version_N
+  --seeds N            fit: N runs with the seeds 0 to N-1 (or --seeds 0,1,2), and the mean and standard deviation of
+                       their results; with --resume, runs that are done are kept and the others continue
   --ckpt_path FILE     a checkpoint to continue from (fit) or to measure; last, best: the newest run's
   --teacher_cache.versions N   ask the teacher once for each of N augmented versions of an image, and keep what it says
+  --images FOLDER      predict: all images in a folder, in place of the test images
   --KEY VALUE          any setting, as in --model.init_args.distill_weight 0.5 or --trainer.max_epochs 10
   --print_config       print all settings and stop
   --debug              show the whole traceback of an error (also: LKD_DEBUG=1)
-  --help, --version    'lkd COMMAND --help' tells all settings; with --model.help CLASS, those of a class
+  --help, --version    'lkd COMMAND --help' describes a command, 'lkd fit --model.help CLASS' a class
 """
+
+_FIT = """\
+usage: lkd {command} --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
+
+{what}
+
+Modules (--model CLASS)
+{modules}
+
+Data (--data CLASS)
+{data}
+
+Criteria (--model.init_args.criterion CLASS)
+{criteria}
+
+Settings that most runs change
+  --model.init_args.teacher_ckpt FILE       the teacher's weights
+  --model.init_args.distill_weight 0.9      weight of the criterion
+  --model.init_args.hard_weight 0.1         weight of the cross-entropy
+  --model.init_args.optimizer.init_args.lr 0.05
+  --data.init_args.batch_size 128           also root, num_workers, augment, ...
+  --trainer.max_epochs 240                  also devices, precision, ...
+  --seed_everything 0                       the seed
+  --name NAME                               the run's folder
+
+More help
+  lkd {command} --model.help                one line for each module
+  lkd {command} --data.help                 ... for each data module
+  lkd {command} --criterion.help            ... for each criterion
+  lkd {command} --model.help CLASS          the settings of a class
+  lkd {command} --config FILE --print_config
+  lkd {command} --help all                  all settings (long)
+"""
+
+_WHAT = {
+    "fit": "Train a network, alone or from a teacher. --resume continues the newest run.",
+    "validate": "Measure a checkpoint on the validation images: --ckpt_path FILE.",
+    "test": "Measure a checkpoint on the test images: --ckpt_path FILE.",
+    "predict": "Write a checkpoint's predictions for the test images: --ckpt_path FILE.",
+}
+
+
+def settings_help(command: str) -> str:
+    """Return the answer to `lkd fit --help`, and to that of the commands with the same settings."""
+    data = [name.removesuffix("DataModule") for name in summaries("datamodules")]
+    return _FIT.format(
+        command=command,
+        what=_WHAT[command],
+        modules="\n".join(listed("modules")),
+        data=indented(f"{', '.join(data)} (each followed by DataModule)"),
+        criteria=indented(", ".join(summaries("losses"))),
+    )
+
 
 OWN_HELP = {
     "layers": """\
@@ -58,12 +118,14 @@ teacher_layers, with the shapes of what they return and the groups (@stages, @po
 usage: lkd compare [NAME=]RUN ... [--config FILE] [--KEY VALUE ...]
 
 Measure checkpoints and networks on the same images: accuracy with 95 % intervals, negative log-likelihood, calibration,
-agreement with the teacher, accuracy of each class, parameters, operations, size, latency and throughput on this device,
-and whether each difference is real (McNemar). Tables in the terminal; a page, Markdown, JSON and TensorBoard's curves
-in a folder of their own.
+agreement with the teacher, accuracy of each class, parameters, operations, size, latency and throughput on this device.
+Runs that differ only by seed form one row: mean, standard deviation, n, and 95 % interval over the seeds. Welch's
+t-test compares two such methods; McNemar's test compares two trained networks. Tables in the terminal; a page,
+Markdown, JSON and TensorBoard's curves in a folder of their own.
 
   lkd compare runs/digits/kd alone=runs/digits/student       the teacher of the first run is measured, too
   lkd compare distilled=runs/cifar10/kd --config others.yaml
+  lkd compare runs/digits/kd/version_* runs/digits/student/version_*     seeds, as of lkd fit --seeds 5
 
   RUN                 a checkpoint; a run's folder, or that of all runs of one name, for the newest one's best
   --config FILE       networks of others, the data, and any of the settings below:
@@ -81,6 +143,7 @@ in a folder of their own.
   --split test        test, or val: the validation images
   --batch_sizes [1,64]  batches that are timed, each for --seconds 1.0
   --accelerator auto  where: cpu, gpu, ...
+  --members           also show the networks of each method in the terminal, one by one; the page always has them
   --output FOLDER     by default runs/compare; each comparison gets a folder of its own in it
 """,
     "sweep": """\

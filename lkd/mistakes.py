@@ -63,7 +63,11 @@ def explain(error: BaseException) -> str:
     if len(reasons) == len(text.splitlines()):
         return _unknown_option(text) or text
     where, reason = ".".join(keys), " ".join(reasons)
-    return _unknown_setting(classes, reason) or _unknown_class(classes, reason) or _other(where, classes, reason, value)
+    return (
+        _unknown_setting(classes, reason)
+        or _unknown_class(classes, reason, where)
+        or _other(where, classes, reason, value)
+    )
 
 
 def is_no_curve(error: BaseException) -> bool:
@@ -115,15 +119,19 @@ def _unknown_setting(classes: list[str], reason: str) -> str | None:
         return f"a config changes {setting!r} of the data before another has named it; put --config data/NAME first"
     if _find(kind) is nn.Module:  # an option for each setting makes no network of a dict
         return f"{setting!r} is set of a network that has not been named; give class_path and settings in a --config"
+    if setting == "teacher_ckpt" and inspect.isclass(_find(kind)) and issubclass(_find(kind), L.LightningModule):
+        return f"{kind} has no teacher, and so no 'teacher_ckpt'; take --model lkd.DistillModule with a student"
     return f"{kind} has no setting {setting!r}{_nearest(setting, _settings(_find(kind)))}"
 
 
-def _unknown_class(classes: list[str], reason: str) -> str | None:
+def _unknown_class(classes: list[str], reason: str, where: str) -> str | None:
     if missing := re.search(r"No module named '(.*?)'", reason):
         where = f" (looked for in importing {classes[-1]!r})" if classes else ""
         nearest = difflib.get_close_matches(missing[1], sys.modules, n=1, cutoff=0.75)
         hint = f"did you mean {nearest[0]!r}?" if nearest else "modules of your own are found in the current folder"
         return f"there is no module {missing[1]!r}{where}; {hint}"
+    if short := re.search(r"Expected a dot import path string: (\w+)(?: |$)", reason):
+        return f"there is no class {short[1]!r}{_nearest_class(short[1], where)}"
     found = re.search(r"module '(.*?)' has no attribute '(.*?)'", reason)
     if not found:
         return None
@@ -131,6 +139,26 @@ def _unknown_class(classes: list[str], reason: str) -> str | None:
     module = import_module(path)
     known = getattr(module, "__all__", None) or _own_names(module)
     return f"there is no {name!r} in {path}{_nearest(name, known)}"
+
+
+_HOMES = {
+    "criterion": ("lkd.losses",),
+    "optimizer": ("torch.optim",),
+    "lr_scheduler": ("torch.optim.lr_scheduler",),
+    "callbacks": ("lkd.callbacks", "lightning.pytorch.callbacks"),
+    "logger": ("lightning.pytorch.loggers",),
+    "model": ("lkd",),
+    "data": ("lkd",),
+}
+"""Where the classes are that a setting can name."""
+
+
+def _nearest_class(name: str, where: str) -> str:
+    """Return the end of a sentence: the class with the most similar name among those that a setting can name."""
+    homes = _HOMES.get(where.rpartition(".")[2], ("lkd.models", "lkd.losses"))
+    paths = {known: f"{home}.{known}" for home in homes for known in import_module(home).__all__}
+    nearest = difflib.get_close_matches(name, paths, n=1, cutoff=0.5)
+    return f"; did you mean {paths[nearest[0]]!r}?" if nearest else "; give its import path, as in 'my_file.MyClass'"
 
 
 def _other(where: str, classes: list[str], reason: str, value: str | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from lkd.untrusted import Node, UntrustedError, said, shown, weigh
+from lkd.refused import Node, UntrustedError, said, shown, weigh
 
 _LONGEST = 2**20  # characters; lkd's own longest config has 4,000
 _LARGEST = 10**5  # values, each counted as often as it is named

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lkd.untrusted import said, shown
+from lkd.refused import said, shown
 
 # What reading a file may raise that is damaged, or forged.
 _DAMAGED = (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, MemoryError)

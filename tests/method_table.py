@@ -12,13 +12,18 @@ import yaml
 
 import lkd.losses
 import lkd.modules
-from lkd.arguments import configs_folder
+from lkd.config_files import configs_folder
 from tests.test_parity import METHODS
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- methods: made by python -m tests.method_table -->", "<!-- end of methods -->"
 NO_METHOD = {"DistillLoss", "CompositeLoss", "WeightedSum", "ClassificationModule", "DistillModule", "EarlyExitModule"}
 PARITY_OF = {"logit_std_kd": "LogitStandardization", "ctkd_global": "CTKD", "pad_l2": "PAD"}
+PARITY_OF |= {"ofa": "OFAKD", "deit_hard": "DeiT"}
+TRAINED = {"SimKDModule": "tests/modules/test_simkd.py", "DOTModule": "tests/modules/test_dot.py"}
+"""Modules to the files whose `test_module_is_a_plain_loop` trains them beside the original's loop, written out."""
+COMPARED = {"OFAKD": "`ofa_loss`", "DeiT": "hard"} | dict.fromkeys(TRAINED, "a training")
+"""What is compared, where it is not the whole method."""
 
 
 def methods() -> dict[str, type]:
@@ -83,6 +88,13 @@ def parity() -> set[str]:
     return {PARITY_OF.get(file, file).replace("_", "").lower() for file in METHODS}
 
 
+def equal(name: str) -> str:
+    """Whether a class is compared with the original, and what of it."""
+    if name.lower() not in parity() and name not in TRAINED:
+        return "no reference values"
+    return f"value and gradient ({COMPARED[name]})" if name in COMPARED else "value and gradient"
+
+
 def processes(kind: type) -> str:
     """Whether several processes have the gradient of one, or what each does by itself: tests/losses/test_processes."""
     alone = getattr(kind, "per_process", None)
@@ -116,15 +128,13 @@ def _by_name(item: tuple[str, type]) -> str:
 
 def table() -> str:
     """The table, in Markdown, and the note below it."""
-    compared = parity()
     lines = [
         "| Method | Paper | reads | config | equal to the original | several processes |",
         "|---|---|---|---|---|---|",
     ]
     for name, kind in sorted(methods().items(), key=_by_name):
         files = ", ".join(f"`{file}`" for file in configs(name)[:2])
-        equal = "value and gradient" if name.lower() in compared else "no reference values"
-        lines.append(f"| `{name}` | {paper(kind)} | {reads(kind)} | {files} | {equal} | {processes(kind)} |")
+        lines.append(f"| `{name}` | {paper(kind)} | {reads(kind)} | {files} | {equal(name)} | {processes(kind)} |")
     return "\n".join([*lines, "", note()])
 
 

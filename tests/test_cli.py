@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lkd
 from lkd.__main__ import main
-from lkd.arguments import configs_folder, find_config, prepare
+from lkd.arguments import prepare
+from lkd.config_files import configs_folder, find_config
 from lkd.listing import _ConfigReader
 
 SHORT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
@@ -84,6 +85,18 @@ def test_table_at_the_end(tmp_path, capfd) -> None:
     assert "tensorboard --host localhost --logdir runs/digits/kd" in shown
 
 
+def test_accuracy_on_some_of_the_images_is_labelled_as_such(capfd) -> None:
+    limits = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=2", "--trainer.limit_test_batches=0.6"]
+    assert main(["fit", "--config", "digits/kd", *SHORT, *limits]) == 0
+    shown = capfd.readouterr().out
+    assert "The teacher's accuracy on 128 of 288 validation images: " in shown
+    assert "accuracy on 128 of 288 validation images" in shown.replace("The teacher's accuracy", "")
+    best = "runs/digits/kd/version_0/checkpoints/best.ckpt"
+    for command, images in (("validate", "128 of 288 validation images"), ("test", "192 of 359 test images")):
+        assert main([command, "--ckpt_path", best, *limits[1:]]) == 0
+        assert f"measured on {images}" in capfd.readouterr().out
+
+
 def test_flops_are_those_of_a_count_by_hand() -> None:
     from lkd.callbacks.monitor import network_size
     from lkd.models import CIFARResNet
@@ -136,6 +149,15 @@ def test_predictions(run: Path, capsys) -> None:
     assert [float(row["probability"]) for row in rows] == pytest.approx(probability.tolist(), abs=2e-6)
 
 
+def test_predictions_of_a_network_with_more_classes_than_the_data() -> None:
+    torch.manual_seed(0)
+    torch.save(lkd.models.resnet8(num_classes=90, in_channels=1).state_dict(), "more.pth")
+    more = ["--model.init_args.model.init_args.num_classes=90", "--model.init_args.model_ckpt=more.pth"]
+    assert main(["predict", "--config=digits/teacher", *more, "--trainer.accelerator=cpu"]) == 0
+    rows = list(csv.DictReader(Path("predictions.csv").read_text().splitlines()))
+    assert {row["class_name"] for row in rows if int(row["class"]) > 9} == {""}
+
+
 def test_continue_from_the_last_checkpoint(run: Path, capsys) -> None:
     last = str(run / "checkpoints/last.ckpt")
     assert main(["fit", "--ckpt_path", last, "--trainer.max_epochs=3", "--trainer.default_root_dir=more"]) == 0
@@ -148,7 +170,7 @@ def test_continue_from_the_last_checkpoint(run: Path, capsys) -> None:
 def test_newest_checkpoint_of_a_run(capsys) -> None:
     for _ in range(2):
         assert main(["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1"]) == 0
-    prepared, _ = prepare(["fit", "--config", "digits/kd", "--ckpt_path", "last"])
+    prepared = prepare(["fit", "--config", "digits/kd", "--ckpt_path", "last"]).args
     assert prepared[-1] == "--ckpt_path=runs/digits/kd/version_1/checkpoints/last.ckpt"
     assert main(["test", "--config", "digits/kd", "--ckpt_path", "best"]) == 0
     assert "test/acc" in capsys.readouterr().out
@@ -205,7 +227,7 @@ def test_best_of_several(capfd) -> None:
     assert best < 3
     shown = capfd.readouterr().out
     assert f"checkpoint: {folder}/checkpoints/best-epoch={best}.ckpt" in shown
-    prepared, _ = prepare(["test", "--config", "digits/kd", "--ckpt_path", "best"])
+    prepared = prepare(["test", "--config", "digits/kd", "--ckpt_path", "best"]).args
     assert prepared[-1] == f"--ckpt_path={folder}/checkpoints/best-epoch={best}.ckpt"
 
 
@@ -322,7 +344,9 @@ def test_names_of_runs() -> None:
     assert prepare(["fit", "--config", "configs/digits/kd.yaml"])[1] == "digits/kd"
     assert prepare(["fit", "--config=data/digits", "--config", "methods/kd"])[1] == "digits+kd"
     Path("mine.yaml").write_text("{}")
-    assert prepare(["fit", "-c", "mine.yaml"]) == (["fit", "--config=mine.yaml"], "mine")
+    assert prepare(["fit", "-c", "mine.yaml"]) == (["fit", "--config=mine.yaml"], "mine", False)
+    configs = ["--config=pairs/digits", "--config=data/digits", "--config=methods/kd"]
+    assert prepare(["fit", *configs]).name == "digits+kd"
 
 
 @pytest.mark.parametrize(
@@ -356,7 +380,7 @@ def test_a_run_s_own_config_has_its_name(root: str) -> None:
     torch.save(facts, folder / "checkpoints/last.ckpt")
     args = ["fit", "--config", str(folder / "config.yaml"), "--ckpt_path", "last"]
     where = [] if root == "runs" else ["--trainer.default_root_dir", root]
-    prepared, name = prepare([*args, *where])
+    prepared, name, _ = prepare([*args, *where])
     assert name == "digits/kd"
     assert prepared[-1] == f"--ckpt_path={folder}/checkpoints/last.ckpt"
     assert prepare(["fit", "--config", str(folder / "config.yaml"), "--trainer.default_root_dir=other"])[1] == "kd"

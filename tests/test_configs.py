@@ -13,7 +13,7 @@ from PIL import Image
 
 from lkd import models
 from lkd.__main__ import main
-from lkd.arguments import configs_folder
+from lkd.config_files import configs_folder
 
 FOLDER = configs_folder()
 COMPLETE = sorted(
@@ -21,7 +21,7 @@ COMPLETE = sorted(
 )
 OVERLAYS = {
     kind: sorted(path.stem for path in (FOLDER / kind).glob("*.yaml"))
-    for kind in ("data", "pairs", "methods", "trainer")
+    for kind in ("data", "finetune", "pairs", "methods", "trainer")
 }
 VIEWS = [name for name in OVERLAYS["methods"] if "views:" in (FOLDER / "methods" / f"{name}.yaml").read_text()]
 BEFORE = {  # runs that a config goes on from
@@ -71,6 +71,7 @@ def _no_downloads(monkeypatch) -> None:
     """torchvision's trained weights would be fetched; random ones have the same form."""
     get_model = torchvision.models.get_model
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None, **rest: get_model(name, **rest))
+    monkeypatch.setattr("lkd.models.factories.unreachable", lambda url: "")
 
 
 @pytest.mark.parametrize("config", COMPLETE)
@@ -125,6 +126,16 @@ def test_pair_overlays(pair: str) -> None:
 def _synthetic_settings(pair: str) -> list[str]:
     classes = int(pair.rpartition("_")[2])
     return [f"--data.init_args.num_classes={classes}", "--data.init_args.batch_size=4"]
+
+
+@pytest.mark.parametrize("name", OVERLAYS["finetune"])
+def test_finetune_overlays(name: str) -> None:
+    settings = [f"--data.init_args.{setting}" for setting in ("num_classes=3", "batch_size=4", "train_size=40")]
+    settings += ["--model.init_args.model.init_args.num_classes=3"]
+    if name == "deit_small":
+        settings += ["--data.init_args.input_shape=[3,32,32]"]  # 224x224 would take half a minute
+        settings += [f"--model.init_args.model.init_args.{setting}" for setting in ("pretrained=false", "img_size=32")]
+    assert main(["fit", "--config", "data/synthetic", "--config", f"finetune/{name}", *settings, *SHORT]) == 0
 
 
 def test_trainer_overlays_keep_their_settings() -> None:

@@ -21,8 +21,8 @@ from lkd.arguments import read_checkpoint
 from lkd.datamodules import ImageFolderDataModule
 from lkd.datamodules.dataset import ImageError
 from lkd.models import CIFARResNet, load_weights
+from lkd.refused import shown
 from lkd.store import load_tensors
-from lkd.untrusted import shown
 from tests.fuzz import canary, pickles
 
 if sys.platform == "linux":

@@ -19,12 +19,14 @@ LEVEL = {
     "store": 0,
     "checkpoint_io": 1,
     "untrusted": 0,
+    "refused": 0,
     "answers": 1,
     "losses": 1,
     "functional": 1,
     "taps": 1,
     "models": 1,
     "datamodules": 1,
+    "schedules": 1,
     "modules": 2,
     "callbacks": 2,
     "plain_yaml": 1,
@@ -33,16 +35,24 @@ LEVEL = {
     "mistakes": 3,
     "processes": 3,
     "cli": 3,
+    "new_images": 3,
     "run_config": 3,
+    "seeds": 3,
     "listing": 3,
-    "help": 0,
+    "help": 1,
+    "catalogue": 0,
+    "class_help": 0,
+    "config_files": 2,
+    "early_checks": 3,
+    "limits": 0,
+    "run_folder": 3,
     "trained": 3,
     "compare": 3,
     "sweep": 3,
     "export": 3,
     "__main__": 3,
 }
-MAY_ALSO = {("functional", "losses"), ("store", "untrusted"), ("devices", "capture")}
+MAY_ALSO = {("functional", "losses"), ("store", "refused"), ("untrusted", "refused"), ("devices", "capture")}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

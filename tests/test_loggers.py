@@ -42,6 +42,11 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
+def _only(runs: Path, name: str, part: str) -> Path:
+    (path,) = [path for path in runs.rglob(name) if part in path.parts]
+    return path
+
+
 def _tensorboard(folder: Path) -> Points:
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -110,8 +115,11 @@ def expected(runs: Path) -> Points:
 
 
 def test_csv_has_the_same_points(runs: Path, expected: Points) -> None:
-    assert _csv(runs / "runs/csv/version_0/metrics.csv") == pytest.approx(expected, rel=1e-6)
-    assert yaml.safe_load((runs / "runs/csv/version_0/hparams.yaml").read_text())["distill_weight"] == 0.9
+    assert _csv(_only(runs, "metrics.csv", "csv")) == pytest.approx(expected, rel=1e-6)
+    assert (
+        yaml.safe_load((_only(runs, "metrics.csv", "csv").with_name("hparams.yaml")).read_text())["distill_weight"]
+        == 0.9
+    )
 
 
 def test_mlflow_has_the_same_points(runs: Path, expected: Points) -> None:
@@ -133,7 +141,10 @@ def test_several_loggers_have_the_same_points(runs: Path, expected: Points) -> N
     assert _csv(next((runs / "both").rglob("metrics.csv"))) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("place", ["runs/csv", "runs/1", "runs/lkd", "both", "none"])
+PLACES = ["runs/kd+csv", "runs/kd+mlflow", "runs/kd+wandb", "runs/digits/kd/version_1", "none"]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_config_record_and_checkpoints_lie_together(runs: Path, place: str, monkeypatch, capsys) -> None:
     (best,) = (runs / place).rglob("best.ckpt")
     folder = best.parent.parent
@@ -142,6 +153,12 @@ def test_config_record_and_checkpoints_lie_together(runs: Path, place: str, monk
     monkeypatch.chdir(runs)
     assert main(["test", f"--ckpt_path={best}", "--trainer.enable_progress_bar=false"]) == 0
     assert "test/acc" in capsys.readouterr().out
+
+
+def test_a_run_of_another_logger_is_resumed(runs: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(runs)
+    assert main([*FIT, "--config=loggers/csv", "--resume"]) == 0
+    assert "nothing was left to train" in capsys.readouterr().out
 
 
 def test_nothing_lies_outside_of_the_runs(runs: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from tests.method_table import configs, methods, paper, table, written
+import pytest
+import yaml
+
+from lkd.arguments import configs_folder
+from tests.method_table import README, TRAINED, configs, equal, methods, paper, table, written
 
 
 def test_the_readme_has_the_table_of_the_code() -> None:
@@ -15,3 +19,40 @@ def test_the_readme_has_the_table_of_the_code() -> None:
 def test_every_method_has_config_and_paper(name: str) -> None:
     assert configs(name), f"no file in configs/ names {name}"
     assert paper(methods()[name])
+
+
+def test_what_is_compared_with_the_original() -> None:
+    compared = ["TTM", "WTTM", "RLD", "CSKD", "OFAKD", "LogitMSE", "DeiT", "SimKDModule", "DOTModule", "KD"]
+    assert all(equal(name).startswith("value and gradient") for name in compared)
+    assert equal("BYOT") == equal("MutualModule") == "no reference values"
+    for path in TRAINED.values():
+        assert "def test_module_is_a_plain_loop(" in (README.parent / path).read_text()
+
+
+OVERLAYS = {path.stem: path for path in (configs_folder() / "methods").glob("*.yaml")}
+NO_PUBLISHED_WEIGHTS = {"backbone_kd", "kta", "noisy_student", "transfer_set", "unlabelled"}
+"""Overlays whose weights nobody published for classification, or that have none."""
+PUBLISHED = {  # the authors' configuration files, or torchdistill's where there are none
+    "dist_plus": ({"beta": 2.0, "gamma": 2.0, "channel_weight": 1.0, "spatial_weight": 1.0}, 2.0),
+    "ema_teacher_imagenet": ({"temperature": 1.0}, 10.0),
+    "nkd": ({"gamma": 3.5, "temperature": 3.0}, 1.0),
+    "nkd_imagenet": ({"gamma": 1.5, "temperature": 1.0}, 1.0),
+    "rld": ({"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "confidence_temperature": 4.0}, 1.0),
+    "rld_imagenet": ({"alpha": 1.0, "beta": 0.5, "temperature": 1.0, "confidence_temperature": 1.0}, 1.0),
+    "uskd": ({"alpha": 0.1, "beta": 0.1, "mu": 0.1}, 1.0),
+    "uskd_imagenet": ({"alpha": 1.0, "beta": 0.1, "mu": 0.005}, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", sorted(OVERLAYS.keys() - NO_PUBLISHED_WEIGHTS))
+def test_overlays_name_the_data_of_their_weights(name: str) -> None:
+    comment = [line for line in OVERLAYS[name].read_text().splitlines() if line.startswith("#")]
+    assert "CIFAR" in " ".join(comment) or "ImageNet" in " ".join(comment)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_weights_are_the_published_ones(name: str) -> None:
+    model: dict[str, Any] = yaml.safe_load(OVERLAYS[name].read_text())["model"]["init_args"]
+    settings, weight = PUBLISHED[name]
+    assert model["criterion"]["init_args"].items() >= settings.items()
+    assert (model["distill_weight"], model["hard_weight"]) == (weight, 1.0)

@@ -37,7 +37,7 @@ def fit(answer):
 
 def _changed(*path: str, name: str, value: object = None) -> str:
     """A copy of the digits' config in which the last key of the path is called otherwise."""
-    from lkd.arguments import find_config
+    from lkd.config_files import find_config
 
     config = yaml.safe_load(find_config("digits/kd").read_text())
     place = config
@@ -51,7 +51,7 @@ def _changed(*path: str, name: str, value: object = None) -> str:
 @pytest.mark.parametrize(
     ("path", "name", "says"),
     [
-        (("trainer",), "trianer", "lkd has no setting 'trianer'; did you mean 'trainer'?"),
+        (("trainer",), "trianer", "changed.yaml has a key 'trianer', which lkd does not know; did you mean 'trainer'?"),
         (
             ("trainer", "max_epochs"),
             "max_epoch",
@@ -132,6 +132,13 @@ def test_misspelt_option(fit, setting, says) -> None:
         ("--model=lkdd.DistillModule", "there is no module 'lkdd'"),
         ("--model.init_args.optimizer=torch.optim.Addam", "there is no 'Addam' in torch.optim; did you mean 'Adam'?"),
         ("--model.init_args.lr_scheduler=torch.optim.lr_scheduler.StepLR", "StepLR needs values for step_size"),
+        ("--model.init_args.criterion=DKDD", "there is no class 'DKDD'; did you mean 'lkd.losses.DKD'?"),
+        ("--model=DistilModule", "there is no class 'DistilModule'; did you mean 'lkd.DistillModule'?"),
+        ("--data=DigitDataModule", "there is no class 'DigitDataModule'; did you mean 'lkd.DigitsDataModule'?"),
+        ("--trainer.callbacks=EarlyStoping", "did you mean 'lightning.pytorch.callbacks.EarlyStopping'?"),
+        ("--trainer.logger=TensorBordLogger", "did you mean 'lightning.pytorch.loggers.TensorBoardLogger'?"),
+        ("--model.init_args.lr_scheduler=CosineAnealingLR", "'torch.optim.lr_scheduler.CosineAnnealingLR'?"),
+        ("--model.init_args.student=resnet9", "there is no class 'resnet9'; did you mean 'lkd.models.resnet8'?"),
         ("--model.init_args.criterion=math.pi", "model.criterion: Import path does not correspond to a subclass"),
     ],
 )
@@ -157,7 +164,8 @@ def test_missing_files(answer, fit) -> None:
 
 
 def test_nothing_to_run(answer) -> None:
-    assert "data, fit.model" in answer("fit")
+    assert "lkd fit needs a config: for example 'lkd fit --config digits/kd'" in answer("fit")
+    assert "lkd test needs a checkpoint: for example 'lkd test --ckpt_path runs/" in answer("test")
     assert "lkd.DistillModule needs values for student" in answer(
         "fit", "--model=lkd.DistillModule", "--data=lkd.DigitsDataModule"
     )
@@ -165,14 +173,14 @@ def test_nothing_to_run(answer) -> None:
 
 def test_yaml_that_is_none(answer) -> None:
     Path("bad.yaml").write_text("model: {a: [1\ntrainer:\n\t- x")
-    assert "bad.yaml is no YAML" in answer("fit", "--config", "bad.yaml")
+    assert "bad.yaml is not valid YAML" in answer("fit", "--config", "bad.yaml")
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "changed.yaml holds no settings; it should have keys such as model"),
-        ("- a\n- b", "changed.yaml holds no settings"),
+        ("", "changed.yaml contains no settings; it should have keys such as model"),
+        ("- a\n- b", "changed.yaml contains no settings"),
         ("trainer: [1]", "changed.yaml should have settings below 'trainer', got [1]"),
         ("model:", "changed.yaml should have settings below 'model', got None"),
     ],

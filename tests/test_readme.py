@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.models import resnet18
+from torchvision.models import ResNet18_Weights, resnet18
 
 from lkd.__main__ import main
+from lkd.cli import LkdCLI
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -39,29 +41,53 @@ def reader(monkeypatch) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
     torch.save(resnet18(num_classes=2).state_dict(), "teacher.pth")
+    for folder, images in (("flowers/daisy", 10), ("flowers/tulip", 10), ("new", 2)):
+        Path(folder).mkdir(parents=True)
+        for number in range(images):
+            shutil.copy(f"shop/train/hat/{number}.jpg", folder)
+    monkeypatch.setenv("TORCH_HOME", "torch")  # the weights are there: nothing is downloaded
+    Path("torch/hub/checkpoints").mkdir(parents=True)
+    torch.save(resnet18().state_dict(), f"torch/hub/checkpoints/{Path(ResNet18_Weights.DEFAULT.url).name}")
+
+
+@pytest.fixture
+def short(monkeypatch) -> None:
+    """Lets commands train one epoch on the CPU, as they are: an argument added to them could hide a mistake."""
+    own = LkdCLI.instantiate_trainer
+    settings = {"max_epochs": 1, "accelerator": "cpu"}
+    monkeypatch.setattr(LkdCLI, "instantiate_trainer", lambda cli, **given: own(cli, **{**given, **settings}))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands(command: str, reader: None) -> None:
-    assert main([*shlex.split(command)[1:], *SHORT]) == 0
+def test_commands(command: str, reader: None, short: None) -> None:
+    assert main(shlex.split(command)[1:]) == 0
     (best,) = Path("runs").rglob("best.ckpt")
     assert main(["test", "--ckpt_path", str(best), "--trainer.accelerator=cpu"]) == 0
 
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) == 11
-    assert len(CHAINS) == 5
+    assert len(CHAINS) == 7
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_chains(chain: list[str]) -> None:
+def test_chains(chain: list[str], reader: None, short: None) -> None:
     """Each command goes on from the one before; one that trains nothing, from a run of the digits."""
-    few = {"fit": SHORT, "test": SHORT[1:], "sweep": [*SHORT[:2], "--trials=2"], "compare": ["--seconds=0.02"]}
+    few = {"sweep": ["--trials=2"], "compare": ["--seconds=0.02"]}
     if not any(command.startswith("lkd fit") for command in chain):
         assert main(["fit", "--config=digits/kd", *SHORT]) == 0
     for command in chain:
         arguments = shlex.split(command, comments=True)[1:]
         assert main([*arguments, *few.get(arguments[0], [])]) == 0
+
+
+def test_weights_with_another_head(reader: None) -> None:
+    shop = ["--data=lkd.ImageFolderDataModule", "--data.init_args.root=shop", "--data.init_args.image_size=32"]
+    assert main(["fit", "--config=finetune_own.yaml", *shop, *SHORT, "--trainer.limit_train_batches=1"]) == 0
+    (best,) = Path("runs").rglob("best.ckpt")
+    own, begun = torch.load(best, weights_only=True)["state_dict"], torch.load("teacher.pth", weights_only=True)
+    assert own["model.fc.weight"].shape == (5, 512)
+    assert own["model.conv1.weight"].sub(begun["conv1.weight"]).abs().max() < 0.1
 
 
 def test_own_criterion_logs_its_terms(reader: None) -> None:

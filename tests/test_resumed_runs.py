@@ -37,8 +37,8 @@ def fit(begun, tmp_path, capfd):
     """Goes on with that run for a third epoch; returns the exit code and what was said."""
     shutil.copytree(begun / "runs", tmp_path / "runs")
 
-    def resume(*args: str, max_epochs: int = 3) -> tuple[int, str]:
-        code = main([*FIT, "--resume", f"--trainer.max_epochs={max_epochs}", *args])
+    def resume(*args: str, max_epochs: int = 3, how: str = "--resume") -> tuple[int, str]:
+        code = main([*FIT, how, f"--trainer.max_epochs={max_epochs}", *args])
         out, err = capfd.readouterr()
         return code, " ".join((out + err).split())
 
@@ -55,12 +55,13 @@ def _best() -> dict[str, object]:
     [
         ("student.init_args.depth=14", "the checkpoint does not fit this DistillModule"),
         ("optimizer=torch.optim.Adam", "was begun with model.init_args.optimizer.class_path torch.optim.SGD (now"),
-        ("lr_scheduler=null", "was begun with model.init_args.lr_scheduler torch.optim.lr_scheduler.CosineAnnealingLR"),
+        ("lr_scheduler=null", "was begun with model.init_args.lr_scheduler lkd.schedules.CosineDecay"),
+        ("lr_scheduler_interval=step", "was begun with model.init_args.lr_scheduler_interval epoch (now step)"),
     ],
 )
 def test_a_refused_run_stays_as_it_was(fit, setting: str, said: str) -> None:
     before, points = (RUN / "config.yaml").read_text(), curves(RUN)
-    code, text = fit(f"--model.init_args.{setting}")
+    code, text = fit(f"--model.init_args.{setting}", how="--ckpt_path=last")
     assert code == 2
     assert said in text
     assert (RUN / "config.yaml").read_text() == before
@@ -74,7 +75,7 @@ def test_another_process_is_refused_before_it_changes_anything(fit, monkeypatch)
 
     before, points = (RUN / "config.yaml").read_text(), curves(RUN)
     monkeypatch.setattr(fcntl, "lockf", taken)
-    code, text = fit("--model.init_args.distill_weight=0.123")
+    code, text = fit("--model.init_args.distill_weight=0.123", how="--ckpt_path=last")
     assert code == 2
     assert "another process is training the run" in text
     assert (RUN / "config.yaml").read_text() == before
@@ -86,11 +87,40 @@ def _told(warned) -> list[str]:
 
 
 def test_other_settings_are_told(fit, recwarn) -> None:
-    assert fit("--model.init_args.optimizer.init_args.lr=0.0001", "--seed_everything=7")[0] == 0
+    others = ["--model.init_args.optimizer.init_args.lr=0.0001", "--seed_everything=7"]
+    assert fit(*others, how="--ckpt_path=last")[0] == 0
     assert _told(recwarn) == [
         "this run was begun with other settings: seed_everything 0 (now 7), model.init_args.optimizer.init_args.lr 0.1 "
         "(now 0.0001); numbers of optimizer and schedule stay those of then"
     ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("seed_everything=7", "seed_everything 0 (now 7)"),
+        ("data.init_args.batch_size=32", "data.init_args.batch_size 64 (now 32)"),
+        ("model.init_args.student.init_args.depth=14", "model.init_args.student.init_args.depth 8 (now 14)"),
+        ("model.init_args.criterion.init_args.temperature=2", "criterion.init_args.temperature 4.0 (now 2.0)"),
+        ("model.init_args.optimizer.init_args.lr=0.2", "model.init_args.optimizer.init_args.lr 0.1 (now 0.2)"),
+        ("model.init_args.teacher_ckpt=runs/digits/kd", "model.init_args.teacher_ckpt lkd:digits_resnet8 (now runs/"),
+    ],
+)
+def test_another_run_is_not_resumed(fit, setting: str, said: str) -> None:
+    before, points = (RUN / "config.yaml").read_text(), curves(RUN)
+    code, text = fit(f"--{setting}")
+    assert code == 2
+    assert f"--resume found {RUN}/checkpoints/last.ckpt, whose run has other settings: " in text
+    assert said in text
+    assert "own --name" in text
+    assert (RUN / "config.yaml").read_text() == before
+    assert curves(RUN) == points
+
+
+def test_what_may_differ(fit, recwarn) -> None:
+    assert fit("--data.init_args.num_workers=0", "--trainer.limit_val_batches=2", "--trainer.logger=CSVLogger")[0] == 0
+    assert sorted(path.name for path in RUN.parent.iterdir()) == ["version_0"]
+    assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 3
 
 
 def test_the_same_settings_are_not(fit, recwarn) -> None:
@@ -111,7 +141,7 @@ def test_the_best_stays_the_best(fit, tmp_path, way: str) -> None:
     if way == "on another disk":
         RUN.rename("disk")
         RUN.symlink_to(Path("disk").absolute())
-    assert fit(*args)[0] == 0
+    assert fit(*args, how="--ckpt_path=last")[0] == 0
     if way == "moved":
         Path("runs2").rename("runs")
     assert sorted(path.name for path in RUN.parent.iterdir()) == ["version_0"]
@@ -119,19 +149,36 @@ def test_the_best_stays_the_best(fit, tmp_path, way: str) -> None:
     assert torch.load(RUN / "checkpoints/best.ckpt", weights_only=True)["epoch"] < 2
 
 
-def test_the_newest_run_has_left_nothing(fit) -> None:
-    (RUN.parent / "version_1").mkdir()
+def test_a_failed_start_is_not_the_newest_run(fit) -> None:
     (RUN.parent / "version_10").mkdir()
+    assert fit()[0] == 0
+    assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 3
+
+
+def test_the_newest_run_has_left_nothing(fit) -> None:
+    (RUN.parent / "version_10").mkdir()
+    (RUN.parent / "version_10/config.yaml").touch()
     assert fit(max_epochs=1)[0] == 0
     assert (RUN.parent / "version_11/checkpoints/last.ckpt").is_file()
+
+
+def test_a_run_has_the_given_name(capsys) -> None:
+    assert main([*FIT, "--name=mine/first", "--trainer.fast_dev_run=true"]) == 0
+    Path("name.yaml").write_text("name: mine/second")
+    short = ["--config=name.yaml", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    assert main([*FIT, *short]) == 0
+    capsys.readouterr()
+    assert main([*FIT, *short, "--resume"]) == 0
+    assert "nothing was left to train" in capsys.readouterr().out
+    assert [str(path) for path in Path("runs").rglob("version_*")] == ["runs/mine/second/version_0"]
+    assert main([*FIT, "--name=../elsewhere"]) == 2
+    assert "name must be a relative path such as 'baseline'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--trainer.logger=CSVLogger"], "--resume finds a run by lkd's own logger"),
-        (["--trainer.logger", "CSVLogger"], "--resume finds a run by lkd's own logger"),
-        (["--ckpt_path=best"], "leave it out, or --ckpt_path"),
+        (["--ckpt_path=best"], "leave out --resume or --ckpt_path"),
     ],
 )
 def test_what_makes_no_sense_with_resume(fit, args: list[str], said: str) -> None:

@@ -7,7 +7,7 @@ from lkd.callbacks.monitored import MonitorCheck
 from lkd.callbacks.predictions import PredictionWriter
 from lkd.callbacks.progress import ProgressBar
 from lkd.callbacks.record import RunRecord
-from lkd.callbacks.report import FitReport
+from lkd.callbacks.report import FitReport, LimitReport
 from lkd.callbacks.schedule import Schedule
 from lkd.callbacks.speed import Speed
 from lkd.callbacks.step_seed import StepSeed
@@ -20,6 +20,7 @@ __all__ = [
     "FitReport",
     "ImagesPerSecond",
     "LastCheckpoint",
+    "LimitReport",
     "LinearProbe",
     "MonitorCheck",
     "NetworkSummary",

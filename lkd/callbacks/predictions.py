@@ -11,9 +11,13 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from lkd.datamodules import NewImages
+
 
 class PredictionWriter(BasePredictionWriter):
     """Write one line for each image: its index, the class, the class's name where known, the probability.
+
+    Of `NewImages`, a line begins with the name of the file; it ends there if the file cannot be read.
 
     Args:
         path: The CSV file; with several processes each writes its own, `<name>.<rank>.csv`.
@@ -37,10 +41,11 @@ class PredictionWriter(BasePredictionWriter):
         """Keep one batch's lines."""
         index = pl_module.unpack(batch).index
         indices = [None] * len(prediction) if index is None else index.tolist()
-        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        names = getattr(pl_module, "class_names", ())
         probabilities, classes = prediction.float().softmax(1).max(1)
         for position, chosen, probability in zip(indices, classes.tolist(), probabilities.tolist(), strict=True):
-            self._rows.append((position, chosen, names[chosen] if names else "", round(probability, 6)))
+            name = names[chosen] if chosen < len(names) else ""  # a network may have more classes than the data
+            self._rows.append((position, chosen, name, round(probability, 6)))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write the file and say where it is."""
@@ -49,7 +54,18 @@ class PredictionWriter(BasePredictionWriter):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(("index", "class", "class_name", "probability"))
-            writer.writerows(self._rows)
+            data = getattr(trainer, "datamodule", None)
+            columns = ("class", "class_name", "probability")
+            if isinstance(data, NewImages):
+                writer.writerows([("file", *columns), *self._by_file(data, trainer.is_global_zero)])
+            else:
+                writer.writerows([("index", *columns), *self._rows])
         pl_module.print(f"{len(self._rows)} predictions: {path}")
         self._rows.clear()
+
+    def _by_file(self, data: NewImages, with_left_out: bool) -> list[tuple[str, ...]]:
+        """The lines, with the names of the files."""
+        found = {position: tuple(map(str, rest)) for position, *rest in self._rows if position is not None}
+        found |= dict.fromkeys(data.left_out() if with_left_out else (), ("", "", ""))
+        names = data.file_names()
+        return [(names[position], *found[position]) for position in sorted(found)]

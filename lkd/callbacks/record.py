@@ -44,11 +44,11 @@ def run_folder(trainer: L.Trainer) -> str:
 
 
 class RunRecord(L.Callback):
-    """Write, when fit begins, what it begins with: versions, code, devices, seeds, images, command, time.
+    """Record versions, code, devices, seeds, images, command and time of a run.
 
-    It goes to `run.yaml` in the run's folder, beside `config.yaml`; a fit that goes on in the same folder adds its own
-    part. Where a run is taken up, or run again from its own config, with other versions, devices or training images, a
-    warning says so. The environment's variables are not recorded.
+    The record is written to `run.yaml` in the run's folder, beside `config.yaml`, when the first step has succeeded; a
+    resumed run appends a record. A warning is issued if a run is resumed, or repeated from its own config, with other
+    versions, devices or training images. Environment variables are not recorded.
 
     Args:
         command: The arguments behind `lkd`; None: what the process was started with.
@@ -58,20 +58,28 @@ class RunRecord(L.Callback):
     def __init__(self, command: Sequence[str] | None = None, configs: Iterable[Path] = ()) -> None:
         self.command = shlex.join(sys.argv if command is None else ["lkd", *command])
         self.configs = list(configs)
+        self._record: tuple[Path, dict[str, Any]] | None = None  # not yet written
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Compare and write."""
+        """Compare with the run that is continued or repeated."""
         folder = run_folder(trainer)  # in all processes: it is the first one's
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         begun, now = _begun(self._places(trainer.ckpt_path)), self._now(trainer)
         if differing := list(_differences(begun, now)):
             rank_zero_warn(f"this run was begun with {' and '.join(differing)}; bits may differ")
-        if "://" in folder:  # somewhere else than on this machine
+        if "://" not in folder:  # a folder on this machine
+            self._record = Path(folder), now
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """Write the record."""
+        if self._record is None:
             return
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with Path(folder, RECORD).open("a") as file:
-            file.write(yaml.safe_dump([now], sort_keys=False, width=120, allow_unicode=True))
+        folder, record = self._record
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / RECORD).open("a") as file:
+            file.write(yaml.safe_dump([record], sort_keys=False, width=120, allow_unicode=True))
+        self._record = None
 
     def _places(self, ckpt_path: Any) -> Iterator[Path]:
         """Where the record of the run may lie that this one goes on with, or repeats."""

@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
 
+from lkd.limits import Evaluated, images_measured, is_limited
+
 
 class FitReport(L.Callback):
     """At the end of fit: teacher, student (best by validation, and last), gap, and where things lie.
@@ -56,7 +58,7 @@ class FitReport(L.Callback):
             done = f"{trainer.current_epoch} epochs and {trainer.global_step} steps"
             console.print(f"nothing was left to train: the run has made {done}; --trainer.max_epochs makes it longer")
         if figures:
-            console.print(_table(pl_module, figures))
+            console.print(_table(pl_module, figures, images_measured(trainer, "val")))
         for line in _where(trainer):
             console.print(line, highlight=False, markup=False)
         for logger in trainer.loggers:
@@ -75,6 +77,25 @@ class FitReport(L.Callback):
             ]
             how = f"go on with: lkd fit --ckpt_path {shlex.quote(last[0])}" if last else "no checkpoint was written yet"
             Console(soft_wrap=True).print(f"interrupted in epoch {trainer.current_epoch}; {how}", highlight=False)
+
+
+class LimitReport(L.Callback):
+    """Print how many images the figures of a limited validation or test come from."""
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Print, before Lightning's table."""
+        _report_limit(trainer, "val")
+
+    @rank_zero_only
+    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Print, before Lightning's table."""
+        _report_limit(trainer, "test")
+
+
+def _report_limit(trainer: L.Trainer, split: Evaluated) -> None:
+    if is_limited(trainer, split):
+        Console(soft_wrap=True).print(f"measured on {images_measured(trainer, split)}", highlight=False)
 
 
 def _path(callback: L.Callback) -> str:
@@ -105,16 +126,18 @@ def _best_checkpoint(trainer: L.Trainer) -> ModelCheckpoint | None:
     return None
 
 
-def _table(module: Any, figures: dict[str, float]) -> Table:
+def _table(module: Any, figures: dict[str, float], images: str) -> Table:
     network, name = module.network_names[0], _main_metric(module)
     is_accuracy = name == "acc"
-    table = Table("", "accuracy on the validation images" if is_accuracy else f"distillation loss (val/{name})")
+    table = Table("", f"accuracy on {images}" if is_accuracy else f"distillation loss (val/{name}) on {images}")
     rows = {"teacher": "teacher_acc", f"{network}, best": f"best_{name}", f"{network}, last": f"last_{name}"}
     for label, row in rows.items():
         if row in figures:
             table.add_row(label, f"{figures[row]:.2%}" if is_accuracy else f"{figures[row]:.4g}")
     if {"teacher_acc", "best_acc"} <= set(figures):
-        table.add_row("best - teacher", f"{100 * (figures['best_acc'] - figures['teacher_acc']):+.2f} points")
+        table.add_row(
+            "best - teacher", f"{100 * (figures['best_acc'] - figures['teacher_acc']):+.2f} percentage points"
+        )
     return table
 
 

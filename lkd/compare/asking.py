@@ -28,6 +28,7 @@ class Candidate:
         normalization: How it wants its images normalised; None: as the data is.
         source: Where it comes from, in words.
         unpack: Makes a `Batch` of what the data gives; None: as `ClassificationModule.unpack`.
+        group: Name of the method that it was trained by; networks of one group differ only by the seed.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Candidate:
     normalization: Normalization | None = None
     source: str = ""
     unpack: Callable[[Any], Batch] | None = None
+    group: str | None = None
 
 
 @dataclass

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,17 +17,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import nn
 
-from lkd.arguments import find_config
 from lkd.compare.asking import Candidate, statistics_of
 from lkd.compare.comparison import Comparison, compare, place_of
+from lkd.compare.groups import methods_of
 from lkd.compare.tables import tables
+from lkd.config_files import find_config
 from lkd.modules import DistillModule
 from lkd.plain_yaml import load_yaml
 from lkd.trained import Trained, load_trained, network_of
 from lkd.types import Normalization
 
 _TEACHER = "teacher"
-_SAME = ("input_shape", "resize", "class_names")
+_SAME = ("input_shape", "resize")
 """What of a run's data is to be as in the data that all are measured on."""
 _SPLIT = ("val_size", "split_seed")
 """The same for validation images: with others, some of them are training images."""
@@ -43,13 +45,16 @@ def main(args: Sequence[str]) -> None:
         ValueError: If there is nothing to compare, or networks and data do not fit.
     """
     given = _parsed(args)
-    candidates, data, teacher = _chosen(given)
+    runs = {name: load_trained(place) for name, place in _named(given.runs).items()}
+    candidates, data, teacher = _chosen(given, runs)
     folder = _new_folder(Path(given.output))  # before the work: where nothing can be written, it would be in vain
     how = given.split, given.batch_sizes, given.accelerator, given.seconds
     found = compare(candidates, data, teacher, *how, progress=True)
+    _check_classes(runs, found)
     console = Console()
-    for table in tables(found)[:-1]:  # the classes are for the page
-        console.print(table.rich())
+    for table in tables(found, given.members):
+        if table.place == "terminal":
+            console.print(*table.rich(console.width), sep="\n")
     write(found, folder)
     for label, name in {"page": "comparison.html", "table": "comparison.md", "figures": "comparison.json"}.items():
         console.print(f"{label + ':':8} {folder / name}", soft_wrap=True, highlight=False, markup=False)
@@ -69,6 +74,7 @@ def _parsed(args: Sequence[str]) -> Any:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--accelerator", type=str, default="auto")
     parser.add_argument("--output", type=str, default="runs/compare")
+    parser.add_argument("--members", action="store_true")
     args = list(_with_found_configs(args))
     _check_keys(args, {action.dest.partition(".")[0] for action in parser._actions})
     config = parser.parse_args(args)
@@ -112,10 +118,10 @@ def _with_found_configs(args: Sequence[str]) -> Iterator[str]:
         yield f"--config={find_config(value if equals else next(rest, ''))}" if name == "--config" else arg
 
 
-def _chosen(given: Any) -> tuple[list[Candidate], L.LightningDataModule, str | None]:
+def _chosen(given: Any, runs: Mapping[str, Trained]) -> tuple[list[Candidate], L.LightningDataModule, str | None]:
     """Whom to compare, on what, and who is the teacher."""
-    runs = {name: load_trained(place) for name, place in _named(given.runs).items()}
-    candidates = [_of_run(name, run) for name, run in runs.items()]
+    groups = methods_of(runs)
+    candidates = [_of_run(name, run, groups.get(name)) for name, run in runs.items()]
     networks: Mapping[str, nn.Module] = given.networks or {}
     if unknown := set(given.normalization) - set(networks):
         raise ValueError(f"normalization is for networks of the config, {', '.join(networks)}, got {min(unknown)!r}")
@@ -137,18 +143,20 @@ def _chosen(given: Any) -> tuple[list[Candidate], L.LightningDataModule, str | N
             rank_zero_warn(f"{name} was trained on {place_of(run.data)}, and is measured on {place_of(data)}")
         for fact in _SAME + (_SPLIT if given.split == "val" else ()):
             own, measured = (getattr(module, fact, None) for module in (run.data, data))
-            if repr(own) != repr(measured):
+            if own is not None and measured is not None and repr(own) != repr(measured):  # None: not known yet
                 rank_zero_warn(f"{name} was trained with {fact} {own}, and is measured with {measured}")
     return candidates, data, teacher
 
 
 def _named(runs: Sequence[str]) -> dict[str, str]:
-    """Name to place, of `[NAME=]PLACE`; a run without a name has its folder's."""
+    """Name to place, of `[NAME=]PLACE`; a run without a name has its folder's, with the version where needed."""
     found: dict[str, str] = {}
+    derived = Counter(_run_name(given) for given in runs if not _is_named(given))
     for given in runs:
-        name, equals, place = given.partition("=")
-        if not equals or Path(given).exists():
+        name, _, place = given.partition("=")
+        if not _is_named(given):
             name, place = _run_name(given), given
+            name = name if derived[name] == 1 else _run_name(given, versioned=True)
         if not name or not place or name in found:
             raise ValueError(
                 f"each run needs a name of its own, got {given!r}"
@@ -159,15 +167,35 @@ def _named(runs: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _run_name(place: str) -> str:
+def _is_named(given: str) -> bool:
+    return "=" in given and not Path(given).exists()
+
+
+def _run_name(place: str, versioned: bool = False) -> str:
+    """The name of a run's folder: `kd` of `runs/digits/kd/version_0`, or `kd/version_0`."""
     parts = [part for part in Path(place).parts if part not in (os.sep, "checkpoints") and not part.endswith(".ckpt")]
+    versions = []
     while len(parts) > 1 and parts[-1].startswith("version_"):
-        parts.pop()
-    return parts[-1] if parts else Path(place).stem
+        versions.append(parts.pop())
+    return "/".join([*parts[-1:], *(versions[:1] if versioned else [])]) or Path(place).stem
 
 
-def _of_run(name: str, run: Trained) -> Candidate:
-    return Candidate(name, network_of(run.module), statistics_of(run.data), str(run.path), run.module.unpack)
+def _check_classes(runs: Mapping[str, Trained], found: Comparison) -> None:
+    """Warn where a run was trained with other classes: many data modules know theirs once they have been used."""
+    for name, run in runs.items():
+        trained = run.checkpoint.get("lkd", {}).get("class_names") or getattr(run.data, "class_names", None)
+        if trained and tuple(map(str, trained)) != tuple(found.class_names):
+            rank_zero_warn(
+                f"{name} was trained with the classes {_few(trained)}, and is measured with {_few(found.class_names)}"
+            )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _of_run(name: str, run: Trained, group: str | None) -> Candidate:
+    return Candidate(name, network_of(run.module), statistics_of(run.data), str(run.path), run.module.unpack, group)
 
 
 def _teacher_of(run: Trained) -> Candidate | None:

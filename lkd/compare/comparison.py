@@ -1,4 +1,4 @@
-"""Several networks on the same images: who is how good, what it costs, and whether the difference is real."""
+"""Several networks on the same images: their accuracy, their cost, and which differences are significant."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lkd import __version__, devices
 from lkd.compare.asking import Answers, Candidate, Split, ask
 from lkd.compare.cost import Cost, costs
 from lkd.compare.figures import Difference, Figures, Share, difference, measure
+from lkd.compare.groups import Group, MethodDifference, Spread, groups_of, method_difference
 
 
 @dataclass
@@ -26,6 +27,8 @@ class Comparison:
         figures: Name to what its answers say, in the order of the networks.
         costs: Name to what it costs.
         differences: Each pair of networks, with McNemar's test.
+        groups: Networks that differ only by seed.
+        method_differences: Each pair of groups, with Welch's t-test over the seeds.
         teacher: The network that the others are compared with, if there is one.
         facts: Of what, on what and with what this was measured.
         answers: The networks' logits, the labels, and images on which they disagree.
@@ -36,6 +39,8 @@ class Comparison:
     figures: dict[str, Figures]
     costs: dict[str, Cost]
     differences: list[Difference]
+    groups: list[Group]
+    method_differences: list[MethodDifference]
     teacher: str | None
     facts: dict[str, str]
     answers: Answers
@@ -55,13 +60,16 @@ class Comparison:
             "class_names": list(self.class_names),
             "networks": networks,
             "differences": pairs,
+            "groups": {group.name: _plain(group) for group in self.groups},
+            "method_differences": [{**_plain(one), "difference": one.value} for one in self.method_differences],
         }
 
     def _repr_markdown_(self) -> str:
         """What a notebook shows."""
         from lkd.compare.tables import tables  # it imports this file
 
-        return "\n".join(line for table in tables(self) for line in table.markdown())
+        shown = (table for table in tables(self) if table.place != "folded")
+        return "\n".join(line for table in shown for line in table.markdown())
 
 
 def _plain(value: Any) -> Any:
@@ -69,6 +77,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Share):
         low, high = value.interval
         return _plain({**asdict(value), "value": value.value, "low": low, "high": high})
+    if isinstance(value, Spread):
+        low, high = value.interval
+        return _plain({**asdict(value), "mean": value.mean, "std": value.std, "low": low, "high": high})
     if hasattr(value, "__dataclass_fields__"):
         named = {name: getattr(value, name) for name in value.__dataclass_fields__}
         if hasattr(value, "throughput"):
@@ -127,12 +138,14 @@ def compare(
         difference(one, other, answers.logits[one], answers.logits[other], answers.target)
         for one, other in combinations(names, 2)
     ]
+    groups = groups_of({one.name: one.group for one in candidates}, figures)
     classes = next(iter(answers.logits.values())).shape[1]
     told = getattr(data, "class_names", None)
     found = [] if told is None else [str(name) for name in told]
     class_names = [found[one] if one < len(found) else str(one) for one in range(classes)]
     facts = _facts(candidates, data, split, answers)
-    return Comparison(figures, cost, pairs, teacher, facts, answers, class_names, data)
+    between = [method_difference(*pair) for pair in combinations(groups, 2)]
+    return Comparison(figures, cost, pairs, groups, between, teacher, facts, answers, class_names, data)
 
 
 def _facts(

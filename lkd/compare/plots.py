@@ -18,6 +18,7 @@ from lkd.types import IGNORE_INDEX
 
 _MOST = 30
 """Classes that a plot shows one by one."""
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")  # Okabe, Ito
 
 
@@ -51,13 +52,20 @@ def _drawn(found: Comparison) -> Iterator[Plot]:
     if found.teacher is not None and len(found.class_names) <= _MOST and len(found.figures) > 1:
         note = (
             "Share of a class's images (row) that is taken for a class (column), minus the same of "
-            f"{found.teacher}, in points. Red: more often; blue: less often. On the diagonal, blue is a loss."
+            f"{found.teacher}, in percentage points. Red: more often; blue: less often. On the diagonal, blue is a "
+            "loss."
         )
         yield Plot("What is confused more often than by the teacher", note, _confusions(found))
 
 
-def _color(number: int) -> str:
-    return _COLORS[number % len(_COLORS)]
+def style(number: int) -> tuple[str, str]:
+    """The color and the marker of a network; 64 networks have different pairs.
+
+    Args:
+        number: Its place among the networks.
+    """
+    rounds, place = divmod(number, len(_COLORS))
+    return _COLORS[place], _MARKERS[(place + rounds) % len(_MARKERS)]
 
 
 def _panels(count: int, width: float, height: float, most: int) -> tuple[Figure, list[Axes]]:
@@ -86,7 +94,8 @@ def _against_cost(found: Comparison) -> Figure:
                 continue
             low, high = share.interval
             gap = [[100 * (share.value - low)], [100 * (high - share.value)]]
-            axis.errorbar([cost], [100 * share.value], yerr=gap, fmt="o", color=_color(number), capsize=3, label=name)
+            color, marker = style(number)
+            axis.errorbar([cost], [100 * share.value], yerr=gap, fmt=marker, color=color, capsize=3, label=name)
         axis.set_xscale("log")
         axis.tick_params(axis="x", labelsize=8)
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -104,16 +113,17 @@ def _reliability(found: Comparison) -> Figure:
     figure, axes = _panels(len(found.figures), 3.0, 3.0, 4)
     for number, (axis, (name, figures)) in enumerate(zip(axes, found.figures.items(), strict=True)):
         bins, scaled = figures.reliability, figures.scaled_reliability
+        color, marker = style(number)
         edges = np.arange(len(bins)) / len(bins)
         axis.bar(edges, [one.share for one in bins], width=1 / len(bins), align="edge", color="#CCCCCC")
         axis.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
         lines: tuple[tuple[list[Bin], str, dict[str, Any]], ...] = (
-            (bins, "o-", {"markersize": 3}),
-            (scaled, "s--", {"markersize": 2, "alpha": 0.7, "linewidth": 0.8}),
+            (bins, f"{marker}-", {"markersize": 3}),
+            (scaled, f"{marker}--", {"markersize": 2, "alpha": 0.7, "linewidth": 0.8}),
         )
-        for points, style, size in lines:
+        for points, line, size in lines:
             shown = [(one.confidence, one.accuracy) for one in points if one.share]
-            axis.plot(*zip(*shown, strict=True), style, color=_color(number), **size)
+            axis.plot(*zip(*shown, strict=True), line, color=color, **size)
         axis.set_title(f"{name}\nECE {100 * figures.ece:.1f} %, at T {100 * figures.scaled_ece:.1f} %", fontsize=9)
         axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
         axis.label_outer()
@@ -138,16 +148,16 @@ def _class_note(found: Comparison) -> str:
 
 def _classes(found: Comparison) -> Figure:
     chosen = _chosen(found)
-    figure, (axis,) = _panels(1, 9.5, 1.0 + 0.32 * len(chosen), 1)
+    height = max(0.32, 0.06 * len(found.figures))  # of a class: a mark for each network
+    figure, (axis,) = _panels(1, 9.5, 1.0 + height * len(chosen), 1)
     for number, (name, figures) in enumerate(found.figures.items()):
         shares = [figures.per_class[one] for one in chosen]
         offset = 0.6 * ((number + 0.5) / len(found.figures) - 0.5)
         values = np.array([100 * share.value for share in shares])
         gaps = np.abs(np.array([[100 * end for end in share.interval] for share in shares]).T - values)
         place = np.arange(len(chosen)) + offset
-        axis.errorbar(
-            values, place, xerr=gaps, fmt="o", markersize=3.5, color=_color(number), elinewidth=0.8, label=name
-        )
+        color, marker = style(number)
+        axis.errorbar(values, place, xerr=gaps, fmt=marker, markersize=3.5, color=color, elinewidth=0.8, label=name)
     axis.set_yticks(range(len(chosen)), [found.class_names[one] for one in chosen])
     axis.invert_yaxis()
     axis.set_xlabel("top-1 accuracy, %")
@@ -170,5 +180,5 @@ def _confusions(found: Comparison) -> Figure:
         axis.set_title(name, fontsize=9)
         axis.set_xticks(ticks, found.class_names, rotation=90, fontsize=7)
         axis.set_yticks(ticks, found.class_names, fontsize=7)
-    figure.colorbar(image, ax=axes, label="points", shrink=0.7)
+    figure.colorbar(image, ax=axes, label="percentage points", shrink=0.7)
     return figure

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Literal, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lkd.compare.comparison import Comparison
-from lkd.compare.cost import Time
-from lkd.compare.figures import BINS, Figures, Share
+from lkd.compare.cost import Cost, Time
+from lkd.compare.figures import BINS, Difference, Share
+from lkd.compare.groups import Group, measures
 
-_WIDEST = 7
-"""Columns that a terminal shows side by side."""
+_SPACE = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,14 @@ class Grid:
         head: Its columns' names.
         rows: Its cells.
         note: How to read it.
+        place: Where it is shown: in the terminal and on the page, on the page only, or folded up there.
     """
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str
+    place: Literal["terminal", "page", "folded"] = "terminal"
 
     def markdown(self) -> Iterator[str]:
         """Its lines in Markdown."""
@@ -43,116 +48,273 @@ class Grid:
         yield self.note
         yield ""
 
-    def rich(self) -> Table:
-        """It as the terminal shows it: on its side, if it has many columns."""
-        rows = [self.head, *self.rows]
-        if len(self.head) > _WIDEST:
-            rows = list(zip(*rows, strict=True))
-        table = Table(title=self.title, title_justify="left", caption=self.note, caption_justify="left")
-        for number, name in enumerate(rows[0]):
-            table.add_column(escape(name), justify="right" if number else "left", overflow="fold")
-        for row in rows[1:]:
-            table.add_row(*map(escape, row))
-        return table
+    def rich(self, width: int = 80) -> Iterator[Table | Text]:
+        """It as a terminal shows it, with its note: several tables where it would be wider than the terminal.
+
+        Args:
+            width: Columns of the terminal.
+        """
+        first, *rest = (self._needed(number) for number in range(len(self.head)))
+        first = min(first, max(8, width // 2))
+        parts: list[list[int]] = [[]]
+        free = width - first - 4  # a column needs two spaces and a line beside its text
+        for number, needed in enumerate(rest, start=1):
+            if parts[-1] and needed + 3 > free:
+                parts.append([])
+                free = width - first - 4
+            parts[-1].append(number)
+            free -= needed + 3
+        for part in parts:
+            table = Table(title=escape(self.title) if part is parts[0] else None, title_justify="left")
+            table.add_column(escape(self.head[0]), overflow="fold", width=first)
+            for number in part:
+                table.add_column(escape(self.head[number]), justify="right", width=self._needed(number))
+            for row in self.rows:
+                cells = (escape(row[number].replace(" ", _SPACE)) for number in part)
+                table.add_row(escape(row[0]), *cells)
+            yield table
+        yield Text(f"{self.note}\n", style="dim")
+
+    def _needed(self, number: int) -> int:
+        """Width of a column whose cells are not broken; its name may be, between words."""
+        words = self.head[number].split(" ")
+        return max(map(len, [*words, *(row[number] for row in self.rows)]))
 
 
-def tables(found: Comparison) -> list[Grid]:
+class _Measure(NamedTuple):
+    key: str
+    scale: float
+    form: str
+
+    def text(self, value: float | None) -> str:
+        return "-" if value is None or math.isnan(value) else format(self.scale * value, self.form)
+
+
+_TOP1 = _Measure("top1", 100, ".2f")
+_MEASURES = {
+    "top-5 %": _Measure("top5", 100, ".2f"),
+    "agrees %": _Measure("agreement", 100, ".2f"),
+    "KL": _Measure("kl", 1, ".4f"),
+    "NLL": _Measure("nll", 1, ".4f"),
+    "ECE %": _Measure("ece", 100, ".2f"),
+    "T": _Measure("temperature", 1, ".2f"),
+    "NLL at T": _Measure("scaled_nll", 1, ".4f"),
+    "ECE % at T": _Measure("scaled_ece", 100, ".2f"),
+}
+_OF_TEACHER = ("agreement", "kl")
+
+
+def tables(found: Comparison, members: bool = False) -> list[Grid]:
     """All tables of a comparison, the most important one first.
 
     Args:
         found: The comparison.
+        members: Whether the networks of groups are shown one by one in the terminal, too.
     """
-    return [_answers(found), _cost(found), *_differences(found), _classes(found)]
+    return [
+        *_accuracies(found, members),
+        _cost(found),
+        *_methods(found),
+        *_networks(found, members),
+        _classes(found),
+    ]
 
 
-def _percent(share: Share | None) -> str:
-    return "-" if share is None or math.isnan(share.value) else f"{100 * share.value:.2f}"
+def _entries(found: Comparison) -> list[str | Group]:
+    """What a table has rows of: each group in place of its first network, and the networks in no group."""
+    of_member = {member: group for group in found.groups for member in group.members}
+    entries: list[str | Group] = []
+    for name in found.figures:
+        entry = of_member.get(name, name)
+        if entry not in entries:
+            entries.append(entry)
+    return entries
 
 
-_OF_LABELS: dict[str, Callable[[Figures], str]] = {
-    "top-1 %": lambda figures: _percent(figures.top1),
-    "95 % interval": lambda figures: " - ".join(f"{100 * end:.2f}" for end in figures.top1.interval),
-    "top-5 %": lambda figures: _percent(figures.top5),
-    "NLL": lambda figures: f"{figures.nll:.4f}",
-    "ECE %": lambda figures: f"{100 * figures.ece:.2f}",
-    "T": lambda figures: f"{figures.temperature:.2f}",
-    "NLL at T": lambda figures: f"{figures.scaled_nll:.4f}",
-    "ECE % at T": lambda figures: f"{100 * figures.scaled_ece:.2f}",
-}
-_OF_TEACHER: dict[str, Callable[[Figures], str]] = {
-    "agrees %": lambda figures: _percent(figures.agreement),
-    "KL": lambda figures: "-" if figures.kl is None else f"{figures.kl:.4f}",
-}
+def _members(group: str | Group) -> Sequence[str]:
+    return [group] if isinstance(group, str) else group.members
 
 
-def _answers(found: Comparison) -> Grid:
-    columns = _OF_LABELS | (_OF_TEACHER if found.teacher is not None else {})
-    note = (
-        f"NLL: negative log-likelihood, nats. ECE: expected calibration error, {BINS} bins. T: temperature that fits "
-        "the labels best; 'at T': each fifth of the images with the temperature that fits the others. Interval: "
-        "Wilson's."
+def _name(entry: str | Group) -> str:
+    return entry if isinstance(entry, str) else entry.name
+
+
+def _percent(share: Share) -> str:
+    return _TOP1.text(share.value)
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return " - ".join(_TOP1.text(end) for end in interval)
+
+
+def _accuracies(found: Comparison, members: bool) -> Iterator[Grid]:
+    title, note = "Accuracy and calibration", _how_measured(found)
+    columns = {name: one for name, one in _MEASURES.items() if found.teacher or one.key not in _OF_TEACHER}
+    head = ["network", "top-1 %", "95 % interval", *columns]
+
+    def network(name: str) -> list[str]:
+        figures, values = found.figures[name], measures(found.figures[name])
+        own = [one.text(values.get(one.key)) for one in columns.values()]
+        return [name, _percent(figures.top1), _range(figures.top1.interval), *own]
+
+    def row(entry: str | Group) -> list[str]:
+        if isinstance(entry, str):
+            name, top1, *own = network(entry)
+            return [name, "1", top1, "-", *own]
+        means = {key: one.mean for key, one in entry.measures.items()}
+        top1s, own = entry.measures["top1"], [one.text(means.get(one.key)) for one in columns.values()]
+        spread = _TOP1.text(top1s.mean), _TOP1.text(top1s.std), _range(top1s.interval)
+        return [entry.name, str(len(entry.members)), *spread, *own]
+
+    if not found.groups:
+        yield Grid(title, head, list(map(network, found.figures)), note)
+        return
+    seeds = (
+        "n: networks that differ only by seed. Their row has the means over the seeds, the standard deviation of top-1 "
+        "(n - 1), and the 95 % confidence interval of its mean over the seeds (Student's t). With n 1, the interval is "
+        "Wilson's, over the images. "
+    )
+    head_n = ["network, method", "n", "top-1 %", "s.d.", "95 % interval", *columns]
+    yield Grid(title, head_n, list(map(row, _entries(found))), seeds + note)
+    single = [network(name) for group in found.groups for name in group.members]
+    yield Grid("The networks of each method", head, single, note, "terminal" if members else "folded")
+
+
+def _how_measured(found: Comparison) -> str:
+    note = "" if found.groups else "Interval: Wilson's, over the images. "
+    note += (
+        "NLL: negative log-likelihood, nats. ECE: expected calibration error, "
+        f"{BINS} bins. T: temperature that fits the labels best; 'at T': each fifth of the images with the temperature "
+        "that fits the others."
     )
     if found.teacher is not None:
         note += f" Agrees, KL: with {found.teacher}, the teacher, at temperature 1; KL(teacher || network), nats."
-    rows = [[name, *(column(figures) for column in columns.values())] for name, figures in found.figures.items()]
-    return Grid("Answers", ["network", *columns], rows, note)
+    return note
 
 
 def _cost(found: Comparison) -> Grid:
     sizes = [time.batch_size for time in next(iter(found.costs.values())).times]
     head = ["network", "parameters", "MFLOP", "MB", *(f"ms, batch {size} (IQR)" for size in sizes)]
     head += [f"images/s, batch {size}" for size in sizes]
-    rows = [
-        [
-            name,
-            f"{cost.parameters:,}",
-            "?" if cost.flops is None else f"{cost.flops / 1e6:,.2f}",
-            f"{cost.bytes / 1e6:,.2f}",
-            *(_milliseconds(time) for time in cost.times),
-            *(f"{time.throughput:,.0f}" for time in cost.times),
-        ]
-        for name, cost in found.costs.items()
-    ]
+    rows = []
+    for entry in _entries(found):
+        cost = _mean_cost([found.costs[name] for name in _members(entry)])
+        rows.append(
+            [
+                _name(entry),
+                f"{cost.parameters:,}",
+                "?" if cost.flops is None else f"{cost.flops / 1e6:,.2f}",
+                f"{cost.bytes / 1e6:,.2f}",
+                *(f"{1e3 * time.median:,.2f} ({1e3 * time.iqr:,.2f})" for time in cost.times),
+                *(f"{time.throughput:,.0f}" for time in cost.times),
+            ]
+        )
     note = (
         f"Forward passes, medians, taken in turn on {found.facts['device']}. MFLOP: for one image; a multiplication "
         "with its addition counts as two."
     )
+    if found.groups:
+        note += " Of networks that differ only by seed: the mean of their times."
     return Grid("Cost", head, rows, note)
 
 
-def _milliseconds(time: Time) -> str:
-    return f"{1e3 * time.median:,.2f} ({1e3 * time.iqr:,.2f})"
+def _mean_cost(costs: Sequence[Cost]) -> Cost:
+    """That of networks of one form: only their times differ."""
+    times = [
+        Time(own[0].batch_size, fmean(time.median for time in own), fmean(time.iqr for time in own))
+        for own in zip(*(cost.times for cost in costs), strict=True)
+    ]
+    return replace(costs[0], times=times)
 
 
-def _differences(found: Comparison) -> Iterator[Grid]:
-    if not found.differences:
+def _methods(found: Comparison) -> Iterator[Grid]:
+    if not found.method_differences:
         return
-    rows = []
-    for one in found.differences:
-        low, high = one.interval
-        rows.append(
-            [
-                f"{one.first} - {one.second}",
-                f"{100 * one.value:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]",
-                f"{one.only_first:,}",
-                f"{one.only_second:,}",
-                f"{one.p_value:.2g}",
-                "yes" if one.p_value * len(found.differences) < 0.05 else "no",
-            ]
-        )
-    head = ["pair", "points, [95 %]", "only 1st right", "only 2nd", "p", "real?"]
+    rows = [
+        [
+            f"{one.first} - {one.second}",
+            *(_points(one.value), _bracket(one.interval)),
+            "-" if math.isnan(one.t) else f"{one.t:.2f} ({one.degrees:.1f})",
+            *(
+                "-" if math.isnan(one.p_value) else f"{one.p_value:.2g}",
+                _verdict(one.p_value, len(found.method_differences)),
+            ),
+        ]
+        for one in found.method_differences
+    ]
     note = (
-        "Top-1 of the first minus the second's. Intervals: paired bootstrap, 10,000 samples. p: McNemar's exact test. "
-        "Real: p times the number of pairs is below 0.05 (Bonferroni). Where few images differ, p tells, not the "
-        "interval."
+        "Welch's t-test compares the mean top-1 of two methods over their seeds. Gap: the first minus the second, in "
+        "percentage points (pp). The test accounts for the variation between trainings, on these images. Differs: p "
+        "times the number of pairs is below 0.05 (Bonferroni). With few seeds, only large differences are found."
     )
-    yield Grid("Is the difference real?", head, rows, note)
+    head = ["methods", "gap, pp", "95 % interval", "t (d.f.)", "p", "differs"]
+    yield Grid("Do two methods differ?", head, rows, note)
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.2f}"
+
+
+def _bracket(interval: tuple[float, float]) -> str:
+    return f"[{', '.join(map(_points, interval))}]"
+
+
+def _verdict(p_value: float, pairs: int) -> str:
+    return "-" if math.isnan(p_value) else "yes" if p_value * pairs < 0.05 else "no"
+
+
+def _reference(found: Comparison, names: Sequence[str]) -> str:
+    """The network that the others are compared with: the teacher, else the most accurate."""
+    return found.teacher or max(names, key=lambda name: found.figures[name].top1.value)
+
+
+def _networks(found: Comparison, members: bool) -> Iterator[Grid]:
+    """McNemar's test: each network against one, and all pairs folded up."""
+    alone = [name for entry in _entries(found) for name in _members(entry) if members or isinstance(entry, str)]
+    reference = _reference(found, alone or list(found.figures))
+    pairs = {frozenset((one.first, one.second)): one for one in found.differences}
+    shown = [_turned(pairs[frozenset((name, reference))], name) for name in alone if name != reference]
+    note = (
+        "McNemar's exact test compares two trained networks on these images, not two methods: two seeds of one method "
+        "may differ as well. To compare methods, train each with several seeds (lkd fit --seeds 5). Gap: top-1 of the "
+        "first minus the second's, in percentage points (pp); interval: paired bootstrap, 10,000 samples. Only 1st, "
+        "only 2nd: images that one of the two alone classifies correctly. Differs: p times the number of all pairs, "
+        f"{len(pairs)}, is below 0.05 (Bonferroni). Where few images differ, rely on p rather than on the interval."
+    )
+    head = ["gap, pp", "95 % interval", "only 1st", "only 2nd", "p", "differs"]
+    if shown:
+        rows = [[one.first, *_pair(one, len(pairs))] for one in shown]
+        yield Grid(f"Does a trained network (1st) differ from {reference} (2nd)?", ["network", *head], rows, note)
+    if len(pairs) > len(shown):
+        rows = [[f"{one.first} - {one.second}", *_pair(one, len(pairs))] for one in found.differences]
+        yield Grid(f"All {len(pairs)} pairs of trained networks", ["networks", *head], rows, note, "folded")
+
+
+def _turned(one: Difference, first: str) -> Difference:
+    """The same difference, seen from one of its networks."""
+    if one.first == first:
+        return one
+    low, high = one.interval
+    return Difference(
+        one.second, one.first, one.only_second, one.only_first, one.total, (0.0 - high, 0.0 - low), one.p_value
+    )
+
+
+def _pair(one: Difference, pairs: int) -> list[str]:
+    counts = f"{one.only_first:,}", f"{one.only_second:,}"
+    return [_points(one.value), _bracket(one.interval), *counts, f"{one.p_value:.2g}", _verdict(one.p_value, pairs)]
 
 
 def _classes(found: Comparison) -> Grid:
-    every = [figures.per_class for figures in found.figures.values()]
-    rows = [
-        [name, f"{shares[0].total:,}", *(_percent(share) for share in shares)]
-        for name, *shares in zip(found.class_names, *every, strict=True)
-    ]
-    return Grid("Accuracy of each class, %", ["class", "images", *found.figures], rows, "Top-1 of the class's images.")
+    entries = _entries(found)
+    every = [[found.figures[name].per_class for name in _members(entry)] for entry in entries]
+    rows = []
+    for number, name in enumerate(found.class_names):
+        shares = [[per_class[number] for per_class in own] for own in every]
+        rows.append([name, f"{shares[0][0].total:,}", *(_percent(_pooled(own)) for own in shares)])
+    note = "Top-1 of the class's images." + (" Of networks that differ only by seed: the mean." if found.groups else "")
+    return Grid("Accuracy of each class, %", ["class", "images", *map(_name, entries)], rows, note, "page")
+
+
+def _pooled(shares: Sequence[Share]) -> Share:
+    return Share(sum(share.count for share in shares), sum(share.total for share in shares))

@@ -19,6 +19,7 @@ from lkd.datamodules.extra import ExtraImages, UnlabelledFolder
 from lkd.datamodules.folder import ImageFolderDataModule, ImageNetDataModule
 from lkd.datamodules.inversion import DeepInversion
 from lkd.datamodules.mixing import CutMix, Mix, Mixup
+from lkd.datamodules.new_images import NewImages
 from lkd.datamodules.randaugment import RandAugment, TrivialAugment
 from lkd.datamodules.sampler import EpochSampler, Key
 from lkd.datamodules.synthetic import SyntheticDataModule
@@ -60,6 +61,7 @@ __all__ = [
     "MNISTDataModule",
     "Mix",
     "Mixup",
+    "NewImages",
     "RandAugment",
     "RandomCrop",
     "RandomErasing",

@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from lkd import devices
 from lkd.datamodules.batch_graph import BatchGraph
 from lkd.datamodules.dataset import ImageDataset, ImageSource, without_labels
+from lkd.datamodules.draws import SUBSET, permutation
 from lkd.datamodules.extra import ExtraImages
 from lkd.datamodules.files import ImageFiles, few
 from lkd.datamodules.joined import join
@@ -26,6 +27,7 @@ from lkd.datamodules.split import of_each_class, stratified
 from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
 from lkd.datamodules.unreadable import readable
 from lkd.datamodules.views import Views
+from lkd.limits import is_limited
 from lkd.types import IGNORE_INDEX, Batch, Normalization
 
 Split = Literal["train", "val", "test"]
@@ -36,7 +38,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     A concrete one sets the attributes below and overrides `make_dataset`. Validation images are cut from the
     training images, unless `make_dataset("val")` returns some. Order and augmentation are a function of
-    (seed, epoch, index of the image), whatever the batch size and the number of workers and processes.
+    (seed, epoch, index of the image), whatever the batch size and the number of workers and processes. Where the
+    trainer limits the batches of validation or test, they hold a random choice of the images, which depends on
+    `split_seed` alone: it is the same in every epoch and every run. Predictions keep the data set's order.
 
     Images that are not in memory, and are brought to size without randomness, are decoded once, if they fit. Image
     files are then kept decoded in the cache folder (`$LKD_CACHE`, by default `~/.cache/lkd`); what is there may be
@@ -342,7 +346,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
         dataset = self._placed(dataset)
         processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         training = split == "train" and not plain
-        sampler = EpochSampler(dataset, processes, rank, training, dataset.seed, padded)
+        order = self._limited_order(split) if padded else None
+        sampler = EpochSampler(dataset, processes, rank, training, dataset.seed, padded, order)
         workers = self.num_workers
         if workers is None:
             workers = 0 if isinstance(dataset.source, TensorDataset) else min(4, os.cpu_count() or 1)
@@ -364,6 +369,12 @@ class ImageDataModule(L.LightningDataModule, ABC):
         if training and self.uses_graphs and (capture := devices.step_capture(device)):
             self._batch_graph = loader.graph = BatchGraph(dataset, capture, self.batch_size)
         return loader
+
+    def _limited_order(self, split: Split) -> Tensor | None:
+        """A random order `(N,)` where only the first batches are measured: in their own, images often lie by class."""
+        if split == "train" or not is_limited(self.trainer, split):
+            return None
+        return permutation(self.split_seed, 0, len(self.datasets[split]), SUBSET)
 
     def is_static(self, batch: Batch) -> bool:
         """Whether a batch is one that each replay of a graph overwrites, always in the same memory.

@@ -23,9 +23,9 @@ from lkd.datamodules.resident import Resident
 from lkd.datamodules.sampler import read_keys
 from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
 from lkd.datamodules.views import Views
+from lkd.refused import said, shown
 from lkd.store import fingerprint
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Normalization
-from lkd.untrusted import said, shown
 
 _TRIES = 10
 _MODES = {1: "L", 3: "RGB"}

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lkd import devices
 
-ORDER, SPLIT, PARTNER, IMAGE = 2**32 - 1, 2**32 - 2, 2**32 - 3, 2**31
-"""Streams of the training order, of the validation split, of the choice of another image of the same class, and the
-first of those that read an image.
+ORDER, SPLIT, PARTNER, SUBSET, IMAGE = 2**32 - 1, 2**32 - 2, 2**32 - 3, 2**32 - 4, 2**31
+"""Streams of the training order, of the validation split, of the choice of another image of the same class, of the
+order in which a limited evaluation takes its images, and the first of those that read an image.
 
 Batch transforms draw from the streams 0, 1, 2, ... in their order.
 """

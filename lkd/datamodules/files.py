@@ -6,16 +6,18 @@ import io
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from lkd.refused import shown
 from lkd.store import fingerprint
 from lkd.types import IGNORE_INDEX
-from lkd.untrusted import shown
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 """What a file may be, whatever its name says: for some others Pillow starts a program, as Ghostscript for EPS."""
@@ -63,6 +65,16 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
     def path(self, index: int) -> Path:
         """Path of an image."""
         return self.folder / os.fsdecode(self.files[index])
+
+    def part(self, chosen: Tensor) -> ImageFiles:
+        """Some of these files.
+
+        Args:
+            chosen: Which ones `(N,)`, bool.
+        """
+        part = copy(self)
+        part.files, part.targets = self.files[chosen.numpy()], self.targets[chosen.numpy()]
+        return part
 
     def fingerprint(self) -> str:
         """A name for these files: by their folder, names, sizes and times of change."""
@@ -216,6 +228,17 @@ def _raise(error: OSError) -> None:
 def few(names: Sequence[str]) -> str:
     """The first names of many, for a message."""
     return ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
+
+
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+
+
+def is_flat(root: Path) -> bool:
+    """Whether a folder has the class folders in it, instead of folders of splits."""
+    if not root.is_dir():
+        return False
+    names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    return bool(names) and not any(name.lower() in _SPLITS for name in names)
 
 
 def split_folder(root: Path, split: str) -> Path | None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from lkd.datamodules.base import ImageDataModule, Split
 from lkd.datamodules.extra import ExtraImages
-from lkd.datamodules.files import ImageFiles, class_folders, read_tree, split_folder
+from lkd.datamodules.files import ImageFiles, class_folders, is_flat, read_tree, split_folder
 from lkd.datamodules.mixing import Mix
+from lkd.datamodules.resident import say
+from lkd.datamodules.split import stratified
 from lkd.datamodules.transforms import (
     BatchTransform,
     CenterCrop,
@@ -17,6 +22,7 @@ from lkd.datamodules.transforms import (
     RandomResizedCrop,
 )
 from lkd.datamodules.views import Views
+from lkd.refused import shown
 
 IMAGENET_STATISTICS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -30,6 +36,10 @@ class ImageFolderDataModule(ImageDataModule):
 
     If there is `root/val/<class>/` too, it is used for validation. Without `root/test`, it is the test set,
     and validation images are cut from the training images.
+
+    Images may also be in `root/<class>/`. They are then split at random, by class: `test_size` of them are the test
+    set, `val_size` of the rest the validation set. The split depends on the names of the files and on `split_seed`, and
+    its numbers are printed.
 
     Args:
         root: The folder.
@@ -55,6 +65,7 @@ class ImageFolderDataModule(ImageDataModule):
         labels_per_class: In place of `label_size`: how many training images of each class keep their label.
         extra: Training images from elsewhere, beside the data set's own; with `label_size` 0 and `drop_unlabelled`
             instead of them. See `UnlabelledFolder`, `DeepInversion`.
+        test_size: Share (below 1) or number of the images of `root/<class>/` that are the test set, by class; 0: none.
     """
 
     def __init__(
@@ -79,6 +90,7 @@ class ImageFolderDataModule(ImageDataModule):
         unreadable: Literal["fail", "skip"] = "fail",
         labels_per_class: int | None = None,
         extra: ExtraImages | None = None,
+        test_size: int | float = 0.2,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be 1 or more, got {image_size}")
@@ -87,7 +99,8 @@ class ImageFolderDataModule(ImageDataModule):
         own = (batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed)
         rest = (views, mix, resident_limit, unreadable, labels_per_class, extra)
         super().__init__(*own, seed, augment, mean, std, *rest)
-        self.root = root
+        self.root, self.test_size = root, test_size
+        self._is_reported = False
         self.resize = CenterCrop(crop_ratio)
 
     def default_augment(self) -> list[ImageTransform | BatchTransform]:
@@ -96,14 +109,37 @@ class ImageFolderDataModule(ImageDataModule):
 
     def setup(self, stage: str) -> None:
         """Finds the classes, and opens the splits that a stage needs."""
-        self.class_names = class_folders(Path(self.root) / "train")
+        root = Path(self.root)
+        self.class_names = class_folders(root if is_flat(root) else root / "train")
         self.num_classes = len(self.class_names)
         super().setup(stage)
 
     def make_dataset(self, split: Split) -> ImageFiles | None:
         """See `ImageDataModule.make_dataset`."""
-        folder = split_folder(Path(self.root), split)
+        if is_flat(root := Path(self.root)):
+            return None if split == "val" else self._split(read_tree(root, self.class_names), split)
+        folder = split_folder(root, split)
         return None if folder is None else read_tree(folder, self.class_names)
+
+    def _split(self, files: ImageFiles, split: Split) -> ImageFiles:
+        """The training or the test images of a folder that has no splits."""
+        if not self.test_size and split == "test":
+            raise ValueError(f"test_size is 0, so no image in {shown(files.folder)} is for the test; raise it")
+        target, test = torch.from_numpy(files.targets), torch.zeros(len(files), dtype=torch.bool)
+        if self.test_size:
+            test[stratified(target, self.test_size, self.split_seed, "test_size", ("test", "training"))] = True
+        if not self._is_reported:
+            self._report_split(files, target[~test], int(test.sum()))
+        return files.part(test if split == "test" else ~test)
+
+    def _report_split(self, files: ImageFiles, training: Tensor, test: int) -> None:
+        self._is_reported = True
+        val = len(stratified(training, self.val_size, self.split_seed)) if self.val_size else 0
+        say(
+            f"{files.folder}: {len(files):,} images in {self.num_classes} class folders, split by class with "
+            f"split_seed {self.split_seed}: {len(training) - val:,} for training, {val:,} for validation, {test:,} "
+            "for test"
+        )
 
 
 class ImageNetDataModule(ImageFolderDataModule):
@@ -132,6 +168,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         labels_per_class: In place of `label_size`: how many training images of each class keep their label.
         extra: Training images from elsewhere, beside the data set's own; with `label_size` 0 and `drop_unlabelled`
             instead of them. See `UnlabelledFolder`, `DeepInversion`.
+        test_size: Not used, as ImageNet has a test set.
 
     References:
         Russakovsky et al.: ImageNet large scale visual recognition challenge (2014), arXiv:1409.0575.

@@ -86,10 +86,10 @@ def resident(dataset: ImageDataset, num_workers: int) -> Resident:
         seconds = time.monotonic() - start
         if file is not None and made_from is not None and _keep(image, file, made_from):
             image = map_tensors(file)["image"]
-            _say(f"{len(image):,} images decoded in {seconds:.1f} s and kept in {file.parent}")
+            say(f"{len(image):,} images decoded in {seconds:.1f} s and kept in {file.parent}")
         else:
             file = None
-            _say(f"{len(image):,} images decoded in {seconds:.1f} s")
+            say(f"{len(image):,} images decoded in {seconds:.1f} s")
     return Resident(image, dataset.target, dataset.source, file)
 
 
@@ -174,5 +174,10 @@ def _images(dataset: ImageDataset, index: Tensor) -> Tensor:
 
 
 @rank_zero_only
-def _say(what: str) -> None:
+def say(what: str) -> None:
+    """Print a line to stderr, once for all processes.
+
+    Args:
+        what: The line.
+    """
     Console(stderr=True, soft_wrap=True).print(what, highlight=False, markup=False)

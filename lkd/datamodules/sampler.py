@@ -48,8 +48,8 @@ class EpochSampler(DistributedSampler[int]):
     """Deals the samples of an epoch out to the processes; the order is a function of (seed, epoch).
 
     A `DistributedSampler`, so that Lightning leaves it in place and calls `set_epoch`. Where the samples do
-    not divide among the processes, a shuffled order begins again from its start, and one in sequence is
-    filled up with keys marked as padding.
+    not divide among the processes, a shuffled order begins again from its start; any other is filled up with keys
+    marked as padding.
 
     Args:
         dataset: What is sampled from.
@@ -58,6 +58,7 @@ class EpochSampler(DistributedSampler[int]):
         shuffle: Random order instead of the data set's own.
         seed: Seed of the random order.
         padded: Whether all processes get as many samples; without, some have one less, as prediction may.
+        order: Positions in the order of every epoch `(N,)`, int64, where nothing is shuffled; None: the data set's own.
 
     Attributes:
         begin: How many of this process's samples are left out at the start: they have been seen.
@@ -71,9 +72,10 @@ class EpochSampler(DistributedSampler[int]):
         shuffle: bool = True,
         seed: int = 0,
         padded: bool = True,
+        order: Tensor | None = None,
     ) -> None:
         super().__init__(cast("Dataset[object]", dataset), num_replicas, rank, shuffle=shuffle, seed=seed)
-        self.size, self.begin = len(dataset), 0
+        self.size, self.begin, self.order = len(dataset), 0, order
         if not padded:
             self.total_size, self.num_samples = self.size, len(range(rank, self.size, num_replicas))
 
@@ -83,7 +85,7 @@ class EpochSampler(DistributedSampler[int]):
         position = turn % self.size
         if self.shuffle:
             return permutation(self.seed, self.epoch, self.size)[position], torch.zeros_like(turn, dtype=torch.bool)
-        return position, turn >= self.size
+        return position if self.order is None else self.order[position], turn >= self.size
 
     def __iter__(self) -> Iterator[int]:
         position, padding = self.deal()

@@ -41,7 +41,7 @@ def stratified(
     if not 0 < whole < total or (size > 1 and size != whole):
         raise ValueError(
             f"{setting} must be a fraction between 0 and 1 or a number of images below the {total} "
-            f"training images with a label, got {size}"
+            f"images with a label, got {size}"
         )
     quota = whole * count // total
     largest = (whole * count % total).argsort(descending=True, stable=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lkd.datamodules.files import ImageFiles, few
 from lkd.datamodules.resident import in_pieces
+from lkd.refused import shown
 from lkd.store import cache_folder, fingerprint, replacing
-from lkd.untrusted import shown
 
 if TYPE_CHECKING:
     from lkd.datamodules.dataset import ImageDataset

@@ -49,7 +49,8 @@ class WebDatasetDataModule(L.LightningDataModule):
     that has seen its shards by then begins them again, and one that has more leaves the rest out. The order is a
     function of (seed, epoch, number of processes and workers), an image's augmentation one of (seed, epoch, image)
     alone. A run that is resumed in mid-epoch sees the beginning of that epoch again. In evaluation each process reads
-    all shards, and decodes its share of the images: each counts once.
+    all shards, and decodes its share of the images: each counts once. Where the trainer limits the batches, the first
+    ones are measured, so each shard should hold images of all classes.
 
     Training images have no index: criteria that need one (CRD), and `teacher_cache`, refuse them.
 

@@ -92,7 +92,7 @@ def export(
         loader = test_loader(trained.data, images)
         first = next(iter(batches(loader, trained.data, trained.module))).input
         network = Network(trained.module, first)
-        facts = preprocessing(trained.data, first) | {"license": license, "lkd": __version__}
+        facts = preprocessing(trained.data, first, network.num_outputs) | {"license": license, "lkd": __version__}
         (written / PREPROCESSING).write_text(as_json(facts), encoding="utf-8")
         runs = {
             file: write(network, written / file, as_json(facts)) for file, write in map(WRITERS.__getitem__, formats)

@@ -43,8 +43,7 @@ def card(
     files = [one.file for one in checked]
     network_made = made(own) if own and not network.prefix else None
     title = f"{name}, {_dataset(trained)}"
-    count = len(facts.get("class_names", ()))
-    described = f"An image classifier{f' of {count} classes' if count else ''}, {network.num_parameters:,} parameters"
+    described = f"An image classifier of {facts['num_classes']:,} classes, {network.num_parameters:,} parameters"
     parts = [
         f"---\n{_front(trained, title, facts['license'], metrics)}---",
         f"# {title}",
@@ -57,6 +56,7 @@ def card(
         *_compared(checked),
         "## Input",
         preparation(facts),
+        _outputs(facts),
         "## Use",
         *(use(file, files, facts, network_made) for file in files),
     ]
@@ -81,6 +81,18 @@ def _front(trained: Trained, title: str, license: str, metrics: Mapping[str, flo
         found["model-index"] = [{"name": title, "results": [result]}]
     text: str = yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=120)
     return text
+
+
+def _outputs(facts: Mapping[str, Any]) -> str:
+    """What the outputs stand for, where not all have a class in the data."""
+    known, outputs = facts["num_classes"], facts["num_outputs"]
+    if known == outputs:
+        return ""
+    named = " and are named by their number" if "class_names" in facts else ""
+    return (
+        f"The network has {outputs:,} outputs, and the data of this run {known:,} classes: the outputs from {known:,} "
+        f"on had no training images{named}."
+    )
 
 
 def _licence(license: str) -> str:

@@ -52,6 +52,11 @@ class Network:
         """Logits `(B, K)`."""
         return logits_of(self.answering(image))
 
+    @cached_property
+    def num_outputs(self) -> int:
+        """Number of logits."""
+        return int(self(self.blank).shape[1])
+
     @property
     def prefix(self) -> str:
         """What stands before the names of weights, and is left out in files: these have the checkpoint's own."""

@@ -19,12 +19,14 @@ _CALIBRATION, _PIECE = 512, 32
 _CHANNELS = {1: ("L", "gray"), 3: ("RGB", "red, green, blue")}
 
 
-def preprocessing(data: L.LightningDataModule, image: Tensor) -> dict[str, Any]:
-    """How an image becomes the network's input, as plain data.
+def preprocessing(data: L.LightningDataModule, image: Tensor, num_outputs: int) -> dict[str, Any]:
+    """How an image becomes the network's input, and what its outputs stand for, as plain data.
 
     Args:
         data: The run's data, set up.
         image: A batch of its images `(B, ...)`.
+        num_outputs: Number of the network's logits. Each has a name in `class_names`, if the data names its classes;
+            an output without a class in the data is named by its number.
     """
     facts: dict[str, Any] = {
         "input": "image",
@@ -37,8 +39,10 @@ def preprocessing(data: L.LightningDataModule, image: Tensor) -> dict[str, Any]:
         mode, channels = _CHANNELS.get(len(data.mean), (None, "as in the data"))
         facts |= {"mode": mode, "channels": channels, "resize": _resize(data), "value_range": [0, 1]}
         facts |= {"divide_by": 255, "mean": list(data.mean), "std": list(data.std)}
+    num_classes = getattr(data, "num_classes", None) or num_outputs
+    facts |= {"num_outputs": num_outputs, "num_classes": min(num_classes, num_outputs)}
     if names := getattr(data, "class_names", None):
-        facts["class_names"] = list(names)
+        facts["class_names"] = [*names[:num_outputs], *map(str, range(len(names), num_outputs))]
     return facts
 
 

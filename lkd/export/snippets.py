@@ -19,6 +19,12 @@ image = Image.open("image.png").convert(about["mode"])
 {resize}pixels = np.asarray(image, np.float32).reshape(height, width, channels) / 255
 pixels = (pixels - np.float32(about["mean"])) / np.float32(about["std"])
 batch = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])"""
+_ABOUT = """\
+import json
+
+with open("preprocessing.json", encoding="utf-8") as file:
+    about = json.load(file)
+"""
 _RESIZE = """\
 if image.size != (width, height):
     rows, columns = about["resize"]["cover"]  # scale until this is covered, then cut out the centre
@@ -76,11 +82,16 @@ def preparation(facts: Mapping[str, Any]) -> str:
         )
     else:
         said += f" Images are brought to size by `{resize['by']}`."
-    if facts["mode"] is None:
+    if not _is_prepared(facts):
         return said
     return f"{said} `preprocessing.json` says the same, and so does each file, under `preprocessing`.\n\n" + _python(
         _PREPARE.format(resize=_RESIZE if "cover" in resize else "")
     )
+
+
+def _is_prepared(facts: Mapping[str, Any]) -> bool:
+    """Whether `preparation` has code."""
+    return facts.get("mode") is not None
 
 
 def use(file: str, files: Collection[str], facts: Mapping[str, Any], made: Made | None) -> str:
@@ -92,7 +103,10 @@ def use(file: str, files: Collection[str], facts: Mapping[str, Any], made: Made 
         facts: What `preprocessing.json` says.
         made: How the network is made that the weights are of; None if they are of more than one network.
     """
-    answer = 'print(about["class_names"][logits[0].argmax()])' if "class_names" in facts else "print(logits)"
+    answer = "print(logits)"
+    if "class_names" in facts:
+        about = "" if _is_prepared(facts) else _ABOUT  # the code that prepares an image has read it
+        answer = f'{about}print(about["class_names"][logits[0].argmax()])'
     if file.endswith(".onnx"):
         return f"`{file}` (`pip install onnxruntime`):\n\n" + _python(_ONNX.format(file=file, answer=answer))
     if file.endswith(".pt2"):

@@ -13,9 +13,11 @@ from lkd.losses.base import DistillLoss, total
 from lkd.losses.checks import check_weights
 from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
+@check_shapes(student_feature="B C *", teacher_feature="B C *")
 @full_precision
 def kta_loss(student_feature: Tensor, teacher_feature: Tensor, p: float = 1.0, q: float = 2.0) -> Tensor:
     r"""Distance of two features, each divided by its length.
@@ -26,8 +28,8 @@ def kta_loss(student_feature: Tensor, teacher_feature: Tensor, p: float = 1.0, q
     For p = 1, the mean over the elements takes the place of their sum.
 
     Args:
-        student_feature: `(B, ...)`.
-        teacher_feature: Of the same shape.
+        student_feature: `(B, C, *)`, where `*` is any number of further dimensions.
+        teacher_feature: `(B, C, *)`.
         p: Power of the distance, at least 1.
         q: Power of the length, at least 1.
 
@@ -51,6 +53,7 @@ def kta_loss(student_feature: Tensor, teacher_feature: Tensor, p: float = 1.0, q
     return distances.mean()
 
 
+@check_shapes(student_feature="B C H W", teacher_feature="B C H W")
 @full_precision
 def affinity_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     r"""Distance of how the pixels of two features belong together, channel by channel.

@@ -9,10 +9,12 @@ from lkd.losses.adapters import same_size
 from lkd.losses.base import DistillLoss, read_layers
 from lkd.losses.checks import check_dims, check_weights
 from lkd.losses.precision import full_precision
+from lkd.losses.shapes import check_shapes
 from lkd.losses.vit import tokens_to_map
 from lkd.types import Batch, Outputs, Probe
 
 
+@check_shapes(student_feature=("B D", "B D H W"), teacher_feature=("B D", "B D H W"))
 @full_precision
 def feature_matching_loss(
     student_feature: Tensor, teacher_feature: Tensor, cosine_weight: float = 0.9, smooth_l1_weight: float = 0.1
@@ -25,7 +27,7 @@ def feature_matching_loss(
 
     Args:
         student_feature: `(B, D)` or `(B, D, H, W)`.
-        teacher_feature: The same shape.
+        teacher_feature: `(B, D)` or `(B, D, H, W)`, the same shape.
         cosine_weight: Weight of the first part.
         smooth_l1_weight: Weight of the second part: the square, halved, up to 1, beyond it the absolute value - 1/2.
 

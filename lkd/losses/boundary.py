@@ -15,6 +15,7 @@ from lkd.losses.adapters import pooled_to, projections, same_size
 from lkd.losses.base import DistillLoss, total
 from lkd.losses.checks import check_positive
 from lkd.losses.precision import full_precision, wide
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 LayerWeights = Literal["equal", "doubling"] | Sequence[float]
@@ -62,6 +63,7 @@ class _Connected(DistillLoss):
         return total([weight * loss for weight, loss in zip(weights, losses, strict=True)])
 
 
+@check_shapes(student_feature="B C H W", teacher_feature="B C H' W'")
 @full_precision
 def ab_loss(student_feature: Tensor, teacher_feature: Tensor, margin: float = 1.0) -> Tensor:
     r"""How far the student's neurons are from being active where the teacher's are, and nowhere else.
@@ -134,6 +136,7 @@ class AB(_Connected):
         return self.weighted_total([ab_loss(ours, theirs, self.margin) for ours, theirs in pairs])
 
 
+@check_shapes(weight="C", bias="C")
 def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     r"""What a neuron behind a BatchNorm says on average where it is not active, for each channel.
 
@@ -166,6 +169,7 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     return torch.where(share > 0.001, mean, -3 * deviation)
 
 
+@check_shapes(student_feature="B C H W", teacher_feature="B C H' W'", margin="C")
 @full_precision
 def ofd_loss(student_feature: Tensor, teacher_feature: Tensor, margin: Tensor) -> Tensor:
     r"""Partial squared distance to the teacher's feature behind a margin ReLU.

@@ -78,8 +78,8 @@ class BYOT(DistillLoss):
     References:
         Zhang et al.: Be Your Own Teacher, ICCV 2019 (arXiv 1905.08094). As there, the divergence has no factor
         $\tau^2$, and the distance is squared. The weights and the temperature are the authors' code's, which is of a
-        later version of the method: there, the distance is not squared, its feature passes another linear layer, and
-        the shallowest exit has none; and exits are made of separable convolutions.
+        later version of the method: there, 0.03 weighs the distance over the whole batch, not squared, its feature
+        passes another linear layer, and the shallowest exit has none; and exits are made of separable convolutions.
     """
 
     needs_teacher = False

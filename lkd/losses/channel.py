@@ -10,6 +10,7 @@ from lkd.losses.adapters import projections
 from lkd.losses.base import DistillLoss, total
 from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
@@ -19,6 +20,7 @@ def _correlation(feature: Tensor) -> Tensor:
     return directions(channels @ channels.mT, dim=2)
 
 
+@check_shapes(student_feature="B C H W", teacher_feature="B C H' W'")
 @full_precision
 def ickd_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     r"""Squared difference of the channels' correlations.

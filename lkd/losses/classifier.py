@@ -13,6 +13,7 @@ from lkd.losses.base import DistillLoss
 from lkd.losses.checks import check_weights
 from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision, mse
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
@@ -30,6 +31,7 @@ def _classifier(owner: str, role: str, probe: Probe, layer: str, channels: int) 
     return head
 
 
+@check_shapes(feature="B C H W", weight="K C", bias="K")
 @full_precision
 def class_activation_maps(feature: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""What a linear classifier says of every pixel: its mean over the pixels is the logits.
@@ -58,6 +60,7 @@ def class_activation_maps(feature: Tensor, weight: Tensor, bias: Tensor | None =
     return F.conv2d(feature, weight.to(dtype)[:, :, None, None], None if bias is None else bias.to(dtype))
 
 
+@check_shapes(student_maps="B K H W", teacher_maps="B K H' W'")
 @full_precision
 def catkd_loss(student_maps: Tensor, teacher_maps: Tensor, resolution: int = 2, normalize: bool = True) -> Tensor:
     r"""Mean squared difference of class activation maps at a low resolution.
@@ -152,6 +155,7 @@ class CATKD(DistillLoss):
         return catkd_loss(ours, theirs.detach(), self.resolution, self.normalize)
 
 
+@check_shapes(feature="B D H W", teacher_feature="B D H' W'", teacher_logits="B K")
 @full_precision
 def _srrl(
     feature: Tensor, teacher_feature: Tensor, teacher_logits: Tensor, head: Sequence[Tensor]
@@ -161,6 +165,7 @@ def _srrl(
     return F.mse_loss(pooled, teacher_pooled), F.mse_loss(logits, teacher_logits)
 
 
+@check_shapes(feature="B D H W", teacher_feature="B D H' W'", teacher_logits="B K", weight="K D", bias="K")
 def srrl_loss(
     feature: Tensor,
     teacher_feature: Tensor,

@@ -14,12 +14,14 @@ from lkd.losses.base import DistillLoss
 from lkd.losses.checks import check_positive, check_temperature
 from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision, wide
+from lkd.losses.shapes import check_shapes
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 _LARGE = 2**30  # bytes
 _NEVER = torch.iinfo(torch.int64).max
 
 
+@check_shapes(log_ratio="B M", num_samples="")
 @full_precision
 def crd_loss(log_ratio: Tensor, num_samples: int | Tensor, eps: float = 1e-7) -> Tensor:
     r"""Noise-contrastive estimation: tell a sample's counterpart from images drawn at random.
@@ -30,9 +32,10 @@ def crd_loss(log_ratio: Tensor, num_samples: int | Tensor, eps: float = 1e-7) ->
     It is one of the two halves of `CRD`: for the student's embeddings among the teacher's, and the other way round.
 
     Args:
-        log_ratio: log r, `(B, 1 + K)`: the counterpart's first, then those of K images drawn. r is the exponential of
-            a similarity over temperature and normalisation, so that it is 1 on average over the data set.
-        num_samples: N, the number of images that are drawn from; a tensor has no dimensions.
+        log_ratio: log r, `(B, M)` with M = 1 + K: the counterpart's first, then those of K images drawn. r is the
+            exponential of a similarity over temperature and normalisation, so that it is 1 on average over the data
+            set.
+        num_samples: N, the number of images that are drawn from; a tensor has the shape `()`.
         eps: Added to the denominators.
 
     Returns:

@@ -12,9 +12,11 @@ from lkd.losses.base import total
 from lkd.losses.checks import check_weights
 from lkd.losses.logit_relation import DIST, decorrelation
 from lkd.losses.precision import full_precision
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
+@check_shapes(student_feature="B C H W", teacher_feature="B C H' W'")
 @full_precision
 def channel_relation_loss(student_feature: Tensor, teacher_feature: Tensor, eps: float = 1e-8) -> Tensor:
     r"""How far the channels of each pixel are from being linear in the teacher's.
@@ -41,6 +43,7 @@ def channel_relation_loss(student_feature: Tensor, teacher_feature: Tensor, eps:
     return decorrelation(*same_size(student_feature, teacher_feature), 1, eps)
 
 
+@check_shapes(student_feature="B C H W", teacher_feature="B D H' W'")
 @full_precision
 def spatial_relation_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     r"""How far each pixel's activity over the batch is from being linear in the teacher's.
@@ -87,7 +90,8 @@ class DISTPlus(DIST):
 
     References:
         Huang et al.: DIST+: Knowledge Distillation From a Stronger Adaptive Teacher, TPAMI 2025. The channels' term is
-        1 - correlation, as in the paper; torchdistill adds the correlation itself, which drives the channels apart.
+        1 - correlation, as in the paper; torchdistill adds the correlation itself, which drives the channels apart. Its
+        configuration for ImageNet, the only public one, has `beta` and `gamma` 2, and weighs the sum with 2.
     """
 
     per_process = "correlates its images within a class, and at a pixel"

@@ -12,9 +12,11 @@ from lkd.losses.adapters import same_size
 from lkd.losses.base import DistillLoss, total
 from lkd.losses.checks import check_positive, check_weights
 from lkd.losses.precision import full_precision
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
+@check_shapes(student_factor="B C H W", teacher_factor="B C H' W'")
 def ft_loss(student_factor: Tensor, teacher_factor: Tensor, p: float = 1.0) -> Tensor:
     r"""Mean absolute difference of two factors, each scaled to length 1.
 

@@ -13,6 +13,7 @@ from lkd.losses.base import DistillLoss, total
 from lkd.losses.checks import check_positive
 from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision, mse
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
@@ -21,6 +22,7 @@ def _attention(feature: Tensor, p: float) -> Tensor:
     return directions(feature.abs().pow(p).mean(1).flatten(1), dim=1)
 
 
+@check_shapes(student_feature="B C H W", teacher_feature="B D H' W'")
 @full_precision
 def at_loss(student_feature: Tensor, teacher_feature: Tensor, p: float = 2.0) -> Tensor:
     r"""Mean squared difference of the attention maps of two features.
@@ -102,6 +104,7 @@ def _mean_kernel(ours: Tensor, theirs: Tensor) -> Tensor:
     return (moments[0] * moments[1]).sum((1, 2)).mean()
 
 
+@check_shapes(student_feature="B C H W", teacher_feature="B D H' W'")
 @full_precision
 def nst_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     r"""Squared maximum mean discrepancy of where the channels of two features are active.

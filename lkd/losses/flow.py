@@ -13,6 +13,7 @@ from lkd.losses.adapters import Pooling, projection, same_size
 from lkd.losses.base import DistillLoss, total
 from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
@@ -52,6 +53,12 @@ class _Flow(DistillLoss):
         )
 
 
+def _check_layers(owner: str, features: Sequence[Tensor]) -> None:
+    if len(features) < 2:
+        raise ValueError(f"{owner} compares each layer with the next, got {len(features)} layers; give at least two")
+
+
+@check_shapes(bottom="B C H W", top="B D H' W'")
 @full_precision
 def fsp_matrix(bottom: Tensor, top: Tensor, pooling: Pooling = "max") -> Tensor:
     r"""Inner products of the channels of two layers' feature maps, the mean over the pixels.
@@ -73,6 +80,7 @@ def fsp_matrix(bottom: Tensor, top: Tensor, pooling: Pooling = "max") -> Tensor:
     return bottom @ top.mT / bottom.shape[2]
 
 
+@check_shapes(student_features="B C_l H_l W_l", teacher_features="B C_l H'_l W'_l")
 @full_precision
 def fsp_loss(
     student_features: Sequence[Tensor],
@@ -87,14 +95,17 @@ def fsp_loss(
     with G as in `fsp_matrix`.
 
     Args:
-        student_features: `(B, C_l, H, W)` for each layer l, two at least.
-        teacher_features: As many, of as many channels.
+        student_features: `(B, C_l, H_l, W_l)` for each layer l, at least two layers.
+        teacher_features: `(B, C_l, H'_l, W'_l)` for each layer l, as many layers.
         pooling: How the larger of two maps is brought to the smaller one's size.
         reduction: `sum`: over a matrix's entries, the squared Frobenius norm; `mean`: their mean, so that the loss does
             not grow with the channels.
 
     Returns:
         A scalar; float32 for features in half precision, else the features' type.
+
+    Raises:
+        ValueError: If there are fewer than two layers, or the shapes do not agree.
 
     References:
         Yim et al.: A Gift from Knowledge Distillation, CVPR 2017. The CIFAR-100 benchmark (Tian et al., arXiv
@@ -106,6 +117,7 @@ def fsp_loss(
         >>> fsp_loss(features, [2 * features[0], features[1]]).item()
         6.0
     """
+    _check_layers("fsp_loss", student_features)
     losses = []
     for ours, theirs in zip(pairwise(student_features), pairwise(teacher_features), strict=True):
         squares = (fsp_matrix(*ours, pooling) - fsp_matrix(*theirs, pooling)).square()
@@ -190,6 +202,7 @@ def _affinity(vectors: Tensor, others: Tensor) -> Tensor:
     return torch.exp(-(vectors.unsqueeze(2) - others.unsqueeze(1)).square() / 8)
 
 
+@check_shapes(student_features="B C_l H_l W_l", teacher_features="B C_l H'_l W'_l")
 @full_precision
 def kdsvd_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], num_vectors: int = 1) -> Tensor:
     r"""Squared differences of the affinities between the singular vectors of each layer and of the next.
@@ -202,12 +215,16 @@ def kdsvd_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Te
     `num_vectors` + 3 that are most like the teacher's, with their signs, times the teacher's singular values.
 
     Args:
-        student_features: `(B, C_l, H, W)` for each layer l, two at least.
-        teacher_features: As many, of as many channels; sizes may differ.
-        num_vectors: How many of the teacher's vectors count; at most C_l, and H * W.
+        student_features: `(B, C_l, H_l, W_l)` for each layer l, at least two layers.
+        teacher_features: `(B, C_l, H'_l, W'_l)` for each layer l, as many layers.
+        num_vectors: How many of the teacher's vectors count; at most C_l, and H'_l * W'_l.
 
     Returns:
         A scalar; float32 for features in half precision, else the features' type.
+
+    Raises:
+        ValueError: If there are fewer than two layers, the shapes do not agree, or a feature of the teacher has fewer
+            channels or pixels than `num_vectors`.
 
     References:
         Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, ECCV 2018
@@ -215,8 +232,14 @@ def kdsvd_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Te
         the library gives them, and its value is this loss with some signs; here each of the teacher's vectors has its
         largest entry positive, as behind a ReLU the first one has all.
     """
+    _check_layers("kdsvd_loss", student_features)
     ours, theirs = [], []
     for student, teacher in zip(student_features, teacher_features, strict=True):
+        if min(teacher.shape[1], teacher[0, 0].numel()) < num_vectors:
+            raise ValueError(
+                f"kdsvd_loss compares {num_vectors} singular vectors, got a teacher's feature of shape "
+                f"{tuple(teacher.shape)}, which has fewer channels or pixels; lower num_vectors"
+            )
         wanted, values = _right_vectors(teacher.detach(), num_vectors)
         wanted = wanted * wanted.gather(1, wanted.abs().argmax(1, keepdim=True)).sign()
         found, _ = _right_vectors(student, num_vectors + 3)

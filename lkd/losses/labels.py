@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lkd.losses.checks import check_classes
 from lkd.losses.precision import wide
+from lkd.losses.shapes import check_shapes
 from lkd.types import IGNORE_INDEX
 
 
@@ -73,6 +74,7 @@ def labelled_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: floa
     return labelled_mean(cross_entropies(logits, target, label_smoothing), target)
 
 
+@check_shapes(logits="B K", target="B")
 def cross_entropies(logits: Tensor, target: Tensor, label_smoothing: float = 0.0, reduction: str = "none") -> Tensor:
     """Cross-entropies with the labels; 0 where there is none.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from lkd.losses.base import DistillLoss
 from lkd.losses.checks import check_temperature
 from lkd.losses.precision import wide
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs
 
 
@@ -25,13 +26,14 @@ def kl_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tenso
     return F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(1)
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K", temperature=("", "B 1"))
 def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor) -> Tensor:
     """`kl_divergence` of the softened probabilities, without the factor temperature².
 
     Args:
         student_logits: `(B, K)`.
         teacher_logits: `(B, K)`.
-        temperature: Greater than 0: one, or one for each sample, `(B, 1)`.
+        temperature: Greater than 0: a number, or a tensor `()` or, with one temperature for each sample, `(B, 1)`.
 
     Returns:
         `(B,)`, in nats; float32 for logits in half precision, else the logits' type.
@@ -40,6 +42,7 @@ def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     return kl_divergence(student, teacher)
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K", temperature=("", "B 1"))
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
     r"""Kullback-Leibler divergence of the softened teacher from the softened student.
 
@@ -51,8 +54,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     Args:
         student_logits: `(B, K)`.
         teacher_logits: `(B, K)`.
-        temperature: Greater than 0; a larger one flattens both distributions. A tensor may be learned: a scalar, or
-            one temperature for each sample, `(B, 1)`.
+        temperature: Greater than 0; a larger one flattens both distributions. A tensor, which may be learned, is `()`
+            or, with one temperature for each sample, `(B, 1)`.
 
     Returns:
         A scalar in nats; float32 for logits in half precision, else the logits' type.
@@ -91,6 +94,7 @@ class KD(DistillLoss):
         return kd_loss(student.logits, teacher.logits, self.temperature)
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K")
 def logit_mse_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     r"""Mean squared difference of the logits.
 
@@ -135,6 +139,7 @@ def _transformed(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
     return softened_kl(student_logits, wide(teacher_logits) / temperature, 1.0)
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K")
 def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 10.0) -> Tensor:
     r"""Kullback-Leibler divergence of the softened teacher from the student, which is not softened.
 
@@ -162,6 +167,7 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
     return _transformed(student_logits, teacher_logits, temperature).mean()
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K")
 def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 5.0) -> Tensor:
     r"""`ttm_loss`, in which a sample weighs more the flatter the teacher's probabilities are.
 

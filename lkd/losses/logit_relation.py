@@ -11,6 +11,7 @@ from lkd.losses.checks import check_positive, check_temperature, check_weights
 from lkd.losses.directions import directions
 from lkd.losses.logit import softened_kl
 from lkd.losses.precision import wide
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs
 
 
@@ -28,12 +29,14 @@ def decorrelation(student: Tensor, teacher: Tensor, dim: int, eps: float) -> Ten
     return 1 - ((student * teacher).sum(dim) / (norms + eps)).mean()
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K")
 def _dist(student_logits: Tensor, teacher_logits: Tensor, dim: int, temperature: float, eps: float) -> Tensor:
     """1 - the mean correlation of probabilities along `dim`, times temperature²."""
     student, teacher = (F.softmax(wide(logits) / temperature, dim=1) for logits in (student_logits, teacher_logits))
     return temperature**2 * decorrelation(student, teacher, dim, eps)
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K")
 def dist_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -114,6 +117,7 @@ class DIST(DistillLoss):
         }
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K")
 def skd_instance_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
     """`kd_loss` without the factor temperature²: the first part of `SKD`.
 
@@ -131,6 +135,7 @@ def skd_instance_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     return softened_kl(student_logits, teacher_logits, temperature).mean()
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K")
 def skd_direction_loss(student_logits: Tensor, teacher_logits: Tensor, tikhonov: float = 0.1) -> Tensor:
     r"""Mahalanobis length of the difference of the Gramian matrices: the second part of `SKD`.
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from lkd.losses.adapters import generator, same_size
 from lkd.losses.base import DistillLoss, total
 from lkd.losses.precision import full_precision
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
+@check_shapes(generated="B D H W", teacher_feature="B D H W")
 @full_precision
 def mgd_loss(generated: Tensor, teacher_feature: Tensor) -> Tensor:
     r"""Squared distance of two features, summed over all but the batch.

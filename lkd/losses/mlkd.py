@@ -13,6 +13,7 @@ from lkd.losses.base import DistillLoss, total
 from lkd.losses.checks import check_temperature
 from lkd.losses.logit import softened_kl
 from lkd.losses.precision import full_precision, wide
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs
 
 Form = Literal["code", "paper"]
@@ -41,6 +42,7 @@ def _instances(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 _LEVELS = {"kd": _instances, "class": _classes, "batch": _images}
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K")
 def mlkd_class_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
     r"""Squared difference of the classes' correlations: the class level of `mlkd_loss`, at one temperature.
 
@@ -60,6 +62,7 @@ def mlkd_class_loss(student_logits: Tensor, teacher_logits: Tensor, temperature:
     return _classes(student_logits, teacher_logits, temperature).mean()
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K")
 def mlkd_batch_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
     r"""Squared difference of the images' correlations: the batch level of `mlkd_loss`, at one temperature.
 
@@ -84,6 +87,7 @@ def _lowest(values: Tensor, percentile: float) -> Tensor:
     return (values <= values.quantile(percentile / 100)).to(values.dtype)
 
 
+@check_shapes(student_logits="2B K", teacher_logits="2B K")
 def _terms(
     student_logits: Tensor, teacher_logits: Tensor, temperatures: Sequence[float], percentile: float, form: Form
 ) -> dict[str, Tensor]:
@@ -106,6 +110,7 @@ def _terms(
     return terms
 
 
+@check_shapes(student_logits="2B K", teacher_logits="2B K")
 def mlkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from lkd.losses.base import CompositeLoss, DistillLoss, named_terms
 from lkd.losses.labels import labelled_mean, own_class
 from lkd.losses.precision import full_precision
+from lkd.losses.shapes import check_shapes
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 _MEMBERS = "members"
@@ -25,6 +26,7 @@ def _log_own(teacher_logits: Tensor, target: Tensor) -> Tensor:
     return F.log_softmax(teacher_logits, dim=2).gather(2, own).squeeze(2)
 
 
+@check_shapes(teacher_logits="M B K", target="B")
 @full_precision
 def teacher_confidence(teacher_logits: Tensor, target: Tensor) -> Tensor:
     r"""How much each sample trusts each teacher: the less, the larger that teacher's cross-entropy with the label.
@@ -53,6 +55,7 @@ def teacher_confidence(teacher_logits: Tensor, target: Tensor) -> Tensor:
     return weight.masked_fill(target == IGNORE_INDEX, 1 / len(log_p))
 
 
+@check_shapes(teacher_logits="M B K", target="B", weight_logits="M")
 @full_precision
 def mixture_loss(teacher_logits: Tensor, target: Tensor, weight_logits: Tensor) -> Tensor:
     r"""Cross-entropy of the teachers' mixture with the labels: what the mixture's weights are learned by.
@@ -104,6 +107,7 @@ class MultiTeacher(CompositeLoss):
         Zhang, Chen, Wang: Confidence-Aware Multi-Teacher Knowledge Distillation, ICASSP 2022 (arXiv 2201.00007): KD
         with `confidence`. The authors' code divides by the number of teachers once more. Their weights of feature maps,
         which let each teacher's classifier judge the student's feature, are not here: features are weighed as logits.
+        Fixed weights are divided by their sum in float32, so in a float64 training they are exact to about 1e-7.
     """
 
     shares: Tensor

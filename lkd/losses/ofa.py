@@ -13,9 +13,11 @@ from lkd.losses.base import DistillLoss, read_layers, total
 from lkd.losses.checks import check_positive, check_temperature, check_weights
 from lkd.losses.labels import own_class
 from lkd.losses.precision import wide
+from lkd.losses.shapes import check_shapes
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 
+@check_shapes(student_logits="B K", teacher_logits="B K", target="B")
 def ofa_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, eps: float = 1.0, temperature: float = 1.0
 ) -> Tensor:

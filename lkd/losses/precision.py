@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lkd.losses.shapes import check_shapes
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -47,8 +49,19 @@ def full_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return wrapped
 
 
-mse = full_precision(F.mse_loss)
-"""Mean squared difference of two tensors, in single precision at least."""
+@check_shapes(student="*", teacher="*")
+@full_precision
+def mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of two tensors of the same shape, in single precision at least.
+
+    Args:
+        student: `(*)`.
+        teacher: `(*)`.
+
+    Returns:
+        A scalar.
+    """
+    return F.mse_loss(student, teacher)
 
 
 def _device_of(args: list[object]) -> str:

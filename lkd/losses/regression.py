@@ -14,9 +14,11 @@ from lkd.losses.base import DistillLoss, total
 from lkd.losses.checks import check_positive, check_temperature
 from lkd.losses.logit import softened_kl
 from lkd.losses.precision import full_precision
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
+@check_shapes(mean="B D H W", teacher_feature="B D H W", variance="D")
 @full_precision
 def vid_loss(mean: Tensor, teacher_feature: Tensor, variance: Tensor) -> Tensor:
     r"""Negative log-likelihood of the teacher's feature under a Gaussian that the student predicts.
@@ -109,6 +111,7 @@ def _mean_regressor(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
 
 
+@check_shapes(student_feature="B D", teacher_feature="B D", log_variance="B D")
 @full_precision
 def pad_loss(student_feature: Tensor, teacher_feature: Tensor, log_variance: Tensor, eps: float = 1e-6) -> Tensor:
     r"""Squared difference of two features, less where the predicted variance is large, and the variance's price.
@@ -197,6 +200,7 @@ def _normalized_linear(in_features: int, out_features: int, eps: float = 1e-5, a
     )
 
 
+@check_shapes(student_feature="B D", teacher_feature="B D")
 @full_precision
 def srd_loss(student_feature: Tensor, teacher_feature: Tensor, exponent: float = 4.0) -> Tensor:
     r"""Logarithm of the summed powers of the differences of two normalised features.

@@ -15,6 +15,7 @@ from lkd.losses.base import DistillLoss, total
 from lkd.losses.checks import check_positive, check_weights
 from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
@@ -28,6 +29,7 @@ def _distances(feature: Tensor, squared: bool, eps: float) -> Tensor:
     return distance / (distance.sum() / (distance > 0).sum().clamp(min=1)).clamp(min=torch.finfo(distance.dtype).tiny)
 
 
+@check_shapes(student_feature="B C ...", teacher_feature="B D ...")
 @full_precision
 def rkd_distance_loss(
     student_feature: Tensor, teacher_feature: Tensor, squared: bool = False, eps: float = 1e-12
@@ -41,8 +43,8 @@ def rkd_distance_loss(
     $\mu$ is the mean of the distances between two different samples.
 
     Args:
-        student_feature: `(B, C)` or, to be flattened, `(B, ...)`.
-        teacher_feature: `(B, D)` or `(B, ...)`.
+        student_feature: `(B, C, ...)`; all dimensions but the first are flattened.
+        teacher_feature: `(B, D, ...)`.
         squared: Compare squared distances.
         eps: The least squared distance; nearer samples have no gradient.
 
@@ -68,6 +70,7 @@ def _angles(feature: Tensor) -> Tensor:
     return direction @ direction.mT
 
 
+@check_shapes(student_feature="B C ...", teacher_feature="B D ...")
 @full_precision
 def rkd_angle_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     r"""Huber loss between the angles of all triples of samples.
@@ -78,8 +81,8 @@ def rkd_angle_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     with h as in `rkd_distance_loss`. It holds B * B * (B + C) numbers in memory.
 
     Args:
-        student_feature: `(B, C)` or, to be flattened, `(B, ...)`.
-        teacher_feature: `(B, D)` or `(B, ...)`.
+        student_feature: `(B, C, ...)`; all dimensions but the first are flattened.
+        teacher_feature: `(B, D, ...)`.
 
     Returns:
         A scalar; float32 for features in half precision, else the features' type.
@@ -157,6 +160,7 @@ def _similarities(feature: Tensor) -> Tensor:
     return directions(x @ x.mT, dim=1)
 
 
+@check_shapes(student_feature="B C ...", teacher_feature="B D ...")
 @full_precision
 def sp_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     r"""Mean squared difference of the similarities between samples.
@@ -165,8 +169,8 @@ def sp_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
        \bar{G}_i = G_i / \lVert G_i \rVert \text{ row by row} $$
 
     Args:
-        student_feature: `(B, ...)`; a feature map is flattened to `(B, C * H * W)`.
-        teacher_feature: `(B, ...)`.
+        student_feature: `(B, C, ...)`; all dimensions but the first are flattened.
+        teacher_feature: `(B, D, ...)`.
 
     Returns:
         A scalar; float32 for features in half precision, else the features' type.
@@ -216,6 +220,7 @@ def _neighbours(feature: Tensor, eps: float) -> Tensor:
     return similarity / similarity.sum(1, keepdim=True)
 
 
+@check_shapes(student_feature="B C ...", teacher_feature="B D ...")
 @full_precision
 def pkt_loss(student_feature: Tensor, teacher_feature: Tensor, eps: float = 1e-7) -> Tensor:
     r"""Divergence between the probabilities with which samples are each other's neighbours.
@@ -224,8 +229,8 @@ def pkt_loss(student_feature: Tensor, teacher_feature: Tensor, eps: float = 1e-7
        p_{ij} = k_{ij} / \sum_j k_{ij}, \; k_{ij} = (\cos(x_i, x_j) + 1) / 2 $$
 
     Args:
-        student_feature: `(B, C)` or, to be flattened, `(B, ...)`.
-        teacher_feature: `(B, D)` or `(B, ...)`.
+        student_feature: `(B, C, ...)`; all dimensions but the first are flattened.
+        teacher_feature: `(B, D, ...)`.
         eps: Added to probabilities and to the features' lengths.
 
     Returns:
@@ -292,6 +297,7 @@ def _correlations(feature: Tensor, kernel: Kernel, gamma: float, order: int, nor
     return math.exp(-2 * gamma) * (1 + total(terms))
 
 
+@check_shapes(student_feature="B C ...", teacher_feature="B D ...")
 @full_precision
 def cc_loss(
     student_feature: Tensor,
@@ -310,8 +316,8 @@ def cc_loss(
     or, with the bilinear kernel, $K_{ij} = x_i^\top x_j$.
 
     Args:
-        student_feature: `(B, C)` or, to be flattened, `(B, ...)`.
-        teacher_feature: `(B, D)` or `(B, ...)`.
+        student_feature: `(B, C, ...)`; all dimensions but the first are flattened.
+        teacher_feature: `(B, D, ...)`.
         kernel: `gaussian` or `bilinear`.
         gamma: Greater than 0; the Gaussian kernel's inverse width.
         order: At least 1; P, where the Gaussian kernel's Taylor series ends.
@@ -335,6 +341,7 @@ def cc_loss(
     return F.mse_loss(student, teacher)
 
 
+@check_shapes(student_feature="B C *", teacher_feature="B C *")
 @full_precision
 def cc_neighbour_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     r"""Product of the differences between student and teacher for samples that are neighbours in the batch.
@@ -342,8 +349,8 @@ def cc_neighbour_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tenso
     $$ \frac{1}{B - 1} \sum_{i < B} \sum_c d_{ic} \, d_{i+1,c}, \quad d = |x_s - x_t| $$
 
     Args:
-        student_feature: `(B, C)` or, to be flattened, `(B, ...)`.
-        teacher_feature: As large.
+        student_feature: `(B, C, *)`; all dimensions but the first are flattened.
+        teacher_feature: `(B, C, *)`.
 
     Returns:
         A scalar, 0 for one sample; float32 for features in half precision, else the features' type.

@@ -12,9 +12,11 @@ from lkd.losses.adapters import pooled_to, projection
 from lkd.losses.base import DistillLoss, total
 from lkd.losses.checks import check_dims
 from lkd.losses.precision import full_precision
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
+@check_shapes(student_feature="B C H W", teacher_feature="B C H W")
 @full_precision
 def hcl_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     r"""Hierarchical context loss: mean squared differences of two feature maps and of their pooled forms.

@@ -14,9 +14,11 @@ from lkd.losses.base import DistillLoss, read_layers, total
 from lkd.losses.checks import check_dims, check_temperature
 from lkd.losses.directions import directions
 from lkd.losses.precision import full_precision, wide
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
+@check_shapes(queries="B L D", keys="B M D")
 @full_precision
 def semckd_attention(queries: Tensor, keys: Tensor, temperature: float = 1.0) -> Tensor:
     r"""How much each layer of the student learns from each of the teacher's, for every sample.
@@ -37,6 +39,7 @@ def semckd_attention(queries: Tensor, keys: Tensor, temperature: float = 1.0) ->
     return F.softmax(queries @ keys.mT / temperature, dim=2)
 
 
+@check_shapes(distances="B L M", attention="B L M")
 @full_precision
 def semckd_loss(distances: Tensor, attention: Tensor) -> Tensor:
     r"""Mean over samples and the student's layers of the attended distances to the teacher's layers.

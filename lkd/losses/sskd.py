@@ -12,6 +12,7 @@ from lkd.losses.directions import directions
 from lkd.losses.labels import own_class
 from lkd.losses.logit import kd_loss, softened_kl
 from lkd.losses.precision import full_precision
+from lkd.losses.shapes import check_shapes
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 _VIEWS = 4
@@ -51,6 +52,7 @@ def _kept_mean(values: Tensor, score: Tensor, answer: Tensor, ratio: float) -> T
     return values.masked_fill(place >= kept, 0).sum() / kept.clamp(min=1)
 
 
+@check_shapes(student_embedding="4B D", teacher_embedding="4B E")
 @full_precision
 def sskd_ss_loss(
     student_embedding: Tensor, teacher_embedding: Tensor, temperature: float = 0.5, ratio: float = 0.75
@@ -81,6 +83,7 @@ def sskd_ss_loss(
     return _kept_mean(values, teacher, _own_image(teacher), ratio)
 
 
+@check_shapes(student_logits="4B K", teacher_logits="4B K", target="B")
 @full_precision
 def sskd_tf_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0, ratio: float = 1.0

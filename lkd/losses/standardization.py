@@ -8,9 +8,11 @@ from lkd.losses.base import CompositeLoss, DistillLoss
 from lkd.losses.checks import check_classes, check_positive
 from lkd.losses.multi_teacher import MultiTeacher
 from lkd.losses.precision import wide
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs
 
 
+@check_shapes(logits="B K")
 def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
     r"""Logits of each sample with mean 0 and standard deviation 1 over the classes.
 

@@ -16,12 +16,14 @@ from lkd.losses.checks import check_classes, check_temperature, check_weights
 from lkd.losses.labels import labelled_cross_entropy, labelled_mean, log_others, others, own_class
 from lkd.losses.logit import softened_kl
 from lkd.losses.precision import wide
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 _SMOOTHING = 0.1
 """Of the labels that USKD's weak head learns."""
 
 
+@check_shapes(student_logits="B K", target="B")
 def tfkd_loss(
     student_logits: Tensor, target: Tensor, temperature: float = 20.0, correct_probability: float = 0.99
 ) -> Tensor:
@@ -44,7 +46,7 @@ def tfkd_loss(
         Yuan et al.: Revisiting Knowledge Distillation via Label Smoothing Regularization, CVPR 2020
         (arXiv 1909.11723), the paper's regularisation Tf-KD_reg; the factor $\tau^2$ is Hinton's. The authors' code
         differs: it takes the softmax of u / tau, not of log u / tau, leaves the student at temperature 1, and has a
-        factor of its own for each network.
+        factor of its own for each network, 100 / K for most, in place of $\tau^2$.
     """
     student_logits = wide(student_logits)
     check_classes(student_logits, 2, "spreads what the target leaves over the other classes")
@@ -69,7 +71,8 @@ class TfKD(DistillLoss):
 
     References:
         Yuan et al.: Revisiting Knowledge Distillation via Label Smoothing Regularization, CVPR 2020
-        (arXiv 1909.11723). `tfkd_loss` says where the authors' code differs.
+        (arXiv 1909.11723). `tfkd_loss` says where the authors' code differs: its weight 0.1 and temperature 20 for
+        ResNet-18 on CIFAR-100 belong to that loss.
     """
 
     needs_teacher = False
@@ -88,6 +91,7 @@ class TfKD(DistillLoss):
         return tfkd_loss(student.logits, batch.target, self.temperature, self.correct_probability)
 
 
+@check_shapes(student_logits="B K", partner_logits="B K", target="B")
 def cskd_loss(student_logits: Tensor, partner_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
     r"""Hinton's loss with the student's own answer to another image of the same class in the teacher's place.
 
@@ -145,6 +149,7 @@ class CSKD(DistillLoss):
         return cskd_loss(logits, partner_logits, batch.target.chunk(2)[0], self.temperature)
 
 
+@check_shapes(student_logits="B K", target="B")
 def _uskd_target(student_logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy with the label, weighed by how sure the student is of it."""
     log_own = F.log_softmax(wide(student_logits), dim=1).gather(1, own_class(target, student_logits)).squeeze(1)
@@ -152,6 +157,7 @@ def _uskd_target(student_logits: Tensor, target: Tensor) -> Tensor:
     return labelled_mean(-(squares + 1 - labelled_mean(squares, target)) * log_own, target)
 
 
+@check_shapes(student_logits="B K", weak_logits="B K", target="B")
 def _uskd_nontarget(student_logits: Tensor, weak_logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of the other classes with Zipf's law over their ranks."""
     own, student_logits = own_class(target, student_logits), wide(student_logits)
@@ -164,6 +170,7 @@ def _uskd_nontarget(student_logits: Tensor, weak_logits: Tensor, target: Tensor)
     return labelled_mean(-(zipf * log_others(student_logits, own)).sum(1), target)
 
 
+@check_shapes(student_logits="B K", weak_logits="B K", target="B")
 def uskd_loss(
     student_logits: Tensor,
     weak_logits: Tensor,
@@ -226,7 +233,8 @@ class USKD(DistillLoss):
             than 3 classes.
 
     References:
-        Yang et al.: From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023 (arXiv 2303.13005).
+        Yang et al.: From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023 (arXiv 2303.13005). The
+        defaults are the authors' for ImageNet. For CIFAR-100 they take 0.1 for all three weights.
     """
 
     needs_teacher = False

@@ -15,6 +15,7 @@ from lkd.losses.checks import check_temperature, check_weights
 from lkd.losses.labels import cross_entropies, labelled_cross_entropy
 from lkd.losses.logit import kd_loss
 from lkd.losses.precision import full_precision
+from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
@@ -45,6 +46,7 @@ def tokens_to_map(owner: str, role: str, tokens: Tensor, num_prefix_tokens: int)
     return patches.mT.reshape(len(tokens), -1, side, side)
 
 
+@check_shapes(student_tokens="B N D", teacher_tokens="B N D")
 @full_precision
 def vitkd_mimicking_loss(student_tokens: Tensor, teacher_tokens: Tensor) -> Tensor:
     r"""Squared difference of the tokens, summed, for each sample.
@@ -64,6 +66,7 @@ def vitkd_mimicking_loss(student_tokens: Tensor, teacher_tokens: Tensor) -> Tens
     return (student_tokens - teacher_tokens).square().sum() / len(student_tokens)
 
 
+@check_shapes(generated="B N D", teacher_tokens="B N D", masked="B N")
 @full_precision
 def vitkd_generation_loss(generated: Tensor, teacher_tokens: Tensor, masked: Tensor) -> Tensor:
     r"""`vitkd_mimicking_loss` of the masked tokens alone.
@@ -197,6 +200,7 @@ def _aligned(width: int, teacher_width: int) -> nn.Module:
     return nn.Identity() if width == teacher_width else nn.Linear(width, teacher_width)
 
 
+@check_shapes(token_logits="B K", teacher_logits="B K")
 def _token_loss(token_logits: Tensor, teacher_logits: Tensor, kind: str, temperature: float) -> Tensor:
     if kind == "soft":
         return kd_loss(token_logits, teacher_logits, temperature)
@@ -205,6 +209,7 @@ def _token_loss(token_logits: Tensor, teacher_logits: Tensor, kind: str, tempera
     return values.masked_fill(broken, torch.nan).mean()
 
 
+@check_shapes(class_logits="B K", token_logits="B K", teacher_logits="B K", target="B")
 def deit_loss(
     class_logits: Tensor,
     token_logits: Tensor,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 import torchvision
 from torch import nn
 
 from lkd.layers import evaluating
+from lkd.models.downloads import hub_file, timm_weights, unreachable
 
 
 def torchvision_model(
@@ -98,10 +97,11 @@ def timm_model(
     sizes: dict[str, Any] = {
         key: size for key, size in (("img_size", img_size), ("patch_size", patch_size)) if size is not None
     }
+    settings: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels, **sizes}
+    if pretrained and (weights := timm_weights(name)):
+        settings["pretrained_cfg_overlay"] = weights
     try:
-        network: nn.Module = timm.create_model(
-            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, **sizes
-        )
+        network: nn.Module = timm.create_model(name, pretrained=pretrained, **settings)
     except TypeError as error:
         if not sizes:
             raise
@@ -112,7 +112,7 @@ def timm_model(
     except OSError as error:
         raise FileNotFoundError(
             f"the trained weights of timm's {name} are not here and could not be downloaded "
-            f"({_first_line(error)}); bring Hugging Face's cache folder ($HF_HOME, by default "
+            f"({_first_line(error)}); copy Hugging Face's cache folder ($HF_HOME, by default "
             "~/.cache/huggingface) from a machine that has them, or set pretrained to false"
         ) from error
     if small_images:
@@ -131,10 +131,12 @@ def _pretrained(name: str, weights: str, num_classes: int) -> nn.Module:
     entry = weights.split(".")[-1]  # torchvision also writes ResNet18_Weights.IMAGENET1K_V1
     _check_name(f"torchvision's {name} has no weights", entry, list(available.__members__))
     url = available[entry].url
+    file = hub_file(url)
     try:
+        if not file.is_file() and (reason := unreachable(url)):
+            raise OSError(reason)
         network: nn.Module = torchvision.models.get_model(name, weights=available[entry])
     except OSError as error:
-        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
         raise FileNotFoundError(
             f"the weights {entry} of torchvision's {name} are not here and could not be downloaded "
             f"({_first_line(error)}); get {url} elsewhere and put it at {file}, or set weights to null"

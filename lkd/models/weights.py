@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lkd.untrusted import UntrustedError, read_torch, said, shown
+from lkd.layers import feature_layers
+from lkd.refused import UntrustedError, said, shown
+from lkd.untrusted import read_torch
+
+_SHORTCUT = ".downsample."
+"""Part of the names of a projection's weights."""
 
 PRETRAINED = Path(__file__).with_name("pretrained")
 """The folder of the weights that ship with the package."""
@@ -20,10 +26,14 @@ PRETRAINED = Path(__file__).with_name("pretrained")
 _PACKAGED = "lkd:"
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "net")
 _PREFIXES = ("module.", "model.", "student.", "network.", "net.", "_orig_mod.")
+_FINE_TUNE = (
+    "; only the head {head} does not fit: to train a new one, let lkd.models.load_weights load the file into the "
+    "network, with drop_head: true"
+)
 _SYNONYMS = (("linear", "fc"), ("shortcut", "downsample"))
 
 
-def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
+def load_weights(network: nn.Module, path: str | Path, drop_head: bool = False) -> nn.Module:
     """Read trained weights into a network.
 
     The file is a safetensors file, or a PyTorch file with a state dict, alone or under `state_dict`
@@ -35,6 +45,8 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     Args:
         network: The network; its weights are changed in place.
         path: The file; or `lkd:NAME` for weights that ship with the package.
+        drop_head: Whether the network keeps its own last linear layer, to fine-tune it on other classes; the file's is
+            ignored, whatever its shape.
 
     Returns:
         The same network.
@@ -43,7 +55,7 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         FileNotFoundError: If there is no such file.
         ValueError: If the file holds no weights, would have to run code, or does not fit the network; the
             message then names missing, unexpected and wrongly shaped tensors, and the first whose numbers are not
-            finite, or are no weights.
+            finite, or are no weights. Also if a head is to be dropped and the network has no linear layer.
 
     Example:
         >>> import tempfile
@@ -52,9 +64,13 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         ...     torch.save({"state_dict": resnet8(num_classes=10).state_dict()}, f"{folder}/best.ckpt")
         ...     network = load_weights(resnet8(num_classes=10), f"{folder}/best.ckpt")
     """
-    file = _locate(path)
+    file, head = _locate(path), feature_layers(network).head
     tensors = _fit_names(_read(file), network)
-    _check_fit(tensors, network, file)
+    if drop_head and not head:
+        raise ValueError(f"{type(network).__name__} has no linear layer, so drop_head finds no head; leave it out")
+    if drop_head:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{head}.")}
+    _check_fit(tensors, network, file, head, drop_head)
     network.load_state_dict(tensors, strict=False)
     return network
 
@@ -153,16 +169,30 @@ def _has_part(names: Iterable[str], part: str) -> bool:
     return any(part in name.split(".") for name in names)
 
 
-def _check_fit(tensors: Mapping[str, Tensor], network: nn.Module, file: Path) -> None:
+def _check_fit(tensors: Mapping[str, Tensor], network: nn.Module, file: Path, head: str, drop_head: bool) -> None:
     # Files from before PyTorch 0.4.1 do not count BatchNorm's batches.
-    if problems := misfit(tensors, network, optional="num_batches_tracked"):
+    optional = "num_batches_tracked"
+    if problems := misfit(tensors, network, optional, head if drop_head else ""):
+        only_head = head and not drop_head and not misfit(tensors, network, optional, head)
         raise ValueError(
             f"the weights in {shown(file)} do not fit {type(network).__name__}; {problems}; build the network as it "
             "was when it was trained (classes, input channels, depth, shortcuts), or choose its file"
+            + (_FINE_TUNE.format(head=head) if only_head else _other_shortcut(tensors, network, optional))
         )
     for name, own in network.state_dict().items():
         if name in tensors and (problem := _flaw(tensors[name], own)):
             raise ValueError(f"{shown(file)} is not loaded: {name} {problem}; choose a file of trained weights")
+
+
+def _other_shortcut(tensors: Mapping[str, Tensor], network: nn.Module, optional: str) -> str:
+    """Return the end of a sentence, if weights fit a ResNet but for its shortcuts."""
+    if "shortcut" not in inspect.signature(type(network)).parameters:
+        return ""
+    own = {name for name in network.state_dict() if not name.endswith(optional)}
+    given = {name for name in tensors if not name.endswith(optional)}
+    if own == given or any(_SHORTCUT not in name for name in own ^ given):
+        return ""
+    return f"; the file was trained with shortcut: {'A' if own > given else 'B'}"
 
 
 def _flaw(tensor: Tensor, own: Tensor) -> str:
@@ -188,15 +218,19 @@ def _kind(tensor: Tensor) -> str:
     return " and ".join(named) or f"a {type(tensor).__name__} of type {tensor.dtype}, {tensor.layout}"
 
 
-def misfit(tensors: Mapping[str, Tensor], network: nn.Module, optional: str = "") -> str:
+def misfit(tensors: Mapping[str, Tensor], network: nn.Module, optional: str = "", ignored: str = "") -> str:
     """What keeps weights from being loaded, for a message; empty if they fit.
 
     Args:
         tensors: The weights, by name.
         network: What they are meant for.
         optional: End of the names that may be missing; empty: none.
+        ignored: Name of a layer that need not fit; empty: none.
     """
     state = network.state_dict()
+    if ignored:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{ignored}.")}
+        state = {name: value for name, value in state.items() if not name.startswith(f"{ignored}.")}
     own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     missing = [name for name in own if name not in tensors and not (optional and name.endswith(optional))]
     unexpected = [name for name in tensors if name not in state]

@@ -14,8 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import SGD
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim import SGD, Optimizer
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
@@ -24,8 +23,11 @@ from lkd.layers import device_of
 from lkd.losses.labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
+from lkd.modules.checks import mismatch, warn_of_unused_outputs
 from lkd.modules.evaluated import EvaluatedModule, mean_cross_entropy
 from lkd.modules.meter import Meter
+from lkd.modules.recorded import global_seed, inner_arguments
+from lkd.schedules import Interval, fit_schedules, with_schedule
 from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
 
@@ -44,22 +46,6 @@ def _is_safe(example: Any) -> bool:
     if type(example) in (dict, list, tuple):
         return all(_is_safe(part) for part in (example.values() if type(example) is dict else example))
     return type(example) in (Tensor, str)
-
-
-def _mismatch(network: nn.Module, example: Any) -> str:
-    """Describe tensors of a network and its input that are on different devices or of different types, if there are."""
-    inputs = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
-    tensors = [*network.parameters(), *network.buffers(), *inputs]
-    places = sorted({str(tensor.device) for tensor in tensors})
-    if len(places) > 1:
-        return f"its weights, buffers and input are on several devices ({', '.join(places)}); move the network to one"
-    kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.is_floating_point()})
-    if len(kinds) > 1:
-        return (
-            f"its weights and input are of several types ({', '.join(kinds)}); convert the network with .float(), and "
-            "choose the type to compute in with --trainer.precision"
-        )
-    return ""
 
 
 def _name_default(kind: type[L.LightningModule]) -> None:
@@ -82,9 +68,11 @@ class ClassificationModule(EvaluatedModule):
     Args:
         model: The network; returns logits `(B, K)`.
         optimizer: Makes the optimizer from the parameters that train.
-        lr_scheduler: Makes the learning rate's schedule, stepped once an epoch, from the optimizer; None: constant.
+        lr_scheduler: Makes the learning rate's schedule from the optimizer; None: constant. `lkd.schedules` has
+            schedules that follow the length of the run.
         label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
         model_ckpt: File with weights to start from: anything that `lkd.models.load_weights` reads.
+        lr_scheduler_interval: Whether the schedule is stepped after each `epoch` or each optimizer `step`.
 
     Attributes:
         flushes: How many times curves of the training were read from the device and logged.
@@ -95,6 +83,7 @@ class ClassificationModule(EvaluatedModule):
 
     network_names: tuple[str, ...] = ("model",)
     """Attributes that hold networks, the one in training first."""
+    _is_warned = False  # of outputs without a class
 
     def __init__(
         self,
@@ -103,10 +92,11 @@ class ClassificationModule(EvaluatedModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
         model_ckpt: str | None = None,
+        lr_scheduler_interval: Interval = "epoch",
     ) -> None:
         super().__init__()
         # From the CLI these are the config's values, from which load_from_checkpoint rebuilds everything.
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=inner_arguments(type(self)))
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {label_smoothing}")
         self.model = load_weights(model, model_ckpt) if model_ckpt else model
@@ -114,6 +104,7 @@ class ClassificationModule(EvaluatedModule):
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict(self.make_metrics()) for stage in ("val", "test")})
         self._make_optimizer = optimizer
         self._make_lr_scheduler = lr_scheduler
+        self.lr_scheduler_interval = lr_scheduler_interval
         self._meter = Meter()
         self._kept_facts: dict[str, Any] = {}  # what a checkpoint tells of the data
         self._watched: dict[str, Tensor] = {}
@@ -308,14 +299,18 @@ class ClassificationModule(EvaluatedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over what trains (never a teacher), and the schedule."""
-        optimizer = self._make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        optimizer = self.make_optimizer()
         if self._make_lr_scheduler is None:
             return optimizer
-        scheduler = self._make_lr_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            monitor = getattr(scheduler, "monitor", "val/loss")
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return with_schedule(optimizer, self._make_lr_scheduler(optimizer), self.lr_scheduler_interval)
+
+    def on_train_start(self) -> None:
+        """Set the length of schedules that follow the run, which is known from here on; check the others."""
+        fit_schedules(self.trainer)
+
+    def make_optimizer(self) -> Optimizer:
+        """The optimizer of all parameters that train; override it for groups of parameters."""
+        return self._make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
 
     @property
     def only_labels(self) -> bool:
@@ -354,6 +349,12 @@ class ClassificationModule(EvaluatedModule):
         told = getattr(getattr(self._trainer, "datamodule", None), name, None)
         return self._kept_facts.get(name) if told is None else told
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes: the data module's, else those that the checkpoint holds; empty if not known."""
+        told = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
+        return tuple(told or self._kept_facts.get("class_names") or ())
+
     def build(self, example: Any) -> None:
         """Run a blank input through what is trained, and check what comes out.
 
@@ -385,7 +386,7 @@ class ClassificationModule(EvaluatedModule):
         except RuntimeError as error:
             shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
             reason = str(error).splitlines()[0]
-            remedy = _mismatch(taps.network, example) or (
+            remedy = mismatch(taps.network, example) or (
                 "give the network the data's number of channels (in_channels) and image size, or the data the network's"
             )
             raise ValueError(f"the {name} cannot take this data's input {shape}: {reason}; {remedy}") from error
@@ -398,6 +399,8 @@ class ClassificationModule(EvaluatedModule):
                 f"the data has {in_data} classes, the {name} only {num_classes}; "
                 f"set the network's num_classes to {in_data}"
             )
+        if name == self.network_names[0] and not self._is_warned:
+            self._is_warned = warn_of_unused_outputs(self._trainer, name, num_classes, in_data)
         return probe
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -406,8 +409,10 @@ class ClassificationModule(EvaluatedModule):
         facts = {name: fact for name in FROM_DATA if not isinstance(fact := self._data_attribute(name), Tensor)}
         checkpoint["lkd"] = {
             "version": __version__,
+            **global_seed(),
             "input_shape": None if shape is None else tuple(shape),
             "example_input": move_data_to_device(example, "cpu") if _is_safe(example) else None,
+            "class_names": list(self.class_names),
             "meter": self._meter.state(self._gather),
             **facts,
         }

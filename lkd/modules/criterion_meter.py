@@ -27,10 +27,10 @@ class RememberedLogits:
     """
 
     def __init__(self) -> None:
-        self._logits: dict[tuple[int, ...], Tensor] = {}
+        self._logits: dict[tuple[bytes, int], Tensor] = {}
         self._free = _LIMIT
 
-    def outputs(self, batch: tuple[int, ...], compute: Callable[[], Outputs]) -> Outputs:
+    def outputs(self, batch: tuple[bytes, int], compute: Callable[[], Outputs]) -> Outputs:
         """The teacher's outputs for a batch, without features where the logits are remembered.
 
         Args:

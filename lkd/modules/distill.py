@@ -20,6 +20,7 @@ from lkd.models import load_weights
 from lkd.modules.classification import FROM_DATA, RUNNING_HOOK
 from lkd.modules.criterion_meter import CriterionMeter, RememberedLogits
 from lkd.modules.evaluated_distillation import NO_ANSWER, EvaluatedDistillation
+from lkd.schedules import Interval
 from lkd.taps import FeatureTaps
 from lkd.types import Batch, Normalization, Outputs, Probe
 
@@ -68,8 +69,10 @@ class DistillModule(EvaluatedDistillation):
         hard_weight: Weight of the cross-entropy with the labels, at least 0; 0: labels are not used.
         teacher_normalization: How the teacher wants its images normalised, if not as the datamodule does it.
         optimizer: Makes the optimizer from the parameters that train (the student's and the criterion's).
-        lr_scheduler: Makes the learning rate's schedule, stepped once an epoch, from the optimizer; None: constant.
+        lr_scheduler: Makes the learning rate's schedule from the optimizer; None: constant. `lkd.schedules` has
+            schedules that follow the length of the run.
         label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
+        lr_scheduler_interval: Whether the schedule is stepped after each `epoch` or each optimizer `step`.
 
     Raises:
         ValueError: If a weight is negative or both are 0, the criterion needs a teacher and there is none, or a file's
@@ -99,8 +102,9 @@ class DistillModule(EvaluatedDistillation):
         optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
+        lr_scheduler_interval: Interval = "epoch",
     ) -> None:
-        super().__init__(student, optimizer, lr_scheduler, label_smoothing, student_ckpt)
+        super().__init__(student, optimizer, lr_scheduler, label_smoothing, student_ckpt, lr_scheduler_interval)
         for name, weight in (("distill_weight", distill_weight), ("hard_weight", hard_weight)):
             if not 0 <= weight < math.inf:
                 raise ValueError(f"{name} must not be negative, got {weight}; take a finite number from 0 on")
@@ -116,8 +120,7 @@ class DistillModule(EvaluatedDistillation):
                 f"the criterion {type(self.criterion).__name__} would be logged as {self.distill_name!r}, the name of "
                 "another curve; call the class otherwise"
             )
-        self.distill_weight = distill_weight
-        self.hard_weight = hard_weight
+        self.distill_weight, self.hard_weight = distill_weight, hard_weight
         self.teacher_normalization = teacher_normalization
         self.criterion.locate(self.student, self.teacher)
         self.student_taps = FeatureTaps(self.student, self.criterion.student_layers)

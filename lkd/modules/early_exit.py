@@ -14,6 +14,7 @@ from lkd.losses import BYOT
 from lkd.modules.distill import DistillModule
 from lkd.modules.evaluated_distillation import NO_ANSWER
 from lkd.modules.meter import Accuracy
+from lkd.schedules import Interval
 from lkd.types import Batch, Outputs
 
 
@@ -32,8 +33,10 @@ class EarlyExitModule(DistillModule):
         distill_weight: Weight of the criterion, at least 0.
         hard_weight: Weight of the network's own cross-entropy with the labels, at least 0.
         optimizer: Makes the optimizer from the parameters that train (the network's and the exits').
-        lr_scheduler: Makes the learning rate's schedule, stepped once an epoch, from the optimizer; None: constant.
+        lr_scheduler: Makes the learning rate's schedule from the optimizer; None: constant. `lkd.schedules` has
+            schedules that follow the length of the run.
         label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
+        lr_scheduler_interval: Whether the schedule is stepped after each `epoch` or each optimizer `step`.
 
     Raises:
         ValueError: If there is no such exit, a weight is negative, or the file's weights do not fit.
@@ -50,6 +53,7 @@ class EarlyExitModule(DistillModule):
         optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
+        lr_scheduler_interval: Interval = "epoch",
     ) -> None:
         super().__init__(
             student,
@@ -60,6 +64,7 @@ class EarlyExitModule(DistillModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             label_smoothing=label_smoothing,
+            lr_scheduler_interval=lr_scheduler_interval,
         )
         num_exits = len(self.criterion.student_layers) - 1
         if exit is not None and not 1 <= exit <= num_exits:

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 from lkd.losses.labels import cross_entropies
 from lkd.modules.meter import Accuracy, WeightedMean
-from lkd.modules.replay import ReplayableModule
+from lkd.modules.recorded import RecordedModule
 from lkd.types import IGNORE_INDEX, Batch
 
 
@@ -29,7 +29,7 @@ def mean_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 
     return total / (target != IGNORE_INDEX).sum().clamp(min=1)
 
 
-class EvaluatedModule(ReplayableModule):
+class EvaluatedModule(RecordedModule):
     """The part of a `ClassificationModule` that measures it, with one set of metrics for validation and one for test.
 
     Attributes:

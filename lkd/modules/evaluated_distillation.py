@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
 from lkd.layers import device_of, evaluating
+from lkd.limits import images_measured
 from lkd.losses import DistillLoss, WeightedSum
 from lkd.losses.base import SUM
 from lkd.modules.classification import ClassificationModule
@@ -241,7 +242,7 @@ class EvaluatedDistillation(ClassificationModule):
             or (self.criterion.teacher_layers and self.validates_criterion)
         ):
             return self.teacher_outputs(batch)
-        name = (int(index[0]), int(index[-1]), len(index), self.teacher_version)
+        name = (index.numpy().tobytes(), self.teacher_version)
         return self._remembered.outputs(name, lambda: self.teacher_outputs(batch))
 
     def on_validation_epoch_end(self) -> None:
@@ -252,10 +253,11 @@ class EvaluatedDistillation(ClassificationModule):
             return
         acc = float(metric.compute())
         chance = 1 / self._num_classes
-        self.print(f"The teacher's accuracy on the validation images: {acc:.2%}")
+        images = images_measured(self.trainer, "val")
+        self.print(f"The teacher's accuracy on {images}: {acc:.2%}")
         if acc - chance < 0.1 * (1 - chance):
             rank_zero_warn(
-                f"the teacher's accuracy on the validation images is {acc:.2%}, near chance ({chance:.2%}): "
+                f"the teacher's accuracy on {images} is {acc:.2%}, near chance ({chance:.2%}): "
                 "its weights may be untrained (teacher_ckpt), its classes in another order, or its images normalised "
                 "otherwise (teacher_normalization)"
             )

@@ -18,6 +18,7 @@ from lkd.modules.classification import ClassificationModule
 from lkd.modules.criterion_meter import with_total
 from lkd.modules.distill import DistillModule
 from lkd.modules.meter import Accuracy
+from lkd.schedules import Interval
 from lkd.taps import FeatureTaps
 from lkd.types import Batch, Outputs, Probe
 
@@ -117,8 +118,10 @@ class MutualModule(DistillModule):
         distill_weight: Weight of the criterion, at least 0.
         hard_weight: Weight of the cross-entropy with the labels, at least 0.
         optimizer: Makes the optimizer from the parameters that train, all students' and the criteria's.
-        lr_scheduler: Makes the learning rate's schedule, stepped once an epoch, from the optimizer; None: constant.
+        lr_scheduler: Makes the learning rate's schedule from the optimizer; None: constant. `lkd.schedules` has
+            schedules that follow the length of the run.
         label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
+        lr_scheduler_interval: Whether the schedule is stepped after each `epoch` or each optimizer `step`.
 
     Raises:
         ValueError: If there are fewer than two students, a weight is negative, or, before training, the students have
@@ -128,6 +131,8 @@ class MutualModule(DistillModule):
         Zhang, Xiang, Hospedales, Lu: Deep Mutual Learning, CVPR 2018 (arXiv 1706.00384). They update one student after
         the other, each from its peers' newest answers; here all are updated at once, from the same forward pass, as in
         their equations but not in their algorithm 1: it costs half, for two students, and lets them share an optimizer.
+        The mean over the peers is the paper's; the authors' code adds the peers' divergences without dividing by
+        M - 1, which `distill_weight` M - 1 gives here.
     """
 
     def __init__(
@@ -139,6 +144,7 @@ class MutualModule(DistillModule):
         optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
+        lr_scheduler_interval: Interval = "epoch",
     ) -> None:
         if len(students) < 2:
             raise ValueError(f"MutualModule needs at least two students, got {len(students)}")
@@ -151,6 +157,7 @@ class MutualModule(DistillModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             label_smoothing=label_smoothing,
+            lr_scheduler_interval=lr_scheduler_interval,
         )
         self.taps = [self.student_taps]
         for number, student in enumerate(students[1:], 2):

@@ -22,8 +22,9 @@ class NoisyStudentModule(DistillModule):
 
     It is `DistillModule`, but for the views: training batches have two of each image, as `lkd.datamodules.StrongView`
     makes them, and the criterion compares what the teacher says of the first with what the student says of the second.
-    Images without a label count in the criterion alone (`label_size` of the data module leaves most of them so). The
-    paper's other noise, dropout and stochastic depth, is the student's network's own.
+    The criterion is a mean over all images, with and without a label; the labels' loss is a mean over those with one
+    (`label_size` of the data module sets how many). The paper's other noise, dropout and stochastic depth, is the
+    student's network's own.
 
     Raises:
         ValueError: As `DistillModule`, or if training batches have another number of views, or mixed images.
@@ -31,7 +32,10 @@ class NoisyStudentModule(DistillModule):
     References:
         Xie, Luong, Hovy, Le: Self-training with Noisy Student improves ImageNet classification, CVPR 2020
         (arXiv 1911.04252). The authors ask the teacher once, of images that are not augmented at all (`augment: []`);
-        here it answers anew in each epoch, of the weak view.
+        here it answers anew in each epoch, of the weak view. In their code the soft labels count for unlabelled images
+        only, and a labelled image has its label's loss alone; here labelled images are distilled as well. Their soft
+        term is the mean over the unlabelled images of a batch times the number of these per labelled image
+        (`unlabel_ratio`); here it is the mean over all images, times `distill_weight`.
     """
 
     def unpack(self, batch: Any) -> Batch:

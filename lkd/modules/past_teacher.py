@@ -17,6 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from lkd.losses import KD, DistillLoss
 from lkd.modules.classification import ClassificationModule
 from lkd.modules.distill import DistillModule
+from lkd.schedules import Interval
 
 
 class PastTeacherModule(DistillModule):
@@ -45,8 +46,10 @@ class PastTeacherModule(DistillModule):
         distill_weight: Weight of the criterion, at least 0.
         hard_weight: Weight of the cross-entropy with the labels, at least 0; 0: labels are not used.
         optimizer: Makes the optimizer from the parameters that train (the student's and the criterion's).
-        lr_scheduler: Makes the learning rate's schedule, stepped once an epoch, from the optimizer; None: constant.
+        lr_scheduler: Makes the learning rate's schedule from the optimizer; None: constant. `lkd.schedules` has
+            schedules that follow the length of the run.
         label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
+        lr_scheduler_interval: Whether the schedule is stepped after each `epoch` or each optimizer `step`.
 
     Raises:
         ValueError: If `ema_decay` is out of range, a weight is negative, or the file's weights do not fit.
@@ -73,6 +76,7 @@ class PastTeacherModule(DistillModule):
         optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
+        lr_scheduler_interval: Interval = "epoch",
     ) -> None:
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and less than 1, got {ema_decay}; 0.999 is usual")
@@ -86,6 +90,7 @@ class PastTeacherModule(DistillModule):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
             label_smoothing=label_smoothing,
+            lr_scheduler_interval=lr_scheduler_interval,
         )
         self.ema_decay = ema_decay
         self._follow(0.0)  # student_ckpt, if any, has changed the student

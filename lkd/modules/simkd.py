@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lkd.layers import feature_layers
 from lkd.losses import SimKD
+from lkd.modules.checks import warn_of_unused_outputs
 from lkd.modules.distill import DistillModule
 from lkd.types import Batch, Outputs
 
@@ -66,5 +67,7 @@ class SimKDModule(DistillModule):
                 f"the data has {in_data} classes, the teacher's classifier, which the student borrows, only {classes}; "
                 "take a teacher that was trained for these classes"
             )
+        if not self._is_warned:
+            self._is_warned = warn_of_unused_outputs(self._trainer, "teacher's classifier", classes, in_data)
         if own := feature_layers(self.student).head:  # DDP refuses parameters that train and get no gradient
             self.student.get_submodule(own).requires_grad_(False)

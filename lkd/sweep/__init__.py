@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lkd.arguments import find_config
+from lkd.config_files import find_config
 
 if TYPE_CHECKING:
     from lkd.sweep.fitting import Outcome

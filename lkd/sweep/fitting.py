@@ -112,7 +112,7 @@ class Settings:
 
     def __init__(self, args: Sequence[str]) -> None:
         self._context = copy_context()
-        self._args, name = prepare(["fit", *args])
+        self._args, name, _ = prepare(["fit", *args])
         self._fit = self._context.run(_Fit, self._args, name, "parsed")
 
     def resolved(self) -> dict[str, Any]:
@@ -141,7 +141,8 @@ def planned(config: dict[str, Any], args: Sequence[str]) -> Plan:
     Raises:
         ValueError: If it cannot.
     """
-    fit = copy_context().run(_Fit, *prepare(["fit", *args]), "built")
+    prepared = prepare(["fit", *args])
+    fit = copy_context().run(_Fit, prepared.args, prepared.name, "built")
     trainer = fit.trainer
     if trainer.world_size > 1:
         raise ValueError(
@@ -155,7 +156,7 @@ def planned(config: dict[str, Any], args: Sequence[str]) -> Plan:
             "a trial's value is its best checkpoint's, and there would be none; leave trainer.enable_checkpointing, "
             "trainer.fast_dev_run, checkpoint.monitor and checkpoint.save_top_k as they are"
         )
-    if best.dirpath is not None:
+    if config["checkpoint"]["dirpath"] is not None:
         raise ValueError("lkd sweep keeps each trial's checkpoints in its own folder; leave checkpoint.dirpath out")
     best.settle(fit.model)
     root = Path(config["trainer"]["default_root_dir"] or "runs")
@@ -215,7 +216,7 @@ def train(args: Sequence[str], name: str, folder: Path, callbacks: Sequence[L.Ca
     with (folder / LOG).open("a", buffering=1, encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             watching = [*callbacks, _SameCurve()]
-            fit = copy_context().run(_Fit, prepare(["fit", *args, *goes_on])[0], name, "trained", watching)
+            fit = copy_context().run(_Fit, prepare(["fit", *args, *goes_on]).args, name, "trained", watching)
             best = _best(fit.trainer)
             if best is None or best.best_model_score is None:
                 return Outcome(TrialState.FAIL, reason="nothing was measured")

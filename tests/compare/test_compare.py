@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from sklearn.metrics import accuracy_score, log_loss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,6 +21,7 @@ from lkd import Batch, DigitsDataModule, EarlyExitModule, SyntheticDataModule
 from lkd.__main__ import main
 from lkd.compare import Candidate, compare, write
 from lkd.compare.asking import statistics_of
+from lkd.compare.groups import methods_of
 from lkd.compare.tables import tables
 from lkd.models import load_weights, resnet8
 from lkd.trained import Answer, load_trained, network_of
@@ -134,7 +136,7 @@ def test_curves_hold_the_same_figures(runs) -> None:
         assert point.value == pytest.approx(figure, rel=1e-6)
     own = EventAccumulator(str(folder)).Reload().Tags()
     assert {"compare/Reliability", "compare/Accuracy against cost", "compare/disputed by kd"} <= set(own["images"])
-    assert "compare/Answers/text_summary" in own["tensors"]
+    assert "compare/Accuracy and calibration/text_summary" in own["tensors"]
 
 
 def test_networks_of_others_with_a_normalization_of_their_own(tmp_path) -> None:
@@ -267,7 +269,7 @@ def test_names_that_are_no_names(tiny, data, tmp_path) -> None:
     write(found, tmp_path)
     console = Console(record=True, width=400)
     for table in tables(found):
-        console.print(table.rich())
+        console.print(*table.rich(400))
     assert "a[/]" in console.export_text()
     assert r"$\frac$" in (tmp_path / "comparison.html").read_text()
     folders = [path for path in tmp_path.iterdir() if path.is_dir()]
@@ -299,6 +301,63 @@ def test_other_validation_images_are_told(runs) -> None:
 def test_an_output_that_cannot_be_written(answer, runs) -> None:
     Path("afile").write_text("")
     assert "afile" in answer(str(runs / "digits" / "kd"), "--output=afile/x")
+
+
+def _another(run: Path, place: Path, seed: int, **settings: object) -> Path:
+    """A copy of a run as another seed would have left it: somewhat other weights."""
+    shutil.copytree(run, place)
+    config = yaml.safe_load((place / "config.yaml").read_text())
+    (place / "config.yaml").write_text(yaml.safe_dump({**config, "seed_everything": seed, **settings}))
+    path = place / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    torch.manual_seed(seed)
+    for tensor in checkpoint["state_dict"].values():
+        if tensor.is_floating_point() and tensor.dim() > 1:
+            tensor += 0.1 * tensor.std() * torch.randn(tensor.shape)
+    torch.save(checkpoint, path)
+    return path
+
+
+def test_runs_that_differ_only_by_seed_are_one_method(runs, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    kd, alone = runs / "digits" / "kd" / "version_0", runs / "digits" / "student" / "version_0"
+    places = [kd, alone]
+    for number, run in ((1, kd), (2, kd), (1, alone)):
+        places.append(tmp_path / run.parent.name / f"version_{number}")
+        _another(run, places[-1], number, ckpt_path="elsewhere")
+    assert main(["compare", *map(str, places), *QUICK]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    found = json.loads(Path("runs/compare/version_0/comparison.json").read_text())
+    members = {name: group["members"] for name, group in found["groups"].items()}
+    assert members == {
+        "kd": ["kd/version_0", "kd/version_1", "kd/version_2"],
+        "student": ["student/version_0", "student/version_1"],
+    }
+    values = [found["networks"][name]["figures"]["top1"]["value"] for name in members["kd"]]
+    assert f"│ kd │ 3 │ {100 * np.mean(values):.2f} │ {100 * np.std(values, ddof=1):.2f} │" in shown
+    assert "kd/version_1" not in shown
+    assert "kd - student" in shown
+    page = Path("runs/compare/version_0/comparison.html").read_text()
+    assert page.count("<details>") == 3
+    assert "All 15 pairs of trained networks" in page
+    assert "compares two trained networks on these images, not two methods" in page
+    trained = load_trained(str(kd))
+    with pytest.warns(UserWarning, match="again has the settings and the seed of kd, so it does not count"):
+        assert methods_of({"kd": trained, "again": trained}) == {}
+
+
+def test_class_names_are_those_of_the_training(runs, tmp_path, recwarn) -> None:
+    synthetic = {"class_path": "lkd.SyntheticDataModule", "init_args": {"num_classes": 10, "input_shape": [1, 8, 8]}}
+    kd = runs / "digits" / "kd" / "version_0"
+    same, other = (_another(kd, tmp_path / name, 1, data=synthetic) for name in ("same", "other"))
+    checkpoint = torch.load(other, weights_only=True)
+    checkpoint["lkd"]["class_names"] = tuple("abcdefghij")
+    torch.save(checkpoint, other)
+    assert main(["compare", str(same), str(other), "--data=lkd.DigitsDataModule", *QUICK]) == 0
+    (said,) = [str(warning.message) for warning in recwarn if "class" in str(warning.message)]
+    assert said == (
+        "other was trained with the classes a, b, c, d, e and 5 more, and is measured with 0, 1, 2, 3, 4 and 5 more"
+    )
 
 
 def test_mistakes(answer, runs) -> None:

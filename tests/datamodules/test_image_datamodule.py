@@ -1,3 +1,4 @@
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -152,6 +153,38 @@ def test_an_incomplete_training_batch_is_left_out_unless_it_is_the_only_one(batc
     datamodule.setup("fit")
     assert [len(b.target) for b in datamodule.train_dataloader()] == batches
     assert sum(len(b.target) for b in datamodule.val_dataloader()) == 6
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (3, 0), (3, 1)])
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_limited_evaluation_takes_images_of_all_classes(split, processes, workers):
+    source = tensors(62)
+    source.tensors[1].copy_(torch.arange(62).div(21, rounding_mode="floor"))  # class by class
+    every = list(range(62))
+
+    def seen(limit, batches=None, epoch=0, loader=split, **settings):
+        datamodule = Given(source, source, **{"batch_size": 5, "num_workers": workers, **settings})
+        datamodule.setup("fit")
+        datamodule.setup("test")
+        shares = []
+        for rank in range(processes):
+            limits = {f"limit_{split}_batches": limit}
+            datamodule.trainer = SimpleNamespace(world_size=processes, global_rank=rank, strategy=CPU, **limits)
+            loaded = getattr(datamodule, f"{loader}_dataloader")()
+            loaded.sampler.set_epoch(epoch)
+            parts = [batch.index[batch.target != IGNORE_INDEX] for batch in loaded]
+            shares.append(torch.cat(parts[:batches]).tolist())
+        return shares
+
+    shares = seen(2, 2)
+    together = list(chain(*shares))
+    assert len(together) == len(set(together)) == 10 * processes
+    assert torch.bincount(source.tensors[1][together], minlength=3).min() >= 2
+    assert shares == seen(2, 2, epoch=1) == seen(0.2, 2, seed=7)  # the same images in every epoch and every run
+    assert sorted(chain(*seen(2))) == every
+    assert shares != seen(2, 2, split_seed=1)
+    assert seen(1.0) == [every[rank::processes] for rank in range(processes)]
+    assert seen(2, loader="predict") == seen(1.0)
 
 
 def test_no_validation():

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,46 @@ def test_val_is_the_test_set_where_there_is_no_test(write_tree):
     datamodule.setup("test")
     assert {s: len(d) for s, d in datamodule.datasets.items()} == {"train": 8, "val": 4, "test": 5}
     assert datamodule.datasets["test"].source.original.folder.name == "val"
+
+
+def test_class_folders_without_splits_are_split_by_class(tmp_path, write_tree, monkeypatch, capfd):
+    write_tree({"": {"dog": 40, "cat": 20, ".hidden": 1}}, root=tmp_path / "pets")
+
+    def names(**settings):
+        datamodule = folder(str(tmp_path / "pets"), unreadable="skip", **settings)
+        datamodule.setup("fit")
+        datamodule.setup("test")
+        assert datamodule.class_names == ("cat", "dog")
+        data = datamodule.datasets.items()
+        sources = {part: (images, getattr(images.source, "original", images.source)) for part, images in data}
+        return {part: [str(source.path(i)) for i in images.index] for part, (images, source) in sources.items()}
+
+    split = names()
+    assert {part: len(files) for part, files in split.items()} == {"train": 43, "val": 5, "test": 12}
+    assert capfd.readouterr().err.count("60 images in 2 class folders, split by class with split_seed 0: ") == 1
+    together = [file for files in split.values() for file in files]
+    assert len(set(together)) == len(together) == 60
+    assert sum("dog" in name for name in split["test"]) == 8
+    assert sum("dog" in name for name in split["val"]) in (3, 4)
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda *args, **rest: ((a, b[::-1], c[::-1]) for a, b, c in walk(*args, **rest)))
+    assert names() == split  # whatever the order in which the file system lists them
+    assert names(seed=1) == split
+    assert names(split_seed=1)["test"] != split["test"]
+    capfd.readouterr()
+    assert [len(files) for files in names(test_size=6, val_size=0).values()] == [54, 6]
+    assert "54 for training, 0 for validation, 6 for test" in capfd.readouterr().err
+    with pytest.raises(ValueError, match=r"test_size is 0, so no image in .*pets is for the test"):
+        folder(str(tmp_path / "pets"), test_size=0).setup("test")
+    with pytest.raises(ValueError, match="test_size 1 leaves no test image of class"):
+        folder(str(tmp_path / "pets"), test_size=1).setup("fit")
+
+
+@pytest.mark.parametrize("name", ["Training", "test", "valid"])
+def test_folders_of_splits_are_no_classes(name, tmp_path, write_tree):
+    write_tree({name: {"dog": 4, "cat": 4}, "others": {"dog": 4, "cat": 4}})
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*train; expected"):
+        folder(str(tmp_path)).setup("fit")
 
 
 def test_gray_images(write_tree):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -23,7 +27,7 @@ from lkd.export import export
 from lkd.export.card import CARD
 from lkd.export.files import WRITERS
 from lkd.export.images import batches, preprocessing, training_images
-from lkd.export.snippets import preparation
+from lkd.export.snippets import preparation, use
 from lkd.trained import load_trained
 
 QUICK = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.enable_progress_bar=false")
@@ -421,7 +425,7 @@ def folder(tmp_path) -> ImageFolderDataModule:
 def test_the_cards_code_prepares_an_image_as_the_data_module_does(folder, tmp_path) -> None:
     folder.setup("test")
     (batch,) = folder.test_dataloader()
-    facts = preprocessing(folder, batch.input)
+    facts = preprocessing(folder, batch.input, 2)
     (tmp_path / "preprocessing.json").write_text(json.dumps(facts))
     (code,) = re.findall(r"```python\n(.*?)```", preparation(facts), re.S)
     paths = sorted((tmp_path / "images" / "test").glob("*/*.png"))
@@ -431,6 +435,61 @@ def test_the_cards_code_prepares_an_image_as_the_data_module_does(folder, tmp_pa
         names: dict[str, np.ndarray] = {}
         exec(code, names)
         torch.testing.assert_close(torch.from_numpy(names["batch"])[0], expected, rtol=0, atol=1e-6)
+
+
+def _executed(card: str) -> Iterator[dict[str, Any]]:
+    """Run the card's code for each file, in the export's folder; what each leaves, and what it printed."""
+    prepare, *uses = re.findall(r"```python\n(.*?)```", card, re.S)
+    for code in uses:
+        names: dict[str, Any] = {"printed": []}
+        exec(f"def print(what): printed.append(what)\n{prepare}{code}", names)
+        yield names
+
+
+@pytest.mark.parametrize("chosen", [2, 9])
+def test_a_network_with_more_outputs_than_the_data_has_classes(tmp_path, monkeypatch, recwarn, chosen: int) -> None:
+    rng, animals = np.random.default_rng(0), ["ant", "bee", "cat", "dog"]
+    for split, number, animal in product(("train", "test"), range(4), animals):
+        path = tmp_path / "animals" / split / animal / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    network = "--model.init_args.model=lkd.models.resnet8", "--model.init_args.model.num_classes=10"
+    images = f"--data.init_args.root={tmp_path / 'animals'}", "--data.init_args.image_size=8"
+    sizes = "--data.init_args.batch_size=4", "--data.init_args.val_size=4", "--data.init_args.num_workers=0"
+    kinds = "--model=lkd.ClassificationModule", "--data=lkd.ImageFolderDataModule"
+    run = fit(tmp_path / "runs", *kinds, *network, *images, *sizes)
+    said = "the model has 10 outputs and the data 4 classes, so no image belongs to one of the outputs from 4 on; set "
+    assert len([one for one in recwarn if said in str(one.message)]) == 1
+
+    best = Path(run, "checkpoints/best.ckpt")
+    checkpoint = torch.load(best, weights_only=True)
+    checkpoint["state_dict"]["model.fc.bias"][chosen] = 100.0
+    torch.save(checkpoint, best)
+    done = export(run, "out", ["safetensors", "torch", "onnx"])
+    facts = json.loads((done.folder / "preprocessing.json").read_text())
+    assert facts["class_names"] == [*animals, *"456789"]
+    assert (facts["num_outputs"], facts["num_classes"]) == (10, 4)
+    card = (done.folder / CARD).read_text()
+    assert "An image classifier of 4 classes, " in card
+    assert "The network has 10 outputs, and the data of this run 4 classes: the outputs from 4 on had no" in card
+    monkeypatch.chdir(done.folder)
+    Path("image.png").write_bytes((tmp_path / "animals/test/bee/0.png").read_bytes())
+    found = list(_executed(card))
+    assert [names["printed"] for names in found] == [[facts["class_names"][chosen]]] * 3
+    if chosen == 9:  # lkd predict names what it can
+        assert main(["predict", "--ckpt_path", str(best), *images, "--trainer.enable_progress_bar=false"]) == 0
+        rows = list(csv.DictReader(Path("predictions.csv").read_text().splitlines()))
+        assert [(row["class"], row["class_name"]) for row in rows] == [("9", "")] * 16
+
+
+def test_the_cards_code_knows_the_names_where_the_input_is_not_prepared(done, monkeypatch) -> None:
+    monkeypatch.chdir(done.folder)
+    facts = json.loads(Path("preprocessing.json").read_text())
+    facts = {name: fact for name, fact in facts.items() if name not in ("mean", "std", "mode")}
+    for file in ("model.pt2", "model.onnx"):
+        batch = "```python\nimport numpy\nbatch = numpy.zeros((1, 1, 8, 8), numpy.float32)\n```"
+        (names,) = _executed(batch + use(file, FILES, facts, None))
+        assert names["printed"][0] in facts["class_names"]
 
 
 def test_calibration_sees_training_images_as_they_are_in_use(folder, distill) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from lkd.arguments import find_config, prepare
+from lkd.arguments import prepare
 from lkd.cli import _MISTAKES, LkdCLI
+from lkd.config_files import find_config
 from lkd.mistakes import explain
 from tests.fuzz.mutate import mutate
 
@@ -137,7 +138,7 @@ class Fuzz:
     def read(self, path: Path) -> str:
         """Parse it; where the numbers are those of the original, build its networks, too."""
         try:
-            args, _ = prepare(["fit", "--config", str(path)])
+            args = prepare(["fit", "--config", str(path)]).args
             self.cli.parse_arguments(self.cli.parser, args)
         except REFUSALS as error:
             explain(error)

@@ -1,15 +1,22 @@
 """Networks of torchvision and timm: classes, channels, small stems, weights, and answers to mistakes."""
 
+import socket
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
 from lkd.models import timm_model, torchvision_model
+from lkd.models.downloads import unreachable
 
 CONVOLUTIONAL = [
     "alexnet",
@@ -99,8 +106,62 @@ def test_small_images_keep_the_middle_of_trained_kernels(tmp_path: Path, monkeyp
     assert torch.equal(network.features[0].bias, trained.features[0].bias)
 
 
-def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def hang(*args: object) -> None:
+    time.sleep(5)
+    refused()
+
+
+def refused(*args: object) -> None:
+    raise ConnectionRefusedError(111, "Connection refused")
+
+
+@pytest.mark.parametrize(("connect", "reason"), [(hang, "does not answer within 1 s"), (refused, "Connection refused")])
+def test_offline_fails_at_once(
+    connect: Callable[..., None], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(socket, "create_connection", connect)
+    for make, where in (
+        (partial(torchvision_model, weights="DEFAULT"), "hub/checkpoints/resnet18-f37072fd.pth, or set weights"),
+        (partial(timm_model, pretrained=True), "hf download timm/resnet18.a1_in1k` .*models--timm--resnet18.a1_in1k,"),
+    ):
+        begin = time.monotonic()
+        with pytest.raises(FileNotFoundError, match=rf"{reason}\); .*{where}"):
+            make("resnet18", num_classes=10)
+        assert time.monotonic() - begin < 2
+
+
+def test_connections_go_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: asked.append(address) or socket.socket())
+    for proxy in (None, "http://proxy.lan:3128", "proxy.lan:3128"):
+        if proxy:
+            monkeypatch.setenv("https_proxy", proxy)
+        assert unreachable("https://huggingface.co/timm") == ""
+    assert asked == [("huggingface.co", 443), ("proxy.lan", 3128), ("proxy.lan", 3128)]
+
+
+@torch.no_grad()
+def test_timm_weights_in_the_cache_need_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(socket, "create_connection", refused)
+    trained = timm_model("test_resnet", num_classes=1000)
+    repository = tmp_path / f"models--{timm.get_pretrained_cfg('test_resnet').hf_hub_id.replace('/', '--')}"
+    file = repository / "snapshots" / "0123" / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    save_file(trained.state_dict(), file)
+    network = timm_model("test_resnet", num_classes=5, pretrained=True)
+    assert torch.equal(network.conv1[0].weight, trained.conv1[0].weight)
+    assert network(torch.rand(2, 3, 64, 64)).shape == (2, 5)
+
+
+def test_interrupted_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("lkd.models.factories.unreachable", lambda url: "")
+    monkeypatch.setattr("lkd.models.downloads.unreachable", lambda url: "")
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("no route to host")
@@ -111,7 +172,7 @@ def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"put it at {tmp_path}/hub/checkpoints/resnet18-f37072fd.pth" in str(error.value)
 
     monkeypatch.setattr(timm, "create_model", refuse)
-    with pytest.raises(FileNotFoundError, match=r"resnet18 .* \(no route to host\); bring .* pretrained to false"):
+    with pytest.raises(FileNotFoundError, match=r"resnet18 .* \(no route to host\); copy .* pretrained to false"):
         timm_model("resnet18", num_classes=10, pretrained=True)
 
 

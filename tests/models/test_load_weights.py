@@ -133,6 +133,34 @@ def test_benchmark_resnet18_fits_torchvision(tmp_path: Path) -> None:
     assert torch.equal(network.fc.bias, state["linear.bias"])
 
 
+@pytest.mark.parametrize("layout", ["plain", "akamaster"])
+def test_a_new_head(layout: str, tmp_path: Path) -> None:
+    """Fine-tuning: the file's classes are others; everything but the head comes from it."""
+    state = trained().state_dict()
+    torch.save(LAYOUTS[layout](state), tmp_path / "five.pth")
+    with pytest.raises(ValueError, match=r"do not fit .* only the head fc does not fit: .* with drop_head: true"):
+        load_weights(resnet8(num_classes=3), tmp_path / "five.pth")
+    network = resnet8(num_classes=3)
+    own = {name: tensor.clone() for name, tensor in network.state_dict().items() if name.startswith("fc.")}
+    load_weights(network, tmp_path / "five.pth", drop_head=True)
+    expected = without_counts(state | own)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in without_counts(network.state_dict()).items())
+    same = resnet8(num_classes=5)
+    assert not torch.equal(load_weights(same, tmp_path / "five.pth", drop_head=True).fc.weight, state["fc.weight"])
+    for drop_head in (True, False):  # what fails elsewhere is not the head's fault
+        with pytest.raises(ValueError, match="do not fit") as error:
+            load_weights(resnet8(num_classes=3, in_channels=1), tmp_path / "five.pth", drop_head=drop_head)
+        assert "conv1" in str(error.value)
+        assert "drop_head" not in str(error.value)
+
+
+def test_no_head_to_drop(tmp_path: Path) -> None:
+    network = nn.Conv2d(3, 3, 1)
+    torch.save(network.state_dict(), tmp_path / "conv.pth")
+    with pytest.raises(ValueError, match="Conv2d has no linear layer"):
+        load_weights(network, tmp_path / "conv.pth", drop_head=True)
+
+
 def test_mismatch_is_one_message_and_changes_nothing(tmp_path: Path) -> None:
     source = models.resnet14(num_classes=100, in_channels=1, shortcut="A").state_dict()
     torch.save(prefixed("module.", source), tmp_path / "teacher.pth")
@@ -263,3 +291,11 @@ if "LKD_WEIGHTS" in os.environ:
             for layer, feature in features.items():
                 expected = reference[f"case0.expected.{layer}_mean_over_hw"]
                 torch.testing.assert_close(feature.mean(dim=(2, 3)).double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("trained", "built"), [("A", "B"), ("B", "A")])
+def test_the_other_shortcut_is_suggested(tmp_path: Path, trained: str, built: str) -> None:
+    torch.save(resnet8(num_classes=4, shortcut=trained).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=f"the file was trained with shortcut: {trained}$"):
+        load_weights(resnet8(num_classes=4, shortcut=built), str(tmp_path / "other.pth"))
+    load_weights(resnet8(num_classes=4, shortcut=trained), str(tmp_path / "other.pth"))

@@ -239,6 +239,29 @@ def test_teacher_accuracy_and_agreement(distill, data, trainer) -> None:
     assert metrics["val/agreement"] == pytest.approx((student == teacher).float().mean().item())
 
 
+def test_a_limited_validation_compares_answers_to_the_same_images(distill, trainer) -> None:
+    data = SyntheticDataModule(4, (3, 8, 8), train_size=64, test_size=24, val_size=16, batch_size=4)
+    module, measured = distill(), []
+
+    class Check(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            batches = list(trainer.val_dataloaders)[:2]
+            with torch.no_grad():
+                answers = [
+                    torch.cat([network(batch.input).argmax(1) for batch in batches])
+                    for network in (module.student, module.teacher)
+                ]
+            target = torch.cat([batch.target for batch in batches])
+            expected = [float((answers[1] == other).float().mean()) for other in (target, answers[0])]
+            found = [float(trainer.callback_metrics[f"val/{name}"]) for name in ("teacher_acc", "agreement")]
+            measured.append((found, expected))
+
+    trainer(limit_val_batches=2, num_sanity_val_steps=-1, max_epochs=3, callbacks=[Check()]).fit(module, data)
+    assert len(measured) == 4
+    for found, expected in measured:
+        assert found == pytest.approx(expected)
+
+
 def test_teacher_is_measured_before_the_first_epoch(distill, data, trainer, tiny, capsys) -> None:
     teacher = tiny()
     nn.init.zeros_(teacher.fc.weight)  # always the same class

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
 
 from lkd import Batch, SimKDModule, SyntheticDataModule
 from lkd.__main__ import main
@@ -21,11 +24,7 @@ def module(distill) -> SimKDModule:
 
 def _own_answer(module: SimKDModule, image: Tensor) -> Tensor:
     """The student's layers up to the map, the projector, and the teacher's own classifier."""
-    features = []
-    hook = module.student.avgpool.register_forward_pre_hook(lambda layer, args: features.append(args[0]))
-    module.student(image)
-    hook.remove()
-    return module.teacher.fc(module.criterion.projector(features[0]).mean((2, 3)))
+    return module.teacher.fc(module.criterion.projector(_map(module.student, image)).mean((2, 3)))
 
 
 def test_all_loops_answer_with_the_teachers_classifier(module, data, trainer) -> None:
@@ -46,6 +45,56 @@ def test_all_loops_answer_with_the_teachers_classifier(module, data, trainer) ->
     target = torch.cat([batch.target for batch in data.test_dataloader()])
     acc = (_own_answer(module, images).argmax(1) == target).float().mean()
     assert measured["test/acc"] == pytest.approx(acc.item())
+
+
+class _Keep(L.Callback):
+    """The networks as training found them, and its batches."""
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.networks = deepcopy((pl_module.student, pl_module.criterion.projector, pl_module.teacher))
+        self.batches: list[Batch] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.batches.append(batch)
+
+
+def _map(network: nn.Module, image: Tensor) -> Tensor:
+    """What a network's pooling reads."""
+    features: list[Tensor] = []
+    hook = network.avgpool.register_forward_pre_hook(lambda layer, args: features.append(args[0]))
+    network(image)
+    hook.remove()
+    return features[0]
+
+
+def test_module_is_a_plain_loop(distill, data, trainer) -> None:
+    """Trained by Lightning, in float64, and by the authors' loop: the labels' loss and the divergence weigh 0."""
+    keep, settings = _Keep(), {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+    module = distill(
+        SimKDModule,
+        criterion=SimKD(factor=2),
+        distill_weight=1.0,
+        hard_weight=0.0,
+        optimizer=lambda parameters: SGD(parameters, **settings),
+    )
+    trainer(max_epochs=2, precision="64-true", callbacks=[keep], num_sanity_val_steps=0).fit(module, data)
+    student, projector, teacher = keep.networks
+    student.train(), projector.train(), teacher.eval()
+    own = [parameter for name, parameter in student.named_parameters() if not name.startswith("fc.")]
+    optimizer = SGD([*own, *projector.parameters()], **settings)
+    assert len(keep.batches) == 6
+    for batch in keep.batches:
+        with torch.no_grad():
+            wanted = _map(teacher, batch.input)
+        found = _map(student, batch.input)
+        size = min(found.shape[2], wanted.shape[2])
+        found, wanted = (F.adaptive_avg_pool2d(feature, size) for feature in (found, wanted))
+        optimizer.zero_grad()
+        F.mse_loss(projector(found), wanted).backward()
+        optimizer.step()
+    for ours, theirs in ((module.student, student), (module.criterion.projector, projector)):
+        for name, tensor in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_what_trains(module, data, trainer) -> None:

@@ -27,6 +27,7 @@ from lkd.datamodules.mixing import CutMix, Mixup
 from lkd.datamodules.transforms import RandomCrop, RandomHorizontalFlip
 from lkd.datamodules.views import ClassPartner, RotatedViews
 from lkd.losses import DistillLoss
+from lkd.schedules import CosineDecay
 from lkd.types import IGNORE_INDEX
 from tests.pretended.device import NAME
 from tests.pretended.runs import differences
@@ -138,6 +139,7 @@ def _scheduled(distill: Any, scheduler: Any, **optimizer: Any) -> Callable[[], D
         lambda o: StepLR(o, step_size=1, gamma=0.3),
         lambda o: CosineAnnealingLR(o, T_max=3),
         lambda o: LambdaLR(o, lambda epoch: 0.9**epoch),
+        lambda o: CosineDecay(o, warmup=0.4),
     ],
 )
 def test_a_fused_optimizers_learning_rate_is_a_tensor(scheduler, agree, distill) -> None:
@@ -149,17 +151,12 @@ def test_another_optimizers_learning_rate_is_captured_again(agree, distill) -> N
     assert agree(module=module).captures == 3
 
 
-class EveryStep(DistillModule):
-    """Its schedule moves in every step."""
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self._make_optimizer(self.model.parameters())
-        scheduler = OneCycleLR(optimizer, 0.2, total_steps=15, cycle_momentum=False)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def test_a_learning_rate_that_changes_in_every_step(agree, distill) -> None:
-    assert agree(module=lambda: distill(EveryStep)).captures == 1
+@pytest.mark.parametrize(
+    "scheduler",
+    [lambda o: OneCycleLR(o, 0.2, total_steps=15, cycle_momentum=False), lambda o: CosineDecay(o, warmup=0.2)],
+)
+def test_a_learning_rate_that_changes_in_every_step(scheduler, agree, distill) -> None:
+    assert agree(module=lambda: distill(lr_scheduler=scheduler, lr_scheduler_interval="step")).captures == 1
 
 
 @pytest.mark.parametrize("shape", ["linear", "step"])
@@ -172,7 +169,8 @@ def test_several_groups_of_parameters(agree, distill) -> None:
         def configure_optimizers(self) -> Any:
             *first, last = self.model.parameters()
             optimizer = SGD([{"params": first, "lr": 0.01}, {"params": [last]}], lr=0.1, momentum=0.9)
-            return {"optimizer": optimizer, "lr_scheduler": StepLR(optimizer, 1, 0.5)}
+            schedule = CosineDecay(optimizer, warmup=0.3)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     assert agree(module=lambda: distill(Groups)).captures == 1
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lkd.models.weights import PRETRAINED
 from tests.pretended.device import NAME
 from tests.pretended.runs import differences, fit, overlay, trained
 from tests.test_configs import FOLDER, OVERLAYS, _contains, _tree
@@ -36,6 +38,20 @@ def test_a_methods_overlay(name: str, pretended, capfd, recwarn) -> None:
     assert any("the training step runs" in text for text in warned) == (name in NO_GRAPH), warned
     assert not differences(trained(usual), trained(graph))
     _keeps_its_settings(name)
+
+
+def test_fine_tuning(pretended, capfd) -> None:
+    """Two groups of parameters, and frozen layers whose statistics stay, in a graph as in ordinary steps."""
+    module = ["--config=digits/teacher", "--model=lkd.FineTuneModule", "--model.init_args.frozen=[conv1,bn1]"]
+    weights = "--model.init_args.model_ckpt=lkd:digits_resnet8"
+    usual = fit("cpu", "cpu", *module, weights)
+    capfd.readouterr()
+    graph = fit("gpu", NAME, *module, weights)
+    assert "whole step as a CUDA graph" in capfd.readouterr().out
+    assert not differences(trained(usual), trained(graph))
+    begun = load_file(PRETRAINED / "digits_resnet8.safetensors")
+    changed = {name for name, tensor in begun.items() if not tensor.equal(graph["state_dict"][f"model.{name}"])}
+    assert {name.split(".")[0] for name in changed} == {"layer1", "layer2", "layer3", "fc"}
 
 
 def _keeps_its_settings(name: str) -> None:

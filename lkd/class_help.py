@@ -1,0 +1,103 @@
+"""The settings of one class, for `lkd fit --model.help CLASS`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterator
+from importlib import import_module
+from textwrap import fill
+from typing import Any
+
+from docstring_parser import parse
+
+_WIDTH = 80
+_SHORTEST = 60  # characters of a default value that are shown
+
+
+def class_help(path: str, part: str | None) -> str:
+    """Return what a class is, and its settings with types, default values and descriptions.
+
+    Args:
+        path: The import path of a class or function, or a short name from lkd.
+        part: The subpackage of lkd that a short name is looked for in.
+
+    Raises:
+        ValueError: If there is no such class.
+    """
+    kind = _found(path, part)
+    lines = [f"{_path(kind)}", "", *_paragraph(parse(inspect.getdoc(kind) or "").short_description or "", ""), ""]
+    described = _descriptions(kind)
+    for parameter in _parameters(kind):
+        lines.append(f"  {parameter.name}: {_type(parameter)}{_default(parameter)}")
+        lines += _paragraph(described.get(parameter.name, ""), "      ")
+    return "\n".join(lines) + "\n"
+
+
+def _found(path: str, part: str | None) -> Any:
+    above, _, name = path.rpartition(".")
+    try:
+        module = import_module(above or f"lkd.{part}")
+    except ImportError as error:
+        raise ValueError(f"there is no module {above!r}; give an import path such as lkd.DistillModule") from error
+    if not hasattr(module, name):
+        nearest = difflib.get_close_matches(name, dir(module), n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "give an import path such as lkd.DistillModule"
+        raise ValueError(f"there is no {name!r} in {module.__name__}; {hint}")
+    return getattr(module, name)
+
+
+def _path(kind: Any) -> str:
+    """Return the shortest import path."""
+    parts = kind.__module__.split(".")
+    homes = (".".join(parts[:number]) for number in range(1, len(parts) + 1))
+    home = next(home for home in homes if getattr(import_module(home), kind.__name__, None) is kind)
+    return f"{home}.{kind.__name__}"
+
+
+def _makers(kind: Any) -> Iterator[Any]:
+    """Yield the functions whose arguments a class takes: its constructor, and that of its base if it passes them on."""
+    bases = kind.__mro__ if inspect.isclass(kind) else (kind,)
+    for base in bases:
+        maker = vars(base).get("__init__") if inspect.isclass(base) else base
+        if inspect.isfunction(maker):
+            yield maker
+            if not any(one.kind == one.VAR_KEYWORD for one in inspect.signature(maker).parameters.values()):
+                return
+
+
+def _parameters(kind: Any) -> list[inspect.Parameter]:
+    found: dict[str, inspect.Parameter] = {}
+    for maker in _makers(kind):
+        for name, parameter in inspect.signature(maker).parameters.items():
+            if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                found.setdefault(name, parameter)
+    return list(found.values())
+
+
+def _descriptions(kind: Any) -> dict[str, str]:
+    """Return what the docstrings of a class and its bases say of its arguments."""
+    found: dict[str, str] = {}
+    for owner in kind.__mro__ if inspect.isclass(kind) else (kind,):
+        for text in (owner.__doc__, getattr(vars(owner).get("__init__"), "__doc__", None)):
+            for parameter in parse(text or "").params:
+                found.setdefault(parameter.arg_name, " ".join((parameter.description or "").split()))
+    return found
+
+
+def _type(parameter: inspect.Parameter) -> str:
+    text = "any" if parameter.annotation is parameter.empty else inspect.formatannotation(parameter.annotation)
+    return text.strip("'")
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    if parameter.default is parameter.empty:
+        return " (required)"
+    if callable(parameter.default):
+        return ""
+    text = repr(parameter.default)
+    return f" = {text}" if len(text) <= _SHORTEST else " = ..."
+
+
+def _paragraph(text: str, indent: str) -> list[str]:
+    return [fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)] if text else []

@@ -1,0 +1,189 @@
+"""Networks that differ only by seed: what a method achieves, and whether two methods differ."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from scipy import stats
+
+from lkd.arguments import config_of
+from lkd.compare.figures import Figures
+from lkd.plain_yaml import load_yaml
+from lkd.seeds import training_settings
+from lkd.trained import Trained
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A measure over the seeds of a method.
+
+    Attributes:
+        values: One for each seed.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Their mean."""
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float:
+        """Their standard deviation, with n - 1 in the denominator; NaN of one value."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the mean, by Student's t; NaN of one value."""
+        n = len(self.values)
+        half = float(stats.t.ppf(0.975, n - 1)) * self.std / math.sqrt(n) if n > 1 else math.nan
+        return self.mean - half, self.mean + half
+
+
+@dataclass(frozen=True)
+class Group:
+    """Networks of one method: their runs differ only by seed.
+
+    Attributes:
+        name: What the method is called.
+        members: The networks' names.
+        measures: A measure's name, as in `measures`, to its values over the seeds.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    measures: dict[str, Spread]
+
+
+@dataclass(frozen=True)
+class MethodDifference:
+    """Whether one method is more accurate than another, over seeds: Welch's t-test.
+
+    Attributes:
+        first: The one method.
+        second: The other.
+        value: Mean top-1 accuracy of the first minus the second's, in [-1, 1].
+        interval: 95 % confidence interval of the difference.
+        t: Welch's statistic.
+        degrees: Its degrees of freedom, by Welch and Satterthwaite.
+        p_value: Two-sided; NaN, as `t`, if no accuracy varies.
+    """
+
+    first: str
+    second: str
+    value: float
+    interval: tuple[float, float]
+    t: float
+    degrees: float
+    p_value: float
+
+
+def measures(figures: Figures) -> dict[str, float]:
+    """The figures of a network that have one value, by name; without those that were not measured.
+
+    Args:
+        figures: The network's figures.
+    """
+    found = {
+        "top1": figures.top1.value,
+        "top5": None if figures.top5 is None else figures.top5.value,
+        "nll": figures.nll,
+        "ece": figures.ece,
+        "temperature": figures.temperature,
+        "scaled_nll": figures.scaled_nll,
+        "scaled_ece": figures.scaled_ece,
+        "agreement": None if figures.agreement is None else figures.agreement.value,
+        "kl": figures.kl,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def groups_of(named: Mapping[str, str | None], figures: Mapping[str, Figures]) -> list[Group]:
+    """The groups of two or more networks.
+
+    Args:
+        named: Each network's name to that of its group, if it is in one.
+        figures: Each network's name to its figures.
+    """
+    groups = []
+    for name in dict.fromkeys(filter(None, named.values())):
+        members = tuple(network for network, group in named.items() if group == name)
+        found = [measures(figures[network]) for network in members]
+        shared = [key for key in found[0] if all(key in one for one in found)]
+        if len(members) > 1:
+            groups.append(Group(name, members, {key: Spread(tuple(one[key] for one in found)) for key in shared}))
+    return groups
+
+
+def method_difference(first: Group, second: Group) -> MethodDifference:
+    """Compare the top-1 accuracies of two methods over their seeds.
+
+    Args:
+        first: The one method.
+        second: The other.
+
+    Returns:
+        The difference of the means, with Welch's t-test: variances may differ.
+
+    References:
+        Welch: The generalization of "Student's" problem when several different population variances are involved, 1947.
+    """
+    ours, theirs = first.measures["top1"], second.measures["top1"]
+    value = ours.mean - theirs.mean
+    if ours.std == theirs.std == 0:  # nothing to divide by
+        return MethodDifference(first.name, second.name, value, (value, value), math.nan, math.nan, math.nan)
+    found = stats.ttest_ind(ours.values, theirs.values, equal_var=False)
+    low, high = found.confidence_interval(0.95)
+    numbers = float(found.statistic), float(found.df), float(found.pvalue)
+    return MethodDifference(first.name, second.name, value, (float(low), float(high)), *numbers)
+
+
+def methods_of(runs: Mapping[str, Trained]) -> dict[str, str]:
+    """Which runs differ only by seed.
+
+    Args:
+        runs: Name to run.
+
+    Returns:
+        A run's name to that of its group, for runs that are in one. A second run of the same seed is in none.
+    """
+    found: dict[str, dict[str, str]] = {}  # settings to seed to name
+    for name, run in runs.items():
+        config = load_yaml(config_of(run.path).read_text(encoding="utf-8"))
+        settings, seed = json.dumps(training_settings(config), sort_keys=True, default=str), _seed(config)
+        of_method = found.setdefault(f"{settings}, {'last' if run.path.stem in ('last', 'previous') else 'best'}", {})
+        if seed in of_method:
+            rank_zero_warn(
+                f"{name} has the settings and the seed of {of_method[seed]}, so it does not count as another seed"
+            )
+        elif seed != "None":
+            of_method[seed] = name
+    groups: dict[str, str] = {}
+    for members in (list(named.values()) for named in found.values() if len(named) > 1):
+        groups |= dict.fromkeys(members, _group_name(members, {*runs, *groups.values()}))
+    return groups
+
+
+def _seed(config: Mapping[str, Any]) -> str:
+    own = (config.get("data") or {}).get("init_args") or {}
+    return (
+        " ".join(str(seed) for seed in (config.get("seed_everything"), own.get("seed")) if seed is not None) or "None"
+    )
+
+
+def _group_name(members: Sequence[str], taken: set[str]) -> str:
+    """What the names of networks begin with: kd of kd/version_0 and kd/version_1."""
+    shared = takewhile(lambda letters: len(set(letters)) == 1, zip(*members, strict=False))
+    name = "".join(letters[0] for letters in shared)
+    if all(member[len(name) :].isdigit() for member in members):  # kd1 of kd10 and kd11
+        name = name.rstrip("0123456789")
+    name = name.rstrip("_-./ ").removesuffix("version").removesuffix("seed").rstrip("_-./ ") or members[0]
+    return f"{name} ({members[0]} to {members[-1]})" if name in taken else name

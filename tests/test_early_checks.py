@@ -1,0 +1,162 @@
+"""Mistakes and questions that are answered within a second, without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lkd
+from lkd.__main__ import main
+from lkd.arguments import prepare
+from lkd.cli import LkdCLI
+from lkd.config_files import KEYS
+from lkd.early_checks import OPTIONS
+
+QUICK = """
+import sys
+from lkd.__main__ import main
+code = main({args!r})
+heavy = [name for name in ("torch", "lightning", "numpy") if name in sys.modules]
+sys.exit(f"imported {{heavy}}" if heavy else code)
+"""
+
+
+@pytest.fixture
+def quick():
+    """Runs lkd; returns exit code and output, and fails if it has imported torch."""
+
+    def run(*args: str) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-c", QUICK.format(args=args)], capture_output=True, text=True)
+        assert "imported" not in done.stderr
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ("fit", "lkd fit needs a config: for example 'lkd fit --config digits/kd'"),
+        ("fit digits/kd", "configs follow --config: lkd fit --config digits/kd"),
+        ("fit --config digits/kd teacher.pth", "lkd fit does not expect 'teacher.pth'"),
+        ("fit -config digits/kd", "lkd fit has no option '-config'; did you mean '--config'?"),
+        ("fit --config methods/kd", "no networks and no data; add --config pairs/NAME --config data/NAME (pairs/ has "),
+        ("fit --config methods/kd --config pairs/digits", "name no data; add --config data/NAME (data/ has cifar10,"),
+        ("fit --config data/digits", "the configs name no networks; add --config pairs/NAME"),
+        ("fit --config digits/kd --optimizer.lr 0.1", "it is --model.init_args.optimizer.init_args.lr"),
+        ("fit --config digits/kd --max_epochs 3", "lkd has no setting 'max_epochs'; it is --trainer.max_epochs"),
+        ("fit --config digits/kd --batch_size=3", "it is --data.init_args.batch_size"),
+        ("fit --config digits/kdd", "there is no config 'digits/kdd'; the nearest of lkd's own are digits/kd.yaml"),
+        ("fit --config bad.yaml", "bad.yaml is not valid YAML"),
+        ("fit --config key.yaml", "key.yaml has a key 'trianer', which lkd does not know; did you mean 'trainer'?"),
+    ],
+)
+def test_mistakes(quick, args: str, says: str) -> None:
+    Path("bad.yaml").write_text("model: {a: [1\ntrainer:\n\t- x")
+    Path("key.yaml").write_text("trianer: {max_epochs: 3}")
+    code, text = quick(*args.split())
+    assert code == 2
+    assert says in text
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_help_fits_on_a_screen(quick, command: str) -> None:
+    code, text = quick(command, "--help")
+    assert code == 0
+    lines = text.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 84
+    for module in lkd._HOMES["lkd.modules"]:
+        assert module in text or not module.endswith("Module")
+    for part in ("CIFAR10", "DKD", "ReviewKD", "--model.init_args.teacher_ckpt", f"lkd {command} --model.help CLASS"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [
+        ("--model.help", {name for name in lkd._HOMES["lkd.modules"] if name.endswith("Module")}),
+        ("--data.help", {"CIFAR10DataModule", "ImageFolderDataModule", "DigitsDataModule"}),
+        ("--criterion.help", set(lkd.losses.__all__) - {"DistillLoss", "named_terms"}),
+        ("--model.init_args.student.help", {"resnet20", "wrn_40_2", "timm_model"}),
+    ],
+)
+def test_classes_are_listed(quick, option: str, names: set[str]) -> None:
+    code, text = quick("fit", option)
+    assert code == 0
+    assert names <= {line.split()[0] for line in text.splitlines() if line.startswith("  ")}
+    assert all(len(line.split()) > 1 for line in text.splitlines() if line.startswith("  "))
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_help_of_a_class(capsys) -> None:
+    assert main(["fit", "--model.help", "lkd.PastTeacherModule"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("lkd.PastTeacherModule\n")
+    for line in ("  student: nn.Module (required)", "  distill_weight: float = ", "  ema_decay: float | None = "):
+        assert line in text
+    assert len(text.splitlines()) < 80
+    assert main(["fit", "--criterion.help", "DKD"]) == 0
+    assert "  alpha: float = 1.0\n      Weight of" in capsys.readouterr().out
+    assert main(["fit", "--model.help", "lkd.DistilModule"]) == 2
+    assert "there is no 'DistilModule' in lkd; did you mean 'DistillModule'?" in capsys.readouterr().err
+
+
+class _Parsed(LkdCLI):
+    def instantiate_classes(self) -> None:
+        """Do nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Do nothing."""
+
+
+def test_known_keys_are_the_parser_s() -> None:
+    cli = _Parsed(*prepare(["fit", "--config", "digits/kd"]))
+    found = set()
+    for command in ("fit", "validate", "test", "predict"):
+        actions = cli._parser(command)._actions
+        found |= {action.dest.partition(".")[0] for action in actions} - {"==SUPPRESS=="}
+    assert found - {*OPTIONS} == {*KEYS} - {"config"}
+
+
+def test_all_that_is_public_is_found() -> None:
+    code = "import lkd; lkd.losses.KD(); lkd.functional.kd_loss; lkd.callbacks.Speed(); lkd.export.export; "
+    code += "lkd.compare.compare; print(*dir(lkd))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = set(done.stdout.split())
+    assert {"DistillModule", "losses", "functional", "callbacks", *lkd.__all__} <= names
+    assert not {"Any", "TYPE_CHECKING", "import_module"} & names
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--model.init_args.student.init_args.in_channels=3"],  # fails when the model is built
+        ["--model.init_args.criterion=fails.InStep"],
+    ],
+)
+def test_a_failed_start_leaves_nothing(settings: list[str], monkeypatch, capsys) -> None:
+    Path("fails.py").write_text(
+        "from lkd import DistillLoss\n"
+        "class InStep(DistillLoss):\n"
+        "    def forward(self, student, teacher, batch):\n"
+        "        raise ValueError('in a step')\n"
+    )
+    monkeypatch.syspath_prepend(Path.cwd())
+    assert main(["fit", "--config", "digits/kd", "--trainer.accelerator=cpu", *settings]) == 2
+    assert not Path("runs").exists()
+
+
+def test_what_a_folder_stands_for_is_printed(capsys) -> None:
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.accelerator=cpu"]
+    assert main(["fit", "--config", "digits/teacher", *short]) == 0
+    capsys.readouterr()
+    assert main(["fit", "--config", "digits/kd", "--model.init_args.teacher_ckpt=runs/digits/teacher", *short]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "teacher: runs/digits/teacher/version_0/checkpoints/best.ckpt, val/acc 0." in out
+    saved = yaml.safe_load(Path("runs/digits/kd/version_0/config.yaml").read_text())
+    assert saved["model"]["init_args"]["teacher_ckpt"] == "runs/digits/teacher/version_0/checkpoints/best.ckpt"
