@@ -127,9 +127,7 @@ class DistillModule(EvaluatedDistillation):
         self.teacher_taps = None if self.teacher is None else FeatureTaps(self.teacher, self.criterion.teacher_layers)
         self.teacher_scale: Tensor | None = None
         self.teacher_shift: Tensor | None = None
-        self._built = False
         self._criterion_meter = CriterionMeter()
-        self._has_untrained_part: bool | None = None  # None: not known yet
         self._freeze_teacher()
 
     @property
