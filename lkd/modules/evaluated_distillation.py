@@ -176,6 +176,7 @@ class EvaluatedDistillation(ClassificationModule):
             return False
         finally:
             self._criterion_meter.recorded = None
+            self.student_taps.clear()  # features with their graph: the module could not be copied
 
     def _blank_batch(self, example: Any) -> Batch:
         """Some copies of an input, with labels and positions: criteria may compare images with each other."""
