@@ -143,7 +143,7 @@ def test_trainer_overlays_keep_their_settings() -> None:
     for name in OVERLAYS["trainer"]:
         configs = ["--config", "data/digits", "--config", "pairs/digits", "--config", f"trainer/{name}"]
         assert main(["fit", *configs, *SHORT]) == 0
-        (saved,) = Path("runs", f"digits+digits+{name}").rglob("config.yaml")
+        (saved,) = Path("runs", f"digits+{name}").rglob("config.yaml")
         resolved, given = (
             yaml.safe_load(saved.read_text()),
             yaml.safe_load((FOLDER / "trainer" / f"{name}.yaml").read_text()),

@@ -51,7 +51,7 @@ def _changed(*path: str, name: str, value: object = None) -> str:
 @pytest.mark.parametrize(
     ("path", "name", "says"),
     [
-        (("trainer",), "trianer", "changed.yaml has a key 'trianer', which lkd does not know; did you mean 'trainer'?"),
+        (("trainer",), "trianer", "changed.yaml: lkd has no setting 'trianer'; did you mean 'trainer'?"),
         (
             ("trainer", "max_epochs"),
             "max_epoch",
