@@ -163,6 +163,11 @@ def test_layer_that_is_not_reached() -> None:
     network.forward = lambda input: network[0](input)
     with pytest.raises(ValueError, match=r"did not reach the layers \['spare'\]"):
         FeatureTaps(network, ["spare"])(torch.zeros(1, 4))
+    taps = FeatureTaps(network, ["0"])
+    taps(torch.zeros(1, 4))
+    network.forward = lambda input: input  # it was reached by the batch before, whose feature is not this one's
+    with pytest.raises(ValueError, match=r"did not reach the layers \['0'\]"):
+        taps(torch.zeros(1, 4))
 
 
 class _Answer(nn.Module):
