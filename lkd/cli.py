@@ -36,6 +36,7 @@ from lkd.callbacks import (
     FitReport,
     ImagesPerSecond,
     LimitReport,
+    MonitorCheck,
     NetworkSummary,
     PredictionWriter,
     ProgressBar,
@@ -45,7 +46,7 @@ from lkd.callbacks import (
 from lkd.callbacks.speed import fitting_precision
 from lkd.help import OWN
 from lkd.losses import DistillLoss
-from lkd.mistakes import CALLBACKS, explain
+from lkd.mistakes import CALLBACKS, explain, is_no_curve
 from lkd.plain_yaml import load_yaml
 from lkd.processes import LostProcessError, bound_to_parent, lost, speaker
 from lkd.run_config import SaveConfig, check_same_run
@@ -236,7 +237,7 @@ def _callbacks(command: str, logged: bool) -> list[L.Callback]:
         return [PredictionWriter()]
     if command != "fit":
         return [LimitReport()]
-    callbacks: list[L.Callback] = [NetworkSummary(), ImagesPerSecond(), FitReport(), StepSeed()]
+    callbacks: list[L.Callback] = [MonitorCheck(), NetworkSummary(), ImagesPerSecond(), FitReport(), StepSeed()]
     return [*callbacks, LearningRateMonitor()] if logged else callbacks
 
 
@@ -274,7 +275,9 @@ def run(args: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        if debug or not (isinstance(error, (*_MISTAKES, LostProcessError)) or _is_a_loggers(error)):
+        if debug or not (
+            isinstance(error, (*_MISTAKES, LostProcessError)) or _is_a_loggers(error) or is_no_curve(error)
+        ):
             raise
         print(f"lkd: error: {speaker()}{' '.join(explain(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, LostProcessError) else 2
@@ -309,4 +312,6 @@ def _quieten() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that this machine has no CUDA
     for message in _KNOWN:
         warnings.filterwarnings("ignore", message)
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        warnings.simplefilter("ignore")  # the first of several processes has issued it
     warnings.formatwarning = lambda message, *_, **__: f"lkd: warning: {message}\n"

@@ -14,6 +14,7 @@ import lightning as L
 from torch import nn
 
 from lkd.callbacks import BestCheckpoint, LastCheckpoint, Speed, TeacherCache
+from lkd.callbacks.monitored import no_curve
 
 CALLBACKS: dict[str, type[L.Callback]] = {
     "checkpoint": BestCheckpoint,
@@ -29,6 +30,11 @@ _SCAFFOLD = re.compile(
     r"Does not validate against|Subtypes: |Errors:$|Given value type: "
     r"|Expected a <class 'NoneType'>|Expected a path but "
     r"|Subclass types expect one of:|a class path \(str\)$|a dict with"
+)
+_NO_CURVE = re.compile(  # as ModelCheckpoint, ReduceLROnPlateau and EarlyStopping say it
+    r"(?:monitor='|conditioned on metric `?)(?P<name>[^'` ]+)['`]?"
+    r"(?:\)` could not find the monitored key .*?: \[| which is not available\.(?: Available metrics are: \["
+    r"|.* any of the following: ))(?P<known>[^]]*)"
 )
 _TOP = ("trainer", "model", "data", *CALLBACKS, "seed_everything", "ckpt_path", "resume", "config", "print_config")
 
@@ -51,8 +57,8 @@ def explain(error: BaseException) -> str:
         return f"the run has made {found[1]} epochs already; set --trainer.max_epochs to {found[1]} or more"
     if found := re.search(r"Requirement '(mlflow|wandb)\b.*?' not met", text):  # Lightning's
         return f"the logger needs {found[1]}, which is not installed; pip install 'lkd[loggers]'"
-    if found := re.search(r"monitor='(.*?)'\)` could not find the monitored key .*?: \[(.*?)\]", text):  # Lightning's
-        return f"there is no curve {found[1]!r} to monitor; there are {found[2]}"
+    if found := _NO_CURVE.search(text):
+        return no_curve(found["name"], set(re.findall(r"[\w/.-]+", found["known"])))
     keys, classes, reasons, value = _read(text)
     if len(reasons) == len(text.splitlines()):
         return _unknown_option(text) or text
@@ -62,6 +68,15 @@ def explain(error: BaseException) -> str:
         or _unknown_class(classes, reason, where)
         or _other(where, classes, reason, value)
     )
+
+
+def is_no_curve(error: BaseException) -> bool:
+    """Whether an error reports a monitor that does not exist: EarlyStopping raises a RuntimeError for it.
+
+    Args:
+        error: What was raised.
+    """
+    return _NO_CURVE.search(str(error)) is not None
 
 
 def _read(text: str) -> tuple[list[str], list[str], list[str], str | None]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from lkd.layers import evaluating, resolve_layers, uncompiled
 from lkd.types import Outputs, Probe
@@ -46,12 +47,14 @@ class FeatureTaps:
         self._features: dict[str, Any] = {}
         self._copied = frozenset(self.layers)
         self._versions: dict[str, list[int]] | None = None  # while probing: each feature's version when it was saved
+        self._hooks: list[RemovableHandle] = []
         for name in self.layers:
             layer = _find_layer(network, name.removesuffix(_INPUT))
             if name.endswith(_INPUT):
-                layer.register_forward_pre_hook(partial(self._save_input, name), with_kwargs=True)
+                hook = layer.register_forward_pre_hook(partial(self._save_input, name), with_kwargs=True)
             else:
-                layer.register_forward_hook(partial(self._save_output, name))
+                hook = layer.register_forward_hook(partial(self._save_output, name))
+            self._hooks.append(hook)
 
     def __call__(self, input: Any) -> Outputs:
         """Run the network.
@@ -65,11 +68,34 @@ class FeatureTaps:
         Raises:
             ValueError: If a layer was not reached.
         """
+        self.clear()
+        return self.outputs(logits_of(self.network(input)))
+
+    def clear(self) -> None:
+        """Forget the features of the last forward pass."""
         self._features.clear()
-        logits = logits_of(self.network(input))
+
+    def outputs(self, logits: Tensor) -> Outputs:
+        """Join logits with the features of the forward pass that has run since `clear`, by whatever called the network.
+
+        Args:
+            logits: The logits.
+
+        Returns:
+            The logits, and the features of the layers by name.
+
+        Raises:
+            ValueError: If a layer was not reached.
+        """
         if unreached := [name for name in self.layers if name not in self._features]:
             raise ValueError(f"the forward pass of {type(self.network).__name__} did not reach the layers {unreached}")
         return Outputs(logits, {name: self._features[name] for name in self.layers})
+
+    def remove(self) -> None:
+        """Remove the hooks from the network; afterwards no features are kept."""
+        for hook in self._hooks:
+            hook.remove()
+        self.clear()
 
     def probe(self, input: Any) -> Probe:
         """Run the network once in eval mode, leaving its modes and statistics as they were.

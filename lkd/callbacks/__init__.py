@@ -1,7 +1,9 @@
 """Callbacks: what is shown and kept of a run, how it goes on, and weights that change from epoch to epoch."""
 
 from lkd.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
+from lkd.callbacks.features import KNN, FeatureEvaluation, LinearProbe
 from lkd.callbacks.monitor import ImagesPerSecond, NetworkSummary
+from lkd.callbacks.monitored import MonitorCheck
 from lkd.callbacks.predictions import PredictionWriter
 from lkd.callbacks.progress import ProgressBar
 from lkd.callbacks.record import RunRecord
@@ -12,11 +14,15 @@ from lkd.callbacks.step_seed import StepSeed
 from lkd.callbacks.teacher_cache import TeacherCache
 
 __all__ = [
+    "KNN",
     "BestCheckpoint",
+    "FeatureEvaluation",
     "FitReport",
     "ImagesPerSecond",
     "LastCheckpoint",
     "LimitReport",
+    "LinearProbe",
+    "MonitorCheck",
     "NetworkSummary",
     "PredictionWriter",
     "ProgressBar",

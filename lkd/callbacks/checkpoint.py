@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
@@ -27,13 +28,18 @@ class BestCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, for the best by validation.
 
     Args:
-        monitor: Name of a curve; None: the newest is kept.
-        mode: Whether `min` or `max` is best; `auto`: the least of a loss, the most of anything else.
+        monitor: Name of a curve; None: the newest is kept. Where the loss does not train the logits, as with features
+            alone, `val/acc` stands for the distillation loss (`val/<criterion>`), or, if that is not measured, None.
+        mode: Whether `min` or `max` is best; `auto`: the least of a loss and of a criterion's terms, the most of
+            anything else.
         save_top_k: How many of the best are kept; -1: all.
         filename: Without `.ckpt`; None: `best`, or `best-{epoch}` if more than one is kept.
         enable_version_counter: Whether a file of that name stays, and the new one gets a number; by default it is
             replaced, as a resumed run meets the files of its first life.
         settings: ModelCheckpoint's other settings.
+
+    Attributes:
+        asked_monitor: The argument `monitor`.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class BestCheckpoint(ModelCheckpoint):
         enable_version_counter: bool = False,
         **settings: Any,
     ) -> None:
+        self.asked_monitor, self._asked_mode = monitor, mode
         if mode == "auto":
             mode = "min" if monitor is not None and "loss" in monitor else "max"
         if filename is None:
@@ -57,6 +64,33 @@ class BestCheckpoint(ModelCheckpoint):
             enable_version_counter=enable_version_counter,
             **settings,
         )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Settle what is monitored before a resumed run looks for its state, which goes by that name."""
+        self.settle(pl_module)
+        super().setup(trainer, pl_module, stage)
+
+    def settle(self, module: Any) -> None:
+        """Settle which curve is monitored, and whether its least or its most is best.
+
+        Args:
+            module: The module to be trained.
+        """
+        self.monitor, mode = self.asked_monitor, self._asked_mode
+        main = getattr(module, "main_metric", "acc")
+        if self.monitor == "val/acc" and main != "acc":
+            self.monitor = None if main is None else f"val/{main}"
+        if mode == "auto":
+            is_loss = getattr(module, "is_loss", lambda curve: "loss" in curve)
+            mode = "min" if self.monitor is not None and is_loss(self.monitor) else "max"
+        self.mode, self.kth_value = mode, torch.tensor(torch.inf if mode == "min" else -torch.inf)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tell which curve takes the place of the accuracy."""
+        super().on_fit_start(trainer, pl_module)
+        if self.monitor != self.asked_monitor:
+            best = f"the one with the lowest {self.monitor}" if self.monitor else "the newest"
+            pl_module.print(f"The loss does not train the logits, so the best checkpoint is {best}.")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Also what Lightning forgets: the current score, and all if the run's folder has another name by now."""

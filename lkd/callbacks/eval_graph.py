@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
-from lkd.callbacks.graph_constants import constants_of
+from lkd import devices
+from lkd.callbacks.graph_constants import constants_of, numbers_of
 from lkd.capture import Capture, copy_into, signature
 from lkd.types import Batch
 
@@ -50,12 +51,13 @@ class EvalGraph:
 
     def begin(self) -> None:
         """Look at what the graphs depend on before a validation: in training, anything may have changed."""
-        constants = constants_of(self.module)
+        names = tuple(self.module.stage_metrics("val"))
+        constants = constants_of(self.module), numbers_of(self.module, public=True), names
         if constants != self._constants:
-            self._graphs, self._constants = {}, constants
+            self._graphs, self._states, self._constants = {}, [], constants
         self._checked.clear()
 
-    def update(self, metrics: Mapping[str, Metric], batch: Batch) -> bool:
+    def update(self, metrics: MutableMapping[str, Metric], batch: Batch) -> bool:
         """Measure one batch.
 
         Args:
@@ -89,16 +91,20 @@ class EvalGraph:
                 static.copy_(current)
                 setattr(metric, name, static)
 
-    def _try(self, metrics: Mapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> None:
+    def _try(self, metrics: MutableMapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> None:
         """Capture an update, if that was not done yet, and check it."""
         counts = {metric: metric._update_count for metric in metrics.values()}
+        device = batch.target.device
+        random = devices.rng_states(device)
         try:
-            if name not in self._graphs:
+            is_new = name not in self._graphs
+            reason = "" if is_new else self._check(name, batch)
+            if is_new or reason:  # code of a user may read the epoch, which is a constant in a graph
                 self._capture(metrics, batch, name)
-            copy_into(self._graphs[name].batch, batch)
-            reason = self._check(self._graphs[name])
+                reason = self._check(name, batch)
         except Exception as error:  # whatever the update of a user raises: the ordinary update raises it again
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        devices.set_rng_states(device, random)
         for metric, count in counts.items():
             metric._update_count = count
         self._checked.add(name)
@@ -106,7 +112,7 @@ class EvalGraph:
             self._is_possible, self._graphs = False, {}
             rank_zero_warn(f"validation runs without graphs ({reason})")
 
-    def _capture(self, metrics: Mapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> None:
+    def _capture(self, metrics: MutableMapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> None:
         if not self._states:
             self._states = [
                 (metric, state, getattr(metric, state)) for metric in metrics.values() for state in metric._defaults
@@ -131,14 +137,19 @@ class EvalGraph:
             self._states_then_back_to(before)
         self._graphs[name] = _Captured(static, update, replay, updated)
 
-    def _check(self, captured: _Captured) -> str:
+    def _check(self, name: tuple[Any, ...], batch: Batch) -> str:
         """Describe the difference between a replay and an ordinary update; empty if they agree."""
+        captured = self._graphs[name]
+        copy_into(captured.batch, batch)
         self._fix_states()
         before = [state.clone() for _, _, state in self._states]
+        device = captured.batch.target.device
+        random = devices.rng_states(device)
         try:
             captured.update()
         finally:
             usual = self._states_then_back_to(before)
+        devices.set_rng_states(device, random)  # a criterion may draw
         captured.replay()
         found = self._states_then_back_to(before)
         pairs = zip(usual, found, strict=True)

@@ -16,11 +16,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from lkd.layers import evaluating
+
 _LAYOUT = {
     "lkd": {
-        "accuracy": ["Multiline", ["train/acc", "val/acc", "val/teacher_acc"]],
+        "accuracy": ["Multiline", ["train/acc", "val/acc", "val/teacher_acc", "val/knn_acc", "val/probe_acc"]],
         "loss": ["Multiline", ["train/loss", "val/loss"]],
         "terms of the training loss": ["Multiline", ["train/(?!acc$|images_per_s$)"]],
+        "terms of the validation loss": ["Multiline", ["val/(?!loss$|agreement$|.*acc)"]],
         "agreement with the teacher": ["Multiline", ["val/agreement"]],
     }
 }
@@ -50,14 +53,13 @@ def network_size(name: str, network: nn.Module, example: Any | None) -> NetworkS
     if example is None:
         return NetworkSize(name, type(network).__name__, parameters, None)
     example = fitting(example, network)
-    training, fused = network.training, torch.backends.mha.get_fastpath_enabled()
+    fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # PyTorch's own transformer layers in one: it would not be counted
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network.eval()(example)
+        with torch.no_grad(), evaluating(network), FlopCounterMode(display=False) as counter:
+            network(example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    network.train(training)
     if isinstance(network, FSDPModule):  # it has its whole weights until the next backward pass
         network.reshard()
     return NetworkSize(name, type(network).__name__, parameters, counter.get_total_flops())

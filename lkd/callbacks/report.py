@@ -20,6 +20,8 @@ from lkd.limits import Evaluated, images_measured, is_limited
 class FitReport(L.Callback):
     """At the end of fit: teacher, student (best by validation, and last), gap, and where things lie.
 
+    Where the loss does not train the logits, the table has the student's distillation loss in place of accuracies.
+
     TensorBoard's HParams page gets the hyperparameters with these figures as `final/...`.
     """
 
@@ -41,13 +43,13 @@ class FitReport(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Note what was measured, before the last checkpoint is written."""
-        self._measured = {**self._measured, **_figures(trainer)}
+        self._measured = {**self._measured, **_figures(trainer, pl_module)}
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Print and write."""
-        figures = {**self._measured, **_figures(trainer)}
-        if not figures:
+        figures = {**self._measured, **_figures(trainer, pl_module)}
+        if not figures and _main_metric(pl_module) is not None:
             return
         if trainer.progress_bar_callback is not None:  # it would draw itself over what follows
             trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
@@ -55,7 +57,8 @@ class FitReport(L.Callback):
         if not self._trained and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             done = f"{trainer.current_epoch} epochs and {trainer.global_step} steps"
             console.print(f"nothing was left to train: the run has made {done}; --trainer.max_epochs makes it longer")
-        console.print(_table(pl_module.network_names[0], figures, images_measured(trainer, "val")))
+        if figures:
+            console.print(_table(pl_module, figures, images_measured(trainer, "val")))
         for line in _where(trainer):
             console.print(line, highlight=False, markup=False)
         for logger in trainer.loggers:
@@ -99,13 +102,18 @@ def _path(callback: L.Callback) -> str:
     return str(getattr(callback, "best_model_path", ""))
 
 
-def _figures(trainer: L.Trainer) -> dict[str, float]:
-    """Accuracies on the validation split, as far as they were measured."""
-    measured, best = trainer.callback_metrics, _best_checkpoint(trainer)
+def _main_metric(module: Any) -> str | None:
+    name: str | None = getattr(module, "main_metric", "acc")
+    return name
+
+
+def _figures(trainer: L.Trainer, module: Any) -> dict[str, float]:
+    """The main metric on the validation split, and the teacher's accuracy beside the student's, if measured."""
+    measured, best, name = trainer.callback_metrics, _best_checkpoint(trainer), _main_metric(module)
     figures = {
-        "teacher_acc": measured.get("val/teacher_acc"),
-        "best_acc": best.best_model_score if best and best.monitor == "val/acc" else None,
-        "last_acc": measured.get("val/acc"),
+        "teacher_acc": measured.get("val/teacher_acc") if name == "acc" else None,
+        f"best_{name}": best.best_model_score if best and best.monitor == f"val/{name}" else None,
+        f"last_{name}": measured.get(f"val/{name}"),
     }
     return {name: float(figure) for name, figure in figures.items() if figure is not None}
 
@@ -118,14 +126,18 @@ def _best_checkpoint(trainer: L.Trainer) -> ModelCheckpoint | None:
     return None
 
 
-def _table(network: str, figures: dict[str, float], images: str) -> Table:
-    table = Table("", f"accuracy on {images}")
-    rows = {"teacher": "teacher_acc", f"{network}, best": "best_acc", f"{network}, last": "last_acc"}
-    for label, name in rows.items():
-        if name in figures:
-            table.add_row(label, f"{figures[name]:.2%}")
+def _table(module: Any, figures: dict[str, float], images: str) -> Table:
+    network, name = module.network_names[0], _main_metric(module)
+    is_accuracy = name == "acc"
+    table = Table("", f"accuracy on {images}" if is_accuracy else f"distillation loss (val/{name}) on {images}")
+    rows = {"teacher": "teacher_acc", f"{network}, best": f"best_{name}", f"{network}, last": f"last_{name}"}
+    for label, row in rows.items():
+        if row in figures:
+            table.add_row(label, f"{figures[row]:.2%}" if is_accuracy else f"{figures[row]:.4g}")
     if {"teacher_acc", "best_acc"} <= set(figures):
-        table.add_row("best - teacher", f"{100 * (figures['best_acc'] - figures['teacher_acc']):+.2f} points")
+        table.add_row(
+            "best - teacher", f"{100 * (figures['best_acc'] - figures['teacher_acc']):+.2f} percentage points"
+        )
     return table
 
 

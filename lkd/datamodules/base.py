@@ -335,12 +335,17 @@ class ImageDataModule(L.LightningDataModule, ABC):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         return self.trainer.lightning_module.transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def _loader(self, split: Split, padded: bool = True) -> DataLoader[Batch]:
+    def _loader(self, split: Split, padded: bool = True, plain: bool = False) -> DataLoader[Batch]:
         if split not in self.datasets:
             raise ValueError(f"{type(self).__name__} has no {split} images yet; call prepare_data() and setup()")
-        dataset = self._placed(self.datasets[split])
+        dataset = self.datasets[split]
+        if plain:
+            chosen = torch.zeros(len(dataset.target), dtype=torch.bool).index_fill_(0, dataset.index, True)
+            seed, dataset = dataset.seed, self._wrap(dataset.source, dataset.target, chosen)
+            dataset.seed = seed
+        dataset = self._placed(dataset)
         processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        training = split == "train"
+        training = split == "train" and not plain
         order = self._limited_order(split) if padded else None
         sampler = EpochSampler(dataset, processes, rank, training, dataset.seed, padded, order)
         workers = self.num_workers
@@ -353,7 +358,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             num_workers=workers,
             collate_fn=_as_it_is,
             pin_memory=devices.pins_memory() and dataset.index.is_cpu,
-            persistent_workers=workers > 0,
+            persistent_workers=workers > 0 and not plain,
             generator=torch.Generator(),  # of the workers' seeds, so that they leave the global one alone
             # A rest of one image would break BatchNorm, and compiled steps want one shape. Which images are
             # left out differs from epoch to epoch.
@@ -393,6 +398,10 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training images, augmented and shuffled, in full batches unless there is but one."""
         return self._loader("train")
+
+    def plain_train_dataloader(self) -> DataLoader[Batch]:
+        """Training images as evaluation sees images: without augmentation, views and mixing, in their order."""
+        return self._loader("train", plain=True)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Validation images; no loader if `val_size` is 0."""

@@ -13,8 +13,10 @@ from lkd.layers import resolve_layers
 from lkd.losses.checks import check_dims
 from lkd.types import Batch, Outputs, Probe
 
-RESERVED = ("hard", "loss", "acc")
+RESERVED = ("hard", "loss", "acc", "teacher_acc", "agreement")
 """Names of curves that a criterion must not take."""
+SUM = "distill"
+"""The name of a sum of criteria among the curves: none of the criteria may have it."""
 
 
 class DistillLoss(nn.Module, ABC):
@@ -333,7 +335,7 @@ class WeightedSum(CompositeLoss):
     Raises:
         TypeError: If `criteria` is no dict of criteria.
         ValueError: If there is no criterion, a weight is negative, not finite or names no criterion, or a criterion is
-            called `hard`, `loss` or `acc`, as other curves are, or so that PyTorch cannot keep it.
+            called `loss`, `acc`, `distill` or as another curve, or so that PyTorch cannot keep it.
 
     Example:
         >>> from lkd.losses import KD
@@ -348,7 +350,7 @@ class WeightedSum(CompositeLoss):
             raise TypeError(f"WeightedSum takes a dict of names and criteria, got {type(criteria).__name__}")
         if not criteria:
             raise ValueError("WeightedSum needs at least one criterion")
-        if taken := sorted(set(RESERVED) & set(criteria)):
+        if taken := sorted({*RESERVED, SUM} & set(criteria)):
             raise ValueError(f"a criterion in WeightedSum must not be called {taken}: other curves have this name")
         if refused := [name for name in criteria if not _is_module_name(name)]:
             raise ValueError(

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
+from lkd.layers import evaluating
 from lkd.models.downloads import hub_file, timm_weights, unreachable
 
 
@@ -212,16 +213,14 @@ def _remove_stem_pool(network: nn.Module, stem_path: str) -> None:
 
 def _check_runs(network: nn.Module, name: str, stem: nn.Conv2d) -> None:
     """Fail here, not in training, where a stem has branches or the network is made for one size of images."""
-    network.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(network):
             network(stem.weight.new_zeros(1, stem.in_channels, 32, 32))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(
             f"{name} does not take images of 32x32 even with its stem adapted ({_first_line(error)}); leave "
             "small_images out and resize the images, or take a network with a plain stem, such as resnet18"
         ) from error
-    network.train()
 
 
 def _first_line(error: Exception) -> str:

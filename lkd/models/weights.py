@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from lkd.layers import feature_layers
 from lkd.refused import UntrustedError, said, shown
 from lkd.untrusted import read_torch
+
+_SHORTCUT = ".downsample."
+"""Part of the names of a projection's weights."""
 
 PRETRAINED = Path(__file__).with_name("pretrained")
 """The folder of the weights that ship with the package."""
@@ -173,11 +177,22 @@ def _check_fit(tensors: Mapping[str, Tensor], network: nn.Module, file: Path, he
         raise ValueError(
             f"the weights in {shown(file)} do not fit {type(network).__name__}; {problems}; build the network as it "
             "was when it was trained (classes, input channels, depth, shortcuts), or choose its file"
-            + (_FINE_TUNE.format(head=head) if only_head else "")
+            + (_FINE_TUNE.format(head=head) if only_head else _other_shortcut(tensors, network, optional))
         )
     for name, own in network.state_dict().items():
         if name in tensors and (problem := _flaw(tensors[name], own)):
             raise ValueError(f"{shown(file)} is not loaded: {name} {problem}; choose a file of trained weights")
+
+
+def _other_shortcut(tensors: Mapping[str, Tensor], network: nn.Module, optional: str) -> str:
+    """Return the end of a sentence, if weights fit a ResNet but for its shortcuts."""
+    if "shortcut" not in inspect.signature(type(network)).parameters:
+        return ""
+    own = {name for name in network.state_dict() if not name.endswith(optional)}
+    given = {name for name in tensors if not name.endswith(optional)}
+    if own == given or any(_SHORTCUT not in name for name in own ^ given):
+        return ""
+    return f"; the file was trained with shortcut: {'A' if own > given else 'B'}"
 
 
 def _flaw(tensor: Tensor, own: Tensor) -> str:

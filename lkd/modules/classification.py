@@ -24,8 +24,9 @@ from lkd.losses.labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
 from lkd.modules.checks import mismatch, warn_of_unused_outputs
-from lkd.modules.meter import Accuracy, Meter, WeightedMean
-from lkd.modules.recorded import RecordedModule, global_seed, inner_arguments
+from lkd.modules.evaluated import EvaluatedModule, mean_cross_entropy
+from lkd.modules.meter import Meter
+from lkd.modules.recorded import global_seed, inner_arguments
 from lkd.schedules import Interval, fit_schedules, with_schedule
 from lkd.taps import FeatureTaps, logits_of
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
@@ -57,7 +58,7 @@ def _name_default(kind: type[L.LightningModule]) -> None:
         setattr(kind, "<lambda>", optimizer.default)
 
 
-class ClassificationModule(RecordedModule):
+class ClassificationModule(EvaluatedModule):
     """Train a classifier with labels.
 
     Batches are `Batch`, `(input, target)`, `(input, target, index)` or a dict with these keys; override `unpack`
@@ -183,15 +184,11 @@ class ClassificationModule(RecordedModule):
             ValueError: If a label is out of range (noticed on the CPU; a GPU stops with an assertion).
         """
         if mixed is None:
-            return self._mean_cross_entropy(logits, target, self.label_smoothing)
+            return mean_cross_entropy(logits, target, self.label_smoothing)
         labelled = target != IGNORE_INDEX
         own = cross_entropies(logits, target, self.label_smoothing)
         other = cross_entropies(logits, mixed.target, self.label_smoothing) * labelled
         return (mixed.weight * own + (1 - mixed.weight) * other).sum() / labelled.sum().clamp(min=1)
-
-    def _mean_cross_entropy(self, logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        total = cross_entropies(logits, target, label_smoothing, "sum")
-        return total / (target != IGNORE_INDEX).sum().clamp(min=1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum of `losses`."""
@@ -268,10 +265,13 @@ class ClassificationModule(RecordedModule):
         if not means:  # a training_step of the user's own, which logs for itself
             return
         self.flushes += 1
-        means["acc"] = means.pop("correct answers") / max(means.pop("labelled images"), 1e-9)
+        acc = means.pop("correct answers") / max(means.pop("labelled images"), 1e-9)
+        if self.trains_logits:
+            means["acc"] = acc
         curves = {f"train/{name}": mean for name, mean in means.items() if not name.endswith(_LOGITS)}
         # Not by `self.log`: Lightning would read what the bar shows from the device again in each of the next steps.
-        self.trainer.progress_bar_metrics.update({name: curves[name] for name in ("train/loss", "train/acc")})
+        shown = ("train/loss", "train/acc")
+        self.trainer.progress_bar_metrics.update({name: mean for name, mean in curves.items() if name in shown})
         self.trainer.callback_metrics.update({name: torch.tensor(mean) for name, mean in curves.items()})
         for logger in self.loggers:
             logger.log_metrics(curves, step=self.global_step - 1)  # as Lightning counts
@@ -291,55 +291,6 @@ class ClassificationModule(RecordedModule):
             else "lower the learning rate, clip gradients (--trainer.gradient_clip_val 1) or take a wider precision"
         )
         raise ValueError(f"the loss is not finite since step {step}, in {', '.join(terms)}; {blame}; {remedy}")
-
-    def make_metrics(self) -> dict[str, Metric]:
-        """Name to metric, for each of the stages `val` and `test`."""
-        return {"loss": WeightedMean(), "acc": Accuracy()}
-
-    def stage_metrics(self, stage: str) -> dict[str, Metric]:
-        """The metrics of `val` or `test`, by name."""
-        return dict(cast("nn.ModuleDict", self.metrics[stage]).items())  # type: ignore[arg-type]
-
-    def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> Tensor:
-        """Measure one batch of validation or test. Metrics that are not updated are not logged.
-
-        Args:
-            metrics: One stage's metrics, as `make_metrics` made them.
-            batch: One batch.
-
-        Returns:
-            The logits `(B, K)` of the network in training.
-        """
-        logits: Tensor = self(batch.input)
-        self.measure(metrics, logits, batch.target)
-        return logits
-
-    def measure(self, metrics: Mapping[str, Metric], logits: Tensor, target: Tensor) -> None:
-        """Update `loss` and `acc`.
-
-        Args:
-            metrics: One stage's metrics.
-            logits: `(B, K)`.
-            target: `(B,)`; `IGNORE_INDEX` where there is no label.
-        """
-        metrics["loss"].update(self._mean_cross_entropy(logits, target), weight=(target != IGNORE_INDEX).sum())
-        metrics["acc"].update(logits, target)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Measure one batch."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Measure one batch."""
-        self._evaluate("test", batch)
-
-    def _evaluate(self, stage: str, batch: Any) -> None:
-        metrics, batch = self.stage_metrics(stage), self.unpack(batch)
-        if self.eval_graph is None or stage != "val" or not self.eval_graph.update(metrics, batch):
-            self.update_metrics(metrics, batch)
-        updated = {f"{stage}/{name}": metric for name, metric in metrics.items() if metric.update_called}
-        self.log_dict({name: updated.pop(name) for name in [f"{stage}/acc"]}, prog_bar=stage == "val")
-        self.log_dict(updated)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Logits `(B, K)`."""

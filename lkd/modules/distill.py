@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD
-from torchmetrics import Metric
 
 from lkd.layers import device_of
-from lkd.limits import images_measured
 from lkd.losses import KD, DistillLoss, named_terms
 from lkd.losses.base import RESERVED, buffers_same_everywhere, check_criterion
 from lkd.models import load_weights
-from lkd.modules.classification import FROM_DATA, RUNNING_HOOK, ClassificationModule
-from lkd.modules.meter import Accuracy
+from lkd.modules.classification import FROM_DATA, RUNNING_HOOK
+from lkd.modules.criterion_meter import CriterionMeter, RememberedLogits
+from lkd.modules.evaluated_distillation import NO_ANSWER, EvaluatedDistillation
 from lkd.schedules import Interval
 from lkd.taps import FeatureTaps
-from lkd.types import IGNORE_INDEX, Batch, Normalization, Outputs, Probe
-
-_NO_ANSWER = Outputs(torch.empty(0), {})
-"""What a criterion that asks no teacher is given as the teacher's outputs."""
+from lkd.types import Batch, Normalization, Outputs, Probe
 
 
-class DistillModule(ClassificationModule):
+class DistillModule(EvaluatedDistillation):
     """Train a student with labels and with a teacher's answers.
 
     The loss is `hard_weight * cross-entropy + distill_weight * criterion`. The teacher is frozen, always in eval
@@ -46,8 +41,22 @@ class DistillModule(ClassificationModule):
 
     To write a method of one's own, override `distill_loss`, or write a `DistillLoss` and pass it as `criterion`.
 
-    Beside `ClassificationModule`'s curves: `train/hard`, `train/<criterion>` (as weighted), `val/teacher_acc`, and
-    `val/agreement`, the share of images for which student and teacher choose the same class.
+    Beside `ClassificationModule`'s curves:
+
+    - `train/hard` and `train/<criterion>`: the terms of the loss, multiplied by `hard_weight` and `distill_weight`;
+    - `val/<criterion>`: the criterion in eval mode on the validation images, multiplied by `distill_weight` as in
+      training. Where it has several terms, each has a curve (`val/<criterion>_<term>`) and `val/<criterion>` is their
+      sum; the sum of a `WeightedSum` is `val/distill`. `validates_criterion` tells which criteria have no such curve;
+    - `val/teacher_acc`, and `val/agreement`: the share of images for which student and teacher choose the same class.
+
+    The loss may leave a part of the student untrained that its logits depend on: its classifier where `hard_weight` is
+    0 and the criterion compares features. Then no metric of the logits is logged, neither accuracy nor cross-entropy
+    nor agreement, and the best checkpoint is the one with the lowest `val/<criterion>`. `lkd.callbacks.KNN` and
+    `LinearProbe` measure the features.
+
+    In validation the teacher's logits are computed once where the data tells that its images do not change, and up to
+    256 MiB of them are remembered. A criterion that reads the teacher's features costs a pass of the teacher over the
+    validation images each time, as does validation on a GPU that makes the batches itself.
 
     Args:
         student: The network in training; returns logits `(B, K)`.
@@ -79,7 +88,6 @@ class DistillModule(ClassificationModule):
     teacher: nn.Module | None
     recall: Callable[[Batch, Callable[[Batch], Outputs]], Outputs] | None = None
     """Stands between training and `teacher_outputs`, its second argument: for a callback that keeps answers."""
-    _choices: dict[tuple[int, ...], tuple[Tensor, int]]  # the teacher's, on validation images
 
     def __init__(
         self,
@@ -120,6 +128,8 @@ class DistillModule(ClassificationModule):
         self.teacher_scale: Tensor | None = None
         self.teacher_shift: Tensor | None = None
         self._built = False
+        self._criterion_meter = CriterionMeter()
+        self._has_untrained_part: bool | None = None  # None: not known yet
         self._freeze_teacher()
 
     @property
@@ -179,15 +189,18 @@ class DistillModule(ClassificationModule):
             terms["hard"] = self.hard_weight * self._labels_loss(student.logits, batch)
         if self.distill_weight:
             self._check_batch(batch)
-            teacher = _NO_ANSWER
+            teacher = NO_ANSWER
             if self.asks_teacher:
                 with torch.no_grad():  # not inference_mode: its tensors cannot be saved for backward
                     teacher = self._teacher_answer(batch)
                 self.watch("teacher", teacher.logits)
-            loss = self.distill_loss(student, teacher, batch)
-            terms |= {name: self.distill_weight * term for name, term in named_terms(self.distill_name, loss).items()}
+            terms |= self._weighted_terms(student, teacher, batch)
         self._reach_all(terms, student.logits)
         return student.logits, terms
+
+    def _weighted_terms(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        loss = self.distill_loss(student, teacher, batch)
+        return {name: self.distill_weight * term for name, term in named_terms(self.distill_name, loss).items()}
 
     def _teacher_answer(self, batch: Batch) -> Outputs:
         return self.teacher_outputs(batch) if self.recall is None else self.recall(batch, self.teacher_outputs)
@@ -317,13 +330,14 @@ class DistillModule(ClassificationModule):
         if self.teacher_normalization is not None:
             self._renormalize(self.teacher_normalization)
         super().setup(stage)
-        self._choices, self.recall = {}, None
+        self._remembered, self.recall, self._criterion_meter = RememberedLogits(), None, CriterionMeter()
         if not self._built and self.criterion.needs_build and self.example_input() is None:
             raise ValueError(
                 f"{type(self.criterion).__name__} builds its adapters from the shape of the input, which is not known; "
                 "use a datamodule with `input_shape` or `example_input`, or set the module's `example_input_array`"
             )
         self._check_hidden()
+        _ = self.trains_logits  # found out here, before a strategy shards the weights
 
     def _check_hidden(self) -> None:
         if self.teacher is None or self.saves_teacher:
@@ -357,7 +371,7 @@ class DistillModule(ClassificationModule):
     def build(self, example: Any) -> None:
         """Check both networks on a blank input, and let the criterion build its adapters."""
         student = self.probe("student", self.student_taps, example)
-        teacher = Probe(nn.Identity(), _NO_ANSWER)
+        teacher = Probe(nn.Identity(), NO_ANSWER)
         if self.teacher_taps is not None:
             compared = bool(self.criterion.reads_logits and self.distill_weight)
             teacher = self.probe("teacher", self.teacher_taps, example, is_classifier=compared)
@@ -393,64 +407,13 @@ class DistillModule(ClassificationModule):
                 "logits and needs the same classes in both: set the same num_classes"
             )
 
-    def make_metrics(self) -> dict[str, Metric]:
-        """Those of `ClassificationModule`, the teacher's accuracy, and the agreement with it."""
-        return {**super().make_metrics(), "teacher_acc": Accuracy(), "agreement": Accuracy()}
-
-    def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> Tensor:
-        """Measure student and teacher on one batch."""
-        logits = super().update_metrics(metrics, batch)
-        if "teacher" not in self.network_names:
-            return logits
-        teacher, num_classes = self._teacher_choice(batch)
-        if num_classes == logits.shape[1]:
-            metrics["teacher_acc"].update(teacher, batch.target)
-            metrics["agreement"].update(logits, teacher.masked_fill(batch.target == IGNORE_INDEX, IGNORE_INDEX))
-            self._num_classes = num_classes
-        return logits
-
-    def _teacher_choice(self, batch: Batch) -> tuple[Tensor, int]:
-        """The classes that the teacher chooses `(B,)`, and how many there are.
-
-        The validation images are the same in every epoch, and so are a frozen teacher's answers: it is asked once.
-        """
-        index, trainer = batch.index, self._trainer
-        if (
-            trainer is None
-            or trainer.state.fn != TrainerFn.FITTING
-            or len(trainer.num_val_batches) != 1
-            or batch.version is None  # not lkd's data: it may differ from epoch to epoch
-            or index is None
-            or not index.is_cpu  # to look at it would make the host wait for a GPU, which asks the teacher sooner
-            or self.teacher_changes
-            or self._overrides("teacher_outputs", "teacher_input")
-        ):
-            return _choice(self.teacher_outputs(batch))
-        name = (int(index[0]), int(index[-1]), len(index), self.teacher_version)
-        if name not in self._choices:
-            self._choices[name] = _choice(self.teacher_outputs(batch))
-        return self._choices[name]
-
-    def on_validation_epoch_end(self) -> None:
-        """Before the first epoch, say how good the teacher is."""
-        super().on_validation_epoch_end()
-        metric = self.stage_metrics("val")["teacher_acc"]
-        if not self.trainer.sanity_checking or not metric.update_called:
-            return
-        acc = float(metric.compute())
-        chance = 1 / self._num_classes
-        images = images_measured(self.trainer, "val")
-        self.print(f"The teacher's accuracy on {images}: {acc:.2%}")
-        if acc - chance < 0.1 * (1 - chance):
-            rank_zero_warn(
-                f"the teacher's accuracy on {images} is {acc:.2%}, near chance ({chance:.2%}): "
-                "its weights may be untrained (teacher_ckpt), its classes in another order, or its images normalised "
-                "otherwise (teacher_normalization)"
-            )
-
-
-def _choice(outputs: Outputs) -> tuple[Tensor, int]:
-    return outputs.logits.argmax(1), outputs.logits.shape[1]
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """As in `ClassificationModule`; where the logits are not trained, a schedule does not wait for `val/loss`."""
+        made = super().configure_optimizers()
+        schedule = made.get("lr_scheduler") if isinstance(made, dict) else None
+        if isinstance(schedule, dict) and schedule.get("monitor") == "val/loss" and not self.trains_logits:
+            schedule["monitor"] = f"val/{self.criterion_curve}"
+        return made
 
 
 def _load_teacher(teacher: nn.Module | None, path: str | None) -> nn.Module | None:

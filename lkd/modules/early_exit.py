@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from typing import Any, cast
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -12,9 +12,10 @@ from torchmetrics import Metric
 
 from lkd.losses import BYOT
 from lkd.modules.distill import DistillModule
+from lkd.modules.evaluated_distillation import NO_ANSWER
 from lkd.modules.meter import Accuracy
 from lkd.schedules import Interval
-from lkd.types import Batch
+from lkd.types import Batch, Outputs
 
 
 class EarlyExitModule(DistillModule):
@@ -79,19 +80,23 @@ class EarlyExitModule(DistillModule):
         Args:
             input: What the network takes.
         """
-        outputs = self.student_taps(input)
-        exits = cast("BYOT", self.criterion).exit_outputs(outputs)
-        return [*(answer.logits for answer in exits), outputs.logits]
+        return self._exit_logits(self.student_taps(input))
+
+    def _exit_logits(self, student: Outputs) -> list[Tensor]:
+        exits = cast("BYOT", self.criterion).exit_outputs(student)
+        return [*(answer.logits for answer in exits), student.logits]
 
     def forward(self, input: Any) -> Tensor:
         """Logits `(B, K)` of the exit that answers."""
         return super().forward(input) if self.exit is None else self.exit_logits(input)[self.exit - 1]
 
-    def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> Tensor:
-        """Measure what answers, and all exits, on one batch."""
-        *exits, own = self.exit_logits(batch.input)
+    def update_metrics(self, metrics: MutableMapping[str, Metric], batch: Batch) -> Tensor:
+        """Measure what answers, all exits, and the criterion on one batch."""
+        student = self.student_taps(batch.input)
+        *exits, own = self._exit_logits(student)
         logits = own if self.exit is None else exits[self.exit - 1]
         self.measure(metrics, logits, batch.target)
         for number, exit_logits in enumerate(exits, 1):
             metrics[f"acc_exit{number}"].update(exit_logits, batch.target)
+        self.measure_criterion(metrics, batch, lambda: self._weighted_terms(student, NO_ANSWER, batch))
         return logits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from copy import deepcopy
 from itertools import permutations
 from typing import Any, cast
@@ -14,10 +14,12 @@ from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
 from lkd.losses import KD, CompositeLoss, DistillLoss, named_terms
+from lkd.modules.classification import ClassificationModule
+from lkd.modules.criterion_meter import with_total
 from lkd.modules.distill import DistillModule
 from lkd.modules.meter import Accuracy
 from lkd.schedules import Interval
-from lkd.taps import FeatureTaps, logits_of
+from lkd.taps import FeatureTaps
 from lkd.types import Batch, Outputs, Probe
 
 
@@ -162,6 +164,7 @@ class MutualModule(DistillModule):
             self.add_module(f"student_{number}", student)
             self.network_names += (f"student_{number}",)
             self.taps.append(FeatureTaps(student, mutual.layers_of(number - 1)))
+            self.logit_metrics += (f"acc_{number}",)
             for metrics in self.metrics.values():
                 cast("nn.ModuleDict", metrics)[f"acc_{number}"] = Accuracy()
 
@@ -188,20 +191,41 @@ class MutualModule(DistillModule):
         answers = [taps(batch.input) for taps in self.taps]
         terms = {}
         for number, answer in enumerate(answers):
-            suffix = f"_{number + 1}" if number else ""
             self.watch(self.network_names[number], answer.logits)
             if self.hard_weight:
-                terms[f"hard{suffix}"] = self.hard_weight * self._labels_loss(answer.logits, batch)
+                terms[f"hard{_suffix(number)}"] = self.hard_weight * self._labels_loss(answer.logits, batch)
             if self.distill_weight:
-                loss = self.criterion(answers, number, batch)
-                for name, term in named_terms(self.distill_name, loss).items():
-                    terms[f"{name}{suffix}"] = self.distill_weight * term
+                terms |= _numbered(self._terms_of(answers, number, batch), number)
         self._reach_all(terms, *(answer.logits for answer in answers))
         return answers[0].logits, terms
 
-    def update_metrics(self, metrics: Mapping[str, Metric], batch: Batch) -> Tensor:
-        """Measure all students on one batch."""
-        logits = super().update_metrics(metrics, batch)
-        for number, taps in enumerate(self.taps[1:], 2):
-            metrics[f"acc_{number}"].update(logits_of(taps.network(batch.input)), batch.target)
+    def _terms_of(self, answers: list[Outputs], student: int, batch: Batch) -> dict[str, Tensor]:
+        terms = named_terms(self.distill_name, self.criterion(answers, student, batch))
+        return {name: self.distill_weight * term for name, term in terms.items()}
+
+    def update_metrics(self, metrics: MutableMapping[str, Metric], batch: Batch) -> Tensor:
+        """Measure all students on one batch, and the criterion of each."""
+        self.student_taps.clear()
+        logits = ClassificationModule.update_metrics(self, metrics, batch)
+        peers = [taps(batch.input) for taps in self.taps[1:]]
+        for number, peer in enumerate(peers, 2):
+            metrics[f"acc_{number}"].update(peer.logits, batch.target)
+
+        def terms() -> dict[str, Tensor]:
+            answers = [self.student_taps.outputs(logits), *peers]
+            found: dict[str, Tensor] = {}
+            for number in range(len(answers)):
+                own = with_total(self._terms_of(answers, number, batch), self.criterion_curve)
+                found |= _numbered(own, number)
+            return found
+
+        self.measure_criterion(metrics, batch, terms)
         return logits
+
+
+def _suffix(student: int) -> str:
+    return f"_{student + 1}" if student else ""
+
+
+def _numbered(terms: dict[str, Tensor], student: int) -> dict[str, Tensor]:
+    return {f"{name}{_suffix(student)}": term for name, term in terms.items()}

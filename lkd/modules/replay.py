@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 from typing import Any, Protocol
 
 import lightning as L
@@ -18,7 +18,7 @@ from lkd.types import Batch
 class EvalReplay(Protocol):
     """Measures validation batches: `lkd.callbacks.eval_graph.EvalGraph`."""
 
-    def update(self, metrics: Mapping[str, Metric], batch: Batch) -> bool:
+    def update(self, metrics: MutableMapping[str, Metric], batch: Batch) -> bool:
         """Measure one batch as `update_metrics` does; whether that was done."""
 
 

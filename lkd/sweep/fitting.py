@@ -158,6 +158,7 @@ def planned(config: dict[str, Any], args: Sequence[str]) -> Plan:
         )
     if config["checkpoint"]["dirpath"] is not None:
         raise ValueError("lkd sweep keeps each trial's checkpoints in its own folder; leave checkpoint.dirpath out")
+    best.settle(fit.model)
     root = Path(config["trainer"]["default_root_dir"] or "runs")
     epochs = trainer.max_epochs
     return Plan(config, fit.run_name, root, str(best.monitor), best.mode, epochs if epochs and epochs > 0 else None)
@@ -166,6 +167,19 @@ def planned(config: dict[str, Any], args: Sequence[str]) -> Plan:
 def _best(trainer: L.Trainer) -> BestCheckpoint | None:
     kept = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, BestCheckpoint))
     return next((callback for callback in kept if callback.monitor and callback.save_top_k), None)
+
+
+class _SameCurve(L.Callback):
+    """Refuse a trial whose best checkpoint is chosen by another curve than the study's."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare the curves."""
+        for kept in trainer.checkpoint_callbacks:
+            if isinstance(kept, BestCheckpoint) and kept.monitor != kept.asked_monitor:
+                other = kept.monitor or "NAME, with a curve of your own"
+                raise ValueError(
+                    f"{kept.asked_monitor} is not logged, as the loss does not train the logits; give --monitor {other}"
+                )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -201,7 +215,8 @@ def train(args: Sequence[str], name: str, folder: Path, callbacks: Sequence[L.Ca
         shutil.rmtree(begun)
     with (folder / LOG).open("a", buffering=1, encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            fit = copy_context().run(_Fit, prepare(["fit", *args, *goes_on]).args, name, "trained", callbacks)
+            watching = [*callbacks, _SameCurve()]
+            fit = copy_context().run(_Fit, prepare(["fit", *args, *goes_on]).args, name, "trained", watching)
             best = _best(fit.trainer)
             if best is None or best.best_model_score is None:
                 return Outcome(TrialState.FAIL, reason="nothing was measured")

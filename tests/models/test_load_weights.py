@@ -304,3 +304,11 @@ if "LKD_WEIGHTS" in os.environ:
             for layer, feature in features.items():
                 expected = reference[f"case0.expected.{layer}_mean_over_hw"]
                 torch.testing.assert_close(feature.mean(dim=(2, 3)).double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("trained", "built"), [("A", "B"), ("B", "A")])
+def test_the_other_shortcut_is_suggested(tmp_path: Path, trained: str, built: str) -> None:
+    torch.save(resnet8(num_classes=4, shortcut=trained).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=f"the file was trained with shortcut: {trained}$"):
+        load_weights(resnet8(num_classes=4, shortcut=built), str(tmp_path / "other.pth"))
+    load_weights(resnet8(num_classes=4, shortcut=trained), str(tmp_path / "other.pth"))

@@ -93,7 +93,8 @@ def test_several_criteria_are_logged_for_each_student(tiny, data, trainer) -> No
     names = {"loss", "acc", "hard", "soft", "at", "hard_2", "soft_2", "at_2"}
     assert {name.removeprefix("train/") for name in engine.callback_metrics if name.startswith("train/")} == names
     measured = {name for name in engine.callback_metrics if name.startswith("val/")}
-    assert measured == {"val/loss", "val/acc", "val/acc_2"}
+    terms = {"val/soft", "val/at", "val/distill", "val/soft_2", "val/at_2", "val/distill_2"}
+    assert measured == {"val/loss", "val/acc", "val/acc_2", *terms}
 
 
 def test_accuracies_are_each_student_s(tiny, data, trainer) -> None:

@@ -17,8 +17,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from lkd import ClassificationModule, DistillModule, SyntheticDataModule
+from lkd import Batch, ClassificationModule, DistillModule, Outputs, SyntheticDataModule
 from lkd.callbacks import Schedule, Speed
+from lkd.callbacks.eval_graph import EvalGraph
 from lkd.callbacks.step_graph import StepGraph
 from lkd.datamodules.color import ColorJitter
 from lkd.datamodules.erasing import Cutout, RandomErasing
@@ -27,6 +28,7 @@ from lkd.datamodules.transforms import RandomCrop, RandomHorizontalFlip
 from lkd.datamodules.views import ClassPartner, RotatedViews
 from lkd.losses import DistillLoss
 from lkd.schedules import CosineDecay
+from lkd.types import IGNORE_INDEX
 from tests.pretended.device import NAME
 from tests.pretended.runs import differences
 
@@ -514,3 +516,38 @@ def test_after_fit_the_module_is_as_before(train, distill) -> None:
     train(NAME, module=lambda: module)
     assert module.step_graph is None
     assert module.eval_graph is None
+
+
+class DrawsMasks(DistillLoss):
+    """Draws, skips unlabelled images, and has two terms: as training, so validation by a graph."""
+
+    skips_unlabelled = True
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        mask = torch.rand(student.logits.shape, device=student.logits.device)
+        apart = mask * (student.logits - teacher.logits).square()
+        labelled = (batch.target != IGNORE_INDEX).unsqueeze(1)
+        return {"near": (apart * labelled).sum() / labelled.sum().clamp(min=1), "far": student.logits.mean()}
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0], ids=["always", "later"])
+def test_the_criterion_is_measured_by_a_graph(weight: float, agree, distill, monkeypatch, recwarn) -> None:
+    """With a weight that begins at 0, the curves appear later, and the graphs of validation are captured again."""
+    replayed: list[bool] = []
+    update = EvalGraph.update
+
+    def noted(self: EvalGraph, *args: Any) -> bool:
+        replayed.append(update(self, *args))
+        return replayed[-1]
+
+    monkeypatch.setattr(EvalGraph, "update", noted)
+    schedule = [Schedule("distill_weight", epochs=2, start=weight, shape="step")]
+    agree(
+        module=lambda: distill(criterion=DrawsMasks()),
+        callbacks=lambda: schedule,
+        data={"val_size": 28, "train_size": 64},
+        max_epochs=4,
+    )
+    assert not [warning for warning in recwarn if "without graphs" in str(warning.message)]
+    assert all(replayed)
+    assert len(replayed) >= 8

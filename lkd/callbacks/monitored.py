@@ -1,0 +1,98 @@
+"""Monitors that name no curve."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
+
+_KNOWN = ("lkd", "lightning")
+"""Packages whose code logs the same names in the sanity check as in any validation."""
+_LOGS = (
+    *("validation_step", "on_validation_start", "on_validation_epoch_start", "on_validation_batch_end"),
+    *("on_validation_epoch_end", "on_train_epoch_end", "on_train_batch_end", "training_step"),
+)
+
+
+class MonitorCheck(L.Callback):
+    """Report a monitor that does not exist after the sanity check, which logs the same curves as any validation.
+
+    The monitors are those of `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau` that begin with `val/`. Where
+    there is no sanity check, or a callback or module of your own may log a curve later, the first validation is waited
+    for. A callback that logs curves from time to time lists their names in an attribute `curves`.
+
+    Raises:
+        ValueError: If there is no curve of that name.
+    """
+
+    def __init__(self) -> None:
+        self._is_checked = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check again in the next run."""
+        self._is_checked = False
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check before the first step."""
+        if not _may_log_later(trainer, pl_module):
+            self._check(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check after the first validation, if that was not done before."""
+        if not self._is_checked and not trainer.sanity_checking:
+            self._check(trainer, pl_module)
+
+    def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        known = {*trainer.callback_metrics}
+        if not any(name.startswith("val/") for name in known):  # no validation images
+            return
+        self._is_checked = True
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            known.update(getattr(callback, "curves", ()))
+        for who, name in _monitors(trainer):
+            if name.startswith("val/") and name not in known:
+                raise ValueError(no_curve(name, known, who, pl_module))
+
+
+def no_curve(name: str, known: set[str], who: str = "", module: Any = None) -> str:
+    """The sentence about a monitor that does not exist.
+
+    Args:
+        name: What is monitored.
+        known: The names of all curves.
+        who: What monitors it.
+        module: The module that is trained.
+    """
+    hidden = () if getattr(module, "trains_logits", True) else getattr(module, "logit_metrics", ())
+    by = f" by {who}" if who else ""
+    curves = ", ".join(sorted(known))
+    if name.partition("/")[2] in hidden:
+        reason = "it is not logged, as the loss does not train the logits"
+    elif nearest := difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6):
+        reason = f"did you mean {' or '.join(map(repr, nearest))}?"
+    else:
+        reason = "no name is near it"
+    return f"there is no curve {name!r} to monitor{by}; {reason}; there are {curves}"
+
+
+def _monitors(trainer: L.Trainer) -> Iterator[tuple[str, str]]:
+    """What monitors a curve, and the name of the curve."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        is_strict = isinstance(callback, ModelCheckpoint) or (isinstance(callback, EarlyStopping) and callback.strict)
+        if is_strict and callback.monitor is not None:
+            yield type(callback).__name__, callback.monitor
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and config.strict and config.monitor is not None:
+            yield type(config.scheduler).__name__, config.monitor
+
+
+def _may_log_later(trainer: L.Trainer, module: L.LightningModule) -> bool:
+    """Whether code of a user may log in training what it does not log in the sanity check."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    homes = [type(callback).__module__ for callback in callbacks]
+    homes += [getattr(type(module), name).__module__ for name in _LOGS]
+    has_lambdas = any(isinstance(callback, LambdaCallback) for callback in callbacks)
+    return has_lambdas or not {home.partition(".")[0] for home in homes} <= set(_KNOWN)
