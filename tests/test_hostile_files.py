@@ -352,6 +352,13 @@ def test_images_that_were_replaced_are_looked_at_again() -> None:
     assert len(shown_images(pets(unreadable="skip"))) == 6
 
 
+def test_what_can_be_read_depends_on_the_size_that_images_are_brought_to() -> None:
+    Image.new("RGB", (200, 1)).save(tree() / "3.png")
+    assert len(shown_images(pets(unreadable="skip"))) == 7
+    with pytest.warns(UserWarning, match="1 of 7 images .* is too narrow"):
+        assert len(shown_images(pets(unreadable="skip", crop_ratio=0.01))) == 6
+
+
 def test_a_class_without_a_readable_image() -> None:
     folder = tree(count=1)
     (folder / "0.png").write_bytes(b"")
