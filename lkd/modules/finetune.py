@@ -63,7 +63,8 @@ class FineTuneModule(ClassificationModule):
         self._frozen = self._freeze(frozen or [])
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"frozen {frozen} leaves nothing to train; leave out the head, {self.head}")
-        self.train(self.training)
+        for layer in self._frozen:  # the others keep the modes that they have
+            layer.training = False
 
     def _freeze(self, names: list[str]) -> tuple[nn.Module, ...]:
         """Takes the gradient from frozen layers; returns them with all layers in them."""

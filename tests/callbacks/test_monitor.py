@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lkd import Batch
+from lkd import Batch, FineTuneModule
 from lkd.callbacks import KNN, ImagesPerSecond, LinearProbe, NetworkSummary, Speed
 from lkd.callbacks.monitor import network_size
 from lkd.losses import AT, KD, DistillLoss
@@ -74,3 +74,12 @@ def test_speed_counts_each_image_once_and_leaves_validation_out(monkeypatch) -> 
                 speed.on_validation_end(engine, module)
         speed.on_train_epoch_end(engine, module)
         assert logged == {"train/images_per_s": 2 * 2 * 4 / 4}
+
+
+def test_freezing_some_layers_keeps_the_mode_of_the_others(tiny) -> None:
+    network = tiny()
+    network.bn1.eval()
+    module = FineTuneModule(network, frozen=["layer1"])
+    assert not any(layer.training for layer in (network.bn1, *network.layer1.modules()))
+    assert module.training
+    assert network.layer2.training
