@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 import sys
 import textwrap
@@ -80,6 +81,11 @@ def test_table_at_the_end(tmp_path, capfd) -> None:
     assert "The teacher's accuracy on the validation images: 99.65%" in shown
     for part in ("teacher", "student, best", "student, last", "best - teacher", "points", "5,142", "77,754"):
         assert part in shown
+    (best,), (gap,) = (
+        re.findall(r"student, best\D+([\d.]+)%", shown),
+        re.findall(r"best - teacher[^+-]+(\S+) percentage points", shown),
+    )
+    assert float(gap) == pytest.approx(float(best) - 99.65, abs=0.011)
     assert "checkpoint: runs/digits/kd/version_0/checkpoints/best.ckpt" in shown
     assert "lkd test --ckpt_path runs/digits/kd/version_0/checkpoints/best.ckpt" in shown
     assert "tensorboard --host localhost --logdir runs/digits/kd" in shown

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import itertools
 import os
+import re
+import shutil
 import signal
 import struct
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -16,13 +22,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lkd import untrusted
 from lkd.__main__ import main
 from lkd.arguments import read_checkpoint
-from lkd.datamodules import ImageFolderDataModule
+from lkd.checkpoint_io import AtomicCheckpointIO
+from lkd.datamodules import CIFAR10DataModule, ImageFolderDataModule, WebDatasetDataModule
 from lkd.datamodules.dataset import ImageError
 from lkd.models import CIFARResNet, load_weights
 from lkd.refused import shown
-from lkd.store import load_tensors
+from lkd.store import load_tensors, made_from
 from tests.fuzz import canary, pickles
 
 if sys.platform == "linux":
@@ -219,11 +227,14 @@ MERGED = "l0: &l0 {k: 1}\n" + "".join(f"l{i}: &l{i} {{<<: [{', '.join([f'*l{i - 
         ("seed_everything: 2001-99-99", "a value in it cannot be read"),
         ("seed_everything: !!timestamp x", "a value in it cannot be read"),
         ("trainer: !!python/object/apply:tests.fuzz.canary.ring []", "could not determine a constructor"),
-        ("config: {a: 1}", "has a key 'config'; name every file on the command line"),
+        ("config: {a: 1}", "has a key 'config'; pass each file on the command line with its own"),
         ("trainer:\n\tmax_epochs: 1", "cannot start any token"),
-        ("model: bomb.yaml", "model: Invalid content in sub-config file bomb.yaml: its objects hold one another"),
         (
-            "model: {class_path: os.system}",
+            "model: bomb.yaml\ndata: lkd.DigitsDataModule",
+            "model: Invalid content in sub-config file bomb.yaml: its objects hold one another",
+        ),
+        (
+            "data: lkd.DigitsDataModule\nmodel: {class_path: os.system}",
             "Import path os.system does not correspond to a subclass of LightningModule",
         ),
         (
@@ -341,6 +352,13 @@ def test_images_that_were_replaced_are_looked_at_again() -> None:
     assert len(shown_images(pets(unreadable="skip"))) == 6
 
 
+def test_what_can_be_read_depends_on_the_size_that_images_are_brought_to() -> None:
+    Image.new("RGB", (200, 1)).save(tree() / "3.png")
+    assert len(shown_images(pets(unreadable="skip"))) == 7
+    with pytest.warns(UserWarning, match="1 of 7 images .* is too narrow"):
+        assert len(shown_images(pets(unreadable="skip", crop_ratio=0.01))) == 6
+
+
 def test_a_class_without_a_readable_image() -> None:
     folder = tree(count=1)
     (folder / "0.png").write_bytes(b"")
@@ -432,3 +450,128 @@ if sys.platform == "linux":
             assert runner._read(own, module, tmp_path)[1] == "64 MiB of memory"
         own.read = staticmethod(lambda path: 1 / 0)
         assert runner._read(own, module, tmp_path)[1] == "ZeroDivisionError: division by zero"
+
+
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory holds what attacks read, and torch keeps its own files there."""
+    pickles.bystanders(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", ".")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", pickles.HARM)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "payload", raising=False)
+
+
+LAYOUTS = {"zip": pickles.zipped, "legacy": pickles.legacy}
+CODE = "nsupported (GLOBAL|global)"  # how PyTorch says that it would have to run code
+READS: dict[str, tuple[Callable[[str], object], str]] = {
+    "read_torch": (lambda name: untrusted.read_torch(Path(name)), CODE),
+    "load_weights": (lambda name: load_weights(network(), name), r"would have to run code \("),
+    "read_checkpoint": (lambda name: read_checkpoint(Path(name)), r"without running code, .* \(UnpicklingError\)"),
+    "load_checkpoint": (lambda name: AtomicCheckpointIO().load_checkpoint(name), f"{CODE}|Weights only load failed"),
+}
+
+
+def attacked(attack: str, layout: str, reader: str) -> None:
+    """Fails unless a reader refuses a file because of the code in it, and runs none."""
+    read, says = READS[reader]
+    Path("w.pth").write_bytes(LAYOUTS[layout](pickles.whole(pickles.ATTACKS[attack])))
+    try:
+        read("w.pth")
+    except Exception as error:
+        said = str(error)
+    else:
+        said = "it was read"
+    assert re.search(says, said), said
+    assert not list(Path().glob(f"{pickles.HARM}*")), "the code was run"
+
+
+@pytest.mark.usefixtures("beside")
+@pytest.mark.parametrize("attack", pickles.ATTACKS)
+def test_no_code_is_run(attack: str) -> None:
+    for layout, reader in itertools.product(LAYOUTS, READS):
+        attacked(attack, layout, reader)
+
+
+def clear() -> None:
+    """Remove what attacks have left."""
+    sys.modules.pop("payload", None)
+    for left in Path().glob(f"{pickles.HARM}*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+# These leave no file; that they are refused for another reason, or not at all, shows that they were called.
+SILENT = {"functools partial", "functools reduce", "operator attrgetter", "numpy fromfile", "PIL.ImageMath unsafe_eval"}
+SILENT |= {f"builtins {name}" for name in ("map", "compile", "setattr")} | {"ctypes CDLL"}
+SILENT |= {"torch load", "torch.serialization load", "torch.serialization add_safe_globals", "torch.jit load"}
+SILENT |= {"torch.ops load_library", "torch set_default_dtype", "torch manual_seed"}
+SILENT |= {name for name in pickles.ATTACKS if name.startswith("lkd")}
+
+
+@pytest.mark.usefixtures("beside")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("attack", pickles.ATTACKS)
+def test_every_attack_succeeds_where_its_functions_are_allowed(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the test above would pass whatever the unpickler allows."""
+    from torch import _weights_only_unpickler as unpickler
+
+    pairs = []
+    for name in attack.split(", "):
+        module, function = name.split()
+        found = reduce(getattr, function.split("."), importlib.import_module(module))
+        pairs.append((found, f"{module}.{function}"))
+    monkeypatch.setattr(untrusted, "_HARMLESS", [*untrusted._HARMLESS, *pairs])
+    monkeypatch.setattr(unpickler, "_blocklisted_modules", [])  # torch never allows what is in os, posix and sys
+    monkeypatch.setattr(unpickler, "_marked_safe_globals_set", set())
+    dtype, random = torch.get_default_dtype(), torch.random.get_rng_state()
+    try:
+        for layout, reader in itertools.product(LAYOUTS, READS):
+            if attack in SILENT and reader == "load_checkpoint":
+                continue  # there, Lightning reads the file once more, and allows nothing
+            with pytest.raises(AssertionError):
+                attacked(attack, layout, reader)
+            if attack not in SILENT:
+                assert list(Path().glob(f"{pickles.HARM}*")), "the attack came to nothing"
+            clear()
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.random.set_rng_state(random)
+
+
+@pytest.mark.usefixtures("beside")
+def test_no_other_reader_unpickles(capsys: pytest.CaptureFixture[str]) -> None:
+    from lkd.datamodules.unreadable import _kept
+
+    attack = pickles.whole(pickles.ATTACKS["builtins eval"])
+    contents = {"zip": pickles.zipped(attack), "legacy": pickles.legacy(attack), "bare": attack}
+    for content in contents.values():
+        file = Path("kept.safetensors")
+        file.write_bytes(content)
+        with pytest.warns(UserWarning, match="is not used, and made anew"):
+            assert load_tensors(file, {}) is None
+        assert made_from(file) is None
+        with pytest.raises(ValueError, match="is not a safetensors file"):
+            load_weights(network(), file)
+        assert _kept(file, 3) is None
+        file.rename("it.ckpt")
+        assert main(["test", "--config", "digits/kd", "--ckpt_path", "it.ckpt"]) == 2
+        assert "PyTorch reads without running code" in capsys.readouterr().err
+
+    batches = Path("data/cifar-10-batches-py")
+    batches.mkdir(parents=True)
+    for name in ("batches.meta", "test_batch", *(f"data_batch_{number}" for number in range(1, 6))):
+        (batches / name).write_bytes(attack)
+    with pytest.raises(FileNotFoundError):
+        CIFAR10DataModule("data").setup("test")
+
+    with tarfile.open("0.tar", "w") as shard:
+        image = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(image, "PNG")
+        for ending, content in {"png": image.getvalue(), "cls": b"0", **dict.fromkeys(("pkl", "pth"), attack)}.items():
+            member = tarfile.TarInfo(f"a.{ending}")
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    data = WebDatasetDataModule("0.tar", 2, 1, test="0.tar", image_size=8, num_workers=0)
+    data.setup("test")
+    assert sum(len(batch.target) for batch in data.test_dataloader()) == 1
+    assert not Path(pickles.HARM).exists()

@@ -416,3 +416,26 @@ def test_every_module_takes_the_interval(distill) -> None:
     module = distill(DistillModule, lr_scheduler=CosineDecay, lr_scheduler_interval="step")
     made = module.configure_optimizers()
     assert made["lr_scheduler"]["interval"] == "step"
+
+
+class EveryOther(ClassificationModule):
+    """Steps its schedule after every other step of the optimizer."""
+
+    def configure_optimizers(self) -> Any:
+        made = SGD(self.model.parameters(), lr=0.1)
+        return {
+            "optimizer": made,
+            "lr_scheduler": {"scheduler": CosineDecay(made), "interval": "step", "frequency": 2},
+        }
+
+
+def test_a_schedule_that_is_stepped_less_often(fit) -> None:
+    found = fit(None, kind=EveryOther, max_epochs=2, limit_train_batches=2)
+    assert [rate for (rate,) in found] == pytest.approx([_cosine(2, 2)[i] for i in (0, 0, 1, 1)], rel=1e-12)
+
+
+def test_the_last_learning_rate_is_that_of_the_optimizer() -> None:
+    schedule = CosineDecay(optimizer(0.1, 0.2), warmup=0.5)
+    schedule.set_length(8, "step")
+    assert schedule.get_last_lr() == pytest.approx([0.02, 0.04])
+    assert schedule.get_last_lr() == [group["lr"] for group in schedule.optimizer.param_groups]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -93,3 +95,17 @@ def test_a_file_of_noise(kept: tuple[Path, dict[str, torch.Tensor]]) -> None:
         kept[0].write_bytes(bytes(torch.randint(256, (size,), generator=generator).tolist()))
         with pytest.warns(UserWarning, match="made anew"):
             assert load_tensors(kept[0], MADE_FROM) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which file is written")
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its folder behind it: otherwise a power cut could leave an empty file of that name."""
+    synced: list[tuple[str, bool]] = []
+    path = tmp_path / "file"
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: synced.append((Path(f"/proc/self/fd/{handle}").resolve().name, path.exists()))
+    )
+    with replacing(path) as written:
+        written.write_bytes(b"new")
+        name = written.name
+    assert synced == [(name, False), (tmp_path.name, True)]

@@ -126,19 +126,30 @@ def test_names_are_those_of_the_network_inside(network: nn.Module, prefix: str) 
         FeatureTaps(compiled, ["layer9"])
 
 
+class _Scaled(nn.Module):
+    def forward(self, input: Tensor, factor: Tensor) -> Tensor:
+        return factor * input
+
+
 class _ByKeyword(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(4, 2)
+        self.scaled = _Scaled()
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.fc(input=input)
+        return self.scaled(self.fc(input=input), factor=torch.ones(1))
 
 
 def test_input_that_is_given_by_keyword() -> None:
     image = torch.randn(3, 4)
     for taps in (FeatureTaps(_ByKeyword(), ["fc:input"]), FeatureTaps(_ByKeyword(), ["@pooled"])):
         assert torch.equal(taps(image).features["fc:input"], image)
+
+
+def test_input_of_a_layer_with_more_arguments() -> None:
+    taps, image = FeatureTaps(_ByKeyword(), ["scaled:input"]), torch.randn(3, 4)
+    assert torch.equal(taps(image).features["scaled:input"], taps.network.fc(image))
 
 
 def test_unknown_layer_gets_the_nearest_names() -> None:
@@ -152,6 +163,11 @@ def test_layer_that_is_not_reached() -> None:
     network.forward = lambda input: network[0](input)
     with pytest.raises(ValueError, match=r"did not reach the layers \['spare'\]"):
         FeatureTaps(network, ["spare"])(torch.zeros(1, 4))
+    taps = FeatureTaps(network, ["0"])
+    taps(torch.zeros(1, 4))
+    network.forward = lambda input: input  # it was reached by the batch before, whose feature is not this one's
+    with pytest.raises(ValueError, match=r"did not reach the layers \['0'\]"):
+        taps(torch.zeros(1, 4))
 
 
 class _Answer(nn.Module):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -8,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lkd import FineTuneModule
+from lkd import Batch, FineTuneModule
 from lkd.callbacks import KNN, ImagesPerSecond, LinearProbe, NetworkSummary, Speed
 from lkd.callbacks.monitor import network_size
 from lkd.losses import AT, KD, DistillLoss
@@ -55,6 +56,24 @@ def test_trying_a_network_on_small_images_keeps_the_mode_of_each_layer() -> None
     network[1].eval()
     factories._check_runs(network, "mine", network[0])
     assert [layer.training for layer in network] == [True, False, True]
+
+
+def test_speed_counts_each_image_once_and_leaves_validation_out(monkeypatch) -> None:
+    now, logged = [100.0], {}
+    monkeypatch.setattr("lkd.callbacks.monitor.time.perf_counter", lambda: now[0])
+    batch = Batch(torch.zeros(12, 1), torch.zeros(12), views=3)
+    module = SimpleNamespace(unpack=lambda batch: batch, log=lambda name, value, **_: logged.update({name: value}))
+    speed, engine = ImagesPerSecond(), SimpleNamespace(world_size=2)
+    for _ in range(2):  # an epoch starts anew
+        speed.on_train_epoch_start(engine, module)
+        for seconds, call in ((1, "batch"), (50, "validation"), (3, "batch")):
+            now[0] += seconds
+            if call == "batch":
+                speed.on_train_batch_end(engine, module, None, batch, 0)
+            else:
+                speed.on_validation_end(engine, module)
+        speed.on_train_epoch_end(engine, module)
+        assert logged == {"train/images_per_s": 2 * 2 * 4 / 4}
 
 
 def test_freezing_some_layers_keeps_the_mode_of_the_others(tiny) -> None:

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lkd import Batch, DistillModule, NoisyStudentModule, Outputs, PastTeacherModule, SyntheticDataModule
+from lkd import Batch, DistillModule, NoisyStudentModule, Normalization, Outputs, PastTeacherModule, SyntheticDataModule
 from lkd.answers import Storage
 from lkd.callbacks import TeacherCache
 from lkd.datamodules import RandomCrop, RandomHorizontalFlip, RotatedViews
@@ -72,15 +72,20 @@ def run(tiny, trainer) -> Callable[..., tuple[DistillModule, Heard, int]]:
     """
 
     def make(
-        epochs: int = 3, teacher: int = 2, data: dict[str, Any] | None = None, criterion: Any = None, **cache: Any
+        epochs: int = 3,
+        teacher: int = 2,
+        data: dict[str, Any] | None = None,
+        criterion: Any = None,
+        module: dict[str, Any] | None = None,
+        fit: dict[str, Any] | None = None,
+        **cache: Any,
     ) -> tuple[DistillModule, Heard, int]:
         asked, heard = Counting(tiny(seed=teacher)), Heard()
-        module = DistillModule(tiny(seed=1), asked, criterion or KD(temperature=2.0))
-        fit = trainer(
-            max_epochs=epochs, callbacks=[TeacherCache(**{"versions": 2, **cache}), heard], limit_val_batches=0
-        )
-        fit.fit(module, images(**(data or {})))
-        return module, heard, asked.asked - 1  # the blank image of the probe
+        trained = DistillModule(tiny(seed=1), asked, criterion or KD(temperature=2.0), **(module or {}))
+        callbacks = [TeacherCache(**{"versions": 2, **cache}), heard]
+        engine = trainer(max_epochs=epochs, callbacks=callbacks, limit_val_batches=0, **(fit or {}))
+        engine.fit(trained, images(**(data or {})))
+        return trained, heard, asked.asked - 1  # the blank image of the probe
 
     return make
 
@@ -177,6 +182,8 @@ def test_another_version_s_file_in_its_place(run) -> None:
         ("images", {"data": {"train_size": NUM_TRAIN + 17}}),
         ("storage", {"dtype": "float32"}),
         ("storage", {"top_k": 2}),
+        ("precision", {"fit": {"precision": "bf16-mixed"}}),
+        ("teacher_normalization", {"module": {"teacher_normalization": Normalization((0.1,) * 3, (0.4,) * 3)}}),
     ],
 )
 def test_what_was_made_from_something_else_is_not_used(run, capfd, what: str, change: dict[str, Any]) -> None:

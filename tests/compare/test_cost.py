@@ -29,3 +29,23 @@ def test_batches_of_any_size_and_form() -> None:
     assert larger["mask"][0].shape == (5, 2)
     assert larger["mask"][1] == "kept"
     assert resized(batch, 2)["tokens"].tolist() == [0, 1]
+
+
+def test_a_network_in_training_stays_as_it_was() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    network[1].eval()
+    costs({"a": network}, torch.randn(8, 4), [1], seconds=0.01, rounds=1)  # in training, one image has no variance
+    assert [layer.training for layer in network.modules()] == [True, True, False]
+    network[1].train()
+    costs({"a": network}, torch.randn(8, 4), [8], seconds=0.01, rounds=1)
+    assert network[1].num_batches_tracked == 0
+
+
+def test_weights_that_layers_share_are_held_once() -> None:
+    network = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    network[1].weight = network[0].weight
+    other = nn.Linear(4, 4, bias=False).double()
+    found = costs({"a": network}, torch.zeros(1, 4), [1], seconds=0.01, rounds=1)
+    assert found["a"].bytes == 4 * 16
+    found = costs({"a": other}, torch.zeros(1, 4, dtype=torch.double), [1], seconds=0.01, rounds=1)
+    assert found["a"].bytes == 8 * 16

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from scipy.stats import t as student
 
 from lkd import SyntheticDataModule
 from lkd.compare import Candidate, Comparison, compare
-from lkd.compare.groups import Group, Spread, _group_name, method_difference
+from lkd.compare.groups import Group, Spread, _group_name, method_difference, methods_of
 from lkd.compare.plots import style
 from lkd.compare.tables import tables
 
@@ -123,3 +125,20 @@ def test_sixteen_networks_have_marks_of_their_own() -> None:
 )
 def test_a_group_is_called_what_its_networks_share(members: list[str], wanted: str) -> None:
     assert _group_name(members, set(members)) == wanted
+
+
+def test_methods_are_told_apart_by_settings_seeds_and_checkpoints() -> None:
+    runs = {}
+    for name, seed, own, weight, checkpoint in (
+        ("a/0", 0, None, 0.5, "best"),
+        ("a/1", 1, None, 0.5, "best-v1"),
+        ("a/2", 1, 7, 0.5, "best"),  # another seed of the data
+        ("a/3", 2, None, 0.5, "last"),
+        ("a/4", 3, None, 0.9, "best"),
+    ):
+        folder = Path(name)
+        folder.mkdir(parents=True)
+        data = f"\ndata: {{class_path: X, init_args: {{seed: {own if own is not None else 'null'}}}}}"
+        (folder / "config.yaml").write_text(f"seed_everything: {seed}\nmodel: {{weight: {weight}}}{data}")
+        runs[name] = SimpleNamespace(path=folder / "checkpoints" / f"{checkpoint}.ckpt")
+    assert methods_of(runs) == dict.fromkeys(("a/0", "a/1", "a/2"), "a")  # type: ignore[arg-type]

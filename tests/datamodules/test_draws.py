@@ -86,7 +86,8 @@ def test_permutation_leaves_no_trace_of_the_order_before():
 def test_draws_looked_up_are_those_that_are_computed(monkeypatch):
     monkeypatch.setattr(draws, "_PIECE", 30)
     table, index = Draws(100), torch.tensor([5, 99, 0, 5, 31])
-    for seed, epoch, first, count in [(0, 0, 0, 1), (0, 0, 0, 1), (3, 7, VIEW, 3), (3, 7, 0, 3), (3, 8, VIEW, 3)] * 3:
+    wanted = [(0, 0, 0, 1), (0, 0, 0, 1), (3, 7, VIEW, 3), (4, 7, VIEW, 3), (3, 7, 0, 3), (3, 8, VIEW, 3)]
+    for seed, epoch, first, count in wanted * 3:
         for chosen in (index, index[:2], index.flip(0)):
             epochs = torch.full_like(chosen, epoch)
             expected = torch.cat([uniform(seed, epochs, chosen, first + stream) for stream in range(count)], 1)

@@ -22,6 +22,7 @@ from lkd.datamodules import (
     SyntheticDataModule,
     Views,
 )
+from lkd.datamodules.dataset import without_labels
 from lkd.types import IGNORE_INDEX, Batch
 from tests.datamodules.sources import in_memory as any_in_memory
 
@@ -247,3 +248,9 @@ def test_own_views():
 def test_a_crop_behind_other_changes_is_refused():
     with pytest.raises(ValueError, match="RandomResizedCrop in the first place only"):
         StrongView([RandomCrop(1), RandomResizedCrop()])
+
+
+def test_padding_has_no_label_in_any_view():
+    batch = Batch(torch.zeros(4, 1), torch.arange(4), views=2)
+    assert without_labels(batch, torch.tensor([False, True])).target.tolist() == [0, IGNORE_INDEX, 2, IGNORE_INDEX]
+    assert without_labels(batch, torch.tensor([False, False])) is batch

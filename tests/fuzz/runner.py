@@ -104,11 +104,12 @@ def _listen(pipe: Connection, name: str, waiting: list[int], result: Result) -> 
 def _work(pipe: Connection, name: str, waiting: list[int], seed: int, folder: str) -> None:
     import torch
 
-    from tests.fuzz import canary
+    from tests.fuzz import canary, pickles
 
     torch.set_num_threads(1)
     os.environ["LKD_CACHE"] = f"{folder}/cache"
     os.chdir(folder)
+    pickles.bystanders(Path(folder))
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what readers say of each file
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -129,9 +130,11 @@ def _work(pipe: Connection, name: str, waiting: list[int], seed: int, folder: st
 
 def _read(own: Any, module: Any, path: Path) -> tuple[str, str, float, int]:
     """Read one input: what came of it, what is wrong with that, seconds, bytes of memory."""
-    from tests.fuzz import canary
+    from tests.fuzz import canary, pickles
 
     canary.heard.clear()
+    harm = Path(pickles.HARM)
+    harm.unlink(missing_ok=True)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
     before, start = _status("VmRSS"), time.perf_counter()
     canary.listen(True)
@@ -147,6 +150,8 @@ def _read(own: Any, module: Any, path: Path) -> tuple[str, str, float, int]:
         kind, wrong = type(error).__name__, f"{type(error).__name__}: {error}"[:300]
     canary.listen(False)
     seconds, memory = time.perf_counter() - start, max(0, _status("VmHWM") - before)
+    if harm.exists():
+        canary.heard.append(f"the file {harm}")
     if canary.heard:
         wrong = f"something was run: {', '.join(canary.heard)}"
     elif memory > module.MEMORY:

@@ -154,6 +154,19 @@ def test_a_new_head(layout: str, tmp_path: Path) -> None:
         assert "drop_head" not in str(error.value)
 
 
+def test_layers_whose_names_begin_with_the_heads_are_not_dropped(tmp_path: Path) -> None:
+    networks = [nn.Sequential() for _ in range(2)]
+    for network in networks:
+        network.add_module("fc_norm", nn.BatchNorm1d(4))
+        network.add_module("fc", nn.Linear(4, 2))
+    networks[0].fc_norm.running_mean.fill_(3.0)
+    torch.save(networks[0].state_dict(), tmp_path / "w.pth")
+    head = networks[1].fc.weight.clone()
+    load_weights(networks[1], tmp_path / "w.pth", drop_head=True)
+    assert networks[1].fc_norm.running_mean.tolist() == [3.0] * 4
+    assert torch.equal(networks[1].fc.weight, head)
+
+
 def test_no_head_to_drop(tmp_path: Path) -> None:
     network = nn.Conv2d(3, 3, 1)
     torch.save(network.state_dict(), tmp_path / "conv.pth")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
@@ -138,3 +139,15 @@ def test_of_the_validation_images_it_is_asked_once(distill, trainer, data) -> No
     assert asked == [16 + 3 * 16, 4 * 16 + 3 * 16]  # 16 validation images, and a training batch of 16 three times
     assert curves[0] == curves[1]
     assert {"val/teacher_acc", "val/agreement"} <= curves[0].keys()
+
+
+def test_a_teacher_that_was_changed_in_place_is_asked_again(distill, trainer, data) -> None:
+    class Change(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module) -> None:  # after the validation of the epoch
+            with torch.no_grad():
+                pl_module.teacher.fc.bias[3] += 1000
+
+    fit = trainer(max_epochs=2, limit_train_batches=1, callbacks=[Change()])
+    fit.fit(distill(), data)
+    target = torch.cat([batch.target for batch in data.val_dataloader()])
+    assert fit.callback_metrics["val/teacher_acc"] == pytest.approx(float((target == 3).float().mean()))

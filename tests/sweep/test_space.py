@@ -89,6 +89,14 @@ def test_suggested_values_keep_to_the_space() -> None:
     assert all(1 <= values["model.init_args.weight"] <= 8 for values in drawn)
 
 
+@pytest.mark.parametrize(("low", "high"), [("1", "10000"), ("1.0", "10000.0")])
+def test_a_logarithmic_range_has_as_many_small_values_as_large_ones(low: str, high: str) -> None:
+    space = _read(f"model.init_args.layers: {{low: {low}, high: {high}, log: true}}")
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [suggest(study.ask(), space)["model.init_args.layers"] for _ in range(40)]
+    assert 10 <= sum(value < 100 for value in drawn) <= 30
+
+
 def test_values_reach_the_config() -> None:
     settings = Settings(["--config=small.yaml"])
     settings.change(as_arguments({CRITERION: "{class_path: lkd.losses.DKD, init_args: {beta: 8.0}}"}))
