@@ -45,7 +45,7 @@ def _command(args: Sequence[str], log: Path) -> None:
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout = os.fdopen(1, "w", 1)
+    sys.stdout = os.fdopen(1, "w", 1, closefd=False)
     torch.set_num_threads(1)
     sys.exit(main(args))
 

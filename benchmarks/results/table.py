@@ -187,6 +187,6 @@ def _plot(figures: Sequence[dict[str, Any]]) -> Figure:
             yticks=range(len(measured)),
             yticklabels=[f"{row['method']} (n = {row['n']})" for row in measured],
         )
-        axes.set_ylim(len(measured) - 0.5, -0.5)
+        axes.set_ylim(max(len(measured), 1) - 0.5, -0.5)
         axes.set_xlabel("test accuracy of `best` to the student alone, percentage points")
     return figure
