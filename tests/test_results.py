@@ -197,8 +197,8 @@ def test_missing_cells_stay_empty(plan, copy, tmp_path) -> None:
 def test_differences_are_paired_and_have_students_interval() -> None:
     found = interval([1.0, 2.0, 3.0])
     assert [found[name] for name in ("mean", "low", "high")] == pytest.approx([2.0, 2 - 2.4841, 2 + 2.4841], abs=1e-4)
-    assert interval([1.5]) == {"mean": 1.5, "low": None, "high": None}
-    assert interval([2.0, 2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0}
+    assert interval([1.5]) == {"n": 1, "mean": 1.5, "low": None, "high": None}
+    assert interval([2.0, 2.0]) == {"n": 2, "mean": 2.0, "low": 2.0, "high": 2.0}
 
 
 def test_the_best_student_has_its_accuracy(whole) -> None:

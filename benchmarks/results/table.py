@@ -68,10 +68,10 @@ def interval(values: Sequence[float]) -> dict[str, float | None] | None:
         return None
     mean = statistics.mean(values)
     if len(values) == 1:
-        return {"mean": mean, "low": None, "high": None}
+        return {"n": 1, "mean": mean, "low": None, "high": None}
     quantile = float(stats.t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1))
     margin = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "low": mean - margin, "high": mean + margin}
+    return {"n": len(values), "mean": mean, "low": mean - margin, "high": mean + margin}
 
 
 def write(rows: Sequence[Row], store: Store, folder: Path) -> None:
@@ -127,7 +127,7 @@ def _line(row: dict[str, Any]) -> str:
     published = "" if row["published"] is None else f"{row['published']:.2f}"
     minutes = "" if row["minutes"] is None else f"{row['minutes']:.1f}"
     accuracies = (_accuracy(row[name]) for name in ("best", "last"))
-    cells = (row["method"], number, *accuracies, _difference(row["difference"]), published, minutes)
+    cells = (row["method"], number, *accuracies, _difference(row["difference"], row["n"]), published, minutes)
     return f"| {' | '.join(cells)} |"
 
 
@@ -137,10 +137,12 @@ def _accuracy(spread: dict[str, float | None] | None) -> str:
     return f"{spread['mean']:.2f}" + ("" if spread["sd"] is None else f" ± {spread['sd']:.2f}")
 
 
-def _difference(found: dict[str, float | None] | None) -> str:
+def _difference(found: dict[str, float | None] | None, number: int) -> str:
+    """A difference, with the number of pairs if there are fewer than seeds."""
     if found is None:
         return ""
-    return f"{found['mean']:+.2f}" + ("" if found["low"] is None else f" ({found['low']:+.2f} to {found['high']:+.2f})")
+    limits = "" if found["low"] is None else f" ({found['low']:+.2f} to {found['high']:+.2f})"
+    return f"{found['mean']:+.2f}{limits}" + ("" if found["n"] == number else f", n = {found['n']}")
 
 
 def _remarks(records: Sequence[Record]) -> Iterator[str]:
@@ -185,7 +187,7 @@ def _plot(figures: Sequence[dict[str, Any]]) -> Figure:
         axes.set(
             title=title,
             yticks=range(len(measured)),
-            yticklabels=[f"{row['method']} (n = {row['n']})" for row in measured],
+            yticklabels=[f"{row['method']} (n = {row['difference']['n']})" for row in measured],
         )
         axes.set_ylim(max(len(measured), 1) - 0.5, -0.5)
         axes.set_xlabel("test accuracy of `best` to the student alone, percentage points")
