@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -85,7 +84,7 @@ def _help(command: str, options: Sequence[str]) -> str | None:
 def _closed() -> int:
     """Return the exit code of a command whose output is no longer read, as in `lkd layers ... | head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end
-    return 128 + signal.SIGPIPE
+    return 141  # as a shell reports SIGPIPE
 
 
 if __name__ == "__main__":

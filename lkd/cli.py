@@ -312,4 +312,6 @@ def _quieten() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that this machine has no CUDA
     for message in _KNOWN:
         warnings.filterwarnings("ignore", message)
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        warnings.simplefilter("ignore")  # the first of several processes has issued it
     warnings.formatwarning = lambda message, *_, **__: f"lkd: warning: {message}\n"

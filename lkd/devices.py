@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 
@@ -160,6 +161,17 @@ def set_rng_states(device: torch.device, states: list[torch.Tensor]) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+def isolated_random_numbers(device: torch.device) -> AbstractContextManager[None]:
+    """A context that leaves the random numbers of Python, NumPy, PyTorch and a CUDA device as they were before it.
+
+    Args:
+        device: The device that computes.
+    """
+    from lightning.pytorch.utilities.seed import isolate_rng
+
+    return isolate_rng(include_cuda=device.type == "cuda")
 
 
 def host_random_states(device: torch.device) -> tuple[object, ...]:

@@ -167,3 +167,12 @@ def test_help_does_not_wait_for_torch() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "usage: lkd layers CLASS_PATH" in shown
     assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_a_reader_that_has_read_enough() -> None:
+    """As in `lkd layers ... | head`."""
+    command = [sys.executable, "-m", "lkd", "layers", "lkd.models.resnet56", "--num_classes=10"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 141

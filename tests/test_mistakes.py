@@ -420,3 +420,11 @@ def test_misspelt_settings_of_sections(fit, wrong: str, right: str) -> None:
     Path("wrong.yaml").write_text(yaml.safe_dump({section: {setting: "x"}}))
     assert says in fit(f"--{wrong}=x")
     assert says in fit("--config=wrong.yaml")
+
+
+def test_the_teachers_weights_of_a_module_without_a_teacher(answer) -> None:
+    says = answer("fit", "--config", "digits/student", "--model.init_args.teacher_ckpt=runs/teacher")
+    assert says == (
+        "lkd.ClassificationModule has no teacher, and so no 'teacher_ckpt'; take --model lkd.DistillModule with a "
+        "student"
+    )

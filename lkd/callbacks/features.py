@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import LBFGS
 
-from lkd.modules.criterion_meter import isolated_random_numbers
+from lkd import devices
 from lkd.taps import FeatureTaps
 from lkd.types import IGNORE_INDEX
 
@@ -106,7 +106,7 @@ class FeatureEvaluation(L.Callback):
             The accuracy, from 0 to 1; 0 if no training image has a label.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
-        with isolated_random_numbers(module):
+        with devices.isolated_random_numbers(module.device):
             bank, target = self._features(trainer, module, data.plain_train_dataloader())
             held_out = data.val_dataloader()
             several = held_out if isinstance(held_out, (list, tuple)) else [held_out]

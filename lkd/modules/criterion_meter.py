@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from contextlib import AbstractContextManager
 from functools import reduce
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -103,15 +100,6 @@ class CriterionMeter:
             return {}
         self._works[size] = True
         return found
-
-
-def isolated_random_numbers(module: L.LightningModule) -> AbstractContextManager[None]:
-    """Restore the state of all random number generators afterwards.
-
-    Args:
-        module: It tells the device.
-    """
-    return isolate_rng(include_cuda=module.device.type == "cuda")
 
 
 def with_total(terms: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

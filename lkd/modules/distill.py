@@ -46,7 +46,8 @@ class DistillModule(EvaluatedDistillation):
     - `train/hard` and `train/<criterion>`: the terms of the loss, multiplied by `hard_weight` and `distill_weight`;
     - `val/<criterion>`: the criterion in eval mode on the validation images, multiplied by `distill_weight` as in
       training. Where it has several terms, each has a curve (`val/<criterion>_<term>`) and `val/<criterion>` is their
-      sum; the sum of a `WeightedSum` is `val/distill`. `validates_criterion` tells which criteria have no such curve;
+      sum; the sum of a `WeightedSum` is `val/distill`. `validates_criterion` tells which criteria have no such curve.
+      In several processes, an image that fills up the last batch counts twice here, but in no other metric;
     - `val/teacher_acc`, and `val/agreement`: the share of images for which student and teacher choose the same class.
 
     The loss may leave a part of the student untrained that its logits depend on: its classifier where `hard_weight` is
@@ -127,9 +128,7 @@ class DistillModule(EvaluatedDistillation):
         self.teacher_taps = None if self.teacher is None else FeatureTaps(self.teacher, self.criterion.teacher_layers)
         self.teacher_scale: Tensor | None = None
         self.teacher_shift: Tensor | None = None
-        self._built = False
         self._criterion_meter = CriterionMeter()
-        self._has_untrained_part: bool | None = None  # None: not known yet
         self._freeze_teacher()
 
     @property

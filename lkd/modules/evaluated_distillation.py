@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
+from lkd import devices
 from lkd.layers import device_of, evaluating
 from lkd.limits import images_measured
 from lkd.losses import DistillLoss, WeightedSum
@@ -24,7 +25,6 @@ from lkd.modules.criterion_meter import (
     CriterionMeter,
     RememberedLogits,
     has_untrained_part,
-    isolated_random_numbers,
     with_total,
 )
 from lkd.modules.meter import Accuracy
@@ -46,10 +46,10 @@ class EvaluatedDistillation(ClassificationModule):
     hard_weight: float
     student_taps: FeatureTaps
     teacher_normalization: Normalization | None
-    _built: bool
+    _built: bool = False
     _criterion_meter: CriterionMeter
     _remembered: RememberedLogits
-    _has_untrained_part: bool | None  # None: not known yet
+    _has_untrained_part: bool | None = None  # None: not known yet
 
     @property
     @abstractmethod
@@ -162,7 +162,12 @@ class EvaluatedDistillation(ClassificationModule):
             return None
         terms = self._criterion_meter.recorded = {}
         try:
-            with isolated_random_numbers(self), evaluating(self), torch.inference_mode(False), torch.enable_grad():
+            with (
+                devices.isolated_random_numbers(device_of(self.model)),
+                evaluating(self),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+            ):
                 logits = self.update_metrics(deepcopy(self.stage_metrics("val")), self._blank_batch(example))
                 return has_untrained_part(logits, torch.stack(list(terms.values())).sum(), self.parameters())
         except Exception as error:  # whatever the criterion of a user raises
@@ -171,6 +176,7 @@ class EvaluatedDistillation(ClassificationModule):
             return False
         finally:
             self._criterion_meter.recorded = None
+            self.student_taps.clear()  # features with their graph: the module could not be copied
 
     def _blank_batch(self, example: Any) -> Batch:
         """Some copies of an input, with labels and positions: criteria may compare images with each other."""
@@ -181,8 +187,11 @@ class EvaluatedDistillation(ClassificationModule):
 
     def _evaluate(self, stage: str, batch: Any) -> None:
         """Measure one batch; what a criterion draws at random is not taken from the training."""
-        with isolated_random_numbers(self) if self.validates_criterion else nullcontext():
+        with self._isolated() if self.validates_criterion else nullcontext():
             super()._evaluate(stage, batch)
+
+    def _isolated(self) -> AbstractContextManager[None]:
+        return devices.isolated_random_numbers(device_of(self.model))
 
     def _can_replay(self, batch: Batch) -> bool:
         return not self.validates_criterion or self._criterion_meter.is_tried(len(batch.target))

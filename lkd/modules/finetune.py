@@ -12,6 +12,7 @@ from torch.optim import SGD, Optimizer
 
 from lkd.layers import feature_layers, resolve_layers
 from lkd.modules.classification import ClassificationModule
+from lkd.schedules import Interval
 
 
 class FineTuneModule(ClassificationModule):
@@ -29,9 +30,10 @@ class FineTuneModule(ClassificationModule):
             frozen.
         optimizer: Makes the optimizer from two groups of parameters, head and backbone; its learning rate is that of
             the head.
-        lr_scheduler: Makes the learning rate's schedule, stepped once an epoch, from the optimizer; None: constant.
+        lr_scheduler: Makes the learning rate's schedule from the optimizer; None: constant.
         label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
         model_ckpt: File with weights to start from: anything that `lkd.models.load_weights` reads.
+        lr_scheduler_interval: Whether the schedule is stepped after each `epoch` or each optimizer `step`.
 
     Raises:
         ValueError: If the network has no linear layer, or no layer of a name; nothing is left to train; a number is out
@@ -49,8 +51,9 @@ class FineTuneModule(ClassificationModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
         model_ckpt: str | None = None,
+        lr_scheduler_interval: Interval = "epoch",
     ) -> None:
-        super().__init__(model, optimizer, lr_scheduler, label_smoothing, model_ckpt)
+        super().__init__(model, optimizer, lr_scheduler, label_smoothing, model_ckpt, lr_scheduler_interval)
         if not 0 <= backbone_lr_factor < float("inf"):
             raise ValueError(f"backbone_lr_factor must be a finite number from 0 on, got {backbone_lr_factor}")
         self.backbone_lr_factor = backbone_lr_factor
@@ -60,7 +63,8 @@ class FineTuneModule(ClassificationModule):
         self._frozen = self._freeze(frozen or [])
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"frozen {frozen} leaves nothing to train; leave out the head, {self.head}")
-        self.train(self.training)
+        for layer in self._frozen:  # the others keep the modes that they have
+            layer.training = False
 
     def _freeze(self, names: list[str]) -> tuple[nn.Module, ...]:
         """Takes the gradient from frozen layers; returns them with all layers in them."""

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from lkd import FineTuneModule
 from lkd.callbacks import KNN, ImagesPerSecond, LinearProbe, NetworkSummary, Speed
 from lkd.callbacks.monitor import network_size
 from lkd.losses import AT, KD, DistillLoss
@@ -54,3 +55,12 @@ def test_trying_a_network_on_small_images_keeps_the_mode_of_each_layer() -> None
     network[1].eval()
     factories._check_runs(network, "mine", network[0])
     assert [layer.training for layer in network] == [True, False, True]
+
+
+def test_freezing_some_layers_keeps_the_mode_of_the_others(tiny) -> None:
+    network = tiny()
+    network.bn1.eval()
+    module = FineTuneModule(network, frozen=["layer1"])
+    assert not any(layer.training for layer in (network.bn1, *network.layer1.modules()))
+    assert module.training
+    assert network.layer2.training

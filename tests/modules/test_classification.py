@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -78,3 +80,21 @@ def test_the_loss_of_an_evaluation_is_the_mean_over_the_images(tiny, trainer) ->
     unlabelled = [batch._replace(target=torch.full_like(batch.target, IGNORE_INDEX)) for batch in batches]
     (found,) = trainer().test(module, DataLoader(unlabelled, batch_size=None), verbose=False)
     assert found["test/loss"] == 0
+
+
+class WithMargin(DistillModule):
+    """Passes what it does not know on."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, *, margin: float = 0.5, **settings: Any) -> None:
+        super().__init__(student, teacher, **settings)
+        self.margin = margin
+
+
+def test_a_subclass_that_passes_settings_on_is_loaded(tiny, data, trainer, tmp_path) -> None:
+    module = WithMargin(tiny(1), tiny(2), margin=0.7, hard_weight=0.3)
+    engine = trainer(max_steps=1)
+    engine.fit(module, data)
+    engine.save_checkpoint(tmp_path / "own.ckpt")
+    loaded = WithMargin.load_from_checkpoint(tmp_path / "own.ckpt", student=tiny(3), teacher=tiny(2))
+    assert (loaded.margin, loaded.hard_weight) == (0.7, 0.3)
+    assert loaded.student.conv1.weight.equal(module.student.conv1.weight)

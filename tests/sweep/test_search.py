@@ -154,3 +154,15 @@ def test_without_optuna_it_says_what_to_install(sweep, monkeypatch) -> None:
     code, said = sweep()
     assert code == 2
     assert "pip install 'lkd[sweep]'" in said
+
+
+def test_a_trial_whose_best_another_curve_chooses_is_refused(sweep) -> None:
+    """Where the loss trains no classifier, the accuracy is no value; the distillation loss is, the least of it."""
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", _weights(0.5, 1.0)]
+    features = ["--config=methods/backbone_kd", *short]
+    code, said = sweep("--trials=3", *features, space=False)
+    assert code == 2
+    assert "val/acc is not logged, as the loss does not train the logits; give --monitor val/backbonekd" in said
+    code, said = sweep("--trials=1", *features, "--study=other", "--monitor=val/backbonekd", space=False)
+    assert code == 0
+    assert "the least val/backbonekd is best" in said
