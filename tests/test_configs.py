@@ -21,7 +21,7 @@ COMPLETE = sorted(
 )
 OVERLAYS = {
     kind: sorted(path.stem for path in (FOLDER / kind).glob("*.yaml"))
-    for kind in ("data", "finetune", "pairs", "methods", "trainer")
+    for kind in ("data", "finetune", "pairs", "methods", "teachers", "trainer")
 }
 VIEWS = [name for name in OVERLAYS["methods"] if "views:" in (FOLDER / "methods" / f"{name}.yaml").read_text()]
 BEFORE = {  # runs that a config goes on from
@@ -121,6 +121,12 @@ def test_data_overlays(data: str) -> None:
 def test_pair_overlays(pair: str) -> None:
     configs = ["--config", "data/synthetic", "--config", f"pairs/{pair}", "--config", "methods/kd"]
     assert main(["fit", *configs, *_synthetic_settings(pair), *SHORT]) == 0
+
+
+@pytest.mark.parametrize("name", OVERLAYS["teachers"])
+def test_teacher_overlays(name: str) -> None:
+    configs = ["--config", "data/synthetic", "--config", f"teachers/{name}"]
+    assert main(["fit", *configs, *_synthetic_settings(name), *SHORT]) == 0
 
 
 def _synthetic_settings(pair: str) -> list[str]:
