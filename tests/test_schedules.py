@@ -21,7 +21,7 @@ from torch.optim import lr_scheduler as pytorch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
 from lkd import ClassificationModule, DistillModule
-from lkd.arguments import configs_folder
+from lkd.config_files import configs_folder
 from lkd.callbacks import LastCheckpoint
 from lkd.schedules import CosineDecay, RunSchedule, StepDecay, fit_schedules, run_length
 
