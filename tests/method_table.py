@@ -18,6 +18,7 @@ from tests.test_parity import METHODS
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- methods: made by python -m tests.method_table -->", "<!-- end of methods -->"
 NO_METHOD = {"DistillLoss", "CompositeLoss", "WeightedSum", "ClassificationModule", "DistillModule", "EarlyExitModule"}
+NO_METHOD |= {"FineTuneModule"}
 PARITY_OF = {"logit_std_kd": "LogitStandardization", "ctkd_global": "CTKD", "pad_l2": "PAD"}
 PARITY_OF |= {"ofa": "OFAKD", "deit_hard": "DeiT"}
 TRAINED = {"SimKDModule": "tests/modules/test_simkd.py", "DOTModule": "tests/modules/test_dot.py"}

@@ -21,8 +21,8 @@ from torch.optim import lr_scheduler as pytorch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
 from lkd import ClassificationModule, DistillModule
-from lkd.config_files import configs_folder
 from lkd.callbacks import LastCheckpoint
+from lkd.config_files import configs_folder
 from lkd.schedules import CosineDecay, RunSchedule, StepDecay, fit_schedules, run_length
 
 CONFIGS = configs_folder()

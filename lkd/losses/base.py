@@ -1,4 +1,4 @@
-"""What a criterion is, and how several are added."""
+"""Base classes of distillation losses and their composition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lkd.layers import resolve_layers
-from lkd.losses.checks import check_dims
+from lkd.losses._checks import check_dims
 from lkd.types import Batch, Outputs, Probe
 
 RESERVED = ("hard", "loss", "acc", "teacher_acc", "agreement")

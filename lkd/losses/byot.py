@@ -1,4 +1,4 @@
-"""A network whose shallow stages learn from its deepest."""
+"""Be your own teacher (BYOT): self-distillation through early exits."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lkd.losses._checks import check_dims, check_temperature, check_weights
+from lkd.losses._divergence import softened_kl
+from lkd.losses._labels import labelled_cross_entropy
+from lkd.losses._precision import mse
 from lkd.losses.base import DistillLoss, read_layers, total
-from lkd.losses.checks import check_dims, check_temperature, check_weights
-from lkd.losses.labels import labelled_cross_entropy
-from lkd.losses.logit import softened_kl
-from lkd.losses.precision import mse
 from lkd.types import Batch, Outputs, Probe
 
 

@@ -1,4 +1,4 @@
-"""Contrastive distillation, with a memory of all training images."""
+"""Contrastive representation distillation (CRD)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lkd.losses.adapters import embedding
+from lkd.losses._adapters import embedding
+from lkd.losses._checks import check_positive, check_temperature
+from lkd.losses._precision import full_precision, wide
+from lkd.losses._shapes import check_shapes
+from lkd.losses._unit_vectors import unit_vectors
 from lkd.losses.base import DistillLoss
-from lkd.losses.checks import check_positive, check_temperature
-from lkd.losses.directions import directions
-from lkd.losses.precision import full_precision, wide
-from lkd.losses.shapes import check_shapes
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 _LARGE = 2**30  # bytes
@@ -191,7 +191,7 @@ class CRD(DistillLoss):
 
     @full_precision
     def _compare(self, ours: Tensor, theirs: Tensor, index: Tensor, target: Tensor) -> Tensor:
-        ours, theirs = directions(ours, dim=1), directions(theirs, dim=1)
+        ours, theirs = unit_vectors(ours, dim=1), unit_vectors(theirs, dim=1)
         position = torch.cat([index.unsqueeze(1), self.draw(index, target)], dim=1)
         scores = torch.stack(
             [
@@ -242,7 +242,7 @@ class CRD(DistillLoss):
         share = same.to(ours.dtype) / same.sum(1, keepdim=True)
         for memory, new in ((self.student_memory, ours), (self.teacher_memory, theirs)):
             mean = share @ new
-            row = directions(self.momentum * wide(memory[index]) + (1 - self.momentum) * mean, dim=1)
+            row = unit_vectors(self.momentum * wide(memory[index]) + (1 - self.momentum) * mean, dim=1)
             memory.index_copy_(0, index, row.to(memory.dtype))
         label = torch.where(same, target, IGNORE_INDEX).amax(1)  # of an image's views, only one may have it
         self.targets.index_copy_(0, index, torch.where(label == IGNORE_INDEX, self.targets[index], label))

@@ -1,15 +1,15 @@
-"""Temperatures that are learned against the student."""
+"""Curriculum temperature for knowledge distillation (CTKD)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from lkd.losses._checks import check_positive, check_temperature, check_weights
+from lkd.losses._precision import wide
+from lkd.losses._shapes import check_shapes
 from lkd.losses.base import DistillLoss
-from lkd.losses.checks import check_positive, check_temperature, check_weights
-from lkd.losses.logit import kd_loss
-from lkd.losses.precision import wide
-from lkd.losses.shapes import check_shapes
+from lkd.losses.kd import kd_loss
 from lkd.types import Batch, Outputs, Probe
 
 

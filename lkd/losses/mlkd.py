@@ -1,4 +1,4 @@
-"""Logits compared image by image, over the batch and over the classes, in two views of each image."""
+"""Multi-level logit distillation (MLKD)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lkd.losses._checks import check_temperature
+from lkd.losses._divergence import softened_kl
+from lkd.losses._precision import full_precision, wide
+from lkd.losses._shapes import check_shapes
 from lkd.losses.base import DistillLoss, total
-from lkd.losses.checks import check_temperature
-from lkd.losses.logit import softened_kl
-from lkd.losses.precision import full_precision, wide
-from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs
 
 Form = Literal["code", "paper"]

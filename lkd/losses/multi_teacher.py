@@ -1,4 +1,4 @@
-"""Learning from several teachers at once."""
+"""Distillation from several teachers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lkd.losses._labels import labelled_mean, own_class
+from lkd.losses._precision import full_precision
+from lkd.losses._shapes import check_shapes
 from lkd.losses.base import CompositeLoss, DistillLoss, named_terms
-from lkd.losses.labels import labelled_mean, own_class
-from lkd.losses.precision import full_precision
-from lkd.losses.shapes import check_shapes
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 _MEMBERS = "members"

@@ -1,4 +1,4 @@
-"""Semantic calibration: every layer of the student learns from those of the teacher that are nearest to it."""
+"""Cross-layer distillation with semantic calibration (SemCKD)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import bottleneck, same_size
+from lkd.losses._adapters import bottleneck, same_size
+from lkd.losses._checks import check_dims, check_temperature
+from lkd.losses._precision import full_precision, wide
+from lkd.losses._shapes import check_shapes
+from lkd.losses._unit_vectors import unit_vectors
 from lkd.losses.base import DistillLoss, read_layers, total
-from lkd.losses.checks import check_dims, check_temperature
-from lkd.losses.directions import directions
-from lkd.losses.precision import full_precision, wide
-from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
@@ -81,7 +81,7 @@ class _Embedding(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         rows = feature.flatten(1)
         hidden = F.relu(_linear(self.linear1, rows @ rows.T))
-        return directions(_linear(self.linear2, hidden), dim=1)
+        return unit_vectors(_linear(self.linear2, hidden), dim=1)
 
 
 def _linear(layer: nn.Linear, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a network makes of turned images: to which image they belong, and of which class they are."""
+"""Self-supervised knowledge distillation (SSKD)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lkd.losses._checks import check_temperature, check_weights
+from lkd.losses._divergence import softened_kl
+from lkd.losses._labels import own_class
+from lkd.losses._precision import full_precision
+from lkd.losses._shapes import check_shapes
+from lkd.losses._unit_vectors import unit_vectors
 from lkd.losses.base import DistillLoss
-from lkd.losses.checks import check_temperature, check_weights
-from lkd.losses.directions import directions
-from lkd.losses.labels import own_class
-from lkd.losses.logit import kd_loss, softened_kl
-from lkd.losses.precision import full_precision
-from lkd.losses.shapes import check_shapes
+from lkd.losses.kd import kd_loss
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 _VIEWS = 4
@@ -30,7 +31,7 @@ def _turned(views: Tensor) -> Tensor:
 
 def _similarity(embedding: Tensor) -> Tensor:
     """Cosines of each turned view with each image `(3 * B, B)`."""
-    return directions(_turned(embedding), dim=1) @ directions(_upright(embedding), dim=1).T
+    return unit_vectors(_turned(embedding), dim=1) @ unit_vectors(_upright(embedding), dim=1).T
 
 
 def _own_image(similarity: Tensor) -> Tensor:

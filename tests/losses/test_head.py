@@ -250,7 +250,7 @@ def test_vitkd_generates_what_is_masked() -> None:
     masked = []
     loss = KF.vitkd_generation_loss
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lkd.losses.vit.vitkd_generation_loss", lambda *given: masked.append(given[2]) or loss(*given))
+        patch.setattr("lkd.losses.vitkd.vitkd_generation_loss", lambda *given: masked.append(given[2]) or loss(*given))
         terms = [criterion(student, teacher, _batch()) for _ in range(2)]
     assert (masked[0].sum(1) == 9 - int(9 * 0.7)).all()
     assert not torch.equal(*masked)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lkd import functional as KF
-from lkd.losses.shapes import check_shapes
+from lkd.losses._shapes import check_shapes
 from tests.losses.cases.base import value
 from tests.losses.processes import table
 

@@ -1,0 +1,115 @@
+"""Distillation from a stronger teacher (DIST)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lkd.losses._checks import check_positive, check_temperature, check_weights
+from lkd.losses._precision import wide
+from lkd.losses._shapes import check_shapes
+from lkd.losses.base import DistillLoss
+from lkd.types import Batch, Outputs
+
+
+def decorrelation(student: Tensor, teacher: Tensor, dim: int, eps: float) -> Tensor:
+    """1 - the mean of Pearson's correlation.
+
+    Args:
+        student: Of any shape.
+        teacher: Of the same shape.
+        dim: Along which dimension the two are correlated.
+        eps: Added to the product of the norms.
+    """
+    student, teacher = (values - values.mean(dim, keepdim=True) for values in (student, teacher))
+    norms: Tensor = torch.linalg.vector_norm(student, dim=dim) * torch.linalg.vector_norm(teacher, dim=dim)
+    return 1 - ((student * teacher).sum(dim) / (norms + eps)).mean()
+
+
+@check_shapes(student_logits="B K", teacher_logits="B K")
+def _dist(student_logits: Tensor, teacher_logits: Tensor, dim: int, temperature: float, eps: float) -> Tensor:
+    """1 - the mean correlation of probabilities along `dim`, times temperature²."""
+    student, teacher = (F.softmax(wide(logits) / temperature, dim=1) for logits in (student_logits, teacher_logits))
+    return temperature**2 * decorrelation(student, teacher, dim, eps)
+
+
+@check_shapes(student_logits="B K", teacher_logits="B K")
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    eps: float = 1e-8,
+) -> Tensor:
+    r"""How far the student's probabilities are from being linear in the teacher's, within samples and classes.
+
+    $$ \beta \tau^2 \Big( 1 - \frac{1}{B} \sum_i \rho(q_{i \cdot}, p_{i \cdot}) \Big)
+       + \gamma \tau^2 \Big( 1 - \frac{1}{K} \sum_c \rho(q_{\cdot c}, p_{\cdot c}) \Big) $$
+
+    $\rho$ is Pearson's correlation, p and q are the teacher's and the student's softmax at temperature $\tau$. The
+    second part compares a class's probabilities over the samples of the batch; with several processes, of each
+    process's own.
+
+    Args:
+        student_logits: `(B, K)`.
+        teacher_logits: `(B, K)`.
+        beta: Weight of the relations between the classes of a sample.
+        gamma: Weight of the relations between the samples within a class.
+        temperature: Greater than 0.
+        eps: Added to the product of the norms in $\rho$.
+
+    Returns:
+        A scalar; float32 for logits in half precision, else the logits' type.
+
+    References:
+        Huang et al.: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv 2205.10536); the factor
+        $\tau^2$ is from the authors' code.
+
+    Example:
+        >>> student, teacher = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> round(dist_loss(student, teacher).item(), 4)
+        0.0
+    """
+    inter = _dist(student_logits, teacher_logits, 1, temperature, eps)
+    return beta * inter + gamma * _dist(student_logits, teacher_logits, 0, temperature, eps)
+
+
+class DIST(DistillLoss):
+    """Distillation from a stronger teacher: the student's probabilities shall be correlated with the teacher's.
+
+    Its curves are `train/dist_inter` (the classes of a sample) and `train/dist_intra` (the samples within a class).
+
+    Args:
+        beta: Weight of the relations between the classes of a sample.
+        gamma: Weight of the relations between the samples within a class.
+        temperature: Greater than 0; 4 for CIFAR, 1 for ImageNet.
+        eps: Added to the product of the norms in the correlation, greater than 0.
+
+    Raises:
+        ValueError: If a weight is negative, or the temperature or `eps` not greater than 0.
+
+    References:
+        Huang et al.: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv 2205.10536).
+    """
+
+    compares_samples = True
+    per_process = "correlates its images within a class"
+
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, eps: float = 1e-8) -> None:
+        super().__init__()
+        check_weights(beta=beta, gamma=gamma)
+        check_positive("1e-8 is usual", eps=eps)
+        self.beta = beta
+        self.gamma = gamma
+        self.temperature = check_temperature(temperature)
+        self.eps = eps
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """The two parts of `dist_loss`."""
+        logits = student.logits, teacher.logits
+        return {
+            "inter": self.beta * _dist(*logits, 1, self.temperature, self.eps),
+            "intra": self.gamma * _dist(*logits, 0, self.temperature, self.eps),
+        }
