@@ -1,6 +1,6 @@
-"""The losses as pure functions: `from lkd import functional as KF; KF.kd_loss(student, teacher)`.
+"""Distillation losses as pure functions: `from lkd import functional as KF; KF.kd_loss(student, teacher)`.
 
-Each function checks the shapes that its docstring gives, and raises a `ValueError` for any others.
+Each function checks the tensor shapes given in its docstring and raises a `ValueError` if they do not match.
 """
 
 from lkd.losses.ab import ab_loss

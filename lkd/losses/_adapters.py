@@ -12,30 +12,30 @@ Pooling = Literal["mean", "max"]
 
 
 def same_size(student: Tensor, teacher: Tensor, pooling: Pooling = "mean") -> tuple[Tensor, Tensor]:
-    """Two feature maps at the smaller one's size: the larger is pooled.
+    """Pool the larger of two feature maps to the size of the smaller one.
 
     Args:
-        student: `(B, C, H, W)`.
-        teacher: `(B, D, H', W')`.
-        pooling: Whether a pixel is the mean or the largest value of those that it stands for.
+        student: Student feature map `(B, C, H, W)`.
+        teacher: Teacher feature map `(B, D, H', W')`.
+        pooling: Average or maximum pooling.
 
     Returns:
-        Both, with min(H, H') rows and min(W, W') columns.
+        Both feature maps with min(H, H') rows and min(W, W') columns.
     """
     height, width = (min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True))
     return pooled_to(student, (height, width), pooling), pooled_to(teacher, (height, width), pooling)
 
 
 def pooled_to(feature: Tensor, size: tuple[int, int], pooling: Pooling = "mean") -> Tensor:
-    """A feature map pooled to `size`; as it is if it has that size.
+    """Pool a feature map to `size`; return it unchanged if it has that size.
 
     Args:
-        feature: `(B, C, H, W)`.
-        size: Rows and columns; where there are more than the map has, its pixels are repeated.
-        pooling: Whether a pixel is the mean or the largest value of those that it stands for.
+        feature: Feature map `(B, C, H, W)`.
+        size: Rows and columns. If the map has fewer of them, its pixels are repeated.
+        pooling: Average or maximum pooling.
 
     Returns:
-        `(B, C, *size)`.
+        Feature map `(B, C, *size)`.
     """
     if feature.shape[2:] == size:
         return feature
@@ -43,31 +43,31 @@ def pooled_to(feature: Tensor, size: tuple[int, int], pooling: Pooling = "mean")
 
 
 def projection(in_channels: int, out_channels: int) -> nn.Sequential:
-    """A 1x1 convolution without bias, and a BatchNorm.
+    """Create a 1x1 convolution without bias, followed by BatchNorm.
 
     Args:
-        in_channels: Channels of the student's feature.
-        out_channels: Channels of the teacher's.
+        in_channels: Number of channels of the student's feature.
+        out_channels: Number of channels of the teacher's feature.
     """
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
 
 
 def projections(pairs: Iterable[tuple[Tensor, Tensor]]) -> nn.ModuleList:
-    """A `projection` for each of the student's features, to the channels of the teacher's.
+    """Create a `projection` of each student feature to the channels of the teacher feature.
 
     Args:
-        pairs: The student's feature `(B, C, H, W)` and the teacher's `(B, D, H', W')`.
+        pairs: Student features `(B, C, H, W)` and teacher features `(B, D, H', W')`.
     """
     return nn.ModuleList(projection(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs)
 
 
 def bottleneck(in_channels: int, inner_channels: int, out_channels: int) -> nn.Sequential:
-    """Convolutions 1x1, 3x3 and 1x1 without bias, with BatchNorm and ReLU between them.
+    """Create 1x1, 3x3 and 1x1 convolutions without bias, with BatchNorm and ReLU in between.
 
     Args:
-        in_channels: Channels of the student's feature.
-        inner_channels: Channels in between.
-        out_channels: Channels of the teacher's feature.
+        in_channels: Number of channels of the student's feature.
+        inner_channels: Number of inner channels.
+        out_channels: Number of channels of the teacher's feature.
     """
     return nn.Sequential(
         nn.Conv2d(in_channels, inner_channels, 1, bias=False),
@@ -81,27 +81,34 @@ def bottleneck(in_channels: int, inner_channels: int, out_channels: int) -> nn.S
 
 
 def generator(channels: int) -> nn.Sequential:
-    """Two 3x3 convolutions with a ReLU between them: they make a feature map of a masked one.
+    """Create two 3x3 convolutions with a ReLU in between, which generate a feature map from a masked one.
 
     Args:
-        channels: Channels of both.
+        channels: Number of input and output channels.
     """
     first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
     return nn.Sequential(first, nn.ReLU(), second)
 
 
 def embedding(feature: Tensor, feat_dim: int) -> nn.Sequential:
-    """A linear map of a feature, flattened if it is a map, to a vector.
+    """Create a linear embedding of a feature, which is flattened first.
 
     Args:
-        feature: An example `(B, ...)`.
-        feat_dim: Length of the vector.
+        feature: Example feature `(B, ...)`.
+        feat_dim: Size of the embedding.
     """
     return nn.Sequential(nn.Flatten(), nn.Linear(feature[0].numel(), feat_dim))
 
 
 def normalized_linear(in_features: int, out_features: int, eps: float = 1e-5, affine: bool = True) -> nn.Sequential:
-    """A linear layer and a BatchNorm, which makes a bias of the former useless."""
+    """Create a linear layer without bias, which would be redundant, followed by BatchNorm.
+
+    Args:
+        in_features: Size of the input.
+        out_features: Size of the output.
+        eps: Constant added to the variance in BatchNorm.
+        affine: Whether BatchNorm has scale and shift parameters.
+    """
     return nn.Sequential(
         nn.Linear(in_features, out_features, bias=False), nn.BatchNorm1d(out_features, eps=eps, affine=affine)
     )

@@ -9,14 +9,25 @@ from lkd.types import Probe
 
 
 def linear_classifier(owner: str, role: str, probe: Probe, layer: str, channels: int) -> nn.Linear:
-    """A network's classifier, which must be one linear layer behind the mean of its map over the pixels."""
+    """Return a network's classifier: a single linear layer after global average pooling.
+
+    Args:
+        owner: Name of the criterion, for the error message.
+        role: `student` or `teacher`, for the error message.
+        probe: The network and its outputs.
+        layer: Name of the classifier.
+        channels: Number of channels of the feature map.
+
+    Raises:
+        ValueError: If the layer does not exist or is not a linear layer for this number of channels.
+    """
     (name,) = resolve_layers(probe.network, [layer])
     head = dict(probe.network.named_modules()).get(name)
     if not isinstance(head, nn.Linear) or head.in_features != channels:
-        found = "is not there" if head is None else f"is {head}"
+        found = "does not exist" if head is None else f"is {head}"
         raise ValueError(
-            f"{owner} needs a classifier that is one linear layer and reads the mean of the {role}'s map over the "
-            f"pixels; the map has {channels} channels, and the layer {name!r} {found}: name another map ({role}_layer) "
-            f"or classifier ({role}_head)"
+            f"{owner} requires a {role} classifier that is a single linear layer after global average pooling; the "
+            f"feature map has {channels} channels, but the layer {name!r} {found}; set another feature map "
+            f"({role}_layer) or classifier ({role}_head)"
         )
     return head

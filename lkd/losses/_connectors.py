@@ -16,7 +16,13 @@ LayerWeights = Literal["equal", "doubling"] | Sequence[float]
 
 
 class ConnectedLoss(DistillLoss):
-    """The student's feature maps go through connectors, 1x1 convolutions with BatchNorm; each layer has a weight."""
+    """Base class of losses that map student features through 1x1 convolutions with BatchNorm and weight the layers.
+
+    Args:
+        student_layers: Student layers whose feature maps are compared.
+        teacher_layers: Teacher layers, one for each student layer.
+        layer_weights: `equal`, `doubling`, or one number for each layer.
+    """
 
     reads_logits = False
 
@@ -26,27 +32,27 @@ class ConnectedLoss(DistillLoss):
         super().__init__(student_layers, teacher_layers)
         if not isinstance(layer_weights, str) and not all(0 <= weight < math.inf for weight in layer_weights):
             raise ValueError(
-                f"layer_weights must not be negative, got {list(layer_weights)}; take finite numbers from 0 on"
+                f"layer_weights must not be negative, got {list(layer_weights)}; use finite numbers of at least 0"
             )
         self.layer_weights = layer_weights
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the connectors."""
+        """Create the connectors."""
         pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
         if not isinstance(self.layer_weights, str) and len(self.layer_weights) != len(pairs):
             raise ValueError(
-                f"{type(self).__name__} compares {len(pairs)} layers and has {len(self.layer_weights)} layer_weights; "
-                "give one for each layer, or `equal` or `doubling`"
+                f"{type(self).__name__} compares {len(pairs)} layers but has {len(self.layer_weights)} layer_weights; "
+                "set one for each layer, or `equal` or `doubling`"
             )
         self.connectors = projections(pairs)
 
     def connected(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
-        """The student's features behind their connectors, each with the teacher's."""
+        """Return pairs of the student's features after the connectors and the teacher's features."""
         pairs = zip(self.connectors, self.pairs(student, teacher), strict=True)
         return [(connector(ours), theirs) for connector, (ours, theirs) in pairs]
 
     def weighted_total(self, losses: Sequence[Tensor]) -> Tensor:
-        """The layers' losses, weighted and added."""
+        """Return the weighted sum of the losses of the layers."""
         weights: Sequence[float]
         if self.layer_weights == "equal":
             weights = [1.0] * len(losses)

@@ -17,10 +17,10 @@ _R = TypeVar("_R")
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Half precision as float32: sums and small probabilities would lose their digits.
+    """Convert half precision to float32, so that sums and small probabilities keep their digits.
 
     Args:
-        tensor: Of any shape.
+        tensor: Tensor of any shape.
 
     Returns:
         The tensor itself, or its float32 copy.
@@ -29,15 +29,16 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def full_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function compute in single precision at least: its tensors are widened, autocast is off inside.
+    """Decorator that evaluates a function in single precision or higher.
 
-    For losses with matrix products, which autocast would otherwise run in half precision.
+    Half-precision arguments are converted to float32, and autocast is disabled inside the function. It is used for
+    losses with matrix products, which autocast would evaluate in half precision.
 
     Args:
-        function: Takes at least one tensor, or one sequence of tensors.
+        function: Function of at least one tensor or sequence of tensors.
 
     Returns:
-        The function, with the same signature.
+        The decorated function with the same signature.
     """
 
     @wraps(function)
@@ -52,14 +53,14 @@ def full_precision(function: Callable[_P, _R]) -> Callable[_P, _R]:
 @check_shapes(student="*", teacher="*")
 @full_precision
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of two tensors of the same shape, in single precision at least.
+    """Mean squared error in single precision or higher.
 
     Args:
-        student: `(*)`.
-        teacher: `(*)`.
+        student: Student tensor `(*)`.
+        teacher: Teacher tensor `(*)` of the same shape.
 
     Returns:
-        A scalar.
+        Scalar loss.
     """
     return F.mse_loss(student, teacher)
 

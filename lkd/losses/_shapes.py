@@ -18,7 +18,7 @@ Form = str | tuple[str, ...]
 
 
 class _Shape(NamedTuple):
-    """A parsed form: factor and name of each size, and what may follow them (`...`, `*` or nothing)."""
+    """Parsed shape: factor and name of each size, and an optional trailing `...` or `*`."""
 
     dims: tuple[tuple[int, str], ...]
     rest: str
@@ -29,12 +29,12 @@ class _Shape(NamedTuple):
         return f"({names[0]},)" if len(names) == 1 else f"({', '.join(names)})"
 
     def of_item(self, number: int) -> _Shape:
-        """The form of one item of a list: sizes whose names end with `_l` belong to this item alone."""
+        """Return the shape of one item of a list, in which sizes whose names end with `_l` are specific to the item."""
         dims = ((factor, f"{name[:-1]}{number}" if name.endswith("_l") else name) for factor, name in self.dims)
         return self._replace(dims=tuple(dims))
 
     def fits(self, shape: torch.Size, sizes: _Sizes) -> bool:
-        """Whether a shape has the form and agrees with the sizes found so far, to which its own are added."""
+        """Check whether a shape matches and agrees with the sizes found so far; add its own sizes to them."""
         given = len(self.dims)
         if len(shape) < given or (len(shape) > given and not self.rest):
             return False

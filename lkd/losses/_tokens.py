@@ -8,27 +8,27 @@ from torch import Tensor
 
 
 def tokens_to_map(owner: str, role: str, tokens: Tensor, num_prefix_tokens: int) -> Tensor:
-    """The tokens of a square grid of patches as a feature map.
+    """Reshape the tokens of a square grid of patches to a feature map.
 
     Args:
-        owner: The criterion's name.
-        role: Whose tokens they are, `student` or `teacher`.
-        tokens: `(B, N, C)`, row by row.
-        num_prefix_tokens: How many of them, at the beginning, are of no patch (class tokens, registers).
+        owner: Name of the criterion, for the error message.
+        role: `student` or `teacher`, for the error message.
+        tokens: Tokens in row-major order `(B, N, C)`.
+        num_prefix_tokens: Number of leading tokens that are not patches (class tokens, registers).
 
     Returns:
-        `(B, C, side, side)`.
+        Feature map `(B, C, side, side)`.
 
     Raises:
-        ValueError: If the patches are no square.
+        ValueError: If the patches do not form a square grid.
     """
     patches = tokens[:, num_prefix_tokens:]
     num_patches = patches.shape[1]
     side = isqrt(num_patches)
     if num_prefix_tokens < 0 or side == 0 or side * side != num_patches:
         raise ValueError(
-            f"{owner} reads tokens of a square grid of patches; a layer of the {role} returns {tokens.shape[1]}, which "
-            f"are {num_patches} without {num_prefix_tokens} class tokens: set the number of class tokens "
-            f"({role}_prefix_tokens), or name another layer"
+            f"{owner} requires tokens of a square grid of patches, but a {role} layer returns {tokens.shape[1]} "
+            f"tokens, {num_patches} without the {num_prefix_tokens} class tokens; set the number of class tokens "
+            f"({role}_prefix_tokens) or use another layer"
         )
     return patches.mT.reshape(len(tokens), -1, side, side)

@@ -19,20 +19,20 @@ from lkd.types import Batch, Outputs
 @check_shapes(student_feature="B C H W", teacher_feature="B C H' W'")
 @full_precision
 def ab_loss(student_feature: Tensor, teacher_feature: Tensor, margin: float = 1.0) -> Tensor:
-    r"""How far the student's neurons are from being active where the teacher's are, and nowhere else.
+    r"""Squared hinge loss between student features and the teacher's activation boundaries.
 
     $$ \frac{1}{B} \sum_{i,c,h,w} \begin{cases} \max(m - s, 0)^2 & t > 0 \\ \max(m + s, 0)^2 & t \le 0 \end{cases} $$
 
-    with the features s of the student and t of the teacher before their activation. Only the sign of t counts. The
-    larger map is averaged to the smaller one's size first.
+    Here s and t are the pre-activation features of student and teacher; only the sign of t matters. The larger map is
+    average-pooled to the size of the smaller one first.
 
     Args:
-        student_feature: `(B, C, H, W)`.
-        teacher_feature: `(B, C, H', W')`.
-        margin: By how much a neuron is to be beyond the boundary, greater than 0.
+        student_feature: Student pre-activations `(B, C, H, W)`.
+        teacher_feature: Teacher pre-activations `(B, C, H', W')`.
+        margin: Required distance m from the boundary, greater than 0.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
         Heo et al.: Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons, AAAI 2019
@@ -45,31 +45,32 @@ def ab_loss(student_feature: Tensor, teacher_feature: Tensor, margin: float = 1.
     """
     student, teacher = same_size(student_feature, teacher_feature)
     wanted = torch.where(teacher > 0, student, -student)
-    missing = margin - torch.where(teacher.isnan(), teacher, wanted)  # else it would pass for an inactive neuron
+    missing = margin - torch.where(teacher.isnan(), teacher, wanted)  # NaN > 0 is False
     return F.relu(missing).square().sum() / len(student)
 
 
 class AB(ConnectedLoss):
-    """Activation boundaries: the student's neurons are to be active where the teacher's are.
+    """Activation boundaries: match signs of pre-activations.
 
-    The features are those before the activation; the student's go through a 1x1 convolution with BatchNorm. It is meant
-    for the first epochs, in which it is the only loss: see `configs/methods/ab.yaml`.
+    The student's neurons learn to be active where the teacher's are (see `ab_loss`). The student's pre-activations pass
+    through a 1x1 convolution with BatchNorm. The method is intended as the only loss of the first epochs: see
+    `configs/methods/ab.yaml`.
 
     Args:
-        student_layers: Layers of the student whose feature maps it reads.
-        teacher_layers: The teacher's, as many.
-        margin: By how much a neuron is to be beyond the boundary, greater than 0.
-        layer_weights: What the layers weigh: `equal`: 1; `doubling`: each twice as much as the one before it, the last
-            one 1; or a number for each.
+        student_layers: Student layers whose pre-activation feature maps are compared.
+        teacher_layers: Teacher layers, one for each student layer.
+        margin: Required distance from the boundary, greater than 0.
+        layer_weights: Weights of the layers: `equal` (all 1), `doubling` (each twice the preceding one, the last one
+            1), or one number for each layer.
 
     Raises:
-        ValueError: If `margin` is not greater than 0, a weight is negative, or, in training, a layer returns no feature
-            map, or the weights are not as many as the layers.
+        ValueError: If `margin` is not greater than 0 or a weight is negative. At the start of training, if a layer does
+            not return a feature map or the number of weights differs from the number of layers.
 
     References:
         Heo et al.: Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons, AAAI 2019
-        (arXiv 1811.03233). The CIFAR-100 benchmark (Tian et al., arXiv 1910.10699) has `layer_weights: doubling` and
-        the factor 3/1000 inside the loss, and a connector (of other kernel sizes) only where the shapes differ.
+        (arXiv 1811.03233). The CIFAR-100 benchmark (Tian et al., arXiv 1910.10699) uses `layer_weights: doubling`, a
+        factor 3/1000 inside the loss, and a connector (with other kernel sizes) only where the shapes differ.
     """
 
     def __init__(
@@ -80,10 +81,10 @@ class AB(ConnectedLoss):
         layer_weights: LayerWeights = "equal",
     ) -> None:
         super().__init__(student_layers, teacher_layers, layer_weights)
-        check_positive("1 is usual", margin=margin)
+        check_positive("typically 1", margin=margin)
         self.margin = margin
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The weighted sum of `ab_loss` over the layers."""
+        """Compute the weighted sum of `ab_loss` over the layers."""
         pairs = self.connected(student, teacher)
         return self.weighted_total([ab_loss(ours, theirs, self.margin) for ours, theirs in pairs])

@@ -17,31 +17,31 @@ from lkd.types import Batch, Outputs, Probe
 
 
 def _attention(feature: Tensor, p: float) -> Tensor:
-    """Where a feature map is active: `(B, H * W)`, of length 1."""
+    """Return the normalized spatial attention map of a feature `(B, H * W)`."""
     return unit_vectors(feature.abs().pow(p).mean(1).flatten(1), dim=1)
 
 
 @check_shapes(student_feature="B C H W", teacher_feature="B D H' W'")
 @full_precision
 def at_loss(student_feature: Tensor, teacher_feature: Tensor, p: float = 2.0) -> Tensor:
-    r"""Mean squared difference of the attention maps of two features.
+    r"""Mean squared error between normalized spatial attention maps.
 
     $$ \frac{1}{B H W} \sum_i \lVert Q(F_{s,i}) - Q(F_{t,i}) \rVert^2, \quad
        Q(F) = \mathrm{vec}(A) / \lVert \mathrm{vec}(A) \rVert, \quad A = \mathrm{mean}_c |F_c|^p $$
 
-    The larger map is averaged to the smaller one's size first.
+    The larger map is average-pooled to the size of the smaller one first.
 
     Args:
-        student_feature: `(B, C, H, W)`.
-        teacher_feature: `(B, D, H', W')`.
-        p: Power of the absolute values, greater than 0.
+        student_feature: Student feature map `(B, C, H, W)`.
+        teacher_feature: Teacher feature map `(B, D, H', W')`.
+        p: Exponent of the absolute values, greater than 0.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
-        Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017 (arXiv 1612.03928). This is the authors'
-        code; the paper sums the norm of the difference, not squared.
+        Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017 (arXiv 1612.03928). The loss follows the
+        authors' code; the paper sums the norm of the difference, not squared.
 
     Example:
         >>> import torch
@@ -54,24 +54,24 @@ def at_loss(student_feature: Tensor, teacher_feature: Tensor, p: float = 2.0) ->
 
 
 class AT(DistillLoss):
-    """Attention transfer: the student is to be active where the teacher is.
+    """Attention transfer: match spatial attention maps.
 
-    Layers are compared one by one, and the losses added. Channels may differ, and sizes.
+    The losses of the layers are summed (see `at_loss`). The numbers of channels and the sizes of the maps may differ.
 
     Args:
-        student_layers: Layers of the student whose feature maps it reads.
-        teacher_layers: The teacher's, as many.
-        p: Power of the absolute values, greater than 0.
+        student_layers: Student layers whose feature maps are compared.
+        teacher_layers: Teacher layers, one for each student layer.
+        p: Exponent of the absolute values, greater than 0.
 
     Raises:
-        ValueError: If `p` is not greater than 0, or, in training, a layer returns no feature map.
+        ValueError: If `p` is not greater than 0. At the start of training, if a layer does not return a feature map.
 
     References:
         Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017 (arXiv 1612.03928). The CIFAR-100
-        benchmark weighs it with 1000.
+        benchmark uses the weight 1000.
     """
 
-    needs_build = False  # it only checks the layers
+    needs_build = False  # `build` only checks the layers
     reads_logits = False
 
     def __init__(
@@ -81,14 +81,14 @@ class AT(DistillLoss):
         p: float = 2.0,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        check_positive("2 is usual", p=p)
+        check_positive("typically 2", p=p)
         self.p = p
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Check the layers."""
+        """Check the shapes of the features."""
         self.pairs(student.outputs, teacher.outputs, dims=4)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The sum of `at_loss` over the layers."""
+        """Compute the sum of `at_loss` over the layers."""
         losses = [at_loss(ours, theirs, self.p) for ours, theirs in self.pairs(student, teacher)]
         return total(losses)

@@ -19,20 +19,20 @@ from lkd.types import Batch, Outputs, Probe
 def feature_matching_loss(
     student_feature: Tensor, teacher_feature: Tensor, cosine_weight: float = 0.9, smooth_l1_weight: float = 0.1
 ) -> Tensor:
-    r"""Difference of features in direction, and in value.
+    r"""Weighted sum of cosine distance and smooth L1 loss between features.
 
     $$ w_c \, \mathrm{mean} (1 - \cos(s, t)) + w_l \, \mathrm{mean} \, \mathrm{smooth}_{L1}(s - t) $$
 
-    The cosine is that of the channels, of each sample or pixel.
+    The cosine similarity is computed over the channels of each sample or pixel.
 
     Args:
-        student_feature: `(B, D)` or `(B, D, H, W)`.
-        teacher_feature: `(B, D)` or `(B, D, H, W)`, the same shape.
-        cosine_weight: Weight of the first part.
-        smooth_l1_weight: Weight of the second part: the square, halved, up to 1, beyond it the absolute value - 1/2.
+        student_feature: Student feature `(B, D)` or `(B, D, H, W)`.
+        teacher_feature: Teacher feature `(B, D)` or `(B, D, H, W)` with the same shape.
+        cosine_weight: Weight of the cosine distance.
+        smooth_l1_weight: Weight of the smooth L1 loss, which is quadratic for differences below 1 and linear above.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
         Ranzinger et al.: AM-RADIO: Agglomerative Vision Foundation Model, CVPR 2024 (arXiv 2312.06709).
@@ -47,37 +47,37 @@ def feature_matching_loss(
 
 
 class BackboneKD(DistillLoss):
-    r"""A self-supervised or foundation backbone is imitated: its pooled feature, and its features of patches.
+    r"""Match pooled and patch features of a backbone.
 
     $$ w_p \, \mathrm{mean} (1 - \cos(a(s), t)) + w_m \big( w_c \, \mathrm{mean} (1 - \cos(b(S), T))
        + w_l \, \mathrm{mean} \, \mathrm{smooth}_{L1}(b(S) - T) \big) $$
 
-    a and b are linear projections that train with the student. It needs no labels: with `hard_weight` 0 the student's
-    classifier learns nothing, and fine-tuning follows. The teacher needs no classifier; what it returns,
-    `(B, D)`, may be its pooled feature: timm's networks do so with `num_classes: 0`. Features of patches are maps
-    `(B, C, H, W)` or tokens `(B, N, C)` of a square grid, in either network; the finer grid is averaged to the coarser
-    one's size. Its curves are `train/backbonekd_pooled` and `train/backbonekd_patches`.
+    The linear projections a and b are trained with the student. Labels are not required: with `hard_weight` 0, the
+    student's classifier is not trained, and fine-tuning follows. The teacher needs no classifier: its output `(B, D)`
+    may be the pooled feature, as for timm models with `num_classes: 0`. Patch features are maps `(B, C, H, W)` or
+    tokens `(B, N, C)` of a square grid, in either network. The finer grid is average-pooled to the coarser one. The
+    terms are logged as `train/backbonekd_pooled` and `train/backbonekd_patches`.
 
     Args:
-        student_pooled_layer: Layer of the student that returns its pooled feature `(B, C)`.
-        teacher_pooled_layer: The teacher's; None: what the teacher itself returns.
-        student_patch_layer: Layer of the student that returns its features of patches.
-        teacher_patch_layer: The teacher's.
-        pooled_weight: Weight of the pooled features; 0: they are not read.
-        patch_weight: Weight of the features of patches; 0: they are not read.
-        cosine_weight: Among the patches, weight of the difference in direction.
-        smooth_l1_weight: Among the patches, weight of the difference in value.
-        student_prefix_tokens: How many of the student's tokens, at the beginning, are of no patch (class tokens,
-            registers).
-        teacher_prefix_tokens: How many of the teacher's.
+        student_pooled_layer: Student layer that returns the pooled feature `(B, C)`.
+        teacher_pooled_layer: Teacher layer that returns the pooled feature; `None` uses the teacher's output.
+        student_patch_layer: Student layer that returns the patch features.
+        teacher_patch_layer: Teacher layer that returns the patch features.
+        pooled_weight: Weight of the pooled features; 0 disables them.
+        patch_weight: Weight of the patch features; 0 disables them.
+        cosine_weight: Weight of the cosine distance within the patch term.
+        smooth_l1_weight: Weight of the smooth L1 loss within the patch term.
+        student_prefix_tokens: Number of leading student tokens that are not patches (class tokens, registers).
+        teacher_prefix_tokens: Number of leading teacher tokens that are not patches.
 
     Raises:
-        ValueError: If a weight is negative, there is nothing to read, or, in training, a layer returns another form.
+        ValueError: If a weight is negative or both terms are disabled. At the start of training, if a layer's output
+            does not have one of the expected shapes.
 
     References:
         Ranzinger et al.: AM-RADIO: Agglomerative Vision Foundation Model, CVPR 2024 (arXiv 2312.06709), for one
-        teacher: the cosine for the pooled feature, 0.9 cosine + 0.1 smooth L1 for the patches. The projections are
-        linear, as in LightlyTrain, where the paper has two layers; grids are averaged, not interpolated.
+        teacher: cosine distance for pooled features, 0.9 cosine + 0.1 smooth L1 for patches. The projections are linear
+        as in LightlyTrain, whereas the paper uses two layers. Grids are average-pooled, not interpolated.
     """
 
     reads_logits = False
@@ -98,7 +98,7 @@ class BackboneKD(DistillLoss):
         check_weights(pooled_weight=pooled_weight, patch_weight=patch_weight)
         check_weights(cosine_weight=cosine_weight, smooth_l1_weight=smooth_l1_weight)
         if pooled_weight == patch_weight == 0:
-            raise ValueError("pooled_weight and patch_weight are both 0, so there is nothing to imitate; set one")
+            raise ValueError("pooled_weight and patch_weight are both 0; set at least one of them")
         pooled, patches = bool(pooled_weight), bool(patch_weight)
         super().__init__(
             [student_pooled_layer] * pooled + [student_patch_layer] * patches,
@@ -114,15 +114,15 @@ class BackboneKD(DistillLoss):
         self.teacher_prefix_tokens = teacher_prefix_tokens
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the projections."""
+        """Create the projections."""
         features = self._features(student.outputs, teacher.outputs)
         if "pooled" in features:
             ours, theirs = features["pooled"]
             if ours.ndim != 2 or theirs.ndim != 2:
                 raise ValueError(
-                    f"BackboneKD reads pooled features (B, C); the student's is {tuple(ours.shape)}, the teacher's "
-                    f"{tuple(theirs.shape)}: name other layers (student_pooled_layer, teacher_pooled_layer; null for a "
-                    "teacher without a classifier)"
+                    f"BackboneKD requires pooled features (B, C), got {tuple(ours.shape)} from the student and "
+                    f"{tuple(theirs.shape)} from the teacher; set student_pooled_layer and teacher_pooled_layer (null "
+                    "for a teacher without a classifier)"
                 )
             self.pooled_projection = nn.Linear(ours.shape[1], theirs.shape[1])
         if "patches" in features:
@@ -131,7 +131,7 @@ class BackboneKD(DistillLoss):
             self.patch_projection = nn.Conv2d(ours.shape[1], theirs.shape[1], 1)
 
     def _features(self, student: Outputs, teacher: Outputs) -> dict[str, tuple[Tensor, Tensor]]:
-        """What is compared, by name; patches as maps."""
+        """Return the pairs of compared features by name, patch features as maps."""
         ours = read_layers(student, self.student_layers)
         theirs = [teacher.logits] * self._reads_output + [teacher.features[layer] for layer in self.teacher_layers]
         features = dict(zip(self._compared, zip(ours, theirs, strict=True), strict=True))
@@ -144,7 +144,7 @@ class BackboneKD(DistillLoss):
         return features
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The weighted `feature_matching_loss` of pooled features and of patches."""
+        """Compute the weighted `feature_matching_loss` of pooled and patch features."""
         terms = {}
         features = self._features(student, teacher)
         if "pooled" in features:

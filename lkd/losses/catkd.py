@@ -16,17 +16,19 @@ from lkd.types import Batch, Outputs, Probe
 @check_shapes(feature="B C H W", weight="K C", bias="K")
 @full_precision
 def class_activation_maps(feature: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    r"""What a linear classifier says of every pixel: its mean over the pixels is the logits.
+    r"""Class activation maps: a linear classifier applied to each pixel.
 
     $$ M_{ikhw} = \sum_c W_{kc} F_{ichw} + b_k $$
 
+    The mean of a map over the pixels is the logit of its class.
+
     Args:
-        feature: `(B, C, H, W)`: what the global pooling reads.
-        weight: The classifier's, `(K, C)`.
-        bias: The classifier's, `(K,)`; None: 0.
+        feature: Feature map before global average pooling `(B, C, H, W)`.
+        weight: Weight of the classifier `(K, C)`.
+        bias: Bias of the classifier `(K,)`; `None` for no bias.
 
     Returns:
-        `(B, K, H, W)`.
+        Class activation maps `(B, K, H, W)`.
 
     References:
         Zhou et al.: Learning Deep Features for Discriminative Localization, CVPR 2016 (arXiv 1512.04150).
@@ -45,19 +47,19 @@ def class_activation_maps(feature: Tensor, weight: Tensor, bias: Tensor | None =
 @check_shapes(student_maps="B K H W", teacher_maps="B K H' W'")
 @full_precision
 def catkd_loss(student_maps: Tensor, teacher_maps: Tensor, resolution: int = 2, normalize: bool = True) -> Tensor:
-    r"""Mean squared difference of class activation maps at a low resolution.
+    r"""Mean squared error between average-pooled class activation maps.
 
     $$ \frac{1}{B K r^2} \sum_{ik} \lVert \phi(M_{s,ik}) - \phi(M_{t,ik}) \rVert^2, \quad
        \phi(M) = \mathrm{pool}_r(M) / \lVert \mathrm{pool}_r(M) \rVert $$
 
     Args:
-        student_maps: `(B, K, H, W)`, one map for each class.
-        teacher_maps: `(B, K, H', W')`.
-        resolution: r: rows and columns to which both are averaged.
-        normalize: Whether each map is divided by its length.
+        student_maps: Student class activation maps `(B, K, H, W)`.
+        teacher_maps: Teacher class activation maps `(B, K, H', W')`.
+        resolution: Number of rows and columns r to which the maps are average-pooled.
+        normalize: Whether each map is normalized to unit length.
 
     Returns:
-        A scalar; float32 for maps in half precision, else the maps' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
         Guo et al.: Class Attention Transfer Based Knowledge Distillation, CVPR 2023 (arXiv 2304.12777).
@@ -75,26 +77,26 @@ def catkd_loss(student_maps: Tensor, teacher_maps: Tensor, resolution: int = 2, 
 
 
 class CATKD(DistillLoss):
-    """Class attention transfer: for every class, the student is to look where the teacher looks.
+    """Class attention transfer: match class activation maps.
 
-    Maps of the classes are made by applying the classifier to every pixel, so any network fits whose classifier is one
-    linear layer behind the global average pooling. Both need the same classes.
+    The maps are computed by applying the classifier to each pixel, so the method supports all networks whose classifier
+    is a single linear layer after global average pooling. Student and teacher must have the same classes.
 
     Args:
-        student_layer: Layer of the student whose map the pooling reads.
-        teacher_layer: The teacher's.
-        student_head: The student's classifier; None: `student_layer` returns the maps of the classes itself.
-        teacher_head: The teacher's; None: `teacher_layer` returns the maps of the classes itself.
-        resolution: Rows and columns to which the maps are averaged.
-        normalize: Whether each map is divided by its length.
+        student_layer: Student layer that returns the feature map before global pooling.
+        teacher_layer: Teacher layer that returns the feature map before global pooling.
+        student_head: Classifier of the student; `None` if `student_layer` returns class activation maps itself.
+        teacher_head: Classifier of the teacher; `None` if `teacher_layer` returns class activation maps itself.
+        resolution: Number of rows and columns to which the maps are average-pooled.
+        normalize: Whether each map is normalized to unit length.
 
     Raises:
-        ValueError: If the resolution is below 1, or, in training, a layer returns no feature map or the classifier is
-            another kind of layer.
+        ValueError: If `resolution` is less than 1. At the start of training, if a layer does not return a feature map
+            or the classifier is not a single linear layer.
 
     References:
-        Guo et al.: Class Attention Transfer Based Knowledge Distillation, CVPR 2023 (arXiv 2304.12777), who replace the
-        classifier by a 1x1 convolution before the pooling, which is the same.
+        Guo et al.: Class Attention Transfer Based Knowledge Distillation, CVPR 2023 (arXiv 2304.12777). The authors
+        replace the classifier by a 1x1 convolution before the pooling, which is equivalent.
     """
 
     def __init__(
@@ -108,16 +110,16 @@ class CATKD(DistillLoss):
     ) -> None:
         super().__init__([student_layer], [teacher_layer])
         if resolution < 1:
-            raise ValueError(f"resolution must be at least 1, got {resolution}; 2 is usual")
+            raise ValueError(f"resolution must be at least 1, got {resolution}; typically 2")
         self.student_head = student_head
         self.teacher_head = teacher_head
         self.resolution = resolution
         self.normalize = normalize
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Find the classifiers."""
+        """Find the classifiers of both networks."""
         ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=4)
-        # in a tuple, as they stay parts of the networks
+        # a tuple, so that they are not registered as submodules
         self._heads = tuple(
             None if layer is None else linear_classifier("CATKD", role, probe, layer, feature.shape[1])
             for role, probe, layer, feature in (
@@ -127,11 +129,11 @@ class CATKD(DistillLoss):
         )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """See `catkd_loss`."""
+        """Compute `catkd_loss`."""
         features = self.pairs(student, teacher)[0]
         ours, theirs = (
             feature if head is None else class_activation_maps(feature, head.weight, head.bias)
             for feature, head in zip(features, self._heads, strict=True)
         )
-        # a teacher that trains itself, as a peer does, gets no gradient through its classifier
+        # a teacher that is being trained, such as a peer, must not receive gradients through its classifier
         return catkd_loss(ours, theirs.detach(), self.resolution, self.normalize)

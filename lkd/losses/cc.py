@@ -21,7 +21,7 @@ Kernel = Literal["gaussian", "bilinear"]
 
 
 def _correlations(feature: Tensor, kernel: Kernel, gamma: float, order: int, normalize: bool) -> Tensor:
-    """The kernel between all samples, `(B, B)`."""
+    """Return the kernel matrix of the samples `(B, B)`."""
     x = unit_vectors(feature.flatten(1), dim=1) if normalize else feature.flatten(1)
     product = x @ x.mT
     if kernel == "bilinear":
@@ -40,28 +40,28 @@ def cc_loss(
     order: int = 2,
     normalize: bool = True,
 ) -> Tensor:
-    r"""Mean squared difference of the correlations between samples.
+    r"""Mean squared error between the correlation matrices of the samples.
 
     $$ \frac{1}{B^2} \lVert K_s - K_t \rVert_F^2, \quad
        K_{ij} = e^{-2 \gamma} \sum_{p=0}^{P} \frac{(2 \gamma)^p}{p!} (x_i^\top x_j)^p
        \approx e^{-\gamma \lVert x_i - x_j \rVert^2} \text{ for } \lVert x \rVert = 1 $$
 
-    or, with the bilinear kernel, $K_{ij} = x_i^\top x_j$.
+    With the bilinear kernel, $K_{ij} = x_i^\top x_j$.
 
     Args:
-        student_feature: `(B, C, ...)`; all dimensions but the first are flattened.
-        teacher_feature: `(B, D, ...)`.
+        student_feature: Student feature `(B, C, ...)`; all dimensions except the first are flattened.
+        teacher_feature: Teacher feature `(B, D, ...)`.
         kernel: `gaussian` or `bilinear`.
-        gamma: Greater than 0; the Gaussian kernel's inverse width.
-        order: At least 1; P, where the Gaussian kernel's Taylor series ends.
-        normalize: Bring each feature to length 1 first, for which the series is made.
+        gamma: Inverse width of the Gaussian kernel, greater than 0.
+        order: Order P of the Taylor series of the Gaussian kernel, at least 1.
+        normalize: Whether features are normalized to unit length first, as the Taylor series assumes.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
-        Peng et al.: Correlation Congruence for Knowledge Distillation, ICCV 2019 (arXiv 1904.01802). torchdistill
-        takes the Frobenius norm without squaring it, of features that are not normalised.
+        Peng et al.: Correlation Congruence for Knowledge Distillation, ICCV 2019 (arXiv 1904.01802). torchdistill uses
+        the Frobenius norm without squaring, on features that are not normalized.
 
     Example:
         >>> import torch
@@ -78,20 +78,20 @@ def cc_loss(
 @check_shapes(student_feature="B C *", teacher_feature="B C *")
 @full_precision
 def cc_neighbour_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    r"""Product of the differences between student and teacher for samples that are neighbours in the batch.
+    r"""Product of the feature differences of samples that are adjacent in the batch.
 
     $$ \frac{1}{B - 1} \sum_{i < B} \sum_c d_{ic} \, d_{i+1,c}, \quad d = |x_s - x_t| $$
 
     Args:
-        student_feature: `(B, C, *)`; all dimensions but the first are flattened.
-        teacher_feature: `(B, C, *)`.
+        student_feature: Student feature `(B, C, *)`; all dimensions except the first are flattened.
+        teacher_feature: Teacher feature `(B, C, *)`.
 
     Returns:
-        A scalar, 0 for one sample; float32 for features in half precision, else the features' type.
+        Scalar loss, 0 for a single sample (float32 for half-precision inputs).
 
     References:
-        Code of Peng et al. (arXiv 1904.01802) as the CIFAR-100 benchmark (Tian et al., arXiv 1910.10699) has it; it is
-        not what the paper says, which `cc_loss` is.
+        Code of Peng et al. (arXiv 1904.01802) in the version of the CIFAR-100 benchmark (Tian et al., arXiv
+        1910.10699). It differs from the loss in the paper, which is `cc_loss`.
 
     Example:
         >>> import torch
@@ -103,29 +103,29 @@ def cc_neighbour_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tenso
 
 
 class CC(DistillLoss):
-    """Correlation congruence: correlations between the samples' embeddings are to be the teacher's.
+    """Correlation congruence: match correlations of samples.
 
-    Both networks' features go through a linear map to `feat_dim` numbers each. Both maps train, so the labels' loss
-    must have its weight: alone, this criterion could be met by embeddings that are all the same.
+    Linear layers embed the features of both networks in `feat_dim` dimensions. Both layers are trained, so the
+    cross-entropy must have a non-zero weight: this loss alone is minimized by constant embeddings.
 
     Args:
-        student_layers: Layers of the student whose features it reads, each by itself; the losses are added.
-        teacher_layers: The teacher's, as many.
-        feat_dim: Length of the embeddings; None: features are compared as they are.
-        form: `kernel`: the paper's, `cc_loss`; `neighbours`: the benchmark's, `cc_neighbour_loss`, which reads none
-            of the settings below, nor normalises.
+        student_layers: Student layers whose features are compared; the losses are summed.
+        teacher_layers: Teacher layers, one for each student layer.
+        feat_dim: Size of the embeddings; `None` compares the features directly.
+        form: `kernel` for the loss of the paper (`cc_loss`), or `neighbours` for the loss of the benchmark
+            (`cc_neighbour_loss`), which uses none of the settings below and no normalization.
         kernel: `gaussian` or `bilinear`.
-        gamma: Greater than 0; the Gaussian kernel's inverse width.
-        order: At least 1; where the Gaussian kernel's Taylor series ends.
-        normalize: Bring each embedding to length 1 first.
+        gamma: Inverse width of the Gaussian kernel, greater than 0.
+        order: Order of the Taylor series of the Gaussian kernel, at least 1.
+        normalize: Whether embeddings are normalized to unit length first.
 
     Raises:
-        ValueError: If `gamma` is not greater than 0, `order` or `feat_dim` is less than 1, or, in training, features
-            as they are differ in size where neighbours are compared.
+        ValueError: If `gamma` is not greater than 0, or if `order` or `feat_dim` is less than 1. At the start of
+            training, if `form` is `neighbours`, `feat_dim` is `None` and the feature shapes differ.
 
     References:
-        Peng et al.: Correlation Congruence for Knowledge Distillation, ICCV 2019 (arXiv 1904.01802), who weigh it with
-        0.003. The CIFAR-100 benchmark's results are those of `form: neighbours`, weighed with 0.02.
+        Peng et al.: Correlation Congruence for Knowledge Distillation, ICCV 2019 (arXiv 1904.01802). The authors use
+        the weight 0.003. The results of the CIFAR-100 benchmark are those of `form: neighbours` with the weight 0.02.
     """
 
     reads_logits = False
@@ -144,7 +144,7 @@ class CC(DistillLoss):
         normalize: bool = True,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        check_positive("0.4 is the paper's", gamma=gamma)
+        check_positive("the paper uses 0.4", gamma=gamma)
         for name, number in (("order", order), ("feat_dim", feat_dim)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
@@ -157,25 +157,25 @@ class CC(DistillLoss):
 
     @property
     def needs_build(self) -> bool:  # type: ignore[override]
-        """Whether there are embeddings to make."""
+        """Whether embeddings need to be created."""
         return self.feat_dim is not None
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the embeddings."""
+        """Create the embeddings."""
         pairs = self.pairs(student.outputs, teacher.outputs)
         if self.feat_dim is None:
             shapes = [(tuple(ours.shape), tuple(theirs.shape)) for ours, theirs in pairs]
             if self.form == "neighbours" and (wrong := [pair for pair in shapes if pair[0] != pair[1]]):
                 raise ValueError(
-                    f"CC compares the features themselves with form: neighbours; the student's is {wrong[0][0]}, "
-                    f"the teacher's {wrong[0][1]}: set feat_dim"
+                    f"CC with form: neighbours and feat_dim: null requires features of equal shape, got {wrong[0][0]} "
+                    f"from the student and {wrong[0][1]} from the teacher; set feat_dim"
                 )
             return
         self.student_embeddings = nn.ModuleList(embedding(ours, self.feat_dim) for ours, _ in pairs)
         self.teacher_embeddings = nn.ModuleList(embedding(theirs, self.feat_dim) for _, theirs in pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The sum of `cc_loss` or `cc_neighbour_loss` over the layers."""
+        """Compute the sum of `cc_loss` or `cc_neighbour_loss` over the layers."""
         pairs = self.pairs(student, teacher)
         if self.feat_dim is not None:
             embeddings = zip(self.student_embeddings, self.teacher_embeddings, strict=True)

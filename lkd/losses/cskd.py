@@ -14,21 +14,21 @@ from lkd.types import Batch, Outputs
 
 @check_shapes(student_logits="B K", partner_logits="B K", target="B")
 def cskd_loss(student_logits: Tensor, partner_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
-    r"""Hinton's loss with the student's own answer to another image of the same class in the teacher's place.
+    r"""Divergence between the student's predictions for two images of the same class.
 
     $$ \tau^2 \; \frac{1}{B} \sum_i
        \mathrm{KL}(\mathrm{softmax}(z'_i / \tau) \,\|\, \mathrm{softmax}(z_i / \tau)) $$
 
-    No gradient reaches the partner's logits z'.
+    The prediction z' for the partner image takes the place of the teacher and receives no gradient.
 
     Args:
-        student_logits: `(B, K)`.
-        partner_logits: `(B, K)`, what the student says of images of the same classes.
-        target: `(B,)`; images without a label (`IGNORE_INDEX`) do not count.
-        temperature: Greater than 0.
+        student_logits: Student logits `(B, K)`.
+        partner_logits: Student logits `(B, K)` of other images of the same classes.
+        target: Class indices `(B,)`; samples with `IGNORE_INDEX` are excluded from the mean.
+        temperature: Softmax temperature, greater than 0.
 
     Returns:
-        A scalar in nats; float32 for logits in half precision, else the logits' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     References:
         Yun et al.: Regularizing Class-wise Predictions via Self-knowledge Distillation, CVPR 2020 (arXiv 2003.13964).
@@ -38,21 +38,21 @@ def cskd_loss(student_logits: Tensor, partner_logits: Tensor, target: Tensor, te
 
 
 class CSKD(DistillLoss):
-    """Class-wise self-distillation: images of one class are to get the same answer.
+    """Class-wise self-KD: consistent predictions in a class.
 
-    It reads two views of each image, the second another image of its class (`lkd.datamodules.ClassPartner`). The
-    teacher's answers are not used, nor images without a label.
+    The criterion reads two views of each image; the second one is another image of the same class
+    (`lkd.datamodules.ClassPartner`). A teacher is not needed. Samples without a label are excluded. See `cskd_loss`.
 
     Args:
-        temperature: Greater than 0; a larger one flattens both distributions.
+        temperature: Softmax temperature, greater than 0; larger values flatten both distributions.
 
     Raises:
         ValueError: If the temperature is not greater than 0.
 
     References:
         Yun et al.: Regularizing Class-wise Predictions via Self-knowledge Distillation, CVPR 2020 (arXiv 2003.13964).
-        In the authors' code the partners pass the network by themselves; here they are in one batch with the images,
-        and BatchNorm sees both.
+        The authors' code runs the partner images through the network separately. Here, they share a batch with the
+        images, so the BatchNorm statistics include both.
     """
 
     needs_teacher = False
@@ -65,6 +65,6 @@ class CSKD(DistillLoss):
         self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """See `cskd_loss`."""
+        """Compute `cskd_loss`."""
         logits, partner_logits = student.logits.chunk(2)
         return cskd_loss(logits, partner_logits, batch.target.chunk(2)[0], self.temperature)

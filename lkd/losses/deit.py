@@ -20,7 +20,7 @@ def _token_loss(token_logits: Tensor, teacher_logits: Tensor, kind: str, tempera
     if kind == "soft":
         return kd_loss(token_logits, teacher_logits, temperature)
     values = cross_entropies(token_logits, teacher_logits.argmax(1))
-    broken = ~teacher_logits.amax(1).isfinite()  # argmax would give them a class
+    broken = ~teacher_logits.amax(1).isfinite()  # argmax returns a class even for NaN
     return values.masked_fill(broken, torch.nan).mean()
 
 
@@ -35,28 +35,28 @@ def deit_loss(
     temperature: float = 3.0,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    r"""The class head learns the labels, the distillation head the teacher's answers.
+    r"""Cross-entropy of the class head with the label, and of the distillation head with the teacher.
 
     $$ (1 - w) \, \mathrm{CE}(z_c, y) + w \, \mathrm{CE}(z_d, \arg\max z_t), \quad \text{or} \quad
        (1 - w) \, \mathrm{CE}(z_c, y)
        + w \, \tau^2 \, \mathrm{KL}(\mathrm{softmax}(z_t / \tau) \,\|\, \mathrm{softmax}(z_d / \tau)) $$
 
     Args:
-        class_logits: What the class head says, `(B, K)`.
-        token_logits: What the distillation head says, `(B, K)`.
-        teacher_logits: `(B, K)`.
-        target: `(B,)`; images without a label (`IGNORE_INDEX`) count in the second part alone.
-        token_weight: w, between 0 and 1: weight of the distillation head.
-        kind: Whether it learns the teacher's class ("hard") or its softened probabilities ("soft").
-        temperature: Greater than 0; of the soft kind.
-        label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
+        class_logits: Logits of the class head `(B, K)`.
+        token_logits: Logits of the distillation head `(B, K)`.
+        teacher_logits: Teacher logits `(B, K)`.
+        target: Class indices `(B,)`; samples with `IGNORE_INDEX` contribute only to the second term.
+        token_weight: Weight w of the distillation head, between 0 and 1.
+        kind: `hard`: match the teacher's predicted class; `soft`: match the teacher's softened probabilities.
+        temperature: Softmax temperature for `soft`, greater than 0.
+        label_smoothing: Label smoothing of the class head, in [0, 1).
 
     Returns:
-        A scalar in nats; float32 for logits in half precision, else the logits' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     References:
-        Touvron et al.: Training Data-Efficient Image Transformers & Distillation through Attention, ICML 2021
-        (arXiv 2012.12877), equations 2 and 3. The authors' code divides the soft part by the number of classes, too.
+        Touvron et al.: Training Data-Efficient Image Transformers & Distillation through Attention, ICML 2021 (arXiv
+        2012.12877), equations 2 and 3. The authors' code additionally divides the soft term by the number of classes.
 
     Example:
         >>> logits, target = torch.tensor([[2.0, 0.0]]), torch.tensor([1])
@@ -68,32 +68,32 @@ def deit_loss(
 
 
 class DeiT(DistillLoss):
-    """Distillation through a token: a transformer with a second head, which learns from the teacher.
+    """DeiT: a distillation head learns from the teacher.
 
-    The student is a network with two heads whose logits are their mean, such as timm's
-    `deit_tiny_distilled_patch16_224`. The labels are for the class head alone, so the criterion has their
-    cross-entropy, and the module's `hard_weight` must be 0, or the labels would reach the distillation head, too. Its
-    curves are `train/deit_class` and `train/deit_token`.
+    The student has two heads and returns the mean of their logits, such as timm's `deit_tiny_distilled_patch16_224`.
+    The class head learns the labels and the distillation head learns from the teacher (see `deit_loss`). The criterion
+    includes the cross-entropy of the class head, so the module's `hard_weight` must be 0; otherwise, the distillation
+    head would learn the labels, too. The terms are logged as `train/deit_class` and `train/deit_token`.
 
     Args:
-        class_head: Layer of the student that returns the class head's logits.
-        distillation_head: Layer of the student that returns the distillation head's logits.
-        token_weight: Weight of the distillation head's term, between 0 and 1; the class head's has the rest.
-        kind: Whether the distillation head learns the teacher's class ("hard") or its softened probabilities ("soft").
-        temperature: Greater than 0; of the soft kind.
-        label_smoothing: Share of the target's probability spread over all classes, in [0, 1): for the class head; the
-            module's own is of no use where `hard_weight` is 0.
+        class_head: Student layer that returns the logits of the class head.
+        distillation_head: Student layer that returns the logits of the distillation head.
+        token_weight: Weight w of the distillation head, between 0 and 1; the class head has the weight 1 - w.
+        kind: `hard`: match the teacher's predicted class; `soft`: match the teacher's softened probabilities.
+        temperature: Softmax temperature for `soft`, greater than 0.
+        label_smoothing: Label smoothing of the class head, in [0, 1). The module's own label smoothing has no effect
+            with `hard_weight` 0.
 
     Raises:
-        ValueError: If the weight, the temperature or `label_smoothing` is out of range, or, in training, a head returns
-            no logits.
+        ValueError: If the weight, the temperature or `label_smoothing` is out of range. At the start of training, if a
+            head does not return logits.
 
     References:
         Touvron et al.: Training Data-Efficient Image Transformers & Distillation through Attention, ICML 2021
-        (arXiv 2012.12877): hard with weight 0.5; soft with weight 0.1 and temperature 3.
+        (arXiv 2012.12877): `hard` with weight 0.5; `soft` with weight 0.1 and temperature 3.
     """
 
-    needs_build = False  # it only checks the layers
+    needs_build = False  # `build` only checks the layers
     skips_unlabelled = None
 
     def __init__(
@@ -118,18 +118,18 @@ class DeiT(DistillLoss):
         self.label_smoothing = label_smoothing
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Check the heads."""
+        """Check the shapes of the heads' outputs."""
         wanted = student.outputs.logits.shape
         for layer, head in zip(self.student_layers, read_layers(student.outputs, self.student_layers), strict=True):
             shape = head.shape
             if shape != wanted:
                 raise ValueError(
-                    f"DeiT reads two heads that return logits {tuple(wanted)}; the student's layer {layer!r} returns "
-                    f"{tuple(shape)}: name the heads (class_head, distillation_head)"
+                    f"DeiT requires two heads that return logits {tuple(wanted)}, but the student layer {layer!r} "
+                    f"returns {tuple(shape)}; set class_head and distillation_head"
                 )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The two parts of `deit_loss`."""
+        """Compute the two terms of `deit_loss`."""
         own, token = (student.features[layer] for layer in self.student_layers)
         return {
             "class": (1 - self.token_weight) * labelled_cross_entropy(own, batch.target, self.label_smoothing),

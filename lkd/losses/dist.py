@@ -14,13 +14,16 @@ from lkd.types import Batch, Outputs
 
 
 def decorrelation(student: Tensor, teacher: Tensor, dim: int, eps: float) -> Tensor:
-    """1 - the mean of Pearson's correlation.
+    """One minus the mean Pearson correlation.
 
     Args:
-        student: Of any shape.
-        teacher: Of the same shape.
-        dim: Along which dimension the two are correlated.
-        eps: Added to the product of the norms.
+        student: Tensor of any shape.
+        teacher: Tensor of the same shape.
+        dim: Dimension along which the two tensors are correlated.
+        eps: Constant added to the product of the norms.
+
+    Returns:
+        Scalar between 0 and 2.
     """
     student, teacher = (values - values.mean(dim, keepdim=True) for values in (student, teacher))
     norms: Tensor = torch.linalg.vector_norm(student, dim=dim) * torch.linalg.vector_norm(teacher, dim=dim)
@@ -29,7 +32,7 @@ def decorrelation(student: Tensor, teacher: Tensor, dim: int, eps: float) -> Ten
 
 @check_shapes(student_logits="B K", teacher_logits="B K")
 def _dist(student_logits: Tensor, teacher_logits: Tensor, dim: int, temperature: float, eps: float) -> Tensor:
-    """1 - the mean correlation of probabilities along `dim`, times temperature²."""
+    """Return one minus the mean correlation of probabilities along `dim`, multiplied by temperature²."""
     student, teacher = (F.softmax(wide(logits) / temperature, dim=1) for logits in (student_logits, teacher_logits))
     return temperature**2 * decorrelation(student, teacher, dim, eps)
 
@@ -43,29 +46,29 @@ def dist_loss(
     temperature: float = 1.0,
     eps: float = 1e-8,
 ) -> Tensor:
-    r"""How far the student's probabilities are from being linear in the teacher's, within samples and classes.
+    r"""One minus the Pearson correlation of probabilities, within samples and within classes.
 
     $$ \beta \tau^2 \Big( 1 - \frac{1}{B} \sum_i \rho(q_{i \cdot}, p_{i \cdot}) \Big)
        + \gamma \tau^2 \Big( 1 - \frac{1}{K} \sum_c \rho(q_{\cdot c}, p_{\cdot c}) \Big) $$
 
-    $\rho$ is Pearson's correlation, p and q are the teacher's and the student's softmax at temperature $\tau$. The
-    second part compares a class's probabilities over the samples of the batch; with several processes, of each
-    process's own.
+    Here $\rho$ is Pearson's correlation, and p and q are the softmax probabilities of teacher and student at
+    temperature $\tau$. The second term correlates the probabilities of a class over the samples of a batch. In
+    distributed training, each process uses its own samples.
 
     Args:
-        student_logits: `(B, K)`.
-        teacher_logits: `(B, K)`.
-        beta: Weight of the relations between the classes of a sample.
-        gamma: Weight of the relations between the samples within a class.
-        temperature: Greater than 0.
-        eps: Added to the product of the norms in $\rho$.
+        student_logits: Student logits `(B, K)`.
+        teacher_logits: Teacher logits `(B, K)`.
+        beta: Weight of the inter-class term (classes of one sample).
+        gamma: Weight of the intra-class term (samples of one class).
+        temperature: Softmax temperature, greater than 0.
+        eps: Constant added to the product of the norms in $\rho$.
 
     Returns:
-        A scalar; float32 for logits in half precision, else the logits' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
-        Huang et al.: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv 2205.10536); the factor
-        $\tau^2$ is from the authors' code.
+        Huang et al.: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv 2205.10536). The factor
+        $\tau^2$ follows the authors' code.
 
     Example:
         >>> student, teacher = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -77,18 +80,19 @@ def dist_loss(
 
 
 class DIST(DistillLoss):
-    """Distillation from a stronger teacher: the student's probabilities shall be correlated with the teacher's.
+    """Distillation from a stronger teacher: correlation loss.
 
-    Its curves are `train/dist_inter` (the classes of a sample) and `train/dist_intra` (the samples within a class).
+    The loss depends on the correlation of the probabilities, not on their exact values (see `dist_loss`). It logs
+    `train/dist_inter` (classes of one sample) and `train/dist_intra` (samples of one class).
 
     Args:
-        beta: Weight of the relations between the classes of a sample.
-        gamma: Weight of the relations between the samples within a class.
-        temperature: Greater than 0; 4 for CIFAR, 1 for ImageNet.
-        eps: Added to the product of the norms in the correlation, greater than 0.
+        beta: Weight of the inter-class term (classes of one sample).
+        gamma: Weight of the intra-class term (samples of one class).
+        temperature: Softmax temperature, greater than 0; 4 for CIFAR, 1 for ImageNet.
+        eps: Constant added to the product of the norms in the correlation, greater than 0.
 
     Raises:
-        ValueError: If a weight is negative, or the temperature or `eps` not greater than 0.
+        ValueError: If a weight is negative, or if the temperature or `eps` is not greater than 0.
 
     References:
         Huang et al.: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv 2205.10536).
@@ -100,14 +104,14 @@ class DIST(DistillLoss):
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, eps: float = 1e-8) -> None:
         super().__init__()
         check_weights(beta=beta, gamma=gamma)
-        check_positive("1e-8 is usual", eps=eps)
+        check_positive("typically 1e-8", eps=eps)
         self.beta = beta
         self.gamma = gamma
         self.temperature = check_temperature(temperature)
         self.eps = eps
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The two parts of `dist_loss`."""
+        """Compute the two terms of `dist_loss`."""
         logits = student.logits, teacher.logits
         return {
             "inter": self.beta * _dist(*logits, 1, self.temperature, self.eps),

@@ -19,17 +19,18 @@ from lkd.types import Batch, Outputs, Probe
 @check_shapes(student_feature="B C H W", teacher_feature="B C H' W'")
 @full_precision
 def channel_relation_loss(student_feature: Tensor, teacher_feature: Tensor, eps: float = 1e-8) -> Tensor:
-    r"""How far the channels of each pixel are from being linear in the teacher's.
+    r"""One minus the Pearson correlation over the channels of each pixel.
 
     $$ 1 - \frac{1}{BHW} \sum_{ihw} \rho(F_{s,i \cdot hw}, F_{t,i \cdot hw}) $$
 
     Args:
-        student_feature: `(B, C, H, W)`.
-        teacher_feature: `(B, C, H', W')`; the larger map is averaged to the smaller one's size.
-        eps: Added to the product of the norms in $\rho$.
+        student_feature: Student feature map `(B, C, H, W)`.
+        teacher_feature: Teacher feature map `(B, C, H', W')`. The larger map is average-pooled to the size of the
+            smaller.
+        eps: Constant added to the product of the norms in $\rho$.
 
     Returns:
-        A scalar between 0 and 2; float32 for features in half precision, else the features' type.
+        Scalar loss between 0 and 2 (float32 for half-precision inputs).
 
     References:
         Huang et al.: DIST+: Knowledge Distillation From a Stronger Adaptive Teacher, TPAMI 2025.
@@ -46,18 +47,19 @@ def channel_relation_loss(student_feature: Tensor, teacher_feature: Tensor, eps:
 @check_shapes(student_feature="B C H W", teacher_feature="B D H' W'")
 @full_precision
 def spatial_relation_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    r"""How far each pixel's activity over the batch is from being linear in the teacher's.
+    r"""One minus the Pearson correlation over the batch of the activity at each pixel.
 
     $$ 1 - \frac{1}{HW} \sum_{hw} \rho(A_{s,\cdot hw}, A_{t,\cdot hw}), \quad A_{ihw} = \sum_c F_{ichw} $$
 
-    With several processes, the samples are each process's own.
+    In distributed training, each process uses its own samples.
 
     Args:
-        student_feature: `(B, C, H, W)`.
-        teacher_feature: `(B, D, H', W')`; the larger map is averaged to the smaller one's size.
+        student_feature: Student feature map `(B, C, H, W)`.
+        teacher_feature: Teacher feature map `(B, D, H', W')`. The larger map is average-pooled to the size of the
+            smaller.
 
     Returns:
-        A scalar between 0 and 2; float32 for features in half precision, else the features' type.
+        Scalar loss between 0 and 2 (float32 for half-precision inputs).
 
     References:
         Huang et al.: DIST+: Knowledge Distillation From a Stronger Adaptive Teacher, TPAMI 2025.
@@ -68,30 +70,32 @@ def spatial_relation_loss(student_feature: Tensor, teacher_feature: Tensor) -> T
 
 
 class DISTPlus(DIST):
-    """DIST+: besides the probabilities, the channels of a pixel and the pixels of a batch shall be correlated.
+    """DIST+: DIST plus channel and spatial correlations.
 
-    Its curves are those of `DIST`, `train/distplus_channel` and `train/distplus_spatial`. Where the student's layer has
-    other channels than the teacher's, a 1x1 convolution with BatchNorm, which trains with the student, brings it to
-    them for the first of these; the second needs none.
+    It adds two terms on feature maps to `DIST` and logs `train/distplus_channel` and `train/distplus_spatial` besides
+    the terms of `DIST`. If a student layer has a different number of channels than the teacher layer, a 1x1 convolution
+    with BatchNorm, trained with the student, adapts it for the channel term. The spatial term needs no adapter.
 
     Args:
-        student_layers: Layers of the student whose feature maps it reads; the losses are added.
-        teacher_layers: The teacher's, as many.
-        beta: Weight of the relations between the classes of a sample.
-        gamma: Weight of the relations between the samples within a class.
-        channel_weight: Weight of the relations between the channels of a pixel; iota in torchdistill.
-        spatial_weight: Weight of the relations between the samples at a pixel; kappa in torchdistill.
-        temperature: Greater than 0; softens the probabilities.
-        eps: Added to the product of the norms in the correlations of probabilities and of channels, greater than 0.
+        student_layers: Student layers whose feature maps are compared; the losses are summed.
+        teacher_layers: Teacher layers, one for each student layer.
+        beta: Weight of the inter-class term (classes of one sample).
+        gamma: Weight of the intra-class term (samples of one class).
+        channel_weight: Weight of the channel term; `iota` in torchdistill.
+        spatial_weight: Weight of the spatial term; `kappa` in torchdistill.
+        temperature: Softmax temperature, greater than 0.
+        eps: Constant added to the product of the norms in the correlations of probabilities and channels, greater than
+            0.
 
     Raises:
-        ValueError: If a weight is negative, or the temperature or `eps` not greater than 0, or, in training, a layer
-            returns no feature map.
+        ValueError: If a weight is negative, or if the temperature or `eps` is not greater than 0. At the start of
+            training, if a layer does not return a feature map.
 
     References:
-        Huang et al.: DIST+: Knowledge Distillation From a Stronger Adaptive Teacher, TPAMI 2025. The channels' term is
-        1 - correlation, as in the paper; torchdistill adds the correlation itself, which drives the channels apart. Its
-        configuration for ImageNet, the only public one, has `beta` and `gamma` 2, and weighs the sum with 2.
+        Huang et al.: DIST+: Knowledge Distillation From a Stronger Adaptive Teacher, TPAMI 2025. The channel term is
+        one minus the correlation, as in the paper. torchdistill adds the correlation itself, which drives the channels
+        apart. Its ImageNet configuration, the only public one, sets `beta` and `gamma` to 2 and multiplies the sum by
+        2.
     """
 
     per_process = "correlates its images within a class, and at a pixel"
@@ -115,7 +119,7 @@ class DISTPlus(DIST):
         self.spatial_weight = spatial_weight
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the projections."""
+        """Create the projections."""
         pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
         channels = [(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs]
         self.projections = nn.ModuleList(
@@ -123,7 +127,7 @@ class DISTPlus(DIST):
         )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The parts of `dist_loss`, `channel_relation_loss` and `spatial_relation_loss`."""
+        """Compute the terms of `dist_loss`, `channel_relation_loss` and `spatial_relation_loss`."""
         pairs = self.pairs(student, teacher)
         projected = zip(self.projections, pairs, strict=True)
         channel = [channel_relation_loss(project(ours), theirs, self.eps) for project, (ours, theirs) in projected]

@@ -15,19 +15,21 @@ from lkd.types import Batch, Outputs
 
 @check_shapes(student_logits="B K", teacher_logits="B K", target="B")
 def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
-    r"""Divergence between the probabilities of the target and of all else: the first part of `dkd_loss`.
+    r"""Target-class knowledge distillation (TCKD): the first term of `dkd_loss`.
+
+    It is the divergence between the binary distributions of target class against all other classes.
 
     $$ \tau^2 \; \frac{1}{B} \sum_i \mathrm{KL}(b_{t,i} \,\|\, b_{s,i}), \quad
        b = (p_y, 1 - p_y), \; p = \mathrm{softmax}(z / \tau) $$
 
     Args:
-        student_logits: `(B, K)`.
-        teacher_logits: `(B, K)`.
-        target: `(B,)`; images without a label (`IGNORE_INDEX`) do not count.
-        temperature: Greater than 0.
+        student_logits: Student logits `(B, K)`.
+        teacher_logits: Teacher logits `(B, K)`.
+        target: Class indices `(B,)`; samples with `IGNORE_INDEX` are excluded from the mean.
+        temperature: Softmax temperature, greater than 0.
 
     Returns:
-        A scalar in nats; float32 for logits in half precision, else the logits' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     References:
         Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022 (arXiv 2203.08679).
@@ -39,19 +41,21 @@ def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
 
 @check_shapes(student_logits="B K", teacher_logits="B K", target="B")
 def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
-    r"""Divergence between the probabilities of the other classes: the second part of `dkd_loss`.
+    r"""Non-target-class knowledge distillation (NCKD): the second term of `dkd_loss`.
+
+    It is the divergence between the distributions over the non-target classes.
 
     $$ \tau^2 \; \frac{1}{B} \sum_i \mathrm{KL}(\hat p_{t,i} \,\|\, \hat p_{s,i}), \quad
        \hat p = \mathrm{softmax}_{c \neq y}(z_c / \tau) $$
 
     Args:
-        student_logits: `(B, K)`, K at least 3.
-        teacher_logits: `(B, K)`.
-        target: `(B,)`; images without a label (`IGNORE_INDEX`) do not count.
-        temperature: Greater than 0.
+        student_logits: Student logits `(B, K)`, with K at least 3.
+        teacher_logits: Teacher logits `(B, K)`.
+        target: Class indices `(B,)`; samples with `IGNORE_INDEX` are excluded from the mean.
+        temperature: Softmax temperature, greater than 0.
 
     Returns:
-        A scalar in nats; float32 for logits in half precision, else the logits' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     Raises:
         ValueError: If there are fewer than 3 classes.
@@ -73,21 +77,21 @@ def dkd_loss(
     beta: float = 8.0,
     temperature: float = 4.0,
 ) -> Tensor:
-    r"""Hinton's loss taken apart: `alpha * tckd_loss + beta * nckd_loss`.
+    """Decoupled knowledge distillation loss: `alpha * tckd_loss + beta * nckd_loss`.
 
-    `kd_loss` is the same sum with alpha 1 and beta the teacher's probability of the other classes, sample by
-    sample: the surer the teacher, the less the student would learn of them.
+    `kd_loss` is the same sum with `alpha` equal to 1 and `beta` equal, for each sample, to the teacher's probability of
+    the non-target classes. A confident teacher therefore suppresses the non-target term in `kd_loss`, but not here.
 
     Args:
-        student_logits: `(B, K)`, K at least 3.
-        teacher_logits: `(B, K)`.
-        target: `(B,)`; images without a label (`IGNORE_INDEX`) do not count.
-        alpha: Weight of the target's part.
-        beta: Weight of the other classes' part.
-        temperature: Greater than 0.
+        student_logits: Student logits `(B, K)`, with K at least 3.
+        teacher_logits: Teacher logits `(B, K)`.
+        target: Class indices `(B,)`; samples with `IGNORE_INDEX` are excluded from the mean.
+        alpha: Weight of the target-class term.
+        beta: Weight of the non-target-class term.
+        temperature: Softmax temperature, greater than 0.
 
     Returns:
-        A scalar in nats; float32 for logits in half precision, else the logits' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     Raises:
         ValueError: If there are fewer than 3 classes.
@@ -107,21 +111,22 @@ def dkd_loss(
 
 
 class DKD(DistillLoss):
-    """Decoupled knowledge distillation: how sure of the target, and how alike the other classes, weighed apart.
+    """Decoupled KD: weights target and non-target terms.
 
-    Its curves are `train/dkd_target` and `train/dkd_nontarget`. The authors let its weight grow over 20 epochs
-    (`lkd.callbacks.Schedule`). Images without a label do not count.
+    Decoupled knowledge distillation splits the divergence of `KD` into a target-class and a non-target-class term (see
+    `dkd_loss`), logged as `train/dkd_target` and `train/dkd_nontarget`. Samples without a label are excluded. The
+    authors increase the weight of the loss linearly over the first 20 epochs (see `lkd.callbacks.Schedule`).
 
     Args:
-        alpha: Weight of the target's part.
-        beta: Weight of the other classes' part. On CIFAR-100 the authors take 2 for resnet56 -> resnet20 and
-            resnet110 -> resnet32, 6 between wide ResNets and for what vgg13 teaches, 8 for other pairs; on ImageNet
+        alpha: Weight of the target-class term.
+        beta: Weight of the non-target-class term. The authors use, on CIFAR-100, 2 for resnet56 -> resnet20 and
+            resnet110 -> resnet32, 6 between wide ResNets and for the teacher vgg13, and 8 for other pairs; on ImageNet,
             0.5 for ResNet-34 -> ResNet-18.
-        temperature: Greater than 0; 4 for CIFAR, 1 for ImageNet.
+        temperature: Softmax temperature, greater than 0; 4 for CIFAR, 1 for ImageNet.
 
     Raises:
-        ValueError: If a weight is negative, the temperature is not greater than 0, or, in training, there are
-            fewer than 3 classes.
+        ValueError: If a weight is negative or the temperature is not greater than 0. In `forward`, if there are fewer
+            than 3 classes.
 
     References:
         Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022 (arXiv 2203.08679).
@@ -137,7 +142,7 @@ class DKD(DistillLoss):
         self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The two parts of `dkd_loss`."""
+        """Compute the two terms of `dkd_loss`."""
         logits = student.logits, teacher.logits, batch.target
         return {
             "target": self.alpha * tckd_loss(*logits, self.temperature),

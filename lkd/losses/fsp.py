@@ -19,17 +19,17 @@ from lkd.types import Batch, Outputs
 @check_shapes(bottom="B C H W", top="B D H' W'")
 @full_precision
 def fsp_matrix(bottom: Tensor, top: Tensor, pooling: Pooling = "max") -> Tensor:
-    r"""Inner products of the channels of two layers' feature maps, the mean over the pixels.
+    r"""FSP matrix: inner products between the channels of two feature maps, averaged over the pixels.
 
     $$ G_{ij} = \frac{1}{HW} \sum_{h,w} F_{i,h,w} F'_{j,h,w} $$
 
     Args:
-        bottom: `(B, C, H, W)`.
-        top: `(B, D, H', W')`, of a later layer.
-        pooling: How the larger map is brought to the smaller one's size.
+        bottom: Feature map of the earlier layer `(B, C, H, W)`.
+        top: Feature map of the later layer `(B, D, H', W')`.
+        pooling: Pooling of the larger map to the size of the smaller one.
 
     Returns:
-        `(B, C, D)`; float32 for features in half precision, else the features' type.
+        FSP matrices `(B, C, D)` (float32 for half-precision inputs).
 
     References:
         Yim et al.: A Gift from Knowledge Distillation, CVPR 2017, equation 1.
@@ -46,29 +46,29 @@ def fsp_loss(
     pooling: Pooling = "max",
     reduction: Literal["sum", "mean"] = "sum",
 ) -> Tensor:
-    r"""Squared differences of the flow matrices between each layer and the next.
+    r"""Squared difference of the FSP matrices between consecutive layers.
 
     $$ \sum_l \frac{1}{B} \sum_i \lVert G(F_{s,l,i}, F_{s,l+1,i}) - G(F_{t,l,i}, F_{t,l+1,i}) \rVert_F^2 $$
 
-    with G as in `fsp_matrix`.
+    The matrices G are those of `fsp_matrix`.
 
     Args:
-        student_features: `(B, C_l, H_l, W_l)` for each layer l, at least two layers.
-        teacher_features: `(B, C_l, H'_l, W'_l)` for each layer l, as many layers.
-        pooling: How the larger of two maps is brought to the smaller one's size.
-        reduction: `sum`: over a matrix's entries, the squared Frobenius norm; `mean`: their mean, so that the loss does
-            not grow with the channels.
+        student_features: Student feature maps `(B, C_l, H_l, W_l)` of at least two layers l.
+        teacher_features: Teacher feature maps `(B, C_l, H'_l, W'_l)` of the same number of layers.
+        pooling: Pooling of the larger of two maps to the size of the smaller one.
+        reduction: `sum` over the entries of a matrix (squared Frobenius norm), or their `mean`, which does not grow
+            with the number of channels.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     Raises:
-        ValueError: If there are fewer than two layers, or the shapes do not agree.
+        ValueError: If there are fewer than two layers or the shapes do not match.
 
     References:
         Yim et al.: A Gift from Knowledge Distillation, CVPR 2017. The CIFAR-100 benchmark (Tian et al., arXiv
-        1910.10699) has `mean` for both. torchdistill adds the lengths of the columns of the matrices' difference, not
-        squared, where the paper squares: this is not offered.
+        1910.10699) uses `mean` for `pooling` and `reduction`. torchdistill sums the norms of the columns of the
+        difference, whereas the paper squares the differences; this variant is not implemented.
 
     Example:
         >>> import torch
@@ -85,24 +85,25 @@ def fsp_loss(
 
 
 class FSP(FlowLoss):
-    """Flow of the solution procedure: how the channels of a layer and those of the next are active together.
+    """Flow of solution procedure: inter-layer Gram matrices.
 
-    It is meant for the first epochs, in which it is the only loss: see `configs/methods/fsp.yaml`.
+    The matrices contain the inner products between the channels of consecutive layers (see `fsp_loss`). The method is
+    intended as the only loss of the first epochs: see `configs/methods/fsp.yaml`.
 
     Args:
-        student_layers: Layers of the student whose feature maps it reads, two at least, in their order.
-        teacher_layers: The teacher's, as many, with as many channels.
-        pooling: How the larger of two maps is brought to the smaller one's size: `max` in the paper.
-        reduction: `sum` over a matrix's entries, as in the paper, or `mean`.
-        connect: Whether, where channels differ, the student's map goes through a 1x1 convolution with BatchNorm; the
-            paper has none.
+        student_layers: Student layers whose feature maps are compared, at least two, in the order of the network.
+        teacher_layers: Teacher layers, one for each student layer, with the same numbers of channels.
+        pooling: Pooling of the larger of two maps to the size of the smaller one; the paper uses `max`.
+        reduction: `sum` over the entries of a matrix, as in the paper, or `mean`.
+        connect: Whether a 1x1 convolution with BatchNorm adapts student maps with different numbers of channels; the
+            paper has no such adapter.
 
     Raises:
-        ValueError: In training, if there are fewer than two layers, a layer returns no feature map, or channels differ
-            and `connect` is false.
+        ValueError: At the start of training, if there are fewer than two layers, if a layer does not return a feature
+            map, or if the numbers of channels differ and `connect` is false.
 
     References:
-        Yim et al.: A Gift from Knowledge Distillation, CVPR 2017. The CIFAR-100 benchmark has `mean` for `pooling` and
+        Yim et al.: A Gift from Knowledge Distillation, CVPR 2017. The CIFAR-100 benchmark uses `mean` for `pooling` and
         `reduction`.
     """
 
@@ -119,5 +120,5 @@ class FSP(FlowLoss):
         self.reduction = reduction
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """See `fsp_loss`."""
+        """Compute `fsp_loss`."""
         return fsp_loss(*self.connected(student, teacher), pooling=self.pooling, reduction=self.reduction)

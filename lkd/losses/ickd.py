@@ -15,7 +15,7 @@ from lkd.types import Batch, Outputs, Probe
 
 
 def _correlation(feature: Tensor) -> Tensor:
-    """Inner products of a feature map's channels, each row scaled to length 1: `(B, C, C)`."""
+    """Return the Gram matrix of the channels with rows normalized to unit length `(B, C, C)`."""
     channels = feature.flatten(2)
     return unit_vectors(channels @ channels.mT, dim=2)
 
@@ -23,21 +23,21 @@ def _correlation(feature: Tensor) -> Tensor:
 @check_shapes(student_feature="B C H W", teacher_feature="B C H' W'")
 @full_precision
 def ickd_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    r"""Squared difference of the channels' correlations.
+    r"""Squared difference of inter-channel correlation matrices.
 
     $$ \frac{1}{B C} \sum_i \lVert R(F_{s,i}) - R(F_{t,i}) \rVert_F^2, \quad
        R(F)_c = (F F^\top)_c \, / \, \lVert (F F^\top)_c \rVert_2, \quad F \in \mathbb{R}^{C \times HW} $$
 
     Args:
-        student_feature: `(B, C, H, W)`.
-        teacher_feature: `(B, C, H', W')`; sizes may differ.
+        student_feature: Student feature map `(B, C, H, W)`.
+        teacher_feature: Teacher feature map `(B, C, H', W')`, possibly of another size.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
         Liu et al.: Exploring Inter-Channel Correlation for Diversity-preserved Knowledge Distillation, ICCV 2021
-        (arXiv 2202.03680); the rows' scaling is the authors' code.
+        (arXiv 2202.03680). The normalization of the rows follows the authors' code.
 
     Example:
         >>> import torch
@@ -49,21 +49,21 @@ def ickd_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
 
 
 class ICKD(DistillLoss):
-    """Inter-channel correlation: the student's channels are to be as like each other as the teacher's.
+    """Inter-channel correlation: match channel Gram matrices.
 
-    The student's feature map goes through a 1x1 convolution with BatchNorm. It is the paper's ICKD-C, for
-    classification.
+    The criterion implements ICKD-C, the variant of the paper for classification (see `ickd_loss`). The student's
+    feature map passes through a 1x1 convolution with BatchNorm first.
 
     Args:
-        student_layers: Layers of the student whose feature maps it reads; the losses are added.
-        teacher_layers: The teacher's, as many; sizes may differ.
+        student_layers: Student layers whose feature maps are compared; the losses are summed.
+        teacher_layers: Teacher layers, one for each student layer; the sizes of the maps may differ.
 
     Raises:
-        ValueError: In training, if a layer returns no feature map.
+        ValueError: At the start of training, if a layer does not return a feature map.
 
     References:
         Liu et al.: Exploring Inter-Channel Correlation for Diversity-preserved Knowledge Distillation, ICCV 2021
-        (arXiv 2202.03680), who weigh it with 2.5 for CIFAR-100.
+        (arXiv 2202.03680). The authors use the weight 2.5 for CIFAR-100.
     """
 
     reads_logits = False
@@ -74,11 +74,11 @@ class ICKD(DistillLoss):
         super().__init__(student_layers, teacher_layers)
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the connectors."""
+        """Create the connectors."""
         pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
         self.connectors = projections(pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The sum of `ickd_loss` over the layers."""
+        """Compute the sum of `ickd_loss` over the layers."""
         pairs = zip(self.connectors, self.pairs(student, teacher), strict=True)
         return total([ickd_loss(connector(ours), theirs) for connector, (ours, theirs) in pairs])

@@ -13,21 +13,21 @@ from lkd.types import Batch, Outputs
 
 @check_shapes(student_logits="B K", teacher_logits="B K", temperature=("", "B 1"))
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
-    r"""Kullback-Leibler divergence of the softened teacher from the softened student.
+    r"""Kullback-Leibler divergence between softened teacher and student probabilities.
 
     $$ \tau^2 \; \frac{1}{B} \sum_i \sum_c p_{ic} (\log p_{ic} - \log q_{ic}), \quad
        p = \mathrm{softmax}(z_t / \tau), \; q = \mathrm{softmax}(z_s / \tau) $$
 
-    The factor temperature² keeps the size of the gradient when the temperature changes.
+    The factor temperature² keeps the gradient magnitude independent of the temperature.
 
     Args:
-        student_logits: `(B, K)`.
-        teacher_logits: `(B, K)`.
-        temperature: Greater than 0; a larger one flattens both distributions. A tensor, which may be learned, is `()`
-            or, with one temperature for each sample, `(B, 1)`.
+        student_logits: Student logits `(B, K)`.
+        teacher_logits: Teacher logits `(B, K)`.
+        temperature: Softmax temperature, greater than 0; larger values flatten both distributions. A tensor, which may
+            require gradients, has the shape `()` or, with one temperature per sample, `(B, 1)`.
 
     Returns:
-        A scalar in nats; float32 for logits in half precision, else the logits' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     References:
         Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531), section 2.
@@ -42,11 +42,13 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
 
 
 class KD(DistillLoss):
-    """Hinton's knowledge distillation: the student imitates the teacher's softened probabilities.
+    """Knowledge distillation (KD) with softened probabilities.
+
+    The student matches the teacher's softened class probabilities (see `kd_loss`).
 
     Args:
-        temperature: Greater than 0; a larger one flattens both distributions. 4 is usual for CIFAR, 1 for
-            ImageNet.
+        temperature: Softmax temperature, greater than 0; larger values flatten both distributions. Common values are 4
+            for CIFAR and 1 for ImageNet.
 
     Raises:
         ValueError: If the temperature is not greater than 0.
@@ -60,5 +62,5 @@ class KD(DistillLoss):
         self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """See `kd_loss`."""
+        """Compute `kd_loss`."""
         return kd_loss(student.logits, teacher.logits, self.temperature)

@@ -17,21 +17,21 @@ from lkd.types import Batch, Outputs, Probe
 
 
 def _inverse(number: Tensor) -> Tensor:
-    """About 1 / x where x is not nearly 0, and 0 where it is: at most 1450 in single precision."""
+    """Return approximately 1 / x, and 0 where x is close to 0; bounded by 1450 in single precision."""
     return number / (number.square() + torch.finfo(number.dtype).eps)
 
 
 def _right_vectors(feature: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The first right singular vectors `(B, C, number)` of the matrix pixels x channels, and the singular values.
+    """Return the first right singular vectors `(B, C, number)` of the pixels x channels matrix, and the values.
 
-    The gradient of `torch.linalg.svd` is not finite where singular values are equal, or 0. So the vectors are computed
-    without gradient, and what is added to them is their change to first order, whose value is 0.
+    The gradient of `torch.linalg.svd` is not finite for equal or zero singular values. The vectors are therefore
+    computed without gradient, and a first-order correction term with value 0 provides the gradient.
     """
     matrix = feature.flatten(2).mT
-    # What is not finite, LAPACK refuses by an error of its own; left out here, it comes back in the change.
+    # LAPACK raises an error for non-finite values. They are replaced here and enter through the correction term.
     finite = matrix.detach().nan_to_num(0, 0, 0)
-    _, values, basis = torch.linalg.svd(finite, full_matrices=False)  # basis: vectors in its rows
-    scale = values[:, :1].clamp(min=1e-12)  # the gradient grows with 1 / scale, and is to stay finite
+    _, values, basis = torch.linalg.svd(finite, full_matrices=False)  # the rows of `basis` are the vectors
+    scale = values[:, :1].clamp(min=1e-12)  # keeps the gradient, proportional to 1 / scale, finite
     matrix, squares = matrix / scale.unsqueeze(2), (values / scale).square()
     vectors = basis.mT[..., :number]
     moved = matrix.mT @ (matrix @ vectors)
@@ -42,7 +42,7 @@ def _right_vectors(feature: Tensor, number: int) -> tuple[Tensor, Tensor]:
 
 
 def _aligned(student: Tensor, teacher: Tensor) -> Tensor:
-    """For each of the teacher's vectors the student's that is most like it, or its negative: `(B, C, number)`."""
+    """Return, for each teacher vector, the most similar student vector with matching sign `(B, C, number)`."""
     cosines = student.mT @ teacher
     nearest = cosines.abs().argmax(1, keepdim=True)
     sign = torch.where(cosines.gather(1, nearest) < 0, -1.0, 1.0)
@@ -50,47 +50,48 @@ def _aligned(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _affinity(vectors: Tensor, others: Tensor) -> Tensor:
-    """How near each entry of a layer's vectors is to each of the next one's: `(B, C, D, number)`."""
+    """Return the affinities between the entries of the vectors of consecutive layers `(B, C, D, number)`."""
     return torch.exp(-(vectors.unsqueeze(2) - others.unsqueeze(1)).square() / 8)
 
 
 @check_shapes(student_features="B C_l H_l W_l", teacher_features="B C_l H'_l W'_l")
 @full_precision
 def kdsvd_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], num_vectors: int = 1) -> Tensor:
-    r"""Squared differences of the affinities between the singular vectors of each layer and of the next.
+    r"""Squared difference of the affinities between singular vectors of consecutive layers.
 
     $$ \sum_l \frac{1}{B} \sum_{i,j} \left( e^{-(v^s_{l,i} - v^s_{l+1,j})^2 / 8} - e^{-(v^t_{l,i} - v^t_{l+1,j})^2 / 8}
        \right)^2 $$
 
-    Here $v^t_l$ are the first right singular vectors (one entry for each channel) of a sample's matrix pixels x
-    channels, times their singular values, which are scaled to length 1. $v^s_l$ are those of the student's first
-    `num_vectors` + 3 that are most like the teacher's, with their signs, times the teacher's singular values.
+    Here $v^t_l$ are the leading right singular vectors (with one entry for each channel) of a sample's pixels x
+    channels matrix, multiplied by their singular values, which are normalized to unit length. $v^s_l$ are those among
+    the student's first `num_vectors` + 3 vectors that are most similar to the teacher's, with aligned signs, multiplied
+    by the teacher's singular values.
 
     Args:
-        student_features: `(B, C_l, H_l, W_l)` for each layer l, at least two layers.
-        teacher_features: `(B, C_l, H'_l, W'_l)` for each layer l, as many layers.
-        num_vectors: How many of the teacher's vectors count; at most C_l, and H'_l * W'_l.
+        student_features: Student feature maps `(B, C_l, H_l, W_l)` of at least two layers l.
+        teacher_features: Teacher feature maps `(B, C_l, H'_l, W'_l)` of the same number of layers.
+        num_vectors: Number of singular vectors of the teacher, at most C_l and H'_l * W'_l.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     Raises:
-        ValueError: If there are fewer than two layers, the shapes do not agree, or a feature of the teacher has fewer
+        ValueError: If there are fewer than two layers, if the shapes do not match, or if a teacher feature has fewer
             channels or pixels than `num_vectors`.
 
     References:
-        Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, ECCV 2018
-        (arXiv 1807.06819). The sign of a singular vector is arbitrary. The CIFAR-100 benchmark takes the teacher's as
-        the library gives them, and its value is this loss with some signs; here each of the teacher's vectors has its
-        largest entry positive, as behind a ReLU the first one has all.
+        Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, ECCV 2018 (arXiv
+        1807.06819). The sign of a singular vector is arbitrary. The CIFAR-100 benchmark uses the teacher's signs as
+        returned by the library, so its value equals this loss for some choice of signs. Here, the largest entry of each
+        teacher vector is made positive; after a ReLU, all entries of the first vector are.
     """
     check_layers("kdsvd_loss", student_features)
     ours, theirs = [], []
     for student, teacher in zip(student_features, teacher_features, strict=True):
         if min(teacher.shape[1], teacher[0, 0].numel()) < num_vectors:
             raise ValueError(
-                f"kdsvd_loss compares {num_vectors} singular vectors, got a teacher's feature of shape "
-                f"{tuple(teacher.shape)}, which has fewer channels or pixels; lower num_vectors"
+                f"kdsvd_loss compares {num_vectors} singular vectors, but a teacher feature of shape "
+                f"{tuple(teacher.shape)} has fewer channels or pixels; reduce num_vectors"
             )
         wanted, values = _right_vectors(teacher.detach(), num_vectors)
         wanted = wanted * wanted.gather(1, wanted.abs().argmax(1, keepdim=True)).sign()
@@ -106,23 +107,26 @@ def kdsvd_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Te
 
 
 class KDSVD(FlowLoss):
-    """Singular vectors of each layer's features, and how they change from layer to layer.
+    """SVD-based KD: match singular vectors across layers.
+
+    The loss compares how the leading singular vectors of the feature maps change from layer to layer (see
+    `kdsvd_loss`).
 
     Args:
-        student_layers: Layers of the student whose feature maps it reads, two at least, in their order.
-        teacher_layers: The teacher's, as many, with as many channels; sizes may differ.
-        num_vectors: How many singular vectors of the teacher count.
-        connect: Whether, where channels differ, the student's map goes through a 1x1 convolution with BatchNorm; the
-            paper has none.
+        student_layers: Student layers whose feature maps are compared, at least two, in the order of the network.
+        teacher_layers: Teacher layers, one for each student layer, with the same numbers of channels; sizes may differ.
+        num_vectors: Number of singular vectors of the teacher, at least 1.
+        connect: Whether a 1x1 convolution with BatchNorm adapts student maps with different numbers of channels; the
+            paper has no such adapter.
 
     Raises:
-        ValueError: If `num_vectors` is less than 1, or, in training, there are fewer than two layers, a layer returns
-            no feature map or one with fewer channels or pixels than `num_vectors`, or channels differ and `connect` is
-            false.
+        ValueError: If `num_vectors` is less than 1. At the start of training, if there are fewer than two layers, if a
+            layer does not return a feature map or returns one with fewer channels or pixels than `num_vectors`, or if
+            the numbers of channels differ and `connect` is false.
 
     References:
-        Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, ECCV 2018
-        (arXiv 1807.06819), without its auxiliary task. Signs of singular vectors are settled: see `kdsvd_loss`.
+        Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Decomposition, ECCV 2018 (arXiv
+        1807.06819), without the paper's auxiliary task. The signs of the singular vectors are fixed: see `kdsvd_loss`.
     """
 
     def __init__(
@@ -134,20 +138,20 @@ class KDSVD(FlowLoss):
     ) -> None:
         super().__init__(student_layers, teacher_layers, connect)
         if num_vectors < 1:
-            raise ValueError(f"num_vectors must be at least 1, got {num_vectors}; 1 is usual")
+            raise ValueError(f"num_vectors must be at least 1, got {num_vectors}; typically 1")
         self.num_vectors = num_vectors
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Check the layers, and make the connectors."""
+        """Check the layers and create the connectors."""
         super().build(student, teacher)
         for layer in self.teacher_layers:
             _, channels, height, width = teacher.outputs.features[layer].shape
             if min(channels, height * width) < self.num_vectors:
                 raise ValueError(
-                    f"KDSVD compares {self.num_vectors} singular vectors, and the teacher's {layer} has {channels} "
-                    f"channels of {height}x{width} pixels: lower num_vectors, or name another layer"
+                    f"KDSVD compares {self.num_vectors} singular vectors, but the teacher's {layer} has {channels} "
+                    f"channels of {height}x{width} pixels; reduce num_vectors or use another layer"
                 )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """See `kdsvd_loss`."""
+        """Compute `kdsvd_loss`."""
         return kdsvd_loss(*self.connected(student, teacher), num_vectors=self.num_vectors)

@@ -20,25 +20,25 @@ from lkd.types import Batch, Outputs, Probe
 @check_shapes(student_feature="B C *", teacher_feature="B C *")
 @full_precision
 def kta_loss(student_feature: Tensor, teacher_feature: Tensor, p: float = 1.0, q: float = 2.0) -> Tensor:
-    r"""Distance of two features, each divided by its length.
+    r"""Distance between features that are normalized to unit length.
 
     $$ \frac{1}{B} \sum_i \lVert \hat F_{s, i} - \hat F_{t, i} \rVert_p, \quad
        \hat F = \mathrm{vec}(F) / \lVert \mathrm{vec}(F) \rVert_q $$
 
-    For p = 1, the mean over the elements takes the place of their sum.
+    For p = 1, the sum over the elements is replaced by their mean.
 
     Args:
-        student_feature: `(B, C, *)`, where `*` is any number of further dimensions.
-        teacher_feature: `(B, C, *)`.
-        p: Power of the distance, at least 1.
-        q: Power of the length, at least 1.
+        student_feature: Student feature `(B, C, *)`, where `*` is any number of further dimensions.
+        teacher_feature: Teacher feature `(B, C, *)`.
+        p: Order of the distance, at least 1.
+        q: Order of the norm used for normalization, at least 1.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
-        He et al.: Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019 (arXiv 1903.04688),
-        which sums the p-th powers for every p. The mean, and the root, are torchdistill's code.
+        He et al.: Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019 (arXiv 1903.04688). The paper
+        sums the p-th powers for every p. The mean for p = 1 and the root follow torchdistill's code.
 
     Example:
         >>> feature = torch.rand(2, 8, 4, 4)
@@ -56,22 +56,22 @@ def kta_loss(student_feature: Tensor, teacher_feature: Tensor, p: float = 1.0, q
 @check_shapes(student_feature="B C H W", teacher_feature="B C H W")
 @full_precision
 def affinity_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    r"""Distance of how the pixels of two features belong together, channel by channel.
+    r"""Distance between the spatial affinity matrices of two features, for each channel.
 
     $$ \frac{1}{B} \sum_{i, c} \frac{1}{H W} \lVert a a^\top - b b^\top \rVert_F, \quad
        a = \mathrm{vec}(F_{s, ic}) / \lVert \mathrm{vec}(F_{s, ic}) \rVert, \; b \text{ likewise from } F_t $$
 
     Args:
-        student_feature: `(B, C, H, W)`.
-        teacher_feature: `(B, C, H, W)`.
+        student_feature: Student feature map `(B, C, H, W)`.
+        teacher_feature: Teacher feature map `(B, C, H, W)`.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
-        He et al.: Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019 (arXiv 1903.04688),
-        where a pixel is a vector of all channels and there is one affinity of each pair of pixels; one for each
-        channel is torchdistill's code.
+        He et al.: Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019 (arXiv 1903.04688). In the paper,
+        a pixel is a vector of all channels, and each pair of pixels has one affinity. One affinity for each channel
+        follows torchdistill's code.
 
     Example:
         >>> feature = torch.rand(2, 8, 4, 4)
@@ -79,7 +79,7 @@ def affinity_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
         0.0
     """
     student, teacher = (unit_vectors(f.flatten(2), dim=2) for f in (student_feature, teacher_feature))
-    # aa' - bb' = (uv' + vu') / 2 with u = a - b and v = a + b: no matrix of all pairs of pixels, and exact near 0.
+    # aa' - bb' = (uv' + vu') / 2 with u = a - b and v = a + b: avoids the matrix of all pairs of pixels.
     less, more = student - teacher, student + teacher
     lengths = torch.linalg.vector_norm(less, dim=2) * torch.linalg.vector_norm(more, dim=2)
     parts = torch.stack([lengths, (less * more).sum(2)], dim=2)
@@ -88,25 +88,27 @@ def affinity_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
 
 
 class KTA(DistillLoss):
-    """Knowledge translation and adaptation: a feature map's direction, and which of its pixels belong together.
+    """Knowledge adaptation: match features and affinities.
 
-    Two 3x3 convolutions with BatchNorm and ReLU bring the student's feature map to the teacher's channels: one for
-    `kta_loss`, one for `affinity_loss`. The larger map is averaged to the smaller one's size first.
+    The loss compares normalized feature maps (`kta_loss`) and the affinities of their pixels (`affinity_loss`). For
+    each of the two terms, a 3x3 convolution with BatchNorm and ReLU maps the student's feature map to the teacher's
+    channels. The larger map is average-pooled to the size of the smaller one first.
 
     Args:
-        student_layers: Layers of the student whose feature maps it reads; the losses are added.
-        teacher_layers: The teacher's, as many.
-        p: Power of the distance, at least 1.
-        q: Power of the length, at least 1.
+        student_layers: Student layers whose feature maps are compared; the losses are summed.
+        teacher_layers: Teacher layers, one for each student layer.
+        p: Order of the distance, at least 1.
+        q: Order of the norm used for normalization, at least 1.
         adaptation_weight: Weight of `kta_loss`, at least 0.
         affinity_weight: Weight of `affinity_loss`, at least 0.
 
     Raises:
-        ValueError: If a power is less than 1 or a weight negative, or, in training, a layer returns no feature map.
+        ValueError: If `p` or `q` is less than 1 or a weight is negative. At the start of training, if a layer does not
+            return a feature map.
 
     References:
-        He et al.: Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019 (arXiv 1903.04688). There an
-        autoencoder, trained beforehand, translates the teacher's feature map; here it is compared as it is.
+        He et al.: Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019 (arXiv 1903.04688). In the paper,
+        a pretrained autoencoder translates the teacher's feature map; here, the feature map is compared directly.
     """
 
     reads_logits = False
@@ -123,20 +125,20 @@ class KTA(DistillLoss):
         super().__init__(student_layers, teacher_layers)
         for name, power, usual in (("p", p, 1), ("q", q, 2)):
             if not power >= 1:
-                raise ValueError(f"{name} must be at least 1, got {power}; {usual} is usual")
+                raise ValueError(f"{name} must be at least 1, got {power}; typically {usual}")
         check_weights(adaptation_weight=adaptation_weight, affinity_weight=affinity_weight)
         self.p, self.q = p, q
         self.adaptation_weight, self.affinity_weight = adaptation_weight, affinity_weight
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the adapters."""
+        """Create the adapters."""
         pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
         channels = [(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs]
         self.feature_adapters = nn.ModuleList(_adapter(*sizes) for sizes in channels)
         self.affinity_adapters = nn.ModuleList(_adapter(*sizes) for sizes in channels)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """`adaptation`, the weighted sum of `kta_loss` over the layers, and `affinity`, that of `affinity_loss`."""
+        """Compute the weighted terms `adaptation` (`kta_loss`) and `affinity` (`affinity_loss`)."""
         adaptation, affinity = [], []
         for number, pair in enumerate(self.pairs(student, teacher)):
             ours, theirs = same_size(*pair)

@@ -13,22 +13,23 @@ from lkd.types import Batch, Outputs
 
 @check_shapes(student_logits="B K", teacher_logits="B K")
 def logit_mse_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    r"""Mean squared difference of the logits.
+    r"""Mean squared error between student and teacher logits.
 
     $$ \frac{1}{BK} \sum_{ic} (z_{s,ic} - z_{t,ic})^2 $$
 
-    It is what `kd_loss` tends to at large temperatures, but for a factor and the logits' mean over the classes.
+    It is the limit of `kd_loss` for large temperatures, up to a constant factor and the mean of the logits over the
+    classes.
 
     Args:
-        student_logits: `(B, K)`.
-        teacher_logits: `(B, K)`.
+        student_logits: Student logits `(B, K)`.
+        teacher_logits: Teacher logits `(B, K)`.
 
     Returns:
-        A scalar; float32 for logits in half precision, else the logits' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
-        Ba, Caruana: Do Deep Nets Really Need to be Deep?, NeurIPS 2014 (arXiv 1312.6184), who sum over the
-        classes and halve.
+        Ba, Caruana: Do Deep Nets Really Need to be Deep?, NeurIPS 2014 (arXiv 1312.6184). The paper sums over the
+        classes and multiplies by 1/2.
 
     Example:
         >>> import torch
@@ -39,7 +40,7 @@ def logit_mse_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 class LogitMSE(DistillLoss):
-    """Regression of the logits themselves: their mean squared difference.
+    """Mean squared error between student and teacher logits.
 
     References:
         Ba, Caruana: Do Deep Nets Really Need to be Deep?, NeurIPS 2014 (arXiv 1312.6184).
@@ -48,5 +49,5 @@ class LogitMSE(DistillLoss):
     """
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """See `logit_mse_loss`."""
+        """Compute `logit_mse_loss`."""
         return logit_mse_loss(student.logits, teacher.logits)

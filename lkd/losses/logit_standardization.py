@@ -14,20 +14,20 @@ from lkd.types import Batch, Outputs
 
 @check_shapes(logits="B K")
 def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
-    r"""Logits of each sample with mean 0 and standard deviation 1 over the classes.
+    r"""Standardize the logits of each sample to mean 0 and standard deviation 1.
 
     $$ (z - \mathrm{mean}_c z) \, / \, (\mathrm{std}_c z + \epsilon) $$
 
     Args:
-        logits: `(B, K)`.
-        eps: Added to the standard deviation, which divides by K - 1.
+        logits: Logits `(B, K)`.
+        eps: Constant added to the standard deviation. The standard deviation divides by K - 1.
 
     Returns:
-        `(B, K)`; float32 for logits in half precision, else the logits' type.
+        Standardized logits `(B, K)` (float32 for half-precision inputs).
 
     References:
-        Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427), which divides the
-        variance by K; this is the authors' code.
+        Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427). The paper divides the
+        variance by K; dividing by K - 1 follows the authors' code.
 
     Example:
         >>> import torch
@@ -40,22 +40,23 @@ def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 class LogitStandardization(CompositeLoss):
-    """Any criterion, on logits with mean 0 and standard deviation 1: the student need not match their size.
+    """Apply any logit criterion to standardized logits.
 
-    Every sample's logits, the student's and the teacher's, are standardised over the classes (`standardize`)
-    before the criterion compares them; what it reads besides stays as it is. Curves keep the criterion's name.
+    The logits of student and teacher are standardized over the classes (`standardize`) before the criterion compares
+    them, so the student need not match the magnitude of the teacher's logits. Other inputs of the criterion are
+    unchanged. Terms are logged under the name of the criterion.
 
     Args:
-        criterion: What compares the logits; the paper takes KD with temperature 2, DKD, CTKD or MLKD.
-        eps: Added to the standard deviation, greater than 0.
+        criterion: Criterion that compares logits. The paper uses KD with temperature 2, DKD, CTKD and MLKD.
+        eps: Constant added to the standard deviation, greater than 0.
 
     Raises:
-        ValueError: If `eps` is not greater than 0, there is a `MultiTeacher` in the criterion (it goes around this
-            one), or, in training, there are fewer than 2 classes.
+        ValueError: If `eps` is not greater than 0, or if the criterion contains a `MultiTeacher` (use `MultiTeacher` as
+            the outer criterion). In `forward`, if there are fewer than 2 classes.
 
     References:
-        Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427). The standard
-        deviation divides by K - 1, as in the authors' code; in the paper, by K.
+        Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427). The paper divides the
+        variance by K; dividing by K - 1 follows the authors' code.
 
     Example:
         >>> from lkd.losses import KD
@@ -67,25 +68,25 @@ class LogitStandardization(CompositeLoss):
         super().__init__([criterion])
         if any(isinstance(part, MultiTeacher) for part in criterion.modules()):
             raise ValueError(
-                "LogitStandardization does not reach the single teachers' logits that MultiTeacher compares; nest them "
-                "the other way round, MultiTeacher outside"
+                "LogitStandardization cannot standardize the logits of the members inside MultiTeacher; use "
+                "MultiTeacher as the outer criterion"
             )
-        check_positive("1e-7 is usual", eps=eps)
+        check_positive("typically 1e-7", eps=eps)
         self.criterion = criterion
         self.eps = eps
 
     @property
     def name(self) -> str:
-        """The criterion's."""
+        """Name of the inner criterion."""
         return self.criterion.name
 
     @property
     def parts(self) -> list[DistillLoss]:
-        """The criterion."""
+        """The inner criterion."""
         return [self.criterion]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
-        """The criterion's value for the standardised logits."""
+        """Evaluate the inner criterion on standardized logits."""
         student = self._standardized(student)
         if self.needs_teacher:
             teacher = self._standardized(teacher)

@@ -17,16 +17,16 @@ from lkd.types import Batch, Outputs, Probe
 @check_shapes(generated="B D H W", teacher_feature="B D H W")
 @full_precision
 def mgd_loss(generated: Tensor, teacher_feature: Tensor) -> Tensor:
-    r"""Squared distance of two features, summed over all but the batch.
+    r"""Squared distance of two features, summed over all dimensions except the batch.
 
     $$ \frac{1}{B} \sum_i \lVert G_i - F_{t, i} \rVert^2 $$
 
     Args:
-        generated: What was made of the student's masked feature, `(B, D, H, W)`.
-        teacher_feature: `(B, D, H, W)`.
+        generated: Feature generated from the masked student feature `(B, D, H, W)`.
+        teacher_feature: Teacher feature map `(B, D, H, W)`.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
         Yang et al.: Masked Generative Distillation, ECCV 2022 (arXiv 2205.01529).
@@ -39,25 +39,26 @@ def mgd_loss(generated: Tensor, teacher_feature: Tensor) -> Tensor:
 
 
 class MGD(DistillLoss):
-    """Masked generative distillation: of a part of the student's channels, the teacher's feature map is to be made.
+    """Masked generative distillation of feature maps.
 
-    A 1x1 convolution brings the student's feature map to the teacher's channels, where they differ. A random part of
-    each image's channels is then set to 0, anew in every step, and two 3x3 convolutions with a ReLU between them make
-    the teacher's feature map of the rest. The larger map is averaged to the smaller one's size first.
-
-    The loss sums over channels and pixels, so its weight is small.
+    A 1x1 convolution maps the student's feature map to the teacher's channels where the numbers of channels differ. In
+    each step, a random part of the channels of each image is set to 0, and two 3x3 convolutions with a ReLU in between
+    generate the teacher's feature map from the rest. The larger map is average-pooled to the size of the smaller one
+    first. The loss is a sum over channels and pixels, so typical weights are small.
 
     Args:
-        student_layers: Layers of the student whose feature maps it reads; the losses are added.
-        teacher_layers: The teacher's, as many.
-        mask_ratio: Probability with which a channel is set to 0, in [0, 1).
+        student_layers: Student layers whose feature maps are compared; the losses are summed.
+        teacher_layers: Teacher layers, one for each student layer.
+        mask_ratio: Probability that a channel is masked, in [0, 1).
 
     Raises:
-        ValueError: If `mask_ratio` is not in [0, 1), or, in training, a layer returns no feature map.
+        ValueError: If `mask_ratio` is not in [0, 1). At the start of training, if a layer does not return a feature
+            map.
 
     References:
-        Yang et al.: Masked Generative Distillation, ECCV 2022 (arXiv 2205.01529), which masks pixels. The channels are
-        the authors' code for classification, which weighs the loss with 7e-5 on ImageNet, 1.2e-3 on CIFAR-100.
+        Yang et al.: Masked Generative Distillation, ECCV 2022 (arXiv 2205.01529). The paper masks pixels. Masking
+        channels follows the authors' code for classification, which uses the weight 7e-5 on ImageNet and 1.2e-3 on
+        CIFAR-100.
     """
 
     reads_logits = False
@@ -71,11 +72,11 @@ class MGD(DistillLoss):
     ) -> None:
         super().__init__(student_layers, teacher_layers)
         if not 0 <= mask_ratio < 1:
-            raise ValueError(f"mask_ratio must be at least 0 and less than 1, got {mask_ratio}; 0.15 is usual")
+            raise ValueError(f"mask_ratio must be at least 0 and less than 1, got {mask_ratio}; typically 0.15")
         self.mask_ratio = mask_ratio
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the aligning and the generating convolutions."""
+        """Create the aligning and generating convolutions."""
         aligners, generators = [], []
         for ours, theirs in self.pairs(student.outputs, teacher.outputs, dims=4):
             own, other = ours.shape[1], theirs.shape[1]
@@ -85,16 +86,19 @@ class MGD(DistillLoss):
         self.generators = nn.ModuleList(generators)
 
     def uniform(self, feature: Tensor) -> Tensor:
-        """Random numbers in [0, 1), `(B, D, 1, 1)`, one for each channel of each image: those below the ratio mask.
+        """Draw the random numbers that decide which channels are masked: those below `mask_ratio`.
 
         Args:
-            feature: `(B, D, H, W)`.
+            feature: Feature map `(B, D, H, W)`.
+
+        Returns:
+            Uniform random numbers in [0, 1) `(B, D, 1, 1)`.
         """
-        # In float32 also under autocast, so that the precision does not change what is masked.
+        # float32 also under autocast, so the mask does not depend on the precision
         return torch.rand(*feature.shape[:2], 1, 1, device=feature.device)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The sum of `mgd_loss` over the layers."""
+        """Compute the sum of `mgd_loss` over the layers."""
         losses = []
         for aligner, generate, pair in zip(self.aligners, self.generators, self.pairs(student, teacher), strict=True):
             ours, theirs = same_size(*pair)

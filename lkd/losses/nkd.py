@@ -15,7 +15,7 @@ from lkd.types import Batch, Outputs
 
 @check_shapes(student_logits="B K", teacher_logits="B K", target="B")
 def _nkd_target(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-    """The first part of `nkd_loss`."""
+    """Compute the target-class term of `nkd_loss`."""
     own = own_class(target, student_logits)
     student, teacher = (
         F.log_softmax(wide(logits), dim=1).gather(1, own).squeeze(1) for logits in (student_logits, teacher_logits)
@@ -25,7 +25,7 @@ def _nkd_target(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) 
 
 @check_shapes(student_logits="B K", teacher_logits="B K", target="B")
 def _nkd_nontarget(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """The second part of `nkd_loss`: `nckd_loss` and the teacher's entropy, which has no gradient."""
+    """Compute the non-target term of `nkd_loss`: `nckd_loss` plus the teacher's entropy, which has no gradient."""
     own = own_class(target, student_logits)
     student, teacher = (log_others(wide(logits) / temperature, own) for logits in (student_logits, teacher_logits))
     return temperature**2 * labelled_mean(-(teacher.exp() * student).sum(1), target)
@@ -39,24 +39,25 @@ def nkd_loss(
     gamma: float = 1.5,
     temperature: float = 1.0,
 ) -> Tensor:
-    r"""Cross-entropy with the label, as far as the teacher is sure of it, and between the other classes.
+    r"""Normalized knowledge distillation loss: target and normalized non-target cross-entropies.
 
     $$ \frac{1}{B} \sum_i \Big( -p_{t,iy} \log p_{s,iy}
        - \gamma \tau^2 \sum_{c \neq y} \hat p_{t,ic} \log \hat p_{s,ic} \Big), \quad
        p = \mathrm{softmax}(z), \; \hat p = \mathrm{softmax}_{c \neq y}(z_c / \tau) $$
 
-    Both parts are cross-entropies: the value is not 0 where the student equals the teacher, and the first part
-    is least where the student is sure of the label.
+    The target term is the cross-entropy with the label, weighted by the teacher's probability of it. Both terms are
+    cross-entropies, so the loss is not 0 where the student equals the teacher. The target term is minimal where the
+    student assigns probability 1 to the label.
 
     Args:
-        student_logits: `(B, K)`, K at least 3.
-        teacher_logits: `(B, K)`.
-        target: `(B,)`; images without a label (`IGNORE_INDEX`) do not count.
-        gamma: Weight of the other classes' part.
-        temperature: Greater than 0; softens the other classes' part alone.
+        student_logits: Student logits `(B, K)`, with K at least 3.
+        teacher_logits: Teacher logits `(B, K)`.
+        target: Class indices `(B,)`; samples with `IGNORE_INDEX` are excluded from the mean.
+        gamma: Weight of the non-target-class term.
+        temperature: Softmax temperature of the non-target-class term, greater than 0.
 
     Returns:
-        A scalar in nats; float32 for logits in half precision, else the logits' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     Raises:
         ValueError: If there are fewer than 3 classes.
@@ -70,21 +71,22 @@ def nkd_loss(
 
 
 class NKD(DistillLoss):
-    """Normalised knowledge distillation: the label's cross-entropy as sure as the teacher, and the other classes.
+    """Normalized KD: target and normalized non-target terms.
 
-    Its curves are `train/nkd_target` and `train/nkd_nontarget`. Images without a label do not count.
+    See `nkd_loss`. The terms are logged as `train/nkd_target` and `train/nkd_nontarget`. Samples without a label are
+    excluded.
 
     Args:
-        gamma: Weight of the other classes' part.
-        temperature: Greater than 0; softens the other classes' part alone.
+        gamma: Weight of the non-target-class term.
+        temperature: Softmax temperature of the non-target-class term, greater than 0.
 
     Raises:
-        ValueError: If a weight is negative, the temperature is not greater than 0, or, in training, there are
-            fewer than 3 classes.
+        ValueError: If a weight is negative or the temperature is not greater than 0. In `forward`, if there are fewer
+            than 3 classes.
 
     References:
         Yang et al.: From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023 (arXiv 2303.13005). The
-        defaults are the authors' for ImageNet. For CIFAR-100 they take `gamma` 3.5 and `temperature` 3.
+        defaults are the authors' values for ImageNet. For CIFAR-100, the authors use `gamma` 3.5 and `temperature` 3.
     """
 
     skips_unlabelled = True
@@ -96,7 +98,7 @@ class NKD(DistillLoss):
         self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The two parts of `nkd_loss`."""
+        """Compute the two terms of `nkd_loss`."""
         logits = student.logits, teacher.logits, batch.target
         return {
             "target": _nkd_target(*logits),

@@ -16,11 +16,11 @@ from lkd.types import Batch, Outputs, Probe
 
 
 def _mean_kernel(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Mean of squared inner products over the batch and all pairs of channels; `(B, C, N)` and `(B, D, N)`."""
+    """Return the mean squared inner product over the batch and all pairs of channels of `(B, C, N)` and `(B, D, N)`."""
     channels, others, pixels = ours.shape[1], theirs.shape[1], ours.shape[2]
     if pixels >= max(channels, others):
         return torch.bmm(ours, theirs.mT).square().mean()
-    # The same number without a matrix of all pairs: |A B'|^2 = <A'A, B'B>.
+    # |A B'|^2 = <A'A, B'B> avoids the matrix of all pairs of channels.
     moments = torch.bmm(ours.mT, ours) / channels, torch.bmm(theirs.mT, theirs) / others
     return (moments[0] * moments[1]).sum((1, 2)).mean()
 
@@ -28,21 +28,21 @@ def _mean_kernel(ours: Tensor, theirs: Tensor) -> Tensor:
 @check_shapes(student_feature="B C H W", teacher_feature="B D H' W'")
 @full_precision
 def nst_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    r"""Squared maximum mean discrepancy of where the channels of two features are active.
+    r"""Squared maximum mean discrepancy between the activation patterns of the channels of two features.
 
     $$ \frac{1}{B} \sum_i \Big[ \frac{1}{C^2} \sum_{c, c'} k(s_{ic}, s_{ic'})
        + \frac{1}{D^2} \sum_{d, d'} k(t_{id}, t_{id'}) - \frac{2}{C D} \sum_{c, d} k(s_{ic}, t_{id}) \Big],
        \quad k(a, b) = (a \cdot b)^2 $$
 
-    s and t are the channels' maps, each divided by its length. The larger map is averaged to the smaller one's size
-    first.
+    Here s and t are the spatial maps of the channels, normalized to unit length. The larger map is average-pooled to
+    the size of the smaller one first.
 
     Args:
-        student_feature: `(B, C, H, W)`.
-        teacher_feature: `(B, D, H', W')`.
+        student_feature: Student feature map `(B, C, H, W)`.
+        teacher_feature: Teacher feature map `(B, D, H', W')`.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
         Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017 (arXiv 1707.01219),
@@ -58,23 +58,24 @@ def nst_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
 
 
 class NST(DistillLoss):
-    """Neuron selectivity transfer: the student's channels are to be active where the teacher's are, in any order.
+    """Neuron selectivity transfer: match channel patterns.
 
-    Layers are compared one by one, and the losses added. Channels may differ, and sizes.
+    The loss is the maximum mean discrepancy between the spatial patterns of the channels, regardless of their order
+    (see `nst_loss`), summed over the layers. The numbers of channels and the sizes of the maps may differ.
 
     Args:
-        student_layers: Layers of the student whose feature maps it reads.
-        teacher_layers: The teacher's, as many.
+        student_layers: Student layers whose feature maps are compared.
+        teacher_layers: Teacher layers, one for each student layer.
 
     Raises:
-        ValueError: In training, if a layer returns no feature map.
+        ValueError: At the start of training, if a layer does not return a feature map.
 
     References:
         Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017 (arXiv 1707.01219).
-        The CIFAR-100 benchmark weighs it with 50.
+        The CIFAR-100 benchmark uses the weight 50.
     """
 
-    needs_build = False  # it only checks the layers
+    needs_build = False  # `build` only checks the layers
     reads_logits = False
 
     def __init__(
@@ -83,9 +84,9 @@ class NST(DistillLoss):
         super().__init__(student_layers, teacher_layers)
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Check the layers."""
+        """Check the shapes of the features."""
         self.pairs(student.outputs, teacher.outputs, dims=4)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The sum of `nst_loss` over the layers."""
+        """Compute the sum of `nst_loss` over the layers."""
         return total([nst_loss(ours, theirs) for ours, theirs in self.pairs(student, teacher)])

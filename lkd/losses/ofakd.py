@@ -21,27 +21,27 @@ from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 def ofa_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, eps: float = 1.0, temperature: float = 1.0
 ) -> Tensor:
-    r"""Cross-entropy with the teacher's probabilities, in which the target's counts for more.
+    r"""Cross-entropy with the teacher's probabilities, with increased weight on the target class.
 
     $$ - \frac{1}{B} \sum_{ic} \big( (p_{ic} + y_{ic})^\epsilon - y_{ic} \big) \log q_{ic}, \quad
        p = \mathrm{softmax}(z_t / \tau), \; q = \mathrm{softmax}(z_s / \tau) $$
 
-    y is 1 for the target and 0 for other classes. With $\epsilon = 1$ it is the cross-entropy of teacher and student;
-    with a larger one, the target weighs more, and the other classes less.
+    Here y is 1 for the target class and 0 for all others. With $\epsilon = 1$ the loss is the cross-entropy between
+    teacher and student. Larger values increase the weight of the target class and decrease the weight of the others.
 
     Args:
-        student_logits: `(B, K)`.
-        teacher_logits: `(B, K)`.
-        target: `(B,)`; for an image without a label (`IGNORE_INDEX`), y is 0 for all classes.
-        eps: The exponent, greater than 0; gamma in the paper.
-        temperature: Greater than 0.
+        student_logits: Student logits `(B, K)`.
+        teacher_logits: Teacher logits `(B, K)`.
+        target: Class indices `(B,)`; for samples with `IGNORE_INDEX`, y is 0 for all classes.
+        eps: Exponent, greater than 0; gamma in the paper.
+        temperature: Softmax temperature, greater than 0.
 
     Returns:
-        A scalar in nats; float32 for logits in half precision, else the logits' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     References:
         Hao et al.: One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge Distillation,
-        NeurIPS 2023 (arXiv 2310.19444). Neither paper nor code has a factor temperature².
+        NeurIPS 2023 (arXiv 2310.19444). Neither the paper nor the code has a factor temperature².
 
     Example:
         >>> logits, target = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0])
@@ -57,7 +57,7 @@ def ofa_loss(
 
 
 def _exit(feature: Tensor, num_classes: int, num_halvings: int) -> nn.Module:
-    """What makes logits of one stage's feature."""
+    """Create the exit branch that maps a feature of one stage to logits."""
     if feature.ndim == 4:
         channels = [feature.shape[1] * 2**number for number in range(num_halvings + 1)]
         halvings = [layer for pair in pairwise(channels) for layer in _halving(*pair)]
@@ -65,8 +65,8 @@ def _exit(feature: Tensor, num_classes: int, num_halvings: int) -> nn.Module:
     if feature.ndim == 3:
         return _TokenExit(feature.shape[2], num_classes)
     raise ValueError(
-        f"OFAKD reads feature maps (B, C, H, W) or tokens (B, N, C) of the student; a layer returns "
-        f"{tuple(feature.shape)}: name other student_layers"
+        f"OFAKD requires feature maps (B, C, H, W) or tokens (B, N, C), but a student layer returns "
+        f"{tuple(feature.shape)}; set other student_layers"
     )
 
 
@@ -80,7 +80,7 @@ def _halving(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
 
 
 class _TokenExit(nn.Module):
-    """A transformer's block, and a linear layer on the mean of the tokens."""
+    """Transformer block followed by a linear layer on the mean of the tokens."""
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
@@ -96,28 +96,29 @@ class _TokenExit(nn.Module):
 
 
 class OFAKD(DistillLoss):
-    """One for all: stages of the student get exits that answer, and all of them are compared with the teacher's logits.
+    """One-for-all KD: match logits at exits of every stage.
 
-    Features of unlike networks have little in common; their logits have. An exit trains with the student and is left
-    out afterwards: for a map, separable convolutions that halve its size once for each stage that follows, then the
-    mean over the pixels and a linear layer; for tokens, a transformer's block, then the mean over the tokens and a
-    linear layer. Its curves are `train/ofakd_exits` and `train/ofakd_logits`.
+    Features of different architectures are hard to compare, but logits are not. Each stage gets an exit branch, which
+    is trained with the student and discarded afterwards. For feature maps, an exit consists of separable convolutions,
+    which halve the size once for each following stage, global average pooling and a linear layer. For tokens, it
+    consists of a transformer block, the mean over the tokens and a linear layer. The terms are logged as
+    `train/ofakd_exits` and `train/ofakd_logits`.
 
     Args:
-        student_layers: Layers of the student that get an exit: maps with the channels first, or tokens. Of a
-            transformer, name a few blocks, at a quarter, half, three quarters and the whole of its depth, say.
-        eps: The exponent, greater than 0; 1 to 1.5 in the authors' runs.
-        temperature: Greater than 0.
+        student_layers: Student layers with an exit; they return feature maps or tokens. For a transformer, name a few
+            blocks, for example at a quarter, half, three quarters and the end of its depth.
+        eps: Exponent, greater than 0; gamma in the paper. The authors use values from 1 to 1.5.
+        temperature: Softmax temperature, greater than 0.
         exits_weight: Weight of the sum over the exits.
-        logits_weight: Weight of the comparison of the student's own logits.
+        logits_weight: Weight of the loss of the student's final logits.
 
     Raises:
-        ValueError: If a weight is negative, `eps` or the temperature is not greater than 0, or, in training, a layer
-            returns neither maps nor tokens.
+        ValueError: If a weight is negative, or if `eps` or the temperature is not greater than 0. At the start of
+            training, if a layer returns neither a feature map nor tokens.
 
     References:
-        Hao et al.: One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge Distillation,
-        NeurIPS 2023 (arXiv 2310.19444). The exits here are simpler than the authors', who bring all to the width of the
+        Hao et al.: One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge Distillation, NeurIPS
+        2023 (arXiv 2310.19444). The exits are simpler than the authors', who project all features to the width of the
         wider network and merge patches.
     """
 
@@ -130,7 +131,7 @@ class OFAKD(DistillLoss):
         logits_weight: float = 1.0,
     ) -> None:
         super().__init__(student_layers)
-        check_positive("1 to 1.5 is usual", eps=eps)
+        check_positive("typically 1 to 1.5", eps=eps)
         check_weights(exits_weight=exits_weight, logits_weight=logits_weight)
         self.eps = eps
         self.temperature = check_temperature(temperature)
@@ -138,7 +139,7 @@ class OFAKD(DistillLoss):
         self.logits_weight = logits_weight
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the exits."""
+        """Create the exits."""
         features = read_layers(student.outputs, self.student_layers)
         num_classes = student.outputs.logits.shape[1]
         self.exits = nn.ModuleList(

@@ -18,23 +18,23 @@ from lkd.types import Batch, Outputs, Probe
 
 @check_shapes(weight="C", bias="C")
 def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
-    r"""What a neuron behind a BatchNorm says on average where it is not active, for each channel.
+    r"""Expected negative pre-activation after a BatchNorm layer, for each channel.
 
     $$ m = \mathrm{E}[x \mid x < 0] = \beta - \sigma \, \varphi(-\beta / \sigma) \, / \, \Phi(-\beta / \sigma), \quad
        x \sim \mathcal{N}(\beta, \sigma^2), \; \sigma = |\gamma| $$
 
-    and $-3 \sigma$ for channels that are hardly ever below 0: $\Phi(-\beta / \sigma) \le 0.001$.
+    For channels that are almost never negative, $\Phi(-\beta / \sigma) \le 0.001$, the margin is $-3 \sigma$.
 
     Args:
-        weight: The BatchNorm's weight gamma, `(C,)`.
-        bias: Its bias beta, `(C,)`.
+        weight: Weight gamma of the BatchNorm `(C,)`.
+        bias: Bias beta of the BatchNorm `(C,)`.
 
     Returns:
-        `(C,)`, at most 0.
+        Margins `(C,)`, at most 0.
 
     References:
-        Heo et al.: A Comprehensive Overhaul of Feature Distillation, ICCV 2019 (arXiv 1904.01866); the exception
-        is the authors' code.
+        Heo et al.: A Comprehensive Overhaul of Feature Distillation, ICCV 2019 (arXiv 1904.01866). The exception for
+        channels that are almost never negative follows the authors' code.
 
     Example:
         >>> ofd_margin(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.0, 9.0, -2.0]))
@@ -42,7 +42,7 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     """
     weight, bias = wide(weight), wide(bias)
     deviation = weight.abs()
-    bound = -bias / deviation.clamp(min=torch.finfo(weight.dtype).tiny)  # a constant channel: 0, or infinite
+    bound = -bias / deviation.clamp(min=torch.finfo(weight.dtype).tiny)  # 0 or infinite for a constant channel
     share = torch.special.ndtr(bound)
     density = torch.exp(-bound.square() / 2) / math.sqrt(2 * math.pi)
     mean = bias - deviation * density / share.clamp(min=0.001)
@@ -52,21 +52,21 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
 @check_shapes(student_feature="B C H W", teacher_feature="B C H' W'", margin="C")
 @full_precision
 def ofd_loss(student_feature: Tensor, teacher_feature: Tensor, margin: Tensor) -> Tensor:
-    r"""Partial squared distance to the teacher's feature behind a margin ReLU.
+    r"""Partial squared distance to the teacher's feature after a margin ReLU.
 
     $$ \frac{1}{B} \sum_{i,c,h,w} \begin{cases} 0 & s \le \max(t, m_c) \text{ and } t \le 0 \\
        (s - \max(t, m_c))^2 & \text{else} \end{cases} $$
 
-    with the features s of the student and t of the teacher before their activation: a negative t only asks for a
-    student's value that is no larger. The teacher's map is averaged to the student's size first.
+    Here s and t are the pre-activation features of student and teacher. Where t is negative, any smaller value of the
+    student is sufficient. The teacher's map is average-pooled to the size of the student's first.
 
     Args:
-        student_feature: `(B, C, H, W)`.
-        teacher_feature: `(B, C, H', W')`.
-        margin: The least value that is asked for, `(C,)`, as `ofd_margin` has it.
+        student_feature: Student pre-activations `(B, C, H, W)`.
+        teacher_feature: Teacher pre-activations `(B, C, H', W')`.
+        margin: Lower bound of the target for each channel `(C,)`, see `ofd_margin`.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
         Heo et al.: A Comprehensive Overhaul of Feature Distillation, ICCV 2019 (arXiv 1904.01866).
@@ -83,27 +83,29 @@ def ofd_loss(student_feature: Tensor, teacher_feature: Tensor, margin: Tensor) -
 
 
 class OFD(ConnectedLoss):
-    """Overhaul of feature distillation: the teacher's features behind a margin ReLU, and a partial distance.
+    """Overhaul of feature distillation: margin ReLU features.
 
-    The features are those before the activation; the student's go through a 1x1 convolution with BatchNorm. The
-    margins follow from the weights of the BatchNorm layers that the teacher's features come from.
+    The criterion compares pre-activation features by a partial distance (see `ofd_loss`). The student's features pass
+    through a 1x1 convolution with BatchNorm. The margins are computed from the parameters of the teacher's BatchNorm
+    layers.
 
     Args:
-        student_layers: Layers of the student whose feature maps it reads.
-        teacher_layers: The teacher's, as many.
-        teacher_norms: The BatchNorm layers that the teacher's features come from, as many.
-        layer_weights: What the layers weigh: `equal`: 1; `doubling`: each twice as much as the one before it, the last
-            one 1; or a number for each.
+        student_layers: Student layers whose pre-activation feature maps are compared.
+        teacher_layers: Teacher layers, one for each student layer.
+        teacher_norms: BatchNorm layers that produce the teacher's features, one for each teacher layer.
+        layer_weights: Weights of the layers: `equal` (all 1), `doubling` (each twice the preceding one, the last one
+            1), or one number for each layer.
 
     Raises:
-        ValueError: If a weight is negative, or, in training, a layer returns no feature map, the weights or the
-            BatchNorm layers are not as many as the layers, or one of these is no BatchNorm of as many channels.
+        ValueError: If a weight is negative. At the start of training, if a layer does not return a feature map, if the
+            number of weights or BatchNorm layers differs from the number of layers, or if an entry of `teacher_norms`
+            is not a BatchNorm with the matching number of channels.
 
     References:
-        Heo et al.: A Comprehensive Overhaul of Feature Distillation, ICCV 2019 (arXiv 1904.01866), who weigh it with
-        0.001 for CIFAR and 0.0001 for ImageNet. In their code the teacher runs in training mode, so that its BatchNorm
-        uses the batch's statistics and its running ones drift; here, as with every criterion, the teacher stays in eval
-        mode and unchanged.
+        Heo et al.: A Comprehensive Overhaul of Feature Distillation, ICCV 2019 (arXiv 1904.01866). The authors use the
+        weight 0.001 for CIFAR and 0.0001 for ImageNet. In their code, the teacher runs in training mode, so its
+        BatchNorm layers use batch statistics and their running statistics drift. Here, as with every criterion, the
+        teacher stays in eval mode and is unchanged.
     """
 
     def __init__(
@@ -117,37 +119,38 @@ class OFD(ConnectedLoss):
         self.teacher_norms = tuple(teacher_norms)
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the connectors, and the margins from the teacher's BatchNorm layers."""
+        """Create the connectors, and compute the margins from the teacher's BatchNorm layers."""
         super().build(student, teacher)
         names = resolve_layers(teacher.network, self.teacher_norms)
         if len(names) != len(self.teacher_layers):
             raise ValueError(
-                f"OFD reads {len(self.teacher_layers)} layers of the teacher ({', '.join(self.teacher_layers)}) and "
-                f"got {len(names)} teacher_norms ({', '.join(names)}); name the BatchNorm that each layer comes from"
+                f"OFD reads {len(self.teacher_layers)} teacher layers ({', '.join(self.teacher_layers)}) but got "
+                f"{len(names)} teacher_norms ({', '.join(names)}); set one BatchNorm for each layer"
             )
         for number, (name, layer) in enumerate(zip(names, self.teacher_layers, strict=True)):
             margin = _margin_of(teacher.network, name, teacher.outputs.features[layer].shape[1])
             self.register_buffer(f"margin{number}", margin)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The weighted sum of `ofd_loss` over the layers."""
+        """Compute the weighted sum of `ofd_loss` over the layers."""
         margins = (getattr(self, f"margin{number}") for number in range(len(self.teacher_layers)))
         pairs = zip(self.connected(student, teacher), margins, strict=True)
         return self.weighted_total([ofd_loss(ours, theirs, margin) for (ours, theirs), margin in pairs])
 
 
 def _margin_of(network: nn.Module, name: str, channels: int) -> Tensor:
-    """The margins behind one of the teacher's BatchNorm layers, `(C,)`, in float32 as in the authors' code."""
+    """Return the margins `(C,)` of one of the teacher's BatchNorm layers, in float32 as in the authors' code."""
     norm = dict(network.named_modules()).get(name)
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or weight is None or bias is None:
+        found = "does not exist" if norm is None else f"is {type(norm).__name__}"
         raise ValueError(
-            f"OFD computes margins from the weight and the bias of a BatchNorm, and the teacher's {name!r} is "
-            f"{'not there' if norm is None else type(norm).__name__}; name BatchNorm layers (teacher_norms)"
+            f"OFD computes margins from the weight and bias of a BatchNorm, but the teacher's {name!r} {found}; "
+            "set teacher_norms to BatchNorm layers"
         )
     if len(weight) != channels:
         raise ValueError(
-            f"the teacher's BatchNorm {name!r} has {len(weight)} channels, and the layer that OFD reads {channels}; "
-            "name the BatchNorm that the layer comes from (teacher_norms)"
+            f"the teacher's BatchNorm {name!r} has {len(weight)} channels, but the layer that OFD reads has "
+            f"{channels}; set teacher_norms to the BatchNorm layers that produce the features"
         )
     return ofd_margin(weight.detach(), bias.detach()).float()

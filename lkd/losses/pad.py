@@ -18,51 +18,53 @@ from lkd.types import Batch, Outputs, Probe
 @check_shapes(student_feature="B D", teacher_feature="B D", log_variance="B D")
 @full_precision
 def pad_loss(student_feature: Tensor, teacher_feature: Tensor, log_variance: Tensor, eps: float = 1e-6) -> Tensor:
-    r"""Squared difference of two features, less where the predicted variance is large, and the variance's price.
+    r"""Squared difference weighted by a predicted variance, plus the log-variance.
 
     $$ \frac{1}{B D} \sum \Big[ \frac{(f_t - f_s)^2}{e^{\lambda} + \epsilon} + \lambda \Big], \quad
        \lambda = \log \sigma^2 $$
 
     Args:
-        student_feature: `(B, D)`.
-        teacher_feature: `(B, D)`.
-        log_variance: `(B, D)`.
-        eps: Added to the variance, greater than 0.
+        student_feature: Student feature `(B, D)`.
+        teacher_feature: Teacher feature `(B, D)`.
+        log_variance: Predicted log-variance `(B, D)`.
+        eps: Constant added to the variance, greater than 0.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
-        Zhang et al.: Prime-Aware Adaptive Distillation, ECCV 2020 (arXiv 2008.01458), with the mean over the elements
-        of torchdistill's code, which tells that the authors take it.
+        Zhang et al.: Prime-Aware Adaptive Distillation, ECCV 2020 (arXiv 2008.01458). The mean over the elements
+        follows torchdistill's code, according to which the authors use it.
 
     Example:
         >>> round(pad_loss(torch.ones(1, 4), torch.zeros(1, 4), torch.zeros(1, 4), eps=0.25).item(), 4)
         0.8
     """
-    # 1 / (exp + eps) by logarithms: exp alone would overflow, and make its gradient 0 * inf.
+    # 1 / (exp + eps) in log space: exp could overflow, and its gradient would be 0 * inf.
     precision = torch.logaddexp(log_variance, log_variance.new_full((), eps).log()).neg().exp()
     return ((teacher_feature - student_feature).square() * precision + log_variance).mean()
 
 
 class PAD(DistillLoss):
-    """Prime-aware adaptive distillation: images whose teacher's feature is hard to reach count less.
+    """Prime-aware adaptive KD: down-weight hard samples.
 
-    A linear layer with BatchNorm predicts, from the student's pooled feature, the log of the variance of the difference
-    from the teacher's, for each element. Where the sizes differ, another linear layer brings the student's feature to
-    the teacher's.
+    A linear layer with BatchNorm predicts the log-variance of each element's difference from the teacher's feature,
+    given the student's pooled feature (see `pad_loss`). Samples whose teacher feature is hard to match thus get a
+    smaller weight. Where the feature sizes differ, another linear layer maps the student's feature to the size of the
+    teacher's.
 
     Args:
-        student_layers: Layers of the student whose pooled features it reads; the losses are added.
-        teacher_layers: The teacher's, as many.
-        eps: Added to the variance, greater than 0.
+        student_layers: Student layers whose pooled features are compared; the losses are summed.
+        teacher_layers: Teacher layers, one for each student layer.
+        eps: Constant added to the variance, greater than 0.
 
     Raises:
-        ValueError: If `eps` is not greater than 0, or, in training, a layer returns no pooled feature.
+        ValueError: If `eps` is not greater than 0. At the start of training, if a layer does not return a pooled
+            feature.
 
     References:
-        Zhang et al.: Prime-Aware Adaptive Distillation, ECCV 2020 (arXiv 2008.01458), who let it follow a training
-        without variances. The paper's networks have features of equal size.
+        Zhang et al.: Prime-Aware Adaptive Distillation, ECCV 2020 (arXiv 2008.01458). The authors start from a student
+        trained without variances. The networks in the paper have features of equal size.
     """
 
     reads_logits = False
@@ -74,11 +76,11 @@ class PAD(DistillLoss):
         eps: float = 1e-6,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        check_positive("1e-6 is usual", eps=eps)
+        check_positive("typically 1e-6", eps=eps)
         self.eps = eps
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the projectors, and what predicts the variances."""
+        """Create the projectors and the variance heads."""
         projectors, heads = [], []
         for ours, theirs in self.pairs(student.outputs, teacher.outputs, dims=2):
             sizes = ours.shape[1], theirs.shape[1]
@@ -88,7 +90,7 @@ class PAD(DistillLoss):
         self.log_variances = nn.ModuleList(heads)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The sum of `pad_loss` over the layers."""
+        """Compute the sum of `pad_loss` over the layers."""
         parts = zip(self.projectors, self.log_variances, self.pairs(student, teacher), strict=True)
         losses = [
             pad_loss(projector(ours), theirs, log_variance(ours), self.eps)

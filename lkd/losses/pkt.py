@@ -14,7 +14,7 @@ from lkd.types import Batch, Outputs
 
 
 def _neighbours(feature: Tensor, eps: float) -> Tensor:
-    """How near each sample is to every one, as probabilities `(B, B)`."""
+    """Return the conditional neighbor probabilities of the samples `(B, B)`."""
     x = feature.flatten(1)
     x = x / (x.norm(dim=1, keepdim=True) + eps)
     similarity: Tensor = (x @ x.mT + 1) / 2
@@ -24,22 +24,22 @@ def _neighbours(feature: Tensor, eps: float) -> Tensor:
 @check_shapes(student_feature="B C ...", teacher_feature="B D ...")
 @full_precision
 def pkt_loss(student_feature: Tensor, teacher_feature: Tensor, eps: float = 1e-7) -> Tensor:
-    r"""Divergence between the probabilities with which samples are each other's neighbours.
+    r"""Divergence between the neighbor probabilities of the samples.
 
     $$ \frac{1}{B^2} \sum_{ij} p_{t,ij} \log \frac{p_{t,ij} + \epsilon}{p_{s,ij} + \epsilon}, \quad
        p_{ij} = k_{ij} / \sum_j k_{ij}, \; k_{ij} = (\cos(x_i, x_j) + 1) / 2 $$
 
     Args:
-        student_feature: `(B, C, ...)`; all dimensions but the first are flattened.
-        teacher_feature: `(B, D, ...)`.
-        eps: Added to probabilities and to the features' lengths.
+        student_feature: Student feature `(B, C, ...)`; all dimensions except the first are flattened.
+        teacher_feature: Teacher feature `(B, D, ...)`.
+        eps: Constant added to probabilities and feature norms.
 
     Returns:
-        A scalar in nats; float32 for features in half precision, else the features' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     References:
         Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018
-        (arXiv 1803.10837). This is the authors' code, with the mean over all pairs; the paper sums.
+        (arXiv 1803.10837). The mean over all pairs follows the authors' code; the paper sums.
 
     Example:
         >>> import torch
@@ -52,19 +52,22 @@ def pkt_loss(student_feature: Tensor, teacher_feature: Tensor, eps: float = 1e-7
 
 
 class PKT(DistillLoss):
-    """Probabilistic knowledge transfer: the samples' neighbourhoods are to be the teacher's.
+    """Probabilistic knowledge transfer: match neighborhoods.
+
+    The loss compares the probabilities that samples are neighbors in feature space (see `pkt_loss`). Feature sizes may
+    differ.
 
     Args:
-        student_layers: Layers of the student whose features it reads, each by itself; the losses are added.
-        teacher_layers: The teacher's, as many.
-        eps: Added to probabilities and to the features' lengths, greater than 0.
+        student_layers: Student layers whose features are compared; the losses are summed.
+        teacher_layers: Teacher layers, one for each student layer.
+        eps: Constant added to probabilities and feature norms, greater than 0.
 
     Raises:
         ValueError: If `eps` is not greater than 0.
 
     References:
         Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018
-        (arXiv 1803.10837). The CIFAR-100 benchmark weighs it with 30000, as it is a mean over all pairs.
+        (arXiv 1803.10837). The CIFAR-100 benchmark uses the weight 30000, as the loss is a mean over all pairs.
     """
 
     reads_logits = False
@@ -78,9 +81,9 @@ class PKT(DistillLoss):
         eps: float = 1e-7,
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        check_positive("1e-7 is usual", eps=eps)
+        check_positive("typically 1e-7", eps=eps)
         self.eps = eps
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The sum of `pkt_loss` over the layers."""
+        """Compute the sum of `pkt_loss` over the layers."""
         return total([pkt_loss(ours, theirs, self.eps) for ours, theirs in self.pairs(student, teacher)])

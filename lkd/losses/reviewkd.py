@@ -19,22 +19,22 @@ from lkd.types import Batch, Outputs, Probe
 @check_shapes(student_feature="B C H W", teacher_feature="B C H W")
 @full_precision
 def hcl_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    r"""Hierarchical context loss: mean squared differences of two feature maps and of their pooled forms.
+    r"""Hierarchical context loss: mean squared errors between feature maps at several pooled sizes.
 
     $$ \left( \mathrm{MSE}(F_s, F_t) + \sum_{k=1}^{K} 2^{-k} \, \mathrm{MSE}(P_k F_s, P_k F_t) \right) \Big/
        \sum_{k=0}^{K} 2^{-k} $$
 
-    $P_k$ averages a map to the k-th of the sizes 4x4, 2x2 and 1x1 that are smaller than it.
+    $P_k$ average-pools a map to the k-th of those sizes among 4x4, 2x2 and 1x1 that are smaller than the map.
 
     Args:
-        student_feature: `(B, C, H, W)`.
-        teacher_feature: `(B, C, H, W)`.
+        student_feature: Student feature map `(B, C, H, W)`.
+        teacher_feature: Teacher feature map `(B, C, H, W)`.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
-        Chen et al.: Distilling Knowledge via Knowledge Review, CVPR 2021 (arXiv 2104.09044); the weights are the
+        Chen et al.: Distilling Knowledge via Knowledge Review, CVPR 2021 (arXiv 2104.09044). The weights follow the
         authors' code.
 
     Example:
@@ -52,13 +52,13 @@ def hcl_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
 
 
 class _Fusion(nn.Module):
-    """Attention-based fusion of one level's feature map with what came from the deeper levels.
+    """Attention-based fusion (ABF) of the feature map of one level with the output of the deeper level.
 
     Args:
-        in_channels: Channels of the student's map.
-        mid_channels: Channels of what goes from level to level.
-        out_channels: Channels of the teacher's map.
-        is_deepest: Whether there is no deeper level.
+        in_channels: Number of channels of the student's map.
+        mid_channels: Number of channels passed from level to level.
+        out_channels: Number of channels of the teacher's map.
+        is_deepest: Whether this is the deepest level.
     """
 
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, is_deepest: bool) -> None:
@@ -70,7 +70,7 @@ class _Fusion(nn.Module):
         )
 
     def forward(self, feature: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """What is compared with the teacher's map of that `size`, and what goes to the next level, of the same size."""
+        """Return the map compared with the teacher's and the map passed to the next level, both of the given `size`."""
         fused = self.reduce(feature)
         if self.attention is not None and deeper is not None:
             deeper = _resized(deeper, fused.shape[2:])
@@ -81,35 +81,37 @@ class _Fusion(nn.Module):
 
 
 def _resized(feature: Tensor, size: Sequence[int]) -> Tensor:
-    """A feature map with the nearest pixels at `size`."""
+    """Resize a feature map by nearest-neighbor interpolation."""
     return feature if feature.shape[2:] == size else F.interpolate(feature, tuple(size), mode="nearest")
 
 
 def _as_map(feature: Tensor) -> Tensor:
-    """Pooled features `(B, C)` as a map of one pixel; maps as they are."""
+    """Reshape pooled features `(B, C)` to 1x1 maps; return maps unchanged."""
     return feature[:, :, None, None] if feature.ndim == 2 else feature
 
 
 class ReviewKD(DistillLoss):
-    """Knowledge review: the student's feature maps, from the deepest to the first, are fused and compared.
+    """Knowledge review: fuse levels from deep to shallow.
 
-    Each level's map is fused with what came from the deeper ones, weighted by attention, and then compared with the
-    teacher's by `hcl_loss`. Levels may have any channels and sizes; pooled features count as maps of one pixel.
+    The feature map of each level is fused with the output of the deeper levels by an attention mechanism and compared
+    with the teacher's map by `hcl_loss`. Levels may have any number of channels and any size. Pooled features are
+    treated as 1x1 maps.
 
     Args:
-        student_layers: Layers of the student that it reads, from the first to the deepest.
-        teacher_layers: The teacher's, as many.
-        max_mid_channels: What goes from level to level has as many channels as the student's deepest layer, and at most
-            these.
+        student_layers: Student layers, ordered from the first to the deepest.
+        teacher_layers: Teacher layers, one for each student layer.
+        max_mid_channels: Upper bound for the number of channels passed from level to level, which otherwise equals the
+            number of channels of the student's deepest layer.
 
     Raises:
-        ValueError: If, in training, a layer returns neither a feature map nor pooled features.
+        ValueError: If `max_mid_channels` is less than 1. At the start of training, if a layer returns neither a feature
+            map nor a pooled feature.
 
     References:
         Chen et al.: Distilling Knowledge via Knowledge Review, CVPR 2021 (arXiv 2104.09044). As in the authors' code,
-        the teacher's maps are those before the activation; so are, for ImageNet, the student's (`@preacts`), which for
-        CIFAR-100 are those behind it. Their list of the student's layers begins with what the first stage reads, which
-        no level then takes.
+        the teacher's maps are pre-activations. The student's maps are pre-activations (`@preacts`) for ImageNet and
+        post-activation maps for CIFAR-100. The authors' list of student layers starts with the input of the first
+        stage, which is not used by any level.
     """
 
     reads_logits = False
@@ -122,15 +124,15 @@ class ReviewKD(DistillLoss):
     ) -> None:
         super().__init__(student_layers, teacher_layers)
         if max_mid_channels < 1:
-            raise ValueError(f"max_mid_channels must be at least 1, got {max_mid_channels}; 512 is usual")
+            raise ValueError(f"max_mid_channels must be at least 1, got {max_mid_channels}; typically 512")
         self.max_mid_channels = max_mid_channels
 
     def levels(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
-        """Student's and teacher's feature maps, the deepest first."""
+        """Return pairs of student and teacher feature maps, the deepest first."""
         return [(_as_map(ours), _as_map(theirs)) for ours, theirs in reversed(self.pairs(student, teacher))]
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the fusions."""
+        """Create the fusion modules."""
         levels = self.levels(student.outputs, teacher.outputs)
         for ours, theirs in levels:
             check_dims("ReviewKD", 4, student=ours, teacher=theirs)
@@ -141,7 +143,7 @@ class ReviewKD(DistillLoss):
         )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The sum of `hcl_loss` over the levels."""
+        """Compute the sum of `hcl_loss` over the levels."""
         deeper, losses = None, []
         for fusion, (ours, theirs) in zip(self.fusions, self.levels(student, teacher), strict=True):
             output, deeper = fusion(ours, deeper, theirs.shape[2:])

@@ -18,8 +18,8 @@ from lkd.types import Batch, Outputs
 
 
 def _distances(feature: Tensor, squared: bool, eps: float) -> Tensor:
-    """Euclidean distances `(B, B)` over their mean; 0 from a sample to itself."""
-    # not by |x|² + |y|² - 2xy, which would lose the digits of close samples far from the origin
+    """Return the Euclidean distances `(B, B)` divided by their mean; the diagonal is 0."""
+    # |x|² + |y|² - 2xy would lose precision for close samples far from the origin
     x = feature.flatten(1)
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     distance = distance.square().clamp(min=eps) if squared else distance.clamp(min=math.sqrt(eps))
@@ -32,26 +32,26 @@ def _distances(feature: Tensor, squared: bool, eps: float) -> Tensor:
 def rkd_distance_loss(
     student_feature: Tensor, teacher_feature: Tensor, squared: bool = False, eps: float = 1e-12
 ) -> Tensor:
-    r"""Huber loss between the distances of all pairs of samples, relative to their mean.
+    r"""Huber loss between the normalized pairwise distances of samples.
 
     $$ \frac{1}{B^2} \sum_{ij} h(d_{s,ij} / \mu_s - d_{t,ij} / \mu_t), \quad
        d_{ij} = \sqrt{\max(\lVert x_i - x_j \rVert^2, \epsilon)}, \; d_{ii} = 0, \quad
        h(u) = u^2 / 2 \text{ if } |u| < 1 \text{ else } |u| - 1/2 $$
 
-    $\mu$ is the mean of the distances between two different samples.
+    $\mu$ is the mean distance between two different samples.
 
     Args:
-        student_feature: `(B, C, ...)`; all dimensions but the first are flattened.
-        teacher_feature: `(B, D, ...)`.
-        squared: Compare squared distances.
-        eps: The least squared distance; nearer samples have no gradient.
+        student_feature: Student feature `(B, C, ...)`; all dimensions except the first are flattened.
+        teacher_feature: Teacher feature `(B, D, ...)`.
+        squared: Whether squared distances are compared.
+        eps: Lower bound of the squared distance; closer samples have no gradient.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
-        Park et al.: Relational Knowledge Distillation, CVPR 2019 (arXiv 1904.05068). The mean runs over all pairs, also
-        of a sample with itself, as in the authors' code; the paper sums over different samples.
+        Park et al.: Relational Knowledge Distillation, CVPR 2019 (arXiv 1904.05068). As in the authors' code, the mean
+        includes the pairs of a sample with itself; the paper sums over different samples.
 
     Example:
         >>> feature = torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]])
@@ -62,7 +62,7 @@ def rkd_distance_loss(
 
 
 def _angles(feature: Tensor) -> Tensor:
-    """Cosines `(B, B, B)` of the angles at a sample (first) between the directions to two others."""
+    """Return the cosines `(B, B, B)` of the angles at each sample (first dimension) between all pairs of samples."""
     x = feature.flatten(1)
     direction = unit_vectors(x.unsqueeze(0) - x.unsqueeze(1), dim=2)
     return direction @ direction.mT
@@ -71,23 +71,23 @@ def _angles(feature: Tensor) -> Tensor:
 @check_shapes(student_feature="B C ...", teacher_feature="B D ...")
 @full_precision
 def rkd_angle_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    r"""Huber loss between the angles of all triples of samples.
+    r"""Huber loss between the angles of all triplets of samples.
 
     $$ \frac{1}{B^3} \sum_{ijk} h(\cos \angle_{s,ijk} - \cos \angle_{t,ijk}), \quad
        \cos \angle_{ijk} = \langle e_{ij}, e_{ik} \rangle, \; e_{ij} = (x_j - x_i) / \lVert x_j - x_i \rVert $$
 
-    with h as in `rkd_distance_loss`. It holds B * B * (B + C) numbers in memory.
+    The function h is defined in `rkd_distance_loss`. The memory use is B * B * (B + C) values.
 
     Args:
-        student_feature: `(B, C, ...)`; all dimensions but the first are flattened.
-        teacher_feature: `(B, D, ...)`.
+        student_feature: Student feature `(B, C, ...)`; all dimensions except the first are flattened.
+        teacher_feature: Teacher feature `(B, D, ...)`.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
-        Park et al.: Relational Knowledge Distillation, CVPR 2019 (arXiv 1904.05068). The mean runs over all triples, as
-        in the authors' code; the paper sums over different samples.
+        Park et al.: Relational Knowledge Distillation, CVPR 2019 (arXiv 1904.05068). As in the authors' code, the mean
+        includes all triplets; the paper sums over different samples.
 
     Example:
         >>> feature = torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 1.0]])
@@ -98,24 +98,25 @@ def rkd_angle_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
 
 
 class RKD(DistillLoss):
-    """Relational distillation: distances and angles between the samples of a batch are to be the teacher's.
+    """Relational KD: match pairwise distances and angles.
 
-    Features may differ in size; a common scale, and for angles a rotation, costs nothing.
+    The loss compares distances and angles between the samples of a batch (`rkd_distance_loss`, `rkd_angle_loss`). It is
+    invariant to the scale of the features, and the angle term also to rotations. Feature sizes may differ.
 
     Args:
-        student_layers: Layers of the student whose features it reads, each by itself; the losses are added.
-        teacher_layers: The teacher's, as many.
+        student_layers: Student layers whose features are compared; the losses are summed.
+        teacher_layers: Teacher layers, one for each student layer.
         distance_weight: Weight of `rkd_distance_loss`, at least 0.
-        angle_weight: Weight of `rkd_angle_loss`, at least 0; 0 saves its memory, which grows with the batch cubed.
-        squared: Compare squared distances.
-        eps: The least squared distance, greater than 0; nearer samples have no gradient.
+        angle_weight: Weight of `rkd_angle_loss`, at least 0. Its memory use is cubic in the batch size; 0 avoids it.
+        squared: Whether squared distances are compared.
+        eps: Lower bound of the squared distance, greater than 0; closer samples have no gradient.
 
     Raises:
-        ValueError: If a weight is negative, or both are 0, or `eps` is not greater than 0.
+        ValueError: If a weight is negative, both weights are 0, or `eps` is not greater than 0.
 
     References:
-        Park et al.: Relational Knowledge Distillation, CVPR 2019 (arXiv 1904.05068), who weigh the terms 1 and 2 for
-        metric learning; 25 and 50 are the CIFAR-100 benchmark's (Tian et al., arXiv 1910.10699).
+        Park et al.: Relational Knowledge Distillation, CVPR 2019 (arXiv 1904.05068). The authors use the weights 1 and
+        2 for metric learning; 25 and 50 follow the CIFAR-100 benchmark (Tian et al., arXiv 1910.10699).
     """
 
     reads_logits = False
@@ -134,15 +135,15 @@ class RKD(DistillLoss):
         super().__init__(student_layers, teacher_layers)
         check_weights(distance_weight=distance_weight, angle_weight=angle_weight)
         if distance_weight == angle_weight == 0:
-            raise ValueError("distance_weight and angle_weight are both 0, so RKD compares nothing; set one of them")
-        check_positive("1e-12 is usual", eps=eps)
+            raise ValueError("distance_weight and angle_weight are both 0; set at least one of them")
+        check_positive("typically 1e-12", eps=eps)
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
         self.squared = squared
         self.eps = eps
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The terms `distance` and `angle`, as weighted, of those whose weight is not 0."""
+        """Compute the weighted terms `distance` and `angle`, omitting those with weight 0."""
         pairs, terms = self.pairs(student, teacher), {}
         if self.distance_weight:
             losses = [rkd_distance_loss(ours, theirs, self.squared, self.eps) for ours, theirs in pairs]

@@ -12,25 +12,25 @@ from lkd.types import Batch, Outputs, Probe
 
 
 class SimKD(DistillLoss):
-    r"""The student's map, through a projector, is to equal the teacher's, so that the teacher's classifier fits it.
+    r"""SimKD: match features for the teacher's own classifier.
 
     $$ \frac{1}{BDHW} \lVert r(F_s) - F_t \rVert^2 $$
 
-    The projector r trains with the student: convolutions 1x1, 3x3 and 1x1 without bias, each with BatchNorm and ReLU.
-    The larger map is averaged to the smaller one's size first. The criterion keeps a copy of the teacher's classifier,
-    which does not train and is saved in checkpoints: the finished student is its layers up to the map, the projector,
-    the mean over the pixels, and that classifier. `lkd.SimKDModule` trains, validates and predicts so; with any other
-    module the student would be asked for its own classifier, which learns nothing here.
+    The projector r is trained with the student: 1x1, 3x3 and 1x1 convolutions without bias, each with BatchNorm and
+    ReLU. The larger map is average-pooled to the size of the smaller one first. The criterion holds a frozen copy of
+    the teacher's classifier, which is saved in checkpoints. The final student consists of its layers up to the feature
+    map, the projector, global average pooling and this classifier. `lkd.SimKDModule` trains, validates and predicts
+    with it; other modules would use the student's own classifier, which is not trained by this criterion.
 
     Args:
-        student_layer: Layer of the student whose map the pooling reads.
-        teacher_layer: The teacher's.
-        teacher_head: The teacher's classifier, one linear layer.
-        factor: The projector's inner convolutions have 1 / `factor` of the teacher's channels.
+        student_layer: Student layer that returns the feature map before global pooling.
+        teacher_layer: Teacher layer that returns the feature map before global pooling.
+        teacher_head: Classifier of the teacher, a single linear layer.
+        factor: Reduction factor: the inner convolutions of the projector have 1 / `factor` of the teacher's channels.
 
     Raises:
-        ValueError: If the factor is below 1, or, in training, a layer returns no feature map or the classifier is
-            another kind of layer.
+        ValueError: If `factor` is less than 1. At the start of training, if a layer does not return a feature map or
+            the classifier is not a single linear layer.
 
     References:
         Chen et al.: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022 (arXiv 2203.14001), with
@@ -48,31 +48,31 @@ class SimKD(DistillLoss):
     ) -> None:
         super().__init__([student_layer], [teacher_layer])
         if factor < 1:
-            raise ValueError(f"factor must be at least 1, got {factor}; the projector's inner width is divided by it")
+            raise ValueError(f"factor must be at least 1, got {factor}; it divides the projector's inner width")
         self.teacher_head = teacher_head
         self.factor = factor
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the projector, and copy the teacher's classifier."""
+        """Create the projector and copy the teacher's classifier."""
         ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=4)
         channels, (height, width) = theirs.shape[1], theirs.shape[2:]
         inner = max(channels // self.factor, 1)
         self.projector = nn.Sequential(*bottleneck(ours.shape[1], inner, channels), nn.BatchNorm2d(channels), nn.ReLU())
         self._size = height, width
         head = linear_classifier("SimKD", "teacher", teacher, self.teacher_head, channels)
-        # a new layer, as a deepcopy would take along the hooks of whoever reads this one
+        # a new layer, since deepcopy would copy forward hooks
         self.head = nn.Linear(channels, head.out_features, head.bias is not None)
         for name, tensor in head.named_parameters():
             self.head.register_parameter(name, nn.Parameter(tensor.detach().clone(), requires_grad=False))
 
     def answer(self, student: Outputs) -> Outputs:
-        """What the student says with the teacher's classifier.
+        """Predict with the teacher's classifier.
 
         Args:
-            student: What the student's own layers said.
+            student: Outputs of the student.
 
         Returns:
-            The same with these logits, and the projected map as the feature of `projected_layer`.
+            Outputs with the logits of the teacher's classifier and the projected map as the feature `projected_layer`.
         """
         (layer,) = self.student_layers
         projected = self._project(student.features[layer])
@@ -80,7 +80,7 @@ class SimKD(DistillLoss):
 
     @property
     def projected_layer(self) -> str:
-        """What the projected map is called among the features that `answer` returns: `<layer>:projected`."""
+        """Name of the projected map among the features returned by `answer`: `<layer>:projected`."""
         return f"{self.student_layers[0]}:projected"
 
     def _project(self, feature: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class SimKD(DistillLoss):
         return projected
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The mean squared difference of projected and teacher's map."""
+        """Compute the mean squared error between the projected and the teacher's feature map."""
         ((ours, theirs),) = self.pairs(student, teacher)
         projected = student.features.get(self.projected_layer)
         if projected is None:

@@ -16,15 +16,15 @@ from lkd.types import Batch, Outputs
 
 @check_shapes(student_logits="B K", teacher_logits="B K")
 def skd_instance_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    """`kd_loss` without the factor temperature²: the first part of `SKD`.
+    """`kd_loss` without the factor temperature²: the instance term of `SKD`.
 
     Args:
-        student_logits: `(B, K)`.
-        teacher_logits: `(B, K)`.
-        temperature: Greater than 0; a larger one flattens both distributions.
+        student_logits: Student logits `(B, K)`.
+        teacher_logits: Teacher logits `(B, K)`.
+        temperature: Softmax temperature, greater than 0; larger values flatten both distributions.
 
     Returns:
-        A scalar in nats; float32 for logits in half precision, else the logits' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     References:
         Jeong, Lee, Choi: Streamlined Knowledge Distillation, CVPR 2026.
@@ -34,21 +34,22 @@ def skd_instance_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
 
 @check_shapes(student_logits="B K", teacher_logits="B K")
 def skd_direction_loss(student_logits: Tensor, teacher_logits: Tensor, tikhonov: float = 0.1) -> Tensor:
-    r"""Mahalanobis length of the difference of the Gramian matrices: the second part of `SKD`.
+    r"""Mahalanobis norm of the difference between Gram matrices: the direction term of `SKD`.
 
     $$ \frac{1}{B} \sum_i \sqrt{D_i^\top \Sigma^{-1} D_i}, \quad D = G_s - G_t, \;
        \Sigma = \mathrm{cov}(D) + \lambda I $$
 
-    G `(B, B)` holds the cosines between the logits of the batch's samples; with several processes, of each process's
-    own. Computed in single precision at least, also under autocast: there is a linear system to solve.
+    The Gram matrices G `(B, B)` contain the cosine similarities between the logits of the samples of a batch. In
+    distributed training, each process uses its own samples. The linear system is solved in single precision or higher,
+    also under autocast.
 
     Args:
-        student_logits: `(B, K)`.
-        teacher_logits: `(B, K)`.
-        tikhonov: $\lambda$, greater than 0: what is added to the variances.
+        student_logits: Student logits `(B, K)`.
+        teacher_logits: Teacher logits `(B, K)`.
+        tikhonov: Regularization $\lambda$ added to the variances, greater than 0.
 
     Returns:
-        A scalar; float32 for logits in half precision, else the logits' type. 0 for a single sample.
+        Scalar loss, 0 for a single sample (float32 for half-precision inputs).
 
     References:
         Jeong, Lee, Choi: Streamlined Knowledge Distillation, CVPR 2026.
@@ -60,27 +61,27 @@ def skd_direction_loss(student_logits: Tensor, teacher_logits: Tensor, tikhonov:
         num_samples = len(difference)
         covariance = centred.T @ centred / max(num_samples - 1, 1)
         covariance = covariance + tikhonov * torch.eye(num_samples, dtype=centred.dtype, device=centred.device)
-        # not torch.linalg.solve: its check for singular matrices, which these are not, waits for the device
+        # torch.linalg.solve checks for singular matrices, which synchronizes with the device
         solved, _ = torch.linalg.solve_ex(covariance, difference.T)
         squares: Tensor = (difference * solved.T).sum(1)
-        # where student and teacher agree, the root has no derivative: its gradient is 0 there
+        # the clamp makes the gradient 0 where student and teacher agree and the root is not differentiable
         return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt().mean()
 
 
 class SKD(DistillLoss):
-    """Streamlined knowledge distillation: the teacher's probabilities, and the directions of its logits.
+    """Streamlined KD: probabilities and logit directions.
 
-    Its curves are `train/skd_instance` (softened probabilities) and `train/skd_direction` (cosines between the
-    samples of the batch).
+    The loss combines softened probabilities (logged as `train/skd_instance`) with the cosine similarities between the
+    samples of a batch (logged as `train/skd_direction`).
 
     Args:
-        temperature: Greater than 0; softens the probabilities. There is no factor temperature².
-        tikhonov: Greater than 0; added to the variances of the cosines' differences. 0.1 is the authors' code's; the
-            paper does not say.
-        direction_weight: Weight of the directions.
+        temperature: Softmax temperature, greater than 0. The loss has no factor temperature².
+        tikhonov: Regularization added to the variances of the cosine differences, greater than 0. The default follows
+            the authors' code; the paper does not state a value.
+        direction_weight: Weight of the direction term, at least 0.
 
     Raises:
-        ValueError: If the weight is negative, or the temperature or `tikhonov` is not greater than 0.
+        ValueError: If the weight is negative, or if the temperature or `tikhonov` is not greater than 0.
 
     References:
         Jeong, Lee, Choi: Streamlined Knowledge Distillation, CVPR 2026.
@@ -98,7 +99,7 @@ class SKD(DistillLoss):
         self.direction_weight = direction_weight
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """`skd_instance_loss` and `skd_direction_loss`."""
+        """Compute `skd_instance_loss` and `skd_direction_loss`."""
         direction = skd_direction_loss(student.logits, teacher.logits, self.tikhonov)
         return {
             "instance": skd_instance_loss(student.logits, teacher.logits, self.temperature),

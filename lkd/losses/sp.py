@@ -15,7 +15,7 @@ from lkd.types import Batch, Outputs
 
 
 def _similarities(feature: Tensor) -> Tensor:
-    """Products `(B, B)` of the samples' features, each row of length 1."""
+    """Return the Gram matrix of the samples with rows normalized to unit length `(B, B)`."""
     x = feature.flatten(1)
     return unit_vectors(x @ x.mT, dim=1)
 
@@ -23,17 +23,17 @@ def _similarities(feature: Tensor) -> Tensor:
 @check_shapes(student_feature="B C ...", teacher_feature="B D ...")
 @full_precision
 def sp_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    r"""Mean squared difference of the similarities between samples.
+    r"""Mean squared error between normalized similarity matrices of the samples.
 
     $$ \frac{1}{B^2} \lVert \bar{G}_s - \bar{G}_t \rVert_F^2, \quad G = X X^\top, \quad
        \bar{G}_i = G_i / \lVert G_i \rVert \text{ row by row} $$
 
     Args:
-        student_feature: `(B, C, ...)`; all dimensions but the first are flattened.
-        teacher_feature: `(B, D, ...)`.
+        student_feature: Student feature `(B, C, ...)`; all dimensions except the first are flattened.
+        teacher_feature: Teacher feature `(B, D, ...)`.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
         Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019 (arXiv 1907.09682).
@@ -48,15 +48,18 @@ def sp_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
 
 
 class SP(DistillLoss):
-    """Similarity-preserving distillation: images that are alike to the teacher are to be alike to the student.
+    """Similarity-preserving KD: match sample Gram matrices.
+
+    Samples with similar teacher features should have similar student features (see `sp_loss`). Feature sizes may
+    differ.
 
     Args:
-        student_layers: Layers of the student whose features it reads, each by itself; the losses are added.
-        teacher_layers: The teacher's, as many.
+        student_layers: Student layers whose features are compared; the losses are summed.
+        teacher_layers: Teacher layers, one for each student layer.
 
     References:
         Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019 (arXiv 1907.09682). The CIFAR-100 benchmark
-        reads the last stage and weighs it with 3000.
+        uses the last stage and the weight 3000.
     """
 
     reads_logits = False
@@ -69,5 +72,5 @@ class SP(DistillLoss):
         super().__init__(student_layers, teacher_layers)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The sum of `sp_loss` over the layers."""
+        """Compute the sum of `sp_loss` over the layers."""
         return total([sp_loss(ours, theirs) for ours, theirs in self.pairs(student, teacher)])

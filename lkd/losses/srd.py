@@ -20,23 +20,23 @@ from lkd.types import Batch, Outputs, Probe
 @check_shapes(student_feature="B D", teacher_feature="B D")
 @full_precision
 def srd_loss(student_feature: Tensor, teacher_feature: Tensor, exponent: float = 4.0) -> Tensor:
-    r"""Logarithm of the summed powers of the differences of two normalised features.
+    r"""Logarithm of the sum of powers of feature differences.
 
     $$ 2 \log \sum_{i, d} |f_{s, id} - f_{t, id}|^e $$
 
-    The sum runs over the batch too. A sum of 0 counts as the least positive number, and has no gradient.
+    The sum includes the batch dimension. A sum of 0 is replaced by the smallest positive number and has no gradient.
 
     Args:
-        student_feature: `(B, D)`, projected and normalised.
-        teacher_feature: `(B, D)`, normalised.
-        exponent: At least 1; a larger one lets the largest differences decide.
+        student_feature: Projected and normalized student feature `(B, D)`.
+        teacher_feature: Normalized teacher feature `(B, D)`.
+        exponent: Exponent e, at least 1; larger values emphasize the largest differences.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
         Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024
-        (arXiv 2303.11098). The factor 2 is the authors' code.
+        (arXiv 2303.11098). The factor 2 follows the authors' code.
 
     Example:
         >>> srd_loss(torch.ones(1, 4), torch.tensor([[1.0, 1.0, 1.0, 0.0]])).item()
@@ -47,25 +47,25 @@ def srd_loss(student_feature: Tensor, teacher_feature: Tensor, exponent: float =
 
 
 class SRD(DistillLoss):
-    """The simple recipe for distillation: pooled features, projected and normalised, and logits.
+    """Simple recipe: match normalized features and logits.
 
-    A linear layer without bias brings the student's feature to the teacher's size, also where it has it; a BatchNorm
-    without scale and shift then normalises both. Their difference (`srd_loss`) is added to the divergence of the
-    teacher's softened probabilities from the student's, which the square of the temperature does not multiply here.
+    A linear layer without bias maps the student's feature to the size of the teacher's, even if the sizes are equal. A
+    BatchNorm without scale and shift normalizes both features before they are compared (`srd_loss`). The loss adds the
+    divergence between the softened probabilities, without the usual factor temperature².
 
     Args:
-        student_layers: Layers of the student whose pooled features it reads; the losses are added.
-        teacher_layers: The teacher's, as many.
-        exponent: Power of the differences, at least 1; a larger one lets the largest differences decide.
-        temperature: Softens both networks' probabilities, greater than 0.
+        student_layers: Student layers whose pooled features are compared; the losses are summed.
+        teacher_layers: Teacher layers, one for each student layer.
+        exponent: Exponent of the differences, at least 1; larger values emphasize the largest differences.
+        temperature: Softmax temperature, greater than 0.
 
     Raises:
-        ValueError: If the exponent is less than 1 or the temperature not greater than 0, or, in training, a layer
-            returns no pooled feature.
+        ValueError: If `exponent` is less than 1 or the temperature is not greater than 0. At the start of training, if
+            a layer does not return a pooled feature.
 
     References:
         Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024
-        (arXiv 2303.11098). 4 is the exponent of its ImageNet runs; the authors' code has 1 where none is given.
+        (arXiv 2303.11098). The authors use exponent 4 on ImageNet; the default of their code is 1.
     """
 
     compares_samples = True
@@ -80,12 +80,12 @@ class SRD(DistillLoss):
     ) -> None:
         super().__init__(student_layers, teacher_layers)
         if not 1 <= exponent < math.inf:
-            raise ValueError(f"exponent must be at least 1, got {exponent}; take a finite number, 4 is usual")
+            raise ValueError(f"exponent must be at least 1, got {exponent}; typically 4")
         self.exponent = exponent
         self.temperature = check_temperature(temperature)
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the projectors and the normalisations."""
+        """Create the projectors and the normalization layers."""
         pairs = self.pairs(student.outputs, teacher.outputs, dims=2)
         self.projectors = nn.ModuleList(
             normalized_linear(ours.shape[1], theirs.shape[1], eps=1e-4, affine=False) for ours, theirs in pairs
@@ -95,7 +95,7 @@ class SRD(DistillLoss):
         )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """`features`, the sum of `srd_loss` over the layers, and `logits`."""
+        """Compute `features`, the sum of `srd_loss` over the layers, and `logits`."""
         parts = zip(self.projectors, self.teacher_norms, self.pairs(student, teacher), strict=True)
         losses = [srd_loss(projector(ours), norm(theirs), self.exponent) for projector, norm, (ours, theirs) in parts]
         divergence = softened_kl(student.logits, teacher.logits, self.temperature).mean()

@@ -35,21 +35,21 @@ def srrl_loss(
     bias: Tensor | None = None,
     regression_weight: float = 1.0,
 ) -> Tensor:
-    r"""Mean squared differences of the pooled features, and of what the teacher's classifier makes of them.
+    r"""Mean squared errors of pooled features and of the teacher classifier's logits for them.
 
     $$ \frac{1}{BD} \lVert x - t \rVert^2 + \lambda \frac{1}{BK} \lVert W x + b - z_t \rVert^2, \quad
        x = \mathrm{mean}_{hw} X, \; t = \mathrm{mean}_{hw} T $$
 
     Args:
-        feature: The student's, with as many channels as the teacher's: `(B, D, H, W)`.
-        teacher_feature: `(B, D, H', W')`.
-        teacher_logits: `(B, K)`.
-        weight: The teacher's classifier, `(K, D)`; it gets no gradient.
-        bias: Its bias, `(K,)`; None: 0.
-        regression_weight: Weight of the second part.
+        feature: Student feature map with the channels of the teacher `(B, D, H, W)`.
+        teacher_feature: Teacher feature map `(B, D, H', W')`.
+        teacher_logits: Teacher logits `(B, K)`.
+        weight: Weight of the teacher's classifier `(K, D)`; it receives no gradient.
+        bias: Bias of the teacher's classifier `(K,)`; `None` for no bias.
+        regression_weight: Weight of the second term.
 
     Returns:
-        A scalar; float32 for features in half precision, else the features' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
         Yang et al.: Knowledge Distillation via Softmax Regression Representation Learning, ICLR 2021.
@@ -59,24 +59,26 @@ def srrl_loss(
 
 
 class SRRL(DistillLoss):
-    """Softmax regression: the teacher's classifier must get from the student's features what it gets from its own.
+    """Softmax regression: reuse the teacher's classifier.
 
-    The student's map goes through a connector that trains with it (1x1 convolution, BatchNorm, ReLU), and is averaged
-    over the pixels. Its curves are `train/srrl_fm` (feature matching) and `train/srrl_sr` (softmax regression).
+    The student's feature map passes through a connector that is trained with the student (1x1 convolution, BatchNorm,
+    ReLU) and is averaged over the pixels. The pooled feature is compared with the teacher's (feature matching, logged
+    as `train/srrl_fm`), and so are the logits of the teacher's classifier for it (softmax regression, logged as
+    `train/srrl_sr`).
 
     Args:
-        student_layer: Layer of the student whose map the pooling reads.
-        teacher_layer: The teacher's.
-        teacher_head: The teacher's classifier, one linear layer; it stays as it is.
-        regression_weight: Weight of the difference of the logits.
+        student_layer: Student layer that returns the feature map before global pooling.
+        teacher_layer: Teacher layer that returns the feature map before global pooling.
+        teacher_head: Classifier of the teacher, a single linear layer; it is not trained.
+        regression_weight: Weight of the logit term, at least 0.
 
     Raises:
-        ValueError: If the weight is negative, or, in training, a layer returns no feature map or the classifier is
-            another kind of layer.
+        ValueError: If the weight is negative. At the start of training, if a layer does not return a feature map or the
+            classifier is not a single linear layer.
 
     References:
         Yang et al.: Knowledge Distillation via Softmax Regression Representation Learning, ICLR 2021. The mean squared
-        difference of the logits is the authors' code's; the paper also tries other losses there.
+        error between the logits follows the authors' code; the paper also evaluates other losses.
     """
 
     reads_logits = False
@@ -94,14 +96,14 @@ class SRRL(DistillLoss):
         self.regression_weight = regression_weight
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the connector, and find the teacher's classifier."""
+        """Create the connector and find the teacher's classifier."""
         ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=4)
         self.connector = nn.Sequential(*projection(ours.shape[1], theirs.shape[1]), nn.ReLU())
-        # in a tuple, as it stays a part of the teacher
+        # a tuple, so that it is not registered as a submodule
         self._head = (linear_classifier("SRRL", "teacher", teacher, self.teacher_head, theirs.shape[1]),)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The two parts of `srrl_loss`."""
+        """Compute the two terms of `srrl_loss`."""
         ((ours, theirs),) = self.pairs(student, teacher)
         head = list(self._head[0].parameters())
         matching, regression = _srrl(self.connector(ours), theirs, teacher.logits, head)

@@ -20,29 +20,29 @@ from lkd.types import Batch, Outputs
 def tfkd_loss(
     student_logits: Tensor, target: Tensor, temperature: float = 20.0, correct_probability: float = 0.99
 ) -> Tensor:
-    r"""Hinton's loss with a virtual teacher: sure of the label, and indifferent to all other classes.
+    r"""Divergence from a virtual teacher that is confident of the label and uniform over the other classes.
 
     $$ \tau^2 \; \frac{1}{B} \sum_i
        \mathrm{KL}(\mathrm{softmax}(\log u_i / \tau) \,\|\, \mathrm{softmax}(z_{s,i} / \tau)), \quad
        u_{ic} = a \text{ if } c = y_i \text{ else } (1 - a) / (K - 1) $$
 
     Args:
-        student_logits: `(B, K)`.
-        target: `(B,)`; images without a label (`IGNORE_INDEX`) do not count.
-        temperature: Greater than 0.
-        correct_probability: a, between 0 and 1: the virtual teacher's probability of the label.
+        student_logits: Student logits `(B, K)`.
+        target: Class indices `(B,)`; samples with `IGNORE_INDEX` are excluded from the mean.
+        temperature: Softmax temperature, greater than 0.
+        correct_probability: Probability a of the label under the virtual teacher, between 0 and 1.
 
     Returns:
-        A scalar in nats; float32 for logits in half precision, else the logits' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     References:
-        Yuan et al.: Revisiting Knowledge Distillation via Label Smoothing Regularization, CVPR 2020
-        (arXiv 1909.11723), the paper's regularisation Tf-KD_reg; the factor $\tau^2$ is Hinton's. The authors' code
-        differs: it takes the softmax of u / tau, not of log u / tau, leaves the student at temperature 1, and has a
-        factor of its own for each network, 100 / K for most, in place of $\tau^2$.
+        Yuan et al.: Revisiting Knowledge Distillation via Label Smoothing Regularization, CVPR 2020 (arXiv 1909.11723),
+        regularization Tf-KD_reg of the paper, with the factor $\tau^2$ of KD. The authors' code differs: it uses the
+        softmax of u / tau instead of log u / tau, keeps the student at temperature 1, and replaces $\tau^2$ by a factor
+        that depends on the network, 100 / K for most networks.
     """
     student_logits = wide(student_logits)
-    check_classes(student_logits, 2, "spreads what the target leaves over the other classes")
+    check_classes(student_logits, 2, "distributes the remaining probability over the other classes")
     own = own_class(target, student_logits)
     rest = math.log((1 - correct_probability) / (student_logits.shape[1] - 1))
     virtual = torch.full_like(student_logits, rest).scatter(1, own, math.log(correct_probability))
@@ -50,22 +50,24 @@ def tfkd_loss(
 
 
 class TfKD(DistillLoss):
-    """Teacher-free distillation: a virtual teacher that is nearly sure of the label.
+    """Teacher-free KD: label smoothing with a virtual teacher.
 
-    It is label smoothing at a high temperature; the teacher's answers are not used, nor images without a label. The
-    paper's other form, a student that learns from an earlier training of itself, is `KD` with that teacher.
+    The virtual teacher assigns a high probability to the label (see `tfkd_loss`), which amounts to label smoothing at a
+    high temperature. A teacher network is not needed. Samples without a label are excluded. The other variant of the
+    paper, a student that learns from a previously trained copy of itself, corresponds to `KD` with that copy as the
+    teacher.
 
     Args:
-        temperature: Greater than 0; the paper takes 20 and more.
-        correct_probability: The virtual teacher's probability of the label, between 0 and 1.
+        temperature: Softmax temperature, greater than 0; the paper uses 20 and more.
+        correct_probability: Probability of the label under the virtual teacher, between 0 and 1.
 
     Raises:
-        ValueError: If the temperature is not greater than 0, or the probability not between 0 and 1.
+        ValueError: If the temperature is not greater than 0, or if the probability is not between 0 and 1.
 
     References:
-        Yuan et al.: Revisiting Knowledge Distillation via Label Smoothing Regularization, CVPR 2020
-        (arXiv 1909.11723). `tfkd_loss` says where the authors' code differs: its weight 0.1 and temperature 20 for
-        ResNet-18 on CIFAR-100 belong to that loss.
+        Yuan et al.: Revisiting Knowledge Distillation via Label Smoothing Regularization, CVPR 2020 (arXiv 1909.11723).
+        The authors' code differs (see `tfkd_loss`): its weight 0.1 and temperature 20 for ResNet-18 on CIFAR-100 apply
+        to that version of the loss.
     """
 
     needs_teacher = False
@@ -75,10 +77,10 @@ class TfKD(DistillLoss):
     def __init__(self, temperature: float = 20.0, correct_probability: float = 0.99) -> None:
         super().__init__()
         if not 0 < correct_probability < 1:
-            raise ValueError(f"correct_probability must be between 0 and 1, got {correct_probability}; 0.99 is usual")
+            raise ValueError(f"correct_probability must be between 0 and 1, got {correct_probability}; typically 0.99")
         self.temperature = check_temperature(temperature)
         self.correct_probability = correct_probability
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """See `tfkd_loss`."""
+        """Compute `tfkd_loss`."""
         return tfkd_loss(student.logits, batch.target, self.temperature, self.correct_probability)

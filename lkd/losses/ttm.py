@@ -15,26 +15,27 @@ from lkd.types import Batch, Outputs
 
 
 def _transformed(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Divergence of the softened teacher from the student as it is, `(B,)`."""
+    """Return the divergence of the softened teacher from the unsoftened student `(B,)`."""
     return softened_kl(student_logits, wide(teacher_logits) / temperature, 1.0)
 
 
 @check_shapes(student_logits="B K", teacher_logits="B K")
 def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 10.0) -> Tensor:
-    r"""Kullback-Leibler divergence of the softened teacher from the student, which is not softened.
+    r"""Kullback-Leibler divergence between the softened teacher and the unsoftened student.
 
     $$ \frac{1}{B} \sum_i \mathrm{KL}(\mathrm{softmax}(z_{t,i} / \tau) \,\|\, \mathrm{softmax}(z_{s,i})) $$
 
-    Softening is the power transform $p^{\gamma} / \sum_c p_c^{\gamma}$ of the probabilities, $\gamma = 1 / \tau$.
-    The minimum, 0, is where the student's logits are the teacher's, divided by the temperature.
+    Softening by a temperature is the power transform $p^{\gamma} / \sum_c p_c^{\gamma}$ of the probabilities with
+    $\gamma = 1 / \tau$. The minimum 0 is reached where the student's logits equal the teacher's divided by the
+    temperature.
 
     Args:
-        student_logits: `(B, K)`.
-        teacher_logits: `(B, K)`.
-        temperature: Greater than 0: 1 / the paper's exponent gamma.
+        student_logits: Student logits `(B, K)`.
+        teacher_logits: Teacher logits `(B, K)`.
+        temperature: Softmax temperature of the teacher, greater than 0; 1 / gamma in the paper's notation.
 
     Returns:
-        A scalar in nats; float32 for logits in half precision, else the logits' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     References:
         Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024 (arXiv 2402.11148).
@@ -49,20 +50,20 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
 
 @check_shapes(student_logits="B K", teacher_logits="B K")
 def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 5.0) -> Tensor:
-    r"""`ttm_loss`, in which a sample weighs more the flatter the teacher's probabilities are.
+    r"""`ttm_loss` with larger weights for samples whose teacher probabilities are flatter.
 
     $$ \frac{1}{B} \sum_i w_i \, \mathrm{KL}(\mathrm{softmax}(z_{t,i} / \tau) \,\|\, \mathrm{softmax}(z_{s,i})), \quad
        w_i = \sum_c \mathrm{softmax}(z_{t,i})_c^{1 / \tau} $$
 
-    The weight lies between 1 (one class has it all) and $K^{1 - 1/\tau}$ (all classes alike).
+    The weights range from 1 (one class has probability 1) to $K^{1 - 1/\tau}$ (uniform probabilities).
 
     Args:
-        student_logits: `(B, K)`.
-        teacher_logits: `(B, K)`.
-        temperature: Greater than 0: 1 / the paper's exponent gamma.
+        student_logits: Student logits `(B, K)`.
+        teacher_logits: Teacher logits `(B, K)`.
+        temperature: Softmax temperature of the teacher, greater than 0; 1 / gamma in the paper's notation.
 
     Returns:
-        A scalar in nats; float32 for logits in half precision, else the logits' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     References:
         Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024 (arXiv 2402.11148),
@@ -73,10 +74,12 @@ def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
 
 
 class TTM(DistillLoss):
-    """Transformed teacher matching: the teacher is softened, the student is not.
+    """Transformed teacher matching: softens the teacher only.
+
+    See `ttm_loss`.
 
     Args:
-        temperature: Greater than 0; softens the teacher. It is 1 / the paper's exponent gamma.
+        temperature: Softmax temperature of the teacher, greater than 0; 1 / gamma in the paper's notation.
 
     Raises:
         ValueError: If the temperature is not greater than 0.
@@ -90,15 +93,17 @@ class TTM(DistillLoss):
         self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """See `ttm_loss`."""
+        """Compute `ttm_loss`."""
         return ttm_loss(student.logits, teacher.logits, self.temperature)
 
 
 class WTTM(DistillLoss):
-    """Weighted transformed teacher matching: `TTM`, and the less sure the teacher, the more a sample weighs.
+    """TTM with larger weights for uncertain teacher outputs.
+
+    Weighted transformed teacher matching (see `wttm_loss`).
 
     Args:
-        temperature: Greater than 0; softens the teacher. It is 1 / the paper's exponent gamma.
+        temperature: Softmax temperature of the teacher, greater than 0; 1 / gamma in the paper's notation.
 
     Raises:
         ValueError: If the temperature is not greater than 0.
@@ -112,5 +117,5 @@ class WTTM(DistillLoss):
         self.temperature = check_temperature(temperature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """See `wttm_loss`."""
+        """Compute `wttm_loss`."""
         return wttm_loss(student.logits, teacher.logits, self.temperature)

@@ -13,12 +13,12 @@ from lkd.losses.base import DistillLoss, read_layers
 from lkd.types import Batch, Outputs, Probe
 
 _SMOOTHING = 0.1
-"""Of the labels that USKD's weak head learns."""
+"""Label smoothing of the weak head's cross-entropy."""
 
 
 @check_shapes(student_logits="B K", target="B")
 def _uskd_target(student_logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy with the label, weighed by how sure the student is of it."""
+    """Compute the target-class term: cross-entropy weighted by the student's confidence."""
     log_own = F.log_softmax(wide(student_logits), dim=1).gather(1, own_class(target, student_logits)).squeeze(1)
     squares = (2 * log_own.detach()).exp()
     return labelled_mean(-(squares + 1 - labelled_mean(squares, target)) * log_own, target)
@@ -26,7 +26,7 @@ def _uskd_target(student_logits: Tensor, target: Tensor) -> Tensor:
 
 @check_shapes(student_logits="B K", weak_logits="B K", target="B")
 def _uskd_nontarget(student_logits: Tensor, weak_logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of the other classes with Zipf's law over their ranks."""
+    """Compute the non-target-class term: cross-entropy with Zipf's law over the ranks of the classes."""
     own, student_logits = own_class(target, student_logits), wide(student_logits)
     log_student = F.log_softmax(student_logits, dim=1)
     weak = F.softmax(wide(weak_logits), dim=1)
@@ -46,33 +46,33 @@ def uskd_loss(
     beta: float = 0.1,
     mu: float = 0.005,
 ) -> Tensor:
-    r"""Soft labels that the student makes for itself, from its own answer and a weak one.
+    r"""Cross-entropies with soft labels computed from the student's own and weak predictions.
 
     $$ \frac{1}{B} \sum_i \Big( -\alpha w_i \log p_{iy} - \beta \sum_{c \neq y} t_{ic} \log \hat p_{ic}
        - \mu \sum_c l_{ic} \log v_{ic} \Big) $$
 
-    p is the student's softmax, $\hat p$ its softmax over the classes beside the label, v the weak softmax, l the label
-    smoothed by 0.1, and $w_i = p_{iy}^2 + 1 - \mathrm{mean}_j \, p_{jy}^2$, without gradient. The labels t of the other
-    classes follow Zipf's law, 1 / rank, normalised; the rank is that of
+    Here p is the student's softmax, $\hat p$ its softmax over the non-target classes, v the softmax of the weak logits,
+    l the label smoothed by 0.1, and $w_i = p_{iy}^2 + 1 - \mathrm{mean}_j \, p_{jy}^2$, without gradient. The soft
+    labels t of the non-target classes follow Zipf's law, 1 / rank, normalized to sum 1. Classes are ranked by
     $v_c / (1 - v_y) + \log p_c / (1 - \log p_y)$.
 
     Args:
-        student_logits: `(B, K)`, K at least 3.
-        weak_logits: `(B, K)`: what a linear head makes of an earlier feature.
-        target: `(B,)`; images without a label (`IGNORE_INDEX`) do not count.
-        alpha: Weight of the label.
-        beta: Weight of the other classes.
-        mu: Weight of the weak head's own loss.
+        student_logits: Student logits `(B, K)`, with K at least 3.
+        weak_logits: Logits `(B, K)` of a linear head on an earlier feature.
+        target: Class indices `(B,)`; samples with `IGNORE_INDEX` are excluded from the mean.
+        alpha: Weight of the target-class term.
+        beta: Weight of the non-target-class term.
+        mu: Weight of the weak head's cross-entropy.
 
     Returns:
-        A scalar in nats; float32 for logits in half precision, else the logits' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     Raises:
         ValueError: If there are fewer than 3 classes.
 
     References:
         Yang et al.: From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023 (arXiv 2303.13005). The
-        rank's log p is the authors' code's; the paper has p there.
+        $\log p$ in the ranking follows the authors' code; the paper uses p.
     """
     return (
         alpha * _uskd_target(student_logits, target)
@@ -82,26 +82,26 @@ def uskd_loss(
 
 
 class USKD(DistillLoss):
-    """Universal self-knowledge distillation: soft labels from the student's own answer and a weak head's.
+    """Universal self-KD: soft labels from the student itself.
 
-    The weak head, a linear layer on an earlier feature of the student, trains with it. The teacher's answers are not
-    used, nor images without a label. Its curves are `train/uskd_target`, `train/uskd_nontarget` and
-    `train/uskd_weak`.
+    The soft labels are computed from the student's own predictions and those of a weak head, a linear layer on an
+    earlier feature that is trained with the student (see `uskd_loss`). A teacher is not needed. Samples without a label
+    are excluded. The terms are logged as `train/uskd_target`, `train/uskd_nontarget` and `train/uskd_weak`.
 
     Args:
-        student_layer: Layer of the student whose feature the weak head reads: `(B, C)`, or `(B, C, H, W)`, of which
-            it takes the mean over the pixels.
-        alpha: Weight of the label.
-        beta: Weight of the other classes.
-        mu: Weight of the weak head's own loss.
+        student_layer: Student layer whose feature the weak head reads: `(B, C)`, or `(B, C, H, W)` with global average
+            pooling.
+        alpha: Weight of the target-class term.
+        beta: Weight of the non-target-class term.
+        mu: Weight of the weak head's cross-entropy.
 
     Raises:
-        ValueError: If a weight is negative, the layer's feature has another form, or, in training, there are fewer
-            than 3 classes.
+        ValueError: If a weight is negative. At the start of training, if the feature has another number of dimensions.
+            In `forward`, if there are fewer than 3 classes.
 
     References:
         Yang et al.: From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023 (arXiv 2303.13005). The
-        defaults are the authors' for ImageNet. For CIFAR-100 they take 0.1 for all three weights.
+        defaults are the authors' values for ImageNet. For CIFAR-100, the authors set all three weights to 0.1.
     """
 
     needs_teacher = False
@@ -120,18 +120,18 @@ class USKD(DistillLoss):
         self.mu = mu
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the weak head."""
+        """Create the weak head."""
         (layer,) = self.student_layers
         shape = tuple(read_layers(student.outputs, [layer])[0].shape)
         if len(shape) not in (2, 4):
             raise ValueError(
-                f"USKD reads a feature (B, C) or (B, C, H, W) of the student; its layer {layer!r} returns {shape}: "
-                "name another layer"
+                f"USKD requires a feature (B, C) or (B, C, H, W), but the student layer {layer!r} returns {shape}; "
+                "use another layer"
             )
         self.head = nn.Linear(shape[1], student.outputs.logits.shape[1])
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The three parts of `uskd_loss`."""
+        """Compute the three terms of `uskd_loss`."""
         (feature,) = (student.features[layer] for layer in self.student_layers)
         weak = self.head(feature.mean((2, 3)) if feature.ndim == 4 else feature)
         return {

@@ -19,23 +19,23 @@ from lkd.types import Batch, Outputs, Probe
 @check_shapes(mean="B D H W", teacher_feature="B D H W", variance="D")
 @full_precision
 def vid_loss(mean: Tensor, teacher_feature: Tensor, variance: Tensor) -> Tensor:
-    r"""Negative log-likelihood of the teacher's feature under a Gaussian that the student predicts.
+    r"""Negative log-likelihood of the teacher's feature under a Gaussian predicted by the student.
 
     $$ \frac{1}{B D H W} \sum \frac{1}{2} \Big[ \frac{(\mu - F_t)^2}{\sigma_d^2} + \log \sigma_d^2 \Big] $$
 
-    The constant log(2 pi) / 2 is left out.
+    The constant log(2 pi) / 2 is omitted.
 
     Args:
-        mean: What the student predicts, `(B, D, H, W)`.
-        teacher_feature: `(B, D, H, W)`.
-        variance: One for each channel, `(D,)`, greater than 0.
+        mean: Predicted mean `(B, D, H, W)`.
+        teacher_feature: Teacher feature map `(B, D, H, W)`.
+        variance: Variance of each channel `(D,)`, greater than 0.
 
     Returns:
-        A scalar in nats; float32 for features in half precision, else the features' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     References:
-        Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019 (arXiv 1904.05835);
-        the mean over all elements is the CIFAR-100 benchmark's (Tian et al., arXiv 1910.10699).
+        Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019 (arXiv 1904.05835). The mean
+        over all elements follows the CIFAR-100 benchmark (Tian et al., arXiv 1910.10699).
 
     Example:
         >>> vid_loss(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), torch.ones(1)).item()
@@ -46,24 +46,25 @@ def vid_loss(mean: Tensor, teacher_feature: Tensor, variance: Tensor) -> Tensor:
 
 
 class VID(DistillLoss):
-    """Variational information distillation: from the student's feature map, the teacher's is to be predictable.
+    """Variational information: predict the teacher's features.
 
-    Three 1x1 convolutions with ReLU between them predict the teacher's feature map; each of its channels has a
-    variance that is learned too: channels that the student cannot predict then count less. Layers are compared one by
-    one, and the losses added. The larger map is averaged to the smaller one's size first.
+    Three 1x1 convolutions with ReLU in between predict the teacher's feature map. Each channel has a learned variance,
+    so channels that the student cannot predict get a smaller weight (see `vid_loss`). The losses of the layers are
+    summed. The larger map is average-pooled to the size of the smaller one first.
 
     Args:
-        student_layers: Layers of the student whose feature maps it reads.
-        teacher_layers: The teacher's, as many.
-        initial_variance: The channels' variance at the start, greater than `eps`.
-        eps: The least variance, greater than 0.
+        student_layers: Student layers whose feature maps are compared.
+        teacher_layers: Teacher layers, one for each student layer.
+        initial_variance: Initial variance of the channels, greater than `eps`.
+        eps: Lower bound of the variance, greater than 0.
 
     Raises:
-        ValueError: If not 0 < eps < initial_variance, or, in training, a layer returns no feature map.
+        ValueError: Unless 0 < eps < initial_variance. At the start of training, if a layer does not return a feature
+            map.
 
     References:
-        Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019 (arXiv 1904.05835). The
-        convolutions' width and the weight 1 are the CIFAR-100 benchmark's (Tian et al., arXiv 1910.10699).
+        Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019 (arXiv 1904.05835). The width
+        of the convolutions and the weight 1 follow the CIFAR-100 benchmark (Tian et al., arXiv 1910.10699).
     """
 
     reads_logits = False
@@ -78,22 +79,22 @@ class VID(DistillLoss):
         super().__init__(student_layers, teacher_layers)
         if not 0 < eps < initial_variance < math.inf:
             raise ValueError(
-                f"VID needs 0 < eps < initial_variance, got eps {eps} and initial_variance {initial_variance}; take "
-                "finite numbers, 1e-5 and 5 are usual"
+                f"VID requires 0 < eps < initial_variance < inf, got eps {eps} and initial_variance "
+                f"{initial_variance}; typically 1e-5 and 5"
             )
         self.initial_variance = initial_variance
         self.eps = eps
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the regressors and the variances."""
+        """Create the regressors and the variances."""
         pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
         beyond = self.initial_variance - self.eps
-        raw = beyond + math.log(-math.expm1(-beyond))  # softplus backwards; expm1(710) would overflow
+        raw = beyond + math.log(-math.expm1(-beyond))  # inverse softplus; expm1(710) would overflow
         self.regressors = nn.ModuleList(_mean_regressor(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs)
         self.raw_variances = nn.ParameterList(torch.full((theirs.shape[1],), raw) for _, theirs in pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The sum of `vid_loss` over the layers."""
+        """Compute the sum of `vid_loss` over the layers."""
         losses = []
         pairs = zip(self.regressors, self.raw_variances, self.pairs(student, teacher), strict=True)
         for regressor, raw, (ours, theirs) in pairs:

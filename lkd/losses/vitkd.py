@@ -19,16 +19,16 @@ from lkd.types import Batch, Outputs, Probe
 @check_shapes(student_tokens="B N D", teacher_tokens="B N D")
 @full_precision
 def vitkd_mimicking_loss(student_tokens: Tensor, teacher_tokens: Tensor) -> Tensor:
-    r"""Squared difference of the tokens, summed, for each sample.
+    r"""Squared difference of tokens, summed for each sample.
 
     $$ \frac{1}{B} \lVert S - T \rVert^2 $$
 
     Args:
-        student_tokens: `(B, N, D)`.
-        teacher_tokens: `(B, N, D)`.
+        student_tokens: Student tokens `(B, N, D)`.
+        teacher_tokens: Teacher tokens `(B, N, D)`.
 
     Returns:
-        A scalar; float32 for tokens in half precision, else the tokens' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
         Yang et al.: ViTKD: Practical Guidelines for ViT Feature Knowledge Distillation, 2022 (arXiv 2209.02432).
@@ -39,17 +39,17 @@ def vitkd_mimicking_loss(student_tokens: Tensor, teacher_tokens: Tensor) -> Tens
 @check_shapes(generated="B N D", teacher_tokens="B N D", masked="B N")
 @full_precision
 def vitkd_generation_loss(generated: Tensor, teacher_tokens: Tensor, masked: Tensor) -> Tensor:
-    r"""`vitkd_mimicking_loss` of the masked tokens alone.
+    r"""Squared difference of the masked tokens, summed for each sample.
 
     $$ \frac{1}{B} \sum_{i, n \text{ masked}} \lVert S_{in} - T_{in} \rVert^2 $$
 
     Args:
-        generated: `(B, N, D)`: what was made of the student's tokens that were not masked.
-        teacher_tokens: `(B, N, D)`.
-        masked: `(B, N)`, bool.
+        generated: Tokens generated from the unmasked student tokens `(B, N, D)`.
+        teacher_tokens: Teacher tokens `(B, N, D)`.
+        masked: Boolean mask of the masked tokens `(B, N)`.
 
     Returns:
-        A scalar; float32 for tokens in half precision, else the tokens' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
         Yang et al.: ViTKD: Practical Guidelines for ViT Feature Knowledge Distillation, 2022 (arXiv 2209.02432).
@@ -63,29 +63,28 @@ def vitkd_generation_loss(generated: Tensor, teacher_tokens: Tensor, masked: Ten
 
 
 class ViTKD(DistillLoss):
-    r"""Tokens of two shallow layers are mimicked; those of the last one are generated from a part of them.
+    r"""ViTKD: mimic shallow tokens, generate deep tokens.
 
     $$ \alpha \sum_{l} \frac{1}{B} \lVert a_l(S_l) - T_l \rVert^2
        + \frac{\beta}{\lambda} \frac{1}{B} \sum_{i, n \text{ masked}} \lVert g(m(a(S)))_{in} - T_{in} \rVert^2 $$
 
-    a are linear layers, where student and teacher are not equally wide; m puts a learned token in the place of the
-    share $\lambda$ of the tokens, drawn anew for each sample; g are two 3x3 convolutions over the grid of patches. All
-    train with the student. Class tokens are dropped. Its curves are `train/vitkd_mimicking` and
-    `train/vitkd_generation`.
+    The linear layers a map the student's tokens to the width of the teacher's where the widths differ. m replaces a
+    random share $\lambda$ of the tokens of each sample by a learned token. g consists of two 3x3 convolutions over the
+    grid of patches. All of them are trained with the student. Class tokens are dropped. The terms are logged as
+    `train/vitkd_mimicking` and `train/vitkd_generation`.
 
     Args:
-        student_layers: Layers of the student that return tokens: the shallow ones, and last the one that is generated.
-        teacher_layers: The teacher's, as many.
+        student_layers: Student layers that return tokens: the shallow layers, followed by the one that is generated.
+        teacher_layers: Teacher layers, one for each student layer.
         alpha: Weight of the shallow layers.
         beta: Weight of the last layer.
-        mask_ratio: $\lambda$, greater than 0 and at most 1: the share of the tokens that is masked.
-        student_prefix_tokens: How many of the student's tokens, at the beginning, are of no patch (class tokens,
-            registers).
-        teacher_prefix_tokens: How many of the teacher's.
+        mask_ratio: Share $\lambda$ of masked tokens, greater than 0 and at most 1.
+        student_prefix_tokens: Number of leading student tokens that are not patches (class tokens, registers).
+        teacher_prefix_tokens: Number of leading teacher tokens that are not patches.
 
     Raises:
-        ValueError: If a weight is negative or the ratio out of range, or, in training, a layer returns no tokens of a
-            square grid, or student and teacher have not the same grid.
+        ValueError: If a weight is negative or the ratio is out of range. At the start of training, if a layer does not
+            return tokens of a square grid, or if the grids of student and teacher differ.
 
     References:
         Yang et al.: ViTKD: Practical Guidelines for ViT Feature Knowledge Distillation, 2022 (arXiv 2209.02432).
@@ -107,7 +106,7 @@ class ViTKD(DistillLoss):
         super().__init__(student_layers, teacher_layers)
         check_weights(alpha=alpha, beta=beta)
         if not 0 < mask_ratio <= 1:
-            raise ValueError(f"mask_ratio must be greater than 0 and at most 1, got {mask_ratio}; 0.5 is usual")
+            raise ValueError(f"mask_ratio must be greater than 0 and at most 1, got {mask_ratio}; typically 0.5")
         self.alpha = alpha
         self.beta = beta
         self.mask_ratio = mask_ratio
@@ -115,10 +114,10 @@ class ViTKD(DistillLoss):
         self.teacher_prefix_tokens = teacher_prefix_tokens
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make what aligns, masks and generates."""
+        """Create the alignment layers, the mask token and the generator."""
         pairs = self.pairs(student.outputs, teacher.outputs, dims=3)
         if len(pairs) < 2:
-            raise ValueError("ViTKD reads shallow layers, and last the one that is generated; name two layers at least")
+            raise ValueError("ViTKD requires at least two layers: shallow ones, followed by the one that is generated")
         for ours, theirs in pairs:
             maps = (
                 tokens_to_map("ViTKD", "student", ours, self.student_prefix_tokens),
@@ -126,8 +125,8 @@ class ViTKD(DistillLoss):
             )
             if maps[0].shape[2:] != maps[1].shape[2:]:
                 raise ValueError(
-                    f"ViTKD compares tokens one by one; the student has {maps[0][0, 0].numel()} patches, the teacher "
-                    f"{maps[1][0, 0].numel()}: take networks with equal image and patch sizes"
+                    f"ViTKD requires equal numbers of patches, got {maps[0][0, 0].numel()} from the student and "
+                    f"{maps[1][0, 0].numel()} from the teacher; use networks with equal image and patch sizes"
                 )
         *shallow, last = (_aligned(ours.shape[2], theirs.shape[2]) for ours, theirs in pairs)
         width = pairs[-1][1].shape[2]
@@ -137,18 +136,18 @@ class ViTKD(DistillLoss):
         self.generation = generator(width)
 
     def noise(self, tokens: Tensor) -> Tensor:
-        """What decides which tokens are masked: those with the largest numbers.
+        """Draw the random numbers that decide which tokens are masked: those with the largest values.
 
         Args:
-            tokens: `(B, N, C)`.
+            tokens: Tokens `(B, N, C)`.
 
         Returns:
-            `(B, N)`, uniform in [0, 1).
+            Uniform random numbers in [0, 1) `(B, N)`.
         """
         return torch.rand(tokens.shape[:2], device=tokens.device)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The weighted parts: `vitkd_mimicking_loss` and `vitkd_generation_loss`."""
+        """Compute the weighted `vitkd_mimicking_loss` and `vitkd_generation_loss`."""
         *shallow, (ours, theirs) = (
             (own[:, self.student_prefix_tokens :], other[:, self.teacher_prefix_tokens :])
             for own, other in self.pairs(student, teacher)
