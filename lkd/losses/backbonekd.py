@@ -121,8 +121,8 @@ class BackboneKD(DistillLoss):
             if ours.ndim != 2 or theirs.ndim != 2:
                 raise ValueError(
                     f"BackboneKD requires pooled features (B, C), got {tuple(ours.shape)} from the student and "
-                    f"{tuple(theirs.shape)} from the teacher; set student_pooled_layer and teacher_pooled_layer (null "
-                    "for a teacher without a classifier)"
+                    f"{tuple(theirs.shape)} from the teacher; set student_pooled_layer and teacher_pooled_layer "
+                    "(or null for a teacher without a classifier)"
                 )
             self.pooled_projection = nn.Linear(ours.shape[1], theirs.shape[1])
         if "patches" in features:
