@@ -211,7 +211,7 @@ def test_criterion_that_returns_no_scalar(answer, monkeypatch) -> None:
     monkeypatch.syspath_prepend(Path.cwd())
     fit = ["fit", "--config", "digits/kd", *SHORT]
     says = answer(*fit, "--model.init_args.criterion=returns.Vector")
-    assert "the criterion vector must return a scalar tensor, or a dict of them, got a tensor of shape (64,)" in says
+    assert "the criterion vector must return a scalar tensor or a dict of them, got a tensor of shape (64,)" in says
     assert "got float" in answer(*fit, "--model.init_args.criterion=returns.Number")
 
 
