@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
@@ -55,15 +57,33 @@ def test_validate_test_and_predict(pretended, capfd) -> None:
         assert lines[command, "cpu"] == lines[command, NAME]
 
 
+class Stop(L.Callback):
+    """Stops a run after so many steps; unlike `max_steps`, it leaves the length of the schedules as it is."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        trainer.should_stop |= trainer.global_step >= self.after
+
+
+def _stopping(after: int) -> Path:
+    path = Path("stop.yaml")
+    path.write_text(
+        f"trainer: {{callbacks+: [{{class_path: tests.pretended.test_commands.Stop, init_args: {{after: {after}}}}}]}}"
+    )
+    return path
+
+
 @pytest.mark.parametrize("stop", [3, 5])
 def test_a_run_resumed_in_mid_epoch(stop: int, pretended) -> None:
     """Stopped after an ordinary step or replays, the run ends with the bits of one that was not, and of the CPU's."""
     long = [*KD, "--trainer.limit_train_batches=4", "--trainer.max_epochs=3"]
     usual = fit("cpu", "cpu", *long)
     whole = fit("whole", NAME, *long)
-    fit("parts", NAME, *long, f"--trainer.max_steps={stop}")
-    (last,) = Path("parts").rglob("last.ckpt")
-    parts = fit("parts", NAME, *long, "--ckpt_path", str(last))
+    fit("begun", NAME, *long, "--config", str(_stopping(stop)))
+    (last,) = Path("begun").rglob("last.ckpt")
+    parts = fit("rest", NAME, *long, "--ckpt_path", str(last))
     assert not differences(trained(whole), trained(parts))
     assert not differences(trained(usual), trained(parts))
 
