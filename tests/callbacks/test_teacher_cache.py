@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lkd import Batch, DistillModule, NoisyStudentModule, Normalization, Outputs, PastTeacherModule, SyntheticDataModule
 from lkd.answers import Storage
 from lkd.callbacks import TeacherCache
-from lkd.datamodules import RandomCrop, RandomHorizontalFlip, RotatedViews
+from lkd.datamodules import Mixup, RandomCrop, RandomHorizontalFlip, RotatedViews
 from lkd.losses import AT, KD, TfKD
 
 SAMPLE = 16  # images of which the teacher is asked although its answers are kept, once for a version
@@ -178,6 +178,7 @@ def test_another_version_s_file_in_its_place(run) -> None:
         ("seed", {"data": {"seed": 1}}),
         ("augmentation", {"data": {"augment": [RandomCrop(1)]}}),
         ("augmentation", {"data": {"mean": (0.1, 0.2, 0.3)}}),
+        ("augmentation", {"data": {"mix": Mixup()}}),
         ("choice of images", {"data": {"val_size": 32}}),
         ("images", {"data": {"train_size": NUM_TRAIN + 17}}),
         ("storage", {"dtype": "float32"}),
