@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lkd.checkpoint_io import damage_of
 from lkd.config_files import checked_name, find_config, run_name
@@ -69,7 +69,9 @@ def prepare(args: Sequence[str]) -> Prepared:
             configs = [config_of(path)]
             name = run_name(configs, root) if given.name is None else name
         if not any(arg.startswith("--weights_only") for arg in rest):  # otherwise the file is trusted to run code
-            read_checkpoint(path, whole=args[0] == "fit")
+            content = read_checkpoint(path, whole=args[0] == "fit")
+            if given.resume:
+                _say(f"resuming {path}, after {content['epoch']} epochs and {content['global_step']} steps")
         rest.append(f"--ckpt_path={path}")
     resumes = given.resume and given.ckpt_path is not None
     return Prepared([args[0], *(f"--config={path}" for path in configs), *rest], name, resumes)
@@ -87,10 +89,15 @@ def _resumed(command: str, given: Namespace, configs: Sequence[Path], runs: Path
         raise ValueError("--resume takes the newest run's last checkpoint; leave out --resume or --ckpt_path")
     if not configs:
         raise ValueError("--resume needs the run's --config, which gives it its name; or give its --ckpt_path")
-    # A folder without a config is that of a run that failed before it began.
-    begun = sorted((path.parent for path in runs.glob("version_*/config.yaml")), key=_number)
-    names = ("last.ckpt", "previous.ckpt")
-    return "last" if begun and any((begun[-1] / "checkpoints" / name).is_file() for name in names) else None
+    if _checkpoints(runs, "last"):
+        return "last"
+    _say(f"no run in {runs} has left a checkpoint; a new run begins")
+    return None
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(f"lkd: {text}", flush=True)
 
 
 def _find_checkpoint(name: str, root: Path, run: str) -> Path:

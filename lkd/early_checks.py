@@ -22,6 +22,15 @@ _SECTIONS = {
     "trainer": ("max_epochs", "max_steps", "devices", "accelerator", "precision", "strategy", "logger", "callbacks"),
 }
 """Where settings are that users look for at the top level."""
+_USUAL = {
+    "seed": "seed_everything",
+    "epochs": "trainer.max_epochs",
+    "gpus": "trainer.devices",
+    "lr": "model.init_args.optimizer.init_args.lr",
+    "learning_rate": "model.init_args.optimizer.init_args.lr",
+    "temperature": "model.init_args.criterion.init_args.temperature",
+}
+"""Settings by the names that other programs give them."""
 _NESTED = ("optimizer", "lr_scheduler", "criterion", "student", "teacher")
 _EXAMPLES = {
     "fit": "for example 'lkd fit --config digits/kd', or 'lkd fit --config data/cifar10 --config "
@@ -56,7 +65,7 @@ def check(args: Sequence[str]) -> None:
         for path, config in zip(paths, configs, strict=True):
             for key in config:
                 if str(key).partition(".")[0] not in KEYS:
-                    raise ValueError(f"{path} has a key {key!r}, which lkd does not know{_hint(str(key))}")
+                    raise ValueError(f"{path}: lkd has no setting {key!r}{_hint(str(key))}")
         if command == "fit" and configs and "ckpt_path" not in options:
             _check_complete(configs, list(options))
 
@@ -112,6 +121,8 @@ def _check_option(command: str, option: str) -> None:
 def _hint(option: str) -> str:
     """Return the end of a sentence: where a setting is, or which one has a similar name."""
     top, _, own = option.partition(".")
+    if top in _USUAL:
+        return f"; it is --{_USUAL[top]}"
     for section, names in _SECTIONS.items():
         if top in names:
             own = own.removeprefix("init_args.")
@@ -122,7 +133,7 @@ def _hint(option: str) -> str:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; there are {', '.join(sorted(known))}"
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; there are {', '.join(sorted(set(known)))}"
 
 
 def _check_complete(configs: Sequence[Mapping[str, Any]], options: Sequence[str]) -> None:
@@ -135,7 +146,8 @@ def _check_complete(configs: Sequence[Mapping[str, Any]], options: Sequence[str]
     models = [config["model"] for config in configs if "model" in config]
     given = {key for model in models if isinstance(model, Mapping) for key in model.get("init_args") or {}}
     given |= {part for option in options if option.startswith("model.") for part in option.split(".")[1:]}
-    if "model" not in options and all(_is_own(model) for model in models) and not given & set(_TRAINED):
+    is_named = any(difflib.get_close_matches(name, _TRAINED, cutoff=0.7) for name in given)  # perhaps misspelt
+    if "model" not in options and all(_is_own(model) for model in models) and not is_named:
         missing.append(("networks", "pairs"))
     named = any(_names_class(config.get("data")) for config in configs)
     if not named and not {"data", "data.class_path"} & set(options):

@@ -1,33 +1,51 @@
-"""The losses as pure functions: `from lkd import functional as KF; KF.kd_loss(student, teacher)`.
+"""Distillation losses as pure functions: `from lkd import functional as KF; KF.kd_loss(student, teacher)`.
 
-Each function checks the shapes that its docstring gives, and raises a `ValueError` for any others.
+Each function checks the tensor shapes given in its docstring and raises a `ValueError` if they do not match.
 """
 
-from lkd.losses.adaptation import affinity_loss, kta_loss
-from lkd.losses.backbone import feature_matching_loss
-from lkd.losses.boundary import ab_loss, ofd_loss, ofd_margin
-from lkd.losses.channel import ickd_loss
-from lkd.losses.classifier import catkd_loss, class_activation_maps, srrl_loss
+from lkd.losses.ab import ab_loss
+from lkd.losses.at import at_loss
+from lkd.losses.backbonekd import feature_matching_loss
+from lkd.losses.catkd import catkd_loss, class_activation_maps
+from lkd.losses.cc import cc_loss, cc_neighbour_loss
 from lkd.losses.crd import crd_loss
-from lkd.losses.dist_plus import channel_relation_loss, spatial_relation_loss
-from lkd.losses.factor import ft_loss
-from lkd.losses.feature import at_loss, nst_loss
-from lkd.losses.flow import fsp_loss, fsp_matrix, kdsvd_loss
-from lkd.losses.logit import kd_loss, logit_mse_loss, ttm_loss, wttm_loss
-from lkd.losses.logit_relation import dist_loss, skd_direction_loss, skd_instance_loss
-from lkd.losses.logit_target import dkd_loss, nckd_loss, nkd_loss, rld_loss, tckd_loss, wsld_loss
-from lkd.losses.masked import mgd_loss
+from lkd.losses.cskd import cskd_loss
+from lkd.losses.deit import deit_loss
+from lkd.losses.dist import dist_loss
+from lkd.losses.distplus import channel_relation_loss, spatial_relation_loss
+from lkd.losses.dkd import dkd_loss, nckd_loss, tckd_loss
+from lkd.losses.fsp import fsp_loss, fsp_matrix
+from lkd.losses.ft import ft_loss
+from lkd.losses.ickd import ickd_loss
+from lkd.losses.kd import kd_loss
+from lkd.losses.kdsvd import kdsvd_loss
+from lkd.losses.kta import affinity_loss, kta_loss
+from lkd.losses.logit_mse import logit_mse_loss
+from lkd.losses.logit_standardization import standardize
+from lkd.losses.mgd import mgd_loss
 from lkd.losses.mlkd import mlkd_batch_loss, mlkd_class_loss, mlkd_loss
 from lkd.losses.multi_teacher import mixture_loss, teacher_confidence
-from lkd.losses.ofa import ofa_loss
-from lkd.losses.regression import pad_loss, srd_loss, vid_loss
-from lkd.losses.relation import cc_loss, cc_neighbour_loss, pkt_loss, rkd_angle_loss, rkd_distance_loss, sp_loss
-from lkd.losses.review import hcl_loss
+from lkd.losses.nkd import nkd_loss
+from lkd.losses.nst import nst_loss
+from lkd.losses.ofakd import ofa_loss
+from lkd.losses.ofd import ofd_loss, ofd_margin
+from lkd.losses.pad import pad_loss
+from lkd.losses.pkt import pkt_loss
+from lkd.losses.reviewkd import hcl_loss
+from lkd.losses.rkd import rkd_angle_loss, rkd_distance_loss
+from lkd.losses.rld import rld_loss
 from lkd.losses.semckd import semckd_attention, semckd_loss
+from lkd.losses.skd import skd_direction_loss, skd_instance_loss
+from lkd.losses.sp import sp_loss
+from lkd.losses.srd import srd_loss
+from lkd.losses.srrl import srrl_loss
 from lkd.losses.sskd import sskd_ss_loss, sskd_tf_loss
-from lkd.losses.standardization import standardize
-from lkd.losses.teacher_free import cskd_loss, tfkd_loss, uskd_loss
-from lkd.losses.vit import deit_loss, vitkd_generation_loss, vitkd_mimicking_loss
+from lkd.losses.tfkd import tfkd_loss
+from lkd.losses.ttm import ttm_loss, wttm_loss
+from lkd.losses.uskd import uskd_loss
+from lkd.losses.vid import vid_loss
+from lkd.losses.vitkd import vitkd_generation_loss, vitkd_mimicking_loss
+from lkd.losses.wsld import wsld_loss
 
 __all__ = [
     "ab_loss",

@@ -82,7 +82,7 @@ _WHAT = {
     "fit": "Train a network, alone or from a teacher. --resume continues the newest run.",
     "validate": "Measure a checkpoint on the validation images: --ckpt_path FILE.",
     "test": "Measure a checkpoint on the test images: --ckpt_path FILE.",
-    "predict": "Write a checkpoint's predictions for the test images: --ckpt_path FILE.",
+    "predict": "Write a checkpoint's predictions for the test images, or for --images FOLDER:\n--ckpt_path FILE.",
 }
 
 

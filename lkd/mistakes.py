@@ -54,7 +54,7 @@ def explain(error: BaseException) -> str:
     if text.startswith("Expected more than 1 value per channel when training"):  # PyTorch's
         return f"{text}; a BatchNorm needs several images at once: set batch_size to 2 or more"
     if found := re.search(r"restored a checkpoint with current_epoch=(\d+)", text):  # Lightning's
-        return f"the run has made {found[1]} epochs already; set --trainer.max_epochs to {found[1]} or more"
+        return f"the run has made {found[1]} epochs already; set --trainer.max_epochs to more than {found[1]}"
     if found := re.search(r"Requirement '(mlflow|wandb)\b.*?' not met", text):  # Lightning's
         return f"the logger needs {found[1]}, which is not installed; pip install 'lkd[loggers]'"
     if found := _NO_CURVE.search(text):

@@ -21,7 +21,7 @@ COMPLETE = sorted(
 )
 OVERLAYS = {
     kind: sorted(path.stem for path in (FOLDER / kind).glob("*.yaml"))
-    for kind in ("data", "finetune", "pairs", "methods", "trainer")
+    for kind in ("data", "finetune", "pairs", "methods", "teachers", "trainer")
 }
 VIEWS = [name for name in OVERLAYS["methods"] if "views:" in (FOLDER / "methods" / f"{name}.yaml").read_text()]
 BEFORE = {  # runs that a config goes on from
@@ -123,6 +123,12 @@ def test_pair_overlays(pair: str) -> None:
     assert main(["fit", *configs, *_synthetic_settings(pair), *SHORT]) == 0
 
 
+@pytest.mark.parametrize("name", OVERLAYS["teachers"])
+def test_teacher_overlays(name: str) -> None:
+    configs = ["--config", "data/synthetic", "--config", f"teachers/{name}"]
+    assert main(["fit", *configs, *_synthetic_settings(name), *SHORT]) == 0
+
+
 def _synthetic_settings(pair: str) -> list[str]:
     classes = int(pair.rpartition("_")[2])
     return [f"--data.init_args.num_classes={classes}", "--data.init_args.batch_size=4"]
@@ -143,7 +149,7 @@ def test_trainer_overlays_keep_their_settings() -> None:
     for name in OVERLAYS["trainer"]:
         configs = ["--config", "data/digits", "--config", "pairs/digits", "--config", f"trainer/{name}"]
         assert main(["fit", *configs, *SHORT]) == 0
-        (saved,) = Path("runs", f"digits+digits+{name}").rglob("config.yaml")
+        (saved,) = Path("runs", f"digits+{name}").rglob("config.yaml")
         resolved, given = (
             yaml.safe_load(saved.read_text()),
             yaml.safe_load((FOLDER / "trainer" / f"{name}.yaml").read_text()),

@@ -50,9 +50,11 @@ def quick():
         ("fit --config digits/kd --optimizer.lr 0.1", "it is --model.init_args.optimizer.init_args.lr"),
         ("fit --config digits/kd --max_epochs 3", "lkd has no setting 'max_epochs'; it is --trainer.max_epochs"),
         ("fit --config digits/kd --batch_size=3", "it is --data.init_args.batch_size"),
+        ("fit --config digits/kd --seed 3", "lkd has no setting 'seed'; it is --seed_everything"),
+        ("fit --config digits/kd --lr=3", "it is --model.init_args.optimizer.init_args.lr"),
         ("fit --config digits/kdd", "there is no config 'digits/kdd'; the nearest of lkd's own are digits/kd.yaml"),
         ("fit --config bad.yaml", "bad.yaml is not valid YAML"),
-        ("fit --config key.yaml", "key.yaml has a key 'trianer', which lkd does not know; did you mean 'trainer'?"),
+        ("fit --config key.yaml", "key.yaml: lkd has no setting 'trianer'; did you mean 'trainer'?"),
     ],
 )
 def test_mistakes(quick, args: str, says: str) -> None:

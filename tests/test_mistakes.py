@@ -51,7 +51,7 @@ def _changed(*path: str, name: str, value: object = None) -> str:
 @pytest.mark.parametrize(
     ("path", "name", "says"),
     [
-        (("trainer",), "trianer", "changed.yaml has a key 'trianer', which lkd does not know; did you mean 'trainer'?"),
+        (("trainer",), "trianer", "changed.yaml: lkd has no setting 'trianer'; did you mean 'trainer'?"),
         (
             ("trainer", "max_epochs"),
             "max_epoch",
@@ -211,7 +211,7 @@ def test_criterion_that_returns_no_scalar(answer, monkeypatch) -> None:
     monkeypatch.syspath_prepend(Path.cwd())
     fit = ["fit", "--config", "digits/kd", *SHORT]
     says = answer(*fit, "--model.init_args.criterion=returns.Vector")
-    assert "the criterion vector must return a scalar tensor, or a dict of them, got a tensor of shape (64,)" in says
+    assert "the criterion vector must return a scalar tensor or a dict of them, got a tensor of shape (64,)" in says
     assert "got float" in answer(*fit, "--model.init_args.criterion=returns.Number")
 
 

@@ -117,8 +117,9 @@ def test_another_run_is_not_resumed(fit, setting: str, said: str) -> None:
     assert curves(RUN) == points
 
 
-def test_what_may_differ(fit, recwarn) -> None:
-    assert fit("--data.init_args.num_workers=0", "--trainer.limit_val_batches=2", "--trainer.logger=CSVLogger")[0] == 0
+def test_what_may_differ(fit) -> None:
+    csv = ["--trainer.logger=CSVLogger", "--trainer.logger.init_args.save_dir=csv"]
+    assert fit("--data.init_args.num_workers=0", "--trainer.limit_val_batches=2", *csv)[0] == 0
     assert sorted(path.name for path in RUN.parent.iterdir()) == ["version_0"]
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 3
 
@@ -149,17 +150,19 @@ def test_the_best_stays_the_best(fit, tmp_path, way: str) -> None:
     assert torch.load(RUN / "checkpoints/best.ckpt", weights_only=True)["epoch"] < 2
 
 
-def test_a_failed_start_is_not_the_newest_run(fit) -> None:
+def test_a_run_that_left_no_checkpoint_is_not_the_newest(fit) -> None:
     (RUN.parent / "version_10").mkdir()
-    assert fit()[0] == 0
+    (RUN.parent / "version_10/config.yaml").touch()
+    code, text = fit()
+    assert code == 0
+    assert f"lkd: resuming {RUN}/checkpoints/last.ckpt, after 2 epochs and 34 steps" in text
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 3
 
 
-def test_the_newest_run_has_left_nothing(fit) -> None:
-    (RUN.parent / "version_10").mkdir()
-    (RUN.parent / "version_10/config.yaml").touch()
-    assert fit(max_epochs=1)[0] == 0
-    assert (RUN.parent / "version_11/checkpoints/last.ckpt").is_file()
+def test_no_run_is_resumed(fit) -> None:
+    code, text = fit("--name=other", "--trainer.limit_train_batches=1", max_epochs=1)
+    assert code == 0
+    assert "lkd: no run in runs/other has left a checkpoint; a new run begins" in text
 
 
 def test_a_run_has_the_given_name(capsys) -> None:
@@ -190,7 +193,7 @@ def test_what_makes_no_sense_with_resume(fit, args: list[str], said: str) -> Non
 def test_less_than_was_made(fit) -> None:
     code, text = fit(max_epochs=1)
     assert code == 2
-    assert "the run has made 2 epochs already; set --trainer.max_epochs to 2 or more" in text
+    assert "the run has made 2 epochs already; set --trainer.max_epochs to more than 2" in text
 
 
 def test_resume_is_for_fit_and_needs_a_name(capsys) -> None:

@@ -105,8 +105,8 @@ def test_ready_made_configs_have_the_learning_rates_they_had_and_stretch(name: s
     settings, epochs = config["model"]["init_args"], config.get("trainer", {}).get("max_epochs")
     given = settings["lr_scheduler"]
     kind = {"lkd.schedules.CosineDecay": CosineDecay, "lkd.schedules.StepDecay": StepDecay}[given["class_path"]]
-    if name == "trainer/warmup_cosine":
-        assert (epochs, settings["lr_scheduler_interval"], given["init_args"]) == (None, "step", {"warmup": 0.05})
+    if name in ("trainer/warmup_cosine", "trainer/cifar100_short"):
+        assert (kind, settings["lr_scheduler_interval"], given["init_args"]) == (CosineDecay, "step", {"warmup": 0.05})
         return
     rate = settings["optimizer"]["init_args"]["lr"]
     assert "lr_scheduler_interval" not in settings
@@ -118,7 +118,7 @@ def test_ready_made_configs_have_the_learning_rates_they_had_and_stretch(name: s
 
     had = CosineAnnealingLR(optimizer(rate), epochs) if name not in OLD else MultiStepLR(optimizer(rate), OLD[name])
     found, wanted = whole(epochs), rates(had, epochs - 1)
-    assert len(found) == epochs >= 30
+    assert len(found) == epochs >= 10
     assert found == wanted if name in OLD else found == [pytest.approx(one, rel=1e-12) for one in wanted]
     longer = whole(2 * epochs)
     differing = [one for one, other in zip(longer[::2], found, strict=True) if one != pytest.approx(other, rel=1e-12)]

@@ -20,9 +20,10 @@ _LOGS = (
 class MonitorCheck(L.Callback):
     """Report a monitor that does not exist after the sanity check, which logs the same curves as any validation.
 
-    The monitors are those of `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau` that begin with `val/`. Where
-    there is no sanity check, or a callback or module of your own may log a curve later, the first validation is waited
-    for. A callback that logs curves from time to time lists their names in an attribute `curves`.
+    The monitors are those of `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau`, except curves of the training
+    (`train/...`), which do not exist yet. Where there is no sanity check, or a callback or module of your own may log a
+    curve later, the first validation is waited for. A callback that logs curves from time to time lists their names in
+    an attribute `curves`.
 
     Raises:
         ValueError: If there is no curve of that name.
@@ -53,7 +54,7 @@ class MonitorCheck(L.Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             known.update(getattr(callback, "curves", ()))
         for who, name in _monitors(trainer):
-            if name.startswith("val/") and name not in known:
+            if not name.startswith("train/") and name not in known:
                 raise ValueError(no_curve(name, known, who, pl_module))
 
 

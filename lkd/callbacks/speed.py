@@ -110,7 +110,7 @@ class Speed(L.Callback):
             wanted = wanted and not isinstance(trainer.strategy, _SHARDING)
         networks = [getattr(pl_module, name) for name in getattr(pl_module, "network_names", ())]
         if wanted and any(devices.breaks_channels_last(network, trainer.strategy.root_device) for network in networks):
-            self._said.append("channels first (with channels last a 1x1 convolution damages memory on this CPU)")
+            self._said.append("channels first (a bug of oneDNN on this CPU rules out channels last)")
             return
         if not wanted or not sum(_lay_out(network, torch.channels_last) for network in networks):
             return

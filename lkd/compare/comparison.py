@@ -155,7 +155,7 @@ def _facts(
     where = f"{device.type}, {platform.machine()}" if device.type == "cpu" else devices.name_of(device)
     return {
         "data": f"{place_of(data)}, {split} split, {len(answers.target):,} images",
-        "device": f"{where}, float32, {torch.get_num_threads()} threads",
+        "device": f"{where}, float32, {torch.get_num_threads()} thread(s)",
         "versions": f"lkd {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         **{f"network {one.name}": one.source for one in candidates if one.source},
     }

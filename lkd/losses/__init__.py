@@ -1,33 +1,54 @@
-"""Criteria: what a student is asked to imitate."""
+"""Distillation losses: one module per method."""
 
-from lkd.losses.adaptation import KTA
-from lkd.losses.backbone import BackboneKD
+from lkd.losses._moved import add_former_modules
+from lkd.losses.ab import AB
+from lkd.losses.at import AT
+from lkd.losses.backbonekd import BackboneKD
 from lkd.losses.base import CompositeLoss, DistillLoss, WeightedSum, named_terms
-from lkd.losses.boundary import AB, OFD
 from lkd.losses.byot import BYOT
-from lkd.losses.channel import ICKD
-from lkd.losses.classifier import CATKD, SRRL, SimKD
+from lkd.losses.catkd import CATKD
+from lkd.losses.cc import CC
 from lkd.losses.crd import CRD
+from lkd.losses.cskd import CSKD
 from lkd.losses.ctkd import CTKD, InstanceCTKD
-from lkd.losses.dist_plus import DISTPlus
-from lkd.losses.factor import FT
-from lkd.losses.feature import AT, NST, FitNet
-from lkd.losses.flow import FSP, KDSVD
-from lkd.losses.logit import KD, TTM, WTTM, LogitMSE
-from lkd.losses.logit_relation import DIST, SKD
-from lkd.losses.logit_target import DKD, NKD, RLD, WSLD
-from lkd.losses.masked import MGD
+from lkd.losses.deit import DeiT
+from lkd.losses.dist import DIST
+from lkd.losses.distplus import DISTPlus
+from lkd.losses.dkd import DKD
+from lkd.losses.fitnet import FitNet
+from lkd.losses.fsp import FSP
+from lkd.losses.ft import FT
+from lkd.losses.ickd import ICKD
+from lkd.losses.kd import KD
+from lkd.losses.kdsvd import KDSVD
+from lkd.losses.kta import KTA
+from lkd.losses.logit_mse import LogitMSE
+from lkd.losses.logit_standardization import LogitStandardization
+from lkd.losses.mgd import MGD
 from lkd.losses.mlkd import MLKD
 from lkd.losses.multi_teacher import MultiTeacher
-from lkd.losses.ofa import OFAKD
-from lkd.losses.regression import PAD, SRD, VID
-from lkd.losses.relation import CC, PKT, RKD, SP
-from lkd.losses.review import ReviewKD
+from lkd.losses.nkd import NKD
+from lkd.losses.nst import NST
+from lkd.losses.ofakd import OFAKD
+from lkd.losses.ofd import OFD
+from lkd.losses.pad import PAD
+from lkd.losses.pkt import PKT
+from lkd.losses.reviewkd import ReviewKD
+from lkd.losses.rkd import RKD
+from lkd.losses.rld import RLD
 from lkd.losses.semckd import SemCKD
+from lkd.losses.simkd import SimKD
+from lkd.losses.skd import SKD
+from lkd.losses.sp import SP
+from lkd.losses.srd import SRD
+from lkd.losses.srrl import SRRL
 from lkd.losses.sskd import SSKD
-from lkd.losses.standardization import LogitStandardization
-from lkd.losses.teacher_free import CSKD, USKD, TfKD
-from lkd.losses.vit import DeiT, ViTKD
+from lkd.losses.tfkd import TfKD
+from lkd.losses.ttm import TTM, WTTM
+from lkd.losses.uskd import USKD
+from lkd.losses.vid import VID
+from lkd.losses.vitkd import ViTKD
+from lkd.losses.wsld import WSLD
 
 __all__ = [
     "AB",
@@ -84,3 +105,5 @@ __all__ = [
     "WeightedSum",
     "named_terms",
 ]
+
+add_former_modules(__name__)

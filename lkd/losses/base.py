@@ -1,4 +1,4 @@
-"""What a criterion is, and how several are added."""
+"""Base classes of distillation losses and their composition."""
 
 from __future__ import annotations
 
@@ -10,118 +10,123 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lkd.layers import resolve_layers
-from lkd.losses.checks import check_dims
+from lkd.losses._checks import check_dims
 from lkd.types import Batch, Outputs, Probe
 
 RESERVED = ("hard", "loss", "acc", "teacher_acc", "agreement")
-"""Names of curves that a criterion must not take."""
+"""Names of logged values that a criterion must not use."""
 SUM = "distill"
-"""The name of a sum of criteria among the curves: none of the criteria may have it."""
+"""Name under which the sum of several terms is logged; reserved as well."""
 
 
 class DistillLoss(nn.Module, ABC):
-    """What a student is asked to imitate.
+    """Base class of distillation criteria.
 
-    A criterion's parameters train with the student, and its parameters and buffers are saved in the checkpoint.
-    To write one, override `forward`, and `build` if it has adapters. Terms that it returns are logged under
-    `train/<name>`, where the name is the class's in lower case.
+    A criterion compares the outputs and features of student and teacher. Subclasses override `forward`, and `build` if
+    they have adapters. The parameters of a criterion are trained with the student, and its parameters and buffers are
+    saved in the checkpoint. The returned terms are logged as `train/<name>`, where the name is the lower-case class
+    name.
 
-    What lkd's own criteria promise of numbers (`tests/losses/test_properties.py`):
+    The criteria in lkd guarantee the following numerical behavior (`tests/losses/test_properties.py`):
 
-    - Finite answers of a size up to 1e8 (float16: 1e3), however small, equal or zero, and labels of any kind, missing
-      ones too, give a finite value with a finite gradient; or a `ValueError` says that there are too few classes,
-      images or pixels. In float16 the gradient may need the loss scaler of mixed precision. Larger answers may
+    - For finite inputs of magnitude up to 1e8 (float16: 1e3), including tiny, equal and zero values, and for any
+      labels, including missing ones, the value and its gradient are finite, or a `ValueError` reports too few classes,
+      images or pixels. In float16, the gradient may require the gradient scaler of mixed precision. Larger inputs may
       overflow.
-    - Where the teacher says NaN, and a criterion reads it, its value is not finite either, and the modules report it.
-      So it is with infinity, unless the formula has a meaning for it: a logit of -inf is a probability of 0, and only
-      the sign of a feature may count.
-    - A label that is no class of the network, nor `IGNORE_INDEX`, is a `ValueError` on the CPU, and an assertion on a
-      GPU, which cannot be asked without waiting for it; unless only which images have a label is read.
+    - If the teacher outputs NaN and the criterion reads it, the value is not finite, and the modules report it. The
+      same applies to infinity unless the formula defines its meaning: a logit of -inf is a probability of 0, and some
+      losses read only the sign of a feature.
+    - A label that is neither a class of the network nor `IGNORE_INDEX` raises a `ValueError` on the CPU and a
+      device-side assertion on a GPU, where a check would require a synchronization. Criteria that read only whether a
+      label is present do not check it.
 
     Args:
-        student_layers: Names of the student's layers whose features it reads, as in `named_modules()`; a name
-            followed by `:input` reads what goes into the layer; `@stages`, `@pooled` and the like stand for the
-            network's own layers (`lkd.layers.resolve_layers`).
-        teacher_layers: The same for the teacher.
+        student_layers: Names of the student layers whose features are read, as in `named_modules()`. The suffix
+            `:input` selects the input of a layer. `@stages`, `@pooled` and similar names stand for the layers of the
+            respective network (`lkd.layers.resolve_layers`).
+        teacher_layers: Names of the teacher layers, in the same format.
+
+    Raises:
+        TypeError: If the layers are given as a single string.
     """
 
     needs_teacher: ClassVar[bool] = True
-    """Whether `forward` reads the teacher's answers; if not, a run needs no teacher."""
+    """Whether `forward` reads the teacher's outputs; if not, a run needs no teacher."""
 
     needs_index: ClassVar[bool] = False
     """Whether `forward` reads `Batch.index`."""
 
     reads_logits: ClassVar[bool] = True
-    """Whether `forward` compares logits; then student and teacher must have the same classes."""
+    """Whether `forward` compares logits, which requires the same classes in student and teacher."""
 
     num_views: ClassVar[int] = 1
-    """How many views of each image it reads (`Batch.views`): the data module's `views` makes them."""
+    """Number of views of each image (`Batch.views`), created by the data module's `views`."""
 
     compares_samples: ClassVar[bool] = False
-    """Whether it compares the images of a batch with each other, so that one image by itself says nothing."""
+    """Whether the samples of a batch are compared with each other, so a single sample is not sufficient."""
 
     per_process: ClassVar[str] = ""
-    """What each of several processes does with its own images alone, so that the gradient is not that of one process
-    with all of them. Empty: nothing, it is the mean over the images, but for statistics of BatchNorm in adapters."""
+    """What each process computes from its own samples only, so that the gradient differs from that of a single process
+    with all samples. Empty if the loss is a mean over samples, except for BatchNorm statistics in adapters."""
 
     skips_unlabelled: ClassVar[bool | None] = False
-    """Whether images without a label do not count, as it is a mean over the others; None: in some of its terms."""
+    """Whether the loss is a mean over labelled samples only; None if this applies to some of its terms."""
 
     needs_build: ClassVar[bool] = False
-    """Whether `forward` needs what `build` makes: so where `build` is overridden, unless it says otherwise."""
+    """Whether `forward` requires `build`; set automatically in classes that override `build`."""
 
     same_everywhere: ClassVar[tuple[str, ...]] = ()
-    """Buffers that several processes begin and change alike by themselves: DDP need not send them in every step."""
+    """Buffers that are identical on all processes without synchronization, so DDP need not broadcast them."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         own = vars(cls)
-        if "build" in own and "needs_build" not in own and cls.needs_build is False:  # a composite's is a property
+        if "build" in own and "needs_build" not in own and cls.needs_build is False:  # a property in composites
             cls.needs_build = True
 
     def __init__(self, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()) -> None:
         super().__init__()
         for name, layers in (("student_layers", student_layers), ("teacher_layers", teacher_layers)):
             if isinstance(layers, str):
-                raise TypeError(f"{name} is a list of layers' names, got {layers!r}; write [{layers!r}]")
+                raise TypeError(f"{name} must be a list of layer names, got {layers!r}; use [{layers!r}]")
         self.student_layers = tuple(student_layers)
         self.teacher_layers = tuple(teacher_layers)
 
     @property
     def name(self) -> str:
-        """The criterion's name in logs."""
+        """Name of the criterion in logs."""
         return type(self).__name__.lower()
 
     def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Replace `@stages` and the like in `student_layers` and `teacher_layers` by the networks' own names.
+        """Replace `@stages` and similar names in `student_layers` and `teacher_layers` by actual layer names.
 
         Args:
-            student: The student.
-            teacher: The teacher; None if there is none.
+            student: Student network.
+            teacher: Teacher network, or `None` if there is none.
 
         Raises:
-            ValueError: If it is not known where such layers lie in the network.
+            ValueError: If the layers of a network are not known.
         """
         self.student_layers = resolve_layers(student, self.student_layers)
         self.teacher_layers = () if teacher is None else resolve_layers(teacher, self.teacher_layers)
 
     def pairs(self, student: Outputs, teacher: Outputs, dims: int | None = None) -> list[tuple[Tensor, Tensor]]:
-        """The features of `student_layers`, each with that of the teacher's layer in the same place.
+        """Return the features of `student_layers` paired with those of `teacher_layers`.
 
         Args:
-            student: What the student answered.
-            teacher: What the teacher answered.
-            dims: How many dimensions all of them must have, as in `check_dims`; None: any.
+            student: Outputs of the student.
+            teacher: Outputs of the teacher.
+            dims: Required number of dimensions of all features, as in `check_dims`; `None` disables the check.
 
         Raises:
-            ValueError: If the numbers of layers differ, there is none, or a feature is no tensor, or has another form.
+            ValueError: If the numbers of layers differ or are 0, if a feature is not a tensor, or if it has another
+                number of dimensions.
         """
         ours, theirs = self.student_layers, self.teacher_layers
         if len(ours) != len(theirs):
             raise ValueError(
-                f"{type(self).__name__} compares the student's layers with the teacher's one by one, got {len(ours)} "
-                f"({', '.join(ours)}) and {len(theirs)} ({', '.join(theirs)}); name as many student_layers as "
-                "teacher_layers"
+                f"{type(self).__name__} requires the same number of student_layers and teacher_layers, got {len(ours)} "
+                f"({', '.join(ours)}) and {len(theirs)} ({', '.join(theirs)})"
             )
         pairs = list(zip(read_layers(student, ours), read_layers(teacher, theirs), strict=True))
         if dims is not None:
@@ -130,122 +135,125 @@ class DistillLoss(nn.Module, ABC):
         return pairs
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the adapters, once the shapes of all features are known.
+        """Create the adapters once the shapes of all features are known.
 
-        It is called before the optimizer is made, and before a checkpoint's weights are loaded.
+        This method is called before the optimizer is created and before the weights of a checkpoint are loaded.
 
         Args:
-            student: The student and its outputs for one blank input.
-            teacher: The teacher and its outputs for one blank input.
+            student: Student network and its outputs for a single blank input.
+            teacher: Teacher network and its outputs for a single blank input.
         """
 
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
-        """Compare student and teacher.
+        """Compute the loss.
 
         Args:
-            student: What the student answered; gradients flow into it.
-            teacher: What the teacher answered, without gradient.
-            batch: The batch that both saw.
+            student: Outputs of the student, with gradients.
+            teacher: Outputs of the teacher, without gradients.
+            batch: Batch that both networks received.
 
         Returns:
-            A scalar, or named scalars that are to be added.
+            Scalar loss, or a dict of named scalars that are summed.
         """
 
 
 def total(losses: Sequence[Tensor]) -> Tensor:
-    """The sum, over layers say.
+    """Sum of losses, for example over layers.
 
     Args:
-        losses: One at least, of the same shape.
+        losses: At least one loss, all of the same shape.
     """
     return sum(losses[1:], losses[0])
 
 
 def read_layers(outputs: Outputs, layers: Sequence[str]) -> list[Tensor]:
-    """The features of some layers.
+    """Return the features of several layers.
 
     Args:
-        outputs: What a network answered.
-        layers: The layers' names, one at least.
+        outputs: Outputs of a network.
+        layers: Names of the layers, at least one.
 
     Raises:
-        ValueError: If there is none, or one returned something other than a tensor.
+        ValueError: If there are no layers, or if a layer does not return a single tensor.
     """
     if not layers:
-        raise ValueError("the criterion reads features, and no layers are named; name student_layers or teacher_layers")
+        raise ValueError("the criterion reads features, but no layers are set; set student_layers and teacher_layers")
     for layer in layers:
         if not isinstance(outputs.features[layer], Tensor):
             kind = type(outputs.features[layer]).__name__
-            raise ValueError(f"the layer {layer!r} returns a {kind}; name a layer that returns one tensor")
+            raise ValueError(f"the layer {layer!r} returns a {kind}; use a layer that returns a single tensor")
     return [outputs.features[layer] for layer in layers]
 
 
 def check_criterion(owner: str, criterion: object) -> None:
-    """Say what a criterion is where something else was given.
+    """Check that an object is a criterion.
 
     Args:
-        owner: Who takes it.
-        criterion: What was given.
+        owner: Name of the class that requires a criterion, for the error message.
+        criterion: Object to check.
 
     Raises:
-        TypeError: If it is no `DistillLoss`.
+        TypeError: If it is not a `DistillLoss`.
     """
     if isinstance(criterion, DistillLoss):
         return
     if isinstance(criterion, type):
-        got, remedy = f"the class {criterion.__name__}", f"make one of it, as in {criterion.__name__}()"
+        got, remedy = f"the class {criterion.__name__}", f"create an instance: {criterion.__name__}()"
     else:
-        got, remedy = f"{type(criterion).__name__}", "take one of lkd.losses, or write a DistillLoss that calls it"
-    raise TypeError(f"{owner} takes a criterion (a DistillLoss), got {got}; {remedy}")
+        got = type(criterion).__name__
+        remedy = "use a criterion of lkd.losses, or write a DistillLoss that calls it"
+    raise TypeError(f"{owner} requires a criterion (a DistillLoss), got {got}; {remedy}")
 
 
 def buffers_same_everywhere(module: nn.Module) -> list[str]:
-    """The buffers that all criteria in a module keep alike in several processes, as in its `named_buffers()`.
+    """Return the names of the buffers that all criteria in a module keep identical on all processes.
 
     Args:
-        module: A criterion, or what has some.
+        module: A criterion, or a module that contains criteria.
 
     Returns:
-        What DDP reads in the wrapped module's attribute `_ddp_params_and_buffers_to_ignore`.
+        Names as in `named_buffers()`, for the attribute `_ddp_params_and_buffers_to_ignore` of a module wrapped by DDP.
     """
     parts = [(prefix, part) for prefix, part in module.named_modules() if isinstance(part, DistillLoss)]
     return [f"{prefix}.{name}" if prefix else name for prefix, part in parts for name in part.same_everywhere]
 
 
 def named_terms(name: str, loss: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a criterion returned, as named terms: a scalar gets the criterion's name.
+    """Convert the return value of a criterion to named terms.
 
     Args:
-        name: The criterion's name; empty for one whose terms have names enough.
-        loss: A scalar, or named scalars.
+        name: Name of the criterion; empty if the names of the terms are sufficient.
+        loss: Scalar loss, or a dict of named scalars.
 
     Returns:
-        `{name: scalar}` or `{name_key: scalar, ...}`.
+        `{name: scalar}` for a scalar and `{name_key: scalar, ...}` for a dict.
 
     Raises:
-        TypeError: If it is neither.
+        TypeError: If the value is neither a scalar tensor nor a dict of scalar tensors.
     """
     terms = loss if isinstance(loss, Mapping) else {"": loss}
     for term in terms.values():
         if not isinstance(term, Tensor) or term.dim() > 0:
             got = f"a tensor of shape {tuple(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
             raise TypeError(
-                f"the criterion {name or 'in a sum'} must return a scalar tensor, or a dict of them, got {got}; "
-                "take the mean over the batch, and keep it a tensor"
+                f"the criterion {name or 'in a sum'} must return a scalar tensor or a dict of them, got {got}; "
+                "average over the batch and return a tensor"
             )
     return {"_".join(part for part in (name, key) if part): term for key, term in terms.items()}
 
 
 class CompositeLoss(DistillLoss):
-    """A criterion made of others: it reads their layers, needs what they need, and builds them.
+    """Base class of criteria composed of others.
+
+    It reads the layers of its parts, has their requirements, and builds them.
 
     Args:
-        parts: The others, as `parts` will return them.
+        parts: The inner criteria, as returned by the property `parts`.
 
     Raises:
-        TypeError: If one of them is no criterion.
-        ValueError: If they read different numbers of views, and more than one.
+        TypeError: If a part is not a criterion.
+        ValueError: If parts require different numbers of views greater than 1.
     """
 
     def __init__(self, parts: Sequence[DistillLoss]) -> None:
@@ -253,8 +261,8 @@ class CompositeLoss(DistillLoss):
             check_criterion(type(self).__name__, part)
         if len(views := sorted({part.num_views for part in parts if part.num_views > 1})) > 1:
             raise ValueError(
-                f"the criteria in {type(self).__name__} read {' and '.join(map(str, views))} views of each image, and "
-                "a batch has one number of views; take criteria that read as many"
+                f"the criteria in {type(self).__name__} read {' and '.join(map(str, views))} views of each image, but "
+                "all images of a batch have the same number of views; use criteria that read the same number"
             )
         super().__init__(
             [layer for part in parts for layer in part.student_layers],
@@ -264,51 +272,51 @@ class CompositeLoss(DistillLoss):
     @property
     @abstractmethod
     def parts(self) -> list[DistillLoss]:
-        """The criteria that it is made of."""
+        """The inner criteria."""
 
     @property
     def needs_teacher(self) -> bool:  # type: ignore[override]
-        """Whether one of the parts reads the teacher's answers."""
+        """Whether any part reads the teacher's outputs."""
         return any(part.needs_teacher for part in self.parts)
 
     @property
     def needs_index(self) -> bool:  # type: ignore[override]
-        """Whether one of the parts reads `Batch.index`."""
+        """Whether any part reads `Batch.index`."""
         return any(part.needs_index for part in self.parts)
 
     @property
     def reads_logits(self) -> bool:  # type: ignore[override]
-        """Whether one of the parts compares logits."""
+        """Whether any part compares logits."""
         return any(part.reads_logits for part in self.parts)
 
     @property
     def compares_samples(self) -> bool:  # type: ignore[override]
-        """Whether one of the parts compares the images of a batch with each other."""
+        """Whether any part compares the samples of a batch with each other."""
         return any(part.compares_samples for part in self.parts)
 
     @property
     def per_process(self) -> str:  # type: ignore[override]
-        """What the parts do with each process's own images alone."""
+        """What the parts compute from the samples of each process separately."""
         return ", ".join(dict.fromkeys(part.per_process for part in self.parts if part.per_process))
 
     @property
     def skips_unlabelled(self) -> bool | None:  # type: ignore[override]
-        """Whether images without a label do not count in any part; None: in some."""
+        """Whether unlabelled samples are excluded in all parts; None if only in some."""
         found = {part.skips_unlabelled for part in self.parts}
         return found.pop() if len(found) == 1 else None
 
     @property
     def needs_build(self) -> bool:  # type: ignore[override]
-        """Whether one of the parts needs what its `build` makes."""
+        """Whether any part needs its `build`."""
         return any(part.needs_build for part in self.parts)
 
     @property
     def num_views(self) -> int:  # type: ignore[override]
-        """How many views the part with the most of them reads."""
+        """Largest number of views that a part reads."""
         return max(part.num_views for part in self.parts)
 
     def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Find the parts' layers: a part may read others than it names, as `MultiTeacher` does."""
+        """Resolve the layers of the parts, some of which, such as `MultiTeacher`, read other layers than they name."""
         for part in self.parts:
             part.locate(student, teacher)
         self.student_layers = tuple(layer for part in self.parts for layer in part.student_layers)
@@ -321,21 +329,21 @@ class CompositeLoss(DistillLoss):
 
 
 def _is_module_name(name: object) -> bool:
-    """Whether an `nn.ModuleDict` takes it."""
+    """Check whether `nn.ModuleDict` accepts a name."""
     return isinstance(name, str) and name != "" and "." not in name and not hasattr(nn.ModuleDict(), name)
 
 
 class WeightedSum(CompositeLoss):
-    """Several criteria at once, each with its weight.
+    """Weighted sum of several criteria.
 
     Args:
-        criteria: Name (for logs and for `weights`) to criterion.
-        weights: Name to weight, at least 0; a criterion without one weighs 1.
+        criteria: Mapping from names to criteria; the names are used in logs and in `weights`.
+        weights: Mapping from names to weights, at least 0; the default weight is 1.
 
     Raises:
-        TypeError: If `criteria` is no dict of criteria.
-        ValueError: If there is no criterion, a weight is negative, not finite or names no criterion, or a criterion is
-            called `loss`, `acc`, `distill` or as another curve, or so that PyTorch cannot keep it.
+        TypeError: If `criteria` is not a dict of criteria.
+        ValueError: If there are no criteria, if a weight is negative, not finite or has an unknown name, or if a name
+            is reserved for another logged value (`loss`, `acc`, `distill`, ...) or not a valid module name.
 
     Example:
         >>> from lkd.losses import KD
@@ -347,42 +355,40 @@ class WeightedSum(CompositeLoss):
     def __init__(self, criteria: dict[str, DistillLoss], weights: dict[str, float] | None = None) -> None:
         weights = weights or {}
         if not isinstance(criteria, Mapping):
-            raise TypeError(f"WeightedSum takes a dict of names and criteria, got {type(criteria).__name__}")
+            raise TypeError(f"WeightedSum requires a dict of names and criteria, got {type(criteria).__name__}")
         if not criteria:
-            raise ValueError("WeightedSum needs at least one criterion")
+            raise ValueError("WeightedSum requires at least one criterion")
         if taken := sorted({*RESERVED, SUM} & set(criteria)):
-            raise ValueError(f"a criterion in WeightedSum must not be called {taken}: other curves have this name")
+            raise ValueError(f"a criterion in WeightedSum must not be named {taken}: reserved for other logged values")
         if refused := [name for name in criteria if not _is_module_name(name)]:
             raise ValueError(
-                f"a criterion in WeightedSum cannot be called {refused}: a name is a text without dots that no dict "
-                "has as an attribute; call it otherwise"
+                f"a criterion in WeightedSum cannot be named {refused}: a name must be a non-empty string without dots "
+                "that is not an attribute of nn.ModuleDict"
             )
         if unknown := sorted(set(weights) - set(criteria)):
             raise ValueError(f"WeightedSum has weights for {unknown}, but its criteria are {sorted(criteria)}")
         if wrong := {name: weight for name, weight in weights.items() if not 0 <= weight < math.inf}:
-            raise ValueError(f"weights must not be negative, got {wrong}; take finite numbers from 0 on")
+            raise ValueError(f"weights must not be negative, got {wrong}; use finite numbers of at least 0")
         super().__init__(list(criteria.values()))
         self.criteria = nn.ModuleDict(criteria)
         self.weights = {name: float(weights.get(name, 1.0)) for name in criteria}
 
     @property
     def name(self) -> str:
-        """Empty: each criterion has its own name."""
+        """Empty, since each criterion has its own name."""
         return ""
 
     @property
     def parts(self) -> list[DistillLoss]:
-        """The criteria, in their order."""
+        """The criteria in their order."""
         return list(self.criteria.values())  # type: ignore[arg-type]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The weighted terms of all criteria, by name."""
+        """Compute the weighted terms of all criteria, by name."""
         terms = {}
         for name, criterion in self.criteria.items():
             for key, term in named_terms(name, criterion(student, teacher, batch)).items():
                 if key in terms:
-                    raise ValueError(
-                        f"two criteria in WeightedSum have a term called {key!r}; call one of them otherwise"
-                    )
+                    raise ValueError(f"two criteria in WeightedSum have a term named {key!r}; rename one of them")
                 terms[key] = self.weights[name] * term
         return terms

@@ -1,4 +1,4 @@
-"""A network whose shallow stages learn from its deepest."""
+"""Be your own teacher (BYOT): self-distillation through early exits."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lkd.losses._checks import check_dims, check_temperature, check_weights
+from lkd.losses._divergence import softened_kl
+from lkd.losses._labels import labelled_cross_entropy
+from lkd.losses._precision import mse
 from lkd.losses.base import DistillLoss, read_layers, total
-from lkd.losses.checks import check_dims, check_temperature, check_weights
-from lkd.losses.labels import labelled_cross_entropy
-from lkd.losses.logit import softened_kl
-from lkd.losses.precision import mse
 from lkd.types import Batch, Outputs, Probe
 
 
 class ExitOutputs(NamedTuple):
-    """What an exit answers: logits `(B, K)`, and the feature `(B, C)` that it brings to the deepest stage's form."""
+    """Outputs of an exit: logits `(B, K)` and the pooled feature `(B, C)` with the width of the deepest stage."""
 
     logits: Tensor
     feature: Tensor
 
 
 class Exit(nn.Module):
-    """A classifier behind a shallow stage: convolutions that bring its map to the deepest one's form, a linear layer.
+    """Classifier on a shallow stage: convolutions to the shape of the deepest feature map and a linear layer.
 
-    One 3x3 convolution with stride 2 for each time that the map must be halved, or one with stride 1; each with
-    BatchNorm and ReLU.
+    The convolutions are 3x3 with BatchNorm and ReLU: one with stride 2 for each required halving of the map, or a
+    single one with stride 1.
 
     Args:
-        shallow: The stage's map `(B, C, H, W)`.
-        deepest: The deepest stage's.
+        shallow: Feature map of the shallow stage `(B, C, H, W)`.
+        deepest: Feature map of the deepest stage.
         num_classes: Number of logits.
     """
 
@@ -47,39 +47,38 @@ class Exit(nn.Module):
         self.fc = nn.Linear(deepest.shape[1], num_classes)
 
     def forward(self, feature: Tensor) -> ExitOutputs:
-        """Classify what the stage returned."""
+        """Classify the feature map of the stage."""
         pooled = self.bottleneck(feature).mean((2, 3))
         return ExitOutputs(self.fc(pooled), pooled)
 
 
 class BYOT(DistillLoss):
-    r"""Be your own teacher: exits behind the shallow stages learn from the labels and from the deepest stage.
+    r"""Be your own teacher: self-distillation via early exits.
 
     $$ \sum_e (1 - a) \, \mathrm{CE}(q_e, y) + a \, \mathrm{KL}(q_C^\tau \,\|\, q_e^\tau)
        + \lambda \, \tfrac{1}{B} \sum_i \lVert f_{e,i} - f_{C,i} \rVert^2 $$
 
-    over the exits e; C is the network itself, whose answers and pooled last map are taken without gradient. Each exit
-    (convolutions and a linear layer) trains with the network, whose own cross-entropy is the module's `hard_weight`. No
-    teacher is asked. Curves: `train/byot_hard`, `train/byot_kd`, `train/byot_hint`.
-
-    `lkd.EarlyExitModule` measures the exits, and lets one of them answer.
+    The sum runs over the exits e, and C is the network itself, whose logits and pooled deepest feature map are
+    detached. Each exit (convolutions and a linear layer) is trained with the network. The network's own cross-entropy
+    is weighted by the module's `hard_weight`. A teacher is not needed. The terms are logged as `train/byot_hard`,
+    `train/byot_kd` and `train/byot_hint`. `lkd.EarlyExitModule` evaluates the exits and can predict with any of them.
 
     Args:
-        student_layers: Layers with feature maps `(B, C, H, W)`, from shallow to deep; there is an exit behind each but
-            the last, which is what the exits' features are compared with.
-        temperature: Greater than 0; softens the divergence.
-        kd_weight: a, between 0 and 1: how much of an exit's loss is the divergence; the rest is its cross-entropy.
-        hint_weight: Weight of the features' distance, at least 0.
+        student_layers: Layers with feature maps `(B, C, H, W)`, ordered from shallow to deep. Each layer except the
+            last gets an exit; the last one provides the feature to which the exits are compared.
+        temperature: Softmax temperature of the divergence, greater than 0.
+        kd_weight: Share a of the divergence in the loss of an exit, between 0 and 1; the rest is its cross-entropy.
+        hint_weight: Weight of the feature distance, at least 0.
 
     Raises:
-        ValueError: If a value is out of range, or, in training, there is no shallow layer, or a layer returns no
-            feature map.
+        ValueError: If a value is out of range. At the start of training, if there is no shallow layer or a layer does
+            not return a feature map.
 
     References:
-        Zhang et al.: Be Your Own Teacher, ICCV 2019 (arXiv 1905.08094). As there, the divergence has no factor
-        $\tau^2$, and the distance is squared. The weights and the temperature are the authors' code's, which is of a
-        later version of the method: there, 0.03 weighs the distance over the whole batch, not squared, its feature
-        passes another linear layer, and the shallowest exit has none; and exits are made of separable convolutions.
+        Zhang et al.: Be Your Own Teacher, ICCV 2019 (arXiv 1905.08094). As in the paper, the divergence has no factor
+        $\tau^2$ and the distance is squared. Weights and temperature follow the authors' code, which implements a later
+        version of the method: 0.03 weights the norm over the whole batch, not squared; the feature passes through
+        another linear layer, which the shallowest exit lacks; and the exits consist of separable convolutions.
     """
 
     needs_teacher = False
@@ -96,16 +95,18 @@ class BYOT(DistillLoss):
         super().__init__(student_layers)
         check_weights(hint_weight=hint_weight)
         if not 0 <= kd_weight <= 1:
-            raise ValueError(f"kd_weight must be between 0 and 1, got {kd_weight}; the cross-entropy weighs the rest")
+            raise ValueError(
+                f"kd_weight must be between 0 and 1, got {kd_weight}; the cross-entropy weighs 1 - kd_weight"
+            )
         self.temperature = check_temperature(temperature)
         self.kd_weight = kd_weight
         self.hint_weight = hint_weight
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the exits."""
+        """Create the exits."""
         *shallow, deepest = self._maps(student.outputs)
         if not shallow:
-            raise ValueError(f"BYOT needs a layer before the deepest, got {', '.join(self.student_layers)} alone")
+            raise ValueError(f"BYOT requires a layer before the deepest one, got only {', '.join(self.student_layers)}")
         for feature in (*shallow, deepest):
             check_dims("BYOT", 4, student=feature)
         num_classes = student.outputs.logits.shape[1]
@@ -115,20 +116,20 @@ class BYOT(DistillLoss):
         return read_layers(student, self.student_layers)
 
     def exit_outputs(self, student: Outputs) -> list[ExitOutputs]:
-        """What the exits answer, from shallow to deep.
+        """Return the outputs of the exits, from shallow to deep.
 
         Args:
-            student: What the network answered, with the features of `student_layers`.
+            student: Outputs of the network, including the features of `student_layers`.
         """
-        return [leave(feature) for leave, feature in zip(self.exits, self._maps(student)[:-1], strict=True)]
+        return [exit_branch(feature) for exit_branch, feature in zip(self.exits, self._maps(student)[:-1], strict=True)]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The three sums over the exits."""
-        answers, logits = self.exit_outputs(student), student.logits.detach()
+        """Compute the three terms, summed over the exits."""
+        exits, logits = self.exit_outputs(student), student.logits.detach()
         deepest = self._maps(student)[-1].detach().mean((2, 3))
-        hard = [labelled_cross_entropy(answer.logits, batch.target) for answer in answers]
-        soft = [softened_kl(answer.logits, logits, self.temperature).mean() for answer in answers]
-        hint = [_squared_distance(answer.feature, deepest) for answer in answers]
+        hard = [labelled_cross_entropy(outputs.logits, batch.target) for outputs in exits]
+        soft = [softened_kl(outputs.logits, logits, self.temperature).mean() for outputs in exits]
+        hint = [_squared_distance(outputs.feature, deepest) for outputs in exits]
         return {
             "hard": (1 - self.kd_weight) * total(hard),
             "kd": self.kd_weight * total(soft),
@@ -137,5 +138,5 @@ class BYOT(DistillLoss):
 
 
 def _squared_distance(feature: Tensor, other: Tensor) -> Tensor:
-    """Of two pooled features `(B, C)`, the mean over the batch."""
+    """Return the squared distance of pooled features `(B, C)`, averaged over the batch."""
     return mse(feature, other) * feature.shape[1]

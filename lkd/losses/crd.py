@@ -1,4 +1,4 @@
-"""Contrastive distillation, with a memory of all training images."""
+"""Contrastive representation distillation (CRD)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lkd.losses.adapters import embedding
+from lkd.losses._adapters import embedding
+from lkd.losses._checks import check_positive, check_temperature
+from lkd.losses._precision import full_precision, wide
+from lkd.losses._shapes import check_shapes
+from lkd.losses._unit_vectors import unit_vectors
 from lkd.losses.base import DistillLoss
-from lkd.losses.checks import check_positive, check_temperature
-from lkd.losses.directions import directions
-from lkd.losses.precision import full_precision, wide
-from lkd.losses.shapes import check_shapes
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 _LARGE = 2**30  # bytes
@@ -24,22 +24,22 @@ _NEVER = torch.iinfo(torch.int64).max
 @check_shapes(log_ratio="B M", num_samples="")
 @full_precision
 def crd_loss(log_ratio: Tensor, num_samples: int | Tensor, eps: float = 1e-7) -> Tensor:
-    r"""Noise-contrastive estimation: tell a sample's counterpart from images drawn at random.
+    r"""Noise-contrastive loss of a positive pair against randomly drawn negatives.
 
     $$ -\frac{1}{B} \sum_i \left( \log \frac{r_{i0}}{r_{i0} + c + \epsilon}
        + \sum_{k=1}^{K} \log \frac{c}{r_{ik} + c + \epsilon} \right), \quad c = K / N $$
 
-    It is one of the two halves of `CRD`: for the student's embeddings among the teacher's, and the other way round.
+    It is one of the two terms of `CRD`, with either the student's or the teacher's embeddings as anchors.
 
     Args:
-        log_ratio: log r, `(B, M)` with M = 1 + K: the counterpart's first, then those of K images drawn. r is the
-            exponential of a similarity over temperature and normalisation, so that it is 1 on average over the data
-            set.
-        num_samples: N, the number of images that are drawn from; a tensor has the shape `()`.
-        eps: Added to the denominators.
+        log_ratio: $\log r$ `(B, M)` with M = 1 + K: the positive first, then K negatives. The ratio r is the
+            exponential of a similarity divided by temperature and normalization constant, so its mean over the dataset
+            is 1.
+        num_samples: Number N of images that negatives are drawn from; a tensor has the shape `()`.
+        eps: Constant added to the denominators.
 
     Returns:
-        A scalar in nats; float32 in half precision, else the type of `log_ratio`.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     References:
         Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020 (arXiv 1910.10699), and the
@@ -59,14 +59,14 @@ def crd_loss(log_ratio: Tensor, num_samples: int | Tensor, eps: float = 1e-7) ->
 
 @full_precision
 def _similarity(anchor: Tensor, memory: Tensor, position: Tensor, temperature: float) -> Tensor:
-    """Products `(B, K)` of embeddings with rows of a memory, over temperature."""
-    # Of all rows, then chosen: K rows for each sample would be B * K * D numbers, 0.5 GB for the paper's settings.
-    # The memory is copied, as it changes before the gradient is taken.
+    """Return the similarities `(B, K)` of embeddings with rows of a memory bank, divided by the temperature."""
+    # Gathering K rows per sample would take B * K * D values, 0.5 GB for the paper's settings. The memory is cloned
+    # because it is updated before the backward pass.
     return (anchor @ memory.clone().mT).gather(1, position) / temperature
 
 
 def _gathered(tensor: Tensor) -> Tensor:
-    """`(B, ...)` of all processes, one behind the other, without gradient."""
+    """Concatenate detached tensors `(B, ...)` of all processes."""
     tensor = tensor.detach()
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
@@ -76,36 +76,38 @@ def _gathered(tensor: Tensor) -> Tensor:
 
 
 class CRD(DistillLoss):
-    r"""Contrastive representation distillation: the student's embedding of an image is to be known by the teacher's.
+    """Contrastive representation distillation.
 
-    Linear maps of both features, of length 1, are compared with memories of the other network's embeddings: that of
-    the same image against `num_negatives` drawn at random (`crd_loss`, both ways, added). The normalisation is
-    estimated in the first step and kept. After each step the images' rows become
-    `momentum * old + (1 - momentum) * new`, of length 1; of several views or copies, their mean.
+    Linear embeddings of both features, normalized to unit length, are compared with memory banks of the other network's
+    embeddings: the entry of the same image is the positive, and `num_negatives` random entries are the negatives
+    (`crd_loss`, in both directions, summed). The normalization constant is estimated in the first step and then fixed.
+    After each step, the entries of the images become `momentum * old + (1 - momentum) * new`, normalized to unit
+    length. If an image occurs several times in a batch, its embeddings are averaged.
 
-    The memories hold 2 * num_samples * feat_dim numbers on each device, and are saved in each checkpoint. With several
-    processes all make the same update, from the embeddings of all. Only training images are drawn, where the data
-    module says which these are (`train_index`): rows of others, held out for validation, say, are never written.
+    The memory banks hold 2 * num_samples * feat_dim values on each device and are saved in checkpoints. In distributed
+    training, all processes apply the same update with the embeddings of all processes. If the data module provides the
+    training indices (`train_index`), negatives are drawn from training images only: the entries of other images, such
+    as held-out validation images, are never updated.
 
     Args:
-        student_layer: Layer of the student whose feature it reads.
-        teacher_layer: The teacher's.
-        num_samples: How many images `Batch.index` counts; None: as the data module says.
-        feat_dim: Length of the embeddings.
-        num_negatives: How many images each sample is compared with.
-        temperature: Greater than 0.
-        momentum: Share of the old row in the memories, from 0 to 1.
-        own_class: Whether images of a sample's own class may be drawn. If not, as in the published results, those are
-            left out whose label has been seen: none in the first steps, all after an epoch.
-        eps: Added to the denominators, greater than 0.
+        student_layer: Student layer whose feature is embedded.
+        teacher_layer: Teacher layer whose feature is embedded.
+        num_samples: Number of images that `Batch.index` refers to; `None` takes it from the data module.
+        feat_dim: Size of the embeddings.
+        num_negatives: Number of negatives for each sample.
+        temperature: Temperature of the similarities, greater than 0.
+        momentum: Weight of the old entry in the memory update, between 0 and 1.
+        own_class: Whether images of the sample's own class may be negatives. If not, as in the published results, they
+            are excluded once their labels have been seen, that is, completely after the first epoch.
+        eps: Constant added to the denominators, greater than 0.
 
     Raises:
-        ValueError: If a setting is out of range, or, in training, the number of images is not known or an image's
-            position lies beyond it (noticed on the CPU; a GPU stops with an assertion).
+        ValueError: If a setting is out of range. At the start of training, if the number of images is unknown. In
+            `forward`, if an index is out of range (on the CPU; on a GPU, a device-side assertion fails).
 
     References:
-        Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020 (arXiv 1910.10699), who weigh it with
-        0.8. Their memory of a step in which an image occurs twice is that of one of the two.
+        Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020 (arXiv 1910.10699). The authors use
+        the weight 0.8. If an image occurs twice in a step, their memory keeps one of the two embeddings.
     """
 
     needs_index = True
@@ -138,8 +140,8 @@ class CRD(DistillLoss):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must be from 0 to 1, got {momentum}; the paper takes 0.5")
-        check_positive("1e-7 is usual", eps=eps)
+            raise ValueError(f"momentum must be between 0 and 1, got {momentum}; the paper uses 0.5")
+        check_positive("typically 1e-7", eps=eps)
         self.num_samples = num_samples
         self.feat_dim = feat_dim
         self.num_negatives = num_negatives
@@ -149,49 +151,49 @@ class CRD(DistillLoss):
         self.eps = eps
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the embeddings and the memories."""
+        """Create the embeddings and the memory banks."""
         if self.num_samples is None:
             raise ValueError(
-                "CRD remembers every training image, and the data does not tell how many there are; give num_samples"
+                "CRD stores every training image, but the data module does not provide their number; set num_samples"
             )
         size = 2 * 4 * self.num_samples * self.feat_dim
         if size > _LARGE:
             from lightning.pytorch.utilities import rank_zero_warn
 
             rank_zero_warn(
-                f"CRD keeps two memories of {self.num_samples} x {self.feat_dim} numbers, {size / 2**30:.1f} GiB on "
-                "each device and in each checkpoint, and copies them in each step; a smaller feat_dim needs less"
+                f"CRD keeps two memory banks of {self.num_samples} x {self.feat_dim} values, {size / 2**30:.1f} GiB on "
+                "each device and in each checkpoint, and copies them in each step; reduce feat_dim to save memory"
             )
         ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs)
         self.student_embedding = embedding(ours, self.feat_dim)
         self.teacher_embedding = embedding(theirs, self.feat_dim)
-        start = torch.Generator().manual_seed(0)  # not the run's seed, which processes need not share
-        for name in ("student_memory", "teacher_memory"):  # rows of a length of about 1, as in the authors' code
+        start = torch.Generator().manual_seed(0)  # processes may have different seeds
+        for name in ("student_memory", "teacher_memory"):  # norms of about 1, as in the authors' code
             uniform = 2 * torch.rand(self.num_samples, self.feat_dim, generator=start, device="cpu") - 1
             self.register_buffer(name, uniform.mul_(math.sqrt(3 / self.feat_dim)))
-        self.register_buffer("log_z", torch.full((2,), -math.inf))  # not known yet
+        self.register_buffer("log_z", torch.full((2,), -math.inf))  # estimated in the first step
         self.register_buffer("targets", torch.full((self.num_samples,), IGNORE_INDEX))
         self.register_buffer("is_drawn", torch.full((self.num_samples,), self.train_index is None))
         if self.train_index is not None:
             self.is_drawn[self.train_index] = True
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """The sum of `crd_loss` for the student's and for the teacher's embeddings; in training, it remembers them."""
+        """Compute the sum of `crd_loss` in both directions and, in training, update the memory banks."""
         ((ours, theirs),) = self.pairs(student, teacher)
         if batch.index is None:
-            raise ValueError("CRD needs to know which images it sees; give the batch an index")
+            raise ValueError("CRD requires the dataset indices of the images; provide Batch.index")
         try:
             self.targets.gather(0, batch.index)
         except RuntimeError as error:
             raise ValueError(
-                f"CRD remembers {len(self.targets)} images (num_samples), and a batch has one at another position "
-                f"({error}): let num_samples be the number of images in the data set, validation images included"
+                f"CRD stores {len(self.targets)} images (num_samples), but a batch contains another index "
+                f"({error}); set num_samples to the number of images in the dataset, including validation images"
             ) from error
         return self._compare(self.student_embedding(ours), self.teacher_embedding(theirs), batch.index, batch.target)
 
     @full_precision
     def _compare(self, ours: Tensor, theirs: Tensor, index: Tensor, target: Tensor) -> Tensor:
-        ours, theirs = directions(ours, dim=1), directions(theirs, dim=1)
+        ours, theirs = unit_vectors(ours, dim=1), unit_vectors(theirs, dim=1)
         position = torch.cat([index.unsqueeze(1), self.draw(index, target)], dim=1)
         scores = torch.stack(
             [
@@ -206,17 +208,17 @@ class CRD(DistillLoss):
         return own + other
 
     def draw(self, index: Tensor, target: Tensor) -> Tensor:
-        """Draw the images that each sample is compared with; override it to draw them otherwise.
+        """Draw the negatives of each sample; override this method to change the sampling.
 
         Args:
-            index: Positions of the samples in the data set `(B,)`.
-            target: Their classes `(B,)`.
+            index: Dataset indices of the samples `(B,)`.
+            target: Class indices of the samples `(B,)`.
 
         Returns:
-            Positions `(B, num_negatives)`.
+            Dataset indices of the negatives `(B, num_negatives)`.
         """
         total, size = self.is_drawn.sum(), (len(index), self.num_negatives)
-        # Class by class, and last what is not drawn: a sample's own class is one stretch of it, which is left out.
+        # Sorted by class, excluded images last, so a sample's own class is one contiguous range, which is skipped.
         ranked, order = self.targets.masked_fill(~self.is_drawn, _NEVER).sort(stable=True)
         first = torch.searchsorted(ranked, target.unsqueeze(1))
         count = torch.searchsorted(ranked, target.unsqueeze(1), right=True) - first
@@ -225,7 +227,7 @@ class CRD(DistillLoss):
         return order[torch.minimum(drawn + count * (drawn >= first), total - 1)]
 
     def _normalization(self, scores: Tensor) -> Tensor:
-        """The logarithm of the mean exponential of the scores `(2, B, 1 + K)` in the first step, times N."""
+        """Return the log normalization constants, estimated in the first step from the scores `(2, B, 1 + K)`."""
         share = scores.new_full((), scores[0].numel()) / self.is_drawn.sum()
         estimate = scores.flatten(1).logsumexp(1) - share.log()
         if self.training:
@@ -237,12 +239,12 @@ class CRD(DistillLoss):
         return log_z
 
     def _remember(self, ours: Tensor, theirs: Tensor, index: Tensor, target: Tensor) -> None:
-        # An image that occurs twice has one row: which of two writes is the last, a GPU does not say.
+        # Duplicates of an image are averaged, since the order of writes to the same row is undefined on a GPU.
         same = index.unsqueeze(1) == index
         share = same.to(ours.dtype) / same.sum(1, keepdim=True)
         for memory, new in ((self.student_memory, ours), (self.teacher_memory, theirs)):
             mean = share @ new
-            row = directions(self.momentum * wide(memory[index]) + (1 - self.momentum) * mean, dim=1)
+            row = unit_vectors(self.momentum * wide(memory[index]) + (1 - self.momentum) * mean, dim=1)
             memory.index_copy_(0, index, row.to(memory.dtype))
-        label = torch.where(same, target, IGNORE_INDEX).amax(1)  # of an image's views, only one may have it
+        label = torch.where(same, target, IGNORE_INDEX).amax(1)  # only one of an image's views may have a label
         self.targets.index_copy_(0, index, torch.where(label == IGNORE_INDEX, self.targets[index], label))

@@ -1,4 +1,4 @@
-"""Logits compared image by image, over the batch and over the classes, in two views of each image."""
+"""Multi-level logit distillation (MLKD)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lkd.losses._checks import check_temperature
+from lkd.losses._divergence import softened_kl
+from lkd.losses._precision import full_precision, wide
+from lkd.losses._shapes import check_shapes
 from lkd.losses.base import DistillLoss, total
-from lkd.losses.checks import check_temperature
-from lkd.losses.logit import softened_kl
-from lkd.losses.precision import full_precision, wide
-from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs
 
 Form = Literal["code", "paper"]
@@ -22,20 +22,20 @@ TEMPERATURES = (4.0, 3.0, 5.0, 2.0, 6.0)
 
 @full_precision
 def _classes(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Squared difference of the classes' products over the batch, of each class `(K,)`."""
+    """Return the squared difference of the class Gram matrices for each class `(K,)`."""
     student, teacher = (F.softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits))
     return (teacher.T @ teacher - student.T @ student).square().sum(1)
 
 
 @full_precision
 def _images(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Squared difference of the images' products over the classes, of each image `(B,)`."""
+    """Return the squared difference of the sample Gram matrices for each sample `(B,)`."""
     student, teacher = (F.softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits))
     return (teacher @ teacher.T - student @ student.T).square().sum(1)
 
 
 def _instances(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Divergence of the softened probabilities, of each image `(B,)`; the mean is `kd_loss`."""
+    """Return the divergence of the softened probabilities for each sample `(B,)`; the mean is `kd_loss`."""
     return temperature**2 * softened_kl(student_logits, teacher_logits, temperature)
 
 
@@ -44,17 +44,17 @@ _LEVELS = {"kd": _instances, "class": _classes, "batch": _images}
 
 @check_shapes(student_logits="B K", teacher_logits="B K")
 def mlkd_class_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    r"""Squared difference of the classes' correlations: the class level of `mlkd_loss`, at one temperature.
+    r"""Squared difference of class Gram matrices: the class level of `mlkd_loss` at one temperature.
 
     $$ \frac{1}{K} \lVert P_t^\top P_t - P_s^\top P_s \rVert^2, \quad P = \mathrm{softmax}(z / \tau) $$
 
     Args:
-        student_logits: `(B, K)`.
-        teacher_logits: `(B, K)`.
-        temperature: Greater than 0.
+        student_logits: Student logits `(B, K)`.
+        teacher_logits: Teacher logits `(B, K)`.
+        temperature: Softmax temperature, greater than 0.
 
     Returns:
-        A scalar; float32 for logits in half precision, else the logits' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
         Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023.
@@ -64,17 +64,17 @@ def mlkd_class_loss(student_logits: Tensor, teacher_logits: Tensor, temperature:
 
 @check_shapes(student_logits="B K", teacher_logits="B K")
 def mlkd_batch_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    r"""Squared difference of the images' correlations: the batch level of `mlkd_loss`, at one temperature.
+    r"""Squared difference of sample Gram matrices: the batch level of `mlkd_loss` at one temperature.
 
     $$ \frac{1}{B} \lVert P_t P_t^\top - P_s P_s^\top \rVert^2, \quad P = \mathrm{softmax}(z / \tau) $$
 
     Args:
-        student_logits: `(B, K)`.
-        teacher_logits: `(B, K)`.
-        temperature: Greater than 0.
+        student_logits: Student logits `(B, K)`.
+        teacher_logits: Teacher logits `(B, K)`.
+        temperature: Softmax temperature, greater than 0.
 
     Returns:
-        A scalar; float32 for logits in half precision, else the logits' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
         Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023.
@@ -83,7 +83,7 @@ def mlkd_batch_loss(student_logits: Tensor, teacher_logits: Tensor, temperature:
 
 
 def _lowest(values: Tensor, percentile: float) -> Tensor:
-    """1 for the values up to the percentile, else 0."""
+    """Return 1 for values up to the percentile and 0 for all others."""
     return (values <= values.quantile(percentile / 100)).to(values.dtype)
 
 
@@ -118,27 +118,28 @@ def mlkd_loss(
     percentile: float = 50.0,
     form: Form = "code",
 ) -> Tensor:
-    r"""Three comparisons of logits at several temperatures, of two views of each image, first the weak then the strong.
+    r"""Multi-level logit distillation loss: instance, class and batch level at several temperatures.
 
-    The paper's form, with views v and temperatures $\tau$:
+    The logits belong to two views of each image, a weakly and a strongly augmented one. In the paper's form, with views
+    v and temperatures $\tau$, the loss is
 
     $$ \sum_v \sum_\tau \Big( \frac{\tau^2}{B} \sum_i m_i \, \mathrm{KL}(p_{t,i} \,\|\, p_{s,i})
        + \frac{1}{K} \sum_c n_c \lVert (P_t^\top P_t - P_s^\top P_s)_c \rVert^2
        + \frac{1}{B} \sum_i m_i \lVert (P_t P_t^\top - P_s P_s^\top)_i \rVert^2 \Big) $$
 
-    P are the probabilities $\mathrm{softmax}(z / \tau)$, $(B, K)$. $m_i$ is 1 for the images of whose weak view the
-    teacher is least sure (its largest probability is up to the percentile over the batch), else 0; $n_c$ likewise for
-    the classes to which it gives least in the whole batch.
+    Here $P = \mathrm{softmax}(z / \tau)$ are the probabilities $(B, K)$. The mask $m_i$ is 1 for images whose largest
+    teacher probability in the weak view is at or below the percentile over the batch, and 0 for the others. The mask
+    $n_c$ selects classes in the same way by the teacher's probability summed over the batch.
 
     Args:
-        student_logits: `(2 * B, K)`, all weak views, then all strong ones.
-        teacher_logits: `(2 * B, K)`.
-        temperatures: Each greater than 0.
-        percentile: 0 to 100; how much of the batch, and of the classes, counts.
-        form: `paper` as above; `code` is what the authors ran, see `MLKD`.
+        student_logits: Student logits `(2 * B, K)`: all weak views, then all strong views.
+        teacher_logits: Teacher logits `(2 * B, K)`.
+        temperatures: Softmax temperatures, each greater than 0.
+        percentile: Percentile between 0 and 100 up to which images and classes are selected.
+        form: `paper` for the formula above, `code` for the authors' implementation (see `MLKD`).
 
     Returns:
-        A scalar; float32 for logits in half precision, else the logits' type.
+        Scalar loss (float32 for half-precision inputs).
 
     References:
         Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023.
@@ -148,30 +149,34 @@ def mlkd_loss(
 
 
 class MLKD(DistillLoss):
-    """Multi-level logit distillation: probabilities, and their products over the batch and over the classes.
+    """Multi-level logit distillation: sample, class, batch.
 
-    It reads two views of each image, the second augmented more strongly (`lkd.datamodules.StrongView`), and compares
-    them at several temperatures. Its curves are `train/mlkd_kd`, `train/mlkd_class` and `train/mlkd_batch`.
+    The criterion reads two views of each image, the second one with stronger augmentation
+    (`lkd.datamodules.StrongView`), and compares probabilities and their Gram matrices over the batch and over the
+    classes at several temperatures (see `mlkd_loss`). The terms are logged as `train/mlkd_kd`, `train/mlkd_class` and
+    `train/mlkd_batch`.
 
-    The form `code` is the authors' program, which gave the published numbers. It differs from the paper, and from
-    `paper`: the masks multiply means, so that they are but a factor, about a half, and images and classes are not
-    chosen; the strong view is compared by its probabilities alone, without a mask, and from the fourth temperature on
-    the weak view stands in for it. In both forms the weak view decides what is masked.
+    `form: code` follows the authors' implementation, which produced the published results. It differs from the paper
+    (`form: paper`) in two ways. First, the masks multiply means, so they act as a factor of about one half instead of
+    selecting images and classes. Second, the strong view enters only the instance level, without a mask, and is
+    replaced by the weak view from the fourth temperature on. In both forms, the masks are computed from the weak view.
 
-    Inside `LogitStandardization` all three comparisons read standardised logits; its authors standardise the
-    probabilities' term alone.
+    Inside `LogitStandardization`, all three levels read standardized logits; the authors of that method standardize
+    only the logits of the instance level.
 
     Args:
         form: `code` or `paper`.
-        temperatures: Each greater than 0.
-        percentile: 0 to 100; how much of the batch, and of the classes, counts.
+        temperatures: Softmax temperatures, each greater than 0.
+        percentile: Percentile between 0 and 100 up to which images and classes are selected.
 
     Raises:
-        ValueError: If a temperature is not greater than 0, there is none, or the percentile is out of range.
+        ValueError: If a temperature is not greater than 0, if `temperatures` is empty, or if the percentile is out of
+            range.
 
     References:
-        Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023, and the authors' code. They add the cross-entropies
-        of both views, where lkd takes their mean: their weight 0.1 is `hard_weight` 0.2.
+        Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023, and the authors' code. The authors add the
+        cross-entropies of both views, whereas lkd uses their mean: the authors' weight 0.1 corresponds to `hard_weight`
+        0.2.
     """
 
     num_views = 2
@@ -185,13 +190,13 @@ class MLKD(DistillLoss):
         if form not in ("code", "paper"):
             raise ValueError(f"form must be 'code' or 'paper', got {form!r}")
         if not temperatures:
-            raise ValueError(f"MLKD needs at least one temperature; the authors take {TEMPERATURES}")
+            raise ValueError(f"MLKD requires at least one temperature; the authors use {TEMPERATURES}")
         if not 0 <= percentile <= 100:
-            raise ValueError(f"percentile must be between 0 and 100, got {percentile}; the authors take 50")
+            raise ValueError(f"percentile must be between 0 and 100, got {percentile}; the authors use 50")
         self.form: Form = form
         self.temperatures = tuple(check_temperature(temperature) for temperature in temperatures)
         self.percentile = percentile
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The three parts of `mlkd_loss`."""
+        """Compute the three terms of `mlkd_loss`."""
         return _terms(student.logits, teacher.logits, self.temperatures, self.percentile, self.form)

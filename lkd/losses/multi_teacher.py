@@ -1,4 +1,4 @@
-"""Learning from several teachers at once."""
+"""Distillation from several teachers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lkd.losses._labels import labelled_mean, own_class
+from lkd.losses._precision import full_precision
+from lkd.losses._shapes import check_shapes
 from lkd.losses.base import CompositeLoss, DistillLoss, named_terms
-from lkd.losses.labels import labelled_mean, own_class
-from lkd.losses.precision import full_precision
-from lkd.losses.shapes import check_shapes
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 _MEMBERS = "members"
 
 
 def _log_own(teacher_logits: Tensor, target: Tensor) -> Tensor:
-    """Each teacher's log-probability of the label, `(M, B)`."""
+    """Return each teacher's log-probability of the label `(M, B)`."""
     own = own_class(target, teacher_logits[0]).expand(len(teacher_logits), -1, 1)
     return F.log_softmax(teacher_logits, dim=2).gather(2, own).squeeze(2)
 
@@ -29,17 +29,17 @@ def _log_own(teacher_logits: Tensor, target: Tensor) -> Tensor:
 @check_shapes(teacher_logits="M B K", target="B")
 @full_precision
 def teacher_confidence(teacher_logits: Tensor, target: Tensor) -> Tensor:
-    r"""How much each sample trusts each teacher: the less, the larger that teacher's cross-entropy with the label.
+    r"""Per-sample weights of several teachers: larger for a smaller cross-entropy with the label.
 
     $$ w_{ki} = \frac{1}{M - 1} \Big( 1 - \frac{\exp l_{ki}}{\sum_j \exp l_{ji}} \Big), \quad
        l_{ki} = -\log \mathrm{softmax}(z_{ki})_{y_i} $$
 
     Args:
-        teacher_logits: `(M, B, K)`, of M teachers, at least 2.
-        target: `(B,)`; an image without a label (`IGNORE_INDEX`) trusts all teachers alike.
+        teacher_logits: Logits `(M, B, K)` of M teachers, at least 2.
+        target: Class indices `(B,)`; all teachers get equal weights for samples with `IGNORE_INDEX`.
 
     Returns:
-        Weights `(M, B)`, whose sum over the teachers is 1; float32 for logits in half precision, else the logits' type.
+        Weights `(M, B)` that sum to 1 over the teachers (float32 for half-precision inputs).
 
     References:
         Zhang, Chen, Wang: Confidence-Aware Multi-Teacher Knowledge Distillation, ICASSP 2022 (arXiv 2201.00007),
@@ -58,17 +58,17 @@ def teacher_confidence(teacher_logits: Tensor, target: Tensor) -> Tensor:
 @check_shapes(teacher_logits="M B K", target="B", weight_logits="M")
 @full_precision
 def mixture_loss(teacher_logits: Tensor, target: Tensor, weight_logits: Tensor) -> Tensor:
-    r"""Cross-entropy of the teachers' mixture with the labels: what the mixture's weights are learned by.
+    r"""Cross-entropy of a mixture of teachers with the labels, used to learn the weights of the mixture.
 
     $$ -\frac{1}{B} \sum_i \log \sum_k w_k \, \mathrm{softmax}(z_{ki})_{y_i}, \quad w = \mathrm{softmax}(\theta) $$
 
     Args:
-        teacher_logits: `(M, B, K)`, of M teachers.
-        target: `(B,)`; images without a label (`IGNORE_INDEX`) do not count.
-        weight_logits: theta, `(M,)`.
+        teacher_logits: Logits `(M, B, K)` of M teachers.
+        target: Class indices `(B,)`; samples with `IGNORE_INDEX` are excluded from the mean.
+        weight_logits: Parameters theta of the mixture weights `(M,)`.
 
     Returns:
-        A scalar in nats; float32 for logits in half precision, else the logits' type.
+        Scalar loss in nats (float32 for half-precision inputs).
     """
     log_p = _log_own(teacher_logits, target)
     mixed = (log_p + F.log_softmax(weight_logits, dim=0).unsqueeze(1)).logsumexp(0)
@@ -76,38 +76,41 @@ def mixture_loss(teacher_logits: Tensor, target: Tensor, weight_logits: Tensor) 
 
 
 class MultiTeacher(CompositeLoss):
-    r"""Any criterion, compared with each of several teachers, and the values weighed.
+    r"""Apply any criterion to several teachers.
 
     $$ \sum_k w_k L_k \quad \text{or} \quad \frac{1}{B} \sum_i \sum_k w_{ki} L_{ki} $$
 
-    The teacher is an `lkd.models.Ensemble`, or another network whose attribute `members` is a list of networks that
-    return logits. Each teacher gets its own copy of the criterion, as adapters differ. Weights are
+    The teacher must be an `lkd.models.Ensemble` or another network whose attribute `members` is a list of networks that
+    return logits. Each teacher has its own copy of the criterion, because adapters differ. The weights are determined
+    by `weighting`:
 
-    - `fixed`: the given ones;
-    - `confidence`: for each sample, larger for teachers that are right (`teacher_confidence`);
-    - `learned`: the softmax of a parameter that learns to make the teachers' mixture right (`mixture_loss`, the curve
-      `mixture`). The student's loss takes the weights without their gradient: with it they would go over to the teacher
-      that is easiest to imitate.
+    - `fixed`: constant weights.
+    - `confidence`: per-sample weights that are larger for teachers with a smaller cross-entropy (`teacher_confidence`).
+    - `learned`: softmax of a parameter that minimizes the cross-entropy of the teachers' mixture (`mixture_loss`,
+      logged as `mixture`). The student's loss uses the detached weights; otherwise, they would shift to the teacher
+      that is easiest to match.
 
-    Curves keep the criterion's name.
+    Terms are logged under the name of the criterion.
 
     Args:
-        criterion: What compares the student with one teacher. For `confidence`, the mean of its values for the single
-            samples (`KD`, `DKD`, `AT`, ...), or for those with a label, without BatchNorm in its adapters.
-        weighting: Where the weights come from.
-        weights: For `fixed`, one for each teacher, in the ensemble's order, at least 0; they are divided by their sum.
-            None: all alike.
+        criterion: Criterion that compares the student with one teacher. With `confidence`, its value must be a mean
+            over samples (`KD`, `DKD`, `AT`, ...) or over labelled samples, and its adapters must not contain BatchNorm.
+        weighting: Source of the weights.
+        weights: Weights for `fixed`, one for each teacher in the order of the ensemble, at least 0. They are normalized
+            to sum 1. `None` weights all teachers equally.
 
     Raises:
-        ValueError: If weights are given and the weighting is another one, or a weight is negative, or all are 0; in
-            training, if the teacher has fewer than two members, there are not as many weights, or the criterion cannot
-            be read sample by sample and is to be weighed so.
+        ValueError: If weights are given and `weighting` is not `fixed`, if a weight is negative, or if all weights are
+            0. At the start of training, if the teacher has fewer than two members, if the number of weights differs
+            from the number of members, or if `confidence` is used with a criterion that cannot be evaluated sample by
+            sample.
 
     References:
         Zhang, Chen, Wang: Confidence-Aware Multi-Teacher Knowledge Distillation, ICASSP 2022 (arXiv 2201.00007): KD
-        with `confidence`. The authors' code divides by the number of teachers once more. Their weights of feature maps,
-        which let each teacher's classifier judge the student's feature, are not here: features are weighed as logits.
-        Fixed weights are divided by their sum in float32, so in a float64 training they are exact to about 1e-7.
+        with `confidence`. The authors' code additionally divides by the number of teachers. The authors' weights for
+        feature maps, for which each teacher's classifier evaluates the student's feature, are not implemented: features
+        are weighted like logits. Fixed weights are normalized in float32, so they are exact to about 1e-7 in float64
+        training.
     """
 
     shares: Tensor
@@ -121,15 +124,19 @@ class MultiTeacher(CompositeLoss):
         super().__init__([criterion])
         if not criterion.needs_teacher:
             raise ValueError(
-                f"MultiTeacher compares the student with several teachers, and {type(criterion).__name__} asks none; "
-                "take it by itself, or beside a MultiTeacher in a WeightedSum"
+                f"MultiTeacher requires a criterion that uses a teacher, got {type(criterion).__name__}; use it alone, "
+                "or in a WeightedSum with a MultiTeacher"
             )
         if weights is not None and weighting != "fixed":
-            raise ValueError(f"MultiTeacher takes weights with weighting 'fixed' only, got {weights} and {weighting!r}")
+            raise ValueError(
+                f"MultiTeacher accepts weights only with weighting 'fixed', got {weights} and {weighting!r}"
+            )
         if weights is not None and not (
             weights and all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0
         ):
-            raise ValueError(f"weights must be finite and not negative, and one must be greater than 0, got {weights}")
+            raise ValueError(
+                f"weights must be finite and not negative, and at least one must be positive, got {weights}"
+            )
         if weighting == "confidence":
             _check_single(criterion)
         self.criteria = nn.ModuleList([criterion])
@@ -138,35 +145,33 @@ class MultiTeacher(CompositeLoss):
 
     @property
     def name(self) -> str:
-        """The criterion's."""
+        """Name of the inner criterion."""
         return self.parts[0].name
 
     @property
     def parts(self) -> list[DistillLoss]:
-        """The criterion's copies, one for each teacher."""
+        """Copies of the criterion, one for each teacher."""
         return list(self.criteria)  # type: ignore[arg-type]
 
     @property
     def needs_build(self) -> bool:  # type: ignore[override]
-        """Whether the copies need what their `build` makes, or the weights are learned."""
+        """Whether the copies need to be built or the weights are learned."""
         return self.weighting == "learned" or super().needs_build
 
     @property
     def skips_unlabelled(self) -> bool | None:  # type: ignore[override]
-        """As the criterion; None where the term `mixture`, which reads labels, is added."""
+        """Value of the inner criterion; None with learned weights, as the term `mixture` reads labels."""
         return None if self.weighting == "learned" else self.parts[0].skips_unlabelled
 
     def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Copy the criterion for each teacher, and find the copies' layers."""
+        """Copy the criterion for each teacher and resolve the layer names of the copies."""
         members = list(getattr(teacher, _MEMBERS, ()))
         if len(members) < 2:
             got = "none" if teacher is None else f"one {type(teacher).__name__}"
-            raise ValueError(
-                f"MultiTeacher compares the student with at least two teachers, got {got}; give an lkd.models.Ensemble"
-            )
+            raise ValueError(f"MultiTeacher requires at least two teachers, got {got}; use an lkd.models.Ensemble")
         if self.weights is not None and len(self.weights) != len(members):
             raise ValueError(
-                f"MultiTeacher has {len(self.weights)} weights for {len(members)} teachers; give one for each"
+                f"MultiTeacher has {len(self.weights)} weights for {len(members)} teachers; set one for each"
             )
         first = self.parts[0]
         self.criteria = nn.ModuleList([first, *(deepcopy(first) for _ in members[1:])])
@@ -180,36 +185,36 @@ class MultiTeacher(CompositeLoss):
         )
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Build each copy."""
+        """Build each copy of the criterion."""
         members = getattr(teacher.network, _MEMBERS)
-        for part, member, answer in zip(self.parts, members, self._answers(teacher.outputs), strict=True):
-            part.build(student, Probe(member, answer))
+        for part, member, outputs in zip(self.parts, members, self._member_outputs(teacher.outputs), strict=True):
+            part.build(student, Probe(member, outputs))
         if self.weighting == "learned":
             self.theta = nn.Parameter(torch.zeros(len(members)))
         if self.weighting == "confidence" and any(list(part.buffers()) for part in self.parts):
             raise ValueError(
-                f"weighting 'confidence' needs a criterion that reads each sample by itself, and "
-                f"{type(self.parts[0]).__name__} remembers something of the batch (a BatchNorm, or a memory); take "
-                "'fixed' or 'learned'"
+                f"weighting 'confidence' requires a criterion for single samples, but "
+                f"{type(self.parts[0]).__name__} keeps batch statistics (BatchNorm or a memory bank); use 'fixed' or "
+                "'learned'"
             )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The criterion's terms, weighed; with `learned`, the term `mixture` beside them."""
-        answers = self._answers(teacher)
-        logits = torch.stack([answer.logits for answer in answers])
+        """Compute the weighted terms of the criterion and, with learned weights, the term `mixture`."""
+        members = self._member_outputs(teacher)
+        logits = torch.stack([outputs.logits for outputs in members])
         compare = _compare_each if self.weighting == "confidence" else _compare
         num_samples = self._num_samples(batch.target)
         terms: dict[str, Tensor] = {}
-        for part, answer, weight in zip(self.parts, answers, self._weights(logits, batch.target), strict=True):
-            for key, value in compare(part, student, answer, batch).items():
-                weighed = (weight * value).sum() / num_samples
-                terms[key] = terms[key] + weighed if key in terms else weighed
+        for part, outputs, weight in zip(self.parts, members, self._weights(logits, batch.target), strict=True):
+            for key, value in compare(part, student, outputs, batch).items():
+                weighted = (weight * value).sum() / num_samples
+                terms[key] = terms[key] + weighted if key in terms else weighted
         if self.weighting == "learned":
             terms["mixture"] = mixture_loss(logits, batch.target, self.theta)
         return terms
 
-    def _answers(self, teacher: Outputs) -> list[Outputs]:
-        """What each teacher said, with its own layers' names."""
+    def _member_outputs(self, teacher: Outputs) -> list[Outputs]:
+        """Split the ensemble's outputs into the outputs of each teacher, under the teacher's own layer names."""
         return [
             Outputs(
                 teacher.features[_layer(number)],
@@ -219,7 +224,7 @@ class MultiTeacher(CompositeLoss):
         ]
 
     def _weights(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Weights `(M,)` of the teachers, or `(M, B)` of the teachers and samples."""
+        """Return the weights `(M,)` of the teachers or, with `confidence`, `(M, B)` of teachers and samples."""
         if self.weighting == "confidence":
             return teacher_confidence(logits, target)
         if self.weighting == "learned":
@@ -227,7 +232,7 @@ class MultiTeacher(CompositeLoss):
         return self.shares
 
     def _num_samples(self, target: Tensor) -> int | Tensor:
-        """How many values `weight * value` has that count: 1, or one for each sample."""
+        """Return the number of samples to divide by: 1 unless the weights are per sample."""
         if self.weighting != "confidence":
             return 1
         labelled = (target != IGNORE_INDEX).sum().clamp(min=1)
@@ -235,17 +240,17 @@ class MultiTeacher(CompositeLoss):
 
 
 def _check_single(criterion: DistillLoss) -> None:
-    name, others = type(criterion).__name__, "take 'fixed' or 'learned'"
+    name, others = type(criterion).__name__, "use 'fixed' or 'learned'"
     if criterion.compares_samples or criterion.num_views > 1:
         what = "images of a batch" if criterion.compares_samples else "views of an image"
         raise ValueError(
-            f"weighting 'confidence' weighs each image by itself, and {name} compares the {what} with each other; "
-            f"{others}"
+            f"weighting 'confidence' requires a criterion for single images, but {name} compares the {what} with each "
+            f"other; {others}"
         )
     if criterion.skips_unlabelled is None:
         raise ValueError(
-            f"weighting 'confidence' takes a mean over all images or over those with a label, and the terms of {name} "
-            f"differ in that; {others}, or a MultiTeacher for each criterion of a WeightedSum"
+            f"weighting 'confidence' averages over all images or over labelled images, but the terms of "
+            f"{name} differ in this; {others}, or one MultiTeacher for each criterion of a WeightedSum"
         )
 
 
@@ -258,7 +263,7 @@ def _compare(criterion: DistillLoss, student: Outputs, teacher: Outputs, batch: 
 
 
 def _compare_each(criterion: DistillLoss, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-    """The criterion's terms for each sample by itself, `(B,)`."""
+    """Evaluate the criterion for each sample separately; each term has the shape `(B,)`."""
 
     def compare(student: Outputs, teacher: Outputs, target: Tensor, index: Tensor | None) -> dict[str, Tensor]:
         rows = tree_map(lambda row: None if row is None else row.unsqueeze(0), (student, teacher, target, index))

@@ -1,4 +1,4 @@
-"""Semantic calibration: every layer of the student learns from those of the teacher that are nearest to it."""
+"""Cross-layer distillation with semantic calibration (SemCKD)."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses.adapters import bottleneck, same_size
+from lkd.losses._adapters import bottleneck, same_size
+from lkd.losses._checks import check_dims, check_temperature
+from lkd.losses._precision import full_precision, wide
+from lkd.losses._shapes import check_shapes
+from lkd.losses._unit_vectors import unit_vectors
 from lkd.losses.base import DistillLoss, read_layers, total
-from lkd.losses.checks import check_dims, check_temperature
-from lkd.losses.directions import directions
-from lkd.losses.precision import full_precision, wide
-from lkd.losses.shapes import check_shapes
 from lkd.types import Batch, Outputs, Probe
 
 
 @check_shapes(queries="B L D", keys="B M D")
 @full_precision
 def semckd_attention(queries: Tensor, keys: Tensor, temperature: float = 1.0) -> Tensor:
-    r"""How much each layer of the student learns from each of the teacher's, for every sample.
+    r"""Attention of each student layer over the teacher layers, for each sample.
 
     $$ \alpha_{i l m} = \mathrm{softmax}_m (q_{i l} \cdot k_{i m} / \tau) $$
 
     Args:
-        queries: Of the student's layers, `(B, L, D)`.
-        keys: Of the teacher's layers, `(B, M, D)`.
-        temperature: Greater than 0; a larger one spreads the attention.
+        queries: Queries of the student layers `(B, L, D)`.
+        keys: Keys of the teacher layers `(B, M, D)`.
+        temperature: Softmax temperature, greater than 0; larger values flatten the attention.
 
     Returns:
-        `(B, L, M)`, with sum 1 over the teacher's layers.
+        Attention weights `(B, L, M)` that sum to 1 over the teacher layers.
 
     References:
         Chen et al.: Cross-Layer Distillation with Semantic Calibration, AAAI 2021 (arXiv 2012.03236).
@@ -42,16 +42,16 @@ def semckd_attention(queries: Tensor, keys: Tensor, temperature: float = 1.0) ->
 @check_shapes(distances="B L M", attention="B L M")
 @full_precision
 def semckd_loss(distances: Tensor, attention: Tensor) -> Tensor:
-    r"""Mean over samples and the student's layers of the attended distances to the teacher's layers.
+    r"""Attention-weighted sum of the distances to the teacher layers, averaged over samples and student layers.
 
     $$ \frac{1}{B L} \sum_{i l m} \alpha_{i l m} d_{i l m} $$
 
     Args:
-        distances: Of every layer of the student from every layer of the teacher, `(B, L, M)`.
-        attention: `(B, L, M)`.
+        distances: Distances between student and teacher layers `(B, L, M)`.
+        attention: Attention weights `(B, L, M)`.
 
     Returns:
-        A scalar.
+        Scalar loss.
 
     References:
         Chen et al.: Cross-Layer Distillation with Semantic Calibration, AAAI 2021 (arXiv 2012.03236).
@@ -65,23 +65,23 @@ def semckd_loss(distances: Tensor, attention: Tensor) -> Tensor:
 
 @full_precision
 def _distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of each sample's features, `(B,)`."""
+    """Return the mean squared error of each sample's features `(B,)`."""
     return (student - teacher).square().flatten(1).mean(1)
 
 
 class _Embedding(nn.Module):
-    """A sample's similarities to the samples of its batch, as a vector of length 1."""
+    """Embed the similarities of a sample to the samples of its batch in a vector of unit length."""
 
     def __init__(self, batch_size: int, width: int) -> None:
         super().__init__()
         self.linear1 = nn.Linear(batch_size, 2 * width)
         self.linear2 = nn.Linear(2 * width, width)
 
-    @full_precision  # the products of features soon leave the range of float16
+    @full_precision  # inner products of features exceed the range of float16
     def forward(self, feature: Tensor) -> Tensor:
         rows = feature.flatten(1)
         hidden = F.relu(_linear(self.linear1, rows @ rows.T))
-        return directions(_linear(self.linear2, hidden), dim=1)
+        return unit_vectors(_linear(self.linear2, hidden), dim=1)
 
 
 def _linear(layer: nn.Linear, values: Tensor) -> Tensor:
@@ -89,37 +89,38 @@ def _linear(layer: nn.Linear, values: Tensor) -> Tensor:
 
 
 def _views(features: Sequence[Tensor], number: int) -> list[tuple[Tensor, ...]]:
-    """Each view's features, of all layers."""
+    """Split the features of all layers into views."""
     return list(zip(*(feature.chunk(number) for feature in features), strict=True))
 
 
 class SemCKD(DistillLoss):
-    r"""Semantic calibration: each layer of the student imitates all layers of the teacher, the similar ones most.
+    r"""Semantic calibration: attend from layers to layers.
 
     $$ \frac{1}{B L} \sum_{i l m} \alpha_{i l m} \, \mathrm{mse}(r_{lm}(F_{s,l})_i, F_{t,m,i}), \quad
        \alpha_{i l m} = \mathrm{softmax}_m (q_l(G_{s,l})_i \cdot k_m(G_{t,m})_i / \tau) $$
 
-    G holds the products of the batch's features. Queries q and keys k are two linear layers each, and r is a bottleneck
-    of convolutions with BatchNorm; all train with the student. The larger map is averaged to the smaller one's size.
+    G contains the inner products between the features of a batch. Queries q and keys k are computed by two linear
+    layers each, and r is a bottleneck of convolutions with BatchNorm; all of them are trained with the student. The
+    larger map is average-pooled to the size of the smaller one.
 
-    Queries and keys read as many numbers as a batch has images: they are bound to one size of batches (in each
-    process). In a batch of another size this loss is 0, with gradients that are 0; the first one is warned of. Where
-    there are several views of each image, G holds the products within each view.
+    Queries and keys have one input per image of the batch, so they require a fixed batch size (in each process). For a
+    batch of another size, the loss and its gradients are 0, and a warning is issued once. With several views of each
+    image, G contains the inner products within each view.
 
     Args:
-        student_layers: Layers of the student whose feature maps it reads.
-        teacher_layers: The teacher's; they need not be as many.
-        batch_size: Images in a full batch of one process; None: the datamodule's `batch_size`.
-        factor: Queries and keys have `batch_size / factor` numbers.
-        temperature: Greater than 0; a larger one spreads the attention.
+        student_layers: Student layers whose feature maps are compared.
+        teacher_layers: Teacher layers; their number may differ from the number of student layers.
+        batch_size: Number of images in a full batch of one process; `None` takes the data module's `batch_size`.
+        factor: Reduction factor: queries and keys have `batch_size / factor` dimensions.
+        temperature: Softmax temperature of the attention, greater than 0; larger values flatten it.
 
     Raises:
-        ValueError: If the factor is below 1 or the temperature not greater than 0, or, in training, a layer returns no
-            feature map or the size of batches is not known.
+        ValueError: If `factor` is less than 1 or the temperature is not greater than 0. At the start of training, if a
+            layer does not return a feature map or the batch size is unknown.
 
     References:
         Chen et al.: Cross-Layer Distillation with Semantic Calibration, AAAI 2021 (arXiv 2012.03236). The authors' code
-        weighs it with 400, and leaves out incomplete batches altogether, also their labels.
+        uses the weight 400 and skips incomplete batches entirely, including their cross-entropy.
     """
 
     reads_logits = False
@@ -136,17 +137,17 @@ class SemCKD(DistillLoss):
     ) -> None:
         super().__init__(student_layers, teacher_layers)
         if factor < 1:
-            raise ValueError(f"factor must be at least 1, got {factor}; the batch size is divided by it")
+            raise ValueError(f"factor must be at least 1, got {factor}; it divides the batch size")
         self.batch_size = batch_size
         self.factor = factor
         self._warned = False
         self.temperature = check_temperature(temperature)
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make queries, keys and regressors."""
+        """Create queries, keys and regressors."""
         if self.batch_size is None:
             raise ValueError(
-                "SemCKD is bound to one size of batches, and the data does not tell it; use a datamodule with "
+                "SemCKD requires a fixed batch size, which the data module does not provide; use a data module with "
                 "`batch_size`, or set the criterion's batch_size"
             )
         ours, theirs = self._features(student.outputs, teacher.outputs)
@@ -162,12 +163,12 @@ class SemCKD(DistillLoss):
         )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """See `semckd_loss`; 0 where the batch is not full."""
+        """Compute `semckd_loss`, or 0 for incomplete batches."""
         ours, theirs = self._features(student, teacher)
         num_images = len(ours[0]) // batch.views
         if num_images != self.batch_size:
             self._warn(num_images)
-            return self._nothing(ours)
+            return self._zero(ours)
         pairs = zip(self.regressors, starmap(same_size, product(ours, theirs)), strict=True)
         distances = [_distance(regressor(own), other) for regressor, (own, other) in pairs]
         found = torch.stack(distances, 1).reshape(len(ours[0]), len(ours), len(theirs))
@@ -175,11 +176,11 @@ class SemCKD(DistillLoss):
         return semckd_loss(found, torch.cat([self.attention(*view) for view in views]))
 
     def attention(self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
-        """See `semckd_attention`.
+        """Compute `semckd_attention`.
 
         Args:
-            student_features: Of the student's layers, `(B, C, H, W)` each, of one view.
-            teacher_features: Of the teacher's layers.
+            student_features: Features of the student layers for one view, `(B, C, H, W)` each.
+            teacher_features: Features of the teacher layers.
         """
         queries = [query(feature) for query, feature in zip(self.queries, student_features, strict=True)]
         keys = [key(feature) for key, feature in zip(self.keys, teacher_features, strict=True)]
@@ -194,11 +195,11 @@ class SemCKD(DistillLoss):
 
             self._warned = True
             rank_zero_warn(
-                f"SemCKD's loss is 0 in a batch of {num_images} images, as it is made for {self.batch_size}; if more "
-                "than the last batch are so, set the criterion's batch_size"
+                f"SemCKD's loss is 0 for a batch of {num_images} images, as it requires {self.batch_size}; if this "
+                "affects more than the last batch of an epoch, set the criterion's batch_size"
             )
 
-    def _nothing(self, features: Sequence[Tensor]) -> Tensor:
-        """0, with a gradient for all that trains: DDP waits for it."""
+    def _zero(self, features: Sequence[Tensor]) -> Tensor:
+        """Return 0 with a gradient for all trained tensors, which DDP waits for."""
         sums = [wide(tensor).sum() for tensor in (*features, *self.parameters())]
         return 0 * total(sums)

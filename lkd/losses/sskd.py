@@ -1,4 +1,4 @@
-"""What a network makes of turned images: to which image they belong, and of which class they are."""
+"""Self-supervised knowledge distillation (SSKD)."""
 
 from __future__ import annotations
 
@@ -6,49 +6,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lkd.losses._checks import check_temperature, check_weights
+from lkd.losses._divergence import softened_kl
+from lkd.losses._labels import own_class
+from lkd.losses._precision import full_precision
+from lkd.losses._shapes import check_shapes
+from lkd.losses._unit_vectors import unit_vectors
 from lkd.losses.base import DistillLoss
-from lkd.losses.checks import check_temperature, check_weights
-from lkd.losses.directions import directions
-from lkd.losses.labels import own_class
-from lkd.losses.logit import kd_loss, softened_kl
-from lkd.losses.precision import full_precision
-from lkd.losses.shapes import check_shapes
+from lkd.losses.kd import kd_loss
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 _VIEWS = 4
 
 
-def _upright(views: Tensor) -> Tensor:
-    """The first view of each image `(B, ...)`."""
+def _unrotated(views: Tensor) -> Tensor:
+    """Return the first, unrotated view of each image `(B, ...)`."""
     return views.chunk(_VIEWS)[0]
 
 
-def _turned(views: Tensor) -> Tensor:
-    """The other views, image by image `(3 * B, ...)`."""
+def _rotated(views: Tensor) -> Tensor:
+    """Return the rotated views, grouped by image `(3 * B, ...)`."""
     return torch.stack(views.chunk(_VIEWS)[1:], dim=1).flatten(0, 1)
 
 
 def _similarity(embedding: Tensor) -> Tensor:
-    """Cosines of each turned view with each image `(3 * B, B)`."""
-    return directions(_turned(embedding), dim=1) @ directions(_upright(embedding), dim=1).T
+    """Return the cosine similarities between rotated views and unrotated images `(3 * B, B)`."""
+    return unit_vectors(_rotated(embedding), dim=1) @ unit_vectors(_unrotated(embedding), dim=1).T
 
 
 def _own_image(similarity: Tensor) -> Tensor:
-    """To which image each turned view belongs `(3 * B,)`."""
+    """Return the index of the image that each rotated view belongs to `(3 * B,)`."""
     return torch.arange(similarity.shape[1], device=similarity.device).repeat_interleave(_VIEWS - 1)
 
 
-def _kept_mean(values: Tensor, score: Tensor, answer: Tensor, ratio: float) -> Tensor:
-    """Mean of `(N,)` over the rows where the teacher's score `(N, M)` is largest at the answer, and the best others.
+def _kept_mean(values: Tensor, score: Tensor, expected: Tensor, ratio: float) -> Tensor:
+    """Average `values` `(N,)` over the rows that the teacher's `score` `(N, M)` ranks correctly, and some others.
 
-    Of the others, ordered by how many columns score more than the answer, and then as they come, a share is kept. Rows
-    whose answer is not known (`IGNORE_INDEX`) do not count.
+    A row is correct if its score is largest in the expected column. The other rows are ordered by the number of columns
+    that score higher than the expected one, ties in their original order, and the share `ratio` of them is kept. Rows
+    whose expected column is `IGNORE_INDEX` are excluded.
     """
-    known = answer != IGNORE_INDEX
-    rank = (score > score.gather(1, own_class(answer, score))).sum(1).masked_fill(~known, score.shape[1])
+    known = expected != IGNORE_INDEX
+    rank = (score > score.gather(1, own_class(expected, score))).sum(1).masked_fill(~known, score.shape[1])
     right = (rank == 0).sum()
     kept = right + ((known.sum() - right).to(score.dtype) * ratio).long()
-    place = rank.argsort(stable=True).argsort()  # rows are masked, not chosen: shapes stay, and so does a compiled step
+    place = rank.argsort(stable=True).argsort()  # masked, so that shapes stay static
     return values.masked_fill(place >= kept, 0).sum() / kept.clamp(min=1)
 
 
@@ -57,26 +59,28 @@ def _kept_mean(values: Tensor, score: Tensor, answer: Tensor, ratio: float) -> T
 def sskd_ss_loss(
     student_embedding: Tensor, teacher_embedding: Tensor, temperature: float = 0.5, ratio: float = 0.75
 ) -> Tensor:
-    r"""Divergence of the similarities between turned images and images: `SSKD`'s self-supervised part.
+    r"""Divergence of the similarities between rotated and unrotated images: the self-supervised term of `SSKD`.
 
     $$ \frac{\tau^2}{|S|} \sum_{i \in S} \mathrm{KL}(\mathrm{softmax}(a_{t,i} / \tau) \,\|\,
        \mathrm{softmax}(a_{s,i} / \tau)), \quad a_{ij} = \cos(e_i, e_j) $$
 
-    i are turned views, j images as they are. S are the views that the teacher assigns to their own image, and a share
-    of the others: those with the fewest images more similar than their own.
+    The index i runs over rotated views and j over unrotated images. S contains the views that the teacher assigns to
+    the correct image, and a share of the others, in the order of how many images are more similar than the correct one.
 
     Args:
-        student_embedding: `(4 * B, D)`, all images as they are, then all turned once, ...
-        teacher_embedding: `(4 * B, E)`.
-        temperature: Greater than 0.
-        ratio: Share of the wrongly assigned views that counts, 0 to 1.
+        student_embedding: Student embeddings `(4 * B, D)`: all unrotated images, then all images rotated once, and so
+            on.
+        teacher_embedding: Teacher embeddings `(4 * B, E)` in the same order.
+        temperature: Softmax temperature, greater than 0.
+        ratio: Share of the incorrectly assigned views in S, between 0 and 1.
 
     Returns:
-        A scalar in nats; float32 for features in half precision, else the features' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     References:
-        Xu et al.: Knowledge Distillation Meets Self-Supervision, ECCV 2020 (arXiv 2006.07114). Of views with equally
-        many images more similar, the authors keep any; here, those of the first images.
+        Xu et al.: Knowledge Distillation Meets Self-Supervision, ECCV 2020 (arXiv 2006.07114). Among views with the
+        same number of more similar images, the authors' code keeps arbitrary ones; here, those of the first images are
+        kept.
     """
     student, teacher = _similarity(student_embedding), _similarity(teacher_embedding)
     values = temperature**2 * softened_kl(student, teacher, temperature)
@@ -88,82 +92,85 @@ def sskd_ss_loss(
 def sskd_tf_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0, ratio: float = 1.0
 ) -> Tensor:
-    r"""Hinton's loss on the turned images that the teacher classifies best: `SSKD`'s part on transformed images.
+    r"""Divergence between teacher and student on rotated images: the transformation term of `SSKD`.
 
     $$ \frac{\tau^2}{|S|} \sum_{i \in S} \mathrm{KL}(\mathrm{softmax}(z_{t,i} / \tau) \,\|\,
        \mathrm{softmax}(z_{s,i} / \tau)) $$
 
-    S are the turned views of which the teacher finds the class, and a share of the others: those with the fewest
-    classes more likely than the right one.
+    S contains the rotated views that the teacher classifies correctly, and a share of the others, in the order of how
+    many classes are more likely than the correct one.
 
     Args:
-        student_logits: `(4 * B, K)`, all images as they are, then all turned once, ...
-        teacher_logits: `(4 * B, K)`.
-        target: The classes `(B,)`; images without a label (`IGNORE_INDEX`) do not count.
-        temperature: Greater than 0.
-        ratio: Share of the wrongly classified views that counts, 0 to 1.
+        student_logits: Student logits `(4 * B, K)`: all unrotated images, then all images rotated once, and so on.
+        teacher_logits: Teacher logits `(4 * B, K)` in the same order.
+        target: Class indices `(B,)`; samples with `IGNORE_INDEX` are excluded from the mean.
+        temperature: Softmax temperature, greater than 0.
+        ratio: Share of the incorrectly classified views in S, between 0 and 1.
 
     Returns:
-        A scalar in nats; float32 for logits in half precision, else the logits' type.
+        Scalar loss in nats (float32 for half-precision inputs).
 
     References:
         Xu et al.: Knowledge Distillation Meets Self-Supervision, ECCV 2020 (arXiv 2006.07114).
     """
-    student, teacher = _turned(student_logits), _turned(teacher_logits)
+    student, teacher = _rotated(student_logits), _rotated(teacher_logits)
     values = temperature**2 * softened_kl(student, teacher, temperature)
     return _kept_mean(values, teacher, target.repeat_interleave(_VIEWS - 1), ratio)
 
 
 @full_precision
 def _assignment_loss(embedding: Tensor) -> Tensor:
-    """Cross-entropy of finding each turned view's own image by its cosines."""
+    """Compute the cross-entropy of assigning each rotated view to its image by cosine similarity."""
     similarity = _similarity(embedding)
     return F.cross_entropy(similarity, _own_image(similarity))
 
 
 def _head(feature: Tensor) -> nn.Sequential:
-    """A projection head of two layers.
+    """Create a projection head of two linear layers.
 
-    The second has no bias, so that the cosines of what it says do not depend on the weights' size: weight decay, which
-    goes on when the head's training ends, then changes nothing.
+    The second layer has no bias, so the cosine similarities of the outputs do not depend on the scale of the weights.
+    Weight decay, which continues after the training of the head has ended, then has no effect on them.
     """
     width = feature.shape[1]
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width, bias=False))
 
 
 class SSKD(DistillLoss):
-    """Knowledge distillation with self-supervision: what the teacher says of turned images is knowledge as well.
+    """Self-supervised KD: KD plus rotated-view similarities.
 
-    It reads four views of each image: as it is, and turned (`lkd.datamodules.RotatedViews`). Projection heads on the
-    pooled features, trained with the student, tell by cosines to which image a turned view belongs; the student
-    imitates the teacher's similarities (`sskd_ss_loss`), its classes of turned images (`sskd_tf_loss`) and of the
-    images as they are (`kd_loss`). The teacher's head learns to find each view's own image, by cross-entropy; the
-    teacher itself stays as it is. The curves are `train/sskd_kd`, `train/sskd_ss`, `train/sskd_tf` and
-    `train/sskd_teacher_head`.
+    The criterion reads four views of each image: unrotated, and rotated three times (`lkd.datamodules.RotatedViews`).
+    Projection heads on the pooled features, trained with the student, assign rotated views to images by cosine
+    similarity. The student matches the teacher's similarities (`sskd_ss_loss`), its predictions for rotated images
+    (`sskd_tf_loss`) and its predictions for unrotated images (`kd_loss`). The teacher's head is trained with a
+    cross-entropy to find the image of each view; the teacher itself is unchanged. The terms are logged as
+    `train/sskd_kd`, `train/sskd_ss`, `train/sskd_tf` and `train/sskd_teacher_head`.
 
-    The authors train the teacher's head first. In one run, `lkd.callbacks.Schedule` does it with the shape `step`:
-    `criterion.ss_weight` is 0 in the first epochs, and `criterion.teacher_head_weight` afterwards.
+    The authors train the teacher's head before the student. `lkd.callbacks.Schedule` with the shape `step` does this in
+    a single run: set `criterion.ss_weight` to 0 in the first epochs and `criterion.teacher_head_weight` to 0
+    afterwards.
 
     Args:
-        student_layer: Layer of the student with its pooled feature `(B, C)`.
-        teacher_layer: The teacher's.
-        kd_weight: Weight of the comparison on the images as they are.
-        ss_weight: Weight of the similarities.
-        tf_weight: Weight of the comparison on turned images.
-        teacher_head_weight: Weight of the teacher's head's own loss, which does not reach the student.
-        kd_temperature: Temperature of the comparison on the images as they are.
-        ss_temperature: Temperature of the similarities.
-        tf_temperature: Temperature of the comparison on turned images.
-        ss_ratio: Share of the views that the teacher assigns wrongly that counts.
-        tf_ratio: Share of the turned images that the teacher classifies wrongly that counts.
+        student_layer: Student layer that returns the pooled feature `(B, C)`.
+        teacher_layer: Teacher layer that returns the pooled feature.
+        kd_weight: Weight of the divergence on unrotated images.
+        ss_weight: Weight of the self-supervised term.
+        tf_weight: Weight of the divergence on rotated images.
+        teacher_head_weight: Weight of the loss of the teacher's head, which has no gradient with respect to the
+            student.
+        kd_temperature: Softmax temperature for unrotated images, greater than 0.
+        ss_temperature: Softmax temperature of the similarities, greater than 0.
+        tf_temperature: Softmax temperature for rotated images, greater than 0.
+        ss_ratio: Share of views incorrectly assigned by the teacher that is kept, between 0 and 1.
+        tf_ratio: Share of rotated images incorrectly classified by the teacher that is kept, between 0 and 1.
 
     Raises:
-        ValueError: If a weight is negative, a temperature not greater than 0, a ratio not between 0 and 1, or, in
-            training, a layer's feature has another form.
+        ValueError: If a weight is negative, a temperature is not greater than 0, or a ratio is not between 0 and 1. At
+            the start of training, if a layer does not return a pooled feature.
 
     References:
-        Xu et al.: Knowledge Distillation Meets Self-Supervision, ECCV 2020 (arXiv 2006.07114). Their heads have a bias
-        in the second layer too, and the teacher's is trained for 60 epochs before the student's first.
+        Xu et al.: Knowledge Distillation Meets Self-Supervision, ECCV 2020 (arXiv 2006.07114). In the authors' code,
+        the second layer of the heads has a bias, too, and the teacher's head is trained for 60 epochs before the
+        student.
     """
 
     num_views = _VIEWS
@@ -203,17 +210,17 @@ class SSKD(DistillLoss):
         self.tf_ratio = tf_ratio
 
     def build(self, student: Probe, teacher: Probe) -> None:
-        """Make the projection heads."""
+        """Create the projection heads."""
         ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=2)
         self.student_head = _head(ours)
         self.teacher_head = _head(theirs)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The three parts of the student's loss, and that of the teacher's head."""
+        """Compute the three terms of the student and the loss of the teacher's head."""
         ((ours, theirs),) = self.pairs(student, teacher)
         own, other = self.student_head(ours), self.teacher_head(theirs.detach())
-        target = _upright(batch.target)  # the turned ones have none
-        kd = kd_loss(_upright(student.logits), _upright(teacher.logits), self.kd_temperature)
+        target = _unrotated(batch.target)  # rotated views have no labels
+        kd = kd_loss(_unrotated(student.logits), _unrotated(teacher.logits), self.kd_temperature)
         ss = sskd_ss_loss(own, other.detach(), self.ss_temperature, self.ss_ratio)
         tf = sskd_tf_loss(student.logits, teacher.logits, target, self.tf_temperature, self.tf_ratio)
         return {

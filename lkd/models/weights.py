@@ -192,7 +192,8 @@ def _other_shortcut(tensors: Mapping[str, Tensor], network: nn.Module, optional:
     given = {name for name in tensors if not name.endswith(optional)}
     if own == given or any(_SHORTCUT not in name for name in own ^ given):
         return ""
-    return f"; the file was trained with shortcut: {'A' if own > given else 'B'}"
+    kind = "A" if own > given else "B"
+    return f"; set the network's shortcut to {kind}: the weights were trained with it"
 
 
 def _flaw(tensor: Tensor, own: Tensor) -> str:

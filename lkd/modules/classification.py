@@ -20,7 +20,7 @@ from torchmetrics import Metric
 
 from lkd import __version__
 from lkd.layers import device_of
-from lkd.losses.labels import cross_entropies
+from lkd.losses._labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
 from lkd.modules.checks import mismatch, warn_of_unused_outputs

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lkd.losses.labels import cross_entropies
+from lkd.losses._labels import cross_entropies
 from lkd.modules.meter import Accuracy, WeightedMean
 from lkd.modules.recorded import RecordedModule
 from lkd.types import IGNORE_INDEX, Batch

@@ -91,20 +91,20 @@ def _batch_norm(network: nn.Module, change: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: _built(AB(layer_weights=[1.0, 2.0]), resnet8(num_classes=5)), "compares 3 layers and has 2"),
+        (lambda: _built(AB(layer_weights=[1.0, 2.0]), resnet8(num_classes=5)), "compares 3 layers but has 2"),
         (lambda: AB(layer_weights=[-1.0]), "must not be negative"),
-        (lambda: AB(layer_weights=[float("inf")]), r"must not be negative, got \[inf\]; take finite numbers"),
+        (lambda: AB(layer_weights=[float("inf")]), r"must not be negative, got \[inf\]; use finite numbers"),
         (lambda: AB(margin=0.0), "margin must be greater than 0"),
-        (lambda: _built(OFD(teacher_norms=["@norm1"]), resnet8(num_classes=5)), r"reads 3 layers .* got 1"),
+        (lambda: _built(OFD(teacher_norms=["@norm1"]), resnet8(num_classes=5)), r"reads 3 teacher layers .* got 1"),
         (lambda: _built(OFD(), _batch_norm(resnet8(num_classes=5), "plain")), "'layer3.0.bn2' is BatchNorm2d"),
         (lambda: _built(OFD(), _batch_norm(resnet8(num_classes=5), "group")), "'layer3.0.bn2' is GroupNorm"),
         (
             lambda: _built(OFD(["@preact1"], ["@preact1"], ["nothing"]), resnet8(num_classes=5)),
-            "'nothing' is not there",
+            "'nothing' does not exist",
         ),
         (
             lambda: _built(OFD(["@preact1"], ["@preact1"], ["@norm2"]), resnet8(num_classes=5)),
-            r"has 32 channels, and the layer that OFD reads 16",
+            r"has 32 channels, but the layer that OFD reads has 16",
         ),
     ],
 )

@@ -137,7 +137,7 @@ def test_where_there_is_but_one_class() -> None:
 
 
 def test_the_number_of_images_must_be_known() -> None:
-    with pytest.raises(ValueError, match="the data does not tell how many there are; give num_samples"):
+    with pytest.raises(ValueError, match="the data module does not provide their number; set num_samples"):
         _criterion(num_samples=None)
 
 
@@ -183,7 +183,7 @@ def test_large_memories_are_announced(monkeypatch) -> None:
         warnings.simplefilter("error")
         _criterion()
     monkeypatch.setattr("lkd.losses.crd._LARGE", 2 * 4 * ROWS * 4 - 1)
-    with pytest.warns(UserWarning, match=r"two memories of 12 x 4 numbers, 0.0 GiB on each device"):
+    with pytest.warns(UserWarning, match=r"two memory banks of 12 x 4 values, 0.0 GiB on each device"):
         _criterion()
 
 
@@ -194,7 +194,7 @@ def test_large_memories_are_announced(monkeypatch) -> None:
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"feat_dim": -1}, "feat_dim must be at least 1, got -1"),
         ({"temperature": 0.0}, "temperature must be greater than 0, got 0.0"),
-        ({"momentum": 1.5}, "momentum must be from 0 to 1, got 1.5"),
+        ({"momentum": 1.5}, "momentum must be between 0 and 1, got 1.5"),
     ],
 )
 def test_mistakes(settings, says: str) -> None:
@@ -204,11 +204,11 @@ def test_mistakes(settings, says: str) -> None:
 
 @pytest.mark.parametrize("position", [ROWS, -1])
 def test_an_image_beyond_the_memory(position: int) -> None:
-    with pytest.raises(ValueError, match=rf"CRD remembers {ROWS} images \(num_samples\).*index {position} is out"):
+    with pytest.raises(ValueError, match=rf"CRD stores {ROWS} images \(num_samples\).*index {position} is out"):
         _step(_criterion(), [0, position])
 
 
 def test_an_index_is_needed() -> None:
     criterion = _criterion()
-    with pytest.raises(ValueError, match="give the batch an index"):
+    with pytest.raises(ValueError, match="requires the dataset indices of the images"):
         criterion(*_answers(2), Batch(None, torch.zeros(2, dtype=torch.int64)))

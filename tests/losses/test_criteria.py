@@ -298,15 +298,19 @@ def test_weighted_sum(logits: tuple[Tensor, Tensor]) -> None:
         ({}, None, "at least one criterion"),
         ({"kd": KD()}, {"kd": -1.0}, r"must not be negative, got \{'kd': -1.0\}"),
         ({"kd": KD()}, {"dk": 1.0}, r"weights for \['dk'\], but its criteria are \['kd'\]"),
-        ({"kd": KD()}, {"kd": float("nan")}, r"must not be negative, got \{'kd': nan\}; take finite"),
-        ({"kd": KD()}, {"kd": float("inf")}, r"must not be negative, got \{'kd': inf\}; take finite"),
-        ({"hard": KD()}, None, r"must not be called \['hard'\]"),
+        ({"kd": KD()}, {"kd": float("nan")}, r"must not be negative, got \{'kd': nan\}; use finite"),
+        ({"kd": KD()}, {"kd": float("inf")}, r"must not be negative, got \{'kd': inf\}; use finite"),
+        ({"hard": KD()}, None, r"must not be named \['hard'\]"),
         (
             {"items": KD(), "kd.a": KD(), "": KD(), 1: KD()},
             None,
-            r"be called \['items', 'kd.a', '', 1\]: a name",
+            r"be named \['items', 'kd.a', '', 1\]: a name",
         ),
-        ({"kd": MLKD(), "sskd": SSKD()}, None, r"WeightedSum read 2 and 4 views of each image, and a batch has one"),
+        (
+            {"kd": MLKD(), "sskd": SSKD()},
+            None,
+            r"WeightedSum read 2 and 4 views of each image, but all images of a batch",
+        ),
     ],
 )
 def test_mistakes_in_a_weighted_sum(criteria, weights, says) -> None:
@@ -317,12 +321,12 @@ def test_mistakes_in_a_weighted_sum(criteria, weights, says) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: WeightedSum([KD()]), "WeightedSum takes a dict of names and criteria, got list"),
-        (lambda: WeightedSum({"kd": KD}), r"WeightedSum takes .* got the class KD; make one of it, as in KD\(\)"),
-        (lambda: LogitStandardization(nn.MSELoss()), "LogitStandardization takes a criterion .* got MSELoss; take one"),
+        (lambda: WeightedSum([KD()]), "WeightedSum requires a dict of names and criteria, got list"),
+        (lambda: WeightedSum({"kd": KD}), r"WeightedSum requires .* got the class KD; create an instance: KD\(\)"),
+        (lambda: LogitStandardization(nn.MSELoss()), "LogitStandardization requires a criterion .* got MSELoss; use a"),
         (
             lambda: AT(student_layers="layer1"),
-            r"student_layers is a list of layers' names, got 'layer1'; write \['",
+            r"student_layers must be a list of layer names, got 'layer1'; use \['",
         ),
     ],
 )

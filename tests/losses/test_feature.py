@@ -149,7 +149,10 @@ def test_mgd_masks_whole_channels_anew_each_step() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: VID(initial_variance=1e-6), r"VID needs 0 < eps < initial_variance, got eps 1e-05 and .* 1e-06"),
+        (
+            lambda: VID(initial_variance=1e-6),
+            r"VID requires 0 < eps < initial_variance < inf, got eps 1e-05 and .* 1e-06",
+        ),
         (lambda: PAD(eps=0.0), "eps must be greater than 0, got 0.0"),
         (lambda: SRD(exponent=0.5), "exponent must be at least 1, got 0.5"),
         (lambda: SRD(temperature=0.0), "temperature must be greater than 0, got 0.0"),
@@ -166,7 +169,7 @@ def test_settings_that_cannot_be(make: Callable[[], DistillLoss], says: str) -> 
 @pytest.mark.parametrize("kind", [AT, FitNet, NST, VID, MGD, KTA, PAD, SRD])
 def test_layers_of_another_form(kind: Callable[..., DistillLoss]) -> None:
     form = _features(4, 6, 2) if kind in (PAD, SRD) else _features(4, 6)
-    with pytest.raises(ValueError, match=rf"{kind.__name__} reads .*; the student layer returns .*: name another"):
+    with pytest.raises(ValueError, match=rf"{kind.__name__} reads .*, but the student layer returns .*; use another"):
         _built(kind(["a"], ["c"]), *_answers(form, form))
 
 

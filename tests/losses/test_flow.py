@@ -117,18 +117,20 @@ def test_equal_singular_values_have_a_finite_gradient() -> None:
 
 def test_kdsvd_asks_for_as_many_pixels_as_vectors() -> None:
     features = _features(0, ((4, 8, 8), (6, 1, 2)))
-    with pytest.raises(ValueError, match="compares 3 singular vectors, and the teacher's layer1 has 6 channels of 1x2"):
+    with pytest.raises(ValueError, match="compares 3 singular vectors, but the teacher's layer1 has 6 channels of 1x2"):
         _built(KDSVD, features, features, num_vectors=3)
 
 
 @pytest.mark.parametrize("kind", [FSP, KDSVD])
 def test_channels_must_be_equal_or_connected(kind: type[DistillLoss]) -> None:
     ours, theirs = _features(0), _features(1, ((6, 5, 5), (9, 4, 4), (7, 3, 3)))
-    with pytest.raises(ValueError, match=rf"{kind.__name__} needs as many channels .* got 8 \(layer1\) and 9"):
+    with pytest.raises(
+        ValueError, match=rf"{kind.__name__} requires the same number of channels .* got 8 \(layer1\) and 9"
+    ):
         _built(kind, ours, theirs)
     criterion = _built(kind, ours, theirs, connect=True)
     assert {name.partition(".")[2].partition(".")[0] for name, _ in criterion.named_parameters()} == {"1"}
-    with pytest.raises(ValueError, match="got 1 layer: name two at least"):
+    with pytest.raises(ValueError, match="requires at least two, got 1"):
         _built(kind, ours[:1], ours[:1])
 
 
@@ -180,7 +182,7 @@ def test_weights_of_ft() -> None:
     for weights, says in (
         ((-1.0, 1.0), "reconstruction_weight must not be negative, got -1.0"),
         ((1.0, float("inf")), "factor_weight must not be negative, got inf"),
-        ((0.0, 0.0), "are both 0, so FT compares nothing"),
+        ((0.0, 0.0), "factor_weight are both 0"),
     ):
         with pytest.raises(ValueError, match=says):
             FT(reconstruction_weight=weights[0], factor_weight=weights[1])

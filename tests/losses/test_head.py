@@ -115,7 +115,7 @@ def test_semckd_in_a_batch_that_is_not_full() -> None:
     student = _outputs(a=torch.randn(SAMPLES, 4, 4, 4, requires_grad=True))
     teacher = _outputs(c=torch.randn(SAMPLES, 5, 4, 4))
     criterion = _built(SemCKD(["a"], ["c"], batch_size=8), student, teacher)
-    with pytest.warns(UserWarning, match="SemCKD's loss is 0 in a batch of 6 images, as it is made for 8"):
+    with pytest.warns(UserWarning, match="SemCKD's loss is 0 for a batch of 6 images, as it requires 8"):
         loss = criterion(student, teacher, _batch())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -250,7 +250,7 @@ def test_vitkd_generates_what_is_masked() -> None:
     masked = []
     loss = KF.vitkd_generation_loss
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lkd.losses.vit.vitkd_generation_loss", lambda *given: masked.append(given[2]) or loss(*given))
+        patch.setattr("lkd.losses.vitkd.vitkd_generation_loss", lambda *given: masked.append(given[2]) or loss(*given))
         terms = [criterion(student, teacher, _batch()) for _ in range(2)]
     assert (masked[0].sum(1) == 9 - int(9 * 0.7)).all()
     assert not torch.equal(*masked)
@@ -355,28 +355,36 @@ MAP, TOKENS, POOLED = (2, 4, 4, 4), (2, 10, 4), (2, 4)
     ("make", "shapes", "says"),
     [
         (lambda: CATKD("a", "b"), (POOLED, MAP), "CATKD reads feature maps .* the student layer returns"),
-        (lambda: CATKD("a", "b"), (MAP, MAP), r"CATKD needs a classifier .* the map has 4 channels, .* Linear\(in_f"),
-        (lambda: SRRL("a", "b", teacher_head="fc"), (MAP, MAP), "the layer 'fc' is not there: name another map"),
+        (
+            lambda: CATKD("a", "b"),
+            (MAP, MAP),
+            r"CATKD requires a student classifier .* map has 4 channels, .* Linear\(in_f",
+        ),
+        (
+            lambda: SRRL("a", "b", teacher_head="fc"),
+            (MAP, MAP),
+            "the layer 'fc' does not exist; set another feature map",
+        ),
         (lambda: SimKD("a", "b"), (TOKENS, MAP), "SimKD reads feature maps"),
-        (lambda: SemCKD(["a"], ["b"]), (MAP, MAP), "SemCKD is bound to one size of batches, .* set the .* batch_size"),
-        (lambda: OFAKD(["a"]), (POOLED, MAP), r"OFAKD reads feature maps .* returns \(2, 4\): name other"),
+        (lambda: SemCKD(["a"], ["b"]), (MAP, MAP), "SemCKD requires a fixed batch size, .* set the .* batch_size"),
+        (lambda: OFAKD(["a"]), (POOLED, MAP), r"OFAKD requires feature maps .* returns \(2, 4\); set other"),
         (lambda: ViTKD(list("aa"), list("bb")), (MAP, TOKENS), r"ViTKD reads tokens \(B, N, C\)"),
-        (lambda: ViTKD(["a"], ["b"]), (TOKENS, TOKENS), "ViTKD reads shallow layers, .* name two"),
+        (lambda: ViTKD(["a"], ["b"]), (TOKENS, TOKENS), "ViTKD requires at least two layers"),
         (
             lambda: ViTKD(list("aa"), list("bb")),
             (TOKENS, (2, 17, 4)),
-            "the student has 9 patches, the teacher 16: take",
+            "got 9 from the student and 16 from the teacher; use",
         ),
         (
             lambda: ViTKD(list("aa"), list("bb"), teacher_prefix_tokens=2),
             (TOKENS, TOKENS),
-            r"the teacher returns 10, which are 8 without 2 class tokens: .* \(teacher_prefix_tokens\)",
+            r"teacher layer returns 10 tokens, 8 without the 2 class tokens; .* \(teacher_prefix_tokens\)",
         ),
-        (lambda: DeiT("a", "a"), (POOLED, MAP), r"DeiT reads two heads that return logits \(2, 5\); .* 'a' returns"),
+        (lambda: DeiT("a", "a"), (POOLED, MAP), r"DeiT requires two heads that return logits \(2, 5\), .* 'a' returns"),
         (
             lambda: BackboneKD("a", "b", patch_weight=0),
             (POOLED, TOKENS),
-            r"pooled .* \(2, 10, 4\): name .* null",
+            r"pooled .* \(2, 10, 4\) .* null",
         ),
         (lambda: BackboneKD("a", "b", "a", "b", 0), (POOLED, MAP), "BackboneKD reads feature maps"),
     ],
@@ -403,7 +411,7 @@ def test_layers_of_another_form(make, shapes, says: str) -> None:
         (lambda: DeiT(token_weight=2), "token_weight must be between 0 and 1"),
         (lambda: DeiT(kind="firm"), "kind must be 'hard' or 'soft', got 'firm'"),
         (lambda: DeiT(label_smoothing=1), "label_smoothing must be at least 0 and less than 1"),
-        (lambda: BackboneKD(pooled_weight=0, patch_weight=0), "both 0, so there is nothing to imitate"),
+        (lambda: BackboneKD(pooled_weight=0, patch_weight=0), "pooled_weight and patch_weight are both 0"),
     ],
 )
 def test_mistakes(make, says: str) -> None:

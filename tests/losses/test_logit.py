@@ -186,7 +186,7 @@ def test_standardisation_without_a_teacher(logits, target) -> None:
 
 @pytest.mark.parametrize("inner", [MultiTeacher(KD()), WeightedSum({"several": MultiTeacher(KD())})])
 def test_several_teachers_are_not_standardised_from_outside(inner: DistillLoss) -> None:
-    with pytest.raises(ValueError, match="nest them the other way round, MultiTeacher outside"):
+    with pytest.raises(ValueError, match="use MultiTeacher as the outer criterion"):
         LogitStandardization(inner)
 
 
@@ -275,13 +275,13 @@ def test_uskd_reads_maps_and_vectors(logits, target) -> None:
 def test_uskd_says_which_features_it_reads() -> None:
     criterion = USKD("tokens")
     probe = Probe(criterion, Outputs(torch.zeros(1, 5), {"tokens": torch.zeros(1, 7, 3)}))
-    with pytest.raises(ValueError, match=r"layer 'tokens' returns \(1, 7, 3\): name another layer"):
+    with pytest.raises(ValueError, match=r"layer 'tokens' returns \(1, 7, 3\); use another layer"):
         criterion.build(probe, probe)
 
 
 @pytest.mark.parametrize("criterion", [DKD(), NKD()], ids=["DKD", "NKD"])
 def test_other_classes_need_three(criterion: DistillLoss) -> None:
-    with pytest.raises(ValueError, match="at least 3 classes; the logits have 2: take KD"):
+    with pytest.raises(ValueError, match="at least 3 classes, got logits with 2; use KD"):
         _call(criterion, torch.zeros(4, 2), torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
 
 

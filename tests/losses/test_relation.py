@@ -148,7 +148,7 @@ def test_several_layers_are_added(features) -> None:
     ("make", "says"),
     [
         (lambda: RKD(angle_weight=-1.0), "angle_weight must not be negative, got -1.0"),
-        (lambda: RKD(distance_weight=0.0, angle_weight=0.0), "both 0, so RKD compares nothing"),
+        (lambda: RKD(distance_weight=0.0, angle_weight=0.0), "distance_weight and angle_weight are both 0"),
         (lambda: CC(gamma=0.0), "gamma must be greater than 0, got 0.0"),
         (lambda: CC(order=0), "order must be at least 1, got 0"),
         (lambda: CC(feat_dim=0), "feat_dim must be at least 1, got 0"),
@@ -162,5 +162,5 @@ def test_mistakes(make, says: str) -> None:
 def test_neighbours_need_features_of_one_size(features) -> None:
     probes = [Probe(torch.nn.Identity(), Outputs(torch.zeros(1, 2), {"x": feature[:1]})) for feature in features]
     CC(["x"], ["x"], feat_dim=None).build(*probes)
-    with pytest.raises(ValueError, match=r"the student's is \(1, 5\), the teacher's \(1, 7\): set feat_dim"):
+    with pytest.raises(ValueError, match=r"got \(1, 5\) from the student and \(1, 7\) from the teacher; set feat_dim"):
         CC(["x"], ["x"], feat_dim=None, form="neighbours").build(*probes)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lkd import functional as KF
-from lkd.losses.shapes import check_shapes
+from lkd.losses._shapes import check_shapes
 from tests.losses.cases.base import value
 from tests.losses.processes import table
 
@@ -127,7 +127,7 @@ def test_criteria_refuse_other_logits(name: str) -> None:
     if torch.equal(compared(teacher.logits), compared(2 * teacher.logits)):
         return  # it reads other layers
     for wrong in (teacher.logits[:, :1], teacher.logits[:, :, None, None].expand(-1, -1, 2, 2)):
-        with pytest.raises(ValueError, match=r"\w+ expects \w+ of shape|needs at least 2 classes"):
+        with pytest.raises(ValueError, match=r"\w+ expects \w+ of shape|requires at least 2 classes"):
             compared(wrong)
 
 
@@ -136,9 +136,9 @@ def test_lists_are_as_long() -> None:
     with pytest.raises(ValueError, match="fsp_loss expects 3 teacher_features, one for each layer, got 2"):
         KF.fsp_loss(features, features[:2])
     for function in (KF.fsp_loss, KF.kdsvd_loss):
-        with pytest.raises(ValueError, match="compares each layer with the next, got 1 layers; give at least two"):
+        with pytest.raises(ValueError, match="compares consecutive layers and requires at least two, got 1"):
             function(features[:1], features[:1])
-    with pytest.raises(ValueError, match="compares 4 singular vectors, got a teacher's feature of shape"):
+    with pytest.raises(ValueError, match="compares 4 singular vectors, but a teacher feature of shape"):
         KF.kdsvd_loss(features, features, num_vectors=4)
 
 

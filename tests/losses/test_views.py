@@ -187,7 +187,7 @@ def test_a_wrapper_reads_as_many_views() -> None:
     ("make", "message"),
     [
         (lambda: MLKD("papers"), "form must be 'code' or 'paper', got 'papers'"),
-        (lambda: MLKD(temperatures=()), "MLKD needs at least one temperature"),
+        (lambda: MLKD(temperatures=()), "MLKD requires at least one temperature"),
         (lambda: MLKD(temperatures=(4.0, 0.0)), "temperature must be greater than 0, got 0.0"),
         (lambda: MLKD(percentile=101.0), "percentile must be between 0 and 100, got 101.0"),
         (lambda: SSKD(ss_ratio=1.5), "ss_ratio must be between 0 and 1, got 1.5"),

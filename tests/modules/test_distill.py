@@ -337,9 +337,11 @@ def test_mistakes_in_the_constructor(distill, tiny) -> None:
         distill(distill_weight=float("nan"))
     with pytest.raises(ValueError, match=r"hard_weight must not be negative, got inf; take a finite number"):
         distill(hard_weight=float("inf"))
-    with pytest.raises(TypeError, match=r"DistillModule takes a criterion \(a DistillLoss\), got MSELoss; take one of"):
+    with pytest.raises(
+        TypeError, match=r"DistillModule requires a criterion \(a DistillLoss\), got MSELoss; use a criterion of"
+    ):
         distill(criterion=nn.MSELoss())
-    with pytest.raises(TypeError, match=r"got the class KD; make one of it, as in KD\(\)"):
+    with pytest.raises(TypeError, match=r"got the class KD; create an instance: KD\(\)"):
         distill(criterion=KD)
     with pytest.raises(ValueError, match="both 0"):
         distill(hard_weight=0, distill_weight=0)
@@ -461,7 +463,7 @@ class One(KD):
 
 def test_no_term_is_lost_in_a_sum(distill) -> None:
     module = distill(criterion=WeightedSum({"a": Two(), "a_b": One()}))
-    with pytest.raises(ValueError, match="two criteria in WeightedSum have a term called 'a_b_c'"):
+    with pytest.raises(ValueError, match="two criteria in WeightedSum have a term named 'a_b_c'"):
         module.losses(Batch(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])))
 
 
@@ -626,8 +628,8 @@ class TwoOutputs(nn.Module):
 @pytest.mark.parametrize(
     ("layers", "says"),
     [
-        (["maps"], "the layer 'maps' returns a tuple; name a layer that returns one tensor"),
-        ([], "reads features, and no layers are named"),
+        (["maps"], "the layer 'maps' returns a tuple; use a layer that returns a single tensor"),
+        ([], "reads features, but no layers are set"),
     ],
 )
 def test_layers_that_cannot_be_compared(data, trainer, make, layers: list[str], says: str) -> None:

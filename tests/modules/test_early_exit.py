@@ -109,7 +109,7 @@ def test_mistakes(tiny, data, trainer) -> None:
         EarlyExitModule(tiny(), exit=3)
     with pytest.raises(ValueError, match=r"kd_weight must be between 0 and 1, got 1\.5"):
         BYOT(kd_weight=1.5)
-    with pytest.raises(ValueError, match="BYOT needs a layer before the deepest, got layer3 alone"):
+    with pytest.raises(ValueError, match="BYOT requires a layer before the deepest one, got only layer3"):
         trainer().fit(EarlyExitModule(tiny(), BYOT(["layer3"])), data)
     with pytest.raises(ValueError, match=r"BYOT reads feature maps \(B, C, H, W\)"):
         trainer().fit(EarlyExitModule(tiny(), BYOT(["layer1", "flatten"])), data)

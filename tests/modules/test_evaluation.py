@@ -268,7 +268,7 @@ def test_names_that_are_taken(distill) -> None:
 
     with pytest.raises(ValueError, match="would be logged as 'agreement', the name of another curve"):
         distill(criterion=Agreement())
-    with pytest.raises(ValueError, match=r"must not be called \['distill'\]"):
+    with pytest.raises(ValueError, match=r"must not be named \['distill'\]"):
         WeightedSum({"distill": KD()})
 
 

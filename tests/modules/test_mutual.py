@@ -143,7 +143,7 @@ def test_mistakes(tiny, data, trainer) -> None:
     with pytest.raises(ValueError, match="the students have 4, 5 classes, and their logits are compared"):
         trainer().fit(MutualModule([tiny(), tiny(num_classes=5)]), data)
     trainer(max_epochs=1).fit(MutualModule([tiny(), tiny(num_classes=5)], distill_weight=0.0), data)
-    with pytest.raises(TypeError, match="Mutual takes a criterion"):
+    with pytest.raises(TypeError, match="Mutual requires a criterion"):
         MutualModule(_students(tiny), nn.MSELoss())
     with pytest.raises(ValueError, match="distill_weight must not be negative"):
         MutualModule(_students(tiny), distill_weight=-1.0)

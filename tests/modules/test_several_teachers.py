@@ -126,13 +126,15 @@ def test_equal_confidence_is_fixed(distill, tiny, kind) -> None:
 )
 def test_confidence_is_not_for_what_compares_samples(kind) -> None:
     for criterion in (kind(), WeightedSum({"kd": KD(), "other": kind()})):
-        with pytest.raises(ValueError, match=r"weighs each image by itself, and \w+ compares the images of a batch"):
+        with pytest.raises(
+            ValueError, match=r"requires a criterion for single images, but \w+ compares the images of a batch"
+        ):
             MultiTeacher(criterion, "confidence")
 
 
 @pytest.mark.parametrize("criterion", [DeiT(), WeightedSum({"kd": KD(), "dkd": DKD()})])
 def test_confidence_is_one_mean(criterion) -> None:
-    with pytest.raises(ValueError, match="or a MultiTeacher for each criterion of a WeightedSum"):
+    with pytest.raises(ValueError, match="or one MultiTeacher for each criterion of a WeightedSum"):
         MultiTeacher(criterion, "confidence")
 
 
@@ -202,16 +204,18 @@ def test_training_goes_on_from_a_checkpoint(distill, tiny, resume, weighting: st
 
 
 def test_mistakes(distill, tiny, teachers, data, trainer) -> None:
-    with pytest.raises(ValueError, match=r"takes weights with weighting 'fixed' only, got \[1.0, 1.0\] and 'learned'"):
+    with pytest.raises(
+        ValueError, match=r"accepts weights only with weighting 'fixed', got \[1.0, 1.0\] and 'learned'"
+    ):
         MultiTeacher(KD(), "learned", [1.0, 1.0])
     for weight in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="weights must be finite and not negative"):
             MultiTeacher(KD(), weights=[1.0, weight])
-    with pytest.raises(ValueError, match="compares the student with several teachers, and TfKD asks none; take it by"):
+    with pytest.raises(ValueError, match="requires a criterion that uses a teacher, got TfKD; use it alone"):
         MultiTeacher(TfKD())
-    with pytest.raises(ValueError, match=r"at least two teachers, got one CIFARResNet; give an lkd"):
+    with pytest.raises(ValueError, match=r"at least two teachers, got one CIFARResNet; use an lkd"):
         distill(criterion=MultiTeacher(KD()))
     with pytest.raises(ValueError, match="3 weights for 2 teachers"):
         distill(teacher=teachers, criterion=MultiTeacher(KD(), weights=[1.0, 1.0, 1.0]))
-    with pytest.raises(ValueError, match="reads each sample by itself, and FitNet remembers something of the batch"):
+    with pytest.raises(ValueError, match="requires a criterion for single samples, but FitNet keeps batch statistics"):
         trainer().fit(distill(teacher=teachers, criterion=MultiTeacher(FitNet(), "confidence")), data)

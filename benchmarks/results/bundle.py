@@ -1,0 +1,99 @@
+"""Bundles: what another machine needs to continue a store, in files of limited size."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.results.plan import TEACHER
+from benchmarks.results.store import Store
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_RUN = ("*.json", "version_*/*.yaml", "version_*/checkpoints/last.ckpt", "version_*/checkpoints/best.ckpt")
+"""Files of an unfinished cell; curves are left out."""
+
+
+def size(text: str) -> int:
+    """A number of bytes.
+
+    Example:
+        >>> size("15M")
+        15728640
+    """
+    found = re.fullmatch(r"(\d+)([KMG]?)", text)
+    if not found or not int(found[1]):
+        raise ValueError(f"a size is a number with K, M or G, such as 15M, got {text!r}")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def pack(store: Store, file: Path, part_size: int) -> list[Path]:
+    """Write results, tuned settings, unfinished cells and the weights of teachers to a tar archive in parts.
+
+    Args:
+        store: The store.
+        file: The archive; parts are called `FILE.1-of-3`.
+        part_size: Largest size of a part, in bytes.
+
+    Returns:
+        The parts. Those of an earlier bundle of the same name are removed.
+    """
+    for old in _parts(file):
+        old.unlink()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=file.parent) as stream:
+        with tarfile.open(fileobj=stream, mode="w") as archive:
+            for path in _contents(store):
+                archive.add(path, str(path.relative_to(store.folder)))
+        number = -(-stream.tell() // part_size)
+        stream.seek(0)
+        parts = [file.with_name(f"{file.name}.{part}-of-{number}") for part in range(1, number + 1)]
+        for part in parts:
+            part.write_bytes(stream.read(part_size))
+    return parts
+
+
+@contextmanager
+def opened(place: Path) -> Iterator[Store]:
+    """Open a store: a folder, or a bundle, which is unpacked to a temporary folder.
+
+    Args:
+        place: The folder, or the bundle's name without that of a part.
+
+    Raises:
+        FileNotFoundError: If there is neither, or a part is missing.
+    """
+    if place.is_dir():
+        yield Store(place)
+        return
+    parts = _parts(place)
+    number = int(parts[0].name.rpartition("-")[2]) if parts else 0
+    wanted = [f"{place.name}.{part}-of-{number}" for part in range(1, number + 1)]
+    missing = sorted({*wanted} ^ {part.name for part in parts})
+    if not parts or missing:
+        reason = f"the parts differ from those of one bundle in {', '.join(missing)}" if parts else "nothing is there"
+        raise FileNotFoundError(f"{place} is neither a folder nor a complete bundle: {reason}")
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as stream:
+        for name in wanted:
+            stream.write(place.with_name(name).read_bytes())
+        stream.seek(0)
+        with tarfile.open(fileobj=stream) as archive:
+            archive.extractall(folder, filter="data")
+        yield Store(Path(folder))
+
+
+def _parts(file: Path) -> list[Path]:
+    return [path for path in file.parent.glob(f"{file.name}.*") if re.fullmatch(r"\.\d+-of-\d+", path.suffix)]
+
+
+def _contents(store: Store) -> Iterator[Path]:
+    records = store.results()
+    finished = {record["id"] for record in records}
+    yield from sorted(path for kind in ("results", "tuned") for path in (store.folder / kind).glob("*.json"))
+    yield from (store.weights(record["id"]) for record in records if record["method"] == TEACHER)
+    for run in sorted((store.folder / "runs").glob("*")):
+        if run.name not in finished:
+            yield from sorted(path for pattern in _RUN for path in run.glob(pattern))

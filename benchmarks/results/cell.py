@@ -1,0 +1,153 @@
+"""One cell: `lkd fit`, then `lkd test` of its best and its last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from contextvars import copy_context
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+
+from benchmarks.results.plan import Cell
+from benchmarks.results.store import Record, Store, sha256
+from lkd.arguments import newest_checkpoint, prepare, read_checkpoint
+from lkd.cli import LkdCLI, run
+from lkd.plain_yaml import load_yaml
+from lkd.store import fingerprint, replacing
+from lkd.trained import Answer, network_of
+
+
+def train(cell: Cell, store: Store, data: Path | None) -> None:
+    """Train or continue a cell, evaluate it, and write its result. For a process of its own.
+
+    Args:
+        cell: The cell.
+        store: The store.
+        data: Folder of the images; None: the config's.
+
+    Raises:
+        SystemExit: With the exit code of `lkd fit`, unless it is 0.
+    """
+    enter(store, store.run(cell.id) / "log.txt")
+    begun = _begin(store.run(cell.id))
+    root = [] if data is None else [f"--data.init_args.root={data}"]
+    if code := run(["fit", *arguments(cell, store), *root, "--resume"]):
+        sys.exit(code)
+    best, last = (newest_checkpoint(store.run(cell.id), name) for name in ("best", "last"))
+    record = _described(cell, store, last.parents[1])
+    record |= {"last": _figures(last, root), "best": _figures(best, root, store.weights(cell.id))}
+    record |= {"seconds": time.time() - begun}
+    store.save("results", cell.id, record)
+    shutil.rmtree(last.parent)
+
+
+def enter(store: Store, log: Path) -> None:
+    """Make a forked process independent: own folder, log and signals; it stops when its parent has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.chdir(store.folder)  # paths in configs are relative to the store, which may be moved
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def arguments(cell: Cell, store: Store) -> list[str]:
+    """The arguments of `lkd fit` for a cell, whose configs are written to its folder."""
+    folder = store.run(cell.id)
+    for number, config in enumerate(cell.configs):
+        with replacing(folder / f"{number}.yaml") as path:
+            path.write_text(yaml.safe_dump(config, sort_keys=False))
+    files = [f"--config=runs/{cell.id}/{number}.yaml" for number in range(len(cell.configs))]
+    return [*files, f"--name={cell.id}", "--trainer.default_root_dir=runs", "--trainer.enable_progress_bar=false"]
+
+
+def _follow_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)  # lkd writes a checkpoint
+
+
+def _begin(folder: Path) -> float:
+    """When the training would have begun without interruptions; work after a last checkpoint is not counted twice."""
+    file, now, last = folder / "begun.json", time.time(), 0.0
+    if file.is_file():
+        times = [path.stat().st_mtime for path in folder.glob("version_*/checkpoints/last.ckpt")]
+        last = max(0.0, max(times, default=0.0) - json.loads(file.read_text()))
+    with replacing(file) as path:
+        path.write_text(json.dumps(now - last))
+    return now - last
+
+
+def _figures(checkpoint: Path, root: list[str], keep: Path | None = None) -> dict[str, Any]:
+    """Evaluate a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint.
+        root: The argument that names the folder of the images.
+        keep: File for the network's weights in float16; None: they are not written.
+
+    Returns:
+        Its epoch, its accuracy on validation and test images in percent, a hash of its weights, and that of the file.
+    """
+    content = read_checkpoint(checkpoint)
+    states = content["callbacks"].items()
+    validated = next(state["metrics"] for name, state in states if name.startswith("LastCheckpoint"))
+    cli = copy_context().run(LkdCLI, *prepare(["test", f"--ckpt_path={checkpoint}", *root])[:2])
+    state = content["state_dict"]
+    figures = {
+        "epoch": int(content["epoch"]),
+        "val": 100 * float(validated["val/acc"]),
+        "test": 100 * float(cli.trainer.callback_metrics["test/acc"]),
+        "hash": fingerprint(*(part for name in sorted(state) for part in (name, state[name]))),
+    }
+    return figures if keep is None else figures | {"weights": _keep_weights(network_of(cli.model), keep)}
+
+
+def _described(cell: Cell, store: Store, folder: Path) -> Record:
+    """What a result says beside the figures: the cell, and versions, devices and images of its run."""
+    lives = load_yaml((folder / "run.yaml").read_text())
+    config = load_yaml((folder / "config.yaml").read_text())
+    taught = store.result(cell.teacher)
+    return {
+        **{"id": cell.id, "label": cell.label, "pair": cell.pair, "recipe": cell.recipe, "method": cell.method},
+        **{"seed": cell.seed, "network": cell.network, "configs": cell.configs},
+        "teacher": {"id": cell.teacher, "weights": taught["best"]["weights"]} if taught else None,
+        "precision": config["trainer"]["precision"],
+        **{name: lives[-1][name] for name in ("versions", "images")},
+        "revision": lives[-1]["revisions"].get("lkd"),
+        "devices": _distinct(life["devices"] for life in lives),
+    }
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    found: list[Any] = []
+    found.extend(value for value in values if value not in found)
+    return found
+
+
+def _keep_weights(network: nn.Module, target: Path) -> str | None:
+    """Write a network's weights in float16.
+
+    Returns:
+        The file's hash; None if the network does not predict alone, and nothing is written.
+    """
+    if isinstance(network, Answer):
+        return None
+    state = {name: part.half() if part.is_floating_point() else part for name, part in network.state_dict().items()}
+    with replacing(target) as path:
+        save_file({name: part.contiguous() for name, part in state.items()}, path)
+    return sha256(target)

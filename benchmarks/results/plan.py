@@ -1,0 +1,243 @@
+"""Plans: YAML files that list trainings, and the cells that they consist of."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lkd.config_files import find_config, read_config
+from lkd.plain_yaml import load_yaml
+
+HERE = Path(__file__).parent
+TEACHER, STUDENT = "teacher", "student alone"
+LITERATURE = 240
+"""Epochs for which the schedules of the overlays in configs/methods/ are written."""
+
+Config = dict[str, Any]
+
+
+def _published() -> Config:
+    return dict(load_yaml((HERE / "published.yaml").read_text()))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training, with everything that determines its figures.
+
+    Attributes:
+        pair: Pair of networks; for a network without a teacher, the network's name.
+        recipe: Name of the recipe.
+        method: Name of the method.
+        seed: The run's seed.
+        label: Name of the data, which stands beside every figure.
+        network: `class_path` and `init_args` of the trained network.
+        configs: Settings of `lkd fit`; a later config has precedence.
+        teacher: ID of the cell that trains the teacher; empty if there is none.
+    """
+
+    pair: str
+    recipe: str
+    method: str
+    seed: int
+    label: str
+    network: Config
+    configs: tuple[Config, ...]
+    teacher: str = ""
+
+    @cached_property
+    def id(self) -> str:
+        """A readable name, and a hash of the settings, the data's label and the teacher's ID."""
+        content = json.dumps([self.label, self.configs, self.teacher], sort_keys=True)
+        digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+        names = "-".join((self.pair, self.recipe, self.method)).replace(" ", "_")
+        return f"{names}-{self.seed}-{digest}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: the same training with several seeds.
+
+    Attributes:
+        pair: Pair of networks.
+        recipe: Name of the recipe.
+        method: Name of the method.
+        cells: One cell per seed.
+        published: Accuracy in the literature, in percent.
+    """
+
+    pair: str
+    recipe: str
+    method: str
+    cells: tuple[Cell, ...]
+    published: float | None
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a plan trains a method.
+
+    Attributes:
+        config: Settings over the method's overlay.
+        seeds: Seeds, if they differ from the plan's.
+        space: Settings that `--tune` searches, in the format of `lkd sweep --space`.
+    """
+
+    config: Config = field(default_factory=dict)
+    seeds: list[int] | None = None
+    space: Config = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan, as its file has it.
+
+    Attributes:
+        label: Name of the data, which stands beside every figure.
+        data: Config of the images.
+        recipes: Name of each recipe to its config.
+        pairs: Name of each pair in configs/pairs/ to settings of its students (dotted names), such as a learning rate.
+        methods: Name of each overlay in configs/methods/ to how it is trained.
+        seeds: Seeds of the students; teachers have the first one.
+        config: Settings of all cells, over those of data, networks and recipe.
+    """
+
+    label: str
+    data: str
+    recipes: dict[str, str]
+    pairs: dict[str, Config]
+    methods: dict[str, Method]
+    seeds: list[int]
+    config: Config = field(default_factory=dict)
+
+
+def read_plan(name: str) -> Plan:
+    """Read a plan.
+
+    Args:
+        name: A file, or the name of one in `plans/`.
+
+    Raises:
+        FileNotFoundError: If there is no such plan.
+        ValueError: If a key is unknown or missing.
+    """
+    path = next((path for path in (Path(name), HERE / "plans" / f"{name}.yaml") if path.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(path.stem for path in (HERE / "plans").glob("*.yaml")))
+        raise FileNotFoundError(f"there is no plan {name!r}; give a YAML file, or one of {known}")
+    try:
+        content = load_yaml(path.read_text(encoding="utf-8"))
+        content["methods"] = {key: Method(**(value or {})) for key, value in content["methods"].items()}
+        content["pairs"] = {key: value or {} for key, value in content["pairs"].items()}
+        return Plan(**content)
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        keys = ", ".join(part.name for part in fields(Plan))
+        raise ValueError(f"{path} is not a plan with the keys {keys}: {error}") from error
+
+
+def rows(plan: Plan, tuned: Mapping[str, Config] | None = None) -> list[Row]:
+    """The rows of a plan's table: for each recipe and pair the teacher, the student alone, and the methods.
+
+    Args:
+        plan: The plan.
+        tuned: Settings by dotted name that `--tune` has found, by the ID of the cell that they change.
+    """
+    found = []
+    for recipe in plan.recipes:
+        for pair in plan.pairs:
+            found += _rows(plan, recipe, pair, tuned or {})
+    return found
+
+
+def cells(table: Iterable[Row]) -> list[Cell]:
+    """The cells of a table in the order of training: teachers, students alone, then all methods seed by seed."""
+    rank = {TEACHER: 0, STUDENT: 1}
+    found = {cell.id: cell for row in table for cell in row.cells}
+    return sorted(found.values(), key=lambda cell: (rank.get(cell.method, 2), cell.seed))
+
+
+def nested(settings: Mapping[str, Any]) -> Config:
+    """Settings by dotted name as a config.
+
+    Example:
+        >>> nested({"trainer.max_epochs": 3})
+        {'trainer': {'max_epochs': 3}}
+    """
+    config: Config = {}
+    for name, value in settings.items():
+        *path, last = name.split(".")
+        place = config
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return config
+
+
+def weights_file(cell: str) -> str:
+    """The file of a finished cell's weights, relative to the store."""
+    return f"weights/{cell}.safetensors"
+
+
+def _rows(plan: Plan, recipe: str, pair: str, tuned: Mapping[str, Config]) -> list[Row]:
+    own = _config(f"pairs/{pair}")
+    networks = own["model"]["init_args"]
+    published = _published()
+    figures, weights = published["figures"].get(pair, {}), published["weights"].get(pair, {})
+    common = _config(plan.data), _config(plan.recipes[recipe])
+
+    def cell(method: str, seed: int, network: str, *configs: Config, teacher: str = "") -> Cell:
+        data, trainer = common
+        model, *rest = configs
+        name = pair if teacher else networks[network]["class_path"].rpartition(".")[2]
+        over = (data, model, trainer, plan.config, *rest, {"seed_everything": seed})
+        over += ({"model": {"init_args": {"teacher_ckpt": weights_file(teacher)}}},) if teacher else ()
+        return Cell(name, recipe, method, seed, plan.label, networks[network], tuple(filter(None, over)), teacher)
+
+    def row(method: str, *trained: Cell) -> Row:
+        return Row(pair, recipe, method, trained, figures.get(method))
+
+    settings = nested(plan.pairs[pair])
+    teacher = cell(TEACHER, plan.seeds[0], "teacher", _alone(networks, "teacher"))
+    alone = [cell(STUDENT, seed, "student", _alone(networks, "student"), settings) for seed in plan.seeds]
+    found = [row(TEACHER, teacher), row(STUDENT, *alone)]
+    for name, method in plan.methods.items():
+        overlay = _scaled(_config(f"methods/{name}"), _epochs(common[1], plan.config))
+        over = own, settings, overlay, nested(weights.get(name, {})), method.config
+        seeds = method.seeds or plan.seeds
+        trained = [cell(name, seed, "student", *over, teacher=teacher.id) for seed in seeds]
+        found.append(row(name, *trained))
+        if better := nested(tuned.get(trained[0].id, {})):
+            name = f"{name}, tuned"
+            found.append(row(name, *(cell(name, seed, "student", *over, better, teacher=teacher.id) for seed in seeds)))
+    return found
+
+
+def _config(name: str) -> Config:
+    return read_config(find_config(name))
+
+
+def _alone(networks: Config, network: str) -> Config:
+    """A config that trains one network of a pair without the other."""
+    shared = {name: value for name, value in networks.items() if not name.startswith(("student", "teacher"))}
+    return {"model": {"class_path": "lkd.ClassificationModule", "init_args": {"model": networks[network], **shared}}}
+
+
+def _epochs(*configs: Config) -> int:
+    """The length of a run."""
+    return next(int(epochs) for config in configs[::-1] if (epochs := config.get("trainer", {}).get("max_epochs")))
+
+
+def _scaled(overlay: Config, epochs: int) -> Config:
+    """A method's overlay whose schedules are as long, relative to the run, as in the literature's 240 epochs."""
+    overlay = copy.deepcopy(overlay)
+    for callback in overlay.get("trainer", {}).get("callbacks+", []):
+        if "epochs" in callback["init_args"]:
+            callback["init_args"]["epochs"] = max(1, round(callback["init_args"]["epochs"] * epochs / LITERATURE))
+    return overlay

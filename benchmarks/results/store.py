@@ -1,0 +1,168 @@
+"""Stores: folders with the results of finished cells, and with what unfinished ones need to continue."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results.plan import Cell, weights_file
+from lkd.arguments import read_checkpoint
+from lkd.store import replacing
+
+Record = dict[str, Any]
+
+
+class Store:
+    """A folder of results.
+
+    - `results/CELL.json`: a finished cell. It is written last, and atomically.
+    - `weights/CELL.safetensors`: the weights of a finished cell's best checkpoint, in float16. Teachers are read from
+      there, so that students on all machines learn from the same numbers.
+    - `tuned/CELL.json`: settings that `--tune` has found for a cell.
+    - `runs/CELL/`: the run of `lkd fit`; its checkpoints are removed when the cell is finished.
+    - `locks/CELL`: locked while a process trains the cell.
+
+    Args:
+        folder: The folder; it is created.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def result(self, cell: str) -> Record | None:
+        """The result of a finished cell; None if it is not finished."""
+        return _read(self.folder / "results" / f"{cell}.json")
+
+    def results(self) -> list[Record]:
+        """All results."""
+        return _all(self.folder / "results")
+
+    def tuned(self) -> dict[str, dict[str, Any]]:
+        """Settings that `--tune` has found: cell to values by dotted name."""
+        return {record["cell"]: record["settings"] for record in _all(self.folder / "tuned")}
+
+    def save(self, kind: str, cell: str, record: Mapping[str, Any]) -> None:
+        """Write a JSON file atomically.
+
+        Args:
+            kind: `results` or `tuned`.
+            cell: The cell's ID.
+            record: The content.
+        """
+        with replacing(self.folder / kind / f"{cell}.json") as path:
+            path.write_text(json.dumps(record, indent=1) + "\n")
+
+    def weights(self, cell: str) -> Path:
+        """The file of a finished cell's weights."""
+        return self.folder / weights_file(cell)
+
+    def run(self, cell: str) -> Path:
+        """The folder of a cell's runs."""
+        return self.folder / "runs" / cell
+
+    def is_ready(self, cell: Cell) -> bool:
+        """Whether a cell's teacher is trained."""
+        return not cell.teacher or (self.result(cell.teacher) is not None and self.weights(cell.teacher).is_file())
+
+    @contextmanager
+    def claimed(self, cell: str) -> Iterator[bool]:
+        """Lock a cell for this process and the processes that it forks.
+
+        Yields:
+            Whether the cell is theirs; otherwise another process has it.
+        """
+        path = self.folder / "locks" / cell
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # shared with forked processes until all have ended
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    def merge(self, other: Store) -> Iterator[str]:
+        """Take over finished cells, tuned settings, and those unfinished cells that have been trained for longer.
+
+        A cell that is finished in both stores stays as it is. A cell whose teacher has other weights than this store's
+        teacher is left out, as its figures would not be comparable.
+
+        Args:
+            other: The other store.
+
+        Yields:
+            A line for each cell that is taken over, differs, or is left out.
+        """
+        for record in sorted(other.results(), key=lambda record: record["teacher"] is not None):
+            yield from self._take(other, record)
+        for path in sorted((other.folder / "tuned").glob("*.json")):
+            if not (self.folder / "tuned" / path.name).exists():
+                _copy(path, self.folder / "tuned" / path.name)
+                yield f"{path.stem}: tuned settings taken over"
+        for run in sorted((other.folder / "runs").glob("*")):
+            if self.result(run.name) is None and steps(run) > steps(self.run(run.name)):
+                with self.claimed(run.name) as is_free:
+                    if is_free:
+                        self._take_run(run)
+                        yield f"{run.name}: continues after {steps(run):,} steps"
+                    else:
+                        yield f"{run.name}: left out, as it is being trained here"
+
+    def _take_run(self, run: Path) -> None:
+        """Copy an unfinished cell, so that an incomplete copy never takes the place of this store's."""
+        copied = self.folder / "incoming" / run.name
+        shutil.rmtree(copied, ignore_errors=True)
+        shutil.copytree(run, copied)
+        shutil.rmtree(self.run(run.name), ignore_errors=True)
+        self.run(run.name).parent.mkdir(exist_ok=True)
+        copied.rename(self.run(run.name))
+
+    def _take(self, other: Store, record: Record) -> Iterator[str]:
+        cell, teacher = record["id"], record["teacher"]
+        own = self.result(cell)
+        if own is not None:
+            if own["best"] != record["best"] or own["last"] != record["last"]:
+                yield f"{cell}: kept as it is, although the other store has other figures"
+            return
+        known = self.result(teacher["id"]) if teacher else None
+        if known is not None and known["best"]["weights"] != teacher["weights"]:
+            yield f"{cell}: left out, as its teacher has other weights than the teacher of this store"
+            return
+        if other.weights(cell).is_file():
+            _copy(other.weights(cell), self.weights(cell))
+        self.save("results", cell, record)
+        yield f"{cell}: taken over"
+
+
+def steps(run: Path) -> int:
+    """Optimizer steps after which a cell continues; 0 if it has no checkpoint."""
+    paths = sorted(run.glob("version_*/checkpoints/last.ckpt"))
+    return max((int(read_checkpoint(path)["global_step"]) for path in paths), default=0)
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read(path: Path) -> Record | None:
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def _all(folder: Path) -> list[Record]:
+    return [record for path in sorted(folder.glob("*.json")) if (record := _read(path)) is not None]
+
+
+def _copy(path: Path, target: Path) -> None:
+    with replacing(target) as written:
+        shutil.copyfile(path, written)

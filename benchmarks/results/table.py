@@ -1,0 +1,194 @@
+"""The table of a plan's results: Markdown, JSON and a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from scipy import stats
+
+from benchmarks.results.plan import STUDENT, Row
+from benchmarks.results.store import Record, Store
+from lkd.store import replacing
+
+_CONFIDENCE = 0.95
+_HEAD = "| method | n | best, % | last, % | best, to the student alone | published | minutes |"
+
+
+def summary(rows: Sequence[Row], store: Store) -> list[dict[str, Any]]:
+    """The figures of each row; those that need missing cells are None.
+
+    Accuracies are in percent, differences in percentage points. `best` is the checkpoint with the highest accuracy on
+    the validation images, `last` the one after the last step; both are measured on the test images. `difference` is the
+    mean over seeds of the difference of `best` to the student alone with the same seed, `low` and `high` its 95 %
+    confidence interval by Student's t.
+
+    Args:
+        rows: The rows.
+        store: The store.
+    """
+    found = []
+    for row in rows:
+        results = _results(row, store)
+        alone = next(
+            other for other in rows if (other.pair, other.recipe, other.method) == (row.pair, row.recipe, STUDENT)
+        )
+        base = {record["seed"]: record["best"]["test"] for record in _results(alone, store)}
+        is_student = row.cells[0].teacher != ""
+        paired = [record["best"]["test"] - base[record["seed"]] for record in results if record["seed"] in base]
+        found.append({
+            **{"label": row.cells[0].label, "pair": row.pair, "recipe": row.recipe, "method": row.method},
+            **{"n": len(results), "planned": len(row.cells), "seeds": [record["seed"] for record in results]},
+            **{name: _spread([record[name]["test"] for record in results]) for name in ("best", "last")},
+            "difference": interval(paired if is_student else []),
+            "published": row.published,
+            "minutes": _mean([record["seconds"] / 60 for record in results]),
+            "teachers": sorted({record["teacher"]["weights"] for record in results if record["teacher"]}),
+        })  # fmt: skip
+    return found
+
+
+def interval(values: Sequence[float]) -> dict[str, float | None] | None:
+    """Mean and confidence interval of paired differences; None if there are none.
+
+    Args:
+        values: One difference per seed; one alone has no interval.
+
+    Example:
+        >>> found = interval([1.0, 2.0, 3.0])
+        >>> [round(found[name], 2) for name in ("mean", "low", "high")]
+        [2.0, -0.48, 4.48]
+    """
+    if not values:
+        return None
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return {"n": 1, "mean": mean, "low": None, "high": None}
+    quantile = float(stats.t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1))
+    margin = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return {"n": len(values), "mean": mean, "low": mean - margin, "high": mean + margin}
+
+
+def write(rows: Sequence[Row], store: Store, folder: Path) -> None:
+    """Write `table.md`, `table.json` and `table.svg`.
+
+    Args:
+        rows: The rows.
+        store: The store.
+        folder: Where to write them.
+    """
+    figures = summary(rows, store)
+    records = [record for row in rows for record in _results(row, store)]
+    with replacing(folder / "table.json") as path:
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+    with replacing(folder / "table.md") as path:
+        path.write_text("\n".join(_markdown(figures, records)) + "\n")
+    with replacing(folder / "table.svg") as path:
+        _plot(figures).savefig(path, format="svg", metadata={"Date": None})
+
+
+def _results(row: Row, store: Store) -> list[Record]:
+    return [record for cell in row.cells if (record := store.result(cell.id)) is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.mean(values) if values else None
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None] | None:
+    if not values:
+        return None
+    return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def _markdown(figures: Sequence[dict[str, Any]], records: Sequence[Record]) -> Iterator[str]:
+    for title, section in _sections(figures).items():
+        yield from (f"### {title}", "", _HEAD, "|---|---|---|---|---|---|---|")
+        yield from map(_line, section)
+        yield ""
+    yield from _remarks(records)
+
+
+def _sections(figures: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in figures:
+        found.setdefault(f"{row['label']}: {row['pair']}, recipe {row['recipe']}", []).append(row)
+    return found
+
+
+def _line(row: dict[str, Any]) -> str:
+    """One row in Markdown; what is missing is empty."""
+    number = "" if not row["n"] else f"{row['n']}" if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}"
+    published = "" if row["published"] is None else f"{row['published']:.2f}"
+    minutes = "" if row["minutes"] is None else f"{row['minutes']:.1f}"
+    accuracies = (_accuracy(row[name]) for name in ("best", "last"))
+    cells = (row["method"], number, *accuracies, _difference(row["difference"], row["n"]), published, minutes)
+    return f"| {' | '.join(cells)} |"
+
+
+def _accuracy(spread: dict[str, float | None] | None) -> str:
+    if spread is None:
+        return ""
+    return f"{spread['mean']:.2f}" + ("" if spread["sd"] is None else f" ± {spread['sd']:.2f}")
+
+
+def _difference(found: dict[str, float | None] | None, number: int) -> str:
+    """A difference, with the number of pairs if there are fewer than seeds."""
+    if found is None:
+        return ""
+    limits = "" if found["low"] is None else f" ({found['low']:+.2f} to {found['high']:+.2f})"
+    return f"{found['mean']:+.2f}{limits}" + ("" if found["n"] == number else f", n = {found['n']}")
+
+
+def _remarks(records: Sequence[Record]) -> Iterator[str]:
+    """How the figures were measured."""
+    yield (
+        "`best` is the checkpoint with the highest accuracy on the validation images, `last` the one after the last "
+        "step. Both are measured on the test images: mean ± standard deviation over n seeds. Differences are paired by "
+        "seed, in percentage points, with their 95 % confidence interval by Student's t. All students of a pair have "
+        "the same teacher, so the intervals leave out how teachers vary. Published figures are from the official "
+        "split, after 240 epochs on all training images: `last` in RepDistiller (Tian et al. 2020), whereas dkd and "
+        "logit_standardization publish the epoch with the best test accuracy."
+    )
+    if not records:
+        return
+    sizes = {
+        f"{record['images']['train']:,} for training, {record['images']['val']:,} for validation" for record in records
+    }
+    versions = {", ".join(f"{name} {record['versions'][name]}" for name in ("lkd", "torch")) for record in records}
+    devices = {f"{life['device']} ({record['precision']})" for record in records for life in record["devices"]}
+    contents = {record["images"]["contents"] for record in records}
+    yield ""
+    yield f"Images: {'; '.join(sorted(sizes))}. Devices: {'; '.join(sorted(devices))}. {'; '.join(sorted(versions))}."
+    if len(contents) > 1:
+        yield f"\nThe cells were trained on {len(contents)} different sets of images, and are not comparable."
+
+
+def _plot(figures: Sequence[dict[str, Any]]) -> Figure:
+    """Differences to the student alone with their confidence intervals."""
+    sections = _sections(figures)
+    height = sum(1.2 + 0.3 * len(section) for section in sections.values())
+    figure = Figure(figsize=(7, height), layout="constrained")
+    heights = [2 + len(section) for section in sections.values()]
+    every = figure.subplots(len(sections), 1, squeeze=False, height_ratios=heights)
+    for axes, (title, section) in zip(every[:, 0], sections.items(), strict=True):
+        measured = [row for row in section if row["difference"] is not None]
+        for place, row in enumerate(measured):
+            found = row["difference"]
+            axes.plot(found["mean"], place, "o", color="C0")
+            if found["low"] is not None:
+                axes.hlines(place, found["low"], found["high"], color="C0")
+        axes.axvline(0, color="gray", linewidth=0.8)
+        axes.set(
+            title=title,
+            yticks=range(len(measured)),
+            yticklabels=[f"{row['method']} (n = {row['difference']['n']})" for row in measured],
+        )
+        axes.set_ylim(max(len(measured), 1) - 0.5, -0.5)
+        axes.set_xlabel("test accuracy of `best` to the student alone, percentage points")
+    return figure

@@ -1,0 +1,113 @@
+"""Train the cells of a plan one after another, each in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results.cell import train
+from benchmarks.results.plan import Cell
+from benchmarks.results.store import Store
+
+GRACE = 60.0
+"""Seconds that a cell has for its checkpoint after SIGTERM before it is killed."""
+_POLL = 2.0
+"""Seconds between two looks for cells that other processes have finished."""
+
+
+class Clock:
+    """A time limit.
+
+    Args:
+        minutes: The limit, from now on; None: there is none.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+        self.grace = GRACE if minutes is None else min(GRACE, 60 * minutes / 5)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the cells have to stop; None if there is no limit."""
+        return None if self._end is None else max(0.0, self._end - self.grace - time.monotonic())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the cells have to stop."""
+        return self.left is not None and self.left <= 0
+
+
+def work(cells: Sequence[Cell], store: Store, data: Path | None, clock: Clock) -> int:
+    """Train all cells that are not finished, in their order, until the time is over.
+
+    Cells that another process trains are left to it; cells whose teacher it trains wait.
+
+    Args:
+        cells: The cells.
+        store: The store.
+        data: Folder of the images; None: the configs'.
+        clock: The time limit.
+
+    Returns:
+        The exit code: 0, also if the time is over, or 1 if a cell has failed.
+    """
+    failed: set[str] = set()
+    while not clock.is_over:
+        hopeless = {cell.id for cell in cells if cell.teacher in failed} | failed
+        left = [cell for cell in cells if cell.id not in hopeless and store.result(cell.id) is None]
+        if not left:
+            break
+        if not any(_tried(cell, store, data, clock, failed) for cell in left if store.is_ready(cell)):
+            time.sleep(_POLL)  # other processes train what is left
+    done = sum(store.result(cell.id) is not None for cell in cells)
+    print(f"{done} of {len(cells)} cells are finished", flush=True)
+    return 1 if failed else 0
+
+
+def _tried(cell: Cell, store: Store, data: Path | None, clock: Clock, failed: set[str]) -> bool:
+    """Train a cell, unless another process has it; return whether it was this one's."""
+    with store.claimed(cell.id) as is_free:
+        if not is_free:
+            return False
+        if store.result(cell.id) is not None:  # another process has finished it meanwhile
+            return True
+        print(f"{cell.id} ...", flush=True)
+        code = in_process(train, (cell, store, data), clock)
+    result = store.result(cell.id)
+    if result is not None:
+        best, last = result["best"], result["last"]
+        print(f"  test accuracy {best['test']:.2f} % (best), {last['test']:.2f} % (last)", flush=True)
+    elif code in (-signal.SIGTERM, 128 + signal.SIGTERM) or clock.is_over:
+        print("  interrupted; the same command continues it", flush=True)
+    else:
+        failed.add(cell.id)
+        print(f"  failed with exit code {code}: see {store.run(cell.id)}/log.txt", flush=True)
+    return True
+
+
+def in_process(function: Callable[..., None], arguments: tuple[Any, ...], clock: Clock) -> int | None:
+    """Call a function in a forked process; if the time is over or this process stops, the other one gets SIGTERM.
+
+    Args:
+        function: The function.
+        arguments: Its arguments.
+        clock: The time limit.
+
+    Returns:
+        The exit code; negative: the signal that has ended the process.
+    """
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    try:
+        process.join(clock.left)
+    finally:
+        if process.is_alive():
+            process.terminate()
+            process.join(clock.grace)
+            process.kill()  # without effect on a process that has ended
+            process.join()
+    return process.exitcode

@@ -1,0 +1,95 @@
+"""Validation of constructor arguments and of input shapes."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+
+def check_temperature(temperature: float, name: str = "temperature") -> float:
+    """Check a temperature.
+
+    Args:
+        temperature: Value to check.
+        name: Name of the argument, for the error message.
+
+    Returns:
+        The temperature as a float.
+
+    Raises:
+        ValueError: If it is not positive and finite.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"{name} must be greater than 0, got {temperature}; use a finite number: 1 keeps the probabilities "
+            "unchanged, larger values flatten them (typically 4)"
+        )
+    return float(temperature)
+
+
+def check_weights(**weights: float) -> None:
+    """Check that weights are non-negative and finite.
+
+    Args:
+        weights: Weights by argument name.
+
+    Raises:
+        ValueError: If a weight is negative or not finite.
+    """
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must not be negative, got {weight}; use a finite number of at least 0")
+
+
+def check_positive(usual: str, **values: float) -> None:
+    """Check that values are positive and finite.
+
+    Args:
+        usual: Typical value, for the error message.
+        values: Values by argument name.
+
+    Raises:
+        ValueError: If a value is not positive or not finite.
+    """
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be greater than 0, got {value}; use a finite number, {usual}")
+
+
+def check_classes(logits: Tensor, least: int, because: str) -> None:
+    """Check the number of classes.
+
+    Args:
+        logits: Logits `(B, K)`.
+        least: Minimum number of classes.
+        because: Reason for the requirement, for the error message.
+
+    Raises:
+        ValueError: If there are fewer classes.
+    """
+    if logits.shape[1] < least:
+        remedy = "use KD" if logits.shape[1] > 1 else "use a network with one logit per class"
+        raise ValueError(
+            f"this criterion {because}, which requires at least {least} classes, got logits with "
+            f"{logits.shape[1]}; {remedy}"
+        )
+
+
+def check_dims(owner: str, dims: int, **features: Tensor) -> None:
+    """Check the number of dimensions of features.
+
+    Args:
+        owner: Name of the criterion, for the error message.
+        dims: 4 for feature maps `(B, C, H, W)`, 3 for tokens `(B, N, C)`, 2 for pooled features `(B, C)`.
+        features: Features by role, for example `student`.
+
+    Raises:
+        ValueError: If a feature has another number of dimensions.
+    """
+    forms = {4: "feature maps (B, C, H, W)", 3: "tokens (B, N, C)", 2: "pooled features (B, C)"}
+    for name, feature in features.items():
+        if feature.ndim != dims:
+            raise ValueError(
+                f"{owner} reads {forms[dims]}, but the {name} layer returns {tuple(feature.shape)}; use another layer"
+            )
