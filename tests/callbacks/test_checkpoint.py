@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lkd.__main__ import main
-from lkd.arguments import run_version
+from lkd.arguments import newest_checkpoint, run_version
 from lkd.callbacks import BestCheckpoint, LastCheckpoint, StepSeed
 from lkd.checkpoint_io import AtomicCheckpointIO, damage_of
 
@@ -92,6 +92,24 @@ def test_folder_of_a_resumed_run(path: str, version: int | None) -> None:
 
 def test_a_resumed_run_replaces_its_best(tmp_path) -> None:
     assert BestCheckpoint(dirpath=tmp_path)._enable_version_counter is False
+
+
+def test_the_current_score_comes_back(tmp_path) -> None:
+    """It names the checkpoint of a resumed run."""
+    before, after = (BestCheckpoint(dirpath=tmp_path, monitor="val/loss") for _ in range(2))
+    before.current_score = torch.tensor(0.25)
+    after.load_state_dict(before.state_dict())
+    assert after.current_score == 0.25
+    assert after.mode == "min"
+
+
+def test_the_newest_run_has_the_largest_number() -> None:
+    for number in (2, 10, 9):
+        folder = Path(f"a/version_{number}/checkpoints")
+        folder.mkdir(parents=True)
+        torch.save({}, folder / "last.ckpt")
+        os.utime(folder / "last.ckpt", (number == 2, number == 2))  # whatever was copied when
+    assert newest_checkpoint(Path("a"), "last") == Path("a/version_10/checkpoints/last.ckpt")
 
 
 def test_checkpoints_have_the_rights_of_any_file(tmp_path) -> None:
