@@ -13,7 +13,7 @@ import lkd
 from lkd.__main__ import main
 from lkd.arguments import prepare
 from lkd.cli import LkdCLI
-from lkd.config_files import KEYS
+from lkd.config_files import KEYS, run_name
 from lkd.early_checks import OPTIONS
 
 QUICK = """
@@ -162,3 +162,9 @@ def test_what_a_folder_stands_for_is_printed(capsys) -> None:
     assert "teacher: runs/digits/teacher/version_0/checkpoints/best.ckpt, val/acc 0." in out
     saved = yaml.safe_load(Path("runs/digits/kd/version_0/config.yaml").read_text())
     assert saved["model"]["init_args"]["teacher_ckpt"] == "runs/digits/teacher/version_0/checkpoints/best.ckpt"
+
+
+def test_the_last_name_counts() -> None:
+    for name in ("a", "b", "c"):
+        Path(f"{name}.yaml").write_text("seed_everything: 0" if name == "c" else f"name: runs_of/{name}")
+    assert run_name([Path(f"{name}.yaml") for name in "abc"], Path("runs")) == "runs_of/b"

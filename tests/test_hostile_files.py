@@ -91,6 +91,13 @@ def test_tensors_that_are_no_weights(change: Callable[[Tensor], object], says: s
     assert says in refused(spoilt(change))
 
 
+def test_tensors_that_are_too_large_together() -> None:
+    state = network().state_dict()
+    torch.save(state, "w.pth")
+    size = Path("w.pth").stat().st_size
+    assert "numbers, and the file" in refused(state | {f"x{i}": torch.zeros(1).expand(2 * size) for i in range(5)})
+
+
 def test_a_mask_of_the_networks_own_may_be_infinite() -> None:
     own = network()
     own.register_buffer("mask", torch.full((2,), -float("inf")))

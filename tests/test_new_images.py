@@ -13,6 +13,7 @@ from PIL import Image
 
 import lkd
 from lkd.__main__ import main
+from lkd.callbacks import PredictionWriter
 
 CPU = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 BEST = "runs/run/version_0/checkpoints/best.ckpt"
@@ -87,3 +88,11 @@ def test_images_need_a_checkpoint_and_data_that_tells_how_it_prepares_them(capsy
     assert "lkd predict needs a checkpoint" in capsys.readouterr().err
     with pytest.raises(TypeError, match="LightningDataModule does not tell how it prepares an image"):
         lkd.datamodules.NewImages("new", lkd.datamodules.base.L.LightningDataModule())
+
+
+def test_each_prediction_has_its_own_lines(distill, data, trainer) -> None:
+    writer = PredictionWriter("it.csv")
+    engine, module = trainer(callbacks=[writer]), distill()
+    for _ in range(2):
+        engine.predict(module, data)
+        assert len(Path("it.csv").read_text().splitlines()) == 1 + 24

@@ -146,3 +146,9 @@ def test_mistakes(begun, capfd, args: list[str], says: str) -> None:
 @pytest.mark.parametrize(("text", "wanted"), [("3", [0, 1, 2]), ("4,2", [4, 2]), ("[4, 2]", [4, 2]), ("3,", [3])])
 def test_forms_of_seeds(text: str, wanted: list[int]) -> None:
     assert seeds._seeds(text) == wanted
+
+
+def test_the_report_has_the_deviation_of_a_sample(capsys) -> None:
+    results = [seeds.Result(seed, Path(f"version_{seed}"), "val/acc", value) for seed, value in enumerate((0.1, 0.4))]
+    seeds._report(Path(), results)
+    assert "mean 0.25, standard deviation 0.2121, n = 2" in capsys.readouterr().out

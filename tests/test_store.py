@@ -65,6 +65,9 @@ def test_tensors_come_back(kept: tuple[Path, dict[str, torch.Tensor]], recwarn: 
 def test_made_from_something_else(kept: tuple[Path, dict[str, torch.Tensor]]) -> None:
     with pytest.warns(UserWarning, match=r"kept.safetensors is not used, and made anew: .* another teacher and seed"):
         assert load_tensors(kept[0], {"teacher": "b", "seed": "1"}) is None
+    for wanted in ({"teacher": "a"}, {**MADE_FROM, "dtype": "half"}):
+        with pytest.warns(UserWarning, match=r"made anew: it was made from another (seed|dtype)$"):
+            assert load_tensors(kept[0], wanted) is None
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.1, 0.5, 0.9, 0.999])

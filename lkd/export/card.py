@@ -123,8 +123,14 @@ def _training(trained: Trained, own: Any, model: Any, data: Any) -> Iterator[tup
     for name, value in settings.items():
         if name not in shown and value is not None:
             yield name, _shown(value)
-    yield "epochs until then", str(int(trained.checkpoint.get("epoch", -1)) + 1)
+    yield "epochs until then", str(_epochs(trained.checkpoint))
     yield "steps until then", f"{trained.checkpoint.get('global_step', 0):,}"
+
+
+def _epochs(checkpoint: Mapping[str, Any]) -> int:
+    """How many epochs a run had started: its `epoch` is the current one in `best.ckpt` and the next in `last.ckpt`."""
+    loop = checkpoint.get("loops", {}).get("fit_loop")
+    return int(loop["epoch_progress"]["total"]["started"]) if loop else int(checkpoint.get("epoch", -1)) + 1
 
 
 def _network(model: Any) -> Any:

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lkd.__main__ import main
-from lkd.arguments import run_version
+from lkd.arguments import newest_checkpoint, run_version
 from lkd.callbacks import BestCheckpoint, LastCheckpoint, StepSeed
 from lkd.checkpoint_io import AtomicCheckpointIO, damage_of
 
@@ -21,7 +23,8 @@ def test_times_are_positive(settings) -> None:
         LastCheckpoint(**settings)
 
 
-def test_saved_by_time(distill, data, trainer, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("settings", [{"minutes": 1}, {"minutes": None, "every_n_train_steps": 2}], ids=str)
+def test_saved_by_time_or_steps(distill, data, trainer, tmp_path, monkeypatch, settings) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     saved = []
@@ -33,7 +36,7 @@ def test_saved_by_time(distill, data, trainer, tmp_path, monkeypatch) -> None:
         def on_save_checkpoint(self, trainer, *args) -> None:
             saved.append(trainer.global_step)
 
-    last = LastCheckpoint(minutes=1)
+    last = LastCheckpoint(**settings)
     trainer(max_epochs=2, callbacks=[Clock(), last], enable_checkpointing=True).fit(distill(), data)
     assert saved == [2, 3, 5, 6]
     assert sorted(path.name for path in last.path.parent.glob("*")) == [".lock", "last.ckpt", "previous.ckpt"]
@@ -55,6 +58,15 @@ def test_steps_draw_the_same_whatever_came_before(distill, data, trainer) -> Non
 
     assert draws(True) == draws(False)
     assert len(set(draws(False))) == 6
+
+
+def test_steps_of_processes_draw_differently() -> None:
+    seed, module, drawn = StepSeed(), SimpleNamespace(device=torch.device("cpu")), set()
+    for epoch, batch, rank in itertools.product(range(2), repeat=3):
+        engine = SimpleNamespace(current_epoch=epoch, global_rank=rank)
+        seed.on_train_batch_start(engine, module, None, batch)  # type: ignore[arg-type]
+        drawn.add(torch.rand(()).item())
+    assert len(drawn) == 8
 
 
 def test_resume_begins_and_goes_on() -> None:
@@ -92,6 +104,24 @@ def test_folder_of_a_resumed_run(path: str, version: int | None) -> None:
 
 def test_a_resumed_run_replaces_its_best(tmp_path) -> None:
     assert BestCheckpoint(dirpath=tmp_path)._enable_version_counter is False
+
+
+def test_the_current_score_comes_back(tmp_path) -> None:
+    """It names the checkpoint of a resumed run."""
+    before, after = (BestCheckpoint(dirpath=tmp_path, monitor="val/loss") for _ in range(2))
+    before.current_score = torch.tensor(0.25)
+    after.load_state_dict(before.state_dict())
+    assert after.current_score == 0.25
+    assert after.mode == "min"
+
+
+def test_the_newest_run_has_the_largest_number() -> None:
+    for number in (2, 10, 9):
+        folder = Path(f"a/version_{number}/checkpoints")
+        folder.mkdir(parents=True)
+        torch.save({}, folder / "last.ckpt")
+        os.utime(folder / "last.ckpt", (number == 2, number == 2))  # whatever was copied when
+    assert newest_checkpoint(Path("a"), "last") == Path("a/version_10/checkpoints/last.ckpt")
 
 
 def test_checkpoints_have_the_rights_of_any_file(tmp_path) -> None:

@@ -21,6 +21,8 @@ from lkd import ClassificationModule, DistillModule, PastTeacherModule, devices
 from lkd.__main__ import main
 from lkd.callbacks import Speed
 from lkd.callbacks.folding import fold_batch_norms
+from lkd.callbacks.graph_constants import constants_of
+from lkd.callbacks.optimizers import fuse
 from lkd.callbacks.speed import fitting_precision
 from lkd.losses import AT, DistillLoss
 from lkd.models import CIFARResNet, mobilenetv2, resnet8, resnet20, torchvision_model
@@ -353,3 +355,30 @@ def test_the_command_line_chooses_and_tells(monkeypatch, capfd, settings: list[s
     assert main(["fit", "--config", "digits/kd", "--trainer.max_steps=2", *settings]) == 0
     (saved,) = Path("runs").rglob("config.yaml")
     assert yaml.safe_load(saved.read_text())["trainer"]["precision"] == precision
+
+
+@pytest.mark.parametrize(
+    ("precision", "fused"), [("32-true", True), ("bf16-mixed", True), ("16-mixed", False), ("16-true", False)]
+)
+def test_optimizers_are_not_fused_where_gradients_are_scaled(precision: str, fused: bool) -> None:
+    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    assert fuse(optimizer, precision) is fused
+    assert optimizer.param_groups[0]["fused"] == (True if fused else None)
+
+
+def test_what_a_graph_takes_for_constant(distill) -> None:
+    module = distill()
+    before = constants_of(module)
+    assert constants_of(module) == before
+    changes = [
+        lambda: module.student.bn1.eval(),
+        lambda: module.student.conv1.weight.requires_grad_(False),
+        lambda: setattr(module.student.bn1, "momentum", 0.2),
+        lambda: setattr(module.criterion, "temperature", 3.0),
+        lambda: setattr(module.student.fc.weight, "data", module.student.fc.weight.data.clone()),
+    ]
+    for change in changes:
+        change()
+        after = constants_of(module)
+        assert after != before
+        before = after

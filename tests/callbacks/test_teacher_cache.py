@@ -16,9 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lkd import Batch, DistillModule, NoisyStudentModule, Normalization, Outputs, PastTeacherModule, SyntheticDataModule
-from lkd.answers import Storage
+from lkd.answers import Answers, Storage
 from lkd.callbacks import TeacherCache
-from lkd.datamodules import RandomCrop, RandomHorizontalFlip, RotatedViews
+from lkd.datamodules import Mixup, RandomCrop, RandomHorizontalFlip, RotatedViews
 from lkd.losses import AT, KD, TfKD
 
 SAMPLE = 16  # images of which the teacher is asked although its answers are kept, once for a version
@@ -178,6 +178,7 @@ def test_another_version_s_file_in_its_place(run) -> None:
         ("seed", {"data": {"seed": 1}}),
         ("augmentation", {"data": {"augment": [RandomCrop(1)]}}),
         ("augmentation", {"data": {"mean": (0.1, 0.2, 0.3)}}),
+        ("augmentation", {"data": {"mix": Mixup()}}),
         ("choice of images", {"data": {"val_size": 32}}),
         ("images", {"data": {"train_size": NUM_TRAIN + 17}}),
         ("storage", {"dtype": "float32"}),
@@ -248,6 +249,17 @@ def test_top_k_keeps_the_largest_and_the_mass_of_the_rest() -> None:
     for row in others:
         assert len(row[row.isfinite()].unique()) == 1
     assert len(Storage(torch.float32, top_k=10).pack(logits)) == 1
+
+
+def test_rows_that_were_replaced_are_not_yet_seen() -> None:
+    storage = Storage(torch.float32)
+    answers = Answers(storage, (torch.zeros(3, 1, 2),), torch.tensor([4, 0, 2]), 2, torch.device("cpu"))
+    answers.write(torch.tensor([2, 4]), torch.ones(2, 2))
+    assert answers.seen.tolist() == [True, False, True]
+    assert answers.load((torch.full((3, 1, 2), 5.0),))
+    assert not answers.seen.any()
+    assert answers.read(torch.tensor([0, 2])).tolist() == [[5, 5], [5, 5]]
+    assert not answers.load((torch.zeros(3, 1, 4),))
 
 
 class _FourViews(KD):

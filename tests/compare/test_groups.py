@@ -17,7 +17,7 @@ from lkd import SyntheticDataModule
 from lkd.compare import Candidate, Comparison, compare
 from lkd.compare.groups import Group, Spread, _group_name, method_difference, methods_of
 from lkd.compare.plots import style
-from lkd.compare.tables import tables
+from lkd.compare.tables import _verdict, tables
 
 NAMES = ["teacher", *(f"kd/version_{n}" for n in range(4)), *(f"dkd/version_{n}" for n in range(3)), "alone"]
 
@@ -96,6 +96,8 @@ def test_differences_are_those_from_the_reference(nine) -> None:
     assert against.rows[0][1] == f"{100 * gap:+.2f}"
     one = next(pair for pair in nine.differences if (pair.first, pair.second) == ("teacher", "alone"))
     assert against.rows[0][3:5] == [str(one.only_second), str(one.only_first)]
+    low, high = one.interval  # of the difference the other way round
+    assert against.rows[0][2] == f"[{-100 * high:+.2f}, {-100 * low:+.2f}]"
 
 
 @pytest.mark.parametrize("members", [False, True])
@@ -142,3 +144,8 @@ def test_methods_are_told_apart_by_settings_seeds_and_checkpoints() -> None:
         (folder / "config.yaml").write_text(f"seed_everything: {seed}\nmodel: {{weight: {weight}}}{data}")
         runs[name] = SimpleNamespace(path=folder / "checkpoints" / f"{checkpoint}.ckpt")
     assert methods_of(runs) == dict.fromkeys(("a/0", "a/1", "a/2"), "a")  # type: ignore[arg-type]
+
+
+def test_a_difference_among_many_pairs_needs_a_smaller_p() -> None:
+    assert [_verdict(0.02, pairs) for pairs in (1, 2, 3)] == ["yes", "yes", "no"]
+    assert _verdict(math.nan, 1) == "-"

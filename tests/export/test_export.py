@@ -21,14 +21,17 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from lkd import ImageFolderDataModule, __version__
+from lkd import DigitsDataModule, ImageFolderDataModule, __version__
 from lkd.__main__ import main
 from lkd.export import export
-from lkd.export.card import CARD
+from lkd.export.card import CARD, _epochs
 from lkd.export.files import WRITERS
 from lkd.export.images import batches, preprocessing, training_images
+from lkd.export.images import test_loader as loader_of_some
+from lkd.export.measure import Checked
 from lkd.export.snippets import preparation, use
 from lkd.trained import load_trained
+from lkd.types import IGNORE_INDEX
 
 QUICK = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.enable_progress_bar=false")
 FILES = ("model.safetensors", "model.pt2", "model.onnx", "model.int8.onnx")
@@ -505,3 +508,29 @@ def test_calibration_sees_training_images_as_they_are_in_use(folder, distill) ->
         torch.testing.assert_close(images[i], (pixels - mean) / std)
     assert len(squares) == 1
     assert len(images) == 8
+
+
+def test_the_card_counts_the_epochs_of_any_checkpoint(run) -> None:
+    folder = Path(run) / "checkpoints"
+    best, last = (torch.load(folder / f"{name}.ckpt", weights_only=True) for name in ("best", "last"))
+    assert best["global_step"] == last["global_step"]  # one epoch
+    assert _epochs(best) == _epochs(last) == 1
+    del best["loops"]  # as in a checkpoint of weights alone
+    assert _epochs(best) == 1
+
+
+def test_a_file_is_measured_by_its_own_answers() -> None:
+    checked = Checked("model.onnx", 1)
+    got, expected = torch.eye(4), torch.eye(4)[[0, 1, 3, 3]]
+    checked.see(got, expected, torch.tensor([0, 2, 2, IGNORE_INDEX]))
+    counts = checked.images, checked.labelled, checked.same, checked.correct, checked.expected
+    assert counts == (4, 3, 3, 2, 1)
+    assert checked.difference == 1
+
+
+def test_some_test_images_are_spread_over_all() -> None:
+    data = DigitsDataModule(num_workers=0)
+    data.prepare_data()
+    data.setup("test")
+    assert list(loader_of_some(data, 3).dataset.indices) == [0, 179, 358]  # type: ignore[attr-defined]
+    assert loader_of_some(data, 359).dataset is data.datasets["test"]

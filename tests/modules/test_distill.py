@@ -12,6 +12,7 @@ from torch.optim import SGD
 
 from lkd import Batch, DistillLoss, DistillModule, Normalization, Outputs, Probe, SyntheticDataModule
 from lkd.losses import AT, BYOT, CC, CRD, KD, OFAKD, PKT, FitNet, LogitStandardization, SemCKD, TfKD, WeightedSum
+from lkd.types import IGNORE_INDEX
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -666,3 +667,15 @@ def test_groups_of_layers_are_found(distill) -> None:
     assert module.criterion.student_layers == ("layer1", "layer2", "layer3", "layer3")
     assert criterion.criteria["at"].teacher_layers == ("layer1", "layer2", "layer3")
     assert module.student_taps.layers == ("layer1", "layer2", "layer3")
+
+
+def test_agreement_counts_labelled_images_alone(distill) -> None:
+    """As the others only fill up a process's share of the images."""
+    module = distill().eval()
+    batch = Batch(torch.randn(6, 3, 8, 8), torch.tensor([0, IGNORE_INDEX, 1, IGNORE_INDEX, 2, 3]))
+    metrics = module.make_metrics()
+    with torch.no_grad():
+        module.update_metrics(metrics, batch)
+        same = module.student(batch.input).argmax(1) == module.teacher(batch.input).argmax(1)
+    assert metrics["agreement"].total == metrics["teacher_acc"].total == 4
+    assert metrics["agreement"].correct == same[batch.target != IGNORE_INDEX].sum()

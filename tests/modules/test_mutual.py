@@ -174,3 +174,13 @@ def test_plain_data_will_do(tiny, trainer) -> None:
     trainer(max_epochs=1).fit(MutualModule(_students(tiny, 2)), loader)
     with pytest.raises(ValueError, match=r"Mutual builds its adapters.*input_shape"):
         trainer(max_epochs=1).fit(MutualModule(_students(tiny, 2), FitNet()), loader)
+
+
+def test_each_student_has_the_curve_of_its_number(tiny) -> None:
+    students = _students(tiny)
+    for number, student in enumerate(students):
+        student.fc.bias.data[number] += 1000  # always chosen
+    module = MutualModule(students).eval()
+    metrics = module.stage_metrics("val")
+    module.update_metrics(metrics, _batch()._replace(target=torch.tensor([0, 1, 1, 2, 2, 2])))
+    assert [int(metrics[name].correct) for name in ("acc", "acc_2", "acc_3")] == [1, 2, 3]

@@ -77,6 +77,8 @@ def test_grid_and_corners() -> None:
     space = _read("{model.init_args.weight: {low: 0, high: 0.3, step: 0.1}, model.init_args.layers: [2, 3, 5]}")
     assert grid(space) == {"model.init_args.weight": [0.0, 0.1, 0.2, 0.3], "model.init_args.layers": [2, 3, 5]}
     assert [list(row.values()) for row in corners(space)] == [[0.0, 2], [0.3, 3], [0.0, 5]]
+    whole = _read("model.init_args.layers: {low: 2, high: 8, step: 3}")
+    assert list(grid(whole).values()) == [[2, 5, 8]]
     with pytest.raises(ValueError, match="a grid needs an end of the values"):
         grid(_read("model.init_args.weight: {low: 0, high: 1}"))
 

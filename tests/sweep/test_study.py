@@ -72,7 +72,9 @@ def test_a_grid_has_each_cell_once(search) -> None:
 
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_the_best(search, mode: str) -> None:
-    best = search(5, mode=mode).best
+    study = search(5, mode=mode)
+    best = study.best
+    assert study.optuna.best_value == best.value  # what samplers and pruners go by
     values = [float(row["value"]) for row in table()]
     assert best.value == {"min": min, "max": max}[mode](values)
 
