@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from lkd import __version__
-from lkd.catalogue import listed, part_of
+from lkd.catalogue import SECTIONS, homes_of, listed
 from lkd.early_checks import check
 from lkd.help import COMMANDS, HELP, OWN_HELP, SETTINGS, settings_help
 
@@ -27,7 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (text := _answer(args)) is not None:
             print(text, end="", flush=True)
             return 0
-        check([arg for arg in args if arg != "--debug"])
+        if _asks_for_all(args):
+            args = [args[0], "--help"]  # the parser's own answer
+        else:
+            check([arg for arg in args if arg != "--debug"])
     except BrokenPipeError:
         return _closed()
     except (ValueError, OSError) as error:
@@ -41,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:
         return _closed()
+
+
+def _asks_for_all(args: Sequence[str]) -> bool:
+    """Return whether the arguments are `COMMAND --help all`."""
+    return args[0] in SETTINGS and list(args[1:]) in (["--help", "all"], ["--help=all"], ["-h", "all"])
 
 
 def _answer(args: Sequence[str]) -> str | None:
@@ -65,19 +73,23 @@ def _answer(args: Sequence[str]) -> str | None:
 
 def _help(command: str, options: Sequence[str]) -> str | None:
     """Return the answer to `--help`, `--model.help` and `--model.help CLASS`."""
+    if _asks_for_all([command, *options]):
+        return None
     for option, following in zip(options, [*options[1:], ""], strict=True) if options else ():
         name, equals, value = option.partition("=")
         value = value if equals else "" if following.startswith("-") else following
-        if name in ("-h", "--help") and value != "all":
+        if name in ("-h", "--help"):
             return settings_help(command)
         if name.startswith("--") and name.endswith(".help"):
-            part = part_of(name[2:].removesuffix(".help"))
-            if value:
+            setting = name[2:].removesuffix(".help")
+            homes = homes_of(setting)
+            if kind := value or SECTIONS.get(setting):
                 from lkd.class_help import class_help
 
-                return class_help(value, part)
-            if part:
-                return "\n".join([*listed(part), "", f"lkd {command} {name} CLASS shows the settings of a class", ""])
+                return class_help(kind, homes)
+            if homes:
+                lines = [line for home in homes for line in listed(home)]
+                return "\n".join([*lines, "", f"lkd {command} {name} CLASS shows the settings of a class", ""])
     return None
 
 

@@ -64,6 +64,11 @@ def prepare(args: Sequence[str]) -> Prepared:
     if given.resume:
         given.ckpt_path = _resumed(args[0], given, configs, root / name)
     if given.ckpt_path not in (None, "null"):
+        if given.ckpt_path in _NEWEST and not Path(given.ckpt_path).exists() and not configs and given.name is None:
+            raise ValueError(
+                f"--ckpt_path {given.ckpt_path} is a checkpoint of the newest run of one name: add --name NAME or the "
+                f"run's --config, or give the checkpoint's path{_near(root)}"
+            )
         path = _find_checkpoint(given.ckpt_path, root, name)
         if not configs:
             configs = [config_of(path)]
@@ -108,11 +113,14 @@ def _find_checkpoint(name: str, root: Path, run: str) -> Path:
         return in_folder(Path(name), "best")
     if name in _NEWEST:
         return newest_checkpoint(root / run, name)
-    near = sorted(str(path) for path in root.rglob("*.ckpt")) if root.is_dir() else []
-    hint = (
-        f"; there are {', '.join(near[:4])}" if near else f"; a run writes it to {root}/<name>/version_<n>/checkpoints/"
-    )
+    hint = _near(root) or f"; a run writes it to {root}/<name>/version_<n>/checkpoints/"
     raise FileNotFoundError(f"there is no checkpoint {name!r}{hint}")
+
+
+def _near(root: Path) -> str:
+    """Return the end of a sentence: some checkpoints below a folder, if there are any."""
+    found = sorted(str(path) for path in root.rglob("*.ckpt")) if root.is_dir() else []
+    return f"; there are {', '.join(found[:4])}" if found else ""
 
 
 def check_option(command: str, arg: str, own: Sequence[str]) -> None:

@@ -3,53 +3,82 @@
 from __future__ import annotations
 
 import ast
+from importlib import import_module
 from pathlib import Path
 from textwrap import fill, shorten
 
-_PARTS = {"model": "modules", "data": "datamodules", "criterion": "losses", "callbacks": "callbacks"}
-_ENDS = {"modules": "Module", "datamodules": "DataModule"}  # of the names that a setting can have
+_HOMES = {
+    "model": ("lkd.modules",),
+    "data": ("lkd.datamodules",),
+    "criterion": ("lkd.losses",),
+    "callbacks": ("lkd.callbacks",),
+    "optimizer": ("torch.optim",),
+    "lr_scheduler": ("lkd.schedules", "torch.optim.lr_scheduler"),
+}
+SECTIONS = {
+    "trainer": "lightning.pytorch.Trainer",
+    "checkpoint": "lkd.callbacks.BestCheckpoint",
+    "last_checkpoint": "lkd.callbacks.LastCheckpoint",
+    "speed": "lkd.callbacks.Speed",
+    "teacher_cache": "lkd.callbacks.TeacherCache",
+}
+"""The class behind each section of a config that names none."""
+_ENDS = {"lkd.modules": "Module", "lkd.datamodules": "DataModule"}  # of the names that a setting can have
+_BASES = ("Optimizer", "LRScheduler")  # no setting can name them
 _NETWORKS = ("student", "teacher", "students", "model")
 
 
-def part_of(setting: str) -> str | None:
-    """Return the subpackage that a setting's classes are in.
+def homes_of(setting: str) -> tuple[str, ...]:
+    """Return the packages and modules that a setting's classes are in.
 
     Args:
         setting: A setting's name (`model`, `model.init_args.criterion`).
 
     Returns:
-        The subpackage's name; None if lkd has none for that setting.
+        Import paths; empty if the setting names no class.
     """
     above, _, name = setting.rpartition(".")
-    return "models" if above and name in _NETWORKS else _PARTS.get(name)
+    return ("lkd.models",) if above and name in _NETWORKS else _HOMES.get(name, ())
 
 
-def summaries(part: str) -> dict[str, str]:
-    """Return what a setting can name of a subpackage, with the first line of the docstrings.
+def summaries(home: str) -> dict[str, str]:
+    """Return what a setting can name of a package or module, with the first line of the docstrings.
 
     Args:
-        part: The subpackage's name.
+        home: Its import path. Only packages outside lkd are imported.
     """
-    folder = Path(__file__).parent / part
-    names = _public(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
-    public = {name for name in names if name.endswith(_ENDS.get(part, ""))}
-    kinds = ast.ClassDef | ast.FunctionDef if part == "models" else ast.ClassDef
-    found = {}
-    for path in folder.glob("*.py"):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, kinds) and node.name in public and not _is_abstract(node):
-                found[node.name] = (ast.get_docstring(node) or "").partition("\n")[0]
+    found = _own(home) if home.startswith("lkd.") else _imported(home)
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
-def listed(part: str, width: int = 80) -> list[str]:
-    """Return a line for each public name of a subpackage.
+def _imported(home: str) -> dict[str, str]:
+    module = import_module(home)
+    kinds = {name: getattr(module, name) for name in module.__all__ if name not in _BASES}
+    return {name: _summary(kind.__doc__) for name, kind in kinds.items() if isinstance(kind, type)}
+
+
+def _own(home: str) -> dict[str, str]:
+    path = Path(__file__).parent / home.removeprefix("lkd.")
+    package = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    names = _public(ast.parse(package.read_text(encoding="utf-8")))
+    public = {name for name in names if name.endswith(_ENDS.get(home, ""))}
+    kinds = (ast.ClassDef, ast.FunctionDef) if home == "lkd.models" else (ast.ClassDef,)
+    found = {}
+    for file in path.glob("*.py") if path.is_dir() else [package]:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, kinds) and node.name in public and not _is_abstract(node):
+                found[node.name] = _summary(ast.get_docstring(node))
+    return found
+
+
+def listed(home: str, width: int = 80) -> list[str]:
+    """Return a line for each class that a setting can name of a package or module.
 
     Args:
-        part: The subpackage's name.
+        home: Its import path.
         width: Columns; longer lines are cut at a word.
     """
-    rows = summaries(part)
+    rows = summaries(home)
     column = max(map(len, rows)) + 2
     return [f"  {name:{column}}{shorten(text, width - column - 2, placeholder=' ...')}" for name, text in rows.items()]
 
@@ -57,6 +86,10 @@ def listed(part: str, width: int = 80) -> list[str]:
 def indented(text: str, width: int = 80) -> str:
     """Return a text in lines of `width` columns that begin with two spaces."""
     return fill(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _summary(docstring: str | None) -> str:
+    return (docstring or "").strip().partition("\n")[0]
 
 
 def _is_abstract(node: ast.ClassDef | ast.FunctionDef) -> bool:
@@ -68,4 +101,4 @@ def _public(tree: ast.Module) -> list[str]:
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
             return [str(name) for name in ast.literal_eval(node.value)]
-    return []
+    return [node.name for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from textwrap import fill
+from types import ModuleType
 from typing import Any
 
 from docstring_parser import parse
@@ -15,17 +16,17 @@ _WIDTH = 80
 _SHORTEST = 60  # characters of a default value that are shown
 
 
-def class_help(path: str, part: str | None) -> str:
+def class_help(path: str, homes: Sequence[str]) -> str:
     """Return what a class is, and its settings with types, default values and descriptions.
 
     Args:
-        path: The import path of a class or function, or a short name from lkd.
-        part: The subpackage of lkd that a short name is looked for in.
+        path: The import path of a class or function, or a short name.
+        homes: The packages that a short name is looked for in.
 
     Raises:
         ValueError: If there is no such class.
     """
-    kind = _found(path, part)
+    kind = _found(path, homes)
     lines = [f"{_path(kind)}", "", *_paragraph(parse(inspect.getdoc(kind) or "").short_description or "", ""), ""]
     described = _descriptions(kind)
     for parameter in _parameters(kind):
@@ -34,17 +35,23 @@ def class_help(path: str, part: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _found(path: str, part: str | None) -> Any:
+def _found(path: str, homes: Sequence[str]) -> Any:
     above, _, name = path.rpartition(".")
+    modules = [_module(home) for home in ([above] if above else homes)]
+    for module in modules:
+        if hasattr(module, name):
+            return getattr(module, name)
+    nearest = difflib.get_close_matches(name, [known for module in modules for known in dir(module)], n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "give an import path such as lkd.DistillModule"
+    where = " or ".join(module.__name__ for module in modules)
+    raise ValueError(f"there is no {name!r}{f' in {where}' if where else ''}; {hint}")
+
+
+def _module(path: str) -> ModuleType:
     try:
-        module = import_module(above or f"lkd.{part}")
+        return import_module(path)
     except ImportError as error:
-        raise ValueError(f"there is no module {above!r}; give an import path such as lkd.DistillModule") from error
-    if not hasattr(module, name):
-        nearest = difflib.get_close_matches(name, dir(module), n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "give an import path such as lkd.DistillModule"
-        raise ValueError(f"there is no {name!r} in {module.__name__}; {hint}")
-    return getattr(module, name)
+        raise ValueError(f"there is no module {path!r}; give an import path such as lkd.DistillModule") from error
 
 
 def _path(kind: Any) -> str:

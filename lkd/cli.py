@@ -27,12 +27,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves
 
 from lkd.arguments import newest_checkpoint, prepare, run_version
 from lkd.callbacks import (
+    EpochLines,
     FitReport,
     ImagesPerSecond,
     LimitReport,
@@ -178,7 +180,9 @@ class LkdCLI(LightningCLI):
             kwargs["benchmark"] = True
         own_bar = any(isinstance(callback, L.pytorch.callbacks.ProgressBar) for callback in config["callbacks"] or [])
         if config.get("enable_progress_bar") is not False and not own_bar:
-            self.trainer_defaults["callbacks"].append(ProgressBar())
+            console = Console()
+            is_shown = console.is_terminal or console.is_jupyter
+            self.trainer_defaults["callbacks"].append(ProgressBar() if is_shown or not fit else EpochLines())
         if fit:
             configs = self.config[self.subcommand].config or []
             self.trainer_defaults["callbacks"].append(RunRecord(self.args, [Path(str(path)) for path in configs]))

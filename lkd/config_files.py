@@ -74,7 +74,8 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).replace(' in "<unicode string>",', " at").split())
+        raise ValueError(f"{path} is not valid YAML: {reason}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} contains no settings; it should have keys such as model, data and trainer")
     for key in {"model", "data", "trainer"} & set(config):
@@ -84,6 +85,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has a key 'config'; pass each file on the command line with its own --config")
     for key, nearest in _misspelt(config):
         raise ValueError(f"{path} has a key {key!r}; did you mean {nearest!r}?")
+    for key, kind in _misplaced(config):
+        raise ValueError(f"{path} has {key!r} beside 'class_path: {kind}'; move it below 'init_args'")
     return config
 
 
@@ -95,6 +98,16 @@ def _misspelt(config: object) -> Iterator[tuple[str, str]]:
         for nearest in difflib.get_close_matches(str(key), _CLASS_KEYS, n=1, cutoff=0.8):
             if key not in _CLASS_KEYS:
                 yield str(key), nearest
+
+
+def _misplaced(config: object) -> Iterator[tuple[str, str]]:
+    """Yield keys beside `class_path` that should be below `init_args`, and the class."""
+    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        yield from _misplaced(value)
+    if isinstance(config, dict) and isinstance(config.get("class_path"), str):
+        for key in config:
+            if str(key).partition(".")[0].rstrip("+") not in (*_CLASS_KEYS, "dict_kwargs"):
+                yield str(key), config["class_path"]
 
 
 def run_name(configs: Sequence[Path], root: Path) -> str:

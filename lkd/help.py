@@ -46,9 +46,9 @@ Options
 """
 
 _FIT = """\
-usage: lkd {command} --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
+usage: lkd fit --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
 
-{what}
+Train a network, alone or from a teacher. --resume continues the newest run.
 
 Modules (--model CLASS)
 {modules}
@@ -70,31 +70,72 @@ Settings that most runs change
   --name NAME                               the run's folder
 
 More help
-  lkd {command} --model.help                one line for each module
-  lkd {command} --data.help                 ... for each data module
-  lkd {command} --criterion.help            ... for each criterion
-  lkd {command} --model.help CLASS          the settings of a class
-  lkd {command} --config FILE --print_config
-  lkd {command} --help all                  all settings (long)
+  lkd fit --model.help                      one line for each module
+  lkd fit --data.help                       ... for each data module
+  lkd fit --criterion.help                  ... criterion; also optimizer,
+                                            lr_scheduler, callbacks, trainer
+  lkd fit --model.help CLASS                the settings of a class
+  lkd fit --config FILE --print_config
+  lkd fit --help all                        all settings (long)
 """
 
-_WHAT = {
-    "fit": "Train a network, alone or from a teacher. --resume continues the newest run.",
-    "validate": "Measure a checkpoint on the validation images: --ckpt_path FILE.",
-    "test": "Measure a checkpoint on the test images: --ckpt_path FILE.",
-    "predict": "Write a checkpoint's predictions for the test images, or for --images FOLDER:\n--ckpt_path FILE.",
+_MEASURE = """\
+usage: lkd {command} --ckpt_path FILE [--config FILE ...] [--KEY VALUE ...]
+
+{what}
+Without --config, the config.yaml of the checkpoint's run is used.
+
+{examples}
+
+Options
+  --ckpt_path FILE     a checkpoint, or a run's folder (its best); best or last
+                       with --name NAME: that of the newest run of this name
+  --config FILE        a config, as for lkd fit
+{options}  --data.init_args.root FOLDER          the images, if they have moved
+  --data.init_args.batch_size 256       also num_workers, ...
+  {limit:38}only some batches
+  --trainer.devices 1                   also accelerator, precision, ...
+  --model.init_args.model_ckpt FILE     someone else's weights, with a --config and
+                                        without --ckpt_path; for a DistillModule
+                                        student_ckpt and teacher_ckpt
+
+More help
+  lkd fit --help                        modules, data and criteria
+  {all:38}all settings (long)
+"""
+_MEASURED = {
+    "validate": (
+        "Measure a checkpoint on the validation images.",
+        "  lkd validate --ckpt_path runs/digits/kd/version_0/checkpoints/best.ckpt",
+        "",
+    ),
+    "test": (
+        "Measure a checkpoint on the test images.",
+        "  lkd test --ckpt_path runs/digits/kd/version_0/checkpoints/best.ckpt\n"
+        "  lkd test --ckpt_path best --name digits/kd",
+        "",
+    ),
+    "predict": (
+        "Write a checkpoint's predictions for the test images, or for new images, to\npredictions.csv.",
+        "  lkd predict --ckpt_path runs/digits/kd/version_0/checkpoints/best.ckpt\n"
+        "  lkd predict --ckpt_path best --name digits/kd --images FOLDER",
+        "  --images FOLDER      all images in a folder, in place of the test images\n",
+    ),
 }
 
 
 def settings_help(command: str) -> str:
-    """Return the answer to `lkd fit --help`, and to that of the commands with the same settings."""
-    data = [name.removesuffix("DataModule") for name in summaries("datamodules")]
+    """Return the answer to `lkd fit --help`, and to that of the commands that measure a checkpoint."""
+    if command in _MEASURED:
+        what, examples, options = _MEASURED[command]
+        limit = f"--trainer.limit_{'val' if command == 'validate' else command}_batches 10"
+        texts = {"what": what, "examples": examples, "options": options, "limit": limit}
+        return _MEASURE.format(command=command, all=f"lkd {command} --help all", **texts)
+    data = [name.removesuffix("DataModule") for name in summaries("lkd.datamodules")]
     return _FIT.format(
-        command=command,
-        what=_WHAT[command],
-        modules="\n".join(listed("modules")),
+        modules="\n".join(listed("lkd.modules")),
         data=indented(f"{', '.join(data)} (each followed by DataModule)"),
-        criteria=indented(", ".join(summaries("losses"))),
+        criteria=indented(", ".join(summaries("lkd.losses"))),
     )
 
 

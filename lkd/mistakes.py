@@ -57,6 +57,8 @@ def explain(error: BaseException) -> str:
         return f"the run has made {found[1]} epochs already; set --trainer.max_epochs to more than {found[1]}"
     if found := re.search(r"Requirement '(mlflow|wandb)\b.*?' not met", text):  # Lightning's
         return f"the logger needs {found[1]}, which is not installed; pip install 'lkd[loggers]'"
+    if found := re.search(r"No supported (\w+) backend found", text):  # Lightning's
+        return f"torch finds no {found[1]} on this machine; leave out --trainer.accelerator, or set it to auto or cpu"
     if found := _NO_CURVE.search(text):
         return no_curve(found["name"], set(re.findall(r"[\w/.-]+", found["known"])))
     keys, classes, reasons, value = _read(text)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+__all__ = ["CosineDecay", "StepDecay"]
+
 Interval: TypeAlias = Literal["epoch", "step"]
 """How often a schedule changes the learning rate: after each epoch, or after each step of the optimizer."""
 

@@ -408,3 +408,32 @@ def test_a_folder_stands_for_its_best(capsys) -> None:
     Path("nothing").mkdir()
     assert main(["test", "--ckpt_path=nothing"]) == 2
     assert "no run in nothing has left a best.ckpt" in capsys.readouterr().err
+
+
+def test_a_line_per_epoch_in_a_file(capfd) -> None:
+    """Where the output is not a terminal there is no bar; evaluated features and a CSV file are in the last lines."""
+    Path("more.yaml").write_text(
+        "trainer:\n  callbacks+: [{class_path: lkd.callbacks.KNN}]\n"
+        "  logger: [{class_path: CSVLogger, init_args: {save_dir: csv}}]\n"
+    )
+    config = ["--config", "digits/kd", "--config", "more.yaml"]
+    assert main(["fit", *config, *SHORT[:2], "--trainer.limit_train_batches=2"]) == 0
+    shown = capfd.readouterr().out
+    lines = [line for line in shown.splitlines() if line.startswith("epoch ")]
+    number = r"[\d.e+-]+"
+    figures = rf"train/loss {number}, train/acc {number}, val/acc {number}"
+    assert re.fullmatch(rf"epoch 1 of 2: {figures}, 0:00:\d\d, 0:00:\d\d left", lines[0])
+    assert re.fullmatch(rf"epoch 2 of 2: {figures}, 0:00:\d\d", lines[1])
+    assert len(lines) == 2
+    (path,) = Path().rglob("metrics.csv")
+    assert f"curves:     {path}" in shown
+    accuracy = [row["val/knn_acc"] for row in csv.DictReader(path.open()) if row["val/knn_acc"]][-1]
+    assert re.search(rf"student, last \(val/knn_acc\)\W+{float(accuracy):.2%}", shown)
+
+
+def test_the_best_checkpoint_of_a_run_without_a_name(run: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(run.parents[3])
+    assert main(["test", "--ckpt_path", "best"]) == 2
+    said = capsys.readouterr().err
+    assert "add --name NAME or the run's --config, or give the checkpoint's path; there are runs/digits/kd/" in said
+    assert main(["test", "--ckpt_path", "best", "--name", "digits/kd", "--trainer.limit_test_batches=1"]) == 0

@@ -53,12 +53,14 @@ def quick():
         ("fit --config digits/kd --seed 3", "lkd has no setting 'seed'; it is --seed_everything"),
         ("fit --config digits/kd --lr=3", "it is --model.init_args.optimizer.init_args.lr"),
         ("fit --config digits/kdd", "there is no config 'digits/kdd'; the nearest of lkd's own are digits/kd.yaml"),
-        ("fit --config bad.yaml", "bad.yaml is not valid YAML"),
+        ("fit --config bad.yaml", "bad.yaml is not valid YAML: while parsing a flow sequence at line 1, column 12"),
+        ("fit --config beside.yaml", "has 'p' beside 'class_path: AT'; move it below 'init_args'"),
         ("fit --config key.yaml", "key.yaml: lkd has no setting 'trianer'; did you mean 'trainer'?"),
     ],
 )
 def test_mistakes(quick, args: str, says: str) -> None:
     Path("bad.yaml").write_text("model: {a: [1\ntrainer:\n\t- x")
+    Path("beside.yaml").write_text("model: {init_args: {criterion: {class_path: AT, p: 2}}}")
     Path("key.yaml").write_text("trianer: {max_epochs: 3}")
     code, text = quick(*args.split())
     assert code == 2
@@ -72,9 +74,12 @@ def test_help_fits_on_a_screen(quick, command: str) -> None:
     lines = text.splitlines()
     assert len(lines) <= 50
     assert max(map(len, lines)) <= 84
+    if command != "fit":
+        assert f"lkd {command} --ckpt_path FILE" in text
+        return
     for module in lkd._HOMES["lkd.modules"]:
         assert module in text or not module.endswith("Module")
-    for part in ("CIFAR10", "DKD", "ReviewKD", "--model.init_args.teacher_ckpt", f"lkd {command} --model.help CLASS"):
+    for part in ("CIFAR10", "DKD", "ReviewKD", "--model.init_args.teacher_ckpt", "lkd fit --model.help CLASS"):
         assert part in text
 
 
@@ -93,6 +98,31 @@ def test_classes_are_listed(quick, option: str, names: set[str]) -> None:
     assert names <= {line.split()[0] for line in text.splitlines() if line.startswith("  ")}
     assert all(len(line.split()) > 1 for line in text.splitlines() if line.startswith("  "))
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["--optimizer.help"], "  SGD         Implements stochastic gradient descent"),
+        (["--model.init_args.lr_scheduler.help"], "  CosineDecay "),
+        (["--optimizer.help", "SGD"], "  momentum: float = 0\n      momentum factor"),
+        (["--lr_scheduler.help", "CosineDecay"], "lkd.schedules.CosineDecay\n"),
+        (["--lr_scheduler.help", "StepLR"], "torch.optim.lr_scheduler.StepLR\n"),
+        (["--trainer.help"], "  max_epochs: "),
+        (["--teacher_cache.help"], "lkd.callbacks.TeacherCache\n"),
+        (["--help", "all"], "--trainer.max_epochs"),
+    ],
+)
+def test_help_of_settings(capsys, args: list[str], part: str) -> None:
+    assert _code(["fit", *args]) == 0
+    assert part in capsys.readouterr().out
+
+
+def _code(args: list[str]) -> int:
+    try:
+        return main(args)
+    except SystemExit as stopped:  # the parser's own help
+        return int(stopped.code or 0)
 
 
 def test_help_of_a_class(capsys) -> None:

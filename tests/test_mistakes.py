@@ -383,6 +383,12 @@ def test_one_image_for_a_batchnorm(fit) -> None:
     assert says.endswith("a BatchNorm needs several images at once: set batch_size to 2 or more")
 
 
+def test_an_accelerator_that_is_not_there(fit, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    remedy = "leave out --trainer.accelerator, or set it to auto or cpu"
+    assert fit("--trainer.accelerator=gpu") == f"torch finds no gpu on this machine; {remedy}"
+
+
 def test_a_schedule_without_epochs(fit) -> None:
     Path("schedule.yaml").write_text(
         "trainer: {callbacks: [{class_path: lkd.callbacks.Schedule, init_args: {attribute: hard_weight, epochs: 0}}]}"

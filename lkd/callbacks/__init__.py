@@ -5,7 +5,7 @@ from lkd.callbacks.features import KNN, FeatureEvaluation, LinearProbe
 from lkd.callbacks.monitor import ImagesPerSecond, NetworkSummary
 from lkd.callbacks.monitored import MonitorCheck
 from lkd.callbacks.predictions import PredictionWriter
-from lkd.callbacks.progress import ProgressBar
+from lkd.callbacks.progress import EpochLines, ProgressBar
 from lkd.callbacks.record import RunRecord
 from lkd.callbacks.report import FitReport, LimitReport
 from lkd.callbacks.schedule import Schedule
@@ -16,6 +16,7 @@ from lkd.callbacks.teacher_cache import TeacherCache
 __all__ = [
     "KNN",
     "BestCheckpoint",
+    "EpochLines",
     "FeatureEvaluation",
     "FitReport",
     "ImagesPerSecond",

@@ -1,4 +1,4 @@
-"""The progress bar."""
+"""Progress of a run: a bar in a terminal, a line per epoch elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.callbacks import RichProgressBar
 
 _EVERY = 0.1
@@ -44,8 +45,55 @@ class ProgressBar(RichProgressBar):
             self._metrics, self._flushes = dict(super().get_metrics(trainer, pl_module)), flushes
         metrics = dict(self._metrics)
         metrics.pop("v_num", None)
-        since, first_step = self._start
-        done, steps = trainer.global_step - first_step, trainer.estimated_stepping_batches - trainer.global_step
-        if done and 0 < steps < float("inf"):
-            metrics["left"] = str(timedelta(seconds=round((time.monotonic() - since) / done * steps)))
+        if left := _time_left(trainer, *self._start):
+            metrics["left"] = left
         return metrics
+
+
+class EpochLines(LightningProgressBar):
+    """Print one line per epoch, for output that goes to a file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._start = (0.0, 0)
+        self._epoch_start = 0.0
+        self.is_enabled = True
+
+    def enable(self) -> None:
+        """Print lines."""
+        self.is_enabled = True
+
+    def disable(self) -> None:
+        """Print nothing, as in all processes but the first."""
+        self.is_enabled = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, pl_module)
+        self._start = (time.monotonic(), trainer.global_step)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Start the epoch's clock."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._epoch_start = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Print the epoch's line."""
+        if not self.is_enabled:
+            return
+        metrics: dict[str, Any] = {**self.get_metrics(trainer, pl_module)}
+        parts = [f"{name} {float(value):.4g}" for name, value in metrics.items() if name != "v_num"]
+        parts.append(str(timedelta(seconds=round(time.monotonic() - self._epoch_start))))
+        if left := _time_left(trainer, *self._start):
+            parts.append(f"{left} left")
+        last = trainer.max_epochs
+        epoch = f"epoch {trainer.current_epoch + 1}" + (f" of {last}" if last is not None and last > 0 else "")
+        print(f"{epoch}: {', '.join(parts)}", flush=True)
+
+
+def _time_left(trainer: L.Trainer, since: float, first_step: int) -> str | None:
+    """Return the time until the end of fit; None if it is not known."""
+    done, steps = trainer.global_step - first_step, trainer.estimated_stepping_batches - trainer.global_step
+    if not done or not 0 < steps < float("inf"):
+        return None
+    return str(timedelta(seconds=round((time.monotonic() - since) / done * steps)))

@@ -8,12 +8,13 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
 
+from lkd.callbacks.features import FeatureEvaluation
 from lkd.limits import Evaluated, images_measured, is_limited
 
 
@@ -114,8 +115,15 @@ def _figures(trainer: L.Trainer, module: Any) -> dict[str, float]:
         "teacher_acc": measured.get("val/teacher_acc") if name == "acc" else None,
         f"best_{name}": best.best_model_score if best and best.monitor == f"val/{name}" else None,
         f"last_{name}": measured.get(f"val/{name}"),
+        **{curve.removeprefix("val/"): measured.get(curve) for curve in _feature_curves(trainer)},
     }
     return {name: float(figure) for name, figure in figures.items() if figure is not None}
+
+
+def _feature_curves(trainer: L.Trainer) -> list[str]:
+    """The curves of callbacks that evaluate features."""
+    evaluations = [one for one in trainer.callbacks if isinstance(one, FeatureEvaluation)]  # type: ignore[attr-defined]
+    return [curve for one in evaluations for curve in one.curves]
 
 
 def _best_checkpoint(trainer: L.Trainer) -> ModelCheckpoint | None:
@@ -134,6 +142,8 @@ def _table(module: Any, figures: dict[str, float], images: str) -> Table:
     for label, row in rows.items():
         if row in figures:
             table.add_row(label, f"{figures[row]:.2%}" if is_accuracy else f"{figures[row]:.4g}")
+    for row in sorted({*figures} - {*rows.values()}):  # features that are evaluated
+        table.add_row(f"{network}, last (val/{row})", f"{figures[row]:.2%}")
     if {"teacher_acc", "best_acc"} <= set(figures):
         table.add_row(
             "best - teacher", f"{100 * (figures['best_acc'] - figures['teacher_acc']):+.2f} percentage points"
@@ -151,4 +161,6 @@ def _where(trainer: L.Trainer) -> list[str]:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             lines.append(f"curves:     tensorboard --host localhost --logdir {shlex.quote(str(logger.root_dir))}")
+        elif isinstance(logger, CSVLogger):
+            lines.append(f"curves:     {logger.log_dir}/metrics.csv")
     return lines

@@ -144,7 +144,7 @@ def _percent(share: Share) -> str:
 
 
 def _range(interval: tuple[float, float]) -> str:
-    return " - ".join(_TOP1.text(end) for end in interval)
+    return " to ".join(_TOP1.text(end) for end in interval)
 
 
 def _accuracies(found: Comparison, members: bool) -> Iterator[Grid]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ RESERVED = ("hard", "loss", "acc", "teacher_acc", "agreement")
 """Names of logged values that a criterion must not use."""
 SUM = "distill"
 """Name under which the sum of several terms is logged; reserved as well."""
+_PLAIN = (bool, int, float, str, tuple, dict)
+"""Types of settings that `repr` shows."""
 
 
 class DistillLoss(nn.Module, ABC):
@@ -96,6 +99,11 @@ class DistillLoss(nn.Module, ABC):
     def name(self) -> str:
         """Name of the criterion in logs."""
         return type(self).__name__.lower()
+
+    def extra_repr(self) -> str:
+        """Settings of the criterion, for `repr`."""
+        names = [name for name in inspect.signature(type(self)).parameters if isinstance(vars(self).get(name), _PLAIN)]
+        return ", ".join(f"{name}={vars(self)[name]!r}" for name in names)
 
     def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
         """Replace `@stages` and similar names in `student_layers` and `teacher_layers` by actual layer names.

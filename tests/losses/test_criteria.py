@@ -339,3 +339,9 @@ def test_what_is_no_criterion(make, says: str) -> None:
 def test_temperature_must_be_positive(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature must be greater than 0"):
         KD(temperature)
+
+
+def test_repr_shows_the_settings() -> None:
+    assert repr(KD(temperature=2.0)) == "KD(temperature=2.0)"
+    assert repr(AT()) == "AT(student_layers=('@stages',), teacher_layers=('@stages',), p=2.0)"
+    assert "(soft): KD(temperature=4.0)" in repr(WeightedSum({"soft": KD()}))
