@@ -33,8 +33,8 @@ WAYS = {
 
 def accuracy(way: list[str], seed: int, images: str, teacher: str, number: int, epochs: int) -> float:
     """Test accuracy in percent of one run."""
-    from lkd.arguments import prepare
-    from lkd.cli import LkdCLI
+    from lkd.cli.arguments import prepare
+    from lkd.cli.lightning_cli import LkdCLI
 
     settings = [
         "--config=cifar10/kd_resnet56_resnet20",

@@ -20,7 +20,7 @@ import lightning as L
 import torch
 
 import lkd
-from lkd.cli import LkdCLI
+from lkd.cli.lightning_cli import LkdCLI
 
 
 def fit(config: str, seed: int, folder: str, *settings: str) -> tuple[float, str]:

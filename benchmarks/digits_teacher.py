@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 import lkd
-from lkd.cli import LkdCLI
-from lkd.config_files import configs_folder
+from lkd.cli.config_files import configs_folder
+from lkd.cli.lightning_cli import LkdCLI
 from lkd.models import load_weights, resnet8
 
 FILE = Path(lkd.__file__).parent / "models" / "pretrained" / "digits_resnet8.safetensors"

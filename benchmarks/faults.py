@@ -219,7 +219,7 @@ def die_at_save(number: str, where: str) -> None:
         number: Which one.
         where: `half` of it written, `unnamed`, or `after`.
     """
-    import lkd.checkpoint_io as own
+    import lkd.checkpoints.io as own
 
     left, save, replacing = [int(number)], torch.save, own.replacing
 

@@ -40,7 +40,7 @@ from benchmarks.gpu_workers import Job, Workers
 ROOT = Path(__file__).parent.parent
 PRELOADED = [
     *("benchmarks.gpu_checks", "benchmarks.gpu_loops", "benchmarks.gpu_prepare"),
-    *("lkd.cli", "lkd.losses", "lkd.datamodules", "lkd.modules", "sklearn.datasets", "timm"),
+    *("lkd.cli.lightning_cli", "lkd.losses", "lkd.datamodules", "lkd.modules", "sklearn.datasets", "timm"),
 ]
 """What the processes import once for all of them; this file imports no torch."""
 MINUTES = {"check": 4.0, "speed": 5.0}

@@ -107,8 +107,8 @@ def train(config: dict[str, Any], seed: int, folder: Path) -> dict[str, float]:
     """One run: test accuracies in percent of student and, if there is one, teacher; steps; seconds of the training."""
     import torch
 
-    from lkd.arguments import prepare
-    from lkd.cli import LkdCLI
+    from lkd.cli.arguments import prepare
+    from lkd.cli.lightning_cli import LkdCLI
 
     torch.set_num_threads(1)  # small networks do not fill two
     path = folder / "run.yaml"

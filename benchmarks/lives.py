@@ -43,7 +43,7 @@ def live(args: Sequence[str], folder: Path, seconds: float | None = None, fault:
         fault: `module:function` that is called in the process before it begins.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lkd.cli", "lkd.losses", "lkd.datamodules", "lkd.modules"])
+    context.set_forkserver_preload(["lkd.cli.lightning_cli", "lkd.losses", "lkd.datamodules", "lkd.modules"])
     log = folder / "log.txt"
     process = context.Process(target=_work, args=(list(args), folder, log, fault))
     process.start()

@@ -69,8 +69,8 @@ def train(method: str, seed: int, images: str, teacher: str) -> dict[str, Any]:
     """
     import torch
 
-    from lkd.arguments import prepare
-    from lkd.cli import LkdCLI
+    from lkd.cli.arguments import prepare
+    from lkd.cli.lightning_cli import LkdCLI
 
     torch.set_num_threads(1)  # two runs at once on two cores: small networks do not fill two
     base = yaml.safe_load((HERE / "methods.yaml").read_text())

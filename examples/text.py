@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from lkd.layers import FeatureLayers
+from lkd.features.layers import FeatureLayers
 from lkd.types import IGNORE_INDEX
 
 LIBRARIES = ("standard library", "numpy", "scipy", "sklearn", "torch")

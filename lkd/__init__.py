@@ -5,6 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lkd.__about__ import __version__
+from lkd._moved import add_former_modules
+
 if TYPE_CHECKING:
     from lkd.datamodules import (
         CIFAR10DataModule,
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
         TinyImageNetDataModule,
         WebDatasetDataModule,
     )
+    from lkd.features.extractor import FeatureTaps
     from lkd.losses import DistillLoss
     from lkd.modules import (
         DOT,
@@ -34,10 +38,7 @@ if TYPE_CHECKING:
         PastTeacherModule,
         SimKDModule,
     )
-    from lkd.taps import FeatureTaps
     from lkd.types import Batch, Mixed, Normalization, Outputs, Probe
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "lkd.datamodules": (
@@ -68,7 +69,7 @@ _HOMES = {
         "PastTeacherModule",
         "SimKDModule",
     ),
-    "lkd.taps": ("FeatureTaps",),
+    "lkd.features.extractor": ("FeatureTaps",),
     "lkd.types": ("Batch", "Mixed", "Normalization", "Outputs", "Probe"),
 }
 
@@ -112,8 +113,9 @@ _SUBMODULES = (
     "compare",
     "datamodules",
     "export",
+    "features",
     "functional",
-    "layers",
+    "layers",  # a former module, like taps
     "losses",
     "models",
     "modules",
@@ -121,6 +123,9 @@ _SUBMODULES = (
     "taps",
     "types",
 )
+
+
+add_former_modules()
 
 
 def __getattr__(name: str) -> Any:
@@ -135,4 +140,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """List what is public, for tab completion."""
-    return sorted([*__all__, *_SUBMODULES])
+    return sorted({*__all__, *_SUBMODULES} - {"layers", "taps"})

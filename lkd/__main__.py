@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lkd import __version__
-from lkd.catalogue import SECTIONS, homes_of, listed
-from lkd.early_checks import check
-from lkd.help import COMMANDS, HELP, OWN_HELP, SETTINGS, settings_help
+from lkd.__about__ import __version__
+from lkd.cli.catalogue import SECTIONS, homes_of, listed
+from lkd.cli.early_checks import check
+from lkd.cli.help import COMMANDS, HELP, OWN_HELP, SETTINGS, settings_help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"lkd: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    from lkd.cli import run
+    from lkd.cli.main import run
 
     try:
         code = run(args)
@@ -84,7 +84,7 @@ def _help(command: str, options: Sequence[str]) -> str | None:
             setting = name[2:].removesuffix(".help")
             homes = homes_of(setting)
             if kind := value or SECTIONS.get(setting):
-                from lkd.class_help import class_help
+                from lkd.cli.class_help import class_help
 
                 return class_help(kind, homes)
             if homes:

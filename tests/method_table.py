@@ -12,7 +12,7 @@ import yaml
 
 import lkd.losses
 import lkd.modules
-from lkd.config_files import configs_folder
+from lkd.cli.config_files import configs_folder
 from tests.test_parity import METHODS
 
 README = Path(__file__).parent.parent / "README.md"

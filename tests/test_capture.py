@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lkd.capture import Snapshot, copy_into, flat, signature
+from lkd.devices.capture import Snapshot, copy_into, flat, signature
 
 
 def test_inputs_that_need_graphs_of_their_own() -> None:

@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lkd
 from lkd.__main__ import main
-from lkd.arguments import prepare
-from lkd.config_files import configs_folder, find_config
-from lkd.listing import _ConfigReader
+from lkd.cli.arguments import prepare
+from lkd.cli.config_files import configs_folder, find_config
+from lkd.cli.layers import _ConfigReader
 
 SHORT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lkd import models
 from lkd.__main__ import main
-from lkd.config_files import configs_folder
+from lkd.cli.config_files import configs_folder
 
 FOLDER = configs_folder()
 COMPLETE = sorted(

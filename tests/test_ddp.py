@@ -219,7 +219,7 @@ def test_none_outlives_the_others(rank: int, how: str, said: list[str]) -> None:
 
 CHILD = """
     import time
-    from lkd import processes
+    from lkd.cli import processes
 
     processes._EVERY = processes._GRACE = 0.1
     with processes.bound_to_parent():

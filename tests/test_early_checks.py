@@ -11,10 +11,10 @@ import yaml
 
 import lkd
 from lkd.__main__ import main
-from lkd.arguments import prepare
-from lkd.cli import LkdCLI
-from lkd.config_files import KEYS, run_name
-from lkd.early_checks import OPTIONS
+from lkd.cli.arguments import prepare
+from lkd.cli.config_files import KEYS, run_name
+from lkd.cli.early_checks import OPTIONS
+from lkd.cli.lightning_cli import LkdCLI
 
 QUICK = """
 import sys

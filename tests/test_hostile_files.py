@@ -22,15 +22,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lkd import untrusted
 from lkd.__main__ import main
-from lkd.arguments import read_checkpoint
-from lkd.checkpoint_io import AtomicCheckpointIO
+from lkd.checkpoints.find import read_checkpoint
+from lkd.checkpoints.io import AtomicCheckpointIO
 from lkd.datamodules import CIFAR10DataModule, ImageFolderDataModule, WebDatasetDataModule
 from lkd.datamodules.dataset import ImageError
+from lkd.io import safe_load
+from lkd.io.refused import shown
+from lkd.io.tensor_cache import load_tensors, made_from
 from lkd.models import CIFARResNet, load_weights
-from lkd.refused import shown
-from lkd.store import load_tensors, made_from
 from tests.fuzz import canary, pickles
 
 if sys.platform == "linux":
@@ -262,7 +262,7 @@ def test_configs(text: str, says: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_aliases_as_people_use_them() -> None:
-    from lkd.plain_yaml import load_yaml
+    from lkd.io.yaml import load_yaml
 
     text = "a: &a {x: 1, y: [1, 2]}\nb: {<<: *a, y: 3}\nc: [*a, *a]"
     assert load_yaml(text)["b"] == {"x": 1, "y": 3}
@@ -472,7 +472,7 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 LAYOUTS = {"zip": pickles.zipped, "legacy": pickles.legacy}
 CODE = "nsupported (GLOBAL|global)"  # how PyTorch says that it would have to run code
 READS: dict[str, tuple[Callable[[str], object], str]] = {
-    "read_torch": (lambda name: untrusted.read_torch(Path(name)), CODE),
+    "read_torch": (lambda name: safe_load.read_torch(Path(name)), CODE),
     "load_weights": (lambda name: load_weights(network(), name), r"would have to run code \("),
     "read_checkpoint": (lambda name: read_checkpoint(Path(name)), r"without running code, .* \(UnpicklingError\)"),
     "load_checkpoint": (lambda name: AtomicCheckpointIO().load_checkpoint(name), f"{CODE}|Weights only load failed"),
@@ -527,7 +527,7 @@ def test_every_attack_succeeds_where_its_functions_are_allowed(attack: str, monk
         module, function = name.split()
         found = reduce(getattr, function.split("."), importlib.import_module(module))
         pairs.append((found, f"{module}.{function}"))
-    monkeypatch.setattr(untrusted, "_HARMLESS", [*untrusted._HARMLESS, *pairs])
+    monkeypatch.setattr(safe_load, "_HARMLESS", [*safe_load._HARMLESS, *pairs])
     monkeypatch.setattr(unpickler, "_blocklisted_modules", [])  # torch never allows what is in os, posix and sys
     monkeypatch.setattr(unpickler, "_marked_safe_globals_set", set())
     dtype, random = torch.get_default_dtype(), torch.random.get_rng_state()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lkd import FeatureTaps
-from lkd.layers import feature_layers, resolve_layers
+from lkd.features.layers import feature_layers, resolve_layers
 from lkd.models import layer_names, resnet8, timm_model, torchvision_model, vgg8
 from tests.models.test_benchmark import REFERENCE, layers, without_numbers
 

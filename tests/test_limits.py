@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from lkd.limits import images_measured
+from lkd.datamodules.limits import images_measured
 
 
 def trainer(**settings: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lkd.__main__ import main
-from lkd.layers import resolve_layers
+from lkd.features.layers import resolve_layers
 from lkd.models import resnet8, torchvision_model
 
 NET = """

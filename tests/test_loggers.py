@@ -12,7 +12,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lkd.__main__ import main
-from lkd.mistakes import explain
+from lkd.cli.errors import explain
 
 FIT = ["fit", "--config=digits/kd", "--trainer.max_epochs=2", "--trainer.limit_train_batches=4"]
 FIT += ["--trainer.limit_val_batches=2", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
@@ -185,6 +185,6 @@ def test_what_a_logger_refuses_is_one_sentence(capsys, monkeypatch) -> None:
         raise UsageError("No API key configured.")
 
     monkeypatch.delenv("LKD_DEBUG", raising=False)
-    monkeypatch.setattr("lkd.cli.LkdCLI", refuses)
+    monkeypatch.setattr("lkd.cli.lightning_cli.LkdCLI", refuses)
     assert main(FIT) == 2
     assert capsys.readouterr().err == "lkd: error: No API key configured.\n"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lkd.config_files import configs_folder
+from lkd.cli.config_files import configs_folder
 from tests.method_table import README, TRAINED, configs, equal, methods, paper, table, written
 
 

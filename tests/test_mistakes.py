@@ -37,7 +37,7 @@ def fit(answer):
 
 def _changed(*path: str, name: str, value: object = None) -> str:
     """A copy of the digits' config in which the last key of the path is called otherwise."""
-    from lkd.config_files import find_config
+    from lkd.cli.config_files import find_config
 
     config = yaml.safe_load(find_config("digits/kd").read_text())
     place = config

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.models import ResNet18_Weights, resnet18
 
 from lkd.__main__ import main
-from lkd.cli import LkdCLI
+from lkd.cli.lightning_cli import LkdCLI
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)

@@ -24,7 +24,7 @@ from benchmarks.results.plan import STUDENT, TEACHER, Cell, cells, read_plan, ro
 from benchmarks.results.store import Store, steps
 from benchmarks.results.table import interval, summary
 from lkd import ClassificationModule, DigitsDataModule
-from lkd.config_files import configs_folder
+from lkd.cli.config_files import configs_folder
 
 PLAN = {
     "label": "digits",
@@ -53,7 +53,7 @@ def _command(args: Sequence[str], log: Path) -> None:
 def started(plan: Path, store: Path, *args: str) -> multiprocessing.Process:
     """The command, in a process of its own."""
     CONTEXT.set_forkserver_preload(
-        ["lkd.cli", "lkd.losses", "lkd.datamodules", "lkd.modules", "benchmarks.results.cell"]
+        ["lkd.cli.lightning_cli", "lkd.losses", "lkd.datamodules", "lkd.modules", "benchmarks.results.cell"]
     )
     process = CONTEXT.Process(target=_command, args=([str(plan), str(store), *args], plan.parent / "log.txt"))
     process.start()

@@ -22,8 +22,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, M
 
 from lkd import ClassificationModule, DistillModule
 from lkd.callbacks import LastCheckpoint
-from lkd.config_files import configs_folder
-from lkd.schedules import CosineDecay, RunSchedule, StepDecay, fit_schedules, run_length
+from lkd.cli.config_files import configs_folder
+from lkd.schedules import CosineDecay, StepDecay
+from lkd.schedules.relative import RunSchedule
+from lkd.schedules.run import fit_schedules, run_length
 
 CONFIGS = configs_folder()
 

@@ -13,8 +13,9 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from lkd import DistillModule, seeds
+from lkd import DistillModule
 from lkd.__main__ import main
+from lkd.cli import seeds
 
 FIT = ["fit", "--config", "digits/kd", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
 FIT += ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lkd.store import cache_folder, fingerprint, load_tensors, replacing, save_tensors
+from lkd.io.tensor_cache import cache_folder, fingerprint, load_tensors, replacing, save_tensors
 
 
 def test_fingerprint_tells_values_types_and_shapes_apart() -> None:

@@ -21,11 +21,13 @@ from torch import nn
 
 from benchmarks.results.plan import Cell
 from benchmarks.results.store import Record, Store, sha256
-from lkd.arguments import newest_checkpoint, prepare, read_checkpoint
-from lkd.cli import LkdCLI, run
-from lkd.plain_yaml import load_yaml
-from lkd.store import fingerprint, replacing
-from lkd.trained import Answer, network_of
+from lkd.checkpoints.find import newest_checkpoint, read_checkpoint
+from lkd.cli.arguments import prepare
+from lkd.cli.lightning_cli import LkdCLI
+from lkd.cli.main import run
+from lkd.io.tensor_cache import fingerprint, replacing
+from lkd.io.yaml import load_yaml
+from lkd.loading import Answer, network_of
 
 
 def train(cell: Cell, store: Store, data: Path | None) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from lkd.config_files import find_config, read_config
-from lkd.plain_yaml import load_yaml
+from lkd.cli.config_files import find_config, read_config
+from lkd.io.yaml import load_yaml
 
 HERE = Path(__file__).parent
 TEACHER, STUDENT = "teacher", "student alone"

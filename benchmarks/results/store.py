@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results.plan import Cell, weights_file
-from lkd.arguments import read_checkpoint
-from lkd.store import replacing
+from lkd.checkpoints.find import read_checkpoint
+from lkd.io.tensor_cache import replacing
 
 Record = dict[str, Any]
 

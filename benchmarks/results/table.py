@@ -14,7 +14,7 @@ from scipy import stats
 
 from benchmarks.results.plan import STUDENT, Row
 from benchmarks.results.store import Record, Store
-from lkd.store import replacing
+from lkd.io.tensor_cache import replacing
 
 _CONFIDENCE = 0.95
 _HEAD = "| method | n | best, % | last, % | best, to the student alone | published | minutes |"

@@ -12,7 +12,7 @@ from benchmarks.results.cell import arguments, enter
 from benchmarks.results.plan import Cell, Config, Plan, Row
 from benchmarks.results.store import Store
 from benchmarks.results.work import Clock, in_process
-from lkd.plain_yaml import load_yaml
+from lkd.io.yaml import load_yaml
 
 _STUDY = "sweep"
 _WEIGHT = "model.init_args.distill_weight"

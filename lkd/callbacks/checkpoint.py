@@ -17,8 +17,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lkd.callbacks.stop import StopSignal
-from lkd.checkpoint_io import AtomicCheckpointIO
-from lkd.untrusted import read_torch
+from lkd.checkpoints.io import AtomicCheckpointIO
+from lkd.io.safe_load import read_torch
 
 _AGREE = 10
 """Steps between two moments at which several processes ask each other whether to save or stop: a round trip each."""

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from lkd import devices
 from lkd.callbacks.graph_constants import constants_of, numbers_of
-from lkd.capture import Capture, copy_into, signature
+from lkd.devices.capture import Capture, copy_into, signature
 from lkd.types import Batch
 
 _TOLERANCE = 1e-4

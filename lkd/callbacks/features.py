@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import LBFGS
 
 from lkd import devices
-from lkd.taps import FeatureTaps
+from lkd.features.extractor import FeatureTaps
 from lkd.types import IGNORE_INDEX
 
 _CHUNK = 1024
@@ -35,7 +35,7 @@ class FeatureEvaluation(L.Callback):
     Args:
         layer: The layer of the network whose features are classified, `(B, D)`; of feature maps `(B, D, H, W)` the mean
             over the pixels is taken. A name as in `named_modules()`, or a group such as `@pooled`
-            (`lkd.layers.resolve_layers`).
+            (`lkd.features.layers.resolve_layers`).
         every_n_epochs: Epochs from one evaluation to the next; the last epoch is always evaluated.
 
     Raises:

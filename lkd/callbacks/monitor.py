@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from lkd.layers import evaluating
+from lkd.features.layers import evaluating
 
 _LAYOUT = {
     "lkd": {

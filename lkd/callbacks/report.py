@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lkd.callbacks.features import FeatureEvaluation
-from lkd.limits import Evaluated, images_measured, is_limited
+from lkd.datamodules.limits import Evaluated, images_measured, is_limited
 
 
 class FitReport(L.Callback):

@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_map
 
 from lkd import devices
 from lkd.callbacks.eval_graph import EvalGraph
-from lkd.callbacks.folding import fold_batch_norms
 from lkd.callbacks.monitor import fitting, network_size
 from lkd.callbacks.optimizers import count_on_device, count_on_host, fuse
 from lkd.callbacks.step_graph import StepGraph, obstacle
 from lkd.datamodules import ImageDataModule
-from lkd.layers import evaluating
-from lkd.taps import FeatureTaps, logits_of
+from lkd.features.extractor import FeatureTaps, logits_of
+from lkd.features.layers import evaluating
+from lkd.models.fusion import fold_batch_norms
 
 CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
 GraphMode = Literal["auto", "off"]

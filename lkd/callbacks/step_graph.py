@@ -25,7 +25,7 @@ from lkd.callbacks.graph_constants import (
     numbers_of,
     plain,
 )
-from lkd.capture import Capture, Snapshot, copy_into, flat, signature
+from lkd.devices.capture import Capture, Snapshot, copy_into, flat, signature
 from lkd.types import Batch
 
 _WITHIN_STEP = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")

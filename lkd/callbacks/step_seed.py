@@ -9,7 +9,7 @@ import lightning as L
 import torch
 
 from lkd import devices
-from lkd.store import fingerprint
+from lkd.io.tensor_cache import fingerprint
 
 
 class StepSeed(L.Callback):

@@ -11,11 +11,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lkd import __version__
-from lkd.answers import Answers, SharedRows, Storage
+from lkd.__about__ import __version__
+from lkd.callbacks.logit_table import Answers, SharedRows, Storage
 from lkd.datamodules import ImageDataModule
 from lkd.datamodules.dataset import ImageDataset
-from lkd.store import cache_folder, fingerprint, load_tensors, made_from, save_tensors
+from lkd.io.tensor_cache import cache_folder, fingerprint, load_tensors, made_from, save_tensors
 from lkd.types import Batch, Outputs
 
 _ON_DEVICE = 2**31

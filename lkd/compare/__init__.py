@@ -1,7 +1,7 @@
 """Comparing networks on the same images: accuracy, calibration, agreement with a teacher, cost."""
 
-from lkd.compare.asking import Candidate
 from lkd.compare.command import main, write
 from lkd.compare.comparison import Comparison, compare
+from lkd.compare.predictions import Candidate
 
 __all__ = ["Candidate", "Comparison", "compare", "main", "write"]

@@ -17,14 +17,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import nn
 
-from lkd.compare.asking import Candidate, statistics_of
+from lkd.cli.config_files import find_config
 from lkd.compare.comparison import Comparison, compare, place_of
 from lkd.compare.groups import methods_of
+from lkd.compare.predictions import Candidate, statistics_of
 from lkd.compare.tables import tables
-from lkd.config_files import find_config
+from lkd.io.yaml import load_yaml
+from lkd.loading import Trained, load_trained, network_of
 from lkd.modules import DistillModule
-from lkd.plain_yaml import load_yaml
-from lkd.trained import Trained, load_trained, network_of
 from lkd.types import Normalization
 
 _TEACHER = "teacher"

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.benchmark import Measurement, Timer
 
 from lkd.callbacks.monitor import network_size
-from lkd.layers import evaluating
+from lkd.features.layers import evaluating
 
 
 @dataclass(frozen=True)

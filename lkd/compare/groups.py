@@ -13,11 +13,11 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from scipy import stats
 
-from lkd.arguments import config_of
-from lkd.compare.figures import Figures
-from lkd.plain_yaml import load_yaml
-from lkd.seeds import training_settings
-from lkd.trained import Trained
+from lkd.checkpoints.find import config_of
+from lkd.cli.seeds import training_settings
+from lkd.compare.metrics import Figures
+from lkd.io.yaml import load_yaml
+from lkd.loading import Trained
 
 
 @dataclass(frozen=True)

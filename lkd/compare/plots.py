@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from lkd.compare.comparison import Comparison
-from lkd.compare.figures import Bin, confusion
+from lkd.compare.metrics import Bin, confusion
 from lkd.types import IGNORE_INDEX
 
 _MOST = 30

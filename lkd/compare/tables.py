@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lkd.compare.comparison import Comparison
 from lkd.compare.cost import Cost, Time
-from lkd.compare.figures import BINS, Difference, Share
 from lkd.compare.groups import Group, measures
+from lkd.compare.measurements import Measurements
+from lkd.compare.metrics import BINS, Difference, Share
 
 _SPACE = "\N{NO-BREAK SPACE}"
 
@@ -104,7 +104,7 @@ _MEASURES = {
 _OF_TEACHER = ("agreement", "kl")
 
 
-def tables(found: Comparison, members: bool = False) -> list[Grid]:
+def tables(found: Measurements, members: bool = False) -> list[Grid]:
     """All tables of a comparison, the most important one first.
 
     Args:
@@ -120,7 +120,7 @@ def tables(found: Comparison, members: bool = False) -> list[Grid]:
     ]
 
 
-def _entries(found: Comparison) -> list[str | Group]:
+def _entries(found: Measurements) -> list[str | Group]:
     """What a table has rows of: each group in place of its first network, and the networks in no group."""
     of_member = {member: group for group in found.groups for member in group.members}
     entries: list[str | Group] = []
@@ -147,7 +147,7 @@ def _range(interval: tuple[float, float]) -> str:
     return " to ".join(_TOP1.text(end) for end in interval)
 
 
-def _accuracies(found: Comparison, members: bool) -> Iterator[Grid]:
+def _accuracies(found: Measurements, members: bool) -> Iterator[Grid]:
     title, note = "Accuracy and calibration", _how_measured(found)
     columns = {name: one for name, one in _MEASURES.items() if found.teacher or one.key not in _OF_TEACHER}
     head = ["network", "top-1 %", "95 % interval", *columns]
@@ -180,7 +180,7 @@ def _accuracies(found: Comparison, members: bool) -> Iterator[Grid]:
     yield Grid("The networks of each method", head, single, note, "terminal" if members else "folded")
 
 
-def _how_measured(found: Comparison) -> str:
+def _how_measured(found: Measurements) -> str:
     note = "" if found.groups else "Interval: Wilson's, over the images. "
     note += (
         "NLL: negative log-likelihood, nats. ECE: expected calibration error, "
@@ -192,7 +192,7 @@ def _how_measured(found: Comparison) -> str:
     return note
 
 
-def _cost(found: Comparison) -> Grid:
+def _cost(found: Measurements) -> Grid:
     sizes = [time.batch_size for time in next(iter(found.costs.values())).times]
     head = ["network", "parameters", "MFLOP", "MB", *(f"ms, batch {size} (IQR)" for size in sizes)]
     head += [f"images/s, batch {size}" for size in sizes]
@@ -227,7 +227,7 @@ def _mean_cost(costs: Sequence[Cost]) -> Cost:
     return replace(costs[0], times=times)
 
 
-def _methods(found: Comparison) -> Iterator[Grid]:
+def _methods(found: Measurements) -> Iterator[Grid]:
     if not found.method_differences:
         return
     rows = [
@@ -263,12 +263,12 @@ def _verdict(p_value: float, pairs: int) -> str:
     return "-" if math.isnan(p_value) else "yes" if p_value * pairs < 0.05 else "no"
 
 
-def _reference(found: Comparison, names: Sequence[str]) -> str:
+def _reference(found: Measurements, names: Sequence[str]) -> str:
     """The network that the others are compared with: the teacher, else the most accurate."""
     return found.teacher or max(names, key=lambda name: found.figures[name].top1.value)
 
 
-def _networks(found: Comparison, members: bool) -> Iterator[Grid]:
+def _networks(found: Measurements, members: bool) -> Iterator[Grid]:
     """McNemar's test: each network against one, and all pairs folded up."""
     alone = [name for entry in _entries(found) for name in _members(entry) if members or isinstance(entry, str)]
     reference = _reference(found, alone or list(found.figures))
@@ -305,7 +305,7 @@ def _pair(one: Difference, pairs: int) -> list[str]:
     return [_points(one.value), _bracket(one.interval), *counts, f"{one.p_value:.2g}", _verdict(one.p_value, pairs)]
 
 
-def _classes(found: Comparison) -> Grid:
+def _classes(found: Measurements) -> Grid:
     entries = _entries(found)
     every = [[found.figures[name].per_class for name in _members(entry)] for entry in entries]
     rows = []

@@ -10,21 +10,18 @@ from lkd.datamodules.archives import (
     SVHNDataModule,
 )
 from lkd.datamodules.base import ImageDataModule, Split
-from lkd.datamodules.color import ColorJitter
-from lkd.datamodules.dataset import ImageDataset, ImageError, ImageSource
+from lkd.datamodules.dataset import ImageDataset, ImageError
 from lkd.datamodules.digits import DigitsDataModule
 from lkd.datamodules.draws import permutation, uniform
-from lkd.datamodules.erasing import Cutout, RandomErasing
 from lkd.datamodules.extra import ExtraImages, UnlabelledFolder
 from lkd.datamodules.folder import ImageFolderDataModule, ImageNetDataModule
 from lkd.datamodules.inversion import DeepInversion
-from lkd.datamodules.mixing import CutMix, Mix, Mixup
 from lkd.datamodules.new_images import NewImages
-from lkd.datamodules.randaugment import RandAugment, TrivialAugment
 from lkd.datamodules.sampler import EpochSampler, Key
+from lkd.datamodules.sources import ImageSource
 from lkd.datamodules.synthetic import SyntheticDataModule
 from lkd.datamodules.tiny_imagenet import TinyImageNetDataModule
-from lkd.datamodules.transforms import (
+from lkd.datamodules.transforms.base import (
     BatchTransform,
     CenterCrop,
     ImageTransform,
@@ -32,7 +29,11 @@ from lkd.datamodules.transforms import (
     RandomHorizontalFlip,
     RandomResizedCrop,
 )
-from lkd.datamodules.views import ClassPartner, RotatedViews, StrongView, Views
+from lkd.datamodules.transforms.color import ColorJitter
+from lkd.datamodules.transforms.erasing import Cutout, RandomErasing
+from lkd.datamodules.transforms.mixing import CutMix, Mix, Mixup
+from lkd.datamodules.transforms.randaugment import RandAugment, TrivialAugment
+from lkd.datamodules.transforms.views import ClassPartner, RotatedViews, StrongView, View, Views
 from lkd.datamodules.webdataset import WebDatasetDataModule
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "TinyImageNetDataModule",
     "TrivialAugment",
     "UnlabelledFolder",
+    "View",
     "Views",
     "WebDatasetDataModule",
     "permutation",

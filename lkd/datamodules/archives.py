@@ -13,12 +13,12 @@ import torchvision
 from torch.utils.data import TensorDataset
 
 from lkd.datamodules.base import ImageDataModule, Split
-from lkd.datamodules.dataset import ImageSource
 from lkd.datamodules.extra import ExtraImages
 from lkd.datamodules.files import class_folders, few, read_tree, split_folder
-from lkd.datamodules.mixing import Mix
-from lkd.datamodules.transforms import BatchTransform, ImageTransform, RandomCrop, RandomHorizontalFlip
-from lkd.datamodules.views import Views
+from lkd.datamodules.sources import ImageSource
+from lkd.datamodules.transforms.base import BatchTransform, ImageTransform, RandomCrop, RandomHorizontalFlip
+from lkd.datamodules.transforms.mixing import Mix
+from lkd.datamodules.transforms.views import Views
 
 _CIFAR100_CLASSES = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel

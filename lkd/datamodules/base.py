@@ -15,19 +15,19 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from lkd import devices
 from lkd.datamodules.batch_graph import BatchGraph
-from lkd.datamodules.dataset import ImageDataset, ImageSource, without_labels
+from lkd.datamodules.dataset import ImageDataset, without_labels
+from lkd.datamodules.decoding import resident
 from lkd.datamodules.draws import SUBSET, permutation
 from lkd.datamodules.extra import ExtraImages
 from lkd.datamodules.files import ImageFiles, few
-from lkd.datamodules.joined import join
-from lkd.datamodules.mixing import Mix
-from lkd.datamodules.resident import resident
+from lkd.datamodules.limits import is_limited
 from lkd.datamodules.sampler import EpochSampler
+from lkd.datamodules.sources import ImageSource, join
 from lkd.datamodules.split import of_each_class, stratified
-from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
+from lkd.datamodules.transforms.base import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
+from lkd.datamodules.transforms.mixing import Mix
+from lkd.datamodules.transforms.views import Views
 from lkd.datamodules.unreadable import readable
-from lkd.datamodules.views import Views
-from lkd.limits import is_limited
 from lkd.types import IGNORE_INDEX, Batch, Normalization
 
 Split = Literal["train", "val", "test"]

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lkd.capture import Capture
 from lkd.datamodules.dataset import ImageDataset
+from lkd.devices.capture import Capture
 from lkd.types import Batch
 
 

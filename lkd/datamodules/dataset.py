@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from copy import copy
-from functools import cached_property
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,33 +12,20 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms.v2 import functional as TF
 
+from lkd.datamodules.classes import ClassIndex
 from lkd.datamodules.draws import IMAGE, VIEW, Draws, successive, uniform
 from lkd.datamodules.files import ImageBytes, ImageFiles
-from lkd.datamodules.joined import located, parts
-from lkd.datamodules.mixing import Mix
-from lkd.datamodules.resident import Resident
 from lkd.datamodules.sampler import read_keys
-from lkd.datamodules.transforms import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
-from lkd.datamodules.views import Views
-from lkd.refused import said, shown
-from lkd.store import fingerprint
+from lkd.datamodules.sources import ImageSource, Resident, located, original, parts, source_fingerprint
+from lkd.datamodules.transforms.base import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
+from lkd.datamodules.transforms.mixing import Mix
+from lkd.datamodules.transforms.views import View, Views
+from lkd.io.refused import said, shown
+from lkd.io.tensor_cache import fingerprint
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Normalization
 
 _TRIES = 10
 _MODES = {1: "L", 3: "RGB"}
-
-
-class ImageSource(Protocol):
-    """Any map-style data set of (image, class): the image a PIL image, or a uint8 array or tensor.
-
-    One in memory is best given as `TensorDataset(images, classes)` with images `(N, C, H, W)`, uint8: a batch
-    is then taken out in one go. Another is read once, if it fits into memory (`resident_limit`): an image must be the
-    same whenever it is asked for.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class ImageError(ValueError):
@@ -101,7 +85,7 @@ class ImageDataset(Dataset[Batch]):
         self.resize, self.augment, self.seed = resize, tuple(augment), seed
         self.views, self.mix, self.number = views, mix, 0
         self.replay: int | None = None
-        self._draws = Draws(len(target))
+        self._draws, self._classes = Draws(len(target)), ClassIndex(target, index)
         # As tensors, so that a GPU divides, instead of multiplying by the reciprocal of a scalar.
         levels = ((255.0,), normalization.mean, normalization.std)
         self._levels = tuple(torch.tensor(level).view(-1, 1, 1) for level in levels)
@@ -173,7 +157,21 @@ class ImageDataset(Dataset[Batch]):
             version: Which of its augmented versions each is `(B,)`, int64.
             index: Positions in the source `(B,)`, int64.
         """
-        return self.batch(version, index) if self.views is None else _joined(self.views(self, version, index))
+        if self.views is None:
+            return self.batch(version, index)
+        return _joined(self._view_batches(self.views.plan(self.seed, version, index, self._classes), version))
+
+    def _view_batches(self, views: Sequence[View], version: Tensor) -> list[Batch]:
+        """Make one batch per view; views of the same augmented images share it."""
+        made: list[tuple[View, Batch]] = []
+        for view in views:
+            batch = next((batch for other, batch in made if view.shares_images(other)), None)
+            if batch is None:
+                augment = view.augment if view.augment is not None else (*self.augment, *view.then)
+                own = self if view.number == 0 else self.variant(view.number, augment)
+                batch = (own.batch if view.is_mixed else own.unmixed)(version, view.index)
+            made.append((view, batch))
+        return [view.finish(batch) for view, batch in made]
 
     def made_from(self) -> dict[str, str]:
         """Name to a text for everything that decides the images that this data set makes."""
@@ -209,7 +207,12 @@ class ImageDataset(Dataset[Batch]):
             epoch: `(B,)`, int64.
             index: Positions in the source `(B,)`, int64.
         """
-        return self.unmixed(epoch, index) if self.mix is None else self.mix(self, epoch, index)
+        batch = self.unmixed(epoch, index)
+        if self.mix is None:
+            return batch
+        plan = self.mix.plan(self.seed, epoch, index, self.index, self.number * VIEW)
+        partner = self.unmixed(epoch[plan.row], plan.partner) if len(plan.row) else batch
+        return self.mix.apply(plan, batch, partner)
 
     def unmixed(self, epoch: Tensor, index: Tensor) -> Batch:
         """The same, before any is mixed with another.
@@ -234,7 +237,7 @@ class ImageDataset(Dataset[Batch]):
             first, other.augment = divide(augment)
             if first is not None:
                 other.resize = first
-                other.source = self.source.original if isinstance(self.source, Resident) else self.source
+                other.source = original(self.source)
         return other
 
     def to(self, device: torch.device, source: ImageSource | None = None) -> ImageDataset:
@@ -252,40 +255,12 @@ class ImageDataset(Dataset[Batch]):
             raise ValueError(f"images that are read one by one cannot be moved to {device}; leave them to workers")
         other = copy(self)
         if source is None:
-            original = self.source.original if isinstance(self.source, Resident) else self.source
-            source = Resident(image.to(device), self.target.to(device), original)
+            source = Resident(image.to(device), self.target.to(device), original(self.source))
         other.source = source
         other.target, other.index = self.target.to(device), self.index.to(device)
         other._draws, other._levels = Draws(len(self.target)), tuple(level.to(device) for level in self._levels)
-        other.__dict__.pop("_classes", None)
+        other._classes = ClassIndex(other.target, other.index)
         return other
-
-    @cached_property
-    def _classes(self) -> tuple[Tensor, Tensor]:
-        """The images class by class; for each of the source, its place there, where its class begins, and its size."""
-        target = self.target[self.index]
-        name = torch.where(target == IGNORE_INDEX, -1 - self.index, target)  # without a label, a class of its own
-        _, group, size = torch.unique(name, return_inverse=True, return_counts=True)
-        order = group.argsort(stable=True)
-        table = torch.zeros(3, len(self.target), dtype=torch.int64, device=self.index.device)
-        table[0, self.index[order]] = torch.arange(len(order), device=self.index.device)
-        table[1:, self.index] = torch.stack((size.cumsum(0) - size, size))[:, group]
-        return self.index[order], table
-
-    def neighbour(self, index: Tensor, draw: Tensor) -> Tensor:
-        """Another image of the same class.
-
-        Args:
-            index: Positions in the source `(B,)`, int64.
-            draw: Which one `(B,)`, uniform in [0, 1).
-
-        Returns:
-            Positions in the source `(B,)`; the image's own if it has no label, or is the only one of its class.
-        """
-        order, table = self._classes
-        place, begin, size = table[:, index]
-        step = 1 + (draw * (size - 1)).long()  # to the class's end, and on from its beginning
-        return order[begin + (place - begin + step) % size]
 
     def images(self, epoch: Tensor, index: Tensor) -> Tensor:
         """Reads images.
@@ -361,16 +336,6 @@ class ImageDataset(Dataset[Batch]):
         # Three correctly rounded operations: so every device gets the same bits.
         level, mean, std = (level.to(image.device) for level in self._levels)
         return image.to(torch.float32).div_(level).sub_(mean).div_(std)
-
-
-def source_fingerprint(source: ImageSource) -> str:
-    """A name for the images of a source; one that is new each time, if nothing tells which they are."""
-    original = source.original if isinstance(source, Resident) else source
-    if len(parts(original)) > 1:
-        return fingerprint(*map(source_fingerprint, parts(original)))
-    if type(original) is ImageFiles:  # one derived from it may show other pixels
-        return original.fingerprint()
-    return fingerprint(*source.tensors) if isinstance(source, TensorDataset) else uuid.uuid4().hex
 
 
 def _joined(views: Sequence[Batch]) -> Batch:

@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 from lkd.datamodules.base import ImageDataModule, Split
 from lkd.datamodules.split import stratified
-from lkd.datamodules.transforms import BatchTransform, ImageTransform, RandomCrop
+from lkd.datamodules.transforms.base import BatchTransform, ImageTransform, RandomCrop
 
 
 class DigitsDataModule(ImageDataModule):

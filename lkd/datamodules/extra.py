@@ -13,7 +13,7 @@ from lkd.datamodules.files import ImageFiles, read_all
 from lkd.types import Normalization
 
 if TYPE_CHECKING:
-    from lkd.datamodules.dataset import ImageSource
+    from lkd.datamodules.sources import ImageSource
 
 
 class ExtraImages(ABC):

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lkd.refused import shown
-from lkd.store import fingerprint
+from lkd.io.refused import shown
+from lkd.io.tensor_cache import fingerprint
 from lkd.types import IGNORE_INDEX
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from lkd.datamodules.base import ImageDataModule, Split
+from lkd.datamodules.decoding import say
 from lkd.datamodules.extra import ExtraImages
 from lkd.datamodules.files import ImageFiles, class_folders, is_flat, read_tree, split_folder
-from lkd.datamodules.mixing import Mix
-from lkd.datamodules.resident import say
 from lkd.datamodules.split import stratified
-from lkd.datamodules.transforms import (
+from lkd.datamodules.transforms.base import (
     BatchTransform,
     CenterCrop,
     ImageTransform,
     RandomHorizontalFlip,
     RandomResizedCrop,
 )
-from lkd.datamodules.views import Views
-from lkd.refused import shown
+from lkd.datamodules.transforms.mixing import Mix
+from lkd.datamodules.transforms.views import Views
+from lkd.io.refused import shown
 
 IMAGENET_STATISTICS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import TensorDataset
 
 from lkd.datamodules.extra import ExtraImages
-from lkd.store import cache_folder, fingerprint, load_tensors, save_tensors
+from lkd.io.tensor_cache import cache_folder, fingerprint, load_tensors, save_tensors
 from lkd.types import Normalization
 
 _FORMAT = 1  # to be raised whenever the same settings shall give other images

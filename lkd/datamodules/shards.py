@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 
 from lkd.datamodules.dataset import ImageError
 from lkd.datamodules.files import few
-from lkd.refused import said, shown
+from lkd.io.refused import said, shown
 
 _IMAGES, _LABEL = ("jpg", "jpeg", "png", "webp"), "cls"
 _REMOTE = ("http", "https", "ftps", "sftp", "scp", "gs", "htgs", "hf", "ais")

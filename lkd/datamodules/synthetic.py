@@ -8,9 +8,9 @@ from torch.utils.data import TensorDataset
 
 from lkd.datamodules.base import ImageDataModule, Split
 from lkd.datamodules.extra import ExtraImages
-from lkd.datamodules.mixing import Mix
-from lkd.datamodules.transforms import BatchTransform, ImageTransform
-from lkd.datamodules.views import Views
+from lkd.datamodules.transforms.base import BatchTransform, ImageTransform
+from lkd.datamodules.transforms.mixing import Mix
+from lkd.datamodules.transforms.views import Views
 
 
 class SyntheticDataModule(ImageDataModule):

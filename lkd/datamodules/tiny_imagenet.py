@@ -8,9 +8,9 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from lkd.datamodules.archives import ArchiveDataModule
 from lkd.datamodules.base import Split
-from lkd.datamodules.dataset import ImageSource
 from lkd.datamodules.files import ImageFiles
-from lkd.datamodules.transforms import BatchTransform, ImageTransform, RandomCrop, RandomHorizontalFlip
+from lkd.datamodules.sources import ImageSource
+from lkd.datamodules.transforms.base import BatchTransform, ImageTransform, RandomCrop, RandomHorizontalFlip
 
 _URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _MD5 = "90528d7ca1a48142e341f4ef8d21d0de"

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lkd.datamodules.decoding import in_pieces
 from lkd.datamodules.files import ImageFiles, few
-from lkd.datamodules.resident import in_pieces
-from lkd.refused import shown
-from lkd.store import cache_folder, fingerprint, replacing
+from lkd.io.refused import shown
+from lkd.io.tensor_cache import cache_folder, fingerprint, replacing
 
 if TYPE_CHECKING:
     from lkd.datamodules.dataset import ImageDataset

@@ -18,9 +18,8 @@ from lkd.datamodules.dataset import ImageDataset
 from lkd.datamodules.draws import permutation
 from lkd.datamodules.files import ImageBytes
 from lkd.datamodules.folder import IMAGENET_STATISTICS
-from lkd.datamodules.mixing import Mix
 from lkd.datamodules.shards import Sample, find_shards, read_shard, require_webdataset
-from lkd.datamodules.transforms import (
+from lkd.datamodules.transforms.base import (
     BatchTransform,
     CenterCrop,
     ImageTransform,
@@ -28,7 +27,8 @@ from lkd.datamodules.transforms import (
     RandomResizedCrop,
     divide,
 )
-from lkd.datamodules.views import ClassPartner, Views
+from lkd.datamodules.transforms.mixing import Mix
+from lkd.datamodules.transforms.views import ClassPartner, Views
 from lkd.types import IGNORE_INDEX, Batch, Normalization
 
 _SHARD, _TURN = 2**32, 2**20

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lkd import __version__
-from lkd.arguments import check_option
+from lkd.__about__ import __version__
+from lkd.cli.arguments import check_option
 from lkd.export.card import CARD, card
 from lkd.export.files import INT8_FILE, METADATA, WRITERS, Network, as_json, check_formats, write_int8
 from lkd.export.images import batches, preprocessing, test_loader, training_images
 from lkd.export.measure import Checked, compare
-from lkd.trained import Trained, find_checkpoint, load_trained
+from lkd.loading import Trained, find_checkpoint, load_trained
 from lkd.types import Batch
 
 TOLERANCE = 1e-4

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from lkd import __version__
+from lkd.__about__ import __version__
 from lkd.export.files import INT8_FILE, WRITERS, Network
 from lkd.export.measure import Checked
 from lkd.export.snippets import made, preparation, use
-from lkd.trained import Trained
+from lkd.loading import Trained
 
 CARD = "README.md"
 _NETWORKS = ("student", "model")

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 
+from lkd.features.extractor import logits_of
+from lkd.loading import Answer, network_of
 from lkd.modules import ClassificationModule
-from lkd.taps import logits_of
-from lkd.trained import Answer, network_of
 
 Run: TypeAlias = Callable[[Tensor], Tensor]
 """Images `(B, C, H, W)` to logits `(B, K)`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from lkd.datamodules import ImageDataModule, WebDatasetDataModule
-from lkd.datamodules.transforms import CenterCrop
+from lkd.datamodules.transforms.base import CenterCrop
 from lkd.modules import ClassificationModule
 from lkd.types import Batch
 

@@ -1,6 +1,5 @@
 """Distillation losses: one module per method."""
 
-from lkd.losses._moved import add_former_modules
 from lkd.losses.ab import AB
 from lkd.losses.at import AT
 from lkd.losses.backbonekd import BackboneKD
@@ -105,5 +104,3 @@ __all__ = [
     "WeightedSum",
     "named_terms",
 ]
-
-add_former_modules(__name__)

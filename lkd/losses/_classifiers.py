@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lkd.layers import resolve_layers
+from lkd.features.layers import resolve_layers
 from lkd.types import Probe
 
 

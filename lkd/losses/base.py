@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lkd.layers import resolve_layers
+from lkd.features.layers import resolve_layers
 from lkd.losses._checks import check_dims
 from lkd.types import Batch, Outputs, Probe
 
@@ -46,7 +46,7 @@ class DistillLoss(nn.Module, ABC):
     Args:
         student_layers: Names of the student layers whose features are read, as in `named_modules()`. The suffix
             `:input` selects the input of a layer. `@stages`, `@pooled` and similar names stand for the layers of the
-            respective network (`lkd.layers.resolve_layers`).
+            respective network (`lkd.features.layers.resolve_layers`).
         teacher_layers: Names of the teacher layers, in the same format.
 
     Raises:

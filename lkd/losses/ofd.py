@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lkd.layers import resolve_layers
+from lkd.features.layers import resolve_layers
 from lkd.losses._adapters import pooled_to
 from lkd.losses._connectors import ConnectedLoss, LayerWeights
 from lkd.losses._precision import full_precision, wide

@@ -1,6 +1,6 @@
 """Networks, and reading trained weights into them."""
 
-from lkd.layers import layer_names
+from lkd.features.layers import layer_names
 from lkd.models.ensemble import Ensemble
 from lkd.models.factories import timm_model, torchvision_model
 from lkd.models.imagenet_resnet import ImageNetResNet, resnet18, resnet50

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from lkd.layers import evaluating
+from lkd.features.layers import evaluating
 from lkd.models.downloads import hub_file, timm_weights, unreachable
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lkd.layers import FeatureLayers
+from lkd.features.layers import FeatureLayers
 from lkd.models.parts import check_counts, initialize_convolutions
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lkd.layers import FeatureLayers
+from lkd.features.layers import FeatureLayers
 from lkd.models.parts import check_counts, initialize_convolutions
 
 # Of each stage: channels at width 1, blocks, stride of the first.

@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.layers import FeatureLayers
+from lkd.features.layers import FeatureLayers
 
 Shortcut = Literal["A", "B"]
 

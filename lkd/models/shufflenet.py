@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lkd.layers import FeatureLayers
+from lkd.features.layers import FeatureLayers
 from lkd.models.parts import check_counts
 
 _STEM = 24

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lkd.layers import feature_layers
-from lkd.refused import UntrustedError, said, shown
-from lkd.untrusted import read_torch
+from lkd.features.layers import feature_layers
+from lkd.io.refused import UntrustedError, said, shown
+from lkd.io.safe_load import read_torch
 
 _SHORTCUT = ".downsample."
 """Part of the names of a projection's weights."""

@@ -18,8 +18,9 @@ from torch.optim import SGD, Optimizer
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
-from lkd import __version__
-from lkd.layers import device_of
+from lkd.__about__ import __version__
+from lkd.features.extractor import FeatureTaps, logits_of
+from lkd.features.layers import device_of
 from lkd.losses._labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
@@ -27,8 +28,8 @@ from lkd.modules.checks import mismatch, warn_of_unused_outputs
 from lkd.modules.evaluated import EvaluatedModule, mean_cross_entropy
 from lkd.modules.meter import Meter
 from lkd.modules.recorded import global_seed, inner_arguments
-from lkd.schedules import Interval, fit_schedules, with_schedule
-from lkd.taps import FeatureTaps, logits_of
+from lkd.schedules.relative import Interval
+from lkd.schedules.run import fit_schedules, with_schedule
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
 
 _LOGITS = " logits"

@@ -13,15 +13,15 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from lkd.layers import device_of
+from lkd.features.extractor import FeatureTaps
+from lkd.features.layers import device_of
 from lkd.losses import KD, DistillLoss, named_terms
 from lkd.losses.base import RESERVED, buffers_same_everywhere, check_criterion
 from lkd.models import load_weights
 from lkd.modules.classification import FROM_DATA, RUNNING_HOOK
 from lkd.modules.criterion_meter import CriterionMeter, RememberedLogits
 from lkd.modules.evaluated_distillation import NO_ANSWER, EvaluatedDistillation
-from lkd.schedules import Interval
-from lkd.taps import FeatureTaps
+from lkd.schedules.relative import Interval
 from lkd.types import Batch, Normalization, Outputs, Probe
 
 

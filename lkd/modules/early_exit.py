@@ -14,7 +14,7 @@ from lkd.losses import BYOT
 from lkd.modules.distill import DistillModule
 from lkd.modules.evaluated_distillation import NO_ANSWER
 from lkd.modules.meter import Accuracy
-from lkd.schedules import Interval
+from lkd.schedules.relative import Interval
 from lkd.types import Batch, Outputs
 
 

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
 from lkd import devices
-from lkd.layers import device_of, evaluating
-from lkd.limits import images_measured
+from lkd.datamodules.limits import images_measured
+from lkd.features.extractor import FeatureTaps
+from lkd.features.layers import device_of, evaluating
 from lkd.losses import DistillLoss, WeightedSum
 from lkd.losses.base import SUM
 from lkd.modules.classification import ClassificationModule
@@ -28,7 +29,6 @@ from lkd.modules.criterion_meter import (
     with_total,
 )
 from lkd.modules.meter import Accuracy
-from lkd.taps import FeatureTaps
 from lkd.types import IGNORE_INDEX, Batch, Normalization, Outputs
 
 NO_ANSWER = Outputs(torch.empty(0), {})

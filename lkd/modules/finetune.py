@@ -10,9 +10,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from lkd.layers import feature_layers, resolve_layers
+from lkd.features.layers import feature_layers, resolve_layers
 from lkd.modules.classification import ClassificationModule
-from lkd.schedules import Interval
+from lkd.schedules.relative import Interval
 
 
 class FineTuneModule(ClassificationModule):

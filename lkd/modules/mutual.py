@@ -13,13 +13,13 @@ from torch.optim import SGD
 from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
+from lkd.features.extractor import FeatureTaps
 from lkd.losses import KD, CompositeLoss, DistillLoss, named_terms
 from lkd.modules.classification import ClassificationModule
 from lkd.modules.criterion_meter import with_total
 from lkd.modules.distill import DistillModule
 from lkd.modules.meter import Accuracy
-from lkd.schedules import Interval
-from lkd.taps import FeatureTaps
+from lkd.schedules.relative import Interval
 from lkd.types import Batch, Outputs, Probe
 
 

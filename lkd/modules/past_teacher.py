@@ -17,7 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from lkd.losses import KD, DistillLoss
 from lkd.modules.classification import ClassificationModule
 from lkd.modules.distill import DistillModule
-from lkd.schedules import Interval
+from lkd.schedules.relative import Interval
 
 
 class PastTeacherModule(DistillModule):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lkd.layers import feature_layers
+from lkd.features.layers import feature_layers
 from lkd.losses import SimKD
 from lkd.modules.checks import warn_of_unused_outputs
 from lkd.modules.distill import DistillModule

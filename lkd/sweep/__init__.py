@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lkd.config_files import find_config
+from lkd.cli.config_files import find_config
 
 if TYPE_CHECKING:
     from lkd.sweep.fitting import Outcome
@@ -150,7 +150,7 @@ def _trained(study: Study, claim: Claim, options: Options) -> Outcome:
 
 def _line(study: Study, claim: Claim, outcome: Outcome) -> str:
     """What the terminal tells of a trial."""
-    from lkd.sweep.results import said_settings
+    from lkd.sweep.format import format_settings
 
     best = study.best
     if outcome.value is not None:
@@ -158,23 +158,24 @@ def _line(study: Study, claim: Claim, outcome: Outcome) -> str:
     else:
         came_to = f"failed: {outcome.reason}" if outcome.state.name == "FAIL" else f"pruned {outcome.reason}"
     so_far = f"; best {best.value:.5g} (trial {best.number})" if best else ""
-    return f"trial {claim.trial.number}: {said_settings(claim.settings)}: {came_to}{so_far}"
+    return f"trial {claim.trial.number}: {format_settings(claim.settings)}: {came_to}{so_far}"
 
 
 def _report(study: Study) -> None:
     """What there is now, and where it lies."""
-    from lkd.sweep.results import BEST, PAGE, TABLE, checkpoint, said_settings, said_state
+    from lkd.sweep.format import format_settings, format_state
+    from lkd.sweep.results import BEST, PAGE, TABLE, checkpoint
 
     trials = study.trials
-    states = Counter(map(said_state, trials))
+    states = Counter(map(format_state, trials))
     print(f"\n{len(trials)} trials: {', '.join(f'{number} {state}' for state, number in states.items())}")
     for trial in trials:
-        if said_state(trial) == "running":
+        if format_state(trial) == "running":
             place = study.elsewhere(trial)
             where = f" at {place}; if nobody works at it any more: --take_over {trial.number}" if place else ""
             print(f"trial {trial.number} is another process's{where}")
     if best := study.best:
-        print(f"best:      trial {best.number}, {study.plan.monitor} {best.value:.5g}: {said_settings(best.params)}")
+        print(f"best:      trial {best.number}, {study.plan.monitor} {best.value:.5g}: {format_settings(best.params)}")
         if (study.folder / BEST).is_file() and not study.elsewhere(best):
             print(f"config:    lkd fit --config {shlex.quote(str(study.folder / BEST))}")
             print(f"test it:   lkd test --ckpt_path {shlex.quote(str(checkpoint(study, best)))}")

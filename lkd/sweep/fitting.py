@@ -17,10 +17,11 @@ import yaml
 from lightning.pytorch.callbacks import ProgressBar
 from optuna.trial import TrialState
 
-from lkd.arguments import newest_checkpoint, prepare
 from lkd.callbacks import BestCheckpoint
-from lkd.cli import LkdCLI
-from lkd.mistakes import explain
+from lkd.checkpoints.find import newest_checkpoint
+from lkd.cli.arguments import prepare
+from lkd.cli.errors import explain
+from lkd.cli.lightning_cli import LkdCLI
 
 LOG = "log.txt"
 """Beside a trial's runs: what `lkd fit` has printed."""

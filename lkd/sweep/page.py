@@ -16,8 +16,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-import lkd
+from lkd.__about__ import __version__
 from lkd.pages import as_svg, rendered
+from lkd.sweep.format import format_settings, format_state, format_value
 from lkd.sweep.space import short_names
 from lkd.sweep.study import REASON, Study
 
@@ -35,31 +36,29 @@ def page(study: Study, trials: Sequence[FrozenTrial]) -> str:
     Returns:
         HTML with figures inside.
     """
-    from lkd.sweep.results import said_settings, said_state, said_value
-
     done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     keys, best = list(study.space), study.best
     names = short_names(keys)
     rows = [
         {
             "number": trial.number,
-            "state": said_state(trial),
+            "state": format_state(trial),
             "value": f"{trial.value:.5g}" if trial.state == TrialState.COMPLETE else "",
-            "settings": [said_value(trial.params[key]) if key in trial.params else "" for key in keys],
+            "settings": [format_value(trial.params[key]) if key in trial.params else "" for key in keys],
             "reason": trial.user_attrs.get(REASON, ""),
             "is_best": best is not None and trial.number == best.number,
         }
         for trial in trials
     ]
-    states = [said_state(trial) for trial in trials]
+    states = [format_state(trial) for trial in trials]
     return rendered(
         "sweep",
         title=study.name,
-        version=lkd.__version__,
+        version=__version__,
         monitor=study.plan.monitor,
         least=study.plan.mode == "min",
         counts=[(states.count(state), state) for state in dict.fromkeys(states)],
-        best=best and {"number": best.number, "value": f"{best.value:.5g}", "settings": said_settings(best.params)},
+        best=best and {"number": best.number, "value": f"{best.value:.5g}", "settings": format_settings(best.params)},
         columns=[{"short": names[key], "long": key} for key in keys],
         rows=rows,
         figures=_figures(study, done, names) if len(done) > 1 else [],

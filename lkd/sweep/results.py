@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
-from lkd.plain_yaml import load_yaml
-from lkd.store import replacing
-from lkd.sweep.space import short_names
+from lkd.io.tensor_cache import replacing
+from lkd.io.yaml import load_yaml
+from lkd.sweep.format import format_state
+from lkd.sweep.page import page
 from lkd.sweep.study import REASON, Study
 
 BEST, TABLE, PAGE = "best.yaml", "trials.csv", "study.html"
@@ -33,8 +34,6 @@ def write(study: Study, with_page: bool = True) -> None:
             with replacing(study.folder / BEST) as file:
                 file.write_text(config, encoding="utf-8")
         if with_page:
-            from lkd.sweep.page import page
-
             with replacing(study.folder / PAGE) as file:
                 file.write_text(page(study, trials), encoding="utf-8")
 
@@ -44,23 +43,7 @@ def _table(trials: Sequence[FrozenTrial], keys: Sequence[str]) -> Iterator[list[
     for trial in trials:
         settings = [trial.params.get(key, "") for key in keys]
         value = "" if trial.state != TrialState.COMPLETE else trial.value
-        yield [trial.number, said_state(trial), value, *settings, trial.user_attrs.get(REASON, "")]
-
-
-def said_state(trial: FrozenTrial) -> str:
-    """A trial's state in one word."""
-    return {TrialState.FAIL: "failed"}.get(trial.state, trial.state.name.lower())
-
-
-def said_settings(settings: dict[str, Any]) -> str:
-    """Settings by the ends of their names: `temperature 3.21, distill_weight 0.5`."""
-    names = short_names(list(settings))
-    return ", ".join(f"{names[key]} {said_value(value)}" for key, value in settings.items())
-
-
-def said_value(value: Any) -> str:
-    """A setting's value; numbers with four digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        yield [trial.number, format_state(trial), value, *settings, trial.user_attrs.get(REASON, "")]
 
 
 def best_config(study: Study, best: FrozenTrial) -> str:

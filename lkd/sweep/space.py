@@ -19,7 +19,7 @@ from optuna.distributions import (
 )
 from optuna.trial import Trial
 
-from lkd.plain_yaml import load_yaml
+from lkd.io.yaml import load_yaml
 
 _RANGE = ("low", "high", "step", "log")
 _HOW = "write a list of choices, or a range such as {low: 1, high: 16, log: true}"

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lkd.__main__ import main
-from lkd.arguments import newest_checkpoint, run_version
 from lkd.callbacks import BestCheckpoint, LastCheckpoint, StepSeed
-from lkd.checkpoint_io import AtomicCheckpointIO, damage_of
+from lkd.checkpoints.find import newest_checkpoint, run_version
+from lkd.checkpoints.io import AtomicCheckpointIO, damage_of
 
 FIT = ["fit", "--config", "digits/kd", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
 

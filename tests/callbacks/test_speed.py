@@ -20,12 +20,12 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 from lkd import ClassificationModule, DistillModule, PastTeacherModule, devices
 from lkd.__main__ import main
 from lkd.callbacks import Speed
-from lkd.callbacks.folding import fold_batch_norms
 from lkd.callbacks.graph_constants import constants_of
 from lkd.callbacks.optimizers import fuse
 from lkd.callbacks.speed import fitting_precision
 from lkd.losses import AT, DistillLoss
 from lkd.models import CIFARResNet, mobilenetv2, resnet8, resnet20, torchvision_model
+from lkd.models.fusion import fold_batch_norms
 
 
 class Flat(nn.Module):

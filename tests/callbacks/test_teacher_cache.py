@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lkd import Batch, DistillModule, NoisyStudentModule, Normalization, Outputs, PastTeacherModule, SyntheticDataModule
-from lkd.answers import Answers, Storage
 from lkd.callbacks import TeacherCache
+from lkd.callbacks.logit_table import Answers, Storage
 from lkd.datamodules import Mixup, RandomCrop, RandomHorizontalFlip, RotatedViews
 from lkd.losses import AT, KD, TfKD
 

@@ -20,11 +20,11 @@ from torch import nn
 from lkd import Batch, DigitsDataModule, EarlyExitModule, SyntheticDataModule
 from lkd.__main__ import main
 from lkd.compare import Candidate, compare, write
-from lkd.compare.asking import statistics_of
 from lkd.compare.groups import methods_of
+from lkd.compare.predictions import statistics_of
 from lkd.compare.tables import tables
+from lkd.loading import Answer, load_trained, network_of
 from lkd.models import load_weights, resnet8
-from lkd.trained import Answer, load_trained, network_of
 from lkd.types import Normalization
 
 QUICK = ["--seconds=0.02", "--batch_sizes=[1,4]", "--accelerator=cpu"]

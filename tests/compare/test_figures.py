@@ -12,7 +12,7 @@ from scipy.stats import binom, entropy
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, recall_score, top_k_accuracy_score
 from torchmetrics.classification import MulticlassCalibrationError
 
-from lkd.compare.figures import (
+from lkd.compare.metrics import (
     FOLDS,
     Share,
     confusion,

@@ -21,7 +21,7 @@ from lkd.datamodules import (
     UnlabelledFolder,
 )
 from lkd.datamodules.files import ImageFiles
-from lkd.datamodules.joined import Joined
+from lkd.datamodules.sources import Joined
 from lkd.types import IGNORE_INDEX
 
 

@@ -16,7 +16,7 @@ from lkd.datamodules import (
 )
 from lkd.datamodules.archives import MNISTDataModule
 from lkd.datamodules.files import ImageFiles, read_tree
-from lkd.datamodules.resident import Resident
+from lkd.datamodules.sources import Resident
 
 PETS = {"train": {"dog": 12, "cat": 9}, "test": {"cat": 4, "dog": 5}}
 

@@ -22,7 +22,8 @@ from lkd.datamodules import (
     uniform,
 )
 from lkd.datamodules.draws import IMAGE, MIX, ORDER, PARTNER, SPLIT, VIEW
-from lkd.datamodules.mixing import smaller_share
+from lkd.datamodules.transforms.mixing import smaller_share
+from lkd.datamodules.transforms.views import View
 from lkd.types import IGNORE_INDEX
 from tests.datamodules.sources import SHUFFLED, in_memory
 
@@ -245,8 +246,8 @@ def test_turned_and_partner_views_carry_what_they_were_mixed_with():
 
 def test_views_of_which_some_are_mixed():
     class Clean(StrongView):
-        def __call__(self, dataset, epoch, index):
-            return [dataset.batch(epoch, index), dataset.variant(1).unmixed(epoch, index)]
+        def plan(self, seed, epoch, index, classes):
+            return [View(index), View(index, 1, is_mixed=False)]
 
     first, second = (part.chunk(2) for part in whole(training(in_memory(mix=Mixup(), views=Clean()))).mixed)
     assert (first[0] >= 0).all()

@@ -11,7 +11,7 @@ from lkd.datamodules import (
     TrivialAugment,
     uniform,
 )
-from lkd.datamodules.randaugment import OPERATIONS
+from lkd.datamodules.transforms.randaugment import OPERATIONS
 
 
 def images(batch, channels=3, height=21, width=26, seed=0):

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lkd import devices, store
+from lkd import devices
 from lkd.datamodules import (
     CenterCrop,
     ClassPartner,
@@ -36,9 +36,10 @@ from lkd.datamodules import (
     StrongView,
     base,
 )
-from lkd.datamodules import resident as module
-from lkd.datamodules.resident import Resident
-from lkd.store import cache_folder, save_tensors
+from lkd.datamodules import decoding as module
+from lkd.datamodules.sources import Resident
+from lkd.io import tensor_cache
+from lkd.io.tensor_cache import cache_folder, save_tensors
 
 SHIFTED = [RandomCrop(2), RandomHorizontalFlip()]
 CPU = SimpleNamespace(root_device=torch.device("cpu"))
@@ -219,7 +220,7 @@ def test_where_nothing_can_be_kept_images_are_decoded_in_every_run(root, tmp_pat
 
 def test_a_full_disk_leaves_nothing_behind(root, monkeypatch) -> None:
     cache_folder("images").mkdir(parents=True)
-    save = store.save_file
+    save = tensor_cache.save_file
 
     def full(tensors, path, metadata) -> None:
         limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -231,7 +232,7 @@ def test_a_full_disk_leaves_nothing_behind(root, monkeypatch) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
             signal.signal(signal.SIGXFSZ, before)
 
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr(tensor_cache, "save_file", full)
     with pytest.warns(UserWarning, match="cannot be kept"):
         datamodule = opened(root)
     assert kept() == []
@@ -404,7 +405,7 @@ def test_batches_made_on_a_device_are_the_same(root, views) -> None:
         for name in ("input", "target", "index", "version"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
     if isinstance(views, ClassPartner):  # it too lies on the device
-        assert moved.to(torch.device("cpu"))._classes[0] is not moved._classes[0]
+        assert moved.to(torch.device("cpu"))._classes is not moved._classes
     now = dataset.stored, dataset.target, dataset.index
     assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
     with pytest.raises(ValueError, match="read one by one cannot be moved to cpu"):

@@ -23,6 +23,7 @@ from lkd.datamodules import (
     Views,
 )
 from lkd.datamodules.dataset import without_labels
+from lkd.datamodules.transforms.views import View
 from lkd.types import IGNORE_INDEX, Batch
 from tests.datamodules.sources import in_memory as any_in_memory
 
@@ -201,7 +202,7 @@ def test_a_partner_is_another_training_image_of_the_class():
 def test_every_partner_is_as_likely_as_another():
     dataset = training(SyntheticDataModule(2, (1, 4, 4), train_size=12, val_size=0, views=ClassPartner()))
     epoch, index = torch.arange(4000), torch.full((4000,), 4)
-    counts = VIEWS["partner"](dataset, epoch, index)[1].index.bincount(minlength=12)
+    counts = dataset.make(epoch, index).index[4000:].bincount(minlength=12)
     assert counts[[4, *range(1, 12, 2)]].sum() == 0
     assert counts[[0, 2, 6, 8, 10]].min() > 700
 
@@ -236,8 +237,8 @@ def test_few_labels_choose_among_themselves():
 
 def test_own_views():
     class Twice(Views):
-        def __call__(self, dataset, epoch, index):
-            return [dataset.batch(epoch, index), dataset.variant(1).batch(epoch, index)]
+        def plan(self, seed, epoch, index, classes):
+            return [View(index), View(index, 1)]
 
     batch = training(in_memory(views=Twice(), batch_size=8)).__getitems__([Key(0, 1)])
     assert isinstance(batch, Batch)

@@ -30,7 +30,7 @@ from lkd.export.images import batches, preprocessing, training_images
 from lkd.export.images import test_loader as loader_of_some
 from lkd.export.measure import Checked
 from lkd.export.snippets import preparation, use
-from lkd.trained import load_trained
+from lkd.loading import load_trained
 from lkd.types import IGNORE_INDEX
 
 QUICK = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.enable_progress_bar=false")

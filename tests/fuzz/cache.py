@@ -1,4 +1,4 @@
-"""What is kept between runs: `lkd.store.load_tensors`, `made_from`, and the list of unreadable images."""
+"""What is kept between runs: `lkd.io.tensor_cache.load_tensors`, `made_from`, and the list of unreadable images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lkd.datamodules.unreadable import _kept
-from lkd.store import load_tensors, made_from, save_tensors
+from lkd.io.tensor_cache import load_tensors, made_from, save_tensors
 from tests.fuzz.mutate import mutate
 from tests.fuzz.weights import _lying
 

@@ -1,4 +1,4 @@
-"""Checkpoints: `lkd.arguments.read_checkpoint`, which looks through what `--ckpt_path` names before Lightning does."""
+"""Checkpoints: `read_checkpoint`, which looks through what `--ckpt_path` names before Lightning does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lkd.arguments import read_checkpoint
+from lkd.checkpoints.find import read_checkpoint
 from tests.fuzz import pickles
 from tests.fuzz.mutate import mutate
 from tests.fuzz.weights import _STRANGE, _network, _saved

@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from lkd.arguments import prepare
-from lkd.cli import _MISTAKES, LkdCLI
-from lkd.config_files import find_config
-from lkd.mistakes import explain
+from lkd.cli.arguments import prepare
+from lkd.cli.config_files import find_config
+from lkd.cli.errors import explain
+from lkd.cli.lightning_cli import LkdCLI
+from lkd.cli.main import _MISTAKES
 from tests.fuzz.mutate import mutate
 
 REFUSALS = _MISTAKES

@@ -147,9 +147,9 @@ ATTACKS = {
     "numpy.f2py.crackfortran param_eval": _made("numpy.f2py.crackfortran param_eval", _text(_CODE), _DICT, _DICT),
     "PIL.ImageMath unsafe_eval": _made("PIL.ImageMath unsafe_eval", _text("1")),
     "lkd.__main__ main": _made("lkd.__main__ main", _list(_text("--version"))),
-    "lkd.plain_yaml load_yaml": _made("lkd.plain_yaml load_yaml", _text("x"), _global("builtins bytearray")),
-    "lkd.store save_tensors": _made("lkd.store save_tensors", _text(HARM), _DICT, _DICT),
-    "lkd.untrusted read_torch": _made("lkd.untrusted read_torch", _text("payload.pth")),
+    "lkd.io.yaml load_yaml": _made("lkd.io.yaml load_yaml", _text("x"), _global("builtins bytearray")),
+    "lkd.io.tensor_cache save_tensors": _made("lkd.io.tensor_cache save_tensors", _text(HARM), _DICT, _DICT),
+    "lkd.io.safe_load read_torch": _made("lkd.io.safe_load read_torch", _text("payload.pth")),
 }
 """Functions that an attack needs, `module name`, separated by commas, and the instructions of the attack.
 

@@ -21,11 +21,11 @@ from lkd import Batch, ClassificationModule, DistillModule, Outputs, SyntheticDa
 from lkd.callbacks import Schedule, Speed
 from lkd.callbacks.eval_graph import EvalGraph
 from lkd.callbacks.step_graph import StepGraph
-from lkd.datamodules.color import ColorJitter
-from lkd.datamodules.erasing import Cutout, RandomErasing
-from lkd.datamodules.mixing import CutMix, Mixup
-from lkd.datamodules.transforms import RandomCrop, RandomHorizontalFlip
-from lkd.datamodules.views import ClassPartner, RotatedViews
+from lkd.datamodules.transforms.base import RandomCrop, RandomHorizontalFlip
+from lkd.datamodules.transforms.color import ColorJitter
+from lkd.datamodules.transforms.erasing import Cutout, RandomErasing
+from lkd.datamodules.transforms.mixing import CutMix, Mixup
+from lkd.datamodules.transforms.views import ClassPartner, RotatedViews
 from lkd.losses import DistillLoss
 from lkd.schedules import CosineDecay
 from lkd.types import IGNORE_INDEX

@@ -8,7 +8,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from lkd.config_files import configs_folder, find_config
+from lkd.cli.config_files import configs_folder, find_config
 from lkd.sweep.fitting import Settings
 from lkd.sweep.space import as_arguments, corners, grid, read_space, short_names, suggest
 

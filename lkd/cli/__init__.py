@@ -1,0 +1,1 @@
+"""The command line. Modules that answer without torch import nothing heavy."""

@@ -1,0 +1,171 @@
+"""Checks of the command line that need neither torch nor Lightning, whose imports take seconds."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lkd.cli.config_files import KEYS, configs_folder, find_config, is_config, read_config
+
+OPTIONS = ("config", "help", "resume", "seeds", "images", "print_config", "debug")
+"""Options that are not settings."""
+_FLAGS = ("--resume", "--print_config", "--debug", "--help", "-h")
+_TRAINED = ("student", "students", "model")  # the arguments of lkd's modules for networks in training
+_SECTIONS = {
+    "model.init_args": (
+        *("optimizer", "lr_scheduler", "criterion", "student", "teacher", "teacher_ckpt", "student_ckpt", "model_ckpt"),
+        *("distill_weight", "hard_weight", "label_smoothing", "teacher_normalization"),
+    ),
+    "data.init_args": ("batch_size", "num_workers", "root", "val_size", "image_size", "views"),
+    "trainer": ("max_epochs", "max_steps", "devices", "accelerator", "precision", "strategy", "logger", "callbacks"),
+}
+"""Where settings are that users look for at the top level."""
+_USUAL = {
+    "seed": "seed_everything",
+    "epochs": "trainer.max_epochs",
+    "gpus": "trainer.devices",
+    "lr": "model.init_args.optimizer.init_args.lr",
+    "learning_rate": "model.init_args.optimizer.init_args.lr",
+    "temperature": "model.init_args.criterion.init_args.temperature",
+}
+"""Settings by the names that other programs give them."""
+_NESTED = ("optimizer", "lr_scheduler", "criterion", "student", "teacher")
+_EXAMPLES = {
+    "fit": "for example 'lkd fit --config digits/kd', or 'lkd fit --config data/cifar10 --config "
+    "pairs/resnet56_resnet20_10 --config methods/dkd'; 'lkd fit --help' lists modules, data and settings",
+    "validate": "for example 'lkd validate --ckpt_path runs/digits/kd/version_0/checkpoints/best.ckpt'",
+    "test": "for example 'lkd test --ckpt_path runs/digits/kd/version_0/checkpoints/best.ckpt'",
+    "predict": "for example 'lkd predict --ckpt_path runs/digits/kd/version_0/checkpoints/best.ckpt'",
+}
+
+
+def check(args: Sequence[str]) -> None:
+    """Check what can be checked without importing torch.
+
+    Args:
+        args: The arguments after `lkd`, the command first.
+
+    Raises:
+        FileNotFoundError: If a config does not exist.
+        ValueError: If an argument or a config is invalid, or something is missing.
+    """
+    command, rest = args[0], args[1:]
+    if command in _EXAMPLES:
+        if not rest:
+            needed = "a config" if command == "fit" else "a checkpoint"
+            raise ValueError(f"lkd {command} needs {needed}: {_EXAMPLES[command]}")
+        options = dict(_options(command, rest))
+        for option in options:
+            _check_option(command, option)
+    paths = [find_config(name) for name in _configs(rest)]
+    if command in _EXAMPLES:
+        configs = [read_config(path) for path in paths]
+        for path, config in zip(paths, configs, strict=True):
+            for key in config:
+                if str(key).partition(".")[0] not in KEYS:
+                    raise ValueError(f"{path}: lkd has no setting {key!r}{_hint(str(key))}")
+        if command == "fit" and configs and "ckpt_path" not in options:
+            _check_complete(configs, list(options))
+
+
+def _configs(rest: Sequence[str]) -> list[str]:
+    """Return the values of `--config`; the parser reports one without a value."""
+    found = []
+    for arg, following in zip(rest, [*rest[1:], "--"], strict=True) if rest else ():
+        name, equals, value = arg.partition("=")
+        if name in ("--config", "-c") and (equals or not following.startswith("--")):
+            found.append(value if equals else following)
+    return found
+
+
+def _options(command: str, rest: Sequence[str]) -> list[tuple[str, str]]:
+    """Return name and value of each option.
+
+    Raises:
+        ValueError: If an argument belongs to no option, or has one dash instead of two.
+    """
+    found: list[tuple[str, str]] = []
+    waiting = False  # whether the next argument is a value
+    for arg in rest:
+        if waiting and not arg.startswith("--"):
+            found[-1] = (found[-1][0], arg)
+            waiting = False
+        elif arg.startswith("--") or arg in ("-c", "-h"):
+            name, equals, value = arg.partition("=")
+            found.append((name.lstrip("-").rstrip("+"), value))
+            waiting = not equals and arg not in _FLAGS
+        elif arg.startswith("-"):
+            name = arg.partition("=")[0].lstrip("-")
+            raise ValueError(f"lkd {command} has no option {arg!r}{_nearest(f'--{name}', _known())}")
+        elif is_config(arg):
+            raise ValueError(f"configs follow --config: lkd {command} --config {arg}")
+        else:
+            raise ValueError(
+                f"lkd {command} does not expect {arg!r}; configs are given as --config FILE, settings as --KEY VALUE"
+            )
+    return found
+
+
+def _known() -> list[str]:
+    return [f"--{name}" for name in (*KEYS, *OPTIONS)]
+
+
+def _check_option(command: str, option: str) -> None:
+    top = re.split(r"[.\[]", option)[0]
+    if top not in (*KEYS, *OPTIONS, "c", "h"):
+        raise ValueError(f"lkd has no setting {top!r}{_hint(option)}")
+
+
+def _hint(option: str) -> str:
+    """Return the end of a sentence: where a setting is, or which one has a similar name."""
+    top, _, own = option.partition(".")
+    if top in _USUAL:
+        return f"; it is --{_USUAL[top]}"
+    for section, names in _SECTIONS.items():
+        if top in names:
+            own = own.removeprefix("init_args.")
+            below = f".init_args.{own}" if own and top in _NESTED else f".{own}" if own else ""
+            return f"; it is --{section}.{top}{below}"
+    return _nearest(top, (*KEYS, *OPTIONS))
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; there are {', '.join(sorted(set(known)))}"
+
+
+def _check_complete(configs: Sequence[Mapping[str, Any]], options: Sequence[str]) -> None:
+    """Check that a run of one of lkd's own modules has networks and data.
+
+    Raises:
+        ValueError: If something is missing; the message names configs that bring it.
+    """
+    missing = []
+    models = [config["model"] for config in configs if "model" in config]
+    given = {key for model in models if isinstance(model, Mapping) for key in model.get("init_args") or {}}
+    given |= {part for option in options if option.startswith("model.") for part in option.split(".")[1:]}
+    is_named = any(difflib.get_close_matches(name, _TRAINED, cutoff=0.7) for name in given)  # perhaps misspelt
+    if "model" not in options and all(_is_own(model) for model in models) and not is_named:
+        missing.append(("networks", "pairs"))
+    named = any(_names_class(config.get("data")) for config in configs)
+    if not named and not {"data", "data.class_path"} & set(options):
+        missing.append(("data", "data"))
+    if missing:
+        what = " and no ".join(name for name, _ in missing)
+        wanted = " ".join(f"--config {folder}/NAME" for _, folder in missing)
+        names = "; ".join(f"{folder}/ has {_names(folder)}" for _, folder in missing)
+        raise ValueError(f"the configs name no {what}; add {wanted} ({names}), or a config of your own")
+
+
+def _is_own(model: Any) -> bool:
+    return isinstance(model, Mapping) and str(model.get("class_path", "lkd.")).startswith("lkd.")
+
+
+def _names_class(data: Any) -> bool:
+    return isinstance(data, str) or (isinstance(data, Mapping) and "class_path" in data)
+
+
+def _names(folder: str) -> str:
+    return ", ".join(sorted(path.stem for path in (configs_folder() / folder).glob("*.yaml")))

@@ -1,0 +1,232 @@
+"""The command line: Lightning's CLI with lkd's defaults, and its answers to mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jsonargparse._typehints as typehints
+import lightning as L
+import torch
+import yaml
+from jsonargparse import get_loader, set_loader
+from jsonargparse._util import NestedArg, import_object
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.console import Console
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_leaves
+
+from lkd.callbacks import (
+    EpochLines,
+    FitReport,
+    ImagesPerSecond,
+    LimitReport,
+    MonitorCheck,
+    NetworkSummary,
+    PredictionWriter,
+    ProgressBar,
+    RunRecord,
+    StepSeed,
+)
+from lkd.callbacks.config import SaveConfig, check_same_run
+from lkd.callbacks.speed import fitting_precision
+from lkd.checkpoints.find import newest_checkpoint, run_version
+from lkd.cli.errors import CALLBACKS
+from lkd.cli.processes import LostProcessError, lost
+from lkd.cli.run_folder import RunFolder, described
+from lkd.io.yaml import load_yaml
+from lkd.losses import DistillLoss
+
+
+class LkdCLI(LightningCLI):
+    """`lkd fit | validate | test | predict`.
+
+    Args:
+        args: The arguments behind `lkd`.
+        name: The run's name: its folder below `runs/`.
+        resumes: Whether the checkpoint must be that of a run with the same settings.
+    """
+
+    def __init__(self, args: Sequence[str], name: str, resumes: bool = False) -> None:
+        self.args, self.run_name, self.resumes = list(args), name, resumes
+        self._folder = RunFolder()
+        quiet = {"exit_on_error": False, "allow_abbrev": False}
+        with self._folder:
+            super().__init__(
+                model_class=L.LightningModule,
+                datamodule_class=L.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"overwrite": True},  # some loggers have no new folder for each run
+                # the whole validation split before the first epoch: how good is the teacher?
+                trainer_defaults={"num_sanity_val_steps": -1, "enable_model_summary": False},
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                parser_kwargs={**quiet, **{command: dict(quiet) for command in self.subcommands()}},
+                args=self.args,
+            )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse without Lightning's warning about `args`: `main` gets them, not `sys.argv`."""
+        changes: dict[str, Callable[..., Any]] = {
+            "discard_init_args_on_class_path_change": _discard,
+            "parse_value_or_config": _keep_null,
+        }
+        own = {name: getattr(typehints, name) for name in changes}
+        read = get_loader("yaml")
+        set_loader("yaml", lambda text: load_yaml(text, read), (yaml.YAMLError,))
+        for name, change in changes.items():
+            setattr(typehints, name, partial(change, own[name]))
+        try:
+            self.config = parser.parse_args(args)
+        finally:
+            set_loader("yaml", read, (yaml.YAMLError,))
+            for name, function in own.items():
+                setattr(typehints, name, function)
+
+    def _parse_ckpt_path(self) -> None:
+        """The config's word holds: Lightning would let the checkpoint's hyperparameters override it."""
+
+    def before_instantiate_classes(self) -> None:
+        """Find the weights that are taken from a run's folder; without any, there is nothing to measure."""
+        config = self.config[self.subcommand]
+        own = config.get("model", {}).get("init_args", {})
+        for name in ("model_ckpt", "student_ckpt", "teacher_ckpt"):
+            if own.get(name) and Path(own[name]).is_dir():  # resolved before the config is saved, which names the file
+                own[name] = str(newest_checkpoint(Path(own[name]), "best"))
+                rank_zero_only(print)(f"{name.removesuffix('_ckpt')}: {described(Path(own[name]))}")
+        if self.resumes:
+            check_same_run(Path(config["ckpt_path"]), self._parser("fit"), config)
+        trained = config.get("ckpt_path") or own.get("model_ckpt") or own.get("student_ckpt")
+        trained = trained or "lkd.models.load_weights" in str(own.get("model"))  # an ensemble's members bring theirs
+        if self.subcommand != "fit" and not trained:
+            raise ValueError(
+                f"lkd {self.subcommand} needs a checkpoint: give --ckpt_path FILE, or the weights of someone else's "
+                "network as --model.init_args.model_ckpt FILE (student_ckpt for a DistillModule)"
+            )
+        path = own.get("teacher_ckpt")
+        self.alone = self.subcommand != "fit" and bool(path) and not (Path(path).is_file() or path.startswith("lkd:"))
+        if self.alone:
+            own["teacher_ckpt"] = None
+            rank_zero_warn(f"there is no {path}, so the student is measured alone, without its teacher")
+
+    def after_instantiate_classes(self) -> None:
+        """A teacher without its weights is not measured."""
+        if self.alone:
+            self.model.network_names = ("student",)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add lkd's own settings."""
+        for section, kind in CALLBACKS.items():
+            parser.add_lightning_class_args(kind, section)
+        parser.add_argument("--name", type=str | None, help="The run's name: its folder is runs/NAME/version_N.")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            if reason := lost(error, self.trainer):
+                raise LostProcessError(f"{reason}, so the run cannot go on") from error
+            raise
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The trainer, with a TensorBoard logger for fit unless the config says otherwise, and lkd's callbacks."""
+        fit = self.subcommand == "fit"
+        config = self._get(self.config_init, "trainer")
+        if fit:
+            root = config.get("default_root_dir") or "runs"
+            logger = self._run_logger(root, not config.get("fast_dev_run"))
+            if config.get("logger") is False:
+                kwargs["default_root_dir"] = logger.log_dir
+            elif not config.get("default_root_dir"):  # loggers without a folder of their own write there
+                kwargs["default_root_dir"] = root
+            for section in ("checkpoint", "last_checkpoint"):  # whatever the loggers, a run is in one folder
+                callback = self.config_init["fit"][section]
+                callback.dirpath = callback.dirpath or f"{logger.log_dir}/checkpoints"
+            if config.get("logger") in (None, True):
+                kwargs["logger"] = logger
+        elif config.get("logger") in (None, True):
+            kwargs["logger"] = False
+        logged = bool(kwargs.get("logger", config.get("logger"))) and not config.get("fast_dev_run")
+        kept = config.get("enable_checkpointing") is not False
+        for section in () if kept else ("checkpoint", "last_checkpoint"):
+            self._parser(self.subcommand).callback_keys.remove(section)
+        self.trainer_defaults["callbacks"] = _callbacks(str(self.subcommand), logged)
+        forks = any(word in str(config.get("strategy")) for word in ("fork", "notebook"))  # they want CUDA untouched
+        if fit and config.get("precision") is None and not config.get("plugins") and not forks:
+            config["precision"] = kwargs["precision"] = self._precision(config)
+        if fit and config.get("benchmark") is None and not config.get("deterministic"):
+            # Batches of one size: cuDNN's search for the fastest convolutions pays within seconds.
+            kwargs["benchmark"] = True
+        own_bar = any(isinstance(callback, L.pytorch.callbacks.ProgressBar) for callback in config["callbacks"] or [])
+        if config.get("enable_progress_bar") is not False and not own_bar:
+            console = Console()
+            is_shown = console.is_terminal or console.is_jupyter
+            self.trainer_defaults["callbacks"].append(ProgressBar() if is_shown or not fit else EpochLines())
+        if fit:
+            configs = self.config[self.subcommand].config or []
+            self.trainer_defaults["callbacks"].append(RunRecord(self.args, [Path(str(path)) for path in configs]))
+        else:
+            self.save_config_callback = None
+        return super().instantiate_trainer(**kwargs)
+
+    def _run_logger(self, root: str, leaves_files: bool) -> TensorBoardLogger:
+        """Return the logger of a new run's folder, or of the resumed run's, which is locked from here on."""
+        path = self._get(self.config_init, "ckpt_path")
+        runs = Path(root) / self.run_name
+        version = run_version(Path(path), runs) if path else None
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        if version is not None and first:
+            self._folder.lock(runs / f"version_{version}" / "checkpoints")
+        logger = TensorBoardLogger(root, self.run_name, version, default_hp_metric=False)
+        if version is None and first and leaves_files and "://" not in root:
+            logger = TensorBoardLogger(root, self.run_name, self._folder.reserve(runs), default_hp_metric=False)
+        return logger
+
+    def _precision(self, config: Any) -> str:
+        shape = getattr(self.datamodule, "input_shape", None)
+        gpu = torch.cuda.is_available() and config.get("accelerator") not in ("cpu", "mps", "tpu")
+        precision: str = fitting_precision(self.model, None if shape is None else torch.zeros(1, *shape), gpu)
+        self.config[self.subcommand].trainer.precision = precision  # the saved config tells it
+        return precision
+
+
+def _discard(keep: Callable[..., None], parser: Any, old: Any, new: Any) -> None:
+    """Where a config names another class, settings of the old one must not go over to the new one in silence.
+
+    jsonargparse keeps those that both have. For a module or data module that is wanted (`--model mine.Mine`); an
+    optimizer, a schedule or a criterion begins with its own defaults.
+    """
+    keep(parser, old, new)
+    if old and "init_args" in old and old["class_path"] != new["class_path"]:
+        kind = import_object(old["class_path"])
+        if isinstance(kind, type) and issubclass(kind, (Optimizer, LRScheduler, DistillLoss)):
+            for name in list(vars(old["init_args"])):
+                old["init_args"].pop(name)
+
+
+def _keep_null(parse: Callable[..., Any], value: Any, **settings: Any) -> Any:
+    """Hand `null` down as it was written.
+
+    jsonargparse hands a setting of a class inside of a class on as the text of what it has read of it: 'None', which is
+    a text like any other for an argument that takes text or null.
+    """
+    parsed, path = parse(value, **settings)
+    goes_on = isinstance(parsed, NestedArg) and "." in parsed.key
+    return (value if goes_on and None in tree_leaves(parsed.val) else parsed), path
+
+
+def _callbacks(command: str, logged: bool) -> list[L.Callback]:
+    if command == "predict":
+        return [PredictionWriter()]
+    if command != "fit":
+        return [LimitReport()]
+    callbacks: list[L.Callback] = [MonitorCheck(), NetworkSummary(), ImagesPerSecond(), FitReport(), StepSeed()]
+    return [*callbacks, LearningRateMonitor()] if logged else callbacks

@@ -1,0 +1,1 @@
+"""Transforms of images: augmentation, mixing, and several views."""

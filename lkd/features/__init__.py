@@ -1,0 +1,1 @@
+"""Named layers of a network, and their features."""

@@ -1,0 +1,205 @@
+"""Schedules in a run: their interval, their length, and a check of those that have a length of their own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, cast
+
+import lightning as L
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lkd.schedules.relative import Interval, RunSchedule, count
+
+_FAILS = "PyTorch stops the run with an error there"
+_ZERO = "the learning rate stays 0 from there on"
+_RISES = "the learning rate rises again from there on"
+_REMEDY = "lkd.schedules.CosineDecay or StepDecay, which follow the length of the run"
+_VANISHED = 1e-9
+"""Share of the initial learning rate below which nothing is learned."""
+
+
+def with_schedule(
+    optimizer: Optimizer, schedule: LRScheduler | ReduceLROnPlateau, interval: Interval
+) -> OptimizerLRScheduler:
+    """What `configure_optimizers` returns for an optimizer and its schedule.
+
+    Args:
+        optimizer: The optimizer.
+        schedule: Its schedule.
+        interval: When the schedule is stepped.
+
+    Raises:
+        ValueError: If there is no such interval, or the schedule waits for a validation, which no step has.
+    """
+    if interval not in ("epoch", "step"):
+        raise ValueError(f"lr_scheduler_interval must be epoch or step, got {interval!r}")
+    if isinstance(schedule, ReduceLROnPlateau):
+        monitor = getattr(schedule, "monitor", "val/loss")
+        if interval == "step":
+            raise ValueError(f"ReduceLROnPlateau reads {monitor} after each epoch; set lr_scheduler_interval to epoch")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": monitor}}
+    if interval == "step":
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class RunLength(NamedTuple):
+    """The length of a run, infinite where it is not known.
+
+    Attributes:
+        epoch: Number of epochs.
+        step: Number of optimizer steps.
+    """
+
+    epoch: float
+    step: float
+
+
+def run_length(trainer: L.Trainer) -> RunLength:
+    """Compute the length of a run from `max_epochs`, `max_steps` and the number of batches.
+
+    Args:
+        trainer: A trainer with its training data, as in `on_train_start` and later: `estimated_stepping_batches` would
+            create the data loader of a resumed run before it is known where the epoch continues.
+    """
+    max_epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    max_steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
+    batches = trainer.num_training_batches
+    if batches == math.inf:
+        return RunLength(max_epochs, max_steps)
+    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    steps = max_epochs * per_epoch
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler) and max_epochs < math.inf:
+            sums = map(callback.get_accumulate_grad_batches, range(int(max_epochs)))
+            steps = sum(math.ceil(batches / number) for number in sums)
+    epochs = math.inf if max_steps == math.inf else math.ceil(max_steps / per_epoch)
+    return RunLength(min(max_epochs, epochs), min(max_steps, steps))
+
+
+def fit_schedules(trainer: L.Trainer) -> None:
+    """Set the length of schedules that follow the run; check the others against it.
+
+    Args:
+        trainer: A trainer, in `on_train_start`.
+
+    Raises:
+        ValueError: If the length of the run is not known, or a schedule fits only the other `lr_scheduler_interval`.
+    """
+    run = run_length(trainer)
+    for config in trainer.lr_scheduler_configs:
+        schedule, interval = config.scheduler, cast("Interval", config.interval)
+        length, other = (run.step, run.epoch) if interval == "step" else (run.epoch, run.step)
+        for part in getattr(schedule, "_schedulers", ()):  # of SequentialLR and ChainedScheduler
+            if isinstance(part, RunSchedule) and part.total is None:
+                name = type(part).__name__
+                raise ValueError(
+                    f"{name} cannot follow the length of the run as a part of another schedule; pass total"
+                )
+        if isinstance(schedule, RunSchedule) and schedule.follows_run:
+            if length == math.inf:
+                raise ValueError(
+                    f"{type(schedule).__name__} follows the length of the run, but its number of {interval}s is not "
+                    f"known (max_epochs {trainer.max_epochs}, max_steps {trainer.max_steps}, "
+                    f"{trainer.num_training_batches} batches per epoch); set --trainer."
+                    f"{'max_epochs' if interval == 'epoch' else 'max_steps'}"
+                )
+            schedule.set_length(max(int(length) // config.frequency, 1), interval)
+        elif length < math.inf and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            _check(schedule, interval, length // config.frequency, other / config.frequency)
+
+
+class _Span(NamedTuple):
+    """A number of epochs or steps after which a schedule ends.
+
+    Attributes:
+        setting: The schedule's name for the number.
+        length: The number.
+        afterwards: What is wrong in a run that is longer; empty if nothing is.
+    """
+
+    setting: str
+    length: float
+    afterwards: str = ""
+
+
+def _span(schedule: Any) -> _Span | None:
+    """The length that a schedule was given; None if it has none."""
+    match schedule:
+        case lr_scheduler.SequentialLR():
+            begin, last = schedule._milestones[-1], _span(schedule._schedulers[-1])
+            return last and last._replace(
+                setting=f"its last part with {last.setting}, in all", length=begin + last.length
+            )
+        case RunSchedule():
+            return _Span("total", schedule.total or 1)
+        case lr_scheduler.OneCycleLR():
+            return _Span("total_steps", schedule.total_steps, _FAILS)
+        case lr_scheduler.CosineAnnealingLR():
+            return _Span("T_max", schedule.T_max, _RISES)
+        case lr_scheduler.CosineAnnealingWarmRestarts():
+            return _Span("T_0", schedule.T_0)
+        case lr_scheduler.PolynomialLR():
+            return _Span("total_iters", schedule.total_iters, _ZERO)
+        case lr_scheduler.LinearLR():
+            return _Span("total_iters", schedule.total_iters, "" if schedule.end_factor else _ZERO)
+        case lr_scheduler.ConstantLR():
+            return _Span("total_iters", schedule.total_iters)
+        case lr_scheduler.CyclicLR():
+            return _Span("a cycle of", schedule.total_size)
+        case lr_scheduler.MultiStepLR() if schedule.milestones:
+            return _Span("its last milestone at", max(schedule.milestones))
+        case lr_scheduler.StepLR():
+            return _Span("step_size", schedule.step_size)
+    return None
+
+
+def _problem(schedule: Any, span: _Span | None, length: float) -> str:
+    """What is wrong with a schedule in a run of some length; empty if nothing is."""
+    if isinstance(schedule, (lr_scheduler.StepLR, lr_scheduler.ExponentialLR)):
+        factor = schedule.gamma ** (length // getattr(schedule, "step_size", 1))
+        if factor < _VANISHED:
+            return f"the learning rate falls to {factor:.0e} of its initial value"
+    if isinstance(schedule, (lr_scheduler.MultiStepLR, lr_scheduler.StepLR)):
+        late = span is not None and span.length >= length
+        return "the run ends before that" if late else ""
+    if span is None or 0.9 * length - 1 <= span.length <= 1.1 * length:
+        return _FAILS if span is not None and span.afterwards == _FAILS and span.length < length else ""
+    if span.length > length:
+        return f"only the first {length / span.length:.1%} of the schedule takes place"
+    return span.afterwards
+
+
+def _check(schedule: Any, interval: Interval, length: float, other: float) -> None:
+    """Reject a schedule that only fits the other interval, or fails; warn of one that does not fit the run.
+
+    Args:
+        schedule: The schedule.
+        interval: How often it is stepped.
+        length: How many times it is stepped in this run.
+        other: How many times the other interval would step it.
+    """
+    span, name = _span(schedule), type(schedule).__name__
+    problem = _problem(schedule, span, length)
+    is_total = not isinstance(schedule, (lr_scheduler.StepLR, lr_scheduler.MultiStepLR))
+    # In long runs, a total may be one less: then the last step has the final learning rate.
+    fits_other = bool(span and problem and is_total and abs(span.length - other) <= (other >= 100))
+    if isinstance(schedule, lr_scheduler.MultiStepLR) and span and schedule.gamma < 1:
+        fits_other = interval == "step" and span.length < other <= length / 10
+    if not (problem or fits_other):
+        return
+    has = f"{span.setting} {span.length:,.0f}" if span else f"a gamma of {schedule.gamma}"
+    said = f"{name} has {has}, but this run steps it {count(length, 'time')}, once per {interval}"
+    others: Interval = "epoch" if interval == "step" else "step"
+    switch = f"set lr_scheduler_interval to {others}, which steps it {count(other, 'time')}"
+    if fits_other:
+        raise ValueError(f"{said}; {switch}")
+    if problem == _FAILS:
+        raise ValueError(f"{said}: {problem}; use {_REMEDY}")
+    least = (0.9 if span and span.afterwards else 0.02) * other  # a warm-up, or a milestone, may come early
+    counts_other = span and length != other and least <= span.length <= other
+    rank_zero_warn(f"{said}: {problem}; {f'{switch}, or use' if counts_other else 'use'} {_REMEDY}")
