@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint types doctest clean
+.PHONY: demo test lint types doctest docs dist clean
 
 demo: $(READY)  ## train a student from a teacher on real digits, in less than a minute
 	$(BIN)/lkd fit --config configs/digits/kd.yaml
@@ -21,6 +21,14 @@ types: $(READY)
 
 doctest: $(READY)  ## run the examples in the docstrings
 	$(BIN)/python -m pytest --doctest-modules lkd
+
+docs: $(READY)  ## build the documentation in build/docs; a broken link or an undocumented name is an error
+	$(BIN)/python docs/build.py
+
+dist: $(READY)  ## build and check wheel and source distribution
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

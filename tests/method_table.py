@@ -1,11 +1,9 @@
-"""The README's table of methods, made from the code: `python -m tests.method_table` writes it there."""
+"""The table of methods in the documentation, made from the code."""
 
 from __future__ import annotations
 
 import inspect
 import re
-import textwrap
-from pathlib import Path
 
 import torch
 import yaml
@@ -15,8 +13,6 @@ import lkd.modules
 from lkd.cli.config_files import configs_folder
 from tests.test_parity import METHODS
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- methods: made by python -m tests.method_table -->", "<!-- end of methods -->"
 NO_METHOD = {"DistillLoss", "CompositeLoss", "WeightedSum"}
 NO_METHOD |= {"ClassificationModule", "DistillModule", "EarlyExitModule", "FineTuneModule"}
 PARITY_OF = {"logit_std_kd": "LogitStandardization", "ctkd_global": "CTKD", "pad_l2": "PAD"}
@@ -105,21 +101,18 @@ def processes(kind: type) -> str:
 
 
 def note() -> str:
-    """What the table's column on processes means, and what labels that are missing change."""
+    """The note below the table."""
     criteria = sorted((item for item in methods().items() if issubclass(item[1], lkd.losses.DistillLoss)), key=_by_name)
     skipping = ", ".join(f"`{name}`" for name, kind in criteria if kind.skips_unlabelled in (True, None))
-    return "\n".join(
-        textwrap.wrap(
-            'Several processes: "as one" says that the gradient is, to rounding, that of one process with all images '
-            '(`tests/losses/test_processes.py`); "each ..." says what a process does with its own images alone. '
-            "BatchNorm, of adapters as of networks, has in training the statistics of each process's images, unless "
-            "`--trainer.sync_batchnorm true` makes them common. Where images have no label, the labels' loss and "
-            f"terms of {skipping} are means over those of each process that have one: as in one process only where all "
-            "have equally many.",
-            width=120,
-            break_on_hyphens=False,
-            break_long_words=False,
-        )
+    return (
+        '"Value and gradient" means that both equal those of the original implementation in float64 '
+        "(`tests/test_parity.py`); all other methods are tested against their formula. Where originals differ, or differ "
+        'from the paper, the class says so.\n\nSeveral processes: "as one" means that the gradient is, up to rounding, '
+        "that of one process with all samples (`tests/losses/test_processes.py`); otherwise the column says what a process "
+        "computes from its own samples. BatchNorm uses the statistics of each process unless "
+        "`--trainer.sync_batchnorm true` synchronizes them. If samples have no label, the supervised loss and terms of "
+        f"{skipping} are means over the labelled samples of each process, and equal those of one process only if all "
+        "processes have the same number of them."
     )
 
 
@@ -127,23 +120,18 @@ def _by_name(item: tuple[str, type]) -> str:
     return item[0].lower()
 
 
-def table() -> str:
-    """The table, in Markdown, and the note below it."""
+def table(link: str = "") -> str:
+    """The table, in Markdown, and the note below it.
+
+    Args:
+        link: Link of each method, with `{name}`.
+    """
     lines = [
-        "| Method | Paper | reads | config | equal to the original | several processes |",
+        "| Method | Paper | Reads | Config | Equal to the original | Several processes |",
         "|---|---|---|---|---|---|",
     ]
     for name, kind in sorted(methods().items(), key=_by_name):
         files = ", ".join(f"`{file}`" for file in configs(name)[:2])
-        lines.append(f"| `{name}` | {paper(kind)} | {reads(kind)} | {files} | {equal(name)} | {processes(kind)} |")
+        cell = f"[{name}]({link.format(name=name)})" if link else f"`{name}`"
+        lines.append(f"| {cell} | {paper(kind)} | {reads(kind)} | {files} | {equal(name)} | {processes(kind)} |")
     return "\n".join([*lines, "", note()])
-
-
-def written() -> str:
-    """The table as it stands in the README."""
-    return README.read_text().partition(BEGIN)[2].partition(END)[0].strip()
-
-
-if __name__ == "__main__":
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")

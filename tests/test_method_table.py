@@ -1,18 +1,25 @@
-"""Every method has a config, a paper and its line in the README's table, which is made from the code."""
+"""Every method has a config, a paper, a text in the documentation and a row in its table."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from lkd.cli.config_files import configs_folder
-from tests.method_table import README, TRAINED, configs, equal, methods, paper, table, written
+from tests.method_table import TRAINED, configs, equal, methods, paper, table
+
+ROOT = Path(__file__).parent.parent
 
 
-def test_the_readme_has_the_table_of_the_code() -> None:
-    assert written() == table(), "run python -m tests.method_table"
+def test_every_method_has_a_row_and_a_text() -> None:
+    texts = yaml.safe_load((ROOT / "docs/methods.yaml").read_text())
+    assert set(texts) == set(methods())
+    assert all(text["title"] and len(text["idea"]) > 80 for text in texts.values())
+    rows = [line for line in table().splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == sorted(methods(), key=str.lower)
 
 
 @pytest.mark.parametrize("name", methods())
@@ -26,7 +33,7 @@ def test_what_is_compared_with_the_original() -> None:
     assert all(equal(name).startswith("value and gradient") for name in compared)
     assert equal("BYOT") == equal("MutualModule") == "no reference values"
     for path in TRAINED.values():
-        assert "def test_module_is_a_plain_loop(" in (README.parent / path).read_text()
+        assert "def test_module_is_a_plain_loop(" in (ROOT / path).read_text()
 
 
 OVERLAYS = {path.stem: path for path in (configs_folder() / "methods").glob("*.yaml")}
