@@ -1,7 +1,7 @@
 """Audio classification: distill a convolutional network on spectrograms into a smaller one.
 
-The data set is synthetic: eight waveforms at a random pitch, with additive noise. It is a toy task, and the results do
-not carry over to speech or music. The path from waveforms to spectrograms is the same as for real recordings.
+The data set is synthetic: eight waveforms at a random pitch, with additive noise of standard deviation 0.5 to 1.5. It
+is a toy task, and the results do not carry over to speech or music. Spectrograms are computed as for real recordings.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from lkd.features.layers import FeatureLayers
 from lkd.types import IGNORE_INDEX
 
 LIBRARIES = ("standard library", "numpy", "scipy", "sklearn", "torch")
-NAMES = re.compile(r"\b(python|numpy|np|scipy|sklearn|scikit|learn|py|torch|pytorch)\b")  # these words would reveal the class
+NAMES = re.compile(r"\b(python|numpy|np|scipy|sklearn|scikit|learn|py|torch|pytorch)\b")  # would reveal the class
 VOCABULARY = 4096
 
 
@@ -84,8 +84,8 @@ def _texts(library: str) -> Iterator[tuple[str, list[int]]]:
 class DocstringDataModule(L.LightningDataModule):
     """Docstrings of five libraries.
 
-    A batch is a dict with the keys `input`, `target` and `index`, which lkd's modules accept directly. The input is a dict
-    of `words` `(B, L)` and `mask` `(B, L)`, padded to the longest text of the batch.
+    A batch is a dict with the keys `input`, `target` and `index`, which lkd's modules accept directly. The input is a
+    dict of `words` `(B, L)` and `mask` `(B, L)`, padded to the longest text of the batch.
 
     Args:
         batch_size: Number of texts per batch.
