@@ -75,7 +75,7 @@ class GpuRow(Row):
         Args:
             context: A context of `multiprocessing`.
             seconds: Desired duration of a round.
-            deadline: Time at which the row is left out if it is not ready, in the time of `time.monotonic`.
+            deadline: Time at which the row is left out if it is not ready, as a `time.monotonic()` value.
         """
         begin = time.monotonic()
         if self.failure or begin >= deadline:
@@ -98,7 +98,7 @@ class GpuRow(Row):
 
         Args:
             first: The reference row, after its own turn.
-            deadline: Time at which the row is stopped, in the time of `time.monotonic`.
+            deadline: Time at which the row is stopped, as a `time.monotonic()` value.
         """
         begin = time.monotonic()
         if not self.steps or begin >= deadline:
@@ -255,7 +255,7 @@ class Bench:
         """Time the rows, group by group, and return whether none failed.
 
         Args:
-            deadline: Time at which the remaining rows are left out, in the time of `time.monotonic`.
+            deadline: Time at which the remaining rows are left out, as a `time.monotonic()` value.
         """
         rows, utilization = self.wanted(), Utilization()
         try:

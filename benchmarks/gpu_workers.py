@@ -59,7 +59,7 @@ def receive(pipe: Any, process: Any, end: float) -> Any:
     Args:
         pipe: The pipe to it.
         process: The process.
-        end: Deadline, in the time of `time.monotonic`.
+        end: Deadline, as a `time.monotonic()` value.
 
     Raises:
         LostError: If no message comes in time, or the process ends.
@@ -127,7 +127,7 @@ class Worker:
         Args:
             number: Number of the job, which names its folder.
             job: The job.
-            end: Deadline of the results, in the time of `time.monotonic`.
+            end: Deadline of the results, as a `time.monotonic()` value.
 
         Raises:
             LostError: If the process ends, or a result does not come in time.
@@ -155,7 +155,7 @@ class Workers:
         folder: Parent of the working directories.
         jobs: Number of parallel processes.
         report: Report to which results are added.
-        deadline: Time at which processes are killed and remaining jobs are left out, in the time of `time.monotonic`.
+        deadline: Time at which processes are killed and remaining jobs are left out, as a `time.monotonic()` value.
     """
 
     def __init__(self, context: Any, folder: str, jobs: int, report: Report, deadline: float) -> None:
