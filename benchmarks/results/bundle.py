@@ -35,7 +35,7 @@ def pack(store: Store, file: Path, part_size: int) -> list[Path]:
 
     Args:
         store: The store.
-        file: The archive; parts are named `FILE.1-of-3`, ....
+        file: The archive; parts are named `FILE.1-of-3` and so on.
         part_size: Largest size of a part, in bytes.
 
     Returns:
