@@ -1,10 +1,10 @@
-"""Whether what makes lkd fast costs accuracy: equal images, equal epochs, several seeds.
+"""Measure whether lkd's optimizations cost accuracy: same images, same epochs, several seeds.
 
     python -m benchmarks.accuracy IMAGES TEACHER [--seeds 3] [--images 8000] [--epochs 6] [--out FILE]
 
-IMAGES and TEACHER as for benchmarks/speed.py. ResNet-20 learns from ResNet-56 three times with each seed: plainly
-(float32, everything switched off), as `lkd fit` comes, and with the teacher's answers kept for two versions of each
-image. All are tested on all test images, after the last step.
+IMAGES and TEACHER are those of benchmarks/speed.py. For each seed, ResNet-20 learns from ResNet-56 three times: in
+float32 with all optimizations off, with the defaults of `lkd fit`, and with cached teacher logits for two variants of
+each image. Every run is evaluated on all test images after the last step.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from pathlib import Path
 from benchmarks.speed import machine
 
 WAYS = {
-    "plain: float32, all switched off": [
+    "float32, optimizations off": [
         "--trainer.precision=32-true",
         "--speed.channels_last=false",
         "--speed.fold_teacher=false",
         "--speed.compile=off",
         "--speed.keep_memory=false",
     ],
-    "as it comes": [],
-    "as it comes, answers kept, 2 versions": ["--teacher_cache.versions=2"],
+    "defaults": [],
+    "defaults, cached logits, 2 variants": ["--teacher_cache.versions=2"],
 }
 
 
 def accuracy(way: list[str], seed: int, images: str, teacher: str, number: int, epochs: int) -> float:
-    """Test accuracy in percent of one run."""
+    """Train once and return the test accuracy in percent."""
     from lkd.cli.arguments import prepare
     from lkd.cli.lightning_cli import LkdCLI
 
@@ -56,9 +56,9 @@ def accuracy(way: list[str], seed: int, images: str, teacher: str, number: int, 
 
 
 def table(found: dict[str, list[float]]) -> Iterator[str]:
-    """The lines of the table, in Markdown."""
+    """Yield the lines of the table, in Markdown."""
     plain = next(iter(found.values()))
-    yield "| | test accuracy, % | standard deviation | seeds | to plain, same seeds |"
+    yield "| | test accuracy, % | standard deviation | seeds | difference to float32, same seeds |"
     yield "|---|---|---|---|---|"
     for name, values in found.items():
         spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "-"
@@ -68,7 +68,7 @@ def table(found: dict[str, list[float]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Train, test, and write the table."""
+    """Train, evaluate and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="images")
     parser.add_argument("teacher")

@@ -1,11 +1,11 @@
-"""Does distillation help on the digits? Test accuracy of teacher, student alone and distilled student.
+"""Compare the test accuracy of teacher, student alone and distilled student on the digits.
 
     python benchmarks/digits.py [--seeds 5] [--labels 100]
 
-Every row trains a file of configs/digits/ through the command line's own code, once per seed; a distilled student
-learns from the teacher of the same seed, who has seen all labels. With few labels, the student alone trains on the
-labelled images, for as many steps; the distilled student also sees the others, without label. Checkpoints are chosen
-by accuracy on the 288 validation images; the 359 test images are used once.
+Each row trains a config of configs/digits/ with the code of the command line, once per seed. A distilled student learns
+from the teacher with the same seed, which is trained with all labels. With few labels, the student alone is trained on
+the labelled images for the same number of steps; the distilled student also uses the other images, without their
+labels. Checkpoints are selected by accuracy on the 288 validation images, and the 359 test images are used once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lkd.cli.lightning_cli import LkdCLI
 
 
 def fit(config: str, seed: int, folder: str, *settings: str) -> tuple[float, str]:
-    """Train one config; its test accuracy in percent, and its checkpoint."""
+    """Train one config and return its test accuracy in percent and its best checkpoint."""
     args = ["fit", "--config", f"configs/digits/{config}.yaml", f"--seed_everything={seed}", *settings]
     quiet = ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={folder}"]
     cli = LkdCLI([*args, *quiet], f"{config}{seed}")
@@ -34,9 +34,9 @@ def fit(config: str, seed: int, folder: str, *settings: str) -> tuple[float, str
 
 
 def few_labels(number: int) -> tuple[str, list[str], list[str]]:
-    """Settings for the student alone and for the distilled one, with equal numbers of steps."""
+    """Return a label and the settings of both students, which train for the same number of steps."""
     labels = f"--data.init_args.label_size={number}"
-    steps, batch_size = 17, 64  # of an epoch of configs/digits/
+    steps, batch_size = 17, 64  # per epoch in configs/digits/
     per_epoch = max(number // batch_size, 1)
     epochs = 30 * steps // per_epoch
     longer = f"--trainer.max_epochs={epochs}"
@@ -45,7 +45,7 @@ def few_labels(number: int) -> tuple[str, list[str], list[str]]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Train all seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--labels", type=int, default=100)

@@ -1,4 +1,4 @@
-"""Make the teacher that ships with lkd: train configs/digits/teacher.yaml, keep its weights as float16.
+"""Create the pretrained teacher included in lkd: train configs/digits/teacher.yaml and save the weights in float16.
 
     python benchmarks/digits_teacher.py
 
@@ -25,7 +25,7 @@ SEED = 0
 
 
 def main() -> None:
-    """Train, store, load again, measure."""
+    """Train, save and reload the teacher, and record its accuracies."""
     config = configs_folder() / "digits" / "teacher.yaml"
     with tempfile.TemporaryDirectory() as folder:
         args = [

@@ -1,12 +1,12 @@
-"""Whether a process grows: over thousands of epochs, and over fit after fit.
+"""Measure whether a process leaks memory, over thousands of epochs and over repeated calls of `fit`.
 
     python -m benchmarks.endurance [--epochs 2000] [--worker_epochs 400] [--cycles 20] [--out FILE]
 
-`lkd fit` on the digits, with augmentation, mixing, validation, TensorBoard and two checkpoints in every epoch; each
-run in a process of its own, that is looked at from inside. Peak is the largest resident memory so far; what workers
-have is added to it and to the rest, at the moment of the look. Tensors, modules and objects are those that Python's
-garbage collector knows, after a collection. Six objects that each fit adds are torch.fx's, which keeps the source text
-of what it has traced, the folded teacher, for tracebacks.
+Runs `lkd fit` on the digits, with augmentation, mixing, validation, TensorBoard and two checkpoints in every epoch.
+Each run has its own process and measures itself. RSS is the resident set size, and peak RSS the largest one so far;
+both include the current worker processes, and so does private memory. Tensors, modules and objects are those tracked by
+Python's garbage collector, after a collection. Each call of `fit` adds six objects of torch.fx, which keeps the source
+of traced code (the folded teacher) for tracebacks.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ trainer: {accelerator: cpu, enable_progress_bar: false}
 
 
 class Look(NamedTuple):
-    """What a process has.
+    """Resources of a process and its workers.
 
     Args:
-        at: The epoch's or the fit's number.
-        peak: Largest resident memory so far, in bytes.
-        resident: Memory that is resident.
-        own: Of it, what no other process shares.
-        files: Open files.
-        threads: Threads, Python's and others.
-        tensors: Tensors that Python knows.
-        modules: Layers and networks that Python knows.
-        objects: Objects that the garbage collector tracks.
-        workers: Number of its processes.
+        at: Number of the epoch or of the call of `fit`.
+        peak: Peak RSS so far, in bytes.
+        resident: RSS, in bytes.
+        own: Private memory (not shared with other processes), in bytes.
+        files: Number of open files.
+        threads: Number of threads, including those not created by Python.
+        tensors: Number of tensors tracked by the garbage collector.
+        modules: Number of modules tracked by the garbage collector.
+        objects: Number of objects tracked by the garbage collector.
+        workers: Number of child processes.
     """
 
     at: int
@@ -67,7 +67,7 @@ class Look(NamedTuple):
 
 
 def look(at: int) -> Look:
-    """Look at this process and its children."""
+    """Measure this process and its children."""
     processes = ["self", *_children()]
     every = [_memory(process) for process in processes]
     peak, resident, own = (sum(part) for part in zip(*every, strict=True))
@@ -83,7 +83,7 @@ def _children() -> list[str]:
 
 
 def _memory(process: str) -> tuple[int, int, int]:
-    """Peak, resident and own memory, in bytes."""
+    """Return peak RSS, RSS and private memory of a process, in bytes."""
     status = _numbers(Path(f"/proc/{process}/status"))
     smaps = _numbers(Path(f"/proc/{process}/smaps_rollup"))
     return status["VmHWM"], status["VmRSS"], smaps["Private_Clean"] + smaps["Private_Dirty"]
@@ -95,23 +95,23 @@ def _numbers(path: Path) -> dict[str, int]:
 
 
 class Watch(L.Callback):
-    """Look at the process at the end of epochs.
+    """Measure the process at regular intervals during training.
 
     Args:
-        file: Where to write what was seen, a line of JSON each.
-        every: From which epoch to which.
+        file: File to which measurements are appended, one line of JSON each.
+        every: Number of epochs between measurements.
     """
 
     def __init__(self, file: str, every: int) -> None:
         self.file, self.every = file, every
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Look, when all of the epoch before is done."""
+        """Measure, after the previous epoch is complete."""
         if trainer.current_epoch and trainer.current_epoch % self.every == 0:
             _write(self.file, look(trainer.current_epoch))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """The last time."""
+        """Measure for the last time."""
         _write(self.file, look(trainer.current_epoch))
 
 
@@ -121,27 +121,27 @@ def _write(file: str, seen: Look) -> None:
 
 
 def fits(settings: Sequence[str], number: int, file: str) -> None:
-    """Run `lkd fit` again and again in this process; if more than once, look behind each."""
+    """Run `lkd fit` repeatedly in this process; if more than once, measure after each run."""
     from lkd.__main__ import main as lkd
 
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         for done in range(1, number + 1):
             code = lkd(["fit", *settings])
             if code:
-                raise RuntimeError(f"lkd fit ended with {code}")
+                raise RuntimeError(f"lkd fit ended with exit code {code}")
             if number > 1:
                 _write(file, look(done))
 
 
 class Variant(NamedTuple):
-    """A run to be watched.
+    """A run to measure.
 
     Args:
-        name: What it is called.
-        settings: Its settings beside the digits' and those above.
+        name: Heading of its table.
+        settings: Arguments of `lkd fit`, in addition to the config of the digits and `SETTINGS`.
         epochs: Number of epochs.
-        every: Epochs between two looks.
-        fits: How often it is run in the same process, and then looked at behind each.
+        every: Number of epochs between measurements.
+        fits: Number of runs in the same process; if more than one, measurements follow each run instead.
     """
 
     name: str
@@ -152,10 +152,10 @@ class Variant(NamedTuple):
 
 
 def watched(variant: Variant, folder: str) -> list[Look]:
-    """What was seen of a run.
+    """Run a variant in a new process and return its measurements.
 
     Raises:
-        RuntimeError: If it failed.
+        RuntimeError: If the run fails.
     """
     config, file = Path(folder, "settings.yaml"), Path(folder, "looks.jsonl")
     config.write_text(SETTINGS)
@@ -169,16 +169,16 @@ def watched(variant: Variant, folder: str) -> list[Look]:
     process.start()
     process.join()
     if process.exitcode:
-        raise RuntimeError(f"{variant.name} ended with {process.exitcode}")
+        raise RuntimeError(f"{variant.name} ended with exit code {process.exitcode}")
     return [Look(*json.loads(line)) for line in file.read_text().splitlines()]
 
 
 def table(variant: Variant, seen: Sequence[Look]) -> Iterator[str]:
-    """The lines of a run's table, in Markdown, and how much the peak grew."""
+    """Yield the lines of a run's table, in Markdown, and the growth of its peak memory."""
     yield f"## {variant.name}"
     yield ""
     unit = "epoch" if variant.fits == 1 else "fit"
-    yield f"| {unit} | peak MB | resident MB | own MB | files | threads | tensors | modules | objects |"
+    yield f"| {unit} | peak RSS, MB | RSS, MB | private, MB | files | threads | tensors | modules | objects |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for one in seen:
         sizes = " | ".join(f"{size / 1e6:,.1f}" for size in (one.peak, one.resident, one.own))
@@ -186,37 +186,37 @@ def table(variant: Variant, seen: Sequence[Look]) -> Iterator[str]:
         yield f"| {one.at:,} | {sizes} | {counts} |"
     first, last = seen[0], seen[-1]
     yield ""
-    growth = round(last.peak / first.peak - 1, 4) + 0.0  # never -0.00 %: the kernel counts its peak roughly
-    yield f"Peak from {unit} {first.at:,} to {last.at:,}: {growth:+.2%}."
+    growth = round(last.peak / first.peak - 1, 4) + 0.0  # avoids -0.00 %: the kernel's peak is approximate
+    yield f"Peak memory from {unit} {first.at:,} to {last.at:,}: {growth:+.2%}."
     yield ""
 
 
 def variants(epochs: int, worker_epochs: int, cycles: int) -> list[Variant]:
-    """What is watched."""
+    """Return the runs to measure."""
     kept, workers = "--teacher_cache.versions=4", "--data.init_args.num_workers=2"
     return [
-        Variant("The teacher asked in every step", (), epochs, max(1, epochs // 20)),
-        Variant("The teacher's answers kept", (kept,), epochs, max(1, epochs // 20)),
+        Variant("Teacher run in every step", (), epochs, max(1, epochs // 20)),
+        Variant("Cached teacher logits", (kept,), epochs, max(1, epochs // 20)),
         Variant("Two persistent workers", (workers,), worker_epochs, max(1, worker_epochs // 4)),
-        Variant(f"{cycles} fits of 3 epochs in one process", (kept,), 3, 1, cycles),
-        Variant(f"{cycles} fits of 3 epochs in one process, two workers", (workers,), 3, 1, cycles),
+        Variant(f"{cycles} runs of 3 epochs in one process", (kept,), 3, 1, cycles),
+        Variant(f"{cycles} runs of 3 epochs in one process, two workers", (workers,), 3, 1, cycles),
     ]
 
 
 def main() -> None:
-    """Watch, and write the tables."""
+    """Measure and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=2000)
     parser.add_argument("--worker_epochs", type=int, default=400)
     parser.add_argument("--cycles", type=int, default=20)
-    parser.add_argument("--only", nargs="*", default=[""], help="runs whose name has one of these words")
+    parser.add_argument("--only", nargs="*", default=[""], help="runs whose name contains one of these words")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     lines = []
     for variant in variants(options.epochs, options.worker_epochs, options.cycles):
         if any(word in variant.name for word in options.only):
             with tempfile.TemporaryDirectory() as folder:
-                os.environ["LKD_CACHE"] = folder  # nothing is kept from an earlier run
+                os.environ["LKD_CACHE"] = folder  # no cached files of an earlier run
                 lines += table(variant, watched(variant, folder))
             print(lines[-2], flush=True)
     lines += [f"`python -m benchmarks.endurance`; {machine()}"]

@@ -1,10 +1,10 @@
-"""What becomes of a run that is killed, or whose disk, files or folder fail it: a table.
+"""Fault injection: kill runs, corrupt their files, fill their disk, and check that they resume exactly.
 
     python -m benchmarks.faults [--kills 50] [--seed 0] [--only WORD ...] [--out FILE]
 
-Each row is a run of `lkd fit --resume` on the digits, with settings that have a state of their own, begun again until
-it has ended. Its weights, optimizer, schedules, best checkpoint and curves are compared, bit by bit, with those of the
-same run left alone. The first run of each row's settings is made twice, and compared too.
+Each row is a run of `lkd fit --resume` on the digits, with settings that have additional state. The run is restarted
+until it completes. Its weights, optimizer, schedules, best checkpoint and curves are then compared bit by bit with
+those of an uninterrupted run. The uninterrupted run of each row's settings is made twice and compared as well.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ _FOLDER += [f"--model.init_args.{name}.init_args.in_channels=3" for name in ("st
 _FOLDER += ["--model.init_args.teacher_ckpt=null"]
 
 SETTINGS = {
-    "the digits": [],
-    "every augmentation, Mixup": [f"--data.init_args.augment=[{_ALL}]", f"--data.init_args.mix={_MIXUP}"],
+    "digits": [],
+    "augmentation, Mixup": [f"--data.init_args.augment=[{_ALL}]", f"--data.init_args.mix={_MIXUP}"],
     "image files, decoded once": _FOLDER,
     "image files, read by 2 workers": [*_FOLDER, "--data.init_args.num_workers=2", f"--data.init_args.augment={_CROP}"],
-    "the teacher's answers kept": ["--teacher_cache.versions=2"],
-    "memories (CRD)": ["--config", "methods/crd"],
+    "cached teacher logits": ["--teacher_cache.versions=2"],
+    "memory bank (CRD)": ["--config", "methods/crd"],
     "random masks (MGD)": ["--config", "methods/mgd"],
-    "averaged weights (EMA)": [f"--trainer.callbacks=[{_EMA}]"],
-    "gradients of 3 batches summed": ["--trainer.accumulate_grad_batches=3"],
+    "weight averaging (EMA)": [f"--trainer.callbacks=[{_EMA}]"],
+    "gradient accumulation, 3 batches": ["--trainer.accumulate_grad_batches=3"],
     "ReduceLROnPlateau": [f"--model.init_args.lr_scheduler={_PLATEAU}"],
-    "the student's past as teacher": ["--config", "methods/pskd"],
-    "two optimizers' momenta (DOT)": ["--config", "methods/dot"],
-    "validation twice an epoch": ["--trainer.val_check_interval=0.5"],
+    "past student as teacher (PS-KD)": ["--config", "methods/pskd"],
+    "two momentum buffers (DOT)": ["--config", "methods/dot"],
+    "validation twice per epoch": ["--trainer.val_check_interval=0.5"],
     "two views (MLKD)": ["--config", "methods/mlkd"],
     "two processes": ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"],
 }
 
 
 class Row(NamedTuple):
-    """One line of the table."""
+    """A row of the table."""
 
     what: str
     settings: str
@@ -74,7 +74,7 @@ class Row(NamedTuple):
 
 
 def images(folder: Path) -> None:
-    """Some image files, in two classes."""
+    """Write image files of two classes."""
     generator = np.random.default_rng(0)
     for number in range(160):
         split = "train" if number < 120 else "test"
@@ -84,18 +84,18 @@ def images(folder: Path) -> None:
 
 
 def run_of(folder: Path) -> Path:
-    """The run in a folder: the newest, as a life that ended before its first checkpoint leaves one without."""
+    """Find the newest run in a folder; a life killed before its first checkpoint leaves a run without one."""
     (newest,) = sorted(folder.glob("runs/**/version_*"), key=lambda path: int(path.name.partition("_")[2]))[-1:]
     return newest
 
 
 class Bench:
-    """Makes rows in a folder of its own.
+    """Create the rows of the table.
 
     Args:
-        root: The folder.
-        seed: Of the moments at which a run is killed.
-        twice: Whether each undisturbed run is made twice, and compared.
+        root: Working directory.
+        seed: Random seed of the moments at which runs are killed.
+        twice: Whether to make each uninterrupted run twice and compare the two.
     """
 
     def __init__(self, root: Path, seed: int = 0, twice: bool = True) -> None:
@@ -103,7 +103,7 @@ class Bench:
         root.chmod(0o755)
         self._wholes: dict[str, tuple[Path, float]] = {}
         self._count = 0
-        live(["--version"], self._new())  # the first process imports for all
+        live(["--version"], self._new())  # starts the fork server, which imports the modules once
 
     def _new(self) -> Path:
         self._count += 1
@@ -113,64 +113,64 @@ class Bench:
         return folder
 
     def whole(self, settings: str) -> tuple[Path, float]:
-        """A run of these settings that nothing interrupts, and its seconds."""
+        """Return an uninterrupted run with these settings and its duration in seconds."""
         if settings not in self._wholes:
             runs = []
             for _ in range(1 + self.twice):
                 folder = self._new()
                 life, seconds = timed([*ARGS, *SETTINGS[settings]], folder, settings == "two processes")
                 if life.code != 0:
-                    raise RuntimeError(f"{settings}: the undisturbed run has failed:\n{life.text}")
+                    raise RuntimeError(f"{settings}: the uninterrupted run failed:\n{life.text}")
                 runs.append((run_of(folder), seconds))
             if differs := differences(runs[0][0], runs[-1][0]):
-                raise RuntimeError(f"{settings}: two undisturbed runs differ: {differs}")
+                raise RuntimeError(f"{settings}: two uninterrupted runs differ: {differs}")
             self._wholes[settings] = runs[-1]
         return self._wholes[settings]
 
     def killed(self, settings: str) -> Row:
-        """A run that is killed at random moments until it has ended."""
+        """Kill a run at random moments until it completes."""
         whole, seconds = self.whole(settings)
         folder, args = self._new(), [*ARGS, *SETTINGS[settings]]
         group = settings == "two processes"
-        start = 0.5 * seconds if group else 0.0  # the interpreters' start is no part of the run
+        start = 0.5 * seconds if group else 0.0  # starting the interpreters is not part of the run
         moments: list[float] = []
 
         def one() -> Life:
-            patience = 1.1 + 0.1 * len(moments)  # beside other loads, a process may take longer than the first did
+            patience = 1.1 + 0.1 * len(moments)  # under other load, a process may take longer than the first one
             moments.append(start + self.random.uniform(0, patience) * (seconds - start))
             return (live_in_group if group else live)(args, folder, moments[-1])
 
         lives = until_done(one)
         return self._row("SIGKILL at a random moment", settings, len(lives) - 1, lives, folder, whole)
 
-    def failed(self, what: str, fault: str, settings: str = "the digits", wanted: str = "") -> Row:
-        """A run whose first life ends in a fault; the next goes on."""
+    def failed(self, what: str, fault: str, settings: str = "digits", wanted: str = "") -> Row:
+        """Inject a fault into the first life of a run, and resume the run."""
         whole, _ = self.whole(settings)
         folder, args = self._new(), [*ARGS, *SETTINGS[settings]]
         first = live(args, folder, fault=fault)
         if first.code == 0:
-            raise RuntimeError(f"{what}: nothing failed:\n{first.text}")
+            raise RuntimeError(f"{what}: the run did not fail:\n{first.text}")
         _expect(first, wanted)
         (folder / "runs").chmod(0o755)
         lives = [first, *until_done(partial(live, args, folder))]
         return self._row(what, settings, 1, lives, folder, whole)
 
-    def told(self, what: str, number: int, code: int, be: str = "anyone") -> Row:
-        """A run that is told to stop at a random step."""
-        whole, _ = self.whole("the digits")
+    def signalled(self, what: str, number: int, code: int, be: str = "anyone") -> Row:
+        """Send a signal to a run at a random step, and resume the run."""
+        whole, _ = self.whole("digits")
         folder = self._new()
         first = live(ARGS, folder, fault=f"benchmarks.faults:told_at,{self.random.randrange(1, 50)},{number},{be}")
         if first.code != code:
             raise RuntimeError(f"{what}: exit code {first.code} instead of {code}:\n{first.text}")
         _expect(first, "go on with: lkd fit --ckpt_path")
         if be == "slurm" and (folder / "requeued.txt").read_text() != "requeue 17\n":
-            raise RuntimeError(f"{what}: the job was not put in the queue again")
+            raise RuntimeError(f"{what}: the job was not requeued")
         lives = [first, *until_done(partial(live, ARGS, folder))]
-        return self._row(what, "the digits", 1, lives, folder, whole)
+        return self._row(what, "digits", 1, lives, folder, whole)
 
-    def torn(self, what: str, damage: Callable[[Path], None]) -> Row:
-        """A run that is killed, and whose newest checkpoint is damaged then."""
-        whole, _ = self.whole("the digits")
+    def corrupted(self, what: str, damage: Callable[[Path], None]) -> Row:
+        """Kill a run, corrupt its newest checkpoint, and resume the run."""
+        whole, _ = self.whole("digits")
         folder = self._new()
         first = live(ARGS, folder, fault="benchmarks.faults:die_at_save,4,after")
         damage(run_of(folder) / "checkpoints/last.ckpt")
@@ -178,11 +178,11 @@ class Bench:
         _expect(second, "is damaged")
         _expect(second, "previous.ckpt")
         lives = [first, second, *until_done(partial(live, ARGS, folder))]
-        return self._row(what, "the digits", 1, lives, folder, whole)
+        return self._row(what, "digits", 1, lives, folder, whole)
 
     def full(self) -> Row:
-        """A run whose disk is full, until somebody makes room."""
-        whole, _ = self.whole("the digits")
+        """Fill the disk of a run, then free space and resume the run."""
+        whole, _ = self.whole("digits")
         folder = self._new()
         disk = folder / "runs"
         disk.mkdir()
@@ -192,7 +192,7 @@ class Bench:
             _expect(first, "No space left on device")
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             lives = [first, *until_done(partial(live, ARGS, folder))]
-            return self._row("a full disk", "the digits", 1, lives, folder, whole)
+            return self._row("full disk", "digits", 1, lives, folder, whole)
         finally:
             subprocess.run(["umount", disk], check=True)
 
@@ -206,18 +206,18 @@ class Bench:
 
 def _expect(life: Life, text: str) -> None:
     if text not in " ".join(life.text.split()):
-        raise RuntimeError(f"expected {text!r} in what lkd said:\n{life.text}")
+        raise RuntimeError(f"expected {text!r} in the output of lkd, got:\n{life.text}")
 
 
-# Faults: called in the process that is to fail, before it begins.
+# Faults. They are called in the process that should fail, before the command.
 
 
 def die_at_save(number: str, where: str) -> None:
-    """Die at the n-th checkpoint: before, in or after its writing, or before it takes its name.
+    """Kill the process while or after it writes its n-th checkpoint.
 
     Args:
-        number: Which one.
-        where: `half` of it written, `unnamed`, or `after`.
+        number: Number n of the checkpoint, from 1.
+        where: `half` (the file is half written), `unnamed` (before the file is renamed), or `after`.
     """
     import lkd.checkpoints.io as own
 
@@ -249,7 +249,7 @@ def die_at_save(number: str, where: str) -> None:
 
 
 def die_at_link() -> None:
-    """Die when the last checkpoint has lost its second name, and not yet got the new one."""
+    """Kill the process between the removal of the old hard link to the last checkpoint and the new link."""
     import lkd.callbacks.checkpoint as own
 
     def dying(*_: Any) -> None:
@@ -259,12 +259,12 @@ def die_at_link() -> None:
 
 
 def small_files(size: str) -> None:
-    """Let no file become larger than so many bytes; the system says so as it does of a full disk."""
+    """Limit the file size in bytes; exceeding it raises an error like that of a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))
 
 
 def nobody() -> None:
-    """Be a user who may not write here; for root, permissions would not count."""
+    """Switch to a user without write permission; permissions do not apply to root."""
     Path("runs").mkdir()
     Path("runs").chmod(0o555)
     if os.geteuid() == 0:
@@ -272,12 +272,12 @@ def nobody() -> None:
 
 
 def told_at(step: str, number: str, be: str) -> None:
-    """Get a signal before a step.
+    """Send a signal to this process before a step.
 
     Args:
-        step: Which one.
-        number: Which signal.
-        be: `slurm`, for a job of SLURM.
+        step: Number of the step, from 1.
+        number: Number of the signal.
+        be: `slurm` to emulate a SLURM job.
     """
     from lkd.callbacks import StepSeed
 
@@ -295,7 +295,7 @@ def told_at(step: str, number: str, be: str) -> None:
 
 
 def slurm() -> None:
-    """Be a job of SLURM, with a `scontrol` that only notes what it is asked."""
+    """Emulate a SLURM job, with a `scontrol` that only records its arguments."""
     Path("bin").mkdir()
     Path("bin/scontrol").write_text('#!/bin/sh\necho "$@" > requeued.txt\n')
     Path("bin/scontrol").chmod(0o755)
@@ -305,52 +305,52 @@ def slurm() -> None:
 
 
 def cut(path: Path) -> None:
-    """Leave the first half of a file."""
+    """Truncate a file to half its size."""
     os.truncate(path, path.stat().st_size // 2)
 
 
 def flip(path: Path) -> None:
-    """Turn one bit in the middle of a file."""
+    """Flip one bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 def blank(path: Path) -> None:
-    """Fill a file with zeros, as some file systems do after a power failure."""
+    """Overwrite a file with zeros, as some file systems do after a power failure."""
     path.write_bytes(bytes(path.stat().st_size))
 
 
 def empty(path: Path) -> None:
-    """Leave nothing of a file."""
+    """Truncate a file to zero bytes."""
     path.write_bytes(b"")
 
 
 def faults(bench: Bench) -> list[Callable[[], Row]]:
-    """Everything but kills at random moments."""
+    """Return all faults except kills at random moments."""
     at = "benchmarks.faults:die_at_save"
     rows: list[Callable[[], Row]] = []
     for number in (1, 2, 4):
         rows.append(partial(bench.failed, f"SIGKILL while checkpoint {number} is written", f"{at},{number},half"))
-        rows.append(partial(bench.failed, f"SIGKILL before checkpoint {number} has its name", f"{at},{number},unnamed"))
+        rows.append(partial(bench.failed, f"SIGKILL before checkpoint {number} is renamed", f"{at},{number},unnamed"))
         rows.append(partial(bench.failed, f"SIGKILL right after checkpoint {number}", f"{at},{number},after"))
-    rows.append(partial(bench.failed, "SIGKILL between two names", "benchmarks.faults:die_at_link"))
+    rows.append(partial(bench.failed, "SIGKILL between removing and creating a link", "benchmarks.faults:die_at_link"))
     for damage in (cut, flip, blank, empty):
-        what = f"last.ckpt damaged: {str(damage.__doc__).splitlines()[0].rstrip('.').lower()}"
-        rows.append(partial(bench.torn, what, damage))
+        what = f"corrupt last.ckpt: {str(damage.__doc__).splitlines()[0].rstrip('.').lower()}"
+        rows.append(partial(bench.corrupted, what, damage))
     refused = "cannot be written"
-    rows.append(partial(bench.failed, "a file may not grow", "benchmarks.faults:small_files,60000", wanted=refused))
+    rows.append(partial(bench.failed, "file size limit", "benchmarks.faults:small_files,60000", wanted=refused))
     rows.append(
-        partial(bench.failed, "a folder that may not be written", "benchmarks.faults:nobody", wanted="ermission")
+        partial(bench.failed, "folder without write permission", "benchmarks.faults:nobody", wanted="ermission")
     )
-    rows.append(partial(bench.told, "SIGTERM", int(signal.SIGTERM), 143))
-    rows.append(partial(bench.told, "Ctrl-C", int(signal.SIGINT), 1))
-    rows.append(partial(bench.told, "SLURM's signal", int(signal.SIGUSR1), 143, "slurm"))
+    rows.append(partial(bench.signalled, "SIGTERM", int(signal.SIGTERM), 143))
+    rows.append(partial(bench.signalled, "Ctrl-C", int(signal.SIGINT), 1))
+    rows.append(partial(bench.signalled, "SLURM's signal", int(signal.SIGUSR1), 143, "slurm"))
     return rows
 
 
 def _may_mount() -> bool:
-    """Whether a disk can be made that is soon full."""
+    """Return whether this user may mount a small disk."""
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True)
         if done.returncode == 0:
@@ -359,41 +359,41 @@ def _may_mount() -> bool:
 
 
 def table(rows: Sequence[Row], seed: int) -> str:
-    """The rows in Markdown, and what they were made on."""
+    """Format the rows in Markdown, with the versions."""
     kills = sum(row.times for row in rows if "random moment" in row.what)
     lost = [row for row in rows if row.differs]
     lines = [
-        "# What becomes of a run that is interrupted",
+        "# Interrupted runs",
         "",
-        f"Made by `python -m benchmarks.faults --seed {seed}`; {machine()}.",
+        f"Generated by `python -m benchmarks.faults --seed {seed}`; {machine()}.",
         "",
-        f"{kills} kills at random moments and {len(rows)} runs; of {len(lost)} the end differs from that of the run "
-        "left alone, bit by bit: weights, optimizer, schedules, memories, best checkpoint, every point of every curve.",
+        f"{len(lost)} of {len(rows)} runs, with {kills} kills at random moments, ended in another state than the "
+        "uninterrupted run. Compared bit by bit: weights, optimizer, schedules, memory banks, best checkpoint, curves.",
         "",
-        "| What happened | to a run of | times | processes until its end | what lkd said | differs |",
+        "| fault | run | count | processes | error message | differences |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         said = row.outcome.replace("|", "/") or "-"
-        differs = ", ".join(row.differs[:3]) or "nothing"
+        differs = ", ".join(row.differs[:3]) or "none"
         lines.append(f"| {row.what} | {row.settings} | {row.times} | {row.lives} | {said} | {differs} |")
     return "\n".join(lines) + "\n"
 
 
 def machine() -> str:
-    """Versions, as a row of words."""
+    """Describe the versions and the machine."""
     return (
         f"lkd {lkd.__version__}, torch {torch.__version__}, lightning {lightning.__version__}, "
-        f"Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} cores, 1 thread in each process"
+        f"Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} cores, 1 thread per process"
     )
 
 
 def main() -> None:
-    """Make the table."""
+    """Run the faults and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="kills at random moments, over all settings")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills at random moments, over all settings")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", default=[], help="rows whose first columns have one of these words")
+    parser.add_argument("--only", nargs="*", default=[], help="settings whose name contains one of these words")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     rows: list[Row] = []

@@ -1,18 +1,18 @@
-"""Checks of lkd on a GPU, and images per second there, of `lkd fit` and of bare PyTorch loops.
+"""Check lkd on a GPU, and time `lkd fit` and bare PyTorch loops there.
 
     python -m benchmarks.gpu --check [--jobs 8] [--minutes 4] [--only WORD ...] [--out FILE]
     python -m benchmarks.gpu --speed [--images FOLDER] [--teacher FILE] [--minutes 5] [--only WORD ...] [--out FILE]
     python -m benchmarks.gpu --full --images FOLDER --teacher FILE [--epochs 240] [--seconds 480] [-- FLAGS OF LKD FIT]
 
-`--check` trains with every overlay of configs/methods and compares the GPU with the CPU, a CUDA graph with none, a
-resumed run with a whole one, and cached logits with computed ones; it runs all commands, and strategies for several
-processes. `--speed` times ResNet-56 teaching ResNet-20 as benchmarks/speed.py does: each row is a process, the rows
-take their steps in turn, and the result is the ratio to the first row within a round. FOLDER has train/<class>/ and
-test/<class>/ of CIFAR-10, FILE the weights of a ResNet-56 (shortcut A); by default, images are generated and the
-weights are initial ones. `--full` is one complete run.
+`--check` trains with every overlay of configs/methods and compares the GPU with the CPU, runs with and without a CUDA
+graph, resumed and uninterrupted runs, and cached and computed logits. It also runs all commands, and strategies for
+several processes. `--speed` times the distillation of ResNet-56 into ResNet-20 as benchmarks/speed.py does: each row is
+a process, the rows take turns, and the result is the ratio to the first row within a round. FOLDER contains
+train/<class>/ and test/<class>/ of CIFAR-10, and FILE the weights of a ResNet-56 (shortcut A); by default, images are
+synthetic and the weights are untrained. `--full` is one complete run.
 
-The program ends within `--minutes`, counted from its start: processes that still run are killed, and what has no result
-is left out (out of time). Results are appended to OUT.rows.jsonl at once; OUT, in Markdown, shows the latest of each
+The program ends within `--minutes` of its start: running processes are killed, and everything without a result is left
+out (out of time). Results are appended to OUT.rows.jsonl immediately; OUT, in Markdown, shows the latest result of each
 name. A summary of the checks is printed last.
 """
 
@@ -42,18 +42,18 @@ PRELOADED = [
     *("benchmarks.gpu_checks", "benchmarks.gpu_loops", "benchmarks.gpu_prepare"),
     *("lkd.cli.lightning_cli", "lkd.losses", "lkd.datamodules", "lkd.modules", "sklearn.datasets", "timm"),
 ]
-"""What the processes import once for all of them; this file imports no torch."""
+"""Modules that the fork server imports once for all processes; this file does not import torch."""
 MINUTES = {"check": 4.0, "speed": 5.0}
 PATIENCE = 120.0
-"""Time limit of the preparation, in seconds; a complete run gets as much beyond `--seconds`."""
+"""Time limit of the preparation, in seconds; a complete run has the same margin beyond `--seconds`."""
 
 
 def check_jobs(device: str, reduced: bool) -> list[Job]:
-    """All checks.
+    """Return all checks.
 
     Args:
         device: `cuda` or `cpu`.
-        reduced: Whether to return a few only.
+        reduced: Whether to return only a few.
     """
 
     def job(title: str, function: str, alone: bool = False, seconds: float = 60.0, **arguments: Any) -> Job:
@@ -84,7 +84,7 @@ def check_jobs(device: str, reduced: bool) -> list[Job]:
 
 
 def full_job(options: argparse.Namespace, folder: Path) -> Job:
-    """A complete run, with the learning rate divided after 150, 180 and 210 of 240 epochs."""
+    """Return the job of a complete run, with the learning rate divided after 150, 180 and 210 of 240 epochs."""
     images = f"--data.init_args.root={Path(options.images).resolve()}" if options.images else None
     settings = [
         "--config=cifar10/kd_resnet56_resnet20",
@@ -100,7 +100,7 @@ def full_job(options: argparse.Namespace, folder: Path) -> Job:
 
 
 def parsed(args: Sequence[str]) -> argparse.Namespace:
-    """The options of the command line; `flags` are the arguments after `--`."""
+    """Parse the command line; `flags` are the arguments after `--`."""
     args = list(args)
     end = args.index("--") if "--" in args else len(args)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,17 +110,19 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--teacher", help="file with the weights of a ResNet-56 with shortcut A")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is a GPU")
     parser.add_argument("--out", type=Path, help="Markdown file")
-    parser.add_argument("--failures", type=Path, help="file for tracebacks; default: they are printed")
+    parser.add_argument("--failures", type=Path, help="file for tracebacks (default: print them)")
     parser.add_argument("--minutes", type=float, help="time limit of --check (default 4) and of --speed (default 5)")
     parser.add_argument("--only", nargs="*", default=[""], help="checks and rows whose name has one of these words")
-    parser.add_argument("--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)), help="at a time")
-    parser.add_argument("--reduced", action="store_true", help="a few checks, rows and steps: to test this program")
+    parser.add_argument(
+        "--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)), help="parallel processes"
+    )
+    parser.add_argument("--reduced", action="store_true", help="only a few checks, rows and steps (for tests)")
     parser.add_argument("--trainer", help="another trainer to time: mine.py:make, see benchmarks/speed.py")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--round", type=float, default=0.6, help="seconds that a row trains for in a round")
-    parser.add_argument("--number", type=int, default=50_000, help="number of generated images")
+    parser.add_argument("--round", type=float, default=0.6, help="duration of a row in a round, in seconds")
+    parser.add_argument("--number", type=int, default=50_000, help="number of synthetic images")
     parser.add_argument("--epochs", type=int, default=240)
-    parser.add_argument("--seconds", type=int, default=480, help="when a complete run is stopped")
+    parser.add_argument("--seconds", type=int, default=480, help="time limit of a complete run")
     options = parser.parse_args(args[:end])
     options.flags = args[end + 1 :]
     options.parts = [part for part in ("check", "speed", "full") if getattr(options, part)]
@@ -132,17 +134,17 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
 
 
 def time_limit(options: argparse.Namespace, part: str) -> float:
-    """Seconds within which a part ends."""
+    """Return the time limit of a part, in seconds."""
     return options.seconds + 2 * PATIENCE if part == "full" else 60 * (options.minutes or MINUTES[part])
 
 
 def prepared(
     options: argparse.Namespace, folder: Path, report: Report, deadline: float
 ) -> tuple[Any, dict[str, Any]] | None:
-    """Choose how processes are started, and prepare what they share.
+    """Choose the start method of processes, and prepare what they share.
 
-    They are forked from one that has imported everything. Where CUDA does not start in such a process, each is a new
-    one, which takes longer.
+    Processes are forked from a server that has imported everything. If CUDA cannot be initialized in such a process,
+    new processes are spawned instead, which takes longer.
 
     Returns:
         A context of `multiprocessing`, and the description of the machine by `benchmarks.gpu_prepare:prepare`; `None`
@@ -165,7 +167,7 @@ def prepared(
 
 
 def run(options: argparse.Namespace, report: Report, folder: Path) -> bool:
-    """Prepare, check and measure; return whether nothing failed."""
+    """Prepare, check and measure; return whether everything passed."""
     begin, has_passed = time.monotonic(), True
     limits = {part: 0.95 * time_limit(options, part) for part in options.parts}  # the rest is for ending processes
     os.environ["LKD_CACHE"] = f"{folder}/cache"
@@ -195,7 +197,7 @@ def summarize(options: argparse.Namespace, report: Report) -> None:
 
 
 def _give_up(options: argparse.Namespace, report: Report) -> None:
-    """End the program at its time limit, where nothing else has ended it."""
+    """End the program at its time limit, if nothing else has ended it."""
     print("given up at the time limit", flush=True)
     for process in multiprocessing.active_children():
         process.kill()
@@ -208,7 +210,7 @@ def main() -> int:
     options = parsed(sys.argv[1:])
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ |= {"PYTHONPATH": path, "COLUMNS": "400", "TERM": "xterm", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # in each of several processes
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # per process
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"  # it would print after the summary
     resource_tracker.ensure_running()
     del os.environ["PYTHONWARNINGS"]

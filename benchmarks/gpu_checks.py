@@ -1,4 +1,4 @@
-"""The checks of `python -m benchmarks.gpu --check`, and its complete run. Worker processes run them."""
+"""Checks and complete run of `python -m benchmarks.gpu`, executed in worker processes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from benchmarks.gpu_runs import (
 from lkd import DistillModule
 
 RANDOM = {"mgd": "masks", "vitkd": "masks", "crd": "negatives", "dkd_crd_at": "negatives"}
-"""What a criterion draws from the device's generator: with the same seed, CPU and GPU draw different numbers."""
+"""What a criterion draws from the device's generator; with the same seed, CPU and GPU draw different numbers."""
 BEFORE = {"takd": ["assistant"], "multi_teacher": ["assistant"], "born_again_ensemble": ["born_again"] * 2}
-"""Runs that a complete config starts from."""
+"""Runs that a complete config requires."""
 PAIRS = {"deit": "resnet56_deit_tiny_100", "vitkd": "deit_small_deit_tiny_100"}
 """Pairs of the methods that need transformers."""
 SHORT = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1"]
@@ -72,7 +72,7 @@ def _unlabelled(folder: Path) -> None:
 
 
 def overlay(device: str, name: str) -> Checks:
-    """An overlay trains; its losses equal the CPU's; losses and weights with a CUDA graph equal those without.
+    """Check that an overlay trains, matches the CPU's losses, and gives the same losses and weights with a CUDA graph.
 
     Args:
         device: `cuda` or `cpu`.
@@ -107,14 +107,14 @@ def overlay(device: str, name: str) -> Checks:
 
 
 def apart(ours: list[float], theirs: list[float]) -> float:
-    """The largest relative difference between two lists of losses; infinite if one is empty or not finite."""
+    """Return the largest relative difference of two lists of losses; infinite if one is empty or not finite."""
     pairs = list(zip(ours, theirs, strict=True))
     worst = max((abs(one - other) / max(abs(other), 1e-6) for one, other in pairs), default=float("inf"))
     return worst if np.isfinite([*ours, *theirs]).all() else float("inf")
 
 
 def within(worst: float, limit: float, what: str) -> str:
-    """The remark on a difference.
+    """Return the remark on a difference.
 
     Raises:
         ValueError: If the difference is above the limit.
@@ -136,7 +136,7 @@ def same(ours: Fit, theirs: Fit) -> None:
 
 
 def resumed(device: str, name: str) -> Checks:
-    """A run that stops within an epoch and is resumed ends with the weights of an uninterrupted one.
+    """Check that a run resumed within an epoch ends with the weights of an uninterrupted run.
 
     Args:
         device: `cuda` or `cpu`.
@@ -156,7 +156,7 @@ def resumed(device: str, name: str) -> Checks:
 
 
 def cached(device: str) -> Checks:
-    """A run with cached logits equals the run that filled the cache."""
+    """Check that a run with cached logits equals the run that filled the cache."""
 
     def check() -> str:
         settings = ["--config=digits/kd", "--trainer.max_epochs=2", "--trainer.deterministic=true"]
@@ -181,7 +181,7 @@ class NoWaiting(L.Callback):
             torch.cuda.set_sync_debug_mode("error")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Allow it again."""
+        """Allow synchronization again."""
         if trainer.global_step == 10:
             torch.cuda.set_sync_debug_mode("default")
             self.watched = True
@@ -193,7 +193,7 @@ class NoWaiting(L.Callback):
 
 
 def unsynchronized(device: str, name: str, graph: str = "auto") -> Checks:
-    """Training in a terminal does not synchronize with the GPU.
+    """Check that training in a terminal does not synchronize with the GPU.
 
     Args:
         device: `cuda` or `cpu`.
@@ -213,11 +213,11 @@ def unsynchronized(device: str, name: str, graph: str = "auto") -> Checks:
 
 
 def commands(device: str, reduced: bool) -> Checks:
-    """All commands after a run on the device.
+    """Check all commands after a run on the device.
 
     Args:
         device: `cuda` or `cpu`.
-        reduced: Whether to run two of them only.
+        reduced: Whether to run only two of them.
     """
     best = "--ckpt_path=runs/digits/kd/version_0/checkpoints/best.ckpt"
     onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
@@ -241,7 +241,7 @@ def _optimizations(*args: str) -> str:
 
 
 def complete(device: str, name: str) -> Checks:
-    """A complete config of configs/digits trains, after those that it starts from."""
+    """Check that a complete config of configs/digits trains, after the runs that it requires."""
 
     def check() -> str:
         text, small = "", ["--data.init_args.batch_size=8", "--trainer.enable_progress_bar=false"]
@@ -255,7 +255,7 @@ def complete(device: str, name: str) -> Checks:
 
 
 class Sharded(DistillModule):
-    """A module whose student is sharded by FSDP2."""
+    """Distillation module whose student is sharded with FSDP2."""
 
     def configure_model(self) -> None:
         """Shard the student."""
@@ -264,11 +264,11 @@ class Sharded(DistillModule):
 
 
 def parallel(device: str, strategy: str | None) -> Checks:
-    """A strategy for several processes trains with one.
+    """Check that a strategy for several processes trains with one process.
 
     Args:
         device: `cuda` or `cpu`.
-        strategy: Its name; `None` is FSDP2.
+        strategy: Name of the strategy; `None` selects FSDP2.
     """
     settings = [f"--trainer.strategy={strategy or SHARDS}"]
     settings += [] if strategy else [f"--model.class_path={__name__}.Sharded"]
@@ -276,12 +276,12 @@ def parallel(device: str, strategy: str | None) -> Checks:
 
 
 def full(device: str, settings: list[str], seconds: int) -> Checks:
-    """A complete run, and the test of its best checkpoint.
+    """Train a complete run and test its best checkpoint.
 
     Args:
         device: `cuda` or `cpu`.
         settings: Arguments of `lkd fit`.
-        seconds: When the run is stopped.
+        seconds: Time limit of the run.
     """
 
     def check() -> str:

@@ -1,4 +1,4 @@
-"""The loops that benchmarks/gpu_speed.py times: a bare loop in PyTorch, and `lkd fit`."""
+"""Training loops that benchmarks/gpu_speed.py times: a bare PyTorch loop, and `lkd fit`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GpuPace(Pace):
     """A `Pace` that synchronizes before it reads the clock, and reports GPU memory and optimizations.
 
     Attributes:
-        log: The file to which a run of `lkd fit` prints, which lists its optimizations.
+        log: Output file of a run of `lkd fit`, which lists its optimizations.
     """
 
     log: Path | None = None
@@ -43,7 +43,7 @@ class GpuPace(Pace):
         super().step(images)
 
     def wait(self) -> None:
-        """Report the peak of the GPU's memory and the optimizations after each order; wait for the next one."""
+        """Report the peak GPU memory and the optimizations after each request; wait for the next one."""
         if self._images:
             memory = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
             self._pipe.send((memory, step_of(self.log.read_text(errors="replace")) if self.log else ""))
@@ -56,13 +56,13 @@ def serve_loop(pipe: Connection, loop: str, arguments: dict[str, Any]) -> None:
     Args:
         pipe: See `Pace`.
         loop: `module:function`.
-        arguments: What it is called with after the pace.
+        arguments: Keyword arguments of the loop, after the pace.
     """
     try:
         pace = Pace.current = GpuPace(pipe)
         function_at(loop)(pace, **arguments)
-        pipe.send(("failed", "the loop has ended"))
-    except EOFError:  # no more orders
+        pipe.send(("failed", "the loop ended"))
+    except EOFError:  # no more requests
         return
     except BaseException:
         pipe.send(("failed", traceback.format_exc()))
@@ -75,9 +75,9 @@ class Bare:
         images: File of the decoded images.
         teacher: File of the teacher's weights.
         device: `cuda` or `cpu`.
-        how: Optimizations that are on. `bf16`: bfloat16 and channels last. `compiled`: both networks are compiled.
-            `folded`: the teacher's BatchNorms are folded into its convolutions. `kept`: the teacher's logits are
-            available. `graph`: the step can be captured, so SGD is fused and its learning rate is on the device.
+        how: Optimizations to enable. `bf16`: bfloat16 and channels last. `compiled`: both networks are compiled.
+            `folded`: the teacher's BatchNorm layers are folded into its convolutions. `kept`: the teacher's logits are
+            cached. `graph`: the step can be captured, so SGD is fused and its learning rate is on the device.
     """
 
     def __init__(self, images: str, teacher: str, device: str, how: Collection[str]) -> None:
@@ -114,15 +114,15 @@ class Bare:
         image = self._images(index)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             with torch.no_grad():
-                answer = self.teacher(image) if self.logits is None else self.logits[index]
+                teacher_logits = self.teacher(image) if self.logits is None else self.logits[index]
             logits = self.student(image)
         self.optimizer.zero_grad()
-        kd(logits.float(), answer.float(), self.target[index]).backward()
+        kd(logits.float(), teacher_logits.float(), self.target[index]).backward()
         self.optimizer.step()
 
 
 def bare(pace: Pace, images: str, teacher: str, device: str, how: Collection[str], size: int = BATCH) -> None:
-    """The bare loop; see `Bare`. With `graph` in `how`, its step is one CUDA graph."""
+    """Run the bare loop (see `Bare`). With `graph` in `how`, its step is one CUDA graph."""
     step, index = Bare(images, teacher, device, how), torch.arange(size, device=device)
     run = _captured(step, index) if "graph" in how else partial(step, index)
     pace.wait()
@@ -148,7 +148,7 @@ def _captured(step: Bare, index: Tensor) -> Callable[[], None]:
 
 
 def lkd_fit(pace: GpuPace, settings: list[str], folder: str, device: str) -> None:
-    """`lkd fit` as its users run it, in a terminal: TensorBoard, progress bar, metrics and checkpoints on."""
+    """Run `lkd fit` as users do, in a terminal, with TensorBoard, progress bar, metrics and checkpoints."""
     from lkd.__main__ import main
 
     Path(folder).mkdir()

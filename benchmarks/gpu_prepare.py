@@ -1,4 +1,4 @@
-"""What the runs of benchmarks/gpu.py share: images, a teacher, and a description of the machine."""
+"""Preparation of benchmarks/gpu.py: images, a teacher, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def prepare(device: str | None, folder: str, images: str | None, teacher: str | 
     Args:
         device: `cuda` or `cpu`; `None` chooses CUDA if there is a GPU.
         folder: The folder.
-        images: A folder with the images of CIFAR-10; `None` generates images.
-        teacher: Weights of a ResNet-56 with shortcut A; `None` takes initial weights.
-        number: Number of generated images.
+        images: Folder with the images of CIFAR-10; `None` generates synthetic images.
+        teacher: Weights of a ResNet-56 with shortcut A; `None` uses untrained weights.
+        number: Number of synthetic images.
     """
 
     def check() -> str:
@@ -61,7 +61,7 @@ def prepare(device: str | None, folder: str, images: str | None, teacher: str | 
 
 
 def _described(device: str | None, teacher: str) -> dict[str, Any]:
-    """Device, versions, peak performance, and the operations of one image's forward pass."""
+    """Describe device, versions, peak performance, and FLOPs of one image's forward pass."""
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     student, big = networks(teacher)
     found = {"device": chosen, "machine": machine(), "peak": _matmul(chosen), "gpu": "no GPU"}
@@ -73,7 +73,7 @@ def _described(device: str | None, teacher: str) -> dict[str, Any]:
 
 
 def _generate(folder: str, number: int) -> None:
-    """Write images: a pattern for each class, and noise."""
+    """Write synthetic images: one pattern per class, with noise."""
     generator = np.random.default_rng(0)
     pattern = generator.integers(192, size=(10, 3, 4, 4), dtype=np.uint8).repeat(8, 2).repeat(8, 3)
     target = np.arange(number) % 10
@@ -83,7 +83,7 @@ def _generate(folder: str, number: int) -> None:
 
 
 def _initial_teacher(folder: str) -> None:
-    """Write initial weights, with BatchNorm statistics of the images: without, activations would explode."""
+    """Write untrained weights with BatchNorm statistics of the images; otherwise, activations would explode."""
     torch.manual_seed(0)
     network = resnet56(num_classes=10, shortcut="A").train()
     for layer in network.modules():
@@ -95,14 +95,14 @@ def _initial_teacher(folder: str) -> None:
 
 
 def _flops(network: nn.Module) -> int:
-    """Floating-point operations of one image's forward pass."""
+    """Count the FLOPs of one image's forward pass."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(torch.zeros(1, 3, 32, 32))
     return counter.get_total_flops()
 
 
 def _matmul(device: str) -> float:
-    """Operations per second of a large matrix product; in bfloat16 on a GPU."""
+    """Measure the FLOP/s of a large matrix product, in bfloat16 on a GPU."""
     size, times, kind = (8192, 20, torch.bfloat16) if device == "cuda" else (256, 3, torch.float32)
     ours, theirs = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
     for _ in range(3):

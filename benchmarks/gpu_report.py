@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 OUTCOMES = ("FAILED", "left out", "ok")
-"""Outcomes of a row, in the order in which tables list them."""
+"""Outcomes of a row, in the order of the tables."""
 OUT_OF_TIME = "out of time"
-"""The remark of rows that were left out because the deadline had passed."""
+"""Remark of rows left out because the deadline had passed."""
 
 Row = dict[str, Any]
 
@@ -40,7 +40,7 @@ class Report:
                 self._insert(json.loads(line))
 
     def _insert(self, row: Row) -> None:
-        """Add a row, in place of an earlier one of its name, and of the row that left out its whole job."""
+        """Add a row; replace an earlier row with its name and the row that reported its whole job as left out."""
         job, is_check, _ = row["name"].partition(": ")
         if is_check:
             self.rows.pop((row["part"], job), None)
@@ -50,8 +50,8 @@ class Report:
         """Add a result.
 
         Args:
-            part: The table it belongs to: `check`, `speed`, `full`, `machine` or `preparation`.
-            name: Its name in that table; an earlier result of that name is replaced.
+            part: Table of the result: `check`, `speed`, `full`, `machine` or `preparation`.
+            name: Name of the result; an earlier result with this name is replaced.
             outcome: `ok`, `FAILED` or `left out`.
             remark: One sentence.
             trace: The traceback of a failure.
@@ -72,11 +72,11 @@ class Report:
                 print(trace, file=sys.stderr, flush=True)
 
     def part(self, part: str) -> list[Row]:
-        """All rows of one table."""
+        """Return all rows of one table."""
         return [row for (name, _), row in self.rows.items() if name == part]
 
     def lines(self) -> Iterator[str]:
-        """The lines of the Markdown file."""
+        """Yield the lines of the Markdown file."""
         for part, table in (("check", check_table), ("speed", speed_table), ("full", full_table)):
             if rows := self.part(part):
                 about = self.rows.get(("machine", part), {})
@@ -84,7 +84,7 @@ class Report:
 
 
 def check_table(rows: Sequence[Row], about: Row) -> Iterator[str]:
-    """The table of checks, failures first, below their number and the reasons for steps without a CUDA graph."""
+    """Yield the table of checks, failures first, after the counts and the reasons for steps without a CUDA graph."""
     yield _counts(rows)
     yield f"\n{_steps(rows)}"
     yield "\n| check | result | remark |\n|---|---|---|"
@@ -108,7 +108,7 @@ def check_summary(rows: Sequence[Row], limit: int = 60, width: int = 160) -> lis
     left_out = [f"left out ({reason}): {'; '.join(names)}" for reason, names in reasons.items()]
     lines = [line for text in (*failed, *left_out) for line in textwrap.wrap(text, width, subsequent_indent="    ")]
     if (more := len(lines) - (limit - 2)) > 0:
-        lines[limit - 3 :] = [f"... {more + 1} more lines are left out here; --out FILE has them all"]
+        lines[limit - 3 :] = [f"... {more + 1} more lines omitted; see --out FILE for all of them"]
     return [*lines, textwrap.shorten(_steps(rows), width), _counts(rows)]
 
 
@@ -118,23 +118,26 @@ def _counts(rows: Sequence[Row]) -> str:
 
 
 def _steps(rows: Sequence[Row]) -> str:
-    """How many runs trained with a CUDA graph, and why others did not."""
+    """Count the runs that trained with a CUDA graph, and the reasons why others did not."""
     remarks = [row["remark"] for row in rows if row["name"].endswith(": trains") and row["outcome"] == "ok"]
     reasons = Counter(_reason(remark) for remark in remarks)
     return "Steps: " + "; ".join(f"{number} {reason}" for reason, number in reasons.most_common())
 
 
 def _reason(optimizations: str) -> str:
-    """`with a CUDA graph`, or the reason why a step has none."""
+    """Return `with a CUDA graph`, or the reason why a step has none."""
     found = re.search(r"no CUDA graph \((.*)\)", optimizations)
     has_graph = "CUDA graph" in optimizations and not found
     return "with a CUDA graph" if has_graph else f"without ({found[1] if found else 'not on this device'})"
 
 
 def speed_table(rows: Sequence[Row], about: Row) -> Iterator[str]:
-    """The tables of the timed rows: speed, then start-up."""
+    """Yield the tables of the timed rows: speed, then start-up."""
     ratios = {row["name"]: statistics.median(row["ratios"]) for row in rows if row.get("ratios")}
-    yield "| | images/s | ms/step | ratio | its range | to the bare loop | TFLOP/s | of the peak | GPU memory, MB |"
+    yield (
+        "| | images/s | ms/step | ratio | range of the ratio | ratio to the bare loop | TFLOP/s | share of the peak "
+        "| GPU memory, MB |"
+    )
     yield "|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         if row["outcome"] != "ok":
@@ -158,6 +161,6 @@ def speed_table(rows: Sequence[Row], about: Row) -> Iterator[str]:
 
 
 def full_table(rows: Sequence[Row], about: Row) -> Iterator[str]:
-    """The list of complete runs."""
+    """Yield the list of complete runs."""
     for row in rows:
         yield f"- `{row['name']}`: {row['outcome']}: {row['remark']}"

@@ -1,4 +1,4 @@
-"""Runs of lkd within a worker process of benchmarks/gpu.py, and the loop in which a worker serves checks."""
+"""Runs of lkd in a worker process of benchmarks/gpu.py, and the main loop of a worker."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from torch import Tensor
 from benchmarks.gpu_workers import function_at
 
 Checks = dict[str, Callable[[], str]]
-"""Title of each check to a function that returns a remark, or raises an exception if the check fails."""
+"""Titles of checks, each with a function that returns a remark or raises an exception if the check fails."""
 
 ON_CPU = ["--trainer.accelerator=cpu", "--speed.channels_last=false"]
-"""With AVX2 alone, torch 2.14 computes wrong gradients of channels-last convolutions with 1x1 kernels and strides."""
+"""With only AVX2, torch 2.14 computes wrong gradients of channels-last convolutions with 1x1 kernels and strides."""
 
 
 class NotApplicable(Exception):  # noqa: N818  # not an error
@@ -34,15 +34,15 @@ class NotApplicable(Exception):  # noqa: N818  # not an error
 
 
 def serve_checks(pipe: Connection, folder: str, threads: int) -> None:
-    """Run checks until the pipe is closed, each job in a folder of its own.
+    """Run checks until the pipe is closed, each job in its own folder.
 
     Args:
         pipe: Receives `(number, module:function, arguments)`; sends the titles, then each result.
-        folder: Where the folders are created.
+        folder: Parent of the folders.
         threads: Number of CPU threads.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    warnings.simplefilter("always")  # in each run, not only in the first of a process
+    warnings.simplefilter("always")  # in each run of a process, not only in the first one
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     while True:
@@ -61,7 +61,7 @@ def serve_checks(pipe: Connection, folder: str, threads: int) -> None:
 
 
 def _enter(place: Path) -> None:
-    """Create a folder, work there, and print to its `log.txt`."""
+    """Create a folder, make it the working directory, and redirect output to its `log.txt`."""
     place.mkdir(parents=True)
     os.chdir(place)
     os.environ["LKD_CACHE"] = str(place / "cache")
@@ -70,14 +70,14 @@ def _enter(place: Path) -> None:
 
 
 def _print_to(file: int) -> None:
-    """Redirect what this process prints to an open file."""
+    """Redirect the output of this process to an open file."""
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
 
 
 def print_to_terminal(log: str) -> None:
-    """Let this process print to a terminal, whose contents are appended to a file."""
+    """Redirect the output of this process to a pseudo-terminal, whose contents are appended to a file."""
     ours, theirs = pty.openpty()
     with Path(log).open("a") as file:
         subprocess.Popen(["cat"], stdin=ours, stdout=file, stderr=subprocess.DEVNULL)
@@ -89,7 +89,7 @@ def _raise(error: Exception) -> str:
 
 
 def _result(check: Callable[[], str]) -> tuple[str, str, str]:
-    """Outcome, remark and traceback of a check."""
+    """Run a check and return its outcome, remark and traceback."""
     try:
         return "ok", check(), ""
     except NotApplicable as reason:
@@ -101,7 +101,7 @@ def _result(check: Callable[[], str]) -> tuple[str, str, str]:
 
 
 def command(*args: str) -> str:
-    """Run one command of lkd in this process, and return what it printed.
+    """Run one command of lkd in this process and return its output.
 
     Args:
         args: The arguments after `lkd`.
@@ -122,7 +122,7 @@ def command(*args: str) -> str:
 
 
 def trained_on(device: str) -> list[str]:
-    """Arguments of `lkd fit` that choose a device.
+    """Return the arguments of `lkd fit` that select a device.
 
     Args:
         device: `cuda` or `cpu`.
@@ -132,7 +132,7 @@ def trained_on(device: str) -> list[str]:
 
 
 class Fit(NamedTuple):
-    """One run of `lkd fit`: its optimizations, its losses, the student's final weights, and what it printed."""
+    """A run of `lkd fit`: its optimizations, its losses, the student's final weights, and its output."""
 
     step: str
     losses: list[float]
@@ -144,10 +144,10 @@ def fit(folder: str, device: str, *settings: str, bar: bool = False) -> Fit:
     """Train with `lkd fit`.
 
     Args:
-        folder: Where the run is saved.
+        folder: Folder of the run.
         device: `cuda` or `cpu`.
         settings: Arguments of `lkd fit`.
-        bar: Whether the progress bar is on.
+        bar: Whether to show the progress bar.
     """
     losses = {"class_path": f"{__name__}.Losses", "init_args": {"path": f"{folder}.json"}}
     always = [f"--trainer.default_root_dir={folder}", f"--trainer.enable_progress_bar={bar}".lower()]
@@ -159,10 +159,10 @@ def fit(folder: str, device: str, *settings: str, bar: bool = False) -> Fit:
 
 
 def step_of(text: str) -> str:
-    """The list of optimizations that a run printed, and the reason if it gave up its CUDA graph.
+    """Extract the list of optimizations from a run's output, and the reason if its CUDA graph was disabled.
 
     Args:
-        text: What the run printed.
+        text: Output of the run.
     """
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n")
     found = re.search(r"^\s*(?:Step|Optimizations): (.*?)\s*$", plain, re.MULTILINE)
@@ -171,7 +171,7 @@ def step_of(text: str) -> str:
 
 
 def has_graph(step: str) -> bool:
-    """Whether a list of optimizations says that the step is a CUDA graph."""
+    """Return whether a list of optimizations includes a CUDA graph of the step."""
     return "CUDA graph" in step and "no CUDA graph" not in step
 
 
@@ -179,14 +179,14 @@ class Losses(L.Callback):
     """Write the loss of every training step to a JSON file.
 
     Args:
-        path: The file.
+        path: Path of the file.
     """
 
     def __init__(self, path: str) -> None:
         self.path, self.losses = Path(path), list[float]()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Read the loss, unless synchronizing with the GPU is an error."""
+        """Read the loss, unless synchronization with the GPU is an error."""
         if not (torch.cuda.is_available() and torch.cuda.get_sync_debug_mode()):
             self.losses.append(float(outputs["loss"]))
 

@@ -1,4 +1,4 @@
-"""The rows of `python -m benchmarks.gpu --speed`: each is a process, and they take their steps in turn."""
+"""Rows of `python -m benchmarks.gpu --speed`: each row is a process, and the rows take turns."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from benchmarks.gpu_workers import end_process, receive, start_process
 from benchmarks.pacing import Row
 
 START_SECONDS = 100.0
-"""Time limit for starting a row: imports, compilation, capture, warm-up."""
+"""Time limit for starting a row, in seconds: imports, compilation, capture, warm-up."""
 ROUND_SECONDS = 20.0
-"""Time limit for the steps of one row in one round."""
+"""Time limit for the steps of one row in one round, in seconds."""
 METHODS = ("at", "dkd", "crd", "reviewkd", "rkd", "sp", "fitnet", "mgd", "dist", "nkd")
 EAGER = "bare loop, bf16"
 COMPILED = f"{EAGER}, compiled"
@@ -36,22 +36,22 @@ CACHE = "--teacher_cache.versions=1"
 
 @dataclass
 class GpuRow(Row):
-    """One loop that is timed; see `Row`.
+    """Timed loop on a GPU; see `Row`.
 
     Args:
         batch: Batch size.
         bare: Name of the bare loop with the same optimizations.
-        flops: Operations for each image.
+        flops: FLOPs per image.
         group: Rows of one group are started together.
         reduced: Whether the row is part of the reduced form.
         outcome: `ok`, `FAILED` or `left out`.
         failure: The reason for an outcome that is not `ok`.
 
     Attributes:
-        steps: Steps in a round; 0 if the row does not run.
-        ratios: Its speed divided by that of the first row, in each round.
+        steps: Number of steps per round; 0 if the row does not run.
+        ratios: Speed divided by the speed of the first row, for each round.
         busy: Samples of the GPU's utilization, in percent.
-        optimizations: The list that `lkd fit` prints.
+        optimizations: List of optimizations printed by `lkd fit`.
     """
 
     batch: int = 128
@@ -67,15 +67,15 @@ class GpuRow(Row):
     optimizations: str = ""
 
     def __post_init__(self) -> None:
-        """Do not start the process yet."""
+        """Defer the start of the process to `start`."""
 
     def start(self, context: Any, seconds: float, deadline: float) -> None:
-        """Start the process, warm up, and choose the number of steps in a round, unless the row is left out.
+        """Start the process, warm up, and choose the number of steps per round, unless the row is left out.
 
         Args:
             context: A context of `multiprocessing`.
-            seconds: How long a round should take.
-            deadline: When the row is left out if it is not ready, as `time.monotonic` counts.
+            seconds: Desired duration of a round.
+            deadline: Time at which the row is left out if it is not ready, as a `time.monotonic()` value.
         """
         begin = time.monotonic()
         if self.failure or begin >= deadline:
@@ -97,8 +97,8 @@ class GpuRow(Row):
         """Take the steps of a round, unless the row does not run.
 
         Args:
-            first: The row with which this one is compared, after its own turn.
-            deadline: When the row is stopped, as `time.monotonic` counts.
+            first: The reference row, after its own turn.
+            deadline: Time at which the row is stopped, as a `time.monotonic()` value.
         """
         begin = time.monotonic()
         if not self.steps or begin >= deadline:
@@ -122,20 +122,20 @@ class GpuRow(Row):
         return float(images / seconds)
 
     def _stop(self, reason: str, is_late: bool) -> None:
-        """End a row that cannot continue; if the deadline has passed, its complete rounds count."""
+        """End a row that cannot continue; after the deadline, its completed rounds count."""
         self.steps = 0
         self.close()
         if not (self.failure or (is_late and self.speeds)):
             self.outcome, self.failure = ("left out", OUT_OF_TIME) if is_late else ("FAILED", reason)
 
     def close(self) -> None:
-        """End the process, if there is one."""
+        """Kill the process, if it was started."""
         if hasattr(self, "_process"):
             end_process(self._pipe, self._process)
 
 
 class Utilization:
-    """The GPU's utilization as nvidia-smi reports it, ten times a second: `(time, percent)`."""
+    """GPU utilization reported by nvidia-smi ten times per second: `(time, percent)`."""
 
     def __init__(self) -> None:
         self.samples: list[tuple[float, float]] = []
@@ -148,17 +148,17 @@ class Utilization:
         os.close(theirs)
 
     def _read(self, terminal: int) -> None:
-        with suppress(OSError), os.fdopen(terminal) as lines:  # reading ends with an error
+        with suppress(OSError), os.fdopen(terminal) as lines:  # reading from a closed terminal raises an error
             for line in lines:
                 if line.strip().isdecimal():
                     self.samples.append((time.monotonic(), float(line)))
 
     def since(self, begin: float) -> list[float]:
-        """The samples from some time on."""
+        """Return the samples since a time."""
         return [percent for moment, percent in self.samples if moment >= begin]
 
     def close(self) -> None:
-        """End nvidia-smi."""
+        """Stop nvidia-smi."""
         if self._process:
             self._process.kill()
 
@@ -168,11 +168,11 @@ class Bench:
     """Create the rows, time them and report them.
 
     Args:
-        options: The options of the command line.
+        options: Options of the command line.
         context: A context of `multiprocessing`.
-        folder: Holds images, teacher, and the folders in which `lkd fit` runs.
-        about: The description of the machine by `benchmarks.gpu_prepare:prepare`.
-        report: Takes the results.
+        folder: Folder of the images, the teacher and the runs of `lkd fit`.
+        about: Description of the machine from `benchmarks.gpu_prepare:prepare`.
+        report: Report to which results are added.
     """
 
     options: argparse.Namespace
@@ -182,7 +182,7 @@ class Bench:
     report: Report
 
     def bare(self, name: str, *how: str, size: int = 128, **rest: Any) -> GpuRow:
-        """A row with a bare loop; see `benchmarks.gpu_loops:Bare`."""
+        """Create a row with a bare loop; see `benchmarks.gpu_loops:Bare`."""
         size = 4 if self.options.reduced else size
         if "graph" in how and self.options.device != "cuda":
             rest |= {"outcome": "left out", "failure": "needs CUDA"}
@@ -192,7 +192,7 @@ class Bench:
         return GpuRow(f"bare loop, {name}", loop, arguments, self._warm_up(), batch=size, flops=flops, **rest)
 
     def lkd(self, name: str, *settings: str, bare: str = GRAPHED, size: int = 128, **rest: Any) -> GpuRow:
-        """A row with a run of `lkd fit`; with cached logits, it fills the cache while warming up."""
+        """Create a row with a run of `lkd fit`; with cached logits, the warm-up fills the cache."""
         size, kept = 4 if self.options.reduced else size, CACHE in settings
         data = [f"--config={self.folder}/images.yaml", f"--data.init_args.batch_size={size}"]
         place = self.folder / re.sub(r"\W+", "_", name)
@@ -206,7 +206,7 @@ class Bench:
         return {"images": f"{self.folder}/images.npy", "teacher": f"{self.folder}/teacher.pth"}
 
     def _flops(self, kept: bool) -> float:
-        """Operations for each image: forward and backward pass of the student, forward pass of the teacher."""
+        """Return the FLOPs per image: forward and backward pass of the student, forward pass of the teacher."""
         flops = self.about["flops"]
         return float(3 * flops["student"] + flops["teacher"] * (not kept))
 
@@ -214,7 +214,7 @@ class Bench:
         return 1 if self.options.reduced else 20
 
     def rows(self) -> Iterator[GpuRow]:
-        """All rows; the others are compared with the first."""
+        """Yield all rows; the first one is the reference."""
         bare, lkd = self.bare, self.lkd
         yield bare("fp32", reduced=True)
         yield bare("bf16", "bf16")
@@ -242,7 +242,7 @@ class Bench:
             yield lkd(f"graph, compiled, batch size {size}", compiled, size=size, bare=f"bare loop, {name}", group=3)
 
     def wanted(self) -> list[GpuRow]:
-        """The first row, and those that are asked for."""
+        """Return the first row and the selected rows."""
         first, *others = self.rows()
         chosen = [row for row in others if row.reduced or not self.options.reduced]
         chosen = [row for row in chosen if any(word in row.name for word in self.options.only)]
@@ -255,7 +255,7 @@ class Bench:
         """Time the rows, group by group, and return whether none failed.
 
         Args:
-            deadline: When the rest is left out, as `time.monotonic` counts.
+            deadline: Time at which the remaining rows are left out, as a `time.monotonic()` value.
         """
         rows, utilization = self.wanted(), Utilization()
         try:
@@ -268,7 +268,7 @@ class Bench:
         return not any(row.outcome == "FAILED" for row in rows)
 
     def _time(self, first: GpuRow, rows: Sequence[GpuRow], utilization: Utilization, deadline: float) -> None:
-        """Start the rows of a group, several at a time; then let them and the first row take turns."""
+        """Start the rows of a group in parallel; then let them and the first row take turns."""
         rounds, seconds = self.options.rounds, self.options.round
         ready = deadline - 1.5 * rounds * seconds * (len(rows) + 1)
         with ThreadPoolExecutor(self.options.jobs) as pool:

@@ -17,7 +17,7 @@ from benchmarks.gpu_report import OUT_OF_TIME, Report
 
 
 class LostError(RuntimeError):
-    """A process has ended, or does not answer in time."""
+    """Raised when a process has ended or does not respond in time."""
 
 
 def function_at(path: str) -> Callable[..., Any]:
@@ -44,7 +44,7 @@ def start_process(context: Any, path: str, *arguments: Any) -> tuple[Any, Any]:
         arguments: Further arguments, after the pipe.
 
     Returns:
-        The other end of the pipe, and the process.
+        The other end of the pipe and the process.
     """
     pipe, theirs = context.Pipe()
     process = context.Process(target=_call, args=(path, theirs, *arguments))
@@ -59,7 +59,7 @@ def receive(pipe: Any, process: Any, end: float) -> Any:
     Args:
         pipe: The pipe to it.
         process: The process.
-        end: Until when to wait, as `time.monotonic` counts.
+        end: Deadline, as a `time.monotonic()` value.
 
     Raises:
         LostError: If no message comes in time, or the process ends.
@@ -74,7 +74,7 @@ def receive(pipe: Any, process: Any, end: float) -> Any:
 
 
 def end_process(pipe: Any, process: Any) -> None:
-    """Kill a process; do not wait long for one that the driver keeps alive."""
+    """Kill a process, without waiting long for one that the driver keeps alive."""
     pipe.close()
     process.kill()
     process.join(1)
@@ -82,14 +82,14 @@ def end_process(pipe: Any, process: Any) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """A function that returns checks, which one process runs.
+    """Function that returns checks, which one process runs.
 
     Args:
-        name: What the titles of its checks begin with.
+        name: Prefix of the titles of its checks.
         function: `module:function` that returns the checks.
         arguments: Its keyword arguments.
-        alone: Whether the job needs a process of its own, as it changes the state of the process.
-        part: The table to which its results belong.
+        alone: Whether the job needs its own process, because it changes the state of the process.
+        part: Table of its results.
         seconds: Time limit for all its checks together.
     """
 
@@ -101,20 +101,20 @@ class Job:
     seconds: float = 60.0
 
     def title(self, check: str) -> str:
-        """Name of the row of a check; the job's own name if `check` is empty."""
+        """Return the name of a check's row; the name of the job if `check` is empty."""
         return f"{self.name}: {check}" if check else self.name
 
 
 class Worker:
-    """A process that runs jobs, one after the other.
+    """Process that runs jobs, one after the other.
 
     Args:
         context: A context of `multiprocessing`.
-        folder: Where it creates a folder for each job.
+        folder: Parent of the folders of jobs.
         threads: Number of CPU threads.
 
     Attributes:
-        pending: Titles of the current job's checks that have no result yet; an empty title before they are known.
+        pending: Titles of the current job's checks without a result; one empty title until they are known.
     """
 
     def __init__(self, context: Any, folder: str, threads: int) -> None:
@@ -122,12 +122,12 @@ class Worker:
         self._pipe, self._process = start_process(context, "benchmarks.gpu_runs:serve_checks", folder, threads)
 
     def run(self, number: int, job: Job, end: float) -> Iterator[tuple[str, str, str, str]]:
-        """Run a job and yield title, outcome, remark and traceback of each check.
+        """Run a job and yield the title, outcome, remark and traceback of each check.
 
         Args:
             number: Number of the job, which names its folder.
             job: The job.
-            end: Until when to wait for the results, as `time.monotonic` counts.
+            end: Deadline of the results, as a `time.monotonic()` value.
 
         Raises:
             LostError: If the process ends, or a result does not come in time.
@@ -136,7 +136,7 @@ class Worker:
         try:
             self._pipe.send((number, job.function, job.arguments))
         except OSError:
-            raise LostError("the process had ended before") from None
+            raise LostError("the process had already ended") from None
         self.pending = receive(self._pipe, self._process, end)
         while self.pending:
             result = receive(self._pipe, self._process, end)
@@ -148,14 +148,14 @@ class Worker:
 
 
 class Workers:
-    """Run jobs in several processes; a process in which something failed is not used again.
+    """Run jobs in several processes; a process in which a check failed is not reused.
 
     Args:
         context: A context of `multiprocessing`.
-        folder: Where the processes work.
-        jobs: Number of processes at a time.
-        report: Takes the results.
-        deadline: When processes are killed and everything else is left out, as `time.monotonic` counts.
+        folder: Parent of the working directories.
+        jobs: Number of parallel processes.
+        report: Report to which results are added.
+        deadline: Time at which processes are killed and remaining jobs are left out, as a `time.monotonic()` value.
     """
 
     def __init__(self, context: Any, folder: str, jobs: int, report: Report, deadline: float) -> None:
@@ -165,7 +165,7 @@ class Workers:
         self._numbers = count()
 
     def run(self, jobs: Sequence[Job]) -> bool:
-        """Run jobs; return whether none failed."""
+        """Run jobs and return whether all passed."""
         pool = ThreadPoolExecutor(self.jobs)
         try:
             return all([*pool.map(self._run, jobs)])
@@ -201,7 +201,7 @@ class Workers:
         return min(time.monotonic() + job.seconds, self.deadline)
 
     def _report_lost(self, job: Job, pending: list[str], number: int, remark: str) -> bool:
-        """Report the checks that a lost process leaves without a result; return whether none counts as failed."""
+        """Report the checks of a lost process without a result; return whether none of them counts as failed."""
         if time.monotonic() >= self.deadline:
             for check in pending:
                 self.report.add(job.part, job.title(check), "left out", OUT_OF_TIME)

@@ -1,9 +1,9 @@
-"""How the cost of a step grows: with the batch, the teacher, the classes and the images.
+"""Measure how the cost of a step scales with batch size, teacher, number of classes and number of images.
 
     python -m benchmarks.growth [--rounds 3] [--steps 20] [--only WORD ...] [--out FILE]
 
-On generated images (3x32x32), for each setting three runs of `lkd fit` take their steps in turn: ResNet-20 trained by
-its labels alone, distilled with the teacher's answers kept, and distilled with the teacher asked in every step.
+For each setting, three runs of `lkd fit` on synthetic images (3x32x32) take turns: ResNet-20 trained with labels only,
+distilled with cached teacher logits, and distilled with the teacher run in every step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.speed import TINY, machine
 
 
 class Setting(NamedTuple):
-    """What one line of the table is measured with."""
+    """Setting of one line of the table."""
 
     batch_size: int = 128
     teacher: str = "resnet56"
@@ -44,12 +44,12 @@ SETTINGS = [
 
 
 def config(setting: Setting, way: str) -> dict[str, Any]:
-    """The run's settings; `way` is alone, kept or asked."""
+    """Return the config of a run; `way` is `labels`, `cached` or `uncached`."""
     student = {"class_path": "lkd.models.resnet20", "init_args": {"num_classes": setting.classes}}
     teacher = {"class_path": f"lkd.models.{setting.teacher}", "init_args": {"num_classes": setting.classes}}
     module = (
         {"class_path": "lkd.ClassificationModule", "init_args": {"model": student}}
-        if way == "alone"
+        if way == "labels"
         else {"class_path": "lkd.DistillModule", "init_args": {"student": student, "teacher": teacher}}
     )
     data = {
@@ -62,19 +62,19 @@ def config(setting: Setting, way: str) -> dict[str, Any]:
         "data": {"class_path": "lkd.SyntheticDataModule", "init_args": {**data, "augment": augment}},
         "trainer": {"max_epochs": 100_000},
         "checkpoint": {"monitor": None},
-        # bfloat16: the logits of a deep teacher that was never trained are too large for float16.
-        **({"teacher_cache": {"versions": 1, "dtype": "bfloat16"}} if way == "kept" else {}),
+        # bfloat16: the logits of a deep, untrained teacher exceed the range of float16.
+        **({"teacher_cache": {"versions": 1, "dtype": "bfloat16"}} if way == "cached" else {}),
     }
 
 
 def measured(setting: Setting, rounds: int, steps: int, folder: str) -> list[Row]:
-    """The three runs of a setting."""
+    """Time the three runs of a setting."""
     found: list[Row] = []
     try:
-        for way in ("alone", "kept", "asked"):
+        for way in ("labels", "cached", "uncached"):
             path = Path(folder, f"{way}.yaml")
             path.write_text(yaml.safe_dump(config(setting, way)))
-            fill = setting.images // setting.batch_size if way == "kept" else 5
+            fill = setting.images // setting.batch_size if way == "cached" else 5
             found.append(Row(way, "benchmarks.loops:lkd_fit", {"settings": [f"--config={path}"]}, fill))
         in_turn(found, rounds, steps, lambda line: None)
     finally:
@@ -84,26 +84,31 @@ def measured(setting: Setting, rounds: int, steps: int, folder: str) -> list[Row
 
 
 def line(setting: Setting, found: list[Row]) -> str:
-    """A line of the table, in Markdown."""
-    alone, kept, asked = found
-    ratios = [[ours / theirs for ours, theirs in zip(row.speeds, alone.speeds, strict=True)] for row in (kept, asked)]
+    """Return a line of the table, in Markdown."""
+    labels, cached, uncached = found
+    ratios = [
+        [ours / theirs for ours, theirs in zip(row.speeds, labels.speeds, strict=True)] for row in (cached, uncached)
+    ]
     texts = [f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" for values in ratios]
     speeds = " | ".join(f"{row.speed:,.0f}" for row in found)
-    return f"| {setting} | {' | '.join(texts)} | {speeds} | {kept.peak / 1e6:,.0f} | {kept.start_up:.1f} |"
+    return f"| {setting} | {' | '.join(texts)} | {speeds} | {cached.peak / 1e6:,.0f} | {cached.start_up:.1f} |"
 
 
 def table(settings: list[Setting], rounds: int, steps: int) -> Iterator[str]:
-    """The lines of the table, as they are measured."""
-    yield "| | kept / alone | asked / alone | images/s alone | kept | asked | peak MB, kept | start-up s, kept |"
+    """Measure the settings and yield the lines of the table."""
+    yield (
+        "| | cached / labels only | uncached / labels only | images/s, labels only | images/s, cached "
+        "| images/s, uncached | peak memory, MB, cached | start-up, s, cached |"
+    )
     yield "|---|---|---|---|---|---|---|---|"
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["LKD_CACHE"] = folder  # nothing is kept from an earlier run
+        os.environ["LKD_CACHE"] = folder  # no cached files of an earlier run
         for setting in settings:
             yield line(setting, measured(setting, rounds, steps, folder))
 
 
 def long_run(folder: str, few: int, many: int) -> str:
-    """Peak memory after some epochs of two steps, and after many, with validation, checkpoints and kept answers."""
+    """Report the peak memory after few and after many epochs (2 steps; validation, checkpoints, cached logits)."""
     path = Path(folder, "tiny.yaml")
     path.write_text(TINY.replace("IMAGES", "1256"))
     settings = [f"--config={path}", "--trainer.check_val_every_n_epoch=1", "--teacher_cache.versions=4"]
@@ -115,17 +120,17 @@ def long_run(folder: str, few: int, many: int) -> str:
     finally:
         row.close()
     return (
-        f"Peak memory of a run of tiny networks after {few} epochs: {early / 1e6:,.0f} MB; after {many:,} epochs: "
+        f"Peak memory of a run with tiny networks after {few} epochs: {early / 1e6:,.0f} MB; after {many:,} epochs: "
         f"{row.peak / 1e6:,.0f} MB."
     )
 
 
 def main() -> None:
-    """Measure, and write the table."""
+    """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--only", nargs="*", default=[""], help="settings whose name has one of these words")
+    parser.add_argument("--only", nargs="*", default=[""], help="settings whose name contains one of these words")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     wanted = [setting for setting in SETTINGS if any(word in str(setting) for word in options.only)]

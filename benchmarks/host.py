@@ -1,10 +1,10 @@
-"""Host time of a training step: what Python takes for it where the device does the rest.
+"""Measure the host time of a training step: the Python overhead when the device does the computation.
 
     python -m benchmarks.host [--steps 2000] [--out FILE]
 
 `lkd fit` trains tiny networks with TensorBoard, progress bar, metrics and checkpoints. Replays of the captured step and
-of the captured batch then do nothing, so what remains is the Python of lkd and Lightning. A GPU waits for the host only
-if its own step is shorter than this.
+of the captured batch are replaced with no-ops, so only the Python code of lkd and Lightning remains. A GPU waits for
+the host only if its step takes less time than this.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lkd import devices
 
 
 class Hollow:
-    """A capture whose replays execute the function at first, so that checks pass, and then do nothing.
+    """Capture whose replays first execute the function, so that checks pass, and later do nothing.
 
     Attributes:
         is_hollow: Whether replays do nothing.
@@ -58,7 +58,7 @@ class Hollow:
 
 
 class Clock(L.Callback):
-    """Times steps in rounds, without and then with a profiler; stops the run."""
+    """Time steps in rounds, first without and then with a profiler, and stop the run."""
 
     rounds: ClassVar[list[float]] = []
     profile: ClassVar[cProfile.Profile] = cProfile.Profile()
@@ -69,7 +69,7 @@ class Clock(L.Callback):
         self._since = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        """Begin a round, or end the run."""
+        """Start a round or end the run."""
         warm_up, size = 50, Clock.steps // 10
         number, place = divmod(self._seen - warm_up, size)
         self._seen += 1
@@ -88,10 +88,10 @@ class Clock(L.Callback):
 
 
 def shares(profile: cProfile.Profile) -> dict[str, float]:
-    """Share of the profiled time by package: lkd, lightning, torch, and all else.
+    """Compute the share of the profiled self time by package.
 
     Args:
-        profile: A profile of some steps.
+        profile: Profile of training steps.
     """
     found: Counter[str] = Counter()
     for (path, _, _), (_, _, own, _, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
@@ -102,7 +102,7 @@ def shares(profile: cProfile.Profile) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure, and write the lines."""
+    """Measure and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--out", type=Path)
@@ -123,9 +123,10 @@ def main() -> None:
     times = [1e3 * seconds for seconds in Clock.rounds]
     parts = ", ".join(f"{name} {share:.0%}" for name, share in shares(Clock.profile).items() if share >= 0.01)
     lines = [
-        f"A step takes {statistics.median(times):.2f} ms of the host ({min(times):.2f} to {max(times):.2f}, "
-        f"n = {len(times)} rounds of {options.steps // 10} steps), with TensorBoard, bar, metrics, checkpoints.",
-        f"Own time by package, with the profiler: {parts}.",
+        f"Host time per step: {statistics.median(times):.2f} ms ({min(times):.2f} to {max(times):.2f}, "
+        f"n = {len(times)} rounds of {options.steps // 10} steps), with TensorBoard, progress bar, metrics and "
+        "checkpoints.",
+        f"Self time by package, according to the profiler: {parts}.",
         machine(),
     ]
     print("\n".join(lines))
@@ -136,4 +137,4 @@ def main() -> None:
 if __name__ == "__main__":
     import benchmarks.host
 
-    benchmarks.host.main()  # the run imports its callback from there
+    benchmarks.host.main()  # the run imports its callback from this module

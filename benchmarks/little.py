@@ -1,18 +1,19 @@
-"""What a teacher is worth where labels, or images, are few: test accuracy of a student alone and of a distilled one.
+"""Compare a student alone with a distilled student when labels or images are scarce: test accuracy.
 
     python -m benchmarks.little IMAGES TEACHER [--seeds 3] [--pool 5000] [--epochs 10] [--made 1024] [--made_steps 150]
         [--only WORD] [--folder runs/little] [--out FILE]
 
-IMAGES is a folder train/<class>/, test/<class>/ of CIFAR-10; TEACHER the weights of the teacher in methods.yaml, which
-says what is trained, here with the first images of each class, a pool. The rows: a part of the pool's labels; none; a
-transfer set, which is random parts of the two photographs that come with scikit-learn; images made from the teacher
-(DeepInversion). All runs have as many steps (to a part of an epoch), of a schedule that falls as far. A student alone
-has only the images with a label; of the made ones, the class that was asked for is the label. A distilled student has
-all images, and the labels where there are some. Each seed is another initialisation, order, augmentation and choice of
-labels; the images are made once. The student is measured after its last step, on all test images: nothing is chosen by
-accuracy.
+IMAGES is a folder train/<class>/, test/<class>/ of CIFAR-10, and TEACHER a file with the weights of the teacher in
+methods.yaml, the base config. Training uses a pool, the first images of each class. The rows are: a fraction of the
+pool's labels; no labels; a transfer set of random crops of the two photographs included in scikit-learn; images
+synthesized from the teacher (DeepInversion). All runs have the same number of steps (up to a fraction of an epoch) and
+a schedule that decays equally far. A student alone uses only labelled images; the label of a synthesized image is its
+target class. A distilled student uses all images, and the labels where available. Each seed changes initialization,
+order, augmentation and the choice of labels; images are synthesized once. The student is evaluated after its last step
+on all test images, so nothing is selected by accuracy.
 
-Each finished run is a line in FOLDER/runs.jsonl, and is not run again: the same command goes on where one was stopped.
+Each finished run is saved as a line in FOLDER/runs.jsonl and not repeated: the same command continues an interrupted
+one.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ from benchmarks.speed import machine
 
 HERE = Path(__file__).parent
 SIDE = 32
-LEAST, MOST = 32, 256  # pixels of a photograph's part
-SHARES = {"1 %": 0.01, "10 %": 0.1, "100 %": 1.0}  # of the labels
+LEAST, MOST = 32, 256  # size of a crop of a photograph, in pixels
+SHARES = {"1 %": 0.01, "10 %": 0.1, "100 %": 1.0}  # fractions of the labels
 
 
 class Row(NamedTuple):
-    """A line of the table.
+    """A row of the table.
 
     Attributes:
-        name: What is there to learn from.
+        name: Name of the training data.
         data: Settings of the data module for the distilled student.
-        images: How many of them.
-        alone: The same for the student alone; None: without labels it learns nothing.
-        labelled: How many of them have a label.
-        hard_weight: Weight of the labels for the distilled student.
+        images: Number of training images.
+        alone: Settings of the data module for the student alone; `None` if there are no labels to learn from.
+        labelled: Number of labelled training images.
+        hard_weight: Weight of the cross-entropy with the labels for the distilled student.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Row(NamedTuple):
 
 
 def rows(pool: int, made: int, made_steps: int, photographs: str, teacher: str) -> list[Row]:
-    """The lines of the table."""
+    """Return the rows of the table."""
     found = []
     for name, share in SHARES.items():
         part = {"label_size": share}
@@ -84,7 +85,7 @@ def rows(pool: int, made: int, made_steps: int, photographs: str, teacher: str) 
 
 
 def settings(row: Row, alone: bool, seed: int, pool: int, epochs: int, images: str, teacher: str) -> dict[str, Any]:
-    """The config of one run."""
+    """Return the config of one run."""
     config: dict[str, Any] = yaml.safe_load((HERE / "methods.yaml").read_text())
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     number = row.labelled if alone else row.images
@@ -104,13 +105,13 @@ def settings(row: Row, alone: bool, seed: int, pool: int, epochs: int, images: s
 
 
 def train(config: dict[str, Any], seed: int, folder: Path) -> dict[str, float]:
-    """One run: test accuracies in percent of student and, if there is one, teacher; steps; seconds of the training."""
+    """Train once; return test accuracies in percent (student, and teacher if any), steps and seconds of training."""
     import torch
 
     from lkd.cli.arguments import prepare
     from lkd.cli.lightning_cli import LkdCLI
 
-    torch.set_num_threads(1)  # small networks do not fill two
+    torch.set_num_threads(1)  # small networks cannot use two cores
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     quiet = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", f"--trainer.default_root_dir={folder}"]
@@ -124,7 +125,7 @@ def train(config: dict[str, Any], seed: int, folder: Path) -> dict[str, float]:
 
 
 def pool_of(images: Path, number: int, folder: Path) -> str:
-    """A folder with the first training images of each class, and all test images: links."""
+    """Create a folder of links to the first training images of each class and to all test images."""
     classes = sorted(path.name for path in (images / "train").iterdir())
     for name in classes:
         own = folder / "train" / name
@@ -138,7 +139,7 @@ def pool_of(images: Path, number: int, folder: Path) -> str:
 
 
 def parts_of_photographs(number: int, folder: Path) -> str:
-    """A folder with random square parts of scikit-learn's two photographs, 32x32 pixels, as PNG files."""
+    """Create a folder of random square crops of scikit-learn's two photographs, 32x32 pixels, as PNG files."""
     from sklearn.datasets import load_sample_images
 
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
@@ -154,8 +155,8 @@ def parts_of_photographs(number: int, folder: Path) -> str:
 
 
 def table(lines: list[Row], results: list[dict[str, Any]]) -> Iterator[str]:
-    """The lines of the table, in Markdown."""
-    yield "| to learn from | student alone, % | distilled, % | difference, same seeds | n |"
+    """Yield the lines of the table, in Markdown."""
+    yield "| training data | student alone, % | distilled student, % | difference, same seeds | n |"
     yield "|---|---|---|---|---|"
     for row in lines:
         alone, distilled = (_by_seed(results, row.name, way) for way in (True, False))
@@ -176,13 +177,13 @@ def _cell(found: dict[int, float]) -> str:
 
 
 def main() -> None:
-    """Run what has not been run yet, and print the table."""
+    """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path)
     parser.add_argument("teacher", type=Path)
     for name, number in (("seeds", 3), ("pool", 5000), ("epochs", 10), ("made", 1024), ("made_steps", 150)):
         parser.add_argument(f"--{name}", type=int, default=number)
-    parser.add_argument("--only", default="", help="a word in the names of the rows that are to be run")
+    parser.add_argument("--only", default="", help="run only rows whose name contains this word")
     parser.add_argument("--folder", type=Path, default=Path("runs/little"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -208,7 +209,7 @@ def main() -> None:
         print(json.dumps(run), flush=True)
     known = sorted({round(run["teacher"], 2) for run in results if "teacher" in run})
     steps = sorted({run["steps"] for run in results})
-    what = f"a pool of {options.pool:,} images, {steps[0]:,} to {steps[-1]:,} steps; the teacher has {known} %"
+    what = f"a pool of {options.pool:,} images, {steps[0]:,} to {steps[-1]:,} steps; accuracy of the teacher: {known} %"
     text = "\n".join([*table(lines, results), "", f"CIFAR-10 (JPEG), {what}; {machine()}"])
     print(text)
     if options.out:

@@ -1,7 +1,7 @@
-"""Runs of `lkd fit` in processes of their own, which may be killed; and what such a run has come to.
+"""Run `lkd fit` in processes that may be killed, and compare the final state of the run.
 
-A life is one process. The run goes on in the next one (`--resume`), and ends as one that was never interrupted, or it
-does not: that is what is compared.
+A life is one process of a run. The next process resumes the run (`--resume`). The final state is compared with that of
+an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from typing import Any, NamedTuple
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each resumed run that points come again
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns about repeated steps in each resumed run
 _OWN = re.compile(r"images_per_s|/epoch_loop\.val_loop\.")
-"""A speed, which no two runs share; how many batches the last validation had, which is counted anew by each process."""
+"""Values that differ between equal runs: throughput, and the batch counter of the last validation in a process."""
 
 
 class Life(NamedTuple):
-    """How one process has ended: its exit code (negative: the signal that killed it), and what it has printed."""
+    """Result of one process: its exit code (negative: the signal that killed it) and its output."""
 
     code: int
     text: str
 
 
 def live(args: Sequence[str], folder: Path, seconds: float | None = None, fault: str = "") -> Life:
-    """One process of `lkd`.
+    """Run one process of `lkd`.
 
     Args:
-        args: Its arguments.
-        folder: Where it works.
-        seconds: When it is killed; None: never.
-        fault: `module:function` that is called in the process before it begins.
+        args: Arguments of the command line.
+        folder: Working directory.
+        seconds: Time after which the process is killed; `None` disables the limit.
+        fault: `module:function,argument,...` to call in the process before the command.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lkd.cli.lightning_cli", "lkd.losses", "lkd.datamodules", "lkd.modules"])
@@ -48,7 +48,7 @@ def live(args: Sequence[str], folder: Path, seconds: float | None = None, fault:
     process = context.Process(target=_work, args=(list(args), folder, log, fault))
     process.start()
     process.join(seconds)
-    process.kill()  # which does nothing to one that has ended
+    process.kill()  # no effect if the process has ended
     process.join()
     return Life(int(process.exitcode or 0), log.read_text() if log.is_file() else "")
 
@@ -61,7 +61,7 @@ def _work(args: list[str], folder: Path, log: Path, fault: str) -> None:
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    multiprocessing.set_start_method("fork", force=True)  # of a loader's workers, which watch this process then
+    multiprocessing.set_start_method("fork", force=True)  # data-loader workers then watch this process
     torch.set_num_threads(1)
     if fault:
         import importlib
@@ -75,7 +75,7 @@ def _work(args: list[str], folder: Path, log: Path, fault: str) -> None:
 
 
 def live_in_group(args: Sequence[str], folder: Path, seconds: float | None = None) -> Life:
-    """The same for a run of several processes, which are killed together."""
+    """Run `lkd` with several processes, which are killed together; see `live`."""
     environment = {**os.environ, "LKD_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lkd", *args]
     with (folder / "log.txt").open("w") as log:
@@ -89,14 +89,14 @@ def live_in_group(args: Sequence[str], folder: Path, seconds: float | None = Non
 
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every curve of a run as TensorBoard reads it: name to (step, value), but for speeds."""
+    """Read all curves of a run with TensorBoard, except throughput: name to list of (step, value)."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     names = [name for name in events.Tags()["scalars"] if not _OWN.search(name)]
     return {name: [(point.step, point.value) for point in events.Scalars(name)] for name in sorted(names)}
 
 
 def state(run: Path, name: str) -> dict[str, Any]:
-    """What a run has come to, by name: weights, optimizer, schedules, memories, and where its loops are."""
+    """Read the state of a run by name: weights, optimizer, schedules, memory banks and loop counters."""
     content = torch.load(run / "checkpoints" / name, map_location="cpu", weights_only=True)
     content.pop("pytorch-lightning_version")
     found = {key.replace(run.name, "version"): _place(value, run.name) for key, value in _flat(content)}
@@ -115,7 +115,7 @@ def _place(value: Any, version: str) -> Any:
 
 
 def differences(run: Path, whole: Path) -> list[str]:
-    """What of a run is not, bit by bit, as in one that was never interrupted; nothing, if all is well."""
+    """List the parts of a run's final state that are not bitwise equal to those of an uninterrupted run."""
     found = []
     for name in ("last.ckpt", "best.ckpt"):
         ours, theirs = state(run, name), state(whole, name)
@@ -131,20 +131,20 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def until_done(one: Callable[[], Life], limit: int = 200) -> list[Life]:
-    """Lives, one after the other, until the run has ended by itself.
+    """Run lives one after the other until the run completes.
 
     Raises:
-        RuntimeError: If one ends in a failure instead of being killed, or they are too many.
+        RuntimeError: If a life fails instead of being killed, or if there are more than `limit` lives.
     """
     lives = []
     while not lives or lives[-1].code != 0:
         lives.append(one())
         if lives[-1].code not in (0, -signal.SIGKILL) or len(lives) > limit:
-            raise RuntimeError(f"life {len(lives)} ended with {lives[-1].code}, and said:\n{lives[-1].text}")
+            raise RuntimeError(f"life {len(lives)} ended with exit code {lives[-1].code}:\n{lives[-1].text}")
     return lives
 
 
 def timed(args: Sequence[str], folder: Path, group: bool = False) -> tuple[Life, float]:
-    """An undisturbed life, and its seconds."""
+    """Run a life without a time limit and return it with its duration in seconds."""
     start = time.monotonic()
     return (live_in_group if group else live)(args, folder), time.monotonic() - start

@@ -1,4 +1,4 @@
-"""The loops that benchmarks/speed.py compares. Those named bare use nothing of lkd but its networks."""
+"""Training loops that benchmarks/speed.py compares. The bare loops use only the networks of lkd."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ Step = Callable[[Tensor, Tensor], None]
 
 
 def networks(teacher: str) -> tuple[nn.Module, nn.Module]:
-    """ResNet-20, and ResNet-56 with its weights."""
+    """Create ResNet-20 and the pretrained ResNet-56."""
     big = load_weights(resnet56(num_classes=10, shortcut="A"), teacher)
     return resnet20(num_classes=10), big.eval().requires_grad_(False)
 
 
 def kd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """Hinton's loss, with the weights and the temperature of configs/cifar10/kd_resnet56_resnet20.yaml."""
+    """Compute the loss of KD, with the weights and the temperature of configs/cifar10/kd_resnet56_resnet20.yaml."""
     soft = F.kl_div(
         F.log_softmax(student / 4, 1), F.log_softmax(teacher / 4, 1), reduction="batchmean", log_target=True
     )
@@ -46,12 +46,12 @@ def kd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 
 
 def sgd(network: nn.Module) -> torch.optim.Optimizer:
-    """As in the config."""
+    """Create the optimizer of the config."""
     return torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
 
 
 class InMemory(Dataset[tuple[Tensor, int]]):
-    """Decoded images, one by one through PIL and torchvision's transforms."""
+    """Decoded images, transformed one at a time with PIL and torchvision."""
 
     def __init__(self, images: str) -> None:
         self.images = np.load(images).transpose(0, 2, 3, 1)
@@ -77,7 +77,7 @@ def _loader(images: str, workers: int) -> DataLoader[tuple[Tensor, int]]:
 
 
 def bare_eager(pace: Pace, images: str, teacher: str, workers: int) -> None:
-    """What most people write: eager float32, PIL transforms."""
+    """Train with a typical plain loop: eager float32, PIL transforms."""
     student, big = networks(teacher)
     optimizer = sgd(student)
     loader = _loader(images, workers)
@@ -85,15 +85,15 @@ def bare_eager(pace: Pace, images: str, teacher: str, workers: int) -> None:
     while True:
         for image, target in loader:
             with torch.no_grad():
-                answer = big(image)
+                teacher_logits = big(image)
             optimizer.zero_grad()
-            kd(student(image), answer, target).backward()
+            kd(student(image), teacher_logits, target).backward()
             optimizer.step()
             pace.step(len(image))
 
 
 class Plain(L.LightningModule):
-    """The same as a plain LightningModule, as tutorials have it."""
+    """Knowledge distillation as a plain LightningModule, as in tutorials."""
 
     def __init__(self, pace: Pace, teacher: str) -> None:
         super().__init__()
@@ -101,34 +101,34 @@ class Plain(L.LightningModule):
         self.pace = pace
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Hinton's loss, logged as most people do."""
+        """Compute and log the loss of KD and the accuracy."""
         image, target = batch
         with torch.no_grad():
-            answer = self.teacher.eval()(image)
+            teacher_logits = self.teacher.eval()(image)
         logits = self.student(image)
-        loss = kd(logits, answer, target)
+        loss = kd(logits, teacher_logits, target)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/acc", (logits.argmax(1) == target).float().mean(), prog_bar=True)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Report the step."""
+        """Count the step."""
         self.pace.step(len(batch[0]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """As in the config."""
+        """Create the optimizer of the config."""
         return sgd(self.student)
 
 
 def plain_lightning(pace: Pace, images: str, teacher: str, workers: int) -> None:
-    """A plain LightningModule with PIL transforms."""
+    """Train a plain LightningModule with PIL transforms."""
     trainer = L.Trainer(max_epochs=-1, accelerator="cpu", default_root_dir=tempfile.mkdtemp())
     pace.wait()
     trainer.fit(Plain(pace, teacher), _loader(images, workers))
 
 
 def _batches(images: str, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Whole batches, cropped, flipped and normalised by a few gathers: (image, target, index)."""
+    """Yield whole batches (image, target, index), cropped and flipped by indexing, and normalized."""
     stored, target = torch.from_numpy(np.load(images)), torch.from_numpy(np.load(images.replace("images", "targets")))
     mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     padded = F.pad(stored, (4, 4, 4, 4))
@@ -144,62 +144,62 @@ def _batches(images: str, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def bare_lean(pace: Pace, images: str, teacher: str, bf16: bool, kept: bool, size: int = BATCH) -> None:
-    """With whole batches, channels last, a folded teacher and freed memory kept; with logits at hand if `kept`."""
+    """Train with batched augmentation, channels last, a folded teacher and memory reuse; `kept` caches the logits."""
     student, big = (network.to(memory_format=torch.channels_last) for network in networks(teacher))
     big = fuse(big)
     optimizer = sgd(student)
     batches = _batches(images, size)
     for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
         ctypes.CDLL(None).mallopt(option, value)
-    answers = torch.randn(len(np.load(images, mmap_mode="r")), 10).half()
+    cached = torch.randn(len(np.load(images, mmap_mode="r")), 10).half()
     pace.wait()
     for image, target, index in batches:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             with torch.no_grad():
-                answer = answers[index] if kept else big(image)
+                teacher_logits = cached[index] if kept else big(image)
             logits = student(image)
         optimizer.zero_grad()
-        kd(logits.float(), answer.float(), target).backward()
+        kd(logits.float(), teacher_logits.float(), target).backward()
         optimizer.step()
         pace.step(len(image))
 
 
 class Paced(L.Callback):
-    """Paces a run of lkd."""
+    """Connect a run of lkd to its `Pace`."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Wait for the first order."""
+        """Wait for the first request."""
         Pace.current.wait()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Report the step."""
+        """Count the step."""
         Pace.current.step(len(batch.target) // batch.views)
 
 
 def lkd_fit(pace: Pace, settings: list[str]) -> None:
-    """`lkd fit` as its users run it, in a terminal: TensorBoard, progress bar, metrics and checkpoints on."""
+    """Run `lkd fit` as users do, in a terminal, with TensorBoard, progress bar, metrics and checkpoints."""
     from lkd.__main__ import main
 
     os.chdir(tempfile.mkdtemp())
     ours, theirs = pty.openpty()
-    subprocess.Popen(["cat"], stdin=ours, stdout=subprocess.DEVNULL)  # somebody looks at it
+    subprocess.Popen(["cat"], stdin=ours, stdout=subprocess.DEVNULL)  # reads what the terminal shows
     os.dup2(theirs, 1)
     code = main(["fit", *settings, "--trainer.callbacks+=benchmarks.loops.Paced"])
-    raise RuntimeError(f"lkd fit ended with {code}")
+    raise RuntimeError(f"lkd fit ended with exit code {code}")
 
 
 def tiny_networks() -> tuple[nn.Module, nn.Module]:
-    """Two networks so small that a step is nothing but its overhead."""
+    """Create two networks so small that a step consists of overhead only."""
     return tiny(32), tiny(64).eval().requires_grad_(False)
 
 
 def tiny(width: int) -> nn.Module:
-    """One hidden layer, for images of 3x8x8 pixels."""
+    """Create a network with one hidden layer for images of 3x8x8 pixels."""
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, width), nn.ReLU(), nn.Linear(width, 10))
 
 
 def bare_tiny(pace: Pace) -> None:
-    """The bare loop over the tiny networks; its batches lie ready."""
+    """Train the tiny networks in a bare loop, with images in memory."""
     student, teacher = tiny_networks()
     optimizer = sgd(student)
     stored, target = torch.randint(256, (25_600, 3, 8, 8), dtype=torch.uint8), torch.randint(10, (25_600,))
@@ -208,18 +208,18 @@ def bare_tiny(pace: Pace) -> None:
         for index in torch.randperm(len(stored)).split(BATCH):
             image = stored[index].float().div_(255.0).sub_(0.5).div_(0.25)
             with torch.no_grad():
-                answer = teacher(image)
+                teacher_logits = teacher(image)
             optimizer.zero_grad()
-            kd(student(image), answer, target[index]).backward()
+            kd(student(image), teacher_logits, target[index]).backward()
             optimizer.step()
             pace.step(len(image))
 
 
 def own(pace: Pace, adapter: str, images: str, teacher: str) -> None:
-    """Another trainer: `adapter` names a `file.py:function` that makes the function which takes a step.
+    """Run another trainer: `adapter` names a factory `file.py:function`.
 
-    It is called with the decoded images (N, 3, 32, 32) and targets (N,), the teacher, the student and the batch size;
-    what it returns takes a step each time it is called, and returns the number of images.
+    The factory is called with the decoded images (N, 3, 32, 32) and targets (N,), the teacher, the student and the
+    batch size. It returns a function that takes one step per call and returns the number of images.
     """
     path, _, name = adapter.partition(":")
     sys.path.insert(0, str(Path(path).resolve().parent))

@@ -1,12 +1,13 @@
-"""Every method on the same real images, networks and steps: test accuracy.
+"""Compare the test accuracy of all methods on the same real images, networks and number of steps.
 
     python benchmarks/methods.py IMAGES TEACHER [--seeds 3] [--methods kd dkd ...] [--processes 2] [--out FILE]
 
-IMAGES is a folder train/<class>/, test/<class>/ of CIFAR-10; TEACHER the weights of the teacher in methods.yaml, which
-says what is trained. Each overlay of configs/methods/ goes over it, through the command line's own code, with its
-paper's weights and the default layers; schedules over epochs are shortened in the ratio of this run's epochs to the
-literature's 240. The student is measured after its last step, on all test images: nothing is chosen by accuracy. Left
-out are methods for transformers, and what trains no classifier. Finished runs are kept in FILE, and not run again.
+IMAGES is a folder train/<class>/, test/<class>/ of CIFAR-10, and TEACHER a file with the weights of the teacher in
+methods.yaml, the base config. Each overlay of configs/methods/ is applied to it with the code of the command line, with
+the weights of its paper and the default layers. Schedules over epochs are shortened by the ratio of this run's epochs
+to the 240 epochs of the literature. The student is evaluated after its last step on all test images, so nothing is
+selected by accuracy. Methods for transformers and methods that do not train a classifier are excluded. Finished runs
+are saved in FILE and not repeated.
 """
 
 from __future__ import annotations
@@ -29,29 +30,29 @@ import yaml
 HERE = Path(__file__).parent
 METHODS = HERE.parent / "configs" / "methods"
 ALONE = "(student alone)"
-LITERATURE = 240  # epochs of the CIFAR-100 benchmark, for which the overlays' schedules are written
+LITERATURE = 240  # epochs of the CIFAR-100 benchmark, to which the schedules of the overlays refer
 LEFT_OUT = {
-    "backbone_kd": "it trains no classifier",
-    "deit": "its student is a transformer",
+    "backbone_kd": "does not train a classifier",
+    "deit": "the student is a transformer",
     **dict.fromkeys(
         ("ema_teacher_imagenet", "nkd_imagenet", "rld_imagenet", "uskd_imagenet"),
-        "its weights are for ImageNet, and the overlay without this ending has those for small images",
+        "weights for ImageNet; the overlay without this suffix has those for small images",
     ),
-    "patient": "it is KD with other augmentation, for thousands of epochs",
-    "transfer_set": "it is KD on other images: benchmarks/little.py",
-    "unlabelled": "it is KD without labels: benchmarks/little.py",
-    "vitkd": "its networks are transformers",
+    "patient": "KD with another augmentation, for thousands of epochs",
+    "transfer_set": "KD on other images; see benchmarks/little.py",
+    "unlabelled": "KD without labels; see benchmarks/little.py",
+    "vitkd": "the networks are transformers",
 }
 
 
 def written(settings: dict[str, Any], path: Path) -> str:
-    """The option that names a file with these settings."""
+    """Write settings to a file and return the option that names it."""
     path.write_text(yaml.safe_dump(settings))
     return f"--config={path}"
 
 
 def overlay(method: str, epochs: int) -> dict[str, Any]:
-    """The method's settings with its schedules shortened; those of the student alone have no distillation."""
+    """Return the settings of a method with shortened schedules; for the student alone, distillation is off."""
     if method == ALONE:
         return {"model": {"init_args": {"distill_weight": 0.0, "hard_weight": 1.0}}}
     settings: dict[str, Any] = yaml.safe_load((METHODS / f"{method}.yaml").read_text())
@@ -65,14 +66,15 @@ def train(method: str, seed: int, images: str, teacher: str) -> dict[str, Any]:
     """Train one method with one seed.
 
     Returns:
-        Its test accuracy in percent, and the seconds of the training, beside which other runs may have gone on.
+        The test accuracy in percent, and the duration of the training in seconds, during which other runs may be
+        active.
     """
     import torch
 
     from lkd.cli.arguments import prepare
     from lkd.cli.lightning_cli import LkdCLI
 
-    torch.set_num_threads(1)  # two runs at once on two cores: small networks do not fill two
+    torch.set_num_threads(1)  # small networks cannot use two cores, so two runs share them
     base = yaml.safe_load((HERE / "methods.yaml").read_text())
     base["model"]["init_args"]["teacher_ckpt"] = teacher
     base["data"]["init_args"]["root"] = images
@@ -96,19 +98,19 @@ def _run(job: tuple[str, int, str, str]) -> dict[str, Any]:
     method, seed, images, teacher = job
     try:
         return {"method": method, "seed": seed, **train(method, seed, images, teacher)}
-    except Exception:  # one method that fails must not end the others; it stands in the table as failed
+    except Exception:  # a failed method is reported in the table and must not stop the others
         return {"method": method, "seed": seed, "error": traceback.format_exc()}
 
 
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
-    """The lines of the table, in Markdown, the best method first."""
+    """Yield the lines of the table, in Markdown, best method first."""
     found: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         found.setdefault(result["method"], []).append(result)
     good = {method: runs for method, runs in found.items() if all("accuracy" in run for run in runs)}
     alone = {run["seed"]: run["accuracy"] for run in good.get(ALONE, [])}
     means = {method: statistics.mean(run["accuracy"] for run in runs) for method, runs in good.items()}
-    yield "| method | test accuracy, % | standard deviation | n | to the student alone, same seeds |"
+    yield "| method | test accuracy, % | standard deviation | n | difference to the student alone, same seeds |"
     yield "|---|---|---|---|---|"
     for method in sorted(means, key=lambda name: -means[name]):
         values = [run["accuracy"] for run in good[method]]
@@ -121,7 +123,7 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Run what is not in the file yet, and print the table."""
+    """Run what is missing in the file and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images")
     parser.add_argument("teacher")

@@ -1,6 +1,6 @@
-"""Training loops in processes of their own, of which one at a time takes some steps and is timed.
+"""Time training loops in separate processes, which take turns.
 
-So all of them see the same machine, however busy it is: what is compared was measured in turn, again and again.
+Only one process runs at a time, and the turns repeat, so other load on the machine affects all loops alike.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 
 
 class Pace:
-    """Lets a loop take as many steps as it is told to, and reports how long they took.
+    """Let a loop take the requested number of steps, and report their duration.
 
     Args:
-        pipe: The other end is a `Row`'s.
+        pipe: Connection to a `Row`.
     """
 
     current: Pace
@@ -32,15 +32,15 @@ class Pace:
         self._since = 0.0
 
     def wait(self) -> None:
-        """Wait for the first order."""
+        """Wait for the next request."""
         self._left, self._images = self._pipe.recv(), 0
         self._since = time.perf_counter()
 
     def step(self, images: int) -> None:
-        """One step was taken.
+        """Count one step.
 
         Args:
-            images: How many it trained on.
+            images: Number of images of the step.
         """
         self._left -= 1
         self._images += images
@@ -56,8 +56,8 @@ def _serve(pipe: Connection, loop: str, arguments: dict[str, Any]) -> None:
     try:
         pace = Pace.current = Pace(pipe)
         getattr(importlib.import_module(module), name)(pace, **arguments)
-        pipe.send(("failed", "the loop has ended"))
-    except EOFError:  # no more orders
+        pipe.send(("failed", "the loop ended"))
+    except EOFError:  # no more requests
         return
     except BaseException:
         pipe.send(("failed", traceback.format_exc()))
@@ -68,16 +68,16 @@ class Row:
     """One loop of a benchmark.
 
     Args:
-        name: What it is called.
-        loop: `module:function`, called with a `Pace` and the arguments; it trains without end.
-        arguments: What else it is called with.
-        warm_up: Steps before the first that counts, behind the very first.
+        name: Name of the row.
+        loop: `module:function`, called with a `Pace` and the arguments; it trains indefinitely.
+        arguments: Keyword arguments of the loop.
+        warm_up: Number of untimed steps after the first one.
 
     Attributes:
         speeds: Images per second of each round.
-        first: Images per second while warming up.
-        start_up: Seconds from the process's start to the end of its first step.
-        peak: The largest resident memory so far, in bytes.
+        first: Images per second during warm-up.
+        start_up: Seconds from the start of the process to the end of its first step.
+        peak: Peak resident memory so far, in bytes.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Row:
         return float(images / seconds)
 
     def run(self, steps: int) -> None:
-        """Take some steps, and remember the images per second."""
+        """Take some steps and record the images per second."""
         self.speeds.append(self._take(steps))
 
     def close(self) -> None:
@@ -120,12 +120,12 @@ class Row:
 
     @property
     def speed(self) -> float:
-        """Images per second: the median of the rounds."""
+        """Median of the images per second over the rounds."""
         return statistics.median(self.speeds)
 
 
 def in_turn(rows: list[Row], rounds: int, steps: int, say: Callable[[str], None]) -> None:
-    """Let each row take some steps, round after round."""
+    """Let the rows take turns, round after round."""
     for number in range(rounds):
         for row in rows:
             row.run(steps)

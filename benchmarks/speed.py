@@ -1,11 +1,11 @@
-"""Images per second of lkd, of a bare PyTorch loop that does the same arithmetic, and of what most people write.
+"""Measure images per second of lkd, of an optimized PyTorch loop with the same arithmetic, and of a plain loop.
 
     python -m benchmarks.speed IMAGES TEACHER [--rounds 5] [--steps 40] [--only WORD ...] [--out FILE]
     python -m benchmarks.speed IMAGES TEACHER --trainer mine.py:make
 
-IMAGES is a folder train/<class>/, test/<class>/ of CIFAR-10, TEACHER the weights of a ResNet-56 (shortcut A); ResNet-20
-learns from it, in batches of 128. Every row trains in a process of its own; they take their steps in turn, one at a
-time, and what counts is the ratio to the first row within a round. `--trainer` times another trainer beside them: the
+IMAGES is a folder train/<class>/, test/<class>/ of CIFAR-10, and TEACHER a file with the weights of a ResNet-56
+(shortcut A). ResNet-20 learns from it with batch size 128. Each row trains in its own process. The processes take
+turns, one at a time, and the result is the ratio to the first row within a round. `--trainer` adds another trainer: the
 function is called with the decoded images (N, 3, 32, 32), the targets (N,), the teacher, the student and the batch
 size, and returns a function that takes one step and returns the number of images.
 """
@@ -26,14 +26,14 @@ import numpy as np
 from benchmarks.pacing import Row, in_turn
 
 KEPT = 12_800
-"""Images of the runs that keep the teacher's answers: a hundred steps fill them."""
+"""Number of images of the runs with cached logits: a hundred steps fill the cache."""
 
 
 def decoded(images: str, folder: str) -> str:
-    """All training images in one file, for the loops that use nothing of lkd."""
+    """Save all decoded training images to one file, for the loops that do not use lkd's data modules."""
     from lkd import CIFAR10DataModule
 
-    data = CIFAR10DataModule(images, val_size=0, num_workers=0)  # the process may be one that must not start others
+    data = CIFAR10DataModule(images, val_size=0, num_workers=0)  # this process may not be allowed to start others
     data.setup("fit")
     dataset = data.datasets["train"]
     np.save(f"{folder}/images.npy", dataset.images(dataset.index * 0, dataset.index).numpy())
@@ -42,7 +42,7 @@ def decoded(images: str, folder: str) -> str:
 
 
 def lkd(images: str, teacher: str, *settings: str, kept: bool = False) -> dict[str, Any]:
-    """Arguments of a row that runs `lkd fit`."""
+    """Return the arguments of a row that runs `lkd fit`."""
     always = [
         "--config=cifar10/kd_resnet56_resnet20",
         f"--data.init_args.root={images}",
@@ -56,30 +56,30 @@ def lkd(images: str, teacher: str, *settings: str, kept: bool = False) -> dict[s
 
 
 def rows(images: str, teacher: str, arrays: str) -> Iterator[tuple[str, str, dict[str, Any], int]]:
-    """Name, loop, arguments and steps of warming up of each row; the first is what the others are compared with."""
+    """Yield name, loop, arguments and number of warm-up steps of each row; the first row is the reference."""
     plain = {"images": arrays, "teacher": teacher}
     for workers in (0, 2):
         yield f"plain loop, PIL transforms, {workers} workers", "bare_eager", {**plain, "workers": workers}, 5
     yield "plain LightningModule, PIL transforms, 2 workers", "plain_lightning", {**plain, "workers": 2}, 5
     for bf16, name in ((False, "32-true"), (True, "bf16-mixed")):
         precision = f"--trainer.precision={name}"
-        yield f"bare loop, lean, {name}", "bare_lean", {**plain, "bf16": bf16, "kept": False}, 5
+        yield f"optimized loop, {name}", "bare_lean", {**plain, "bf16": bf16, "kept": False}, 5
         yield f"lkd fit, {name}", "lkd_fit", lkd(images, teacher, precision), 5
-        yield f"bare loop, lean, {name}, logits at hand", "bare_lean", {**plain, "bf16": bf16, "kept": True}, 5
+        yield f"optimized loop, {name}, cached logits", "bare_lean", {**plain, "bf16": bf16, "kept": True}, 5
         fill = KEPT // 128
-        yield f"lkd fit, {name}, answers kept", "lkd_fit", lkd(images, teacher, precision, kept=True), fill
+        yield f"lkd fit, {name}, cached logits", "lkd_fit", lkd(images, teacher, precision, kept=True), fill
     switches = {
         "channels first": ["--speed.channels_last=false"],
         "teacher not folded": ["--speed.fold_teacher=false"],
-        "freed memory not kept": ["--speed.keep_memory=false"],
+        "memory not reused": ["--speed.keep_memory=false"],
         "compiled": ["--speed.compile=default"],
-        "files read in every epoch (2 workers)": [
+        "images decoded in every epoch (2 workers)": [
             "--data.init_args.resident_limit=0",
             "--data.init_args.num_workers=2",
         ],
-        "no TensorBoard, no bar": ["--trainer.logger=false", "--trainer.enable_progress_bar=false"],
+        "no TensorBoard, no progress bar": ["--trainer.logger=false", "--trainer.enable_progress_bar=false"],
     }
-    yield "lkd fit, as it comes", "lkd_fit", lkd(images, teacher), 5
+    yield "lkd fit, defaults", "lkd_fit", lkd(images, teacher), 5
     for name, settings in switches.items():
         yield f"lkd fit, {name}", "lkd_fit", lkd(images, teacher, *settings), 5
 
@@ -98,7 +98,7 @@ trainer: {max_epochs: 10000, check_val_every_n_epoch: 10000}
 
 
 def tiny_rows(folder: str) -> Iterator[tuple[str, str, dict[str, Any], int]]:
-    """Networks so small that a step is all overhead."""
+    """Yield rows with networks so small that a step consists of overhead only."""
     Path(folder, "tiny.yaml").write_text(TINY.replace("IMAGES", "26600"))
     yield "tiny networks, bare loop", "bare_tiny", {}, 200
     yield "tiny networks, lkd fit", "lkd_fit", {"settings": [f"--config={folder}/tiny.yaml"]}, 200
@@ -107,12 +107,12 @@ def tiny_rows(folder: str) -> Iterator[tuple[str, str, dict[str, Any], int]]:
 def measured(
     wanted: list[tuple[str, str, dict[str, Any], int]], rounds: int, steps: int, say: Callable[[str], None] = print
 ) -> list[Row]:
-    """Run the rows in turn."""
+    """Start the rows and time them in turn."""
     found: list[Row] = []
     try:
         for name, loop, arguments, warm_up in wanted:
             found.append(Row(name, f"benchmarks.loops:{loop}", arguments, warm_up))
-            say(f"{name}: ready ({found[-1].first:.0f} images/s while warming up)")
+            say(f"{name}: ready ({found[-1].first:.0f} images/s during warm-up)")
         in_turn(found, rounds, steps, say)
     finally:
         for row in found:
@@ -121,7 +121,7 @@ def measured(
 
 
 def table(found: list[Row]) -> Iterator[str]:
-    """The lines of the table, in Markdown."""
+    """Yield the lines of the table, in Markdown."""
     yield "| | ratio | range of the ratio | images/s | peak memory, MB |"
     yield "|---|---|---|---|---|"
     for row in found:
@@ -132,17 +132,17 @@ def table(found: list[Row]) -> Iterator[str]:
 
 
 def overhead(bare: Row, ours: Row) -> str:
-    """Milliseconds that a step of lkd takes above the bare loop's."""
+    """Report how many milliseconds `lkd fit` adds to a step of the bare loop."""
     above = [1e3 * 128 * (1 / one - 1 / other) for one, other in zip(ours.speeds, bare.speeds, strict=True)]
     return (
-        f"A step of tiny networks (batch 128) takes {statistics.median(above):.2f} ms more through `lkd fit`, with "
-        f"TensorBoard, metrics and bar, than in the bare loop ({min(above):.2f} to {max(above):.2f}, which takes "
-        f"{1e3 * 128 / bare.speed:.2f} ms)."
+        f"With tiny networks (batch size 128), `lkd fit` with TensorBoard, metrics and progress bar adds "
+        f"{statistics.median(above):.2f} ms ({min(above):.2f} to {max(above):.2f}) to a step of the bare loop, which "
+        f"takes {1e3 * 128 / bare.speed:.2f} ms."
     )
 
 
 def machine() -> str:
-    """What was measured on."""
+    """Describe the machine and the versions."""
     import lightning
     import torch
 
@@ -160,19 +160,21 @@ def machine() -> str:
 
 
 def main() -> None:
-    """Measure, and write the table."""
+    """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images")
     parser.add_argument("teacher")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--only", nargs="*", default=[""], help="rows whose name has one of these words, and the first")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="the first row, and rows whose name contains one of these words"
+    )
     parser.add_argument("--trainer", help="another trainer to time: mine.py:make")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     images, teacher = (str(Path(path).resolve()) for path in (options.images, options.teacher))
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["LKD_CACHE"] = folder  # nothing is kept from an earlier run
+        os.environ["LKD_CACHE"] = folder  # no cached files of an earlier run
         arrays = decoded(images, folder)
         first, *others = rows(images, teacher, arrays)
         wanted = [first, *(row for row in others if any(word in row[0] for word in options.only))]
@@ -180,9 +182,9 @@ def main() -> None:
             arguments = {"adapter": str(Path(options.trainer).resolve()), "images": arrays, "teacher": teacher}
             wanted.append((options.trainer, "own", arguments, 5))
         found = measured(wanted, options.rounds, options.steps)
-        kept = [row for row in found if "answers kept" in row.name]
+        kept = [row for row in found if row.name.startswith("lkd fit") and "cached logits" in row.name]
         lines = [*table(found), ""]
-        lines += [f"{row.name}: the epoch that fills them runs at {row.first:,.0f} images/s." for row in kept]
+        lines += [f"{row.name}: the epoch that fills the cache runs at {row.first:,.0f} images/s." for row in kept]
         pair = [row for row in tiny_rows(folder) if any(word in row[0] for word in options.only)]
         if len(pair) == 2:
             lines += ["", overhead(*measured(pair, options.rounds, 50 * options.steps))]

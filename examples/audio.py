@@ -1,7 +1,7 @@
-"""Audio: what kind of sound is it? A convolutional network for spectrograms teaches a smaller one.
+"""Audio classification: distill a convolutional network on spectrograms into a smaller one.
 
-The sounds are generated: eight kinds of wave at a random pitch, in noise that is half to twice as loud. It is a
-toy, which says nothing of speech or music; the way from waves to spectrograms is that of real recordings.
+The data set is synthetic: eight waveforms at a random pitch, with additive noise of standard deviation 0.5 to 1.5. It
+is a toy task, and the results do not carry over to speech or music. Spectrograms are computed as for real recordings.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lkd.types import IGNORE_INDEX
 
 KINDS = ("sine", "square", "sawtooth", "triangle", "rising", "falling", "beating", "wavering")
-RATE, LENGTH = 8000, 2048  # samples in a second, and in a sound
+RATE, LENGTH = 8000, 2048  # samples per second and per sound
 WINDOW, HOP = 128, 64
 
 
 def make_sounds(number: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Sounds `(number, LENGTH)` and their kinds `(number,)`: a function of the seed."""
+    """Generate sounds `(number, LENGTH)` and their classes `(number,)` as a function of the seed."""
     draw = torch.Generator().manual_seed(seed)
     kind = torch.randint(len(KINDS), (number,), generator=draw)
     pitch = 200 * 4 ** torch.rand(number, 1, generator=draw)  # two octaves, in Hz
@@ -49,18 +49,18 @@ def make_sounds(number: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 class SoundDataModule(L.LightningDataModule):
-    """Generated sounds as spectrograms, which are made of whole batches, on the device.
+    """Synthetic sounds; spectrograms are computed for whole batches, on the device.
 
     Args:
-        batch_size: Sounds in a batch.
-        label_size: How many training sounds keep their label; None: all.
-        drop_unlabelled: Leave the others out of training: the few are then repeated, for as many steps.
+        batch_size: Number of sounds per batch.
+        label_size: Number of training sounds that keep their label; `None` keeps all labels.
+        drop_unlabelled: Train only on labelled sounds, repeated so that the number of steps is the same.
         train_size: Number of training sounds.
     """
 
     num_classes = len(KINDS)
     class_names = KINDS
-    input_shape = (1, WINDOW // 2 + 1, LENGTH // HOP + 1)  # of a spectrogram: what the networks take
+    input_shape = (1, WINDOW // 2 + 1, LENGTH // HOP + 1)  # shape of a spectrogram, the input of the networks
 
     def __init__(
         self, batch_size: int = 64, label_size: int | None = None, drop_unlabelled: bool = False, train_size: int = 4000
@@ -70,7 +70,7 @@ class SoundDataModule(L.LightningDataModule):
         self.train_size = train_size
 
     def setup(self, stage: str) -> None:
-        """Make the sounds, and hide labels."""
+        """Generate the sounds and remove labels beyond `label_size`."""
         sounds, kinds = make_sounds(self.train_size, seed=1)
         index = torch.arange(self.train_size)
         if self.label_size is not None and self.drop_unlabelled:
@@ -82,7 +82,7 @@ class SoundDataModule(L.LightningDataModule):
             self.splits[split] = TensorDataset(*make_sounds(number, seed), torch.arange(number))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Make spectrograms `(B, 1, frequencies, times)` of sounds `(B, LENGTH)`, with values of about 1."""
+        """Convert sounds `(B, LENGTH)` to log spectrograms `(B, 1, frequencies, times)` with values of about 1."""
         sound, kind, index = batch
         window = torch.hann_window(WINDOW, device=sound.device)
         parts = torch.stft(sound, WINDOW, HOP, window=window, return_complex=True)
@@ -93,26 +93,26 @@ class SoundDataModule(L.LightningDataModule):
         return DataLoader(self.splits[split], batch_size=self.batch_size, shuffle=training, drop_last=training)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Training sounds, shuffled."""
+        """Return the loader of the training sounds, shuffled."""
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Validation sounds."""
+        """Return the loader of the validation sounds."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Test sounds."""
+        """Return the loader of the test sounds."""
         return self._loader("test")
 
     predict_dataloader = test_dataloader
 
 
 class SpectrogramNet(nn.Sequential):
-    """Three convolutions, each of which halves frequencies and times, their mean, a linear classifier.
+    """Three convolutions with stride 2, global average pooling and a linear classifier.
 
     Args:
-        width: Channels of the first convolution.
-        num_classes: Classes.
+        width: Number of channels of the first convolution.
+        num_classes: Number of classes.
     """
 
     def __init__(self, width: int, num_classes: int = len(KINDS)) -> None:

@@ -1,9 +1,10 @@
-"""Does distilling help on the examples? Test accuracy of teacher, student alone and distilled student.
+"""Compare the test accuracy of teacher, student alone and distilled student on the examples.
 
     cd examples && python table.py text|audio [--seeds 5]
 
-Trains the example's three files through the command line's own code, once per seed; the distilled student learns from
-the teacher of the same seed. The best checkpoint is chosen on the validation samples; the test samples are used once.
+The three configs of an example are trained with the code of the command line, once per seed. The distilled student
+learns from the teacher with the same seed. The best checkpoint is selected on the validation samples, and the test
+samples are used once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lkd.cli.lightning_cli import LkdCLI
 
 
 def fit(config: str, seed: int, folder: str, *settings: str) -> tuple[float, str]:
-    """Train one file; its test accuracy in percent, and its checkpoint."""
+    """Train one config and return its test accuracy in percent and its best checkpoint."""
     args = ["fit", f"--config={config}.yaml", f"--seed_everything={seed}", f"--trainer.default_root_dir={folder}"]
     cli = LkdCLI([*args, "--trainer.enable_progress_bar=false", *settings], f"{config}{seed}")
     best = cli.trainer.checkpoint_callback.best_model_path
@@ -31,7 +32,7 @@ def fit(config: str, seed: int, folder: str, *settings: str) -> tuple[float, str
 
 
 def main() -> None:
-    """Print the table."""
+    """Train all seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("example", choices=["text", "audio"])
     parser.add_argument("--seeds", type=int, default=5)
@@ -52,7 +53,7 @@ def main() -> None:
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         print(f"| {name} | {statistics.mean(values):.2f} | {spread:.2f} | {each} |")
     versions = f"lkd {lkd.__version__}, torch {torch.__version__}, lightning {L.__version__}"
-    threads = f"{torch.get_num_threads()} threads, {took:.0f} s for a seed"
+    threads = f"{torch.get_num_threads()} threads, {took:.0f} s per seed"
     print(f"\n{versions}, Python {platform.python_version()}, {threads}")
 
 

@@ -1,7 +1,8 @@
-"""Text: which library does a docstring come from? A small transformer teaches a smaller one.
+"""Text classification: distill a small transformer into a smaller one.
 
-The texts are real, and on every machine that has lkd: docstrings of the packages that it needs and of Python's standard
-library, read from their source files. Other versions of these have other docstrings, so figures move a little.
+The task is to predict which library a docstring comes from. The texts are real and need no download: docstrings of
+lkd's dependencies and of Python's standard library, read from the installed source files. Results vary slightly between
+versions of these packages.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ from lkd.features.layers import FeatureLayers
 from lkd.types import IGNORE_INDEX
 
 LIBRARIES = ("standard library", "numpy", "scipy", "sklearn", "torch")
-NAMES = re.compile(r"\b(python|numpy|np|scipy|sklearn|scikit|learn|py|torch|pytorch)\b")  # they would give it away
+NAMES = re.compile(r"\b(python|numpy|np|scipy|sklearn|scikit|learn|py|torch|pytorch)\b")  # would reveal the class
 VOCABULARY = 4096
 
 
 class Sample(NamedTuple):
-    """A text as numbers."""
+    """A tokenized text."""
 
-    words: Tensor  # (L,) int64; as long as the text
+    words: Tensor  # (L,) int64, variable length
     target: int
     index: int
 
 
 @cache
 def read_corpus(per_library: int, length: int) -> dict[str, list[Sample]]:
-    """Texts by split; texts of one source file are in one split.
+    """Read the docstrings by split. All texts from a source file are in the same split.
 
     Args:
-        per_library: How many texts of each library, at most.
-        length: Words that are read of a text, from its beginning.
+        per_library: Maximum number of texts per library.
+        length: Maximum number of words per text; longer texts are truncated.
     """
     splits: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
     index = 0
@@ -60,12 +61,12 @@ def read_corpus(per_library: int, length: int) -> dict[str, list[Sample]]:
 
 
 def _texts(library: str) -> Iterator[tuple[str, list[int]]]:
-    """Name of the file and numbers of the words, of each docstring that has some words."""
+    """Yield the file name and the token ids of each docstring with at least 8 words."""
     spec = None if library == LIBRARIES[0] else importlib.util.find_spec(library)
     folder = Path(sysconfig.get_path("stdlib") if spec is None else str(spec.origin)).resolve()
     folder = folder if spec is None else folder.parent
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*.py")}
-    for name in sorted(files, key=lambda name: zlib.crc32(name.encode())):  # from all over the library
+    for name in sorted(files, key=lambda name: zlib.crc32(name.encode())):  # spread over the whole library
         if "site-packages" in name or "test" in name or files[name].stat().st_size > 200_000:
             continue
         try:
@@ -83,15 +84,15 @@ def _texts(library: str) -> Iterator[tuple[str, list[int]]]:
 class DocstringDataModule(L.LightningDataModule):
     """Docstrings of five libraries.
 
-    A batch is a dict: `input`, again a dict of `words` (B, L) and `mask` (B, L), padded to its longest text; `target`
-    and `index`. That is what lkd's modules take as it is.
+    A batch is a dict with the keys `input`, `target` and `index`, which lkd's modules accept directly. The input is a
+    dict of `words` `(B, L)` and `mask` `(B, L)`, padded to the longest text of the batch.
 
     Args:
-        batch_size: Texts in a batch.
-        label_size: How many training texts keep their label; None: all.
-        drop_unlabelled: Leave the others out of training: the few are then repeated, for as many steps.
-        per_library: How many texts of each library.
-        length: Words that are read of a text.
+        batch_size: Number of texts per batch.
+        label_size: Number of training texts that keep their label; `None` keeps all labels.
+        drop_unlabelled: Train only on labelled texts, repeated so that the number of steps is the same.
+        per_library: Maximum number of texts per library.
+        length: Maximum number of words per text.
     """
 
     num_classes = len(LIBRARIES)
@@ -108,12 +109,12 @@ class DocstringDataModule(L.LightningDataModule):
         super().__init__()
         self.batch_size, self.label_size, self.drop_unlabelled = batch_size, label_size, drop_unlabelled
         self.per_library, self.length = per_library, length
-        # One blank input: from it lkd learns what the networks' layers return.
+        # A blank input, from which lkd infers the output shapes of the networks' layers.
         blank = {"words": torch.zeros(1, length, dtype=torch.int64), "mask": torch.ones(1, length, dtype=torch.bool)}
         self.example_input = blank
 
     def setup(self, stage: str) -> None:
-        """Read the texts, and hide labels."""
+        """Read the texts and remove labels beyond `label_size`."""
         self.splits = dict(read_corpus(self.per_library, self.length))
         if self.label_size is None:
             return
@@ -132,29 +133,29 @@ class DocstringDataModule(L.LightningDataModule):
         training = split == "train"
         return DataLoader(
             self.splits[split],  # type: ignore[arg-type]
-            batch_size=self.batch_size,  # by name, as Lightning repeats it for predict
+            batch_size=self.batch_size,  # a keyword argument, because Lightning recreates the loader for predict
             shuffle=training,
             drop_last=training,
             collate_fn=collate,
         )
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Training texts, shuffled."""
+        """Return the loader of the training texts, shuffled."""
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        """Validation texts."""
+        """Return the loader of the validation texts."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Sample]:
-        """Test texts."""
+        """Return the loader of the test texts."""
         return self._loader("test")
 
     predict_dataloader = test_dataloader
 
 
 def collate(samples: list[Sample]) -> dict[str, Tensor | dict[str, Tensor]]:
-    """Texts of several lengths as a batch."""
+    """Pad texts of different lengths to a batch."""
     words = pad_sequence([sample.words for sample in samples], batch_first=True)
     return {
         "input": {"words": words, "mask": words != 0},
@@ -164,13 +165,14 @@ def collate(samples: list[Sample]) -> dict[str, Tensor | dict[str, Tensor]]:
 
 
 class Transformer(nn.Module):
-    """Embeddings, transformer layers, the mean over the words, a linear classifier.
+    """Transformer encoder with mean pooling over the words and a linear classifier.
 
     Args:
-        width: Numbers for a word.
-        depth: Layers.
-        num_classes: Classes.
-        length: Words at most.
+        width: Embedding dimension.
+        depth: Number of layers.
+        num_classes: Number of classes.
+        length: Maximum number of words.
+        dropout: Dropout probability.
     """
 
     def __init__(
@@ -184,12 +186,12 @@ class Transformer(nn.Module):
             for _ in range(depth)
         )
         self.head = nn.Linear(width, num_classes)
-        # Which layers @stages, @pooled and @head are, for criteria that read them.
+        # The layers that @stages, @pooled and @head refer to, for criteria that read them.
         stages = tuple(f"layers.{number}" for number in range(depth))
         self.feature_layers = FeatureLayers(stages=stages, pooled="head:input", head="head")
 
     def forward(self, input: dict[str, Tensor]) -> Tensor:
-        """Logits `(B, K)` of `words` and `mask`, both `(B, L)`."""
+        """Compute the logits `(B, K)` from `words` and `mask`, both `(B, L)`."""
         words, mask = input["words"], input["mask"]
         state = self.words(words) + self.places[: words.shape[1]]
         for layer in self.layers:

@@ -85,7 +85,7 @@ def test_rows_take_their_steps_in_turn(tmp_path: Path, images: str, teacher: str
         "--data.init_args.val_size=20",
     ]
     wanted = [
-        ("bare", "bare_lean", {**every["bare loop, lean, bf16-mixed"][1], "size": 16}, 1),
+        ("bare", "bare_lean", {**every["optimized loop, bf16-mixed"][1], "size": 16}, 1),
         ("lkd", "lkd_fit", {"settings": settings}, 1),
         ("mine", "own", {"adapter": "mine.py:make", "images": arrays, "teacher": teacher}, 1),
     ]
@@ -171,7 +171,7 @@ def test_endurance(tmp_path: Path) -> None:
         assert all(one.peak >= one.resident >= one.own > 1e8 and one.files > 2 and one.objects > 1e5 for one in looks)
         lines = list(endurance.table(variant, looks))
         unit = "fit" if variant is fits else "epoch"
-        grown = re.fullmatch(rf"Peak from {unit} 1 to 2: ([+-]\d+\.\d\d)%\.", lines[-2])
+        grown = re.fullmatch(rf"Peak memory from {unit} 1 to 2: ([+-]\d+\.\d\d)%\.", lines[-2])
         assert grown
         assert float(grown[1]) == pytest.approx(100 * (looks[1].peak / looks[0].peak - 1), abs=0.006)
     assert again[1].modules <= again[0].modules  # after fit its networks are gone
@@ -181,5 +181,5 @@ def test_the_hosts_share_of_a_step(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.host", "--steps", "50", "--out", str(tmp_path / "host.md")]
     subprocess.run(command, cwd=FOLDER.parent, check=True, capture_output=True)
     first, second, *_ = (tmp_path / "host.md").read_text().split("\n\n")
-    assert float(re.match(r"A step takes ([\d.]+) ms of the host \(", first)[1]) > 0
+    assert float(re.match(r"Host time per step: ([\d.]+) ms \(", first)[1]) > 0
     assert "lightning" in second

@@ -1,6 +1,6 @@
-"""Runs that are killed, told to stop, or failed by their disk end as if nothing had happened.
+"""Runs resume exactly after kills, signals, corrupt files and disk errors.
 
-All settings, two processes too, and many more kills: python -m benchmarks.faults.
+For all settings, including two processes, and many more kills, see `python -m benchmarks.faults`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def _assert_nothing_lost(row: Row) -> None:
     "settings",
     [
         "image files, read by 2 workers",
-        "the teacher's answers kept",
-        "memories (CRD)",
-        "averaged weights (EMA)",
+        "cached teacher logits",
+        "memory bank (CRD)",
+        "weight averaging (EMA)",
     ],
 )
 def test_killed_within_an_epoch(bench, settings: str) -> None:
@@ -42,9 +42,9 @@ def test_killed_within_an_epoch(bench, settings: str) -> None:
 
 
 def test_killed_at_random_moments(bench) -> None:
-    row = bench.killed("the digits")
-    while not row.times:  # the moment came after the run's end
-        row = bench.killed("the digits")
+    row = bench.killed("digits")
+    while not row.times:  # the kill came after the end of the run
+        row = bench.killed("digits")
     _assert_nothing_lost(row)
 
 
@@ -57,7 +57,7 @@ def test_killed_while_the_previous_checkpoint_gets_its_name(bench) -> None:
 
 
 def test_damaged_checkpoint(bench) -> None:
-    _assert_nothing_lost(bench.torn("", flip))
+    _assert_nothing_lost(bench.corrupted("", flip))
 
 
 def test_file_that_may_not_grow(bench) -> None:
@@ -76,12 +76,12 @@ def test_folder_that_may_not_be_written(bench) -> None:
     ("number", "code", "be"),
     [(signal.SIGTERM, 143, "anyone"), (signal.SIGINT, 1, "anyone"), (signal.SIGUSR1, 143, "slurm")],
 )
-def test_told_to_stop(bench, number: int, code: int, be: str) -> None:
-    _assert_nothing_lost(bench.told("", int(number), code, be))
+def test_signals_stop_the_run(bench, number: int, code: int, be: str) -> None:
+    _assert_nothing_lost(bench.signalled("", int(number), code, be))
 
 
 def test_all_checkpoints_of_a_run_damaged_but_the_best(bench, tmp_path: Path) -> None:
-    whole, _ = bench.whole("the digits")
+    whole, _ = bench.whole("digits")
     images(tmp_path)
     live(ARGS, tmp_path, fault="benchmarks.faults:die_at_save,7,after")
     folder = run_of(tmp_path) / "checkpoints"
@@ -104,7 +104,7 @@ def test_no_checkpoint_is_whole(bench, tmp_path: Path) -> None:
 
 
 def test_a_run_at_its_end_has_nothing_to_do(bench) -> None:
-    whole, _ = bench.whole("the digits")
+    whole, _ = bench.whole("digits")
     before = curves(whole)
     folder = whole.parents[3]
     life = live(ARGS, folder)
@@ -114,13 +114,13 @@ def test_a_run_at_its_end_has_nothing_to_do(bench) -> None:
 
 
 def test_differences_are_found(bench, tmp_path: Path) -> None:
-    whole, _ = bench.whole("the digits")
+    whole, _ = bench.whole("digits")
     other = [arg.replace("max_epochs=3", "max_epochs=2") for arg in ARGS]
     live(other, tmp_path)
     found = differences(run_of(tmp_path), whole)
     assert any(name.startswith("last.ckpt/state_dict/") for name in found)
     assert "curve val/acc" in found
-    assert "of 1 the end differs" in table([Row("a", "b", 1, 2, "", found)], 0)
+    assert "1 of 1 runs, with 0 kills at random moments, ended " in table([Row("a", "b", 1, 2, "", found)], 0)
 
 
 def test_two_processes_do_not_train_one_run(bench, tmp_path: Path) -> None:

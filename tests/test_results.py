@@ -169,7 +169,7 @@ def test_stores_are_merged(plan, whole, copy, tmp_path, capsys) -> None:
     _without(copy, "kd")
     _without(other, "student_alone")
     assert main([str(plan), str(copy), "--merge", str(other)]) == 0
-    assert capsys.readouterr().out.endswith(": taken over\n")
+    assert capsys.readouterr().out.endswith(": imported\n")
     assert figures(copy) == figures(whole)
     assert {path.name for path in (copy / "weights").iterdir()} == {path.name for path in (whole / "weights").iterdir()}
 
@@ -179,8 +179,8 @@ def test_stores_are_merged(plan, whole, copy, tmp_path, capsys) -> None:
     path.write_text(json.dumps({**record, "best": {**record["best"], "weights": "others", "test": 1.0}}))
     assert main([str(plan), str(copy), "--merge", str(other)]) == 0
     said = capsys.readouterr().out
-    assert "kept as it is, although the other store has other figures" in said
-    assert "left out, as its teacher has other weights" in said
+    assert "not changed, although the results in the other store differ" in said
+    assert "skipped, because its teacher has other weights" in said
     assert len(figures(copy)) == 2
 
 
@@ -265,6 +265,6 @@ def test_mistakes_in_a_plan(tmp_path, capsys) -> None:
     assert main(["plan.yaml", "store"]) == 2
     assert "plan.yaml is not a plan with the keys label, data, recipes" in capsys.readouterr().err
     assert main(["nothing", "store"]) == 2
-    assert "there is no plan 'nothing'; give a YAML file, or one of literature, short" in capsys.readouterr().err
+    assert "no plan 'nothing'; expected a YAML file or one of literature, short" in capsys.readouterr().err
     with pytest.raises(ValueError, match="such as 15M"):
         bundle.size("15 megabytes")

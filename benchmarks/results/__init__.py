@@ -1,6 +1,6 @@
-"""Accuracy of methods, measured cell by cell: `python -m benchmarks.results --help`.
+"""Measure the accuracy of methods, one cell at a time: `python -m benchmarks.results --help`.
 
-The student of the best cell, chosen by its accuracy on the validation images:
+To load the student of the best cell, selected by its accuracy on the validation images:
 
     from benchmarks.results import best_student
     network = best_student("STORE", "resnet56_resnet20_100")
@@ -20,12 +20,12 @@ def best_student(store: str | Path, pair: str, method: str | None = None) -> nn.
     """Load the student of a pair's best cell.
 
     Args:
-        store: The store's folder.
+        store: Folder of the store.
         pair: Name of the pair.
-        method: Name of the method; None: any.
+        method: Name of the method; `None` selects the best of all methods.
 
     Returns:
-        The network in eval mode, with the weights of its best checkpoint, which were rounded to float16.
+        The network in eval mode, with the weights of its best checkpoint, rounded to float16.
 
     Raises:
         ValueError: If no such cell is finished.

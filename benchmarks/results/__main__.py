@@ -1,4 +1,4 @@
-"""Measure the accuracy of methods, cell by cell.
+"""Measure the accuracy of methods, one cell at a time.
 
     python -m benchmarks.results PLAN STORE [--data FOLDER] [--minutes N]
     python -m benchmarks.results PLAN STORE --table FOLDER
@@ -6,13 +6,13 @@
     python -m benchmarks.results PLAN STORE --merge OTHER
     python -m benchmarks.results PLAN STORE --bundle FILE [--part-size 15M]
 
-PLAN is a YAML file, or the name of one in benchmarks/results/plans. A cell is one `lkd fit`, and `lkd test` of its best
-and its last checkpoint. STORE is a folder with one JSON file per finished cell. The command trains the cells that are
-missing in the order teachers, students alone, methods seed by seed. It may be killed at any time: the same command
-continues, and every figure is the same as without an interruption. Several commands may share a store on one machine.
+PLAN is a YAML file, or the name of one in benchmarks/results/plans. A cell is one `lkd fit`, followed by `lkd test` of
+its best and its last checkpoint. STORE is a folder with one JSON file per finished cell. The command trains the missing
+cells in the order teachers, students alone, methods seed by seed. It may be killed at any time: the same command
+continues, with the same results as without an interruption. Several commands may share a store on one machine.
 
-FOLDER has the images in train/<class>/ and test/<class>/, or the data set's own files. OTHER is another store, or the
-name of a bundle. A bundle contains results, unfinished cells and teachers for another machine.
+FOLDER contains the images in train/<class>/ and test/<class>/, or the original files of the data set. OTHER is another
+store or the name of a bundle. A bundle contains results, unfinished cells and teachers for another machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.results.work import Clock, work
 
 
 def parsed(args: Sequence[str] | None) -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan")
     parser.add_argument("store", type=Path)
@@ -42,13 +42,13 @@ def parsed(args: Sequence[str] | None) -> argparse.Namespace:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--table", type=Path, help="write table.md, table.json and table.svg to a folder")
     action.add_argument("--tune", metavar="METHOD", help="search a method's settings on validation images, first seed")
-    action.add_argument("--merge", type=Path, metavar="OTHER", help="take over the cells of another store or a bundle")
+    action.add_argument("--merge", type=Path, metavar="OTHER", help="import the cells of another store or a bundle")
     action.add_argument("--bundle", type=Path, metavar="FILE", help="pack what another machine needs to continue")
     return parser.parse_args(args)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carry out what the options ask for; return the exit code."""
+    """Execute the selected action; return the exit code."""
     clock, plan, store = Clock(options.minutes), read_plan(options.plan), Store(options.store)
     data = options.data and options.data.resolve()
     planned = rows(plan, store.tuned())

@@ -1,4 +1,4 @@
-"""Bundles: what another machine needs to continue a store, in files of limited size."""
+"""Bundles: everything that another machine needs to continue a store, in files of limited size."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from benchmarks.results.store import Store
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _RUN = ("*.json", "version_*/*.yaml", "version_*/checkpoints/last.ckpt", "version_*/checkpoints/best.ckpt")
-"""Files of an unfinished cell; curves are left out."""
+"""Files of an unfinished cell; curves are omitted."""
 
 
 def size(text: str) -> int:
-    """A number of bytes.
+    """Parse a number of bytes.
 
     Example:
         >>> size("15M")
@@ -26,7 +26,7 @@ def size(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+)([KMG]?)", text)
     if not found or not int(found[1]):
-        raise ValueError(f"a size is a number with K, M or G, such as 15M, got {text!r}")
+        raise ValueError(f"a size must be a number with an optional unit K, M or G, such as 15M, got {text!r}")
     return int(found[1]) * _UNITS[found[2]]
 
 
@@ -35,7 +35,7 @@ def pack(store: Store, file: Path, part_size: int) -> list[Path]:
 
     Args:
         store: The store.
-        file: The archive; parts are called `FILE.1-of-3`.
+        file: The archive; parts are named `FILE.1-of-3` and so on.
         part_size: Largest size of a part, in bytes.
 
     Returns:
@@ -58,10 +58,10 @@ def pack(store: Store, file: Path, part_size: int) -> list[Path]:
 
 @contextmanager
 def opened(place: Path) -> Iterator[Store]:
-    """Open a store: a folder, or a bundle, which is unpacked to a temporary folder.
+    """Open a store from a folder, or from a bundle, which is unpacked to a temporary folder.
 
     Args:
-        place: The folder, or the bundle's name without that of a part.
+        place: The folder, or the name of the bundle without the suffix of a part.
 
     Raises:
         FileNotFoundError: If there is neither, or a part is missing.
@@ -74,7 +74,7 @@ def opened(place: Path) -> Iterator[Store]:
     wanted = [f"{place.name}.{part}-of-{number}" for part in range(1, number + 1)]
     missing = sorted({*wanted} ^ {part.name for part in parts})
     if not parts or missing:
-        reason = f"the parts differ from those of one bundle in {', '.join(missing)}" if parts else "nothing is there"
+        reason = f"the parts differ from those of one bundle in {', '.join(missing)}" if parts else "not found"
         raise FileNotFoundError(f"{place} is neither a folder nor a complete bundle: {reason}")
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as stream:
         for name in wanted:

@@ -1,4 +1,4 @@
-"""One cell: `lkd fit`, then `lkd test` of its best and its last checkpoint."""
+"""Train and evaluate one cell: `lkd fit`, then `lkd test` of its best and its last checkpoint."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from lkd.loading import Answer, network_of
 
 
 def train(cell: Cell, store: Store, data: Path | None) -> None:
-    """Train or continue a cell, evaluate it, and write its result. For a process of its own.
+    """Train or continue a cell, evaluate it, and write its result. Must run in its own process.
 
     Args:
         cell: The cell.
         store: The store.
-        data: Folder of the images; None: the config's.
+        data: Folder of the images; `None` uses that of the config.
 
     Raises:
-        SystemExit: With the exit code of `lkd fit`, unless it is 0.
+        SystemExit: With the exit code of `lkd fit`, if it is not 0.
     """
     enter(store, store.run(cell.id) / "log.txt")
     begun = _begin(store.run(cell.id))
@@ -55,9 +55,9 @@ def train(cell: Cell, store: Store, data: Path | None) -> None:
 
 
 def enter(store: Store, log: Path) -> None:
-    """Make a forked process independent: own folder, log and signals; it stops when its parent has ended."""
+    """Set up a forked process: working directory, log and signals. It stops when its parent ends."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.chdir(store.folder)  # paths in configs are relative to the store, which may be moved
+    os.chdir(store.folder)  # paths in configs are relative to the store, so that it can be moved
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
@@ -67,7 +67,7 @@ def enter(store: Store, log: Path) -> None:
 
 
 def arguments(cell: Cell, store: Store) -> list[str]:
-    """The arguments of `lkd fit` for a cell, whose configs are written to its folder."""
+    """Write the configs of a cell to its folder and return the arguments of `lkd fit`."""
     folder = store.run(cell.id)
     for number, config in enumerate(cell.configs):
         with replacing(folder / f"{number}.yaml") as path:
@@ -84,7 +84,7 @@ def _follow_parent() -> None:
 
 
 def _begin(folder: Path) -> float:
-    """When the training would have begun without interruptions; work after a last checkpoint is not counted twice."""
+    """Return the start time the training would have had without interruptions; lost work is not counted."""
     file, now, last = folder / "begun.json", time.time(), 0.0
     if file.is_file():
         times = [path.stat().st_mtime for path in folder.glob("version_*/checkpoints/last.ckpt")]
@@ -99,11 +99,11 @@ def _figures(checkpoint: Path, root: list[str], keep: Path | None = None) -> dic
 
     Args:
         checkpoint: The checkpoint.
-        root: The argument that names the folder of the images.
-        keep: File for the network's weights in float16; None: they are not written.
+        root: Argument that names the folder of the images.
+        keep: File for the network's weights in float16; `None` does not write them.
 
     Returns:
-        Its epoch, its accuracy on validation and test images in percent, a hash of its weights, and that of the file.
+        The epoch, the accuracy on validation and test images in percent, a hash of the weights, and that of the file.
     """
     content = read_checkpoint(checkpoint)
     states = content["callbacks"].items()
@@ -120,7 +120,7 @@ def _figures(checkpoint: Path, root: list[str], keep: Path | None = None) -> dic
 
 
 def _described(cell: Cell, store: Store, folder: Path) -> Record:
-    """What a result says beside the figures: the cell, and versions, devices and images of its run."""
+    """Return the metadata of a result: the cell, and the versions, devices and images of its run."""
     lives = load_yaml((folder / "run.yaml").read_text())
     config = load_yaml((folder / "config.yaml").read_text())
     taught = store.result(cell.teacher)
@@ -145,7 +145,7 @@ def _keep_weights(network: nn.Module, target: Path) -> str | None:
     """Write a network's weights in float16.
 
     Returns:
-        The file's hash; None if the network does not predict alone, and nothing is written.
+        The hash of the file; `None` if the network cannot predict on its own, in which case nothing is written.
     """
     if isinstance(network, Answer):
         return None

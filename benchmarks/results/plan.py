@@ -1,4 +1,4 @@
-"""Plans: YAML files that list trainings, and the cells that they consist of."""
+"""Plans: YAML files that define experiments, and the cells that they consist of."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lkd.io.yaml import load_yaml
 HERE = Path(__file__).parent
 TEACHER, STUDENT = "teacher", "student alone"
 LITERATURE = 240
-"""Epochs for which the schedules of the overlays in configs/methods/ are written."""
+"""Number of epochs to which the schedules of the overlays in configs/methods/ refer."""
 
 Config = dict[str, Any]
 
@@ -30,17 +30,17 @@ def _published() -> Config:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training, with everything that determines its figures.
+    """One training run, with everything that determines its results.
 
     Attributes:
         pair: Pair of networks; for a network without a teacher, the network's name.
         recipe: Name of the recipe.
         method: Name of the method.
-        seed: The run's seed.
-        label: Name of the data, which stands beside every figure.
+        seed: Seed of the run.
+        label: Name of the data, reported with every result.
         network: `class_path` and `init_args` of the trained network.
-        configs: Settings of `lkd fit`; a later config has precedence.
-        teacher: ID of the cell that trains the teacher; empty if there is none.
+        configs: Settings of `lkd fit`; later configs take precedence.
+        teacher: ID of the cell that trains the teacher; empty without a teacher.
     """
 
     pair: str
@@ -54,7 +54,7 @@ class Cell:
 
     @cached_property
     def id(self) -> str:
-        """A readable name, and a hash of the settings, the data's label and the teacher's ID."""
+        """Readable name with a hash of the settings, the label of the data and the ID of the teacher."""
         content = json.dumps([self.label, self.configs, self.teacher], sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()[:8]
         names = "-".join((self.pair, self.recipe, self.method)).replace(" ", "_")
@@ -63,7 +63,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: the same training with several seeds.
+    """Row of the table: the same training with several seeds.
 
     Attributes:
         pair: Pair of networks.
@@ -82,11 +82,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Method:
-    """How a plan trains a method.
+    """Settings of a method in a plan.
 
     Attributes:
-        config: Settings over the method's overlay.
-        seeds: Seeds, if they differ from the plan's.
+        config: Settings that override the method's overlay.
+        seeds: Seeds, if they differ from those of the plan.
         space: Settings that `--tune` searches, in the format of `lkd sweep --space`.
     """
 
@@ -97,16 +97,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan, as its file has it.
+    """Contents of a plan file.
 
     Attributes:
-        label: Name of the data, which stands beside every figure.
+        label: Name of the data, reported with every result.
         data: Config of the images.
-        recipes: Name of each recipe to its config.
-        pairs: Name of each pair in configs/pairs/ to settings of its students (dotted names), such as a learning rate.
-        methods: Name of each overlay in configs/methods/ to how it is trained.
-        seeds: Seeds of the students; teachers have the first one.
-        config: Settings of all cells, over those of data, networks and recipe.
+        recipes: Names of recipes, each with its config.
+        pairs: Names of pairs in configs/pairs/, each with settings of its students (dotted names), such as a learning
+            rate.
+        methods: Names of overlays in configs/methods/, each with its settings.
+        seeds: Seeds of the students; teachers use the first one.
+        config: Settings of all cells, which override those of data, networks and recipe.
     """
 
     label: str
@@ -122,7 +123,7 @@ def read_plan(name: str) -> Plan:
     """Read a plan.
 
     Args:
-        name: A file, or the name of one in `plans/`.
+        name: A file, or the name of a plan in `plans/`.
 
     Raises:
         FileNotFoundError: If there is no such plan.
@@ -131,7 +132,7 @@ def read_plan(name: str) -> Plan:
     path = next((path for path in (Path(name), HERE / "plans" / f"{name}.yaml") if path.is_file()), None)
     if path is None:
         known = ", ".join(sorted(path.stem for path in (HERE / "plans").glob("*.yaml")))
-        raise FileNotFoundError(f"there is no plan {name!r}; give a YAML file, or one of {known}")
+        raise FileNotFoundError(f"no plan {name!r}; expected a YAML file or one of {known}")
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
         content["methods"] = {key: Method(**(value or {})) for key, value in content["methods"].items()}
@@ -143,11 +144,11 @@ def read_plan(name: str) -> Plan:
 
 
 def rows(plan: Plan, tuned: Mapping[str, Config] | None = None) -> list[Row]:
-    """The rows of a plan's table: for each recipe and pair the teacher, the student alone, and the methods.
+    """Return the rows of a plan's table: for each recipe and pair, the teacher, the student alone and the methods.
 
     Args:
         plan: The plan.
-        tuned: Settings by dotted name that `--tune` has found, by the ID of the cell that they change.
+        tuned: Settings found by `--tune` (dotted names), by the ID of the cell that they modify.
     """
     found = []
     for recipe in plan.recipes:
@@ -157,14 +158,14 @@ def rows(plan: Plan, tuned: Mapping[str, Config] | None = None) -> list[Row]:
 
 
 def cells(table: Iterable[Row]) -> list[Cell]:
-    """The cells of a table in the order of training: teachers, students alone, then all methods seed by seed."""
+    """Return the cells of a table in the order of training: teachers, students alone, then methods seed by seed."""
     rank = {TEACHER: 0, STUDENT: 1}
     found = {cell.id: cell for row in table for cell in row.cells}
     return sorted(found.values(), key=lambda cell: (rank.get(cell.method, 2), cell.seed))
 
 
 def nested(settings: Mapping[str, Any]) -> Config:
-    """Settings by dotted name as a config.
+    """Convert settings with dotted names to a nested config.
 
     Example:
         >>> nested({"trainer.max_epochs": 3})
@@ -181,7 +182,7 @@ def nested(settings: Mapping[str, Any]) -> Config:
 
 
 def weights_file(cell: str) -> str:
-    """The file of a finished cell's weights, relative to the store."""
+    """Return the path of a finished cell's weights, relative to the store."""
     return f"weights/{cell}.safetensors"
 
 
@@ -224,18 +225,18 @@ def _config(name: str) -> Config:
 
 
 def _alone(networks: Config, network: str) -> Config:
-    """A config that trains one network of a pair without the other."""
+    """Return a config that trains one network of a pair without the other."""
     shared = {name: value for name, value in networks.items() if not name.startswith(("student", "teacher"))}
     return {"model": {"class_path": "lkd.ClassificationModule", "init_args": {"model": networks[network], **shared}}}
 
 
 def _epochs(*configs: Config) -> int:
-    """The length of a run."""
+    """Return the number of epochs that the last config with one sets."""
     return next(int(epochs) for config in configs[::-1] if (epochs := config.get("trainer", {}).get("max_epochs")))
 
 
 def _scaled(overlay: Config, epochs: int) -> Config:
-    """A method's overlay whose schedules are as long, relative to the run, as in the literature's 240 epochs."""
+    """Scale the schedules of an overlay from the 240 epochs of the literature to the length of the run."""
     overlay = copy.deepcopy(overlay)
     for callback in overlay.get("trainer", {}).get("callbacks+", []):
         if "epochs" in callback["init_args"]:

@@ -1,4 +1,4 @@
-"""Stores: folders with the results of finished cells, and with what unfinished ones need to continue."""
+"""Stores: folders with the results of finished cells and the state of unfinished ones."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Record = dict[str, Any]
 
 
 class Store:
-    """A folder of results.
+    """Folder of results.
 
     - `results/CELL.json`: a finished cell. It is written last, and atomically.
-    - `weights/CELL.safetensors`: the weights of a finished cell's best checkpoint, in float16. Teachers are read from
-      there, so that students on all machines learn from the same numbers.
-    - `tuned/CELL.json`: settings that `--tune` has found for a cell.
+    - `weights/CELL.safetensors`: the weights of a finished cell's best checkpoint, in float16. Teachers are loaded from
+      this file, so that students on all machines learn from the same weights.
+    - `tuned/CELL.json`: settings found by `--tune` for a cell.
     - `runs/CELL/`: the run of `lkd fit`; its checkpoints are removed when the cell is finished.
     - `locks/CELL`: locked while a process trains the cell.
 
     Args:
-        folder: The folder; it is created.
+        folder: The folder; created if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,15 +37,15 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def result(self, cell: str) -> Record | None:
-        """The result of a finished cell; None if it is not finished."""
+        """Return the result of a cell; `None` if it is not finished."""
         return _read(self.folder / "results" / f"{cell}.json")
 
     def results(self) -> list[Record]:
-        """All results."""
+        """Return all results."""
         return _all(self.folder / "results")
 
     def tuned(self) -> dict[str, dict[str, Any]]:
-        """Settings that `--tune` has found: cell to values by dotted name."""
+        """Return the settings found by `--tune`, with dotted names, by cell."""
         return {record["cell"]: record["settings"] for record in _all(self.folder / "tuned")}
 
     def save(self, kind: str, cell: str, record: Mapping[str, Any]) -> None:
@@ -60,15 +60,15 @@ class Store:
             path.write_text(json.dumps(record, indent=1) + "\n")
 
     def weights(self, cell: str) -> Path:
-        """The file of a finished cell's weights."""
+        """Return the path of a finished cell's weights."""
         return self.folder / weights_file(cell)
 
     def run(self, cell: str) -> Path:
-        """The folder of a cell's runs."""
+        """Return the folder of a cell's runs."""
         return self.folder / "runs" / cell
 
     def is_ready(self, cell: Cell) -> bool:
-        """Whether a cell's teacher is trained."""
+        """Return whether a cell's teacher is trained."""
         return not cell.teacher or (self.result(cell.teacher) is not None and self.weights(cell.teacher).is_file())
 
     @contextmanager
@@ -76,7 +76,7 @@ class Store:
         """Lock a cell for this process and the processes that it forks.
 
         Yields:
-            Whether the cell is theirs; otherwise another process has it.
+            Whether the lock was acquired; otherwise, another process holds it.
         """
         path = self.folder / "locks" / cell
         path.parent.mkdir(exist_ok=True)
@@ -89,23 +89,23 @@ class Store:
                 yield True
 
     def merge(self, other: Store) -> Iterator[str]:
-        """Take over finished cells, tuned settings, and those unfinished cells that have been trained for longer.
+        """Import finished cells, tuned settings, and unfinished cells that were trained for longer than in this store.
 
-        A cell that is finished in both stores stays as it is. A cell whose teacher has other weights than this store's
-        teacher is left out, as its figures would not be comparable.
+        A cell that is finished in both stores is not changed. A cell whose teacher has other weights than the teacher
+        of this store is skipped, because its results would not be comparable.
 
         Args:
             other: The other store.
 
         Yields:
-            A line for each cell that is taken over, differs, or is left out.
+            A line for each cell that is imported, differs, or is skipped.
         """
         for record in sorted(other.results(), key=lambda record: record["teacher"] is not None):
             yield from self._take(other, record)
         for path in sorted((other.folder / "tuned").glob("*.json")):
             if not (self.folder / "tuned" / path.name).exists():
                 _copy(path, self.folder / "tuned" / path.name)
-                yield f"{path.stem}: tuned settings taken over"
+                yield f"{path.stem}: tuned settings imported"
         for run in sorted((other.folder / "runs").glob("*")):
             if self.result(run.name) is None and steps(run) > steps(self.run(run.name)):
                 with self.claimed(run.name) as is_free:
@@ -113,10 +113,10 @@ class Store:
                         self._take_run(run)
                         yield f"{run.name}: continues after {steps(run):,} steps"
                     else:
-                        yield f"{run.name}: left out, as it is being trained here"
+                        yield f"{run.name}: skipped, because it is being trained here"
 
     def _take_run(self, run: Path) -> None:
-        """Copy an unfinished cell, so that an incomplete copy never takes the place of this store's."""
+        """Copy an unfinished cell; an incomplete copy never replaces that of this store."""
         copied = self.folder / "incoming" / run.name
         shutil.rmtree(copied, ignore_errors=True)
         shutil.copytree(run, copied)
@@ -129,26 +129,26 @@ class Store:
         own = self.result(cell)
         if own is not None:
             if own["best"] != record["best"] or own["last"] != record["last"]:
-                yield f"{cell}: kept as it is, although the other store has other figures"
+                yield f"{cell}: not changed, although the results in the other store differ"
             return
         known = self.result(teacher["id"]) if teacher else None
         if known is not None and known["best"]["weights"] != teacher["weights"]:
-            yield f"{cell}: left out, as its teacher has other weights than the teacher of this store"
+            yield f"{cell}: skipped, because its teacher has other weights than the teacher of this store"
             return
         if other.weights(cell).is_file():
             _copy(other.weights(cell), self.weights(cell))
         self.save("results", cell, record)
-        yield f"{cell}: taken over"
+        yield f"{cell}: imported"
 
 
 def steps(run: Path) -> int:
-    """Optimizer steps after which a cell continues; 0 if it has no checkpoint."""
+    """Return the number of optimizer steps after which a cell continues; 0 without a checkpoint."""
     paths = sorted(run.glob("version_*/checkpoints/last.ckpt"))
     return max((int(read_checkpoint(path)["global_step"]) for path in paths), default=0)
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file, in hexadecimal digits."""
+    """Return the SHA-256 hash of a file as a hexadecimal string."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The table of a plan's results: Markdown, JSON and a plot."""
+"""Table of a plan's results: Markdown, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from benchmarks.results.store import Record, Store
 from lkd.io.tensor_cache import replacing
 
 _CONFIDENCE = 0.95
-_HEAD = "| method | n | best, % | last, % | best, to the student alone | published | minutes |"
+_HEAD = "| method | n | best, % | last, % | best, difference to the student alone | published | minutes |"
 
 
 def summary(rows: Sequence[Row], store: Store) -> list[dict[str, Any]]:
-    """The figures of each row; those that need missing cells are None.
+    """Summarize the results of each row; entries that require missing cells are `None`.
 
     Accuracies are in percent, differences in percentage points. `best` is the checkpoint with the highest accuracy on
-    the validation images, `last` the one after the last step; both are measured on the test images. `difference` is the
-    mean over seeds of the difference of `best` to the student alone with the same seed, `low` and `high` its 95 %
+    the validation images, `last` the one after the last step; both are evaluated on the test images. `difference` is
+    the mean over seeds of the difference of `best` to the student alone with the same seed, `low` and `high` its 95 %
     confidence interval by Student's t.
 
     Args:
@@ -54,10 +54,10 @@ def summary(rows: Sequence[Row], store: Store) -> list[dict[str, Any]]:
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None] | None:
-    """Mean and confidence interval of paired differences; None if there are none.
+    """Compute mean and confidence interval of paired differences; `None` without values.
 
     Args:
-        values: One difference per seed; one alone has no interval.
+        values: One difference per seed; a single one has no interval.
 
     Example:
         >>> found = interval([1.0, 2.0, 3.0])
@@ -80,7 +80,7 @@ def write(rows: Sequence[Row], store: Store, folder: Path) -> None:
     Args:
         rows: The rows.
         store: The store.
-        folder: Where to write them.
+        folder: Folder of the files.
     """
     figures = summary(rows, store)
     records = [record for row in rows for record in _results(row, store)]
@@ -122,7 +122,7 @@ def _sections(figures: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any
 
 
 def _line(row: dict[str, Any]) -> str:
-    """One row in Markdown; what is missing is empty."""
+    """Format one row in Markdown; missing values are empty."""
     number = "" if not row["n"] else f"{row['n']}" if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}"
     published = "" if row["published"] is None else f"{row['published']:.2f}"
     minutes = "" if row["minutes"] is None else f"{row['minutes']:.1f}"
@@ -138,7 +138,7 @@ def _accuracy(spread: dict[str, float | None] | None) -> str:
 
 
 def _difference(found: dict[str, float | None] | None, number: int) -> str:
-    """A difference, with the number of pairs if there are fewer than seeds."""
+    """Format a difference, with the number of pairs if it is less than the number of seeds."""
     if found is None:
         return ""
     limits = "" if found["low"] is None else f" ({found['low']:+.2f} to {found['high']:+.2f})"
@@ -146,14 +146,14 @@ def _difference(found: dict[str, float | None] | None, number: int) -> str:
 
 
 def _remarks(records: Sequence[Record]) -> Iterator[str]:
-    """How the figures were measured."""
+    """Describe how the results were measured."""
     yield (
         "`best` is the checkpoint with the highest accuracy on the validation images, `last` the one after the last "
-        "step. Both are measured on the test images: mean ± standard deviation over n seeds. Differences are paired by "
-        "seed, in percentage points, with their 95 % confidence interval by Student's t. All students of a pair have "
-        "the same teacher, so the intervals leave out how teachers vary. Published figures are from the official "
-        "split, after 240 epochs on all training images: `last` in RepDistiller (Tian et al. 2020), whereas dkd and "
-        "logit_standardization publish the epoch with the best test accuracy."
+        "step. Both are evaluated on the test images: mean ± standard deviation over n seeds. Differences are paired "
+        "by seed, in percentage points, with their 95 % confidence interval by Student's t. All students of a pair "
+        "have the same teacher, so the intervals do not include the variation between teachers. Published accuracies "
+        "are from the official split, after 240 epochs on all training images: `last` in RepDistiller (Tian et al. "
+        "2020), whereas dkd and logit_standardization report the epoch with the best test accuracy."
     )
     if not records:
         return
@@ -166,11 +166,11 @@ def _remarks(records: Sequence[Record]) -> Iterator[str]:
     yield ""
     yield f"Images: {'; '.join(sorted(sizes))}. Devices: {'; '.join(sorted(devices))}. {'; '.join(sorted(versions))}."
     if len(contents) > 1:
-        yield f"\nThe cells were trained on {len(contents)} different sets of images, and are not comparable."
+        yield f"\nThe cells were trained on {len(contents)} different sets of images and are not comparable."
 
 
 def _plot(figures: Sequence[dict[str, Any]]) -> Figure:
-    """Differences to the student alone with their confidence intervals."""
+    """Plot the differences to the student alone with their confidence intervals."""
     sections = _sections(figures)
     height = sum(1.2 + 0.3 * len(section) for section in sections.values())
     figure = Figure(figsize=(7, height), layout="constrained")
@@ -190,5 +190,5 @@ def _plot(figures: Sequence[dict[str, Any]]) -> Figure:
             yticklabels=[f"{row['method']} (n = {row['difference']['n']})" for row in measured],
         )
         axes.set_ylim(max(len(measured), 1) - 0.5, -0.5)
-        axes.set_xlabel("test accuracy of `best` to the student alone, percentage points")
+        axes.set_xlabel("test accuracy of `best`, difference to the student alone, percentage points")
     return figure

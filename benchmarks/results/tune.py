@@ -21,10 +21,10 @@ _WEIGHT = "model.init_args.distill_weight"
 def tune(
     plan: Plan, rows: Sequence[Row], method: str, trials: int, store: Store, data: Path | None, clock: Clock
 ) -> int:
-    """Search the settings of a method for each pair and recipe; the best ones are one more row of the table.
+    """Search the settings of a method for each pair and recipe; the best ones are reported in an additional row.
 
-    The space is the plan's for this method; by default a tenth to ten times its distillation weight. A study that was
-    interrupted continues.
+    The search space is that of the plan for this method; by default, the distillation weight from a tenth to ten times
+    its value. An interrupted study is continued.
 
     Args:
         plan: The plan.
@@ -32,21 +32,21 @@ def tune(
         method: The method's name.
         trials: Number of trials for each pair and recipe.
         store: The store.
-        data: Folder of the images; None: the config's.
+        data: Folder of the images; `None` uses that of the config.
         clock: The time limit.
 
     Returns:
-        The exit code: 0, also if the time is over, or that of a sweep that has failed.
+        The exit code: 0, also if the time limit is reached, or that of a failed sweep.
 
     Raises:
-        ValueError: If the plan does not have the method, or a teacher is missing.
+        ValueError: If the plan does not contain the method or a teacher is missing.
     """
     if method not in plan.methods:
-        raise ValueError(f"--tune takes a method of the plan ({', '.join(plan.methods)}), got {method!r}")
+        raise ValueError(f"--tune requires a method of the plan ({', '.join(plan.methods)}), got {method!r}")
     code = 0
     for cell in (row.cells[0] for row in rows if row.method == method):
         if not store.is_ready(cell):
-            raise ValueError(f"{cell.teacher} is not finished; train it before its students are tuned")
+            raise ValueError(f"{cell.teacher} is not finished; train it before tuning its students")
         with store.claimed(f"{cell.id}-{_STUDY}") as is_free:
             if is_free and not clock.is_over and cell.id not in store.tuned():
                 space = plan.methods[method].space or _default_space(cell)
@@ -65,7 +65,7 @@ def _weight(config: Config) -> float | None:
 
 
 def _sweep(cell: Cell, space: Config, trials: int, store: Store, data: Path | None) -> None:
-    """Run the sweep, and write the best trial's settings. For a process of its own."""
+    """Run the sweep and write the settings of the best trial. Must run in its own process."""
     from lkd.sweep import main
 
     enter(store, store.run(cell.id) / f"{_STUDY}.txt")
@@ -77,7 +77,7 @@ def _sweep(cell: Cell, space: Config, trials: int, store: Store, data: Path | No
 
 
 def _best(table: Path, names: list[str]) -> dict[str, Any]:
-    """Settings and validation accuracy of the best trial."""
+    """Read the settings and the validation accuracy of the best trial."""
     with table.open(newline="") as file:
         trials = [row for row in csv.DictReader(file) if row["state"] == "complete"]
     best = max(trials, key=lambda row: float(row["value"]))

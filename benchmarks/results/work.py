@@ -1,4 +1,4 @@
-"""Train the cells of a plan one after another, each in a process of its own."""
+"""Train the cells of a plan one after another, each in its own process."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from benchmarks.results.plan import Cell
 from benchmarks.results.store import Store
 
 GRACE = 60.0
-"""Seconds that a cell has for its checkpoint after SIGTERM before it is killed."""
+"""Time in seconds for a cell to write its checkpoint after SIGTERM, before it is killed."""
 _POLL = 2.0
-"""Seconds between two looks for cells that other processes have finished."""
+"""Interval in seconds between checks for cells finished by other processes."""
 
 
 class Clock:
-    """A time limit.
+    """Time limit.
 
     Args:
-        minutes: The limit, from now on; None: there is none.
+        minutes: The limit, counted from now; `None` disables it.
     """
 
     def __init__(self, minutes: float | None) -> None:
@@ -32,7 +32,7 @@ class Clock:
 
     @property
     def left(self) -> float | None:
-        """Seconds until the cells have to stop; None if there is no limit."""
+        """Seconds until the cells have to stop; `None` without a limit."""
         return None if self._end is None else max(0.0, self._end - self.grace - time.monotonic())
 
     @property
@@ -42,18 +42,18 @@ class Clock:
 
 
 def work(cells: Sequence[Cell], store: Store, data: Path | None, clock: Clock) -> int:
-    """Train all cells that are not finished, in their order, until the time is over.
+    """Train all unfinished cells in order, until the time limit is reached.
 
-    Cells that another process trains are left to it; cells whose teacher it trains wait.
+    Cells that another process trains are skipped; cells whose teacher it trains are trained later.
 
     Args:
         cells: The cells.
         store: The store.
-        data: Folder of the images; None: the configs'.
+        data: Folder of the images; `None` uses that of the configs.
         clock: The time limit.
 
     Returns:
-        The exit code: 0, also if the time is over, or 1 if a cell has failed.
+        The exit code: 0, also if the time limit is reached, or 1 if a cell failed.
     """
     failed: set[str] = set()
     while not clock.is_over:
@@ -62,18 +62,18 @@ def work(cells: Sequence[Cell], store: Store, data: Path | None, clock: Clock) -
         if not left:
             break
         if not any(_tried(cell, store, data, clock, failed) for cell in left if store.is_ready(cell)):
-            time.sleep(_POLL)  # other processes train what is left
+            time.sleep(_POLL)  # other processes are training the remaining cells
     done = sum(store.result(cell.id) is not None for cell in cells)
     print(f"{done} of {len(cells)} cells are finished", flush=True)
     return 1 if failed else 0
 
 
 def _tried(cell: Cell, store: Store, data: Path | None, clock: Clock, failed: set[str]) -> bool:
-    """Train a cell, unless another process has it; return whether it was this one's."""
+    """Train a cell unless another process does; return whether the lock was acquired."""
     with store.claimed(cell.id) as is_free:
         if not is_free:
             return False
-        if store.result(cell.id) is not None:  # another process has finished it meanwhile
+        if store.result(cell.id) is not None:  # finished by another process in the meantime
             return True
         print(f"{cell.id} ...", flush=True)
         code = in_process(train, (cell, store, data), clock)
@@ -90,15 +90,15 @@ def _tried(cell: Cell, store: Store, data: Path | None, clock: Clock, failed: se
 
 
 def in_process(function: Callable[..., None], arguments: tuple[Any, ...], clock: Clock) -> int | None:
-    """Call a function in a forked process; if the time is over or this process stops, the other one gets SIGTERM.
+    """Call a function in a forked process, which receives SIGTERM at the time limit or if this process stops.
 
     Args:
         function: The function.
-        arguments: Its arguments.
+        arguments: Arguments of the function.
         clock: The time limit.
 
     Returns:
-        The exit code; negative: the signal that has ended the process.
+        The exit code; a negative value is the signal that ended the process.
     """
     process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
     process.start()
@@ -108,6 +108,6 @@ def in_process(function: Callable[..., None], arguments: tuple[Any, ...], clock:
         if process.is_alive():
             process.terminate()
             process.join(clock.grace)
-            process.kill()  # without effect on a process that has ended
+            process.kill()  # no effect if the process has ended
             process.join()
     return process.exitcode
