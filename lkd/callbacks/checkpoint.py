@@ -21,7 +21,7 @@ from lkd.checkpoints.io import AtomicCheckpointIO
 from lkd.io.safe_load import read_torch
 
 _AGREE = 10
-"""Steps between two synchronizations of whether to save or stop with several processes: each costs a round trip."""
+"""Interval in steps at which several processes agree on whether to save or stop; each time costs a round trip."""
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -69,7 +69,10 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Choose the monitored metric. A resumed run looks up the state of this callback by its name."""
+        """Choose the monitored metric.
+
+        This precedes loading the state of a resumed run, which is stored under a key that contains the metric.
+        """
         self.settle(pl_module)
         super().setup(trainer, pl_module, stage)
 
@@ -98,7 +101,7 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state, including the current score and the paths of the checkpoints.
 
-        Lightning restores neither the current score nor, if the folder of the run was renamed or moved, the paths.
+        Lightning does not restore the current score, nor the paths if the folder of the run was renamed or moved.
         """
         super().load_state_dict(self._moved(state_dict))
         self.current_score = state_dict.get("current_score")
@@ -117,10 +120,10 @@ class LastCheckpoint(ModelCheckpoint):
     """Save `last.ckpt`, from which an interrupted run resumes exactly.
 
     The checkpoint is saved between two steps: before each epoch, at the end of `fit`, periodically within long epochs,
-    and after SIGTERM, SLURM's preemption signal or Ctrl-C, which then stop the run. The preceding checkpoint is kept as
-    `previous.ckpt`. Loggers are flushed first, so no logged value is lost. If a run is resumed within an epoch,
-    `on_train_batch_start` is called twice for the batch before which the checkpoint was saved; a custom callback that
-    counts batches there counts that batch twice.
+    and after SIGTERM, SLURM's signal before a time limit, or Ctrl-C, which then stop the run. The preceding checkpoint
+    is kept as `previous.ckpt`. Loggers are flushed first, so no logged value is lost. If a run is resumed within an
+    epoch, `on_train_batch_start` is called twice for the batch before which the checkpoint was saved; a custom callback
+    that counts batches there counts that batch twice.
 
     Args:
         minutes: Interval between checkpoints within an epoch, in minutes. `None` disables the timer.
@@ -147,7 +150,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     @property
     def path(self) -> Path:
-        """Path of the checkpoint. Its folder must be local and is known after `setup`."""
+        """Path of the checkpoint on the local file system. The folder is known after `setup`."""
         return Path(str(self.dirpath)) / "last.ckpt"
 
     @property
@@ -193,7 +196,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._metrics, self._batches = dict(state_dict["metrics"]), list(state_dict["batches"])
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the result of the preceding epochs, and stop if a signal was received."""
+        """Save the state before the epoch, and stop if a signal was received."""
         _forget_restart(trainer)
         self._save(trainer, "between epochs")
         if self._any(trainer, self._signal.received is not None):

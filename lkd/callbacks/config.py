@@ -46,7 +46,7 @@ class SaveConfig(SaveConfigCallback):
 
     Args:
         parser: Parser of the command line.
-        config: The config. Its `ckpt_path` is not saved, because it does not belong to the run but to this start.
+        config: The config. Its `ckpt_path` is not saved, because it belongs to this start, not to the run.
         settings: Other arguments of Lightning's `SaveConfigCallback`.
     """
 
@@ -96,10 +96,11 @@ class SaveConfig(SaveConfigCallback):
     def _compare(self, path: Path) -> None:
         changes = [change for change in _changed(path, self.parser, self.config) if not change[0].startswith(_FREE)]
         differences = [f"{name} {_short(old)} (now {_short(new)})" for name, old, new in changes]
-        if barred := [text for (name, *_), text in zip(changes, differences, strict=True) if name.endswith(_STATEFUL)]:
+        pairs = zip(changes, differences, strict=True)
+        if unloadable := [text for (name, *_), text in pairs if name.endswith(_STATEFUL)]:
             raise ValueError(
-                f"the run in {path.parent} was started with {barred[0]}, whose saved state cannot be loaded; restore "
-                "the original setting, or start a new run without --resume and --ckpt_path"
+                f"the run in {path.parent} was started with {unloadable[0]}, and its saved state does not fit the new "
+                "setting; restore the original setting, or start a new run without --resume and --ckpt_path"
             )
         if differences:
             more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""

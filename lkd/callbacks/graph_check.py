@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _TOLERANCE = 1e-5
-"""Relative difference between a replay and an ordinary step due to rounding; a graph has float32 learning rates."""
+"""Relative difference between a replay and an ordinary step accepted as rounding; graphs use float32 learning rates."""
 
 _REPEATABLE = 1e-3
 """Maximum relative difference between two ordinary steps that is accepted as numerical noise."""
@@ -42,11 +42,12 @@ def disagreement(ordinary: list[Outcome], replay: Outcome, before: list[Tensor])
     first, second = ordinary
     noise = _distances(first, second, before)
     if worst := [name for name, distance in noise.items() if not distance <= _REPEATABLE]:
-        return f"two ordinary steps from the same state differ in {worst[0]} (relative gap {noise[worst[0]]:.1g})"
+        name = worst[0]
+        return f"two ordinary steps from the same state differ in {name} (relative difference {noise[name]:.1g})"
     found = _distances(first, replay, before)
     for name, distance in found.items():
         if not distance <= max(_TOLERANCE, 10 * noise[name]):
-            return f"a replay of the graph differs from an ordinary step in {name} (relative gap {distance:.1g})"
+            return f"a replay of the graph differs from an ordinary step in {name} (relative difference {distance:.1g})"
     return ""
 
 

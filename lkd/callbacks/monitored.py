@@ -18,7 +18,7 @@ _LOGS = (
 
 
 class MonitorCheck(L.Callback):
-    """Report a monitored metric that does not exist before the first training step.
+    """Report a nonexistent monitored metric before the first training step.
 
     The check runs after the sanity check, which logs the same metrics as any validation. It covers the monitors of
     `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau`, except training metrics (`train/...`), which are not

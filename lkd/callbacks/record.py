@@ -31,7 +31,7 @@ _UNKNOWN = "unknown"
 
 
 def run_folder(trainer: L.Trainer) -> str:
-    """Return the folder of a run, which contains its `checkpoints`, regardless of the loggers.
+    """Return the folder of a run, the parent of its `checkpoints`, regardless of the loggers.
 
     Args:
         trainer: Trainer of the run, in `fit`. The function must be called in all processes.
@@ -52,8 +52,8 @@ class RunRecord(L.Callback):
 
     Args:
         command: Arguments of the `lkd` command. If `None`, the arguments of the process.
-        configs: Config files that were read. If one of them is in the folder of a run, this run repeats that run and is
-            compared with its record.
+        configs: Config files that were read. If one of them is the `config.yaml` of another run, this run repeats it
+            and is compared with its record.
     """
 
     def __init__(self, command: Sequence[str] | None = None, configs: Iterable[Path] = ()) -> None:

@@ -79,7 +79,7 @@ class Speed(L.Callback):
             selected explicitly, or fp16 gradient scaling or sharded weights are used.
         graph: `auto` runs the whole training step as one CUDA graph, which is checked against the ordinary step before
             it is used. This requires a single CUDA device and a single optimizer, without gradient accumulation,
-            float16 gradient scaling, and callbacks or modules with hooks inside the step. The line printed when `fit`
+            float16 gradient scaling, or hooks of callbacks or modules inside the step. The line printed when `fit`
             starts states whether a graph is used, or why not. `off` launches each operation separately.
     """
 
@@ -373,7 +373,7 @@ def _try(network: nn.Module, example: Any) -> None:
     if example is not None:
         twice = tree_map(lambda leaf: torch.cat((leaf, leaf)) if isinstance(leaf, Tensor) else leaf, example)
         with torch.no_grad(), evaluating(network):
-            network(fitting(twice, network))  # with a single image, strides may satisfy several memory formats
+            network(fitting(twice, network))  # view() of a single image would not fail with channels last
 
 
 def _is_image(example: Any) -> bool:

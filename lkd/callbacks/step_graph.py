@@ -39,7 +39,7 @@ _KNOWN = {"lkd", "torch", "torchvision", "timm", "torchmetrics", "lightning"}
 """Packages whose modules do not read the number of the step or epoch."""
 
 _MANY = 3
-"""Maximum number of captures in successive steps before the graph is given up."""
+"""Maximum number of captures in successive steps, after which ordinary steps are used."""
 
 
 class StepGraph:

@@ -36,7 +36,8 @@ class TeacherCache(L.Callback):
     data, augmentation, seed and precision. Logits are always read back from storage, so a run that creates the cache
     and a run that finds it train on the same values. Corrupt or stale files cause a warning and are rebuilt.
 
-    The teacher must be frozen, the criterion may read only its logits, and the data module must be one of lkd's.
+    The teacher must be frozen, the criterion may read only its logits, and the data module must be an
+    `ImageDataModule`, not a stream such as `WebDatasetDataModule`.
 
     Args:
         versions: Number of augmented variants of each image. `None` disables the cache, and every epoch uses new random
@@ -278,7 +279,7 @@ class TeacherCache(L.Callback):
         if trainer.is_global_zero:
             try:
                 kept = self._finish(trainer, pl_module, answers, shared)
-            except Exception as error:  # the other processes wait, whatever happens
+            except Exception as error:  # any error is only reported, since the other processes are waiting
                 rank_zero_warn(f"failed to cache variant {self._version(trainer)} of the teacher's logits: {error}")
         if trainer.strategy.broadcast(kept):
             self._trusted.add(self._version(trainer))

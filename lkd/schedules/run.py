@@ -83,7 +83,7 @@ def run_length(trainer: L.Trainer) -> RunLength:
 
 
 def fit_schedules(trainer: L.Trainer) -> None:
-    """Set the length of schedules that follow the run, and check the other ones.
+    """Set the length of schedules that follow the run, and check all others.
 
     Args:
         trainer: Trainer, in `on_train_start`.
@@ -166,7 +166,7 @@ def _problem(schedule: Any, span: _Span | None, length: float) -> str:
             return f"the learning rate falls to {factor:.0e} of its initial value"
     if isinstance(schedule, (lr_scheduler.MultiStepLR, lr_scheduler.StepLR)):
         late = span is not None and span.length >= length
-        return "the run ends earlier" if late else ""
+        return "the run ends before it is reached" if late else ""
     if span is None or 0.9 * length - 1 <= span.length <= 1.1 * length:
         return _FAILS if span is not None and span.afterwards == _FAILS and span.length < length else ""
     if span.length > length:
