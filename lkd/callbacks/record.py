@@ -59,7 +59,7 @@ class RunRecord(L.Callback):
     def __init__(self, command: Sequence[str] | None = None, configs: Iterable[Path] = ()) -> None:
         self.command = shlex.join(sys.argv if command is None else ["lkd", *command])
         self.configs = list(configs)
-        self._record: tuple[Path, dict[str, Any]] | None = None  # not yet written
+        self._record: tuple[Path, dict[str, Any]] | None = None  # not written yet
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Compare the environment with that of the run that is resumed or repeated."""
@@ -69,7 +69,7 @@ class RunRecord(L.Callback):
         begun, now = _begun(self._places(trainer.ckpt_path)), self._now(trainer)
         if differing := list(_differences(begun, now)):
             rank_zero_warn(f"this run was started with {' and '.join(differing)}; results may not be bitwise identical")
-        if "://" not in folder:  # a folder on this machine
+        if "://" not in folder:  # a local folder
             self._record = Path(folder), now
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
