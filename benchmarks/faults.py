@@ -162,7 +162,7 @@ class Bench:
         first = live(ARGS, folder, fault=f"benchmarks.faults:told_at,{self.random.randrange(1, 50)},{number},{be}")
         if first.code != code:
             raise RuntimeError(f"{what}: exit code {first.code} instead of {code}:\n{first.text}")
-        _expect(first, "go on with: lkd fit --ckpt_path")
+        _expect(first, "resume with: lkd fit --ckpt_path")
         if be == "slurm" and (folder / "requeued.txt").read_text() != "requeue 17\n":
             raise RuntimeError(f"{what}: the job was not requeued")
         lives = [first, *until_done(partial(live, ARGS, folder))]

@@ -79,14 +79,14 @@ def test_table_at_the_end(tmp_path, capfd) -> None:
     assert main(["fit", "--config", "digits/kd", *SHORT]) == 0
     shown = capfd.readouterr().out
     assert "The teacher's accuracy on the validation images: 99.65%" in shown
-    for part in ("teacher", "student, best", "student, last", "best - teacher", "points", "5,142", "77,754"):
+    for part in ("teacher", "student (best)", "student (last)", "gap to teacher", " pp ", "5,142", "77,754"):
         assert part in shown
     (best,), (gap,) = (
-        re.findall(r"student, best\D+([\d.]+)%", shown),
-        re.findall(r"best - teacher[^+-]+(\S+) percentage points", shown),
+        re.findall(r"student \(best\)\D+([\d.]+)%", shown),
+        re.findall(r"gap to teacher[^+-]+(\S+) pp", shown),
     )
     assert float(gap) == pytest.approx(float(best) - 99.65, abs=0.011)
-    assert "checkpoint: runs/digits/kd/version_0/checkpoints/best.ckpt" in shown
+    assert "Checkpoint:  runs/digits/kd/version_0/checkpoints/best.ckpt" in shown
     assert "lkd test --ckpt_path runs/digits/kd/version_0/checkpoints/best.ckpt" in shown
     assert "tensorboard --host localhost --logdir runs/digits/kd" in shown
 
@@ -100,7 +100,7 @@ def test_accuracy_on_some_of_the_images_is_labelled_as_such(capfd) -> None:
     best = "runs/digits/kd/version_0/checkpoints/best.ckpt"
     for command, images in (("validate", "128 of 288 validation images"), ("test", "192 of 359 test images")):
         assert main([command, "--ckpt_path", best, *limits[1:]]) == 0
-        assert f"measured on {images}" in capfd.readouterr().out
+        assert f"evaluated on {images}" in capfd.readouterr().out
 
 
 def test_flops_are_those_of_a_count_by_hand() -> None:
@@ -142,7 +142,7 @@ def test_student_is_measured_without_its_teacher(capsys, recwarn) -> None:
 
 def test_predictions(run: Path, capsys) -> None:
     assert main(["predict", "--ckpt_path", str(run / "checkpoints/best.ckpt")]) == 0
-    assert "359 predictions: predictions.csv" in capsys.readouterr().out
+    assert "359 predictions written to predictions.csv" in capsys.readouterr().out
     rows = list(csv.DictReader(Path("predictions.csv").read_text().splitlines()))
     assert len({row["index"] for row in rows}) == len(rows) == 359
     module = L.LightningModule.load_from_checkpoint(run / "checkpoints/best.ckpt").eval()
@@ -232,7 +232,7 @@ def test_best_of_several(capfd) -> None:
     best = figures.index(max(figures))
     assert best < 3
     shown = capfd.readouterr().out
-    assert f"checkpoint: {folder}/checkpoints/best-epoch={best}.ckpt" in shown
+    assert f"Checkpoint:  {folder}/checkpoints/best-epoch={best}.ckpt" in shown
     prepared = prepare(["test", "--config", "digits/kd", "--ckpt_path", "best"]).args
     assert prepared[-1] == f"--ckpt_path={folder}/checkpoints/best-epoch={best}.ckpt"
 
@@ -246,7 +246,7 @@ def test_least_loss_is_the_best(explicit: list[str], mode: str, capfd) -> None:
     (kept,) = [float(state["best_model_score"]) for state in states if state.get("monitor") == "val/loss"]
     figures = [event.value for event in _scalars(folder, "val/loss")]
     assert kept == pytest.approx({"min": min, "max": max}[mode](figures))
-    assert f"checkpoint: {folder}/checkpoints/best.ckpt" in capfd.readouterr().out
+    assert f"Checkpoint:  {folder}/checkpoints/best.ckpt" in capfd.readouterr().out
 
 
 def test_last_checkpoint_has_all_training() -> None:
@@ -299,7 +299,7 @@ def test_sigterm_is_no_success() -> None:
     process.terminate()
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == 143
-    assert "go on with: lkd fit --ckpt_path runs/digits/kd/version_0/checkpoints/last.ckpt" in shown
+    assert "resume with: lkd fit --ckpt_path runs/digits/kd/version_0/checkpoints/last.ckpt" in shown
 
 
 def test_the_run_s_class_comes_back(run: Path) -> None:
@@ -426,9 +426,9 @@ def test_a_line_per_epoch_in_a_file(capfd) -> None:
     assert re.fullmatch(rf"epoch 2 of 2: {figures}, 0:00:\d\d", lines[1])
     assert len(lines) == 2
     (path,) = Path().rglob("metrics.csv")
-    assert f"curves:     {path}" in shown
+    assert f"Metrics:     {path}" in shown
     accuracy = [row["val/knn_acc"] for row in csv.DictReader(path.open()) if row["val/knn_acc"]][-1]
-    assert re.search(rf"student, last \(val/knn_acc\)\W+{float(accuracy):.2%}", shown)
+    assert re.search(rf"student \(last\), val/knn_acc\W+{float(accuracy):.2%}", shown)
 
 
 def test_the_best_checkpoint_of_a_run_without_a_name(run: Path, monkeypatch, capsys) -> None:

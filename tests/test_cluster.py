@@ -39,8 +39,8 @@ def test_two_nodes_are_one_run() -> None:
         for node in nodes:
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0], said
-    assert "student, best" in said[0]
-    assert "student, best" not in said[1]
+    assert "student (best)" in said[0]
+    assert "student (best)" not in said[1]
     (state,) = (torch.load(path, weights_only=True) for path in Path("runs").rglob("last.ckpt"))
     assert state["global_step"] == 4
     (curves,) = Path("runs").rglob("metrics.csv")

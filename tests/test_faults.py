@@ -109,7 +109,7 @@ def test_a_run_at_its_end_has_nothing_to_do(bench) -> None:
     folder = whole.parents[3]
     life = live(ARGS, folder)
     assert life.code == 0
-    assert "nothing was left to train" in life.text
+    assert "nothing left to train" in life.text
     assert curves(whole) == before
 
 

@@ -231,10 +231,11 @@ def test_rows_that_hang(monkeypatch, tmp_path: Path, limit: float, seconds: floa
 @pytest.mark.parametrize(
     ("text", "step", "has_graph"),
     [
-        ("Step: bf16-mixed, whole step as a CUDA graph\n", "bf16-mixed, whole step as a CUDA graph", True),
-        ("\x1b[2KStep: 32-true, no CUDA graph (off)\r\n", "32-true, no CUDA graph (off)", False),
+        ("Optimizations: bf16-mixed, whole step as a CUDA graph\n", "bf16-mixed, whole step as a CUDA graph", True),
+        ("\x1b[2KOptimizations: 32-true, no CUDA graph (off)\r\n", "32-true, no CUDA graph (off)", False),
         (
-            "Step: whole step as a CUDA graph\nlkd: warning: the training step runs without a graph: it waits; --speed",
+            "Optimizations: whole step as a CUDA graph\n"
+            "lkd: warning: the training step runs without a graph: it waits; --speed",
             "whole step as a CUDA graph; no CUDA graph (it waits)",
             False,
         ),

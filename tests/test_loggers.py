@@ -158,7 +158,7 @@ def test_config_record_and_checkpoints_lie_together(runs: Path, place: str, monk
 def test_a_run_of_another_logger_is_resumed(runs: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(runs)
     assert main([*FIT, "--config=loggers/csv", "--resume"]) == 0
-    assert "nothing was left to train" in capsys.readouterr().out
+    assert "nothing left to train" in capsys.readouterr().out
 
 
 def test_nothing_lies_outside_of_the_runs(runs: Path) -> None:

@@ -393,7 +393,7 @@ def test_a_schedule_without_epochs(fit) -> None:
     Path("schedule.yaml").write_text(
         "trainer: {callbacks: [{class_path: lkd.callbacks.Schedule, init_args: {attribute: hard_weight, epochs: 0}}]}"
     )
-    assert fit("--config", "schedule.yaml") == "a Schedule needs at least 1 epoch, got 0"
+    assert fit("--config", "schedule.yaml") == "Schedule requires at least 1 epoch, got 0"
 
 
 def test_loss_that_is_not_finite(fit) -> None:

@@ -55,7 +55,7 @@ def test_predictions_for_a_folder(trained, capsys, recwarn) -> None:
     Path("new/notes.txt").write_text("no image")
     capsys.readouterr()
     assert main(["predict", "--images", "new", f"--ckpt_path={trained}", *CPU]) == 0
-    assert "26 predictions: predictions.csv" in capsys.readouterr().out
+    assert "26 predictions written to predictions.csv" in capsys.readouterr().out
     rows = _rows()
     assert set(next(iter(rows.values()))) == {"file", "class", "class_name", "probability"}
     assert list(rows) == sorted(rows, key=lambda name: ("/" in name, name))

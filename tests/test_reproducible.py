@@ -79,7 +79,7 @@ def test_its_config_gives_the_same_bits(run: Path, recwarn) -> None:
     assert main(["fit", "--config", str(run / "config.yaml")]) == 0
     (again,) = Path().glob("runs/*/version_0")
     _same(run, again)
-    assert not [warning for warning in recwarn if "was begun with" in str(warning.message)]
+    assert not [warning for warning in recwarn if "was started with" in str(warning.message)]
 
 
 def test_another_seed_gives_another_student(run: Path) -> None:
@@ -133,8 +133,11 @@ def test_what_has_changed_is_said(run: Path, recwarn, how: str) -> None:
     (place / "run.yaml").write_text(yaml.safe_dump([record]))
     which = [f"--config={place}/config.yaml"] if how == "run again" else [f"--ckpt_path={place}/checkpoints/last.ckpt"]
     assert main(["fit", *which, "--trainer.max_epochs=3", "--trainer.logger=false"]) == 0
-    said = [str(warning.message) for warning in recwarn if "was begun with" in str(warning.message)]
-    assert said == [f"this run was begun with torch 1.0 (now {now}) and other training images; bits may differ"]
+    said = [str(warning.message) for warning in recwarn if "was started with" in str(warning.message)]
+    assert said == [
+        f"this run was started with torch 1.0 (now {now}) and other training images; "
+        "results may not be bitwise identical"
+    ]
 
 
 class Theirs(L.LightningDataModule):
@@ -151,7 +154,7 @@ def test_a_fit_in_the_same_folder_adds_its_part(distill, data, trainer, tmp_path
     assert first["images"]["train"] == 48
     assert second["images"] == {"contents": "unknown"}
     assert second["seeds"] == {"run": first["seeds"]["run"], "data": "unknown", "split": "unknown"}
-    assert not [warning for warning in recwarn if "was begun with" in str(warning.message)]
+    assert not [warning for warning in recwarn if "was started with" in str(warning.message)]
 
 
 def test_runs_of_one_folder_are_not_compared(distill, data, trainer, tmp_path: Path, recwarn) -> None:
@@ -161,7 +164,7 @@ def test_runs_of_one_folder_are_not_compared(distill, data, trainer, tmp_path: P
         trainer(max_epochs=1, callbacks=[RunRecord(["fit"])], default_root_dir=root).fit(distill(), images)
     first, second = yaml.safe_load((root / "run.yaml").read_text())
     assert first["images"]["contents"] != second["images"]["contents"]
-    assert not [warning for warning in recwarn if "was begun with" in str(warning.message)]
+    assert not [warning for warning in recwarn if "was started with" in str(warning.message)]
 
 
 @pytest.mark.parametrize("text", ["", "{", "- 1", "a: b", "- versions"])

@@ -153,5 +153,5 @@ def test_other_batches_within_an_epoch(distill, data, trainer, tmp_path, every, 
     path = tmp_path / "checkpoints/last.ckpt"
     with catch_warnings(record=True) as warned:
         fit(ckpt_path=path, weights_only=True)
-    told = "with batches of 16 in 1 processes, and goes on with batches of 8 in 1"
+    told = "with batch size 16 and 1 process(es), and resumes with batch size 8 and 1"
     assert any(told in str(warning.message) for warning in warned) == warns

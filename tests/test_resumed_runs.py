@@ -54,9 +54,9 @@ def _best() -> dict[str, object]:
     ("setting", "said"),
     [
         ("student.init_args.depth=14", "the checkpoint does not fit this DistillModule"),
-        ("optimizer=torch.optim.Adam", "was begun with model.init_args.optimizer.class_path torch.optim.SGD (now"),
-        ("lr_scheduler=null", "was begun with model.init_args.lr_scheduler lkd.schedules.CosineDecay"),
-        ("lr_scheduler_interval=step", "was begun with model.init_args.lr_scheduler_interval epoch (now step)"),
+        ("optimizer=torch.optim.Adam", "was started with model.init_args.optimizer.class_path torch.optim.SGD (now"),
+        ("lr_scheduler=null", "was started with model.init_args.lr_scheduler lkd.schedules.CosineDecay"),
+        ("lr_scheduler_interval=step", "was started with model.init_args.lr_scheduler_interval epoch (now step)"),
     ],
 )
 def test_a_refused_run_stays_as_it_was(fit, setting: str, said: str) -> None:
@@ -83,15 +83,15 @@ def test_another_process_is_refused_before_it_changes_anything(fit, monkeypatch)
 
 
 def _told(warned) -> list[str]:
-    return [str(warning.message) for warning in warned if "begun with other settings" in str(warning.message)]
+    return [str(warning.message) for warning in warned if "started with other settings" in str(warning.message)]
 
 
 def test_other_settings_are_told(fit, recwarn) -> None:
     others = ["--model.init_args.optimizer.init_args.lr=0.0001", "--seed_everything=7"]
     assert fit(*others, how="--ckpt_path=last")[0] == 0
     assert _told(recwarn) == [
-        "this run was begun with other settings: seed_everything 0 (now 7), model.init_args.optimizer.init_args.lr 0.1 "
-        "(now 0.0001); numbers of optimizer and schedule stay those of then"
+        "this run was started with other settings: seed_everything 0 (now 7), model.init_args.optimizer.init_args.lr "
+        "0.1 (now 0.0001); optimizer and schedule keep their original values"
     ]
 
 
@@ -112,7 +112,7 @@ def test_another_run_is_not_resumed(fit, setting: str, said: str) -> None:
     assert code == 2
     assert f"--resume found {RUN}/checkpoints/last.ckpt, whose run has other settings: " in text
     assert said in text
-    assert "own --name" in text
+    assert "set a different --name" in text
     assert (RUN / "config.yaml").read_text() == before
     assert curves(RUN) == points
 
@@ -172,7 +172,7 @@ def test_a_run_has_the_given_name(capsys) -> None:
     assert main([*FIT, *short]) == 0
     capsys.readouterr()
     assert main([*FIT, *short, "--resume"]) == 0
-    assert "nothing was left to train" in capsys.readouterr().out
+    assert "nothing left to train" in capsys.readouterr().out
     assert [str(path) for path in Path("runs").rglob("version_*")] == ["runs/mine/second/version_0"]
     assert main([*FIT, "--name=../elsewhere"]) == 2
     assert "name must be a relative path such as 'baseline'" in capsys.readouterr().err

@@ -213,8 +213,8 @@ def test_a_longer_run_follows_the_longer_schedule(fit, tmp_path, recwarn) -> Non
     found = fit(CosineDecay, max_epochs=5, ckpt_path=path, **keep)
     assert [rate for (rate,) in found[::3]] == pytest.approx(_cosine(5, 5)[2:], rel=1e-12)
     assert _warned(recwarn) == (
-        "the run was begun with 2 epochs and now has 5: after 2 epochs, CosineDecay follows the schedule of 5, with a "
-        "learning rate of 0.0655 instead of 0"
+        "the length of the run was changed from 2 epochs to 5; after 2 epochs, CosineDecay follows the schedule of the "
+        "new length, with a learning rate of 0.0655 instead of 0"
     )
 
 
@@ -235,11 +235,11 @@ def test_the_state_is_plain_and_complete() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda made: CosineDecay(made, warmup=1.0), "warmup is a share of the run, at least 0 and less than 1, got 1"),
-        (lambda made: CosineDecay(made, final=2.0), "final is a share of the initial learning rate, in .0, 1., got 2"),
+        (lambda made: CosineDecay(made, warmup=1.0), r"warmup is a fraction .* and must be in \[0, 1\), got 1"),
+        (lambda made: CosineDecay(made, final=2.0), r"final is a fraction .* and must be in \[0, 1\], got 2"),
         (lambda made: CosineDecay(made, total=0), "total must be at least 1, got 0"),
-        (lambda made: StepDecay(made, [91, 136]), r"ascending shares of the run, between 0 and 1, got \[91, 136\]"),
-        (lambda made: StepDecay(made, [0.5, 0.2]), "milestones are ascending shares"),
+        (lambda made: StepDecay(made, [91, 136]), r"ascending fractions of the run between 0 and 1, got \[91, 136\]"),
+        (lambda made: StepDecay(made, [0.5, 0.2]), "milestones must be ascending fractions"),
         (lambda made: StepDecay(made, [0.5], gamma=0.0), "gamma must be greater than 0, got 0"),
     ],
 )
@@ -252,13 +252,13 @@ def test_without_a_run_there_is_no_length() -> None:
     schedule = CosineDecay(optimizer(0.1))
     assert schedule.get_last_lr() == [0.1]
     schedule.optimizer.step()
-    with pytest.raises(RuntimeError, match=r"CosineDecay does not know the length of the run: .*pass total"):
+    with pytest.raises(RuntimeError, match=r"CosineDecay requires the length of the run, .*pass total"):
         schedule.step()
 
 
 @pytest.mark.parametrize(("interval", "setting"), [("epoch", "max_epochs"), ("step", "max_steps")])
 def test_an_endless_run_has_no_length(fit, interval: str, setting: str) -> None:
-    with pytest.raises(ValueError, match=rf"number of {interval}s is not known .*-1.*-1, 3 batches .*{setting}"):
+    with pytest.raises(ValueError, match=rf"number of {interval}s is unknown .*-1.*-1, 3 batches .*{setting}"):
         fit(CosineDecay, interval, max_epochs=-1, max_steps=-1, max_time="00:00:00:01")
 
 
@@ -267,14 +267,14 @@ def test_a_part_of_another_schedule_needs_a_length(recwarn) -> None:
         made = optimizer()
         return SequentialLR(made, [LinearLR(made, total_iters=5), CosineDecay(made, **settings)], [5])
 
-    with pytest.raises(ValueError, match="CosineDecay cannot follow the length of the run as a part of another"):
+    with pytest.raises(ValueError, match="CosineDecay cannot follow the length of the run inside another"):
         fit_schedules(_run(parts(), "epoch"))
     fit_schedules(_run(parts(total=25), "epoch"))
     assert not _warned(recwarn)
 
 
 def test_what_the_interval_may_be(fit) -> None:
-    with pytest.raises(ValueError, match="lr_scheduler_interval must be epoch or step, got 'batch'"):
+    with pytest.raises(ValueError, match="lr_scheduler_interval must be 'epoch' or 'step', got 'batch'"):
         fit(CosineDecay, "batch")
     with pytest.raises(ValueError, match=r"ReduceLROnPlateau reads val/loss after each epoch; set lr_.* to epoch"):
         fit(pytorch.ReduceLROnPlateau, "step")
@@ -282,7 +282,7 @@ def test_what_the_interval_may_be(fit) -> None:
 
 def _warned(recwarn: pytest.WarningsRecorder) -> str:
     texts = [str(warning.message) for warning in recwarn]
-    return " ".join(text for text in texts if "this run steps it" in text or "the run was begun" in text)
+    return " ".join(text for text in texts if "this run steps it" in text or "the length of the run was" in text)
 
 
 def _run(schedule: Any, interval: str, epochs: int = 30, batches: int = 100) -> Any:
@@ -342,14 +342,18 @@ def test_schedules_that_fit(interval: str, make: Callable[[Optimizer], Any], rec
         (
             "epoch",
             lambda made: pytorch.OneCycleLR(made, 0.1, 20),
-            "OneCycleLR has total_steps 20, but this run steps it 30 times, once per epoch: PyTorch stops the run with "
-            "an error there; use lkd.schedules.CosineDecay or StepDecay, which follow the length of the run",
+            "OneCycleLR has total_steps 20, but this run steps it 30 times, once per epoch: PyTorch then stops the "
+            "run with an error; use lkd.schedules.CosineDecay or StepDecay, which follow the length of the run",
         ),
         ("epoch", lambda made: CosineAnnealingLR(made, 3000), "to step, which steps it 3,000 times"),
         ("step", lambda made: CosineAnnealingLR(made, 30), "to epoch, which steps it 30 times"),
         ("epoch", lambda made: LinearLR(made, 1, 0, 3000), "LinearLR has total_iters 3,000, but this run steps it 30"),
         ("epoch", lambda made: pytorch.PolynomialLR(made, 3000), "PolynomialLR has total_iters 3,000"),
-        ("epoch", lambda made: _warmed(made, 150, 3000), "SequentialLR has its last part with T_max, in all 3,000"),
+        (
+            "epoch",
+            lambda made: _warmed(made, 150, 3000),
+            "SequentialLR has a total length (up to T_max of its last part) of 3,000",
+        ),
         (
             "step",
             lambda made: MultiStepLR(made, [15, 25]),
@@ -370,25 +374,30 @@ def test_schedules_of_the_other_interval_are_rejected(interval: str, make: Calla
             "epoch",
             60,
             lambda made: CosineAnnealingLR(made, 30),
-            "CosineAnnealingLR has T_max 30, but this run steps it 60 times, once per epoch: the learning rate rises "
-            "again from there on; use lkd.schedules.CosineDecay or StepDecay, which follow the length of the run",
+            "CosineAnnealingLR has T_max 30, but this run steps it 60 times, once per epoch: the learning rate then "
+            "increases again; use lkd.schedules.CosineDecay or StepDecay, which follow the length of the run",
         ),
         (
             "epoch",
             3,
             lambda made: CosineAnnealingLR(made, 30),
             "CosineAnnealingLR has T_max 30, but this run steps it 3 times, once per epoch: only the first 10.0% of "
-            "the schedule takes place; use lkd.schedules.CosineDecay or StepDecay, which follow the length of the run",
+            "the schedule is used; use lkd.schedules.CosineDecay or StepDecay, which follow the length of the run",
         ),
         ("epoch", 60, lambda made: MultiStepLR(made, [91, 136]), "last milestone at 136, but this run steps it 60"),
         ("epoch", 30, lambda made: LinearLR(made, total_iters=500), "; set lr_scheduler_interval to step, which"),
-        ("epoch", 30, lambda made: LinearLR(made, 1, 0, 10), "the learning rate stays 0 from there on"),
-        ("epoch", 30, lambda made: pytorch.PolynomialLR(made, 10), "the learning rate stays 0 from there on"),
+        ("epoch", 30, lambda made: LinearLR(made, 1, 0, 10), "the learning rate then remains 0"),
+        ("epoch", 30, lambda made: pytorch.PolynomialLR(made, 10), "the learning rate then remains 0"),
         ("epoch", 30, lambda made: pytorch.OneCycleLR(made, 0.1, 50), "only the first 60.0% of the schedule"),
         ("epoch", 30, lambda made: pytorch.StepLR(made, 40), "StepLR has step_size 40, but this run steps it 30 times"),
         ("step", 30, lambda made: pytorch.StepLR(made, 10), "the learning rate falls to 1e-300 of its initial value"),
         ("step", 30, lambda made: pytorch.ExponentialLR(made, 0.95), "ExponentialLR has a gamma of 0.95, but this run"),
-        ("epoch", 60, lambda made: _warmed(made, 5, 30), "SequentialLR has its last part with T_max, in all 30"),
+        (
+            "epoch",
+            60,
+            lambda made: _warmed(made, 5, 30),
+            "SequentialLR has a total length (up to T_max of its last part) of 30",
+        ),
         ("epoch", 30, lambda made: pytorch.CyclicLR(made, 0.01, 0.1), "CyclicLR has a cycle of 4,000"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Callbacks: what is shown and kept of a run, how it goes on, and weights that change from epoch to epoch."""
+"""Callbacks for checkpoints, resuming, reports, speed, teacher caching, feature evaluation and weight schedules."""
 
 from lkd.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from lkd.callbacks.features import KNN, FeatureEvaluation, LinearProbe

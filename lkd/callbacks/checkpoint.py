@@ -1,4 +1,4 @@
-"""Which states of a run are kept: the best, and the last, from which it goes on."""
+"""Checkpoints of a run: the best ones, and the last one, from which the run resumes."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ from lkd.checkpoints.io import AtomicCheckpointIO
 from lkd.io.safe_load import read_torch
 
 _AGREE = 10
-"""Steps between two moments at which several processes ask each other whether to save or stop: a round trip each."""
+"""Interval in steps at which several processes agree on whether to save or stop; each time costs a round trip."""
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, for the best by validation.
+    """Save the best checkpoint according to a validation metric.
+
+    This is Lightning's `ModelCheckpoint` with other defaults.
 
     Args:
-        monitor: Name of a curve; None: the newest is kept. Where the loss does not train the logits, as with features
-            alone, `val/acc` stands for the distillation loss (`val/<criterion>`), or, if that is not measured, None.
-        mode: Whether `min` or `max` is best; `auto`: the least of a loss and of a criterion's terms, the most of
-            anything else.
-        save_top_k: How many of the best are kept; -1: all.
-        filename: Without `.ckpt`; None: `best`, or `best-{epoch}` if more than one is kept.
-        enable_version_counter: Whether a file of that name stays, and the new one gets a number; by default it is
-            replaced, as a resumed run meets the files of its first life.
-        settings: ModelCheckpoint's other settings.
+        monitor: Name of the monitored metric. `None` keeps the most recent checkpoint. If the loss does not train the
+            logits, as with features alone, `val/acc` is replaced by the distillation loss (`val/<criterion>`), or by
+            `None` if that is not measured.
+        mode: Whether the `min` or the `max` of the metric is best. `auto` selects `min` for losses and for the terms of
+            a criterion, and `max` for all other metrics.
+        save_top_k: Number of best checkpoints to keep; -1 keeps all.
+        filename: File name without `.ckpt`. If `None`, it is `best`, or `best-{epoch}` if `save_top_k` is not 1.
+        enable_version_counter: Whether to keep an existing file of the same name and append a number to the new one. By
+            default the file is replaced, because a resumed run finds the files that it saved before the interruption.
+        settings: Other arguments of `ModelCheckpoint`.
 
     Attributes:
         asked_monitor: The argument `monitor`.
@@ -66,12 +69,15 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Settle what is monitored before a resumed run looks for its state, which goes by that name."""
+        """Choose the monitored metric.
+
+        This precedes loading the state of a resumed run, which is stored under a key that contains the metric.
+        """
         self.settle(pl_module)
         super().setup(trainer, pl_module, stage)
 
     def settle(self, module: Any) -> None:
-        """Settle which curve is monitored, and whether its least or its most is best.
+        """Choose the monitored metric and whether its minimum or maximum is best.
 
         Args:
             module: The module to be trained.
@@ -86,14 +92,17 @@ class BestCheckpoint(ModelCheckpoint):
         self.mode, self.kth_value = mode, torch.tensor(torch.inf if mode == "min" else -torch.inf)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell which curve takes the place of the accuracy."""
+        """Report which metric is monitored instead of the accuracy."""
         super().on_fit_start(trainer, pl_module)
         if self.monitor != self.asked_monitor:
-            best = f"the one with the lowest {self.monitor}" if self.monitor else "the newest"
+            best = f"the one with the lowest {self.monitor}" if self.monitor else "the most recent one"
             pl_module.print(f"The loss does not train the logits, so the best checkpoint is {best}.")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Also what Lightning forgets: the current score, and all if the run's folder has another name by now."""
+        """Restore the state, including the current score and the paths of the checkpoints.
+
+        Lightning does not restore the current score, nor the paths if the folder of the run was renamed or moved.
+        """
         super().load_state_dict(self._moved(state_dict))
         self.current_score = state_dict.get("current_score")
 
@@ -108,16 +117,17 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keep `last.ckpt`, from which a run goes on as if it had never stopped.
+    """Save `last.ckpt`, from which an interrupted run resumes exactly.
 
-    It is written between two steps: before each epoch, at the end of fit, in long epochs every few minutes or steps,
-    and after SIGTERM, SLURM's signal or Ctrl-C, which stop the run then. The one before it stays as `previous.ckpt`.
-    What loggers have got is written first, so that no point of a curve is lost. A callback of your own that counts in
-    `on_train_batch_start` counts the batch before which it is written twice, if the run is resumed there.
+    The checkpoint is saved between two steps: before each epoch, at the end of `fit`, periodically within long epochs,
+    and after SIGTERM, SLURM's signal before a time limit, or Ctrl-C, which then stop the run. The preceding checkpoint
+    is kept as `previous.ckpt`. Loggers are flushed first, so no logged value is lost. If a run is resumed within an
+    epoch, `on_train_batch_start` is called twice for the batch before which the checkpoint was saved; a custom callback
+    that counts batches there counts that batch twice.
 
     Args:
-        minutes: Time between two savings in an epoch; None: it is not looked at.
-        every_n_train_steps: Steps of the optimizer between two savings in an epoch; None: they are not counted.
+        minutes: Interval between checkpoints within an epoch, in minutes. `None` disables the timer.
+        every_n_train_steps: Interval between checkpoints within an epoch, in optimizer steps. `None` disables it.
 
     Raises:
         ValueError: If an argument is not positive.
@@ -126,21 +136,21 @@ class LastCheckpoint(ModelCheckpoint):
     def __init__(self, minutes: float | None = 10.0, every_n_train_steps: int | None = None) -> None:
         for name, number in (("minutes", minutes), ("every_n_train_steps", every_n_train_steps)):
             if number is not None and not number > 0:
-                raise ValueError(f"last_checkpoint.{name} must be positive, or null for never, got {number}")
+                raise ValueError(f"last_checkpoint.{name} must be positive, or null to disable it, got {number}")
         super().__init__(filename="last", enable_version_counter=False)
         self.minutes, self.every_n_train_steps = minutes, every_n_train_steps
         self._signal = StopSignal()
         self._place: Literal["between epochs", "between steps"] | None = None
         self._step = self._boundaries = 0
         self._clock = 0.0
-        self._is_own = self._is_looked_at = False
+        self._is_own = self._is_checked = False
         self._metrics: dict[str, Tensor] = {}
-        self._batches: list[Any] = []  # their size, and the number of processes
+        self._batches: list[Any] = []  # batch size and number of processes
         self._lock: int | None = None
 
     @property
     def path(self) -> Path:
-        """The file; its folder is known after `setup`, and on this machine."""
+        """Path of the checkpoint on the local file system. The folder is known after `setup`."""
         return Path(str(self.dirpath)) / "last.ckpt"
 
     @property
@@ -148,7 +158,7 @@ class LastCheckpoint(ModelCheckpoint):
         return "://" not in str(self.dirpath)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the folder, and see that files are written at one stroke."""
+        """Set the folder, lock it, and make the trainer write checkpoints atomically."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -156,37 +166,37 @@ class LastCheckpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if not self._is_local:
             return
-        # A last.ckpt that this run does not come from may be damaged: it must not become the previous one.
+        # A last.ckpt from which this run was not resumed may be corrupt, so it must not become previous.ckpt.
         self._is_own = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == self.path.resolve()
         if trainer.is_global_zero:
             self._lock = locked(self.path.parent)
-            for left in self.path.parent.glob(".*.ckpt.*"):  # by a process that was killed while it wrote
+            for left in self.path.parent.glob(".*.ckpt.*"):  # of a process that was killed while writing
                 left.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From here on, signals wait for the end of a step."""
+        """Start the timer, and defer signals to the end of a step."""
         self._step, self._clock, self._boundaries = trainer.global_step, time.monotonic(), 0
         self._signal.watch(trainer)
         trainer.callback_metrics.update(self._metrics)
         batches = [getattr(trainer.datamodule, "batch_size", None), trainer.world_size]  # type: ignore[attr-defined]
         if self._batches not in ([], batches) and _loop(trainer).batch_progress.current.started:
             rank_zero_warn(
-                "the run stopped within an epoch, with batches of {} in {} processes, and goes on with batches of {} "
-                "in {}: of this epoch it sees some images twice, or not at all".format(*self._batches, *batches)
+                "the run was interrupted within an epoch with batch size {} and {} process(es), and resumes with batch "
+                "size {} and {}: some images of this epoch are repeated or skipped".format(*self._batches, *batches)
             )
         self._batches = batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Also how large batches are; `on_save_checkpoint` adds what was measured."""
+        """Return the state with the batch size; `on_save_checkpoint` adds the metrics."""
         return {**super().state_dict(), "metrics": {}, "batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The same."""
+        """Restore the state, the metrics and the batch size of the interrupted run."""
         super().load_state_dict(state_dict)
         self._metrics, self._batches = dict(state_dict["metrics"]), list(state_dict["batches"])
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what the epochs so far have come to."""
+        """Save the state before the epoch, and stop if a signal was received."""
         _forget_restart(trainer)
         self._save(trainer, "between epochs")
         if self._any(trainer, self._signal.received is not None):
@@ -195,7 +205,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Save in an epoch, if it is time; stop, if so asked."""
+        """Save within an epoch if a checkpoint is due, and stop if a signal was received."""
         _forget_restart(trainer)
         if not _is_boundary(trainer, batch_idx):
             return
@@ -213,32 +223,36 @@ class LastCheckpoint(ModelCheckpoint):
             self._signal.obey(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the end, from which a longer run can go on: in mid-epoch, if its steps or its time were over there."""
+        """Save the final state, from which a longer run can continue.
+
+        If the run ended within an epoch because of its maximum number of steps or its time limit, it can continue
+        there.
+        """
         batches = _loop(trainer).batch_progress
         whole = batches.is_last_batch or batches.current.started >= trainer.num_training_batches
         stopped_early = not whole and _is_boundary(trainer, batches.current.started)
         self._save(trainer, "between steps" if stopped_early else "between epochs")
-        self._signal.release()  # Lightning gives its own handlers back before teardown, which must not bring them again
+        self._signal.release()  # Lightning restores the handlers before teardown, which must not set them again
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give signals and the folder back."""
+        """Restore the signal handlers and unlock the folder."""
         self._signal.release()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """The same, if the run fails."""
+        """Restore the signal handlers and unlock the folder if the run fails."""
         self.teardown(trainer, pl_module, "fit")
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Not here: a step is not over before the module has logged it."""
+        """Do nothing: the step is not complete until the module has logged it."""
 
     def on_train_epoch_end(self, *args: Any) -> None:
-        """Not here: the epoch's curves are still to come, and a schedule may wait for them."""
+        """Do nothing: metrics of the epoch are still to be logged, and a schedule may depend on them."""
 
     def on_validation_end(self, *args: Any) -> None:
-        """Not here, for the same reason."""
+        """Do nothing, for the same reason as in `on_train_epoch_end`."""
 
     @staticmethod
     def _any(trainer: L.Trainer, decision: bool) -> bool:
@@ -259,14 +273,15 @@ class LastCheckpoint(ModelCheckpoint):
             trainer.save_checkpoint(self.best_model_path, weights_only=False)
         finally:
             self._place = None
-        if self._is_local and trainer.is_global_zero and not self._is_looked_at:
-            self._is_looked_at = True
+        if self._is_local and trainer.is_global_zero and not self._is_checked:
+            self._is_checked = True
             _warn_of_code(self.path)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say what was measured, as a schedule may wait for it or a callback watch it; and where the run is.
+        """Add the logged metrics and, in `last.ckpt`, the exact position of the run.
 
-        What has been got ready, but has not begun, is to be done by who goes on.
+        Schedules and other callbacks may depend on the metrics. Batches and epochs that are ready but have not started
+        are left to the resumed run.
         """
         metrics = {name: metric.detach().cpu() for name, metric in trainer.callback_metrics.items()}
         checkpoint["callbacks"][self.state_key]["metrics"] = metrics
@@ -282,7 +297,7 @@ class LastCheckpoint(ModelCheckpoint):
         batches["is_last_batch"] = False
         if self._place == "between epochs":
             batches["current"] = dict.fromkeys(batches["current"], 0)
-        elif _was_validated(trainer):  # there, Lightning counts a step when it goes on
+        elif _was_validated(trainer):  # Lightning counts this step again when it resumes
             loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
@@ -291,19 +306,22 @@ def _loop(trainer: L.Trainer) -> Any:
 
 
 def _forget_restart(trainer: L.Trainer) -> None:
-    """Where this is asked, Lightning has found its place; later on it would leave out a schedule's step."""
+    """Reset Lightning's restart flag once its loops have found their position.
+
+    If it stayed set, Lightning would later skip a step of the learning-rate schedule.
+    """
     loop: Any = trainer.fit_loop
     if loop.restarting:
         loop.restarting = False
 
 
 def _is_boundary(trainer: L.Trainer, seen: int) -> bool:
-    """Whether a run can go on after so many batches of an epoch: not while gradients are summed for a step to come."""
+    """Return whether a run can resume after this many batches of an epoch: not while gradients are accumulated."""
     return bool(seen > 0 and seen % trainer.accumulate_grad_batches == 0)
 
 
 def _was_validated(trainer: L.Trainer) -> bool:
-    """Whether the last batch was followed by a validation within the epoch."""
+    """Return whether the last batch was followed by a validation within the epoch."""
     engine: Any = trainer
     every, batches = engine.val_check_batch, _loop(trainer).batch_progress
     if every in (None, float("inf")) or not _loop(trainer)._should_check_val_epoch():
@@ -313,27 +331,31 @@ def _was_validated(trainer: L.Trainer) -> bool:
 
 
 def _warn_of_code(path: Path) -> None:
-    """Say in time that a checkpoint holds what is not read without running code, as a callback's state may."""
+    """Warn if a checkpoint contains objects that cannot be loaded without executing code, as in a callback's state."""
     try:
-        if path.is_file():  # and no folder, as of a sharded student
+        if path.is_file():  # not a folder, as for a sharded student
             read_torch(path)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         rank_zero_warn(
-            f"{path} holds {named[1] if named else 'an object'}, in the state of a callback or module of your own: to "
-            "read it would run code, so this run can only go on with --weights_only false; keep plain numbers instead"
+            f"{path} contains {named[1] if named else 'an object'} from the state of a custom callback or module; "
+            "loading it executes code, so this run can only be resumed with --weights_only false; save plain numbers "
+            "instead"
         )
 
 
 def locked(folder: Path) -> int | None:
-    """Keep a folder for this process, until what is returned is closed or the process is gone.
+    """Lock a folder for this process until the returned file is closed or the process ends.
+
+    Args:
+        folder: The folder, which is created if it does not exist.
 
     Returns:
-        An open file's number, which unlike a file can be copied with the callback that has it; None if the system has
-        no locks.
+        File descriptor, which can be copied together with a callback, unlike a file object. `None` if the system does
+        not support locks.
 
     Raises:
-        ValueError: If another process has the folder.
+        ValueError: If another process has locked the folder.
     """
     try:
         import fcntl
@@ -342,25 +364,25 @@ def locked(folder: Path) -> int | None:
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: a loader's workers do not inherit it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by the workers of a data loader
     except (BlockingIOError, PermissionError) as error:
         os.close(file)
         raise ValueError(
-            f"another process is training the run in {folder.parent}; wait for its end, or begin a new one without "
+            f"another process is training the run in {folder.parent}; wait until it ends, or start a new run without "
             "--resume and --ckpt_path"
         ) from error
-    except OSError:  # a file system without locks
+    except OSError:  # a file system that does not support locks
         os.close(file)
         return None
     return file
 
 
 def _keep_previous(path: Path) -> None:
-    """Give a file a second name, under which it stays when it is replaced."""
+    """Hard-link a file as `previous.ckpt`, so that it is kept when it is replaced."""
     previous = path.with_name("previous.ckpt")
     if path.is_file():
         previous.unlink(missing_ok=True)
         try:
             os.link(path, previous)
-        except OSError:  # a file system without links
+        except OSError:  # a file system that does not support hard links
             path.replace(previous)

@@ -1,4 +1,4 @@
-"""A run's own config: kept in its folder, and looked at again where the run goes on."""
+"""Save the resolved config of a run, and compare it when the run is resumed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _FREE = (
     "trainer.enable_",
     "trainer.log_every_n_steps",
 )
-"""Settings that change nothing in the steps that a run has still to make."""
+"""Settings that do not change the remaining steps of a run."""
 
 _IDENTITY = ("seed_everything", "data", "model")
-"""Settings that make a run what it is."""
+"""Settings that identify a run."""
 
 _PLACES = tuple(f"data.init_args.{name}" for name in ("root", "num_workers", "resident_limit"))
 """Settings of the data that do not change its batches."""
@@ -38,38 +38,40 @@ _STATEFUL = (
     *(".optimizer", ".optimizer.class_path", ".lr_scheduler", ".lr_scheduler.class_path"),
     ".lr_scheduler_interval",
 )
-"""What a checkpoint's state is of: another class could not go on from it."""
+"""Settings on which the saved state depends: it cannot be loaded if they differ."""
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save the resolved config in the run's folder, and as text in TensorBoard, when the first step has succeeded.
+    """Save the resolved config in the folder of the run, and as text in TensorBoard, after the first successful step.
 
     Args:
-        parser: The command line's.
-        config: The config; the checkpoint in it is left out, as it belongs to this start and not to the run.
-        settings: As for Lightning's.
+        parser: Parser of the command line.
+        config: The config. Its `ckpt_path` is not saved, because it belongs to this start, not to the run.
+        settings: Other arguments of Lightning's `SaveConfigCallback`.
     """
 
     def __init__(self, parser: Any, config: Any, **settings: Any) -> None:
         super().__init__(parser, config.clone(), **settings)
         self.config["ckpt_path"] = None
-        self._step: int | None = None  # from which a run goes on
+        self._step: int | None = None  # from which the run resumes
         self._is_saved = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Not yet: what refuses the run comes later, and must leave the folder as it is."""
+        """Do nothing: a later check may reject the run and must leave its folder unchanged."""
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note from which step on."""
+        """Store the step from which the run resumes."""
         self._step = int(checkpoint["global_step"])
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Where a run goes on, compare its config with this one; tell TensorBoard which points will come again.
+        """If the run is resumed, compare its saved config with this one, and mark the restart in TensorBoard.
+
+        The mark makes TensorBoard discard the values logged after the step from which the run resumes.
 
         Raises:
-            ValueError: If the state of its optimizer or schedule is none for this config.
+            ValueError: If the state of the optimizer or schedule does not fit this config.
         """
-        path = Path(run_folder(trainer)) / self.config_filename  # in all processes: it is broadcast
+        path = Path(run_folder(trainer)) / self.config_filename  # called in all processes, as it is broadcast
         if self._step is None:
             return
         self._compare(path)
@@ -79,11 +81,11 @@ class SaveConfig(SaveConfigCallback):
                 logger.experiment._get_file_writer().add_event(start, self._step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Save it beside the checkpoints, as not every logger has a folder for each run."""
+        """Save the config next to the checkpoints, since not every logger has a folder for each run."""
         if self._is_saved:
             return
         self._is_saved = True
-        folder = run_folder(trainer)  # in all processes: it is broadcast
+        folder = run_folder(trainer)  # called in all processes, as it is broadcast
         if not trainer.is_global_zero:
             return
         get_filesystem(folder).makedirs(folder, exist_ok=True)
@@ -93,19 +95,20 @@ class SaveConfig(SaveConfigCallback):
 
     def _compare(self, path: Path) -> None:
         changes = [change for change in _changed(path, self.parser, self.config) if not change[0].startswith(_FREE)]
-        said = [f"{name} {_short(old)} (now {_short(new)})" for name, old, new in changes]
-        if barred := [text for (name, *_), text in zip(changes, said, strict=True) if name.endswith(_STATEFUL)]:
+        differences = [f"{name} {_short(old)} (now {_short(new)})" for name, old, new in changes]
+        pairs = zip(changes, differences, strict=True)
+        if unloadable := [text for (name, *_), text in pairs if name.endswith(_STATEFUL)]:
             raise ValueError(
-                f"the run in {path.parent} was begun with {barred[0]}, which cannot go on from its state; take that of "
-                "then, or begin a new run without --resume and --ckpt_path"
+                f"the run in {path.parent} was started with {unloadable[0]}, and its saved state does not fit the new "
+                "setting; restore the original setting, or start a new run without --resume and --ckpt_path"
             )
-        if said:
-            more = f" and {len(said) - 4} more" if len(said) > 4 else ""
-            held = "; numbers of optimizer and schedule stay those of then" if _is_held(changes) else ""
-            rank_zero_warn(f"this run was begun with other settings: {', '.join(said[:4])}{more}{held}")
+        if differences:
+            more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+            held = "; optimizer and schedule keep their original values" if _is_held(changes) else ""
+            rank_zero_warn(f"this run was started with other settings: {', '.join(differences[:4])}{more}{held}")
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write the text."""
+        """Log the config as text in TensorBoard."""
         config = self.parser.dump(self.config, skip_none=False)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -113,18 +116,18 @@ class SaveConfig(SaveConfigCallback):
 
 
 def check_same_run(checkpoint: Path, parser: Any, config: Any) -> None:
-    """Check that seed, data and model of a run are those that it was started with.
+    """Check that a checkpoint belongs to a run with the same seed, data and model.
 
     Other settings may differ: the number of epochs or steps, loggers, callbacks, devices, limits of batches, and the
-    data's folder, workers and memory.
+    folder, workers and memory limit of the data.
 
     Args:
-        checkpoint: The run's checkpoint, in its folder.
-        parser: The command line's parser.
-        config: The settings now.
+        checkpoint: Checkpoint in the folder of its run.
+        parser: Parser of the command line.
+        config: Current settings.
 
     Raises:
-        ValueError: If they differ.
+        ValueError: If seed, data or model differ.
     """
     folder = checkpoint.absolute().parent.parent
     changes = [
@@ -135,22 +138,22 @@ def check_same_run(checkpoint: Path, parser: Any, config: Any) -> None:
     if changes:
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         raise ValueError(
-            f"--resume found {checkpoint}, whose run has other settings: {', '.join(changes[:3])}{more}; leave out "
-            f"--resume, give this run its own --name, or continue that run all the same with --ckpt_path {checkpoint}"
+            f"--resume found {checkpoint}, whose run has other settings: {', '.join(changes[:3])}{more}; omit "
+            f"--resume, set a different --name, or continue that run anyway with --ckpt_path {checkpoint}"
         )
 
 
 def _changed(path: Path, parser: Any, config: Any) -> list[tuple[str, Any, Any]]:
-    """Return name, old and new value of each setting that differs from a saved config; nothing if there is none."""
+    """Return name, old value and new value of each setting that differs from a saved config; empty if there is none."""
     try:
-        begun = load_yaml(path.read_text(encoding="utf-8"))
+        original = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return []
-    return list(_changes(begun, yaml.safe_load(parser.dump(config, skip_none=False))))
+    return list(_changes(original, yaml.safe_load(parser.dump(config, skip_none=False))))
 
 
 def _changes(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Settings that both configs have, and that differ: name, old and new value."""
+    """Yield name, old value and new value of each setting that is in both configs and differs."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in new:
             if key in old:

@@ -1,4 +1,4 @@
-"""Validation on a GPU as captured graphs."""
+"""Validation steps as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ _TOLERANCE = 1e-4
 
 
 class _Captured(NamedTuple):
-    """A captured update: what it reads and does, how to replay it, and the metrics that it updates."""
+    """A captured update of the metrics.
+
+    Attributes:
+        batch: Static batch that the graph reads.
+        update: The captured function.
+        replay: Replays the graph.
+        updated: Metrics that the update changes.
+    """
 
     batch: Batch
     update: Callable[[], None]
@@ -29,16 +36,16 @@ class _Captured(NamedTuple):
 
 
 class EvalGraph:
-    """Captures how a module measures one validation batch, once for each shape of a batch, and replays it.
+    """Captures the validation step of a module as a graph, once per batch shape, and replays it.
 
-    Networks and metrics run in the graph. The states of the metrics have fixed addresses while validation runs. Before
-    a graph is used in a validation, a replay and an ordinary update from the same states must agree; if they do not, or
-    the update cannot be captured (a metric that keeps lists, or waits for the device), validation goes on without
-    graphs.
+    The graph contains the networks and the metrics, whose states stay at fixed addresses during validation. At the
+    beginning of each validation, every graph is checked: a replay and an ordinary update from the same states must
+    agree. If they do not, or if the update cannot be captured because a metric keeps lists or synchronizes with the
+    device, validation continues without graphs.
 
     Args:
         module: A `ClassificationModule`.
-        capture: How the device captures.
+        capture: Capture implementation of the device.
     """
 
     def __init__(self, module: Any, capture: Capture) -> None:
@@ -47,10 +54,14 @@ class EvalGraph:
         self._graphs: dict[tuple[Any, ...], _Captured] = {}
         self._states: list[tuple[Metric, str, Tensor]] = []
         self._constants: tuple[Any, ...] = ()
-        self._checked: set[tuple[Any, ...]] = set()  # graphs that agree with an ordinary update in this validation
+        self._checked: set[tuple[Any, ...]] = set()  # graphs that passed the check in this validation
 
     def begin(self) -> None:
-        """Look at what the graphs depend on before a validation: in training, anything may have changed."""
+        """Prepare for a validation.
+
+        Graphs are discarded if anything they depend on has changed since the last validation, and their checks are
+        reset.
+        """
         names = tuple(self.module.stage_metrics("val"))
         constants = constants_of(self.module), numbers_of(self.module, public=True), names
         if constants != self._constants:
@@ -58,14 +69,14 @@ class EvalGraph:
         self._checked.clear()
 
     def update(self, metrics: MutableMapping[str, Metric], batch: Batch) -> bool:
-        """Measure one batch.
+        """Update the metrics with a batch by replaying a graph.
 
         Args:
-            metrics: The metrics of the stage, by name.
+            metrics: Metrics of the stage, by name.
             batch: The batch.
 
         Returns:
-            Whether that was done; otherwise an ordinary update is due.
+            Whether the metrics were updated. If not, the caller must update them in the ordinary way.
         """
         if not self._is_possible:
             return False
@@ -78,13 +89,13 @@ class EvalGraph:
         self._fix_states()
         copy_into(captured.batch, batch)
         captured.replay()
-        for metric in captured.updated:  # what torchmetrics notes of an update
+        for metric in captured.updated:  # as torchmetrics does in an update
             metric._update_count += 1
             metric._computed = None
         return True
 
     def _fix_states(self) -> None:
-        """Let the metrics keep their states in the memory that the graphs use: a reset gives them new tensors."""
+        """Move the metric states back to the memory that the graphs use, since a reset creates new tensors."""
         for metric, name, static in self._states:
             current = getattr(metric, name)
             if current is not static:
@@ -92,17 +103,17 @@ class EvalGraph:
                 setattr(metric, name, static)
 
     def _try(self, metrics: MutableMapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> None:
-        """Capture an update, if that was not done yet, and check it."""
+        """Capture an update if there is no graph for this shape, and check the graph."""
         counts = {metric: metric._update_count for metric in metrics.values()}
         device = batch.target.device
         random = devices.rng_states(device)
         try:
             is_new = name not in self._graphs
             reason = "" if is_new else self._check(name, batch)
-            if is_new or reason:  # code of a user may read the epoch, which is a constant in a graph
+            if is_new or reason:  # custom code may read the epoch, a constant in a graph
                 self._capture(metrics, batch, name)
                 reason = self._check(name, batch)
-        except Exception as error:  # whatever the update of a user raises: the ordinary update raises it again
+        except Exception as error:  # custom metrics may raise anything; the ordinary update raises it again
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         devices.set_rng_states(device, random)
         for metric, count in counts.items():
@@ -110,7 +121,7 @@ class EvalGraph:
         self._checked.add(name)
         if reason:
             self._is_possible, self._graphs = False, {}
-            rank_zero_warn(f"validation runs without graphs ({reason})")
+            rank_zero_warn(f"validation runs without CUDA graphs: {reason}")
 
     def _capture(self, metrics: MutableMapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> None:
         if not self._states:
@@ -118,7 +129,7 @@ class EvalGraph:
                 (metric, state, getattr(metric, state)) for metric in metrics.values() for state in metric._defaults
             ]
         if kept := [type(metric).__name__ for metric, _, state in self._states if not isinstance(state, Tensor)]:
-            raise TypeError(f"{kept[0]} keeps lists")
+            raise TypeError(f"{kept[0]} keeps its state in lists")
         self._fix_states()
         before = [state.clone() for _, _, state in self._states]
         static = tree_map_only(Tensor, torch.clone, batch)
@@ -138,7 +149,7 @@ class EvalGraph:
         self._graphs[name] = _Captured(static, update, replay, updated)
 
     def _check(self, name: tuple[Any, ...], batch: Batch) -> str:
-        """Describe the difference between a replay and an ordinary update; empty if they agree."""
+        """Return the difference between a replay and an ordinary update; empty if they agree."""
         captured = self._graphs[name]
         copy_into(captured.batch, batch)
         self._fix_states()
@@ -149,7 +160,7 @@ class EvalGraph:
             captured.update()
         finally:
             usual = self._states_then_back_to(before)
-        devices.set_rng_states(device, random)  # a criterion may draw
+        devices.set_rng_states(device, random)  # a criterion may use random numbers
         captured.replay()
         found = self._states_then_back_to(before)
         pairs = zip(usual, found, strict=True)
@@ -157,7 +168,7 @@ class EvalGraph:
         return "" if agree else "a replay differs from an ordinary update"
 
     def _states_then_back_to(self, before: list[Tensor]) -> list[Tensor]:
-        """The states as they are; afterwards they are as before."""
+        """Return copies of the metric states, and restore the previous ones."""
         found = [state.clone() for _, _, state in self._states]
         for (_, _, state), old in zip(self._states, before, strict=True):
             state.copy_(old)

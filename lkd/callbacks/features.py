@@ -1,4 +1,4 @@
-"""How good the student's features are: classifiers of its features, in validation."""
+"""Evaluation of the student's features by classifiers, as part of the validation."""
 
 from __future__ import annotations
 
@@ -19,33 +19,34 @@ from lkd.features.extractor import FeatureTaps
 from lkd.types import IGNORE_INDEX
 
 _CHUNK = 1024
-"""Images that are compared with all training images at once."""
+"""Number of validation images that are compared with all training images at once."""
 
 
 class FeatureEvaluation(L.Callback):
     """Fit a classifier to the features of the training images, and log its accuracy on the validation images.
 
-    The network in training runs in eval mode over the training images, without augmentation, and over the validation
-    images; those without a label are left out. Its modes, random numbers and the position in the training data stay as
-    they are. In several processes each computes the features of its share of the images, and all get all features.
+    The trained network is evaluated in eval mode on the training images, without augmentation, and on the validation
+    images. Images without a label are excluded. The training/eval modes, the random number generators and the position
+    in the training data are not changed. With several processes, each computes the features of its share of the images,
+    and all of them receive all features.
 
     The data module must have a method `plain_train_dataloader` that returns the training images without augmentation,
-    as `ImageDataModule` has. It may return a subset of a large data set.
+    as `ImageDataModule` has. It may return a subset of a large dataset.
 
     Args:
-        layer: The layer of the network whose features are classified, `(B, D)`; of feature maps `(B, D, H, W)` the mean
-            over the pixels is taken. A name as in `named_modules()`, or a group such as `@pooled`
+        layer: Layer of the network whose features `(B, D)` are classified. Feature maps `(B, D, H, W)` are averaged
+            over the pixels. Either a name as in `named_modules()`, or a group such as `@pooled`
             (`lkd.features.layers.resolve_layers`).
-        every_n_epochs: Epochs from one evaluation to the next; the last epoch is always evaluated.
+        every_n_epochs: Interval between evaluations in epochs. The last epoch is always evaluated.
 
     Raises:
-        ValueError: If `every_n_epochs` is less than 1, the network has no such layer, or its features have another
-            shape.
+        ValueError: If `every_n_epochs` is less than 1, if the network has no such layer, or if its features have
+            another shape.
         TypeError: If the data module has no `plain_train_dataloader`.
     """
 
     curve: str
-    """The name of the curve."""
+    """Name of the logged metric."""
 
     def __init__(self, layer: str = "@pooled", every_n_epochs: int = 1) -> None:
         if every_n_epochs < 1:
@@ -55,21 +56,21 @@ class FeatureEvaluation(L.Callback):
 
     @property
     def curves(self) -> tuple[str, ...]:
-        """The curves that this callback logs, for `MonitorCheck`."""
+        """Names of the metrics that this callback logs, for `MonitorCheck`."""
         return (self.curve,)
 
     @abstractmethod
     def classify(self, bank: Tensor, target: Tensor, features: Tensor, num_classes: int) -> Tensor:
-        """Classify features.
+        """Classify the features of the validation images.
 
         Args:
             bank: Features of the training images `(N, D)`.
-            target: Their classes `(N,)`.
+            target: Classes of the training images `(N,)`.
             features: Features of the validation images `(M, D)`.
             num_classes: Number of classes.
 
         Returns:
-            Classes `(M,)`.
+            Predicted classes `(M,)`.
         """
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
@@ -78,8 +79,8 @@ class FeatureEvaluation(L.Callback):
             return
         if not hasattr(trainer.datamodule, "plain_train_dataloader"):  # type: ignore[attr-defined]
             raise TypeError(
-                f"{type(self).__name__} needs the training images without augmentation: give the data module a method "
-                "plain_train_dataloader that returns a loader of them"
+                f"{type(self).__name__} requires the training images without augmentation; add a method "
+                "plain_train_dataloader to the data module that returns a data loader of these images"
             )
         taps = self._taps(pl_module)
         try:
@@ -89,7 +90,7 @@ class FeatureEvaluation(L.Callback):
             taps.remove()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Evaluate the features, unless it is the sanity check or an epoch in between."""
+        """Evaluate the features, except in the sanity check and in the epochs between two evaluations."""
         epoch, is_fit = trainer.current_epoch + 1, trainer.state.fn == TrainerFn.FITTING
         is_due = not is_fit or epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
         if is_due and not trainer.sanity_checking:
@@ -99,11 +100,11 @@ class FeatureEvaluation(L.Callback):
         """Compute the accuracy on the validation images.
 
         Args:
-            trainer: The trainer, with its data module.
-            module: The module whose network in training is evaluated.
+            trainer: Trainer with a data module.
+            module: Module whose trained network is evaluated.
 
         Returns:
-            The accuracy, from 0 to 1; 0 if no training image has a label.
+            Accuracy in [0, 1]; 0 if there are no labelled training or validation images.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
         with devices.isolated_random_numbers(module.device):
@@ -118,7 +119,7 @@ class FeatureEvaluation(L.Callback):
         return float((found == wanted).float().mean())
 
     def _features(self, trainer: L.Trainer, module: Any, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
-        """Features `(N, D)`, float32, and classes `(N,)` of the labelled images, from all processes."""
+        """Return float32 features `(N, D)` and classes `(N,)` of the labelled images from all processes."""
         taps = self._taps(module)
         features, targets = [], []
         try:
@@ -146,24 +147,26 @@ def _pooled(name: str, features: Any) -> Tensor:
         feature = feature.mean((2, 3))
     if not isinstance(feature, Tensor) or feature.ndim != 2:
         shape = tuple(feature.shape) if isinstance(feature, Tensor) else f"{len(features)} features"
-        raise ValueError(f"the layer {name!r} must return features (B, D) or (B, D, H, W), got {shape}; name another")
+        raise ValueError(
+            f"the layer {name!r} must return features (B, D) or (B, D, H, W), got {shape}; select another layer"
+        )
     return feature
 
 
 class KNN(FeatureEvaluation):
-    r"""Log `val/knn_acc`: the accuracy of a weighted k-nearest-neighbour classifier of the student's features.
+    r"""Log `val/knn_acc`, the accuracy of a weighted k-nearest-neighbor classifier of the student's features.
 
     Each of the k training images with the most similar features votes for its class with the weight
     $\exp(\cos(f, f_i) / \tau)$.
 
     Args:
-        k: Number of neighbours; at most the number of training images is taken.
-        temperature: $\tau$, greater than 0.
-        layer: The layer whose features are classified: see `FeatureEvaluation`.
-        every_n_epochs: Epochs from one evaluation to the next; the last epoch is always evaluated.
+        k: Number of neighbors, at most the number of training images.
+        temperature: Temperature $\tau$, greater than 0.
+        layer: Layer whose features are classified; see `FeatureEvaluation`.
+        every_n_epochs: Interval between evaluations in epochs. The last epoch is always evaluated.
 
     Raises:
-        ValueError: If a setting is out of range, or the network has no such layer.
+        ValueError: If an argument is out of range, or if the network has no such layer.
         TypeError: If the data module has no `plain_train_dataloader`.
 
     References:
@@ -186,42 +189,42 @@ class KNN(FeatureEvaluation):
         self.temperature = temperature
 
     def classify(self, bank: Tensor, target: Tensor, features: Tensor, num_classes: int) -> Tensor:
-        """Classify features by their neighbours.
+        """Classify features by the weighted votes of their nearest neighbors.
 
         Args:
             bank: Features of the training images `(N, D)`.
-            target: Their classes `(N,)`.
+            target: Classes of the training images `(N,)`.
             features: Features of the validation images `(M, D)`.
             num_classes: Number of classes.
 
         Returns:
-            Classes `(M,)`.
+            Predicted classes `(M,)`.
         """
         bank, features = F.normalize(bank, dim=1), F.normalize(features, dim=1)
         found = []
         for chunk in torch.split(features, _CHUNK):
             similarity, index = (chunk @ bank.T).topk(min(self.k, len(bank)), dim=1)
-            weight = ((similarity - 1) / self.temperature).exp()  # at most 1, with the same order of the sums
+            weight = ((similarity - 1) / self.temperature).exp()  # at most 1; does not change the order of the sums
             votes = weight.new_zeros(len(chunk), num_classes).scatter_add_(1, target[index], weight)
             found.append(votes.argmax(1))
         return torch.cat(found)
 
 
 class LinearProbe(FeatureEvaluation):
-    r"""Log `val/probe_acc`: the accuracy of a linear classifier of the student's features.
+    r"""Log `val/probe_acc`, the accuracy of a linear classifier of the student's features.
 
-    It is a multinomial logistic regression on standardized features, with the penalty
-    $\frac{\lambda}{2} \lVert W \rVert^2$ on the weights, fitted by L-BFGS to the training images from zero weights: the
-    result depends on the features alone.
+    The classifier is a multinomial logistic regression on standardized features with the penalty
+    $\frac{\lambda}{2} \lVert W \rVert^2$ on the weights. It is fitted to the training images by L-BFGS, starting from
+    zero weights, so the result depends on the features only.
 
     Args:
-        weight_decay: $\lambda$, at least 0.
-        max_iter: Most iterations of L-BFGS.
-        layer: The layer whose features are classified: see `FeatureEvaluation`.
-        every_n_epochs: Epochs from one evaluation to the next; the last epoch is always evaluated.
+        weight_decay: Penalty $\lambda$, at least 0.
+        max_iter: Maximum number of L-BFGS iterations.
+        layer: Layer whose features are classified; see `FeatureEvaluation`.
+        every_n_epochs: Interval between evaluations in epochs. The last epoch is always evaluated.
 
     Raises:
-        ValueError: If a setting is out of range, or the network has no such layer.
+        ValueError: If an argument is out of range, or if the network has no such layer.
         TypeError: If the data module has no `plain_train_dataloader`.
 
     Example:
@@ -238,25 +241,25 @@ class LinearProbe(FeatureEvaluation):
         super().__init__(layer, every_n_epochs)
         if weight_decay < 0 or max_iter < 1:
             raise ValueError(
-                f"weight_decay must not be negative and max_iter at least 1, got {weight_decay} and {max_iter}"
+                f"weight_decay must be at least 0 and max_iter at least 1, got {weight_decay} and {max_iter}"
             )
         self.weight_decay = weight_decay
         self.max_iter = max_iter
 
     def classify(self, bank: Tensor, target: Tensor, features: Tensor, num_classes: int) -> Tensor:
-        """Classify features linearly.
+        """Classify features by logistic regression.
 
         Args:
             bank: Features of the training images `(N, D)`.
-            target: Their classes `(N,)`.
+            target: Classes of the training images `(N,)`.
             features: Features of the validation images `(M, D)`.
             num_classes: Number of classes.
 
         Returns:
-            Classes `(M,)`.
+            Predicted classes `(M,)`.
         """
         mean, std = bank.mean(0), bank.std(0, correction=0).clamp(min=1e-6)
-        with torch.inference_mode(False), torch.enable_grad():  # validation computes no gradients
+        with torch.inference_mode(False), torch.enable_grad():  # validation runs without gradients
             inputs, labels = ((bank - mean) / std).clone(), target.clone()
             weight = torch.zeros(num_classes, inputs.shape[1], device=inputs.device, requires_grad=True)
             bias = torch.zeros(num_classes, device=inputs.device, requires_grad=True)

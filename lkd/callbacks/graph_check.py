@@ -1,4 +1,4 @@
-"""Whether the replay of a captured step does what an ordinary step does."""
+"""Comparison of a replayed step with ordinary steps."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 _TOLERANCE = 1e-5
-"""Relative difference between a replay and an ordinary step that is rounding: a graph's learning rate is a float32."""
+"""Relative difference between a replay and an ordinary step accepted as rounding; graphs use float32 learning rates."""
 
 _REPEATABLE = 1e-3
-"""Relative difference between two ordinary steps up to which the step counts as the same computation."""
+"""Maximum relative difference between two ordinary steps that is accepted as numerical noise."""
 
 
 class Outcome(NamedTuple):
-    """What a step did.
+    """Result of a training step.
 
     Attributes:
         row: Loss, terms and counts `(C,)`.
-        norm: The norm of the gradient.
-        state: Weights, buffers and optimizer state after the step, as `flat` joins them.
+        norm: Norm of the gradient.
+        state: Weights, buffers and optimizer state after the step, as returned by `flat`.
     """
 
     row: Tensor
@@ -29,26 +29,30 @@ class Outcome(NamedTuple):
 
 
 def disagreement(ordinary: list[Outcome], replay: Outcome, before: list[Tensor]) -> str:
-    """Describe in what a replay differs from ordinary steps by more than rounding; empty if it does not.
+    """Describe how a replay differs from ordinary steps by more than rounding.
 
     Args:
-        ordinary: The outcomes of two ordinary steps: in what they differ is noise of the device.
-        replay: The outcome of the replay, from the same state.
-        before: That state, as `flat` joins it.
+        ordinary: Outcomes of two ordinary steps. Their difference is the numerical noise of the device.
+        replay: Outcome of the replay from the same state.
+        before: State before the steps, as returned by `flat`.
+
+    Returns:
+        Description of the difference; empty if there is none.
     """
     first, second = ordinary
     noise = _distances(first, second, before)
     if worst := [name for name, distance in noise.items() if not distance <= _REPEATABLE]:
-        return f"two ordinary steps from the same state differ in {worst[0]} (by {noise[worst[0]]:.1g})"
+        name = worst[0]
+        return f"two ordinary steps from the same state differ in {name} (relative difference {noise[name]:.1g})"
     found = _distances(first, replay, before)
     for name, distance in found.items():
         if not distance <= max(_TOLERANCE, 10 * noise[name]):
-            return f"a replay of the graph differs from an ordinary step in {name} (by {distance:.1g} of it)"
+            return f"a replay of the graph differs from an ordinary step in {name} (relative difference {distance:.1g})"
     return ""
 
 
 def _distances(one: Outcome, other: Outcome, before: list[Tensor]) -> dict[str, float]:
-    """Relative differences of the losses, the gradients' norms and the updates of all state."""
+    """Return the relative differences of the loss, the gradient norm, and the update of the state."""
     tiny = 1e-30
     loss = (_gap(one.row, other.row).abs() / (one.row.abs() + tiny)).max()
     norm = _gap(one.norm, other.norm).abs() / (one.norm.abs() + tiny)
@@ -64,6 +68,6 @@ def _distances(one: Outcome, other: Outcome, before: list[Tensor]) -> dict[str, 
 
 
 def _gap(one: Tensor, other: Tensor) -> Tensor:
-    """The difference, in float64; 0 where both are NaN, or infinite, as in a run that has diverged."""
+    """Return the difference in float64; 0 where both values are NaN or the same infinity, as in a diverged run."""
     one, other = one.double(), other.double()
     return torch.where((one == other) | (one.isnan() & other.isnan()), torch.zeros_like(one), one - other)

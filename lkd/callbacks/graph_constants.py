@@ -1,4 +1,4 @@
-"""What a captured graph takes for constant: numbers that Python holds, modes of layers, addresses of tensors."""
+"""Values that are constants in a captured graph: Python numbers, modes of layers, and addresses of tensors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, complex, str, np.generic, Enum)
 _NOT_READ = (frozenset(vars(nn.Module())) - {"training"}) | {"flushes"}
-"""Attributes of modules that are no numbers, or that no step reads."""
+"""Attributes of modules that are not numbers, or that no step reads."""
 
 
 def constants_of(module: Any) -> tuple[Any, ...]:
-    """What a graph takes for constant in the networks of a module: numbers, modes, addresses, and what trains.
+    """Return the values in the networks of a module that are constants in a graph.
+
+    These are the numbers and modes of the layers, and the addresses and `requires_grad` of parameters and buffers.
 
     Args:
         module: A `ClassificationModule`.
@@ -30,10 +32,10 @@ def constants_of(module: Any) -> tuple[Any, ...]:
 
 
 def plain(value: Any) -> Any:
-    """The numbers and texts in a value; its type in place of everything else.
+    """Reduce a value to its numbers and strings; everything else is replaced by its type.
 
     Args:
-        value: Any value; lists, tuples, dicts and tensors of one number on the CPU are looked into.
+        value: Any value. Lists, tuples, dicts, and CPU tensors with a single number are converted recursively.
     """
     if isinstance(value, _PLAIN):
         return value
@@ -47,21 +49,23 @@ def plain(value: Any) -> Any:
 
 
 def numbers_of(part: nn.Module, public: bool = False) -> tuple[Any, ...]:
-    """The numbers and texts among a module's attributes, by name.
+    """Return the names and values of the numbers and strings among the attributes of a module.
 
     Args:
         part: Any module.
-        public: Whether only public attributes count, as of a LightningModule.
+        public: Whether to include public attributes only, as for a LightningModule.
     """
     attributes, counts = attributes_of(part, public)
     return tuple((name, plain(value)) for name, value in attributes.items() if counts(name))
 
 
 class Watched:
-    """Numbers in dicts, such as attributes of objects, that are compared in every step: a few microseconds for all.
+    """Numbers in dicts, such as attributes of objects, whose changes are detected in every step.
+
+    A comparison of all numbers takes a few microseconds.
 
     Args:
-        owners: The dicts, each with a function that tells which names count.
+        owners: Pairs of a dict and a function that returns whether a name is included.
     """
 
     def __init__(self, owners: Iterable[tuple[dict[str, Any], Callable[[str], bool]]]) -> None:
@@ -70,27 +74,27 @@ class Watched:
         ]
 
     def are_as_before(self) -> bool:
-        """Whether all of them are still there and equal."""
+        """Return whether all numbers still exist and are unchanged."""
         return all(plain(owner.get(name)) == value for owner, name, value in self._values)
 
 
 def attributes_of(part: nn.Module, public: bool = False) -> tuple[dict[str, Any], Callable[[str], bool]]:
-    """A module's attributes, and which of them count, for `Watched`.
+    """Return the attributes of a module and a function that selects those to compare, for `Watched`.
 
     Args:
         part: Any module.
-        public: Whether only public attributes count, as of a LightningModule.
+        public: Whether to include public attributes only, as for a LightningModule.
     """
     return vars(part), lambda name: name not in _NOT_READ and not (public and name.startswith("_"))
 
 
 def first_difference(before: Any, after: Any, name: str = "an attribute") -> str:
-    """The name of an attribute whose number differs; empty if all are equal.
+    """Return the name of the first attribute whose value differs; empty if all are equal.
 
     Args:
-        before: What `numbers_of` and the others returned.
-        after: The same at another time.
-        name: What to call a difference outside of named attributes.
+        before: Result of `numbers_of` or a similar function.
+        after: Result of the same function at a later time.
+        name: Name for a difference outside of named attributes.
     """
     if before == after:
         return ""

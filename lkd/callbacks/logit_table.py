@@ -1,4 +1,4 @@
-"""A teacher's logits for the images of a data set, in a table."""
+"""Table of a teacher's logits for the images of a dataset."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Storage:
-    """How logits are stored.
+    """Storage format of logits.
 
     Args:
-        dtype: Type of a logit.
-        top_k: How many of the largest are stored; the others' probability is spread evenly over them. None: all.
+        dtype: Data type of the stored logits.
+        top_k: Number of largest logits to store; the remaining probability is spread evenly over the other classes.
+            `None` stores all logits.
     """
 
     dtype: torch.dtype
     top_k: int | None = None
 
     def pack(self, logits: Tensor) -> tuple[Tensor, ...]:
-        """Logits as they are stored.
+        """Convert logits to the storage format.
 
         Args:
-            logits: `(..., K)`.
+            logits: Logits `(..., K)`.
 
         Returns:
-            All logits `(..., K)`; or the `top_k` largest with, as the last, what each of the others is given
-            `(..., top_k + 1)`, and the classes of the largest `(..., top_k)`, int32.
+            All logits `(..., K)`; or, with `top_k`, two tensors: the `top_k` largest logits followed by the common
+            logit of all other classes `(..., top_k + 1)`, and the classes of the largest logits `(..., top_k)` as
+            int32.
         """
         classes = logits.shape[-1]
         if self.top_k is None or self.top_k >= classes:
@@ -43,11 +45,11 @@ class Storage:
         return torch.cat((largest, each), -1).to(self.dtype), place.to(torch.int32)
 
     def unpack(self, stored: tuple[Tensor, ...], num_classes: int) -> Tensor:
-        """The logits `(..., K)`, float32.
+        """Convert stored logits back to float32 logits `(..., K)`.
 
         Args:
-            stored: What `pack` returned.
-            num_classes: K.
+            stored: Result of `pack`.
+            num_classes: Number of classes K.
         """
         values = stored[0].float()
         if len(stored) == 1:
@@ -57,14 +59,14 @@ class Storage:
 
 
 class Answers:
-    """Rows of stored logits, one for each image.
+    """Table of stored logits with one row per image.
 
     Args:
-        storage: How they are stored.
-        stored: What there is, each `(M, views, ...)`.
-        index: Position of each row's image in the source `(M,)`, int64.
+        storage: Storage format.
+        stored: Stored tensors, each `(M, views, ...)`.
+        index: Index of the image of each row in the dataset `(M,)`, int64.
         num_classes: Number of classes.
-        device: Where they are wanted.
+        device: Device of the table.
     """
 
     def __init__(
@@ -78,13 +80,13 @@ class Answers:
         self._row = self._row.to(device)
 
     def load(self, stored: tuple[Tensor, ...]) -> bool:
-        """Replace the rows by others, in the same memory.
+        """Replace the contents of the table in place.
 
         Args:
-            stored: As for the constructor.
+            stored: Stored tensors, as in the constructor.
 
         Returns:
-            Whether they have the same shapes and types; if not, nothing is changed.
+            Whether shapes and dtypes match. If not, nothing is changed.
         """
         pairs = list(zip(self.stored, stored, strict=False))
         if len(stored) != len(self.stored) or any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in pairs):
@@ -95,11 +97,11 @@ class Answers:
         return True
 
     def write(self, index: Tensor, logits: Tensor) -> None:
-        """Store logits.
+        """Store the logits of images.
 
         Args:
-            index: Positions of images in the source `(B,)`.
-            logits: `(views * B, K)`, all first views first.
+            index: Indices of the images in the dataset `(B,)`.
+            logits: Logits `(views * B, K)`; the first views of all images come first.
         """
         row = self._row[index]
         for part, new in zip(self.stored, self.storage.pack(_by_image(logits, len(index))), strict=True):
@@ -107,13 +109,13 @@ class Answers:
         self.seen.index_fill_(0, row, True)
 
     def read(self, index: Tensor) -> Tensor:
-        """The logits of images.
+        """Return the logits of images.
 
         Args:
-            index: Positions of images in the source `(B,)`.
+            index: Indices of the images in the dataset `(B,)`.
 
         Returns:
-            `(views * B, K)`, float32, all first views first.
+            Float32 logits `(views * B, K)`; the first views of all images come first.
         """
         row = self._row[index]
         logits = self.storage.unpack(tuple(part[row] for part in self.stored), self.num_classes)
@@ -125,12 +127,14 @@ def _by_image(logits: Tensor, size: int) -> Tensor:
 
 
 class SharedRows:
-    """Memory that several processes write to, each its own rows. It vanishes with the last of them.
+    """Memory-mapped table that several processes fill, each with its own rows.
+
+    The memory is released with the last process that uses it.
 
     Args:
         rows: Number of rows.
-        like: Types and shapes of a row's parts, as tensors `(1, ...)`.
-        file: An open file's path, made by `reserve`.
+        like: Tensors `(1, ...)` with the dtypes and shapes of the parts of a row.
+        file: Path of a file created by `reserve`.
     """
 
     def __init__(self, rows: int, like: tuple[Tensor, ...], file: str) -> None:
@@ -147,22 +151,24 @@ class SharedRows:
 
     @staticmethod
     def size(rows: int, like: tuple[Tensor, ...]) -> int:
-        """Bytes that are needed, with one more for each row, that says whether it was written."""
+        """Return the size of the table in bytes, including one byte per row that marks it as written."""
         return sum(_padded(rows * _row_bytes(part)) for part in (*like, _SEEN))
 
     @staticmethod
     def reserve(folder: Path, size: int) -> str:
-        """Make a file of zeros that has its place on the disk: mapped memory cannot say that there is none.
+        """Create a file of zeros and allocate its disk space.
+
+        The space is allocated in advance because writing to mapped memory cannot report a full disk.
 
         Args:
-            folder: Where; it is made.
-            size: In bytes.
+            folder: Folder of the file, which is created if it does not exist.
+            size: Size in bytes.
 
         Returns:
-            The file's path.
+            Path of the file.
 
         Raises:
-            OSError: If there is no room, or the folder cannot be written.
+            OSError: If there is not enough space, or if the folder is not writable.
         """
         folder.mkdir(parents=True, exist_ok=True)
         handle, path = tempfile.mkstemp(prefix=".filling.", dir=folder)

@@ -1,4 +1,4 @@
-"""What is shown of a run: the networks' sizes, the speed, the layout of the curves."""
+"""Summaries of the networks, training speed, and the layout of the charts in TensorBoard."""
 
 from __future__ import annotations
 
@@ -30,7 +30,14 @@ _LAYOUT = {
 
 
 class NetworkSize(NamedTuple):
-    """What a network costs: parameters, and operations for one input (None if unknown)."""
+    """Cost of a network.
+
+    Attributes:
+        name: Name of the network in the module.
+        kind: Class name.
+        parameters: Number of parameters.
+        flops: Floating-point operations for one input; `None` if unknown.
+    """
 
     name: str
     kind: str
@@ -39,34 +46,34 @@ class NetworkSize(NamedTuple):
 
 
 def network_size(name: str, network: nn.Module, example: Any | None) -> NetworkSize:
-    """Count a network's parameters and, for one example, its floating point operations.
+    """Count the parameters of a network and its floating-point operations for one input.
 
     Args:
-        name: What to call the network.
+        name: Name of the network in the result.
         network: Any module.
-        example: One input `(1, ...)`; None: operations are not counted.
+        example: One input `(1, ...)`. If `None`, operations are not counted.
 
     Returns:
-        The counts; a multiplication with its addition counts as two operations.
+        The counts. A multiply-add counts as two operations.
     """
     parameters = sum(parameter.numel() for parameter in network.parameters())
     if example is None:
         return NetworkSize(name, type(network).__name__, parameters, None)
     example = fitting(example, network)
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # PyTorch's own transformer layers in one: it would not be counted
+    torch.backends.mha.set_fastpath_enabled(False)  # fused transformer layers are not counted
     try:
         with torch.no_grad(), evaluating(network), FlopCounterMode(display=False) as counter:
             network(example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    if isinstance(network, FSDPModule):  # it has its whole weights until the next backward pass
+    if isinstance(network, FSDPModule):  # it holds the unsharded weights until the next backward pass
         network.reshard()
     return NetworkSize(name, type(network).__name__, parameters, counter.get_total_flops())
 
 
 def fitting(example: Any, network: nn.Module) -> Any:
-    """An input where the network is; what is floating point in it, in the network's type.
+    """Move an input to the device of a network, and convert its floating-point tensors to the network's dtype.
 
     Args:
         example: A tensor, or dicts, lists and tuples of tensors.
@@ -83,13 +90,13 @@ def fitting(example: Any, network: nn.Module) -> Any:
 
 
 class NetworkSummary(L.Callback):
-    """At the start of fit, show the networks' parameters and operations, in the terminal and in TensorBoard.
+    """Show the parameters and operations of the networks in the terminal and in TensorBoard when `fit` starts.
 
-    TensorBoard also gets a layout (Custom Scalars) that overlays the curves of training, validation and teacher.
+    In TensorBoard, a custom layout (tab Custom Scalars) overlays the curves of training, validation and teacher.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Count in all processes, as the parts of a sharded network have to meet; print and write in one."""
+        """Count in all processes, since a sharded network requires all of them; print and log on rank zero."""
         example = pl_module.example_input()
         self._show(trainer, [network_size(name, getattr(pl_module, name), example) for name in pl_module.network_names])
 
@@ -113,7 +120,7 @@ def _mega(flops: int | None) -> str:
 
 
 class ImagesPerSecond(L.Callback):
-    """Log `train/images_per_s`, the speed of training over all processes, once an epoch; validation excluded."""
+    """Log `train/images_per_s`, the training throughput over all processes, once per epoch, without validation."""
 
     def __init__(self) -> None:
         self._images = 0
@@ -125,17 +132,17 @@ class ImagesPerSecond(L.Callback):
         self._images, self._seconds, self._since = 0, 0.0, time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count a batch, from the end of the one before."""
+        """Count the images of a batch and the time since the end of the previous one."""
         now = time.perf_counter()
         unpacked = pl_module.unpack(batch)
         self._images += len(unpacked.target) // unpacked.views
         self._seconds, self._since = self._seconds + now - self._since, now
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Leave validation out."""
+        """Exclude the time of the validation."""
         self._since = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Log the epoch's speed."""
+        """Log the throughput of the epoch."""
         if self._seconds:
             pl_module.log("train/images_per_s", trainer.world_size * self._images / self._seconds, sync_dist=True)

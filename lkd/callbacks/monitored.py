@@ -1,4 +1,4 @@
-"""Monitors that name no curve."""
+"""Check that monitored metrics exist."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 
 _KNOWN = ("lkd", "lightning")
-"""Packages whose code logs the same names in the sanity check as in any validation."""
+"""Packages whose code logs the same metrics in the sanity check as in any validation."""
 _LOGS = (
     *("validation_step", "on_validation_start", "on_validation_epoch_start", "on_validation_batch_end"),
     *("on_validation_epoch_end", "on_train_epoch_end", "on_train_batch_end", "training_step"),
@@ -18,22 +18,23 @@ _LOGS = (
 
 
 class MonitorCheck(L.Callback):
-    """Report a monitor that does not exist after the sanity check, which logs the same curves as any validation.
+    """Report a nonexistent monitored metric before the first training step.
 
-    The monitors are those of `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau`, except curves of the training
-    (`train/...`), which do not exist yet. Where there is no sanity check, or a callback or module of your own may log a
-    curve later, the first validation is waited for. A callback that logs curves from time to time lists their names in
-    an attribute `curves`.
+    The check runs after the sanity check, which logs the same metrics as any validation. It covers the monitors of
+    `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau`, except training metrics (`train/...`), which are not
+    logged yet. If there is no sanity check, or if a custom callback or module may log metrics later, the check runs
+    after the first validation. A callback that does not log its metrics in every validation lists their names in an
+    attribute `curves`.
 
     Raises:
-        ValueError: If there is no curve of that name.
+        ValueError: If a monitored metric does not exist.
     """
 
     def __init__(self) -> None:
         self._is_checked = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check again in the next run."""
+        """Reset the check for a new run."""
         self._is_checked = False
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -42,13 +43,13 @@ class MonitorCheck(L.Callback):
             self._check(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check after the first validation, if that was not done before."""
+        """Check after the first validation if the sanity check could not."""
         if not self._is_checked and not trainer.sanity_checking:
             self._check(trainer, pl_module)
 
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         known = {*trainer.callback_metrics}
-        if not any(name.startswith("val/") for name in known):  # no validation images
+        if not any(name.startswith("val/") for name in known):  # there are no validation images
             return
         self._is_checked = True
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -59,28 +60,27 @@ class MonitorCheck(L.Callback):
 
 
 def no_curve(name: str, known: set[str], who: str = "", module: Any = None) -> str:
-    """The sentence about a monitor that does not exist.
+    """Return the error message for a monitored metric that does not exist.
 
     Args:
-        name: What is monitored.
-        known: The names of all curves.
-        who: What monitors it.
-        module: The module that is trained.
+        name: Name of the monitored metric.
+        known: Names of all logged metrics.
+        who: Name of the class that monitors it.
+        module: The module to be trained.
     """
     hidden = () if getattr(module, "trains_logits", True) else getattr(module, "logit_metrics", ())
-    by = f" by {who}" if who else ""
-    curves = ", ".join(sorted(known))
+    subject = f"{who} cannot" if who else "cannot"
     if name.partition("/")[2] in hidden:
-        reason = "it is not logged, as the loss does not train the logits"
+        reason = "it is not logged, because the loss does not train the logits"
     elif nearest := difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6):
-        reason = f"did you mean {' or '.join(map(repr, nearest))}?"
+        reason = f"no such metric (did you mean {' or '.join(map(repr, nearest))}?)"
     else:
-        reason = "no name is near it"
-    return f"there is no curve {name!r} to monitor{by}; {reason}; there are {curves}"
+        reason = "no such metric"
+    return f"{subject} monitor {name!r}: {reason}; available: {', '.join(sorted(known))}"
 
 
 def _monitors(trainer: L.Trainer) -> Iterator[tuple[str, str]]:
-    """What monitors a curve, and the name of the curve."""
+    """Yield the class name and the metric of each monitor."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         is_strict = isinstance(callback, ModelCheckpoint) or (isinstance(callback, EarlyStopping) and callback.strict)
         if is_strict and callback.monitor is not None:
@@ -91,7 +91,7 @@ def _monitors(trainer: L.Trainer) -> Iterator[tuple[str, str]]:
 
 
 def _may_log_later(trainer: L.Trainer, module: L.LightningModule) -> bool:
-    """Whether code of a user may log in training what it does not log in the sanity check."""
+    """Return whether custom code may log metrics in training that it does not log in the sanity check."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     homes = [type(callback).__module__ for callback in callbacks]
     homes += [getattr(type(module), name).__module__ for name in _LOGS]

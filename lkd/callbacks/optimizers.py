@@ -1,4 +1,4 @@
-"""Settings of optimizers that make the same update cheaper."""
+"""Optimizer settings that make an update faster or compatible with CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ _FUSIBLE = (SGD, Adam, AdamW)
 
 
 def fuse(optimizer: Optimizer, precision: str) -> bool:
-    """Let an optimizer update all parameters in one operation, if it can.
+    """Enable the fused implementation of an optimizer if it is supported and no implementation was selected.
 
     Args:
         optimizer: The optimizer, before its first step in this process.
-        precision: The trainer's precision.
+        precision: Precision of the trainer.
 
     Returns:
-        Whether it does.
+        Whether the optimizer is fused.
     """
     groups = optimizer.param_groups
     parameters = [parameter for group in groups for parameter in group["params"]]
-    told = any(group.get("foreach") is not None or group.get("fused") is not None for group in groups)
-    if all(group.get("fused") for group in groups):  # as in a run that is resumed
+    is_chosen = any(group.get("foreach") is not None or group.get("fused") is not None for group in groups)
+    if all(group.get("fused") for group in groups):  # as in a resumed run
         return True
-    if type(optimizer) not in _FUSIBLE or told or precision.startswith("16"):
+    if type(optimizer) not in _FUSIBLE or is_chosen or precision.startswith("16"):
         return False
     if any(group.get("differentiable") or group.get("capturable") for group in groups):
         return False
-    if any(isinstance(parameter, DTensor) for parameter in parameters):  # PyTorch has no such operation for shards
+    if any(isinstance(parameter, DTensor) for parameter in parameters):  # not supported for sharded parameters
         return False
     if not all(one.is_floating_point() and devices.has_fused_optimizers(one.device) for one in parameters):
         return False
     counted = any("step" in state for state in optimizer.state.values())
-    if counted and any(devices.is_gpu(one.device) for one in parameters):  # resumed: its steps are on the CPU
+    if counted and any(devices.is_gpu(one.device) for one in parameters):  # resumed: its step counts are on the CPU
         return False
     for group in groups:
         group["fused"] = True
@@ -42,9 +42,9 @@ def fuse(optimizer: Optimizer, precision: str) -> bool:
 
 
 def count_on_device(optimizer: Optimizer) -> None:
-    """Let an optimizer of PyTorch's count its steps on the device, if it can and has not begun: a graph needs that.
+    """Make a new PyTorch optimizer keep its step count on the device, as CUDA graphs require, if it supports this.
 
-    It is done with graphs and without, so that both give the same numbers.
+    The setting is applied with and without graphs, so that both give the same results.
 
     Args:
         optimizer: The optimizer.
@@ -56,7 +56,7 @@ def count_on_device(optimizer: Optimizer) -> None:
 
 
 def count_on_host(optimizer: Optimizer) -> None:
-    """Undo `count_on_device` on the CPU, for a run that began on a GPU.
+    """Revert `count_on_device` on the CPU, for a run that was started on a GPU.
 
     Args:
         optimizer: The optimizer.

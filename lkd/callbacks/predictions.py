@@ -1,4 +1,4 @@
-"""Predictions as a table."""
+"""Writing predictions to a CSV file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lkd.datamodules import NewImages
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Write one line for each image: its index, the class, the class's name where known, the probability.
+    """Write predictions to a CSV file with one row per image: index, class, class name if known, and probability.
 
-    Of `NewImages`, a line begins with the name of the file; it ends there if the file cannot be read.
+    For `NewImages`, the first column is the file name, and the other columns are empty if the file could not be read.
 
     Args:
-        path: The CSV file; with several processes each writes its own, `<name>.<rank>.csv`.
+        path: Path of the CSV file. With several processes, each writes its own file, `<name>.<rank>.csv`.
     """
 
     def __init__(self, path: str = "predictions.csv") -> None:
@@ -38,7 +38,7 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Keep one batch's lines."""
+        """Collect the rows of a batch."""
         index = pl_module.unpack(batch).index
         indices = [None] * len(prediction) if index is None else index.tolist()
         names = getattr(pl_module, "class_names", ())
@@ -48,7 +48,7 @@ class PredictionWriter(BasePredictionWriter):
             self._rows.append((position, chosen, name, round(probability, 6)))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Write the file and say where it is."""
+        """Write the file and print its path."""
         several = trainer.world_size > 1
         path = self.path.with_suffix(f".{trainer.global_rank}{self.path.suffix}") if several else self.path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +60,11 @@ class PredictionWriter(BasePredictionWriter):
                 writer.writerows([("file", *columns), *self._by_file(data, trainer.is_global_zero)])
             else:
                 writer.writerows([("index", *columns), *self._rows])
-        pl_module.print(f"{len(self._rows)} predictions: {path}")
+        pl_module.print(f"{len(self._rows)} predictions written to {path}")
         self._rows.clear()
 
     def _by_file(self, data: NewImages, with_left_out: bool) -> list[tuple[str, ...]]:
-        """The lines, with the names of the files."""
+        """Return the rows, with file names instead of indices."""
         found = {position: tuple(map(str, rest)) for position, *rest in self._rows if position is not None}
         found |= dict.fromkeys(data.left_out() if with_left_out else (), ("", "", ""))
         names = data.file_names()

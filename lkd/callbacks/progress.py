@@ -1,4 +1,4 @@
-"""Progress of a run: a bar in a terminal, a line per epoch elsewhere."""
+"""Progress of a run: a progress bar in a terminal, one line per epoch otherwise."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.callbacks import RichProgressBar
 
 _EVERY = 0.1
-"""Seconds between two looks at a run: an update in every step would take a tenth of a millisecond each."""
+"""Seconds between two updates of the bar; an update in every step would cost 0.1 ms each."""
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar with loss, accuracy, and the time left until the end of fit."""
+    """Rich progress bar with loss, accuracy and the estimated time until the end of `fit`."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=round(1 / _EVERY))
@@ -23,15 +23,15 @@ class ProgressBar(RichProgressBar):
         self._shown = 0.0
         self._in_step = False
         self._metrics: dict[str, Any] = {}
-        self._flushes: int | None = None  # of the module, when the metrics were read
+        self._flushes: int | None = None  # the module's count when the metrics were read
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Start the clock."""
+        """Start the timer."""
         super().on_train_start(trainer, pl_module)
         self._start = (time.monotonic(), trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the bar, a few times a second."""
+        """Update the bar, at most ten times per second."""
         now = time.monotonic()
         if now - self._shown >= _EVERY or trainer.is_last_batch:
             self._shown, self._in_step = now, True
@@ -39,9 +39,9 @@ class ProgressBar(RichProgressBar):
             self._in_step = False
 
     def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
-        """What is shown behind the bar."""
+        """Return the metrics and the remaining time shown next to the bar."""
         flushes = getattr(pl_module, "flushes", None)
-        if not self._in_step or flushes is None or flushes != self._flushes:  # to read them is to wait for a GPU
+        if not self._in_step or flushes is None or flushes != self._flushes:  # reading synchronizes with the GPU
             self._metrics, self._flushes = dict(super().get_metrics(trainer, pl_module)), flushes
         metrics = dict(self._metrics)
         metrics.pop("v_num", None)
@@ -51,7 +51,7 @@ class ProgressBar(RichProgressBar):
 
 
 class EpochLines(LightningProgressBar):
-    """Print one line per epoch, for output that goes to a file."""
+    """Print one line per epoch, for output that is redirected to a file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,25 +60,25 @@ class EpochLines(LightningProgressBar):
         self.is_enabled = True
 
     def enable(self) -> None:
-        """Print lines."""
+        """Enable the output."""
         self.is_enabled = True
 
     def disable(self) -> None:
-        """Print nothing, as in all processes but the first."""
+        """Disable the output, as in all processes except rank zero."""
         self.is_enabled = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Start the clock."""
+        """Start the timer."""
         super().on_train_start(trainer, pl_module)
         self._start = (time.monotonic(), trainer.global_step)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Start the epoch's clock."""
+        """Start the timer of the epoch."""
         super().on_train_epoch_start(trainer, pl_module)
         self._epoch_start = time.monotonic()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Print the epoch's line."""
+        """Print the line of the epoch."""
         if not self.is_enabled:
             return
         metrics: dict[str, Any] = {**self.get_metrics(trainer, pl_module)}
@@ -92,7 +92,7 @@ class EpochLines(LightningProgressBar):
 
 
 def _time_left(trainer: L.Trainer, since: float, first_step: int) -> str | None:
-    """Return the time until the end of fit; None if it is not known."""
+    """Return the estimated time until the end of `fit`; `None` if it is not known."""
     done, steps = trainer.global_step - first_step, trainer.estimated_stepping_batches - trainer.global_step
     if not done or not 0 < steps < float("inf"):
         return None

@@ -1,4 +1,4 @@
-"""What a run was made with, so that it can be made again."""
+"""Record of a run's environment, for reproducibility."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from lkd import devices
 from lkd.datamodules import ImageDataModule
 
 RECORD = "run.yaml"
-"""The file's name, beside the run's config."""
+"""File name of the record, next to the config of the run."""
 
 _PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "safetensors", "numpy", "PIL")
-_PATIENCE = 10.0  # seconds for git, should the repository lie on a slow disk
+_PATIENCE = 10.0  # timeout of git in seconds, for repositories on a slow disk
 _UNKNOWN = "unknown"
 
 
 def run_folder(trainer: L.Trainer) -> str:
-    """A run's folder, whatever its loggers: that in which its `checkpoints` lie, or would lie.
+    """Return the folder of a run, the parent of its `checkpoints`, regardless of the loggers.
 
     Args:
-        trainer: The run's, in `fit`; to be asked in all processes.
+        trainer: Trainer of the run, in `fit`. The function must be called in all processes.
     """
     for callback in trainer.checkpoint_callbacks:
         folder, _, name = str(getattr(callback, "dirpath", None) or "").rpartition(os.sep)
@@ -44,35 +44,36 @@ def run_folder(trainer: L.Trainer) -> str:
 
 
 class RunRecord(L.Callback):
-    """Record versions, code, devices, seeds, images, command and time of a run.
+    """Record the versions, source code revision, devices, seeds, images, command and start time of a run.
 
-    The record is written to `run.yaml` in the run's folder, beside `config.yaml`, when the first step has succeeded; a
-    resumed run appends a record. A warning is issued if a run is resumed, or repeated from its own config, with other
-    versions, devices or training images. Environment variables are not recorded.
+    The record is written to `run.yaml` in the run's folder, next to `config.yaml`, after the first successful step. A
+    resumed run appends another record. A warning is issued if a run is resumed, or repeated from its own config, with
+    other versions, devices or training images. Environment variables are not recorded.
 
     Args:
-        command: The arguments behind `lkd`; None: what the process was started with.
-        configs: Config files that were read: beside one of them may lie the record of the run that is run again.
+        command: Arguments of the `lkd` command. If `None`, the arguments of the process.
+        configs: Config files that were read. If one of them is the `config.yaml` of another run, this run repeats it
+            and is compared with its record.
     """
 
     def __init__(self, command: Sequence[str] | None = None, configs: Iterable[Path] = ()) -> None:
         self.command = shlex.join(sys.argv if command is None else ["lkd", *command])
         self.configs = list(configs)
-        self._record: tuple[Path, dict[str, Any]] | None = None  # not yet written
+        self._record: tuple[Path, dict[str, Any]] | None = None  # not written yet
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Compare with the run that is continued or repeated."""
-        folder = run_folder(trainer)  # in all processes: it is the first one's
+        """Compare the environment with that of the run that is resumed or repeated."""
+        folder = run_folder(trainer)  # called in all processes, as it is broadcast
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         begun, now = _begun(self._places(trainer.ckpt_path)), self._now(trainer)
         if differing := list(_differences(begun, now)):
-            rank_zero_warn(f"this run was begun with {' and '.join(differing)}; bits may differ")
-        if "://" not in folder:  # a folder on this machine
+            rank_zero_warn(f"this run was started with {' and '.join(differing)}; results may not be bitwise identical")
+        if "://" not in folder:  # a local folder
             self._record = Path(folder), now
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Write the record."""
+        """Write the record after the first step."""
         if self._record is None:
             return
         folder, record = self._record
@@ -82,7 +83,7 @@ class RunRecord(L.Callback):
         self._record = None
 
     def _places(self, ckpt_path: Any) -> Iterator[Path]:
-        """Where the record of the run may lie that this one goes on with, or repeats."""
+        """Yield the possible paths of the record of the run that is resumed or repeated."""
         if ckpt_path is not None:
             yield from (folder / RECORD for folder in list(Path(ckpt_path).resolve().parents)[:3])
         yield from (config.with_name(RECORD) for config in self.configs if config.name == "config.yaml")
@@ -110,7 +111,7 @@ def _number(text: str | None) -> int | None:
 
 
 def _versions() -> dict[str, str]:
-    """What results may depend on, by name."""
+    """Return the versions of Python, lkd and the packages that may affect results, by name."""
     found = {name: str(importlib.import_module(name).__version__) for name in _PACKAGES}
     if torch.cuda.is_available():
         cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
@@ -119,13 +120,13 @@ def _versions() -> dict[str, str]:
 
 
 def _repositories() -> dict[str, Path]:
-    """Where code comes from: the current folder, and lkd if it is a checkout."""
+    """Return the folders of source code: the current folder, and lkd if it is a git checkout."""
     checkout = Path(lkd.__file__).parent.parent
     return {"folder": Path.cwd(), **({"lkd": checkout} if (checkout / ".git").exists() else {})}
 
 
 def _revision(folder: Path) -> str | None:
-    """The commit that a folder has, with `-dirty` behind it if a file that git knows has changed; None without git."""
+    """Return the commit of a folder, with the suffix `-dirty` if tracked files are modified; `None` without git."""
     describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     command = ["git", "--no-optional-locks", "-C", str(folder), *describe]
     try:
@@ -146,7 +147,7 @@ def _is_ours(data: Any) -> bool:
 
 
 def _images(data: Any) -> dict[str, Any]:
-    """How many images there are, and a name for those of training."""
+    """Return the numbers of images and a fingerprint of the training images."""
     if not _is_ours(data):
         return {"contents": _UNKNOWN}
     numbers = {split: len(data.datasets[split]) for split in ("train", "val") if split in data.datasets}
@@ -154,7 +155,7 @@ def _images(data: Any) -> dict[str, Any]:
 
 
 def _begun(places: Iterable[Path]) -> Mapping[str, Any] | None:
-    """How a run was begun, from the first of some records that can be read."""
+    """Return the first record of a run from the first file that can be read."""
     for place in places:
         try:
             first = yaml.safe_load(place.read_text())[0]
@@ -166,7 +167,7 @@ def _begun(places: Iterable[Path]) -> Mapping[str, Any] | None:
 
 
 def _differences(begun: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Iterator[str]:
-    """What was otherwise, for a sentence: `torch 2.13.0 (now 2.14.1)`, `other training images`."""
+    """Yield the differences as text, such as `torch 2.13.0 (now 2.14.1)` and `other training images`."""
     if begun is None:
         return
     for part in ("versions", "devices"):

@@ -1,4 +1,4 @@
-"""The table at the end of a run."""
+"""Summary printed at the end of a run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lkd.datamodules.limits import Evaluated, images_measured, is_limited
 
 
 class FitReport(L.Callback):
-    """At the end of fit: teacher, student (best by validation, and last), gap, and where things lie.
+    """Print a summary at the end of `fit`: teacher, student (best and last), gap, and where to find the results.
 
-    Where the loss does not train the logits, the table has the student's distillation loss in place of accuracies.
+    If the loss does not train the logits, the table shows the student's distillation loss instead of accuracies.
 
-    TensorBoard's HParams page gets the hyperparameters with these figures as `final/...`.
+    In TensorBoard, the hyperparameters are logged with these values as `final/...` (tab HParams).
     """
 
     def __init__(self) -> None:
@@ -31,33 +31,34 @@ class FitReport(L.Callback):
         self._trained = False
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured, for a run that is resumed at its end."""
+        """Return the measured values, for a run that is resumed after its last epoch."""
         return self._measured
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What was measured before."""
+        """Restore the metrics of the interrupted run."""
         self._measured = dict(state_dict)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Note that there is something to do."""
+        """Record that training started."""
         self._trained = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Note what was measured, before the last checkpoint is written."""
+        """Store the final metrics before the last checkpoint is saved."""
         self._measured = {**self._measured, **_figures(trainer, pl_module)}
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Print and write."""
+        """Print the summary table and log the final metrics."""
         figures = {**self._measured, **_figures(trainer, pl_module)}
         if not figures and _main_metric(pl_module) is not None:
             return
-        if trainer.progress_bar_callback is not None:  # it would draw itself over what follows
+        if trainer.progress_bar_callback is not None:  # it would overwrite the following output
             trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
         console = Console(soft_wrap=True)
         if not self._trained and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             done = f"{trainer.current_epoch} epochs and {trainer.global_step} steps"
-            console.print(f"nothing was left to train: the run has made {done}; --trainer.max_epochs makes it longer")
+            more = "increase --trainer.max_epochs to continue"
+            console.print(f"nothing left to train: this run has already completed {done}; {more}")
         if figures:
             console.print(_table(pl_module, figures, images_measured(trainer, "val")))
         for line in _where(trainer):
@@ -66,37 +67,37 @@ class FitReport(L.Callback):
             if isinstance(logger, TensorBoardLogger):
                 metrics = {f"final/{name}": figure for name, figure in figures.items()}
                 settings = {name.lstrip("_"): value for name, value in pl_module.hparams_initial.items()}
-                settings.pop("instantiator", None)  # Lightning's note of how to build the module again
+                settings.pop("instantiator", None)  # Lightning's description of how to re-create the module
                 logger.log_hyperparams(settings, metrics, trainer.global_step)
 
     @rank_zero_only
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """After an interruption, say how to go on."""
+        """Print the command that resumes an interrupted run."""
         if isinstance(exception, (KeyboardInterrupt, SIGTERMException)):
             last = [
                 path for callback in trainer.checkpoint_callbacks if (path := _path(callback)).endswith("last.ckpt")
             ]
-            how = f"go on with: lkd fit --ckpt_path {shlex.quote(last[0])}" if last else "no checkpoint was written yet"
+            how = f"resume with: lkd fit --ckpt_path {shlex.quote(last[0])}" if last else "no checkpoint was saved yet"
             Console(soft_wrap=True).print(f"interrupted in epoch {trainer.current_epoch}; {how}", highlight=False)
 
 
 class LimitReport(L.Callback):
-    """Print how many images the figures of a limited validation or test come from."""
+    """Print the number of images evaluated by a limited validation or test."""
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Print, before Lightning's table."""
+        """Print the number of images before Lightning's table."""
         _report_limit(trainer, "val")
 
     @rank_zero_only
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Print, before Lightning's table."""
+        """Print the number of images before Lightning's table."""
         _report_limit(trainer, "test")
 
 
 def _report_limit(trainer: L.Trainer, split: Evaluated) -> None:
     if is_limited(trainer, split):
-        Console(soft_wrap=True).print(f"measured on {images_measured(trainer, split)}", highlight=False)
+        Console(soft_wrap=True).print(f"evaluated on {images_measured(trainer, split)}", highlight=False)
 
 
 def _path(callback: L.Callback) -> str:
@@ -109,7 +110,7 @@ def _main_metric(module: Any) -> str | None:
 
 
 def _figures(trainer: L.Trainer, module: Any) -> dict[str, float]:
-    """The main metric on the validation split, and the teacher's accuracy beside the student's, if measured."""
+    """Return the student's main validation metric, the teacher's accuracy, and feature metrics, if measured."""
     measured, best, name = trainer.callback_metrics, _best_checkpoint(trainer), _main_metric(module)
     figures = {
         "teacher_acc": measured.get("val/teacher_acc") if name == "acc" else None,
@@ -121,13 +122,13 @@ def _figures(trainer: L.Trainer, module: Any) -> dict[str, float]:
 
 
 def _feature_curves(trainer: L.Trainer) -> list[str]:
-    """The curves of callbacks that evaluate features."""
+    """Return the names of the metrics of callbacks that evaluate features."""
     evaluations = [one for one in trainer.callbacks if isinstance(one, FeatureEvaluation)]  # type: ignore[attr-defined]
     return [curve for one in evaluations for curve in one.curves]
 
 
 def _best_checkpoint(trainer: L.Trainer) -> ModelCheckpoint | None:
-    """The callback that keeps the best checkpoint, if it has kept one."""
+    """Return the callback that saved the best checkpoint; `None` if there is none."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
             return callback
@@ -138,16 +139,15 @@ def _table(module: Any, figures: dict[str, float], images: str) -> Table:
     network, name = module.network_names[0], _main_metric(module)
     is_accuracy = name == "acc"
     table = Table("", f"accuracy on {images}" if is_accuracy else f"distillation loss (val/{name}) on {images}")
-    rows = {"teacher": "teacher_acc", f"{network}, best": f"best_{name}", f"{network}, last": f"last_{name}"}
+    rows = {"teacher": "teacher_acc", f"{network} (best)": f"best_{name}", f"{network} (last)": f"last_{name}"}
     for label, row in rows.items():
         if row in figures:
             table.add_row(label, f"{figures[row]:.2%}" if is_accuracy else f"{figures[row]:.4g}")
-    for row in sorted({*figures} - {*rows.values()}):  # features that are evaluated
-        table.add_row(f"{network}, last (val/{row})", f"{figures[row]:.2%}")
+    for row in sorted({*figures} - {*rows.values()}):  # metrics of evaluated features
+        table.add_row(f"{network} (last), val/{row}", f"{figures[row]:.2%}")
     if {"teacher_acc", "best_acc"} <= set(figures):
-        table.add_row(
-            "best - teacher", f"{100 * (figures['best_acc'] - figures['teacher_acc']):+.2f} percentage points"
-        )
+        gap = figures["best_acc"] - figures["teacher_acc"]
+        table.add_row("gap to teacher", f"{100 * gap:+.2f} pp")
     return table
 
 
@@ -157,10 +157,10 @@ def _where(trainer: L.Trainer) -> list[str]:
     if checkpoint is not None:
         path = checkpoint.best_model_path
         path = str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
-        lines += [f"checkpoint: {path}", f"test it:    lkd test --ckpt_path {shlex.quote(path)}"]
+        lines += [f"Checkpoint:  {path}", f"Evaluate:    lkd test --ckpt_path {shlex.quote(path)}"]
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            lines.append(f"curves:     tensorboard --host localhost --logdir {shlex.quote(str(logger.root_dir))}")
+            lines.append(f"TensorBoard: tensorboard --host localhost --logdir {shlex.quote(str(logger.root_dir))}")
         elif isinstance(logger, CSVLogger):
-            lines.append(f"curves:     {logger.log_dir}/metrics.csv")
+            lines.append(f"Metrics:     {logger.log_dir}/metrics.csv")
     return lines

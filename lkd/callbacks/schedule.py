@@ -1,4 +1,4 @@
-"""Weights that change from epoch to epoch."""
+"""Schedules of loss weights and other numbers of a module."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from lkd.losses import CompositeLoss
 
 
 class Schedule(L.Callback):
-    """Let a number of the module grow or fall over the first epochs: a weight's warm-up, a curriculum's strength.
+    """Scale a number of the module over the first epochs, for example to warm up a loss weight or a curriculum.
 
-    In each epoch the attribute is its own value, as the config has it, times a factor. The factor goes from `start` to
-    `end` in as many equal steps as there are epochs, and takes the first step in the first epoch: a warm-up over 20
-    epochs begins with a twentieth. From the last of these epochs on it is `end`. After the training the attribute has
-    its own value again.
+    In each epoch, the attribute is set to its configured value times a factor. The factor changes from `start` to `end`
+    in `epochs` equal steps, the first of which is taken in the first epoch: a warm-up over 20 epochs starts at 1/20.
+    From the last of these epochs on, the factor is `end`. After training, the configured value is restored.
 
     Args:
-        attribute: Which number, by its path from the module: `distill_weight`, `criterion.reversal`, or, in a
-            WeightedSum, `criterion.weights.NAME` and `criterion.criteria.NAME.reversal`. What a criterion made of
-            others (a WeightedSum, a MultiTeacher, a MutualModule's) does not have itself is changed in each of them
-            that has it.
-        epochs: Over how many epochs, at least 1.
-        start: The factor before the first epoch.
-        end: The factor at last.
-        shape: `linear`; `cosine`: slow at both ends; `step`: `start` in all of these epochs, then `end`, as in a method
-            that begins with a stage of its own.
+        attribute: Path of the number, relative to the module: `distill_weight`, `criterion.reversal`, or, for a
+            WeightedSum, `criterion.weights.NAME` and `criterion.criteria.NAME.reversal`. If a composite criterion
+            (WeightedSum, MultiTeacher, or that of a MutualModule) does not have the attribute itself, it is changed in
+            all of its parts that have it.
+        epochs: Number of epochs of the schedule, at least 1.
+        start: Factor before the first epoch.
+        end: Final factor.
+        shape: Shape of the schedule: `linear`; `cosine`, which is slow at both ends; or `step`, which keeps `start` for
+            all of these epochs and then switches to `end`, for methods with an initial stage.
 
     Raises:
-        ValueError: If `epochs` is less than 1, or, before training, the module has no such number.
+        ValueError: If `epochs` is less than 1, or, before training, if the module has no such number.
 
     Example:
         >>> warmup = Schedule("distill_weight", epochs=20)
@@ -48,7 +47,7 @@ class Schedule(L.Callback):
         shape: Literal["linear", "cosine", "step"] = "linear",
     ) -> None:
         if epochs < 1:
-            raise ValueError(f"a Schedule needs at least 1 epoch, got {epochs}")
+            raise ValueError(f"Schedule requires at least 1 epoch, got {epochs}")
         self.attribute = attribute
         self.epochs = epochs
         self.start = start
@@ -57,10 +56,10 @@ class Schedule(L.Callback):
         self._own: list[float] = []
 
     def factor(self, epoch: int) -> float:
-        """What the attribute's own value is multiplied by.
+        """Compute the factor by which the configured value is multiplied.
 
         Args:
-            epoch: Counted from 0.
+            epoch: Epoch, starting at 0.
         """
         if self.shape == "step":
             return self.start if epoch < self.epochs else self.end
@@ -70,20 +69,20 @@ class Schedule(L.Callback):
         return self.start + (self.end - self.start) * progress
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the attribute and its own value."""
+        """Look up the attribute and its configured value."""
         if stage == "fit":
             own = _read(pl_module, self.attribute)
             try:
                 _write(pl_module, self.attribute, own)
             except AttributeError as error:
                 raise ValueError(
-                    f"Schedule changes a number of the module, and {type(pl_module).__name__}'s {self.attribute!r} "
-                    "can only be read; name one such as 'distill_weight' or 'criterion.reversal'"
+                    f"Schedule cannot set {self.attribute!r}, which is read-only in {type(pl_module).__name__}; select "
+                    "a number of the module such as 'distill_weight' or 'criterion.reversal'"
                 ) from error
             self._own = own
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Set the attribute: in the middle of an epoch that is resumed, there is no other hook."""
+        """Set the attribute; a run resumed within an epoch does not call `on_train_epoch_start`."""
         self._set(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -96,11 +95,11 @@ class Schedule(L.Callback):
             _write(pl_module, self.attribute, [own * factor for own in self._own])
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the attribute its own value back."""
+        """Restore the configured value."""
         self._restore(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the attribute its own value back."""
+        """Restore the configured value if the run fails."""
         self._restore(pl_module)
 
     def _restore(self, pl_module: L.LightningModule) -> None:
@@ -114,7 +113,7 @@ def _get(owner: Any, name: str) -> Any:
 
 
 def _holders(owner: Any, name: str) -> list[Any]:
-    """What has something of that name: the owner, or else the criteria that it is made of."""
+    """Return the objects that have an attribute: the owner, or else the criteria of which it is composed."""
     if _get(owner, name) is not None:
         return [owner]
     return [found for part in owner.parts for found in _holders(part, name)] if isinstance(owner, CompositeLoss) else []
@@ -134,9 +133,9 @@ def _read(module: L.LightningModule, attribute: str) -> list[float]:
     wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, (int, float))]
     if wrong or not values:
         raise ValueError(
-            f"Schedule changes a number of the module, but {type(module).__name__}'s {attribute!r} is "
-            f"{type(wrong[0]).__name__ if wrong else 'not there'}; name one such as 'distill_weight' or "
-            "'criterion.reversal'"
+            f"Schedule requires a number, but {attribute!r} of {type(module).__name__} "
+            f"{f'has type {type(wrong[0]).__name__}' if wrong else 'does not exist'}; select a number of the module "
+            "such as 'distill_weight' or 'criterion.reversal'"
         )
     return [float(value) for value in values]
 

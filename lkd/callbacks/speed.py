@@ -1,4 +1,4 @@
-"""A lean step: what makes the same arithmetic faster on the device at hand."""
+"""Optimizations that run the same training step faster on the available device."""
 
 from __future__ import annotations
 
@@ -29,54 +29,58 @@ CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune
 GraphMode = Literal["auto", "off"]
 
 _LONG = 2000
-"""Steps from which on compiling, which takes up to a minute, can be repaid on a CPU with matrix units."""
+"""Number of steps that amortizes compilation on a CPU with matrix units; compilation takes up to a minute."""
 
 _LONG_ON_GPU = 30_000
-"""Steps from which compilation pays on a GPU: it took 30 s and saved 1 ms a step (ResNet-56 to ResNet-20, H100)."""
+"""Number of steps that amortizes compilation on a GPU: 30 s, for 1 ms per step (ResNet-56 to ResNet-20, H100)."""
 
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 2**26}
 """From malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD."""
 
 _WITH_GRAPHS = ("reduce-overhead", "max-autotune")
-"""Modes of `torch.compile` that capture CUDA graphs, which cannot become part of another one."""
+"""Modes of `torch.compile` that capture CUDA graphs, which cannot be part of another graph."""
 
 _HOOKS = (
     *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
     *("on_before_optimizer_step", "on_train_batch_end"),
 )
-"""What Lightning asks of each callback in each step."""
+"""Hooks that Lightning calls on each callback in each step."""
 
 _NOTHING = nullcontext()
 
 _SHARDING = (FSDPStrategy, ModelParallelStrategy)
-"""They split weights into parts that know no layout."""
+"""Strategies with sharded weights, which have no memory format."""
 
 _MEGAFLOPS = 5.0
-"""Operations for an image from which on a CPU gains by bfloat16; below, it only converts."""
+"""Operations per image above which bfloat16 is faster on a CPU; below, conversions dominate."""
 
 
 class Speed(L.Callback):
-    """Run the same step faster; results differ by rounding alone. At the start of fit one line says what is on.
+    """Run the same training step faster.
+
+    Results differ from those without this callback by rounding only. The active optimizations are printed when `fit`
+    starts.
 
     Args:
-        channels_last: Whether convolutions' weights are laid out with the channels last, and so what they return. None:
-            on a CPU, where it is 1.3 times as fast, and on a GPU in 16 bit; not for a criterion of your own that reads
-            features, as it may rely on their layout, nor where weights are sharded.
-        fold_teacher: Whether the frozen teacher's batch norms become part of its convolutions, where only its logits
-            are read.
-        compile: Mode of `torch.compile` for student and teacher in training. `auto` chooses `default` for runs that are
-            long enough to repay the compilation: from 2,000 steps on a CPU with matrix units (AMX), from 30,000 steps
-            on a GPU if the step is a CUDA graph; without a graph it gains almost nothing there. What cannot be compiled
-            runs as it is.
-        keep_memory: Whether on a CPU the process keeps what a step frees for the next one, from then on (glibc's
-            `mallopt`). Otherwise each step gives most of it back, and is given it again page by page, filled with
-            zeros: that takes a fifth of the time. The peak is the same.
-        fuse_optimizer: Whether SGD, Adam and AdamW update all parameters in one operation, unless they were
-            told otherwise, or fp16's scaling is in use, or weights are sharded.
+        channels_last: Whether convolution weights, and thus the outputs of convolutions, use the channels-last memory
+            format. If `None`, it is used on a CPU, where it is 1.3 times as fast, and on a GPU with 16-bit precision,
+            but not for a custom criterion that reads features, since it may depend on their memory format, nor with
+            sharded weights.
+        fold_teacher: Whether to fold the frozen teacher's batch norms into its convolutions if only its logits are
+            read.
+        compile: Mode of `torch.compile` for student and teacher in training. `auto` selects `default` for runs that are
+            long enough to amortize the compilation: at least 2,000 steps on a CPU with matrix units (AMX), or at least
+            30,000 steps on a GPU if the step is a CUDA graph. Without a CUDA graph, compilation gains almost nothing on
+            a GPU. If compilation fails, the network runs uncompiled.
+        keep_memory: Whether, on a CPU, the process keeps freed memory for later steps (glibc's `mallopt`, in effect
+            until the process ends). Otherwise most memory is returned to the system after each step and allocated again
+            page by page, filled with zeros, which takes a fifth of the time. Peak memory is the same.
+        fuse_optimizer: Whether to use the fused implementation of SGD, Adam and AdamW, unless an implementation is
+            selected explicitly, or fp16 gradient scaling or sharded weights are used.
         graph: `auto` runs the whole training step as one CUDA graph, which is checked against the ordinary step before
-            it is used: on one CUDA device, with one optimizer, without gradient accumulation or float16's scaling,
-            where no callback or module hooks into the middle of a step. The line at the start of fit says so, or names
-            the reason against it. `off`: steps are launched operation by operation.
+            it is used. This requires a single CUDA device and a single optimizer, without gradient accumulation,
+            float16 gradient scaling, or hooks of callbacks or modules inside the step. The line printed when `fit`
+            starts states whether a graph is used, or why not. `off` launches each operation separately.
     """
 
     def __init__(
@@ -95,14 +99,14 @@ class Speed(L.Callback):
         self.keep_memory, self.fuse_optimizer = keep_memory, fuse_optimizer
         self._compiled: list[nn.Module] = []
         self._own_taps: FeatureTaps | None = None
-        self._version = 0  # the teacher's, when it was folded
-        self._said: list[str] = []
+        self._version = 0  # teacher version at the time of folding
+        self._applied: list[str] = []
         self._no_graph = ""
         self._data: ImageDataModule | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Lay the weights out, before there are optimizers and processes that look at them."""
-        self._said = [str(trainer.precision)]
+        """Set the memory format before optimizers and other processes use the weights."""
+        self._applied = [str(trainer.precision)]
         gpu = devices.is_gpu(trainer.strategy.root_device)
         wanted = self.channels_last
         if wanted is None:
@@ -110,7 +114,7 @@ class Speed(L.Callback):
             wanted = wanted and not isinstance(trainer.strategy, _SHARDING)
         networks = [getattr(pl_module, name) for name in getattr(pl_module, "network_names", ())]
         if wanted and any(devices.breaks_channels_last(network, trainer.strategy.root_device) for network in networks):
-            self._said.append("channels first (a bug of oneDNN on this CPU rules out channels last)")
+            self._applied.append("channels first (channels last is disabled due to a bug in oneDNN on this CPU)")
             return
         if not wanted or not sum(_lay_out(network, torch.channels_last) for network in networks):
             return
@@ -120,21 +124,21 @@ class Speed(L.Callback):
         except RuntimeError as error:
             for network in networks:
                 _lay_out(network, torch.contiguous_format)
-            self._said.append(
-                f"channels first (with channels last a network fails: {str(error).splitlines()[0][:100]})"
+            self._applied.append(
+                f"channels first (a network fails with channels last: {str(error).splitlines()[0][:100]})"
             )
         else:
-            self._said.append("channels last")
+            self._applied.append("channels last")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Fold the teacher, and compile."""
+        """Fold the teacher's batch norms, and compile the networks."""
         self._no_graph = self._why_no_graph(trainer, pl_module)
         self._data = trainer.datamodule if isinstance(trainer.datamodule, ImageDataModule) else None  # type: ignore[attr-defined]
         if self._data is not None:
             self._data.uses_graphs = not self._no_graph
         self._fold(trainer, pl_module)
         if self.keep_memory and trainer.strategy.root_device.type == "cpu" and _keep_memory():
-            self._said.append("freed memory kept")
+            self._applied.append("freed memory kept")
         self._compile(trainer, pl_module)
 
     def _fold(self, trainer: L.Trainer, module: Any) -> None:
@@ -152,15 +156,15 @@ class Speed(L.Callback):
         try:
             module.teacher_taps = FeatureTaps(fold_batch_norms(module.teacher, noise, low, join))
         except ValueError as error:
-            self._said.append(f"teacher not folded ({error})")
+            self._applied.append(f"teacher batch norms not folded ({error})")
         else:
             self._own_taps, self._version = taps, module.teacher_version
-            self._said.append("teacher's batch norms folded")
+            self._applied.append("teacher batch norms folded")
 
     def _compile(self, trainer: L.Trainer, module: Any) -> None:
         mode, reason = self._mode(trainer, module.example_input())
         if mode is None:
-            self._said.append(f"not compiled{reason}")
+            self._applied.append(f"torch.compile off{reason}")
             return
         taps = getattr(module, "teacher_taps", None)
         networks = [module.model, *([] if taps is None or module.saves_teacher else [taps.network])]
@@ -169,16 +173,16 @@ class Speed(L.Callback):
         self._compiled = networks
         try:
             self._try_compiled(trainer, module)
-        except Exception as error:  # compilers of three vendors and the network's own code: it may raise anything
+        except Exception as error:  # compilers and custom networks may raise anything
             self._uncompile()
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
-            self._said.append(f"not compiled (it fails: {reason})")
+            self._applied.append(f"torch.compile off (failed: {reason})")
         else:
-            self._said.append(f"compiled ({mode})")
+            self._applied.append(f"torch.compile {mode}")
 
     def _mode(self, trainer: L.Trainer, example: Any) -> tuple[str | None, str]:
         if self.compile != "off" and not _is_image(example):
-            return None, " (only networks that take images are)"
+            return None, " (supported for image inputs only)"
         if self.compile != "auto":
             return (None, "") if self.compile == "off" else (self.compile, "")
         device = trainer.strategy.root_device
@@ -188,11 +192,11 @@ class Speed(L.Callback):
         if gpu and self._no_graph:
             return None, " (little gain without a graph)"
         if (steps := trainer.estimated_stepping_batches) < (_LONG_ON_GPU if gpu else _LONG):
-            return None, f" ({steps:,} steps would not repay it)"
+            return None, f" (not worthwhile for {steps:,} steps)"
         return "default", ""
 
     def _try_compiled(self, trainer: L.Trainer, module: Any) -> None:
-        """One forward and backward pass of a full batch, that leaves no trace."""
+        """Run a forward and a backward pass of a full batch, and undo all side effects."""
         example, model = module.example_input(), module.model
         size = getattr(trainer.datamodule, "batch_size", 2)  # type: ignore[attr-defined]
         batch = fitting(torch.zeros((size, *example.shape[1:])), model)
@@ -219,30 +223,30 @@ class Speed(L.Callback):
         self._compiled = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Fuse the optimizer, say what is on, and let Lightning skip what does nothing in a step.
+        """Fuse the optimizer, print the active optimizations, and make Lightning skip callback hooks that do nothing.
 
-        Of some 80 hooks of callbacks in a step 7 do something, and no profiler runs.
+        Of about 80 hooks of callbacks per step, 7 do something. The pass-through profiler is skipped as well.
         """
         if self.fuse_optimizer and [o for o in trainer.optimizers if fuse(o, str(trainer.precision))]:
-            self._said.append("optimizer fused")
+            self._applied.append("optimizer fused")
         self._prepare_graph(trainer, pl_module)
-        pl_module.print(f"Step: {', '.join(self._said)}")
+        pl_module.print(f"Optimizations: {', '.join(self._applied)}")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             for name in _HOOKS:
                 if name not in vars(callback) and getattr(type(callback), name) is getattr(L.Callback, name):
-                    setattr(callback, name, None)  # not callable, so it is not called
+                    setattr(callback, name, None)  # Lightning skips hooks that are not callable
         profiler = trainer.profiler  # type: ignore[attr-defined]
         if type(profiler) is PassThroughProfiler:
             vars(profiler)["profile"] = lambda name: _NOTHING
 
     def _why_no_graph(self, trainer: L.Trainer, module: Any) -> str:
-        """Why steps are launched operation by operation; empty if they are to be a graph."""
+        """Return why the step is not captured as a graph; empty if it is."""
         if devices.step_capture(trainer.strategy.root_device) is None:
             return "not on this device"
         if self.graph == "off":
             return "off"
         if self.compile in _WITH_GRAPHS:
-            return f"torch.compile's {self.compile} has graphs of its own"
+            return f"torch.compile {self.compile} uses its own graphs"
         return obstacle(trainer, module)
 
     def _prepare_graph(self, trainer: L.Trainer, module: Any) -> None:
@@ -253,13 +257,13 @@ class Speed(L.Callback):
             return
         for optimizer in trainer.optimizers:
             count_on_device(optimizer)
-        self._said.append(f"no CUDA graph ({self._no_graph})" if self._no_graph else "whole step as a CUDA graph")
+        self._applied.append(f"no CUDA graph ({self._no_graph})" if self._no_graph else "whole step as a CUDA graph")
         if not self._no_graph:
             self._step_graph = module.step_graph = StepGraph(trainer, module, capture)
             self._eval_graph = module.eval_graph = EvalGraph(module, capture)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Give that back."""
+        """Revert the changes made in `on_train_start`."""
         if self._step_graph is not None:
             pl_module.step_graph = self._step_graph = None
             pl_module.eval_graph = self._eval_graph = None
@@ -270,38 +274,38 @@ class Speed(L.Callback):
         vars(trainer.profiler).pop("profile", None)  # type: ignore[attr-defined]
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """The same, and what `teardown` does, if the run fails."""
+        """Revert all changes if the run fails."""
         self.on_train_end(trainer, pl_module)
         self.teardown(trainer, pl_module, "fit")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Tell CUDA graphs that what the last step returned is no longer needed."""
+        """Mark the beginning of a step for the CUDA graphs of `torch.compile`, which may then reuse their outputs."""
         if self._compiled and self.compile == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Ask the teacher itself if somebody has changed it since it was folded; have the graph's constants checked."""
+        """Recheck the constants of the graph, and use the original teacher if it has changed since it was folded."""
         if self._step_graph is not None:
             self._step_graph.look_again()
         if self._own_taps is not None and pl_module.teacher_version != self._version:
             pl_module.teacher_taps, self._own_taps = self._own_taps, None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Validate as it is: other batch sizes and modes would be compiled anew."""
+        """Disable compiled networks in validation, as other batch sizes and modes would cause recompilation."""
         if self._eval_graph is not None:
             self._eval_graph.begin()
         if self._compiled:
             torch.compiler.set_stance("force_eager")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Train compiled."""
+        """Enable compiled networks again for training."""
         if self._step_graph is not None:
             self._step_graph.look_again()
         if self._compiled:
             torch.compiler.set_stance("default")
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Leave the networks as they were."""
+        """Restore the original networks."""
         if self._data is not None:
             self._data.uses_graphs, self._data = False, None
         if self._compiled:
@@ -309,20 +313,20 @@ class Speed(L.Callback):
         self._uncompile()
         if self._own_taps is not None:
             pl_module.teacher_taps, self._own_taps = self._own_taps, None
-        if "channels last" in self._said:
+        if "channels last" in self._applied:
             for name in pl_module.network_names:
                 _lay_out(getattr(pl_module, name), torch.contiguous_format)
 
 
 def fitting_precision(module: Any, example: Tensor | None, gpu: bool) -> Literal["bf16-mixed", "32-true"]:
-    """The precision to train in, if nobody says: bfloat16 where the device multiplies in it, and gains by it.
+    """Return the default training precision: bfloat16 if the device supports it natively and it is faster.
 
-    Losses are computed in float32 all the same.
+    Losses are computed in float32 in any case.
 
     Args:
         module: A `ClassificationModule`.
-        example: One blank input, on the CPU.
-        gpu: Whether it trains on a GPU.
+        example: One blank input on the CPU.
+        gpu: Whether the module is trained on a GPU.
     """
     networks = [getattr(module, name) for name in getattr(module, "network_names", ())]
     if not networks or not _is_image(example):
@@ -332,17 +336,17 @@ def fitting_precision(module: Any, example: Tensor | None, gpu: bool) -> Literal
     if gpu:
         return "bf16-mixed"
     convolutions = [layer for layer in networks[0].modules() if isinstance(layer, nn.Conv2d)]
-    if any(layer.groups > 1 for layer in convolutions):  # in bfloat16, a CPU's depthwise convolutions are slow
+    if any(layer.groups > 1 for layer in convolutions):  # depthwise convolutions in bfloat16 are slow on a CPU
         return "32-true"
     try:
         flops = network_size("", networks[0], example).flops or 0
-    except RuntimeError:  # the network cannot take the input: setup says so
+    except RuntimeError:  # the network does not accept the input; setup reports it
         return "32-true"
     return "bf16-mixed" if flops > 1e6 * _MEGAFLOPS else "32-true"
 
 
 def _keep_memory() -> bool:
-    """Let the C library's allocator neither map large blocks one by one nor trim its heap; False if it is not glibc."""
+    """Make glibc neither map large blocks separately nor trim its heap; return False for other C libraries."""
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
@@ -350,7 +354,7 @@ def _keep_memory() -> bool:
 
 
 def _reads_by_its_own(module: Any) -> bool:
-    """Whether code of the user's own reads features, which may rely on their layout."""
+    """Return whether custom code reads features and may depend on their memory format."""
     criterion = getattr(module, "criterion", None)
     if criterion is None or not (criterion.student_layers or criterion.teacher_layers):
         return False
@@ -369,7 +373,7 @@ def _try(network: nn.Module, example: Any) -> None:
     if example is not None:
         twice = tree_map(lambda leaf: torch.cat((leaf, leaf)) if isinstance(leaf, Tensor) else leaf, example)
         with torch.no_grad(), evaluating(network):
-            network(fitting(twice, network))  # for one image, more views fit
+            network(fitting(twice, network))  # view() of a single image would not fail with channels last
 
 
 def _is_image(example: Any) -> bool:

@@ -29,39 +29,39 @@ from lkd.devices.capture import Capture, Snapshot, copy_into, flat, signature
 from lkd.types import Batch
 
 _WITHIN_STEP = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
-"""Hooks that Lightning calls within a step, where a graph has no place for them."""
+"""Hooks that Lightning calls inside a step, which a graph cannot call."""
 
 _OF_MODULE = (
     *("training_step", "backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping"),
     *_WITHIN_STEP,
 )
 _KNOWN = {"lkd", "torch", "torchvision", "timm", "torchmetrics", "lightning"}
-"""Packages whose modules read neither the number of the step nor that of the epoch."""
+"""Packages whose modules do not read the number of the step or epoch."""
 
 _MANY = 3
-"""Captures in successive steps after which the step is taken for one that changes all the time."""
+"""Maximum number of captures in successive steps, after which ordinary steps are used."""
 
 
 class StepGraph:
-    """Captures the training step of a module, and replays it in place of the ordinary step.
+    """Captures the training step of a module, and replays it instead of the ordinary step.
 
-    Lightning's loop stays as it is: `training_step` replays the graph, which also runs the backward pass and the
-    optimizer; `backward`, `optimizer_zero_grad` and `optimizer_step` then have nothing left to do. Whatever the step
-    reads from Python is a constant in the graph. Learning rates of fused optimizers are tensors; when another number
-    changes (the weight of a term, the mode of a layer), the step is captured again.
+    Lightning's loop is unchanged: `training_step` replays the graph, which includes the backward pass and the optimizer
+    step; `backward`, `optimizer_zero_grad` and `optimizer_step` then do nothing. All Python values that the step reads
+    are constants in the graph. Learning rates of fused optimizers are tensors. If another number changes (the weight of
+    a term, the mode of a layer), the step is captured again.
 
     A graph is checked before it is used: a replay and two ordinary steps from the same state must agree. If they do
-    not, or the step cannot be captured, a warning gives the reason and ordinary steps go on. Captures and checks leave
-    no trace in weights, buffers, optimizer state and random numbers.
+    not, or if the step cannot be captured, a warning gives the reason, and training continues with ordinary steps.
+    Captures and checks do not change weights, buffers, optimizer state or random number generators.
 
     Args:
-        trainer: The trainer of the run.
+        trainer: Trainer of the run.
         module: A `ClassificationModule`.
-        capture: How the device captures.
+        capture: Capture implementation of the device.
 
     Attributes:
-        obstacle: Why the step is not captured any more; empty while it is.
-        captures: How many times the step was captured.
+        obstacle: Why the step is no longer captured; empty while it is.
+        captures: Number of captures so far.
     """
 
     def __init__(self, trainer: L.Trainer, module: Any, capture: Capture) -> None:
@@ -86,7 +86,7 @@ class StepGraph:
         self._check_due: Literal["", "in the next step", "in this epoch"] = ""
 
     def _make_rates(self) -> list[Tensor | None]:
-        """A tensor for the learning rate of each group of a fused optimizer."""
+        """Return a learning-rate tensor for each parameter group of a fused optimizer, and `None` for others."""
         return [
             torch.full((), float(group["lr"]), dtype=self.capture.scalar, device=_device(self._optimizer))
             if group.get("fused") and not isinstance(group["lr"], Tensor)
@@ -95,23 +95,23 @@ class StepGraph:
         ]
 
     def look_again(self) -> None:
-        """Look at everything the graph depends on before the next step: between epochs, anything may have changed."""
+        """Recheck everything the graph depends on before the next step, as anything may change between epochs."""
         self._is_looked_at = False
         self._check_due = "in this epoch" if self._has_foreign_code and self._replay is not None else ""
 
     def prepare(self, batch: Batch) -> bool:
-        """Make the graph ready for a batch, capturing the step if needed.
+        """Prepare the graph for a batch, and capture the step if necessary.
 
         Args:
-            batch: The batch of the next step.
+            batch: Batch of the next step.
 
         Returns:
-            Whether the step is to be replayed; otherwise an ordinary step is due.
+            Whether to replay the step. If not, the caller must run an ordinary step.
         """
-        if self.obstacle or self.trainer.accumulate_grad_batches > 1:  # which callbacks may change
+        if self.obstacle or self.trainer.accumulate_grad_batches > 1:  # callbacks may change this setting
             return False
         if self._is_fresh or len(self._rates) != len(self._optimizer.param_groups):
-            # An ordinary step creates the optimizer's state for all that trains.
+            # An ordinary step creates the optimizer state of all trainable parameters.
             self._is_fresh, self._replay, self._rates = False, None, self._make_rates()
             return False
         if self._replay is not None and not (self._is_current() and self._agrees(batch)):
@@ -126,9 +126,9 @@ class StepGraph:
         return batch is self._batch or signature(batch) == self._signature
 
     def _agrees(self, batch: Batch) -> bool:
-        """Whether a replay still does what an ordinary step does: asked of code that lkd does not know.
+        """Return whether a replay still agrees with an ordinary step, if the module contains custom code.
 
-        Such code may read the number of the step or of the epoch, which are constants in a graph.
+        Custom code may read the number of the step or epoch, which is a constant in the graph.
         """
         due = self._check_due
         if not due or not self._fits(batch):
@@ -142,11 +142,11 @@ class StepGraph:
         devices.set_rng_states(_device(self._optimizer), random)
         differs = disagreement([usual, usual], found, flat(before.copies))
         if differs and due == "in the next step":
-            self._give_up(f"what it computes depends on its number ({differs})")
+            self._give_up(f"its result depends on the step number ({differs})")
         return not differs
 
     def _is_current(self) -> bool:
-        """Whether the graph's constants are still what Python says."""
+        """Return whether the constants of the graph are unchanged."""
         if not self._is_looked_at:
             self._is_looked_at = True
             if constants_of(self.module) != self._constants:
@@ -158,13 +158,13 @@ class StepGraph:
         return [parameter.data_ptr() for parameter in self.module.parameters()]
 
     def run(self, batch: Batch) -> tuple[tuple[str, ...], Tensor]:
-        """Take a step.
+        """Replay the step.
 
         Args:
             batch: A batch for which `prepare` returned True.
 
         Returns:
-            Names and values `(C,)` of loss, terms and counts, the loss first. The values are the graph's own memory.
+            Names and values `(C,)` of loss, terms and counts, loss first. Each replay overwrites the values.
         """
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             if rate is not None:
@@ -174,7 +174,7 @@ class StepGraph:
         return self._names, self._row  # type: ignore[return-value]
 
     def _look(self) -> tuple[Any, ...]:
-        """Numbers of module, criterion and optimizer that a step may read: they may change with each step."""
+        """Return the numbers of module, criterion and optimizer that may change in each step."""
         criterion = getattr(self.module, "criterion", None)
         parts = () if criterion is None else criterion.modules()
         groups = [
@@ -197,27 +197,27 @@ class StepGraph:
         return Watched([attributes_of(self.module, public=True), *map(attributes_of, parts), *groups, clipping])
 
     def _cache_state(self) -> Any:
-        """Whether and where the teacher's logits are read or written."""
+        """Return whether the teacher's cached logits are read or written, and where."""
         return getattr(getattr(self.module, "recall", None), "state", None)
 
     def _try_capture(self, batch: Batch) -> None:
         self._captures_in_a_row += 1
         if self._captures_in_a_row > _MANY:
-            self._give_up("what the step reads from Python changes in every step")
+            self._give_up("Python values that the step reads change in every step")
             return
         if reason := getattr(getattr(self.module, "recall", None), "obstacle", ""):
             self._give_up(reason)
             return
         device = _device(self._optimizer)
         if any(tensor.device != device for tensor in self._state()):
-            self._give_up(f"{type(self._optimizer).__name__} or the module keeps part of its state on another device")
+            self._give_up(f"{type(self._optimizer).__name__} or the module has state on another device")
             return
         random, before = devices.rng_states(device), Snapshot(self._state())
         buffers = dict(self.module.named_buffers())
         try:
             with _without_logging(self.module):
                 reason = self._capture_and_check(batch, before, random)
-        except Exception as error:  # whatever the step of a user raises: the ordinary step raises it again
+        except Exception as error:  # custom code may raise anything; the ordinary step raises it again
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             _put_back(self.module, buffers)
             self._optimizer.zero_grad()
@@ -233,10 +233,10 @@ class StepGraph:
     def _give_up(self, reason: str) -> None:
         self._replay = self._row = self._batch = None
         self.obstacle = reason
-        rank_zero_warn(f"the training step runs without a graph: {reason}; --speed.graph off leaves out the attempt")
+        rank_zero_warn(f"the training step runs without a graph: {reason}; --speed.graph off skips the attempt")
 
     def _capture_and_check(self, batch: Batch, before: Snapshot, random: list[Tensor]) -> str:
-        """Capture; return what speaks against using the graph, or an empty text."""
+        """Capture and check the step; return why the graph cannot be used, or an empty string."""
         self._signature = signature(batch)
         is_static = getattr(self.trainer.datamodule, "is_static", lambda batch: False)(batch)  # type: ignore[attr-defined]
         self._batch = batch if is_static else tree_map_only(Tensor, torch.clone, batch)
@@ -248,9 +248,9 @@ class StepGraph:
         numbers = self._look(), constants_of(self.module)
         ordinary = [first, self._trial(lambda: self.capture.warm_up(self._step), before, random)]
         if changed := first_difference(numbers, (self._look(), constants_of(self.module))):
-            return f"the step changes {changed}, which a graph cannot do"
+            return f"the step changes {changed}, which is not possible in a graph"
         if len(self._state()) != len(before.tensors):
-            return "the step creates tensors that belong to the state of the module or optimizer"
+            return "the step creates new state tensors in the module or optimizer"
         before.restore()
         with self._settings_of_capture():
             self._row, self._replay = self.capture.capture(self._step)
@@ -259,7 +259,7 @@ class StepGraph:
         return disagreement(ordinary, found, flat(before.copies))
 
     def _trial(self, function: Callable[[], Tensor], before: Snapshot, random: list[Tensor]) -> Outcome:
-        """What a step does from a state; the state is not restored afterwards."""
+        """Run a step from a given state and return its outcome, without restoring the state."""
         before.restore()
         devices.set_rng_states(_device(self._optimizer), random)
         row = function().clone()
@@ -271,7 +271,7 @@ class StepGraph:
         return self.run(batch)[1]
 
     def _step(self) -> Tensor:
-        """What Lightning does for one batch, and the values of its curves `(C,)`."""
+        """Run the training step as Lightning does, and return the logged values `(C,)`."""
         trainer, module, optimizer = self.trainer, self.module, self._optimizer
         buffers = {name: buffer for name, buffer in module.named_buffers() if buffer is not None}
         with trainer.precision_plugin.train_step_context():
@@ -289,14 +289,14 @@ class StepGraph:
         return torch.stack([value.detach().float() for value in values.values()])
 
     def _state(self) -> list[Tensor]:
-        """All that a step may change: parameters, buffers, and the state of the optimizer."""
+        """Return all tensors that a step may change: parameters, buffers and optimizer state."""
         buffers = (buffer for name, buffer in self.module.named_buffers() if not name.startswith("metrics."))
         held = (value for state in self._optimizer.state.values() for value in state.values())
         return [*self.module.parameters(), *buffers, *(value for value in held if isinstance(value, Tensor))]
 
     @contextmanager
     def _settings_of_capture(self) -> Iterator[None]:
-        """Let the optimizer read its learning rates from tensors, and know that it may be captured."""
+        """Make the optimizer capturable, with learning rates read from tensors, within this context."""
         groups = self._optimizer.param_groups
         own: list[dict[str, Any]] = [
             {name: group[name] for name in ("lr", "capturable") if name in group} for group in groups
@@ -304,7 +304,7 @@ class StepGraph:
         for group, rate in zip(groups, self._rates, strict=True):
             if rate is not None:
                 group["lr"] = rate
-            if group.get("fused") and "capturable" in group:  # a fused optimizer counts on the device anyway
+            if group.get("fused") and "capturable" in group:  # fused optimizers count on the device anyway
                 group["capturable"] = True
         try:
             yield
@@ -314,36 +314,36 @@ class StepGraph:
 
 
 def obstacle(trainer: L.Trainer, module: Any) -> str:
-    """Why the step of a run cannot be one graph; empty if that can be tried.
+    """Return why the step of a run cannot be captured as a graph; empty if there is no known obstacle.
 
     Args:
-        trainer: The trainer, with its optimizers.
-        module: The module that it trains.
+        trainer: Trainer with its optimizers.
+        module: The trained module.
     """
     if not hasattr(module, "training_values"):
-        return f"{type(module).__name__} is not a module of lkd"
+        return f"{type(module).__name__} is not an lkd module"
     if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
         return "several processes or sharded weights"
     if trainer.accumulate_grad_batches > 1:
         return "gradients are accumulated"
     if str(trainer.precision).startswith("16"):
-        return "float16 scales its gradients on the host"
+        return "float16 gradient scaling runs on the host"
     if len(trainer.optimizers) != 1 or not module.automatic_optimization:
         return "several optimizers or manual optimization"
     if trainer._detect_anomaly:
-        return "detect_anomaly looks at each operation"
+        return "detect_anomaly checks each operation"
     if own := [name for name in _OF_MODULE if name in vars(module) or not _is_known(type(module), name)]:
-        return f"{type(module).__name__} has its own {own[0]}"
+        return f"{type(module).__name__} overrides {own[0]}"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for name in _WITHIN_STEP:
-            own_hook = vars(callback).get(name)  # as of a LambdaCallback
+            own_hook = vars(callback).get(name)  # for example in a LambdaCallback
             if own_hook is not None or getattr(type(callback), name) is not getattr(L.Callback, name):
                 return f"{type(callback).__name__} uses {name}"
     return ""
 
 
 def has_foreign_code(module: nn.Module) -> bool:
-    """Whether a part of a module is neither lkd's nor of the libraries of networks.
+    """Return whether a module contains parts that are not from lkd or known network libraries.
 
     Args:
         module: A `ClassificationModule`.
@@ -354,7 +354,7 @@ def has_foreign_code(module: nn.Module) -> bool:
 
 
 def _is_known(kind: type, name: str) -> bool:
-    """Whether a hook of a module is Lightning's or lkd's."""
+    """Return whether a hook of a module is defined by Lightning or lkd."""
     owner = next(base for base in kind.__mro__ if name in vars(base))
     return owner.__module__.partition(".")[0] in ("lightning", "lkd")
 
@@ -366,10 +366,10 @@ def _device(optimizer: torch.optim.Optimizer) -> torch.device:
 
 @contextmanager
 def _without_logging(module: Any) -> Iterator[None]:
-    """Let `self.log` raise an error: in a graph it would be called once, and never again."""
+    """Make `self.log` raise an error in this context: in a graph, it would be called only once."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("the step calls self.log, which a graph cannot do")
+        raise RuntimeError("the step calls self.log, which is not possible in a graph")
 
     names = ("log", "log_dict")
     vars(module).update(dict.fromkeys(names, refuse))
@@ -381,7 +381,7 @@ def _without_logging(module: Any) -> Iterator[None]:
 
 
 def _put_back(module: nn.Module, buffers: dict[str, Tensor]) -> None:
-    """Let a module have its buffers again, after a step that was not finished has replaced some."""
+    """Restore the buffers of a module that an incomplete step has replaced."""
     for name, old in buffers.items():
         owner, _, leaf = name.rpartition(".")
         if getattr(module.get_submodule(owner), leaf) is not old:
@@ -389,7 +389,7 @@ def _put_back(module: nn.Module, buffers: dict[str, Tensor]) -> None:
 
 
 def _keep_in_place(module: nn.Module, buffers: dict[str, Tensor]) -> None:
-    """Let buffers that a step has replaced be the old tensors, with the new numbers: a graph reads them by address."""
+    """Copy replaced buffers into the original tensors, since a graph reads buffers by address."""
     for name, old in buffers.items():
         owner, _, leaf = name.rpartition(".")
         holder = module.get_submodule(owner)

@@ -1,4 +1,4 @@
-"""Random numbers that do not depend on what happened before."""
+"""Seeding of the random number generators before each step."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from lkd.io.tensor_cache import fingerprint
 
 
 class StepSeed(L.Callback):
-    """Before each training step, seed the global random numbers from (seed, epoch, batch, process).
+    """Seed the global random number generators before each training step from (seed, epoch, batch, process).
 
-    Dropout, and criteria that draw, then do in a step what they would have done in a run that had not been
-    interrupted. The seed is that of `seed_everything`, or else what torch's generator began with.
+    Dropout and criteria that use random numbers then give the same results in a resumed run as in an uninterrupted one.
+    The seed is that of `seed_everything`, or otherwise the initial seed of PyTorch.
     """
 
     def __init__(self) -> None:
         self._seed = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the seed."""
+        """Look up the seed."""
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Seed torch's generators: the CPU's, and the device's."""
+        """Seed PyTorch's generators of the CPU and of the device."""
         name = fingerprint(self._seed, trainer.current_epoch, batch_idx, trainer.global_rank)
         seed = int(name[:15], 16)  # 60 bits
         devices.seed(pl_module.device, seed)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: they wait until its state can be saved."""
+"""Signals that stop a run once its state can be saved."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import lightning as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-_WAIT = b"\nlkd: stopping at the end of this step, with all saved; Ctrl-C once more stops at once\n"
+_WAIT = b"\nlkd: saving a checkpoint and stopping after this step; press Ctrl-C again to stop immediately\n"
 
 
 class StopSignal:
-    """Notes SIGTERM, Ctrl-C, or SLURM's signal before a time limit, in place of what Lightning does at once.
+    """Defers SIGTERM, Ctrl-C and SLURM's signal before a time limit, which Lightning would handle immediately.
 
     Attributes:
-        received: The signal that has come; None: none has.
+        received: Number of the received signal; `None` if there is none.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def watch(self, trainer: L.Trainer) -> None:
-        """From here on, signals are noted; elsewhere than in the main thread, Python does not allow it."""
+        """Install the signal handlers. Outside of the main thread, where Python does not allow this, do nothing."""
         self.received = None
         if threading.current_thread() is not threading.main_thread():
             return
@@ -45,22 +45,22 @@ class StopSignal:
         if number == signal.SIGINT:
             if self.received is not None:
                 raise KeyboardInterrupt
-            os.write(2, _WAIT)  # print could be in the middle of another print
-        if self._requeue is None or self.received != self._requeue:  # before its time limit SLURM sends both
+            os.write(2, _WAIT)  # print may have been interrupted in another print
+        if self._requeue is None or self.received != self._requeue:  # SLURM sends both before the time limit
             self.received = number
 
     def release(self) -> None:
-        """From here on, signals do what they did before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
     def obey(self, trainer: L.Trainer) -> None:
-        """Stop the run; under SLURM, see that the job comes again.
+        """Stop the run, and requeue its job after SLURM's signal.
 
         Raises:
             KeyboardInterrupt: After Ctrl-C.
-            SIGTERMException: After another signal, or one that another process has got.
+            SIGTERMException: After any other signal, or if another process received the signal.
         """
         if self.received is not None and self.received == self._requeue and trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", _slurm_job()], check=False)

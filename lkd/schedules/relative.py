@@ -1,4 +1,4 @@
-"""Learning-rate schedules whose length is the run's, and a check of those that have a length of their own."""
+"""Learning-rate schedules whose length is the length of the run."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 Interval: TypeAlias = Literal["epoch", "step"]
-"""How often a schedule changes the learning rate: after each epoch, or after each step of the optimizer."""
+"""When a schedule is stepped: after each epoch, or after each optimizer step."""
 
 
 class RunSchedule(LRScheduler):
-    """Base class of schedules that are relative to the length of the run.
+    """Base class of schedules relative to the length of the run.
 
-    Subclasses define `rate`. lkd's modules set the length when training starts: the number of epochs, or of optimizer
-    steps if `lr_scheduler_interval` is `step`. If a run is resumed with another length, the learning rate follows the
-    schedule of the new length from there on, and a warning states both numbers.
+    Subclasses implement `rate`. lkd's modules set the length when training starts: the number of epochs, or of
+    optimizer steps if `lr_scheduler_interval` is `step`. If a run is resumed with another length, the learning rate
+    follows the schedule of the new length from then on, and a warning states both lengths.
 
     Args:
-        optimizer: The optimizer, whose learning rates are those that the schedule multiplies.
-        total: Length of the schedule, in calls of `step`. None: the length of the run, which lkd's modules set.
+        optimizer: The optimizer, whose initial learning rates are multiplied by the schedule.
+        total: Length of the schedule in calls of `step`. If `None`, the length of the run, which lkd's modules set.
 
     Raises:
         ValueError: If `total` is less than 1.
-        RuntimeError: In the first `step`, if `total` is None and no module of lkd has set the length.
+        RuntimeError: In the first call of `step`, if `total` is `None` and no lkd module has set the length.
     """
 
     def __init__(self, optimizer: Optimizer, total: int | None = None) -> None:
@@ -44,19 +44,19 @@ class RunSchedule(LRScheduler):
 
         Args:
             initial: Learning rate of the parameter group before the schedule.
-            step: Epochs or optimizer steps done, from 0.
-            total: Epochs or optimizer steps of the whole run.
+            step: Number of completed epochs or optimizer steps.
+            total: Total number of epochs or optimizer steps of the run.
         """
 
     def get_lr(self) -> list[float | Tensor]:
-        """Learning rates of the parameter groups after `last_epoch` steps; constant until the length is known."""
+        """Return the learning rates of the parameter groups; they are constant until the length is known."""
         total = self.total
         if total is not None:
             return [self.rate(initial, self.last_epoch, total) for initial in self.base_lrs]
         if self.last_epoch > 0:
             raise RuntimeError(
-                f"{type(self).__name__} does not know the length of the run: lkd's modules set it in on_train_start "
-                "(call super().on_train_start() if you override it); elsewhere, pass total"
+                f"{type(self).__name__} requires the length of the run, which lkd's modules set in on_train_start "
+                "(call super().on_train_start() if you override it); with other modules, pass total"
             )
         return list(self.base_lrs)
 
@@ -64,12 +64,12 @@ class RunSchedule(LRScheduler):
         """Set the length of the run, and update the learning rates.
 
         Args:
-            total: Epochs or optimizer steps.
-            interval: Which of both.
+            total: Number of epochs or optimizer steps.
+            interval: Unit of `total`.
         """
         groups, previous = self.optimizer.param_groups, self.total
         if previous == total:
-            return  # a resumed run has its learning rates
+            return  # in a resumed run, the learning rates are restored
         before, self.total = float(groups[0]["lr"]), total
         for group, rate in zip(groups, self.get_lr(), strict=True):
             if isinstance(group["lr"], Tensor):
@@ -79,27 +79,28 @@ class RunSchedule(LRScheduler):
         self._last_lr = [rate.clone() if isinstance(rate, Tensor) else rate for rate in self.get_lr()]
         if previous is not None:
             rank_zero_warn(
-                f"the run was begun with {count(previous, interval)} and now has {total:,}: after "
-                f"{count(self.last_epoch, interval)}, {type(self).__name__} follows the schedule of {total:,}, with a "
-                f"learning rate of {float(groups[0]['lr']):.3g} instead of {before:.3g}"
+                f"the length of the run was changed from {count(previous, interval)} to {total:,}; after "
+                f"{count(self.last_epoch, interval)}, {type(self).__name__} follows the schedule of the new length, "
+                f"with a learning rate of {float(groups[0]['lr']):.3g} instead of {before:.3g}"
             )
 
 
 class CosineDecay(RunSchedule):
-    r"""Linear warm-up, then cosine decay to the end of the run.
+    r"""Linear warm-up, followed by cosine decay to the end of the run.
 
-    With N epochs or steps, of which W = round(warmup * N) are the warm-up, the learning rate after i of them is
+    For N epochs or steps, of which W = round(warmup * N) are the warm-up, the learning rate after i of them is
 
     $$ \eta_i = \eta \, \frac{i + 1}{W + 1} \;\; (i < W), \qquad
        \eta_i = \eta \left( f + (1 - f) \, \frac{1 + \cos(\pi (i - W) / (N - W))}{2} \right) \;\; (i \ge W) $$
 
-    Without a warm-up, it is PyTorch's `CosineAnnealingLR` with T_max N and eta_min f times the learning rate.
+    Without warm-up, it equals PyTorch's `CosineAnnealingLR` with `T_max` = N and `eta_min` equal to f times the initial
+    learning rate.
 
     Args:
         optimizer: The optimizer.
-        warmup: Share of the run for the warm-up, at least 0 and less than 1.
-        final: Learning rate at the end of the run, as a share f of the initial one, in [0, 1].
-        total: Length of the schedule, in calls of `step`. None: the length of the run.
+        warmup: Fraction of the run used for the warm-up, in [0, 1).
+        final: Learning rate at the end of the run, as a fraction f of the initial one, in [0, 1].
+        total: Length of the schedule in calls of `step`. If `None`, the length of the run.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -116,9 +117,9 @@ class CosineDecay(RunSchedule):
 
     def __init__(self, optimizer: Optimizer, warmup: float = 0.0, final: float = 0.0, total: int | None = None) -> None:
         if not 0 <= warmup < 1:
-            raise ValueError(f"warmup is a share of the run, at least 0 and less than 1, got {warmup}")
+            raise ValueError(f"warmup is a fraction of the run and must be in [0, 1), got {warmup}")
         if not 0 <= final <= 1:
-            raise ValueError(f"final is a share of the initial learning rate, in [0, 1], got {final}")
+            raise ValueError(f"final is a fraction of the initial learning rate and must be in [0, 1], got {final}")
         self.warmup, self.final = warmup, final
         super().__init__(optimizer, total)
 
@@ -132,15 +133,15 @@ class CosineDecay(RunSchedule):
 
 
 class StepDecay(RunSchedule):
-    """Multiply the learning rate by `gamma` at each milestone, a share of the run.
+    """Multiply the learning rate by `gamma` at each milestone, which is a fraction of the run.
 
-    With milestones m and N epochs or steps, it is PyTorch's `MultiStepLR` with milestones m * N, rounded up.
+    For milestones m and N epochs or steps, it equals PyTorch's `MultiStepLR` with the milestones m * N, rounded up.
 
     Args:
         optimizer: The optimizer.
-        milestones: Shares of the run, ascending, each greater than 0 and less than 1.
+        milestones: Fractions of the run in ascending order, each between 0 and 1, exclusive.
         gamma: Factor, greater than 0.
-        total: Length of the schedule, in calls of `step`. None: the length of the run.
+        total: Length of the schedule in calls of `step`. If `None`, the length of the run.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -156,7 +157,7 @@ class StepDecay(RunSchedule):
         self, optimizer: Optimizer, milestones: list[float], gamma: float = 0.1, total: int | None = None
     ) -> None:
         if not all(0 < milestone < 1 for milestone in milestones) or sorted(milestones) != list(milestones):
-            raise ValueError(f"milestones are ascending shares of the run, between 0 and 1, got {milestones}")
+            raise ValueError(f"milestones must be ascending fractions of the run between 0 and 1, got {milestones}")
         if not gamma > 0:
             raise ValueError(f"gamma must be greater than 0, got {gamma}")
         self.milestones, self.gamma = list(milestones), gamma
@@ -165,16 +166,16 @@ class StepDecay(RunSchedule):
     def rate(self, initial: float | Tensor, step: int, total: int) -> float | Tensor:
         """Compute a learning rate."""
         for milestone in self.milestones:
-            if step >= (milestone - 1e-9) * total:  # 0.07 * 100 is a little more than 7
+            if step >= (milestone - 1e-9) * total:  # 0.07 * 100 is slightly greater than 7
                 initial = initial * self.gamma
         return initial
 
 
 def count(number: float, unit: str) -> str:
-    """Return a number with its unit in singular or plural.
+    """Format a number with its unit in singular or plural.
 
     Args:
         number: The number.
-        unit: The unit in singular.
+        unit: Unit in singular.
     """
     return f"{number:,.0f} {unit}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Schedules in a run: their interval, their length, and a check of those that have a length of their own."""
+"""Learning-rate schedules of a run: interval, length, and a check of schedules with a fixed length."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lkd.schedules.relative import Interval, RunSchedule, count
 
-_FAILS = "PyTorch stops the run with an error there"
-_ZERO = "the learning rate stays 0 from there on"
-_RISES = "the learning rate rises again from there on"
+_FAILS = "PyTorch then stops the run with an error"
+_ZERO = "the learning rate then remains 0"
+_RISES = "the learning rate then increases again"
 _REMEDY = "lkd.schedules.CosineDecay or StepDecay, which follow the length of the run"
 _VANISHED = 1e-9
-"""Share of the initial learning rate below which nothing is learned."""
+"""Fraction of the initial learning rate below which the network does not learn."""
 
 
 def with_schedule(
     optimizer: Optimizer, schedule: LRScheduler | ReduceLROnPlateau, interval: Interval
 ) -> OptimizerLRScheduler:
-    """What `configure_optimizers` returns for an optimizer and its schedule.
+    """Return the result of `configure_optimizers` for an optimizer and its schedule.
 
     Args:
         optimizer: The optimizer.
@@ -33,10 +33,11 @@ def with_schedule(
         interval: When the schedule is stepped.
 
     Raises:
-        ValueError: If there is no such interval, or the schedule waits for a validation, which no step has.
+        ValueError: If the interval is invalid, or if the schedule requires a validation metric but is stepped after
+            each optimizer step.
     """
     if interval not in ("epoch", "step"):
-        raise ValueError(f"lr_scheduler_interval must be epoch or step, got {interval!r}")
+        raise ValueError(f"lr_scheduler_interval must be 'epoch' or 'step', got {interval!r}")
     if isinstance(schedule, ReduceLROnPlateau):
         monitor = getattr(schedule, "monitor", "val/loss")
         if interval == "step":
@@ -48,7 +49,7 @@ def with_schedule(
 
 
 class RunLength(NamedTuple):
-    """The length of a run, infinite where it is not known.
+    """Length of a run, infinite where unknown.
 
     Attributes:
         epoch: Number of epochs.
@@ -63,8 +64,8 @@ def run_length(trainer: L.Trainer) -> RunLength:
     """Compute the length of a run from `max_epochs`, `max_steps` and the number of batches.
 
     Args:
-        trainer: A trainer with its training data, as in `on_train_start` and later: `estimated_stepping_batches` would
-            create the data loader of a resumed run before it is known where the epoch continues.
+        trainer: Trainer with its training data, in `on_train_start` or later. `estimated_stepping_batches` is not used
+            because it would create the data loader of a resumed run before the position in the epoch is known.
     """
     max_epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
     max_steps = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
@@ -82,13 +83,14 @@ def run_length(trainer: L.Trainer) -> RunLength:
 
 
 def fit_schedules(trainer: L.Trainer) -> None:
-    """Set the length of schedules that follow the run; check the others against it.
+    """Set the length of schedules that follow the run, and check all others.
 
     Args:
-        trainer: A trainer, in `on_train_start`.
+        trainer: Trainer, in `on_train_start`.
 
     Raises:
-        ValueError: If the length of the run is not known, or a schedule fits only the other `lr_scheduler_interval`.
+        ValueError: If the length of the run is unknown, if a schedule fits only the other `lr_scheduler_interval`, or
+            if PyTorch would stop the run with an error.
     """
     run = run_length(trainer)
     for config in trainer.lr_scheduler_configs:
@@ -97,14 +99,12 @@ def fit_schedules(trainer: L.Trainer) -> None:
         for part in getattr(schedule, "_schedulers", ()):  # of SequentialLR and ChainedScheduler
             if isinstance(part, RunSchedule) and part.total is None:
                 name = type(part).__name__
-                raise ValueError(
-                    f"{name} cannot follow the length of the run as a part of another schedule; pass total"
-                )
+                raise ValueError(f"{name} cannot follow the length of the run inside another schedule; pass total")
         if isinstance(schedule, RunSchedule) and schedule.follows_run:
             if length == math.inf:
                 raise ValueError(
-                    f"{type(schedule).__name__} follows the length of the run, but its number of {interval}s is not "
-                    f"known (max_epochs {trainer.max_epochs}, max_steps {trainer.max_steps}, "
+                    f"{type(schedule).__name__} follows the length of the run, but its number of {interval}s is "
+                    f"unknown (max_epochs {trainer.max_epochs}, max_steps {trainer.max_steps}, "
                     f"{trainer.num_training_batches} batches per epoch); set --trainer."
                     f"{'max_epochs' if interval == 'epoch' else 'max_steps'}"
                 )
@@ -114,12 +114,12 @@ def fit_schedules(trainer: L.Trainer) -> None:
 
 
 class _Span(NamedTuple):
-    """A number of epochs or steps after which a schedule ends.
+    """Number of epochs or steps after which a schedule ends.
 
     Attributes:
-        setting: The schedule's name for the number.
+        setting: Name of the number in the schedule.
         length: The number.
-        afterwards: What is wrong in a run that is longer; empty if nothing is.
+        afterwards: Problem in a longer run; empty if there is none.
     """
 
     setting: str
@@ -128,12 +128,12 @@ class _Span(NamedTuple):
 
 
 def _span(schedule: Any) -> _Span | None:
-    """The length that a schedule was given; None if it has none."""
+    """Return the fixed length of a schedule; `None` if it has none."""
     match schedule:
         case lr_scheduler.SequentialLR():
             begin, last = schedule._milestones[-1], _span(schedule._schedulers[-1])
             return last and last._replace(
-                setting=f"its last part with {last.setting}, in all", length=begin + last.length
+                setting=f"a total length (up to {last.setting} of its last part) of", length=begin + last.length
             )
         case RunSchedule():
             return _Span("total", schedule.total or 1)
@@ -159,47 +159,47 @@ def _span(schedule: Any) -> _Span | None:
 
 
 def _problem(schedule: Any, span: _Span | None, length: float) -> str:
-    """What is wrong with a schedule in a run of some length; empty if nothing is."""
+    """Return the problem of a schedule in a run of a given length; empty if there is none."""
     if isinstance(schedule, (lr_scheduler.StepLR, lr_scheduler.ExponentialLR)):
         factor = schedule.gamma ** (length // getattr(schedule, "step_size", 1))
         if factor < _VANISHED:
             return f"the learning rate falls to {factor:.0e} of its initial value"
     if isinstance(schedule, (lr_scheduler.MultiStepLR, lr_scheduler.StepLR)):
         late = span is not None and span.length >= length
-        return "the run ends before that" if late else ""
+        return "the run ends before it is reached" if late else ""
     if span is None or 0.9 * length - 1 <= span.length <= 1.1 * length:
         return _FAILS if span is not None and span.afterwards == _FAILS and span.length < length else ""
     if span.length > length:
-        return f"only the first {length / span.length:.1%} of the schedule takes place"
+        return f"only the first {length / span.length:.1%} of the schedule is used"
     return span.afterwards
 
 
 def _check(schedule: Any, interval: Interval, length: float, other: float) -> None:
-    """Reject a schedule that only fits the other interval, or fails; warn of one that does not fit the run.
+    """Reject a schedule that fits only the other interval or fails, and warn if it does not fit the run.
 
     Args:
         schedule: The schedule.
-        interval: How often it is stepped.
-        length: How many times it is stepped in this run.
-        other: How many times the other interval would step it.
+        interval: When it is stepped.
+        length: Number of times it is stepped in this run.
+        other: Number of times it would be stepped with the other interval.
     """
     span, name = _span(schedule), type(schedule).__name__
     problem = _problem(schedule, span, length)
     is_total = not isinstance(schedule, (lr_scheduler.StepLR, lr_scheduler.MultiStepLR))
-    # In long runs, a total may be one less: then the last step has the final learning rate.
+    # In long runs, a total may be one less, so that the last step uses the final learning rate.
     fits_other = bool(span and problem and is_total and abs(span.length - other) <= (other >= 100))
     if isinstance(schedule, lr_scheduler.MultiStepLR) and span and schedule.gamma < 1:
         fits_other = interval == "step" and span.length < other <= length / 10
     if not (problem or fits_other):
         return
     has = f"{span.setting} {span.length:,.0f}" if span else f"a gamma of {schedule.gamma}"
-    said = f"{name} has {has}, but this run steps it {count(length, 'time')}, once per {interval}"
+    facts = f"{name} has {has}, but this run steps it {count(length, 'time')}, once per {interval}"
     others: Interval = "epoch" if interval == "step" else "step"
     switch = f"set lr_scheduler_interval to {others}, which steps it {count(other, 'time')}"
     if fits_other:
-        raise ValueError(f"{said}; {switch}")
+        raise ValueError(f"{facts}; {switch}")
     if problem == _FAILS:
-        raise ValueError(f"{said}: {problem}; use {_REMEDY}")
-    least = (0.9 if span and span.afterwards else 0.02) * other  # a warm-up, or a milestone, may come early
+        raise ValueError(f"{facts}: {problem}; use {_REMEDY}")
+    least = (0.9 if span and span.afterwards else 0.02) * other  # a warm-up or milestone may be early
     counts_other = span and length != other and least <= span.length <= other
-    rank_zero_warn(f"{said}: {problem}; {f'{switch}, or use' if counts_other else 'use'} {_REMEDY}")
+    rank_zero_warn(f"{facts}: {problem}; {f'{switch}, or use' if counts_other else 'use'} {_REMEDY}")

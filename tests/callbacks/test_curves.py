@@ -53,7 +53,7 @@ def test_features_alone(capfd, monkeypatch) -> None:
     assert not {"val/acc", "val/loss", "val/agreement", "train/acc"} & set(points)
     assert "the best checkpoint is the one with the lowest val/backbonekd" in shown
     assert "distillation loss (val/backbonekd)" in shown
-    assert "best - teacher" not in shown
+    assert "gap to teacher" not in shown
     assert f"{points['final/last_backbonekd'][0]:.4g}" in shown
 
     last = str(folder / "checkpoints/last.ckpt")
@@ -116,7 +116,7 @@ def test_a_monitor_that_does_not_exist(name: str, capfd, monkeypatch) -> None:
     assert main([*FIT, *MISSPELT[name]]) == 2
     said = capfd.readouterr().err.strip().splitlines()
     assert len([line for line in said if "error" in line]) == 1
-    assert "lkd: error: there is no curve 'val/accc' to monitor by" in said[-1]
+    assert "cannot monitor 'val/accc': no such metric" in said[-1]
     assert "did you mean 'val/acc'" in said[-1]
     assert "val/agreement, val/kd, val/loss" in said[-1]
     assert not epochs
@@ -131,7 +131,7 @@ def test_without_a_sanity_check(curve: str, capfd) -> None:
     ]
     assert main([*FIT, *stopping, "--trainer.num_sanity_val_steps=0"]) == 2
     said = capfd.readouterr().err
-    assert f"lkd: error: there is no curve '{curve}' to monitor" in said
+    assert f"cannot monitor '{curve}': no such metric" in said
     assert "did you mean" in said
     assert "Traceback" not in said
 
@@ -140,7 +140,9 @@ def test_monitored_accuracy_of_untrained_logits(capfd) -> None:
     stopping = [STOPPING, "--trainer.callbacks.monitor=val/acc"]
     assert main([*FIT, "--config", "methods/backbone_kd", *stopping]) == 2
     said = capfd.readouterr().err
-    assert "'val/acc' to monitor by EarlyStopping; it is not logged, as the loss does not train the logits" in said
+    assert (
+        "EarlyStopping cannot monitor 'val/acc': it is not logged, because the loss does not train the logits" in said
+    )
     assert "val/backbonekd" in said
 
 
@@ -154,7 +156,7 @@ def test_a_curve_that_a_callback_logs_later(distill, data, trainer) -> None:
     callbacks = [MonitorCheck(), LogsLater(), EarlyStopping("val/mine"), KNN(), EarlyStopping("val/knn_acc")]
     trainer(max_epochs=1, num_sanity_val_steps=-1, callbacks=callbacks).fit(distill(), data)
     wrong = [MonitorCheck(), LogsLater(), EarlyStopping("val/mines", check_on_train_epoch_end=False)]
-    with pytest.raises(ValueError, match=r"no curve 'val/mines' to monitor by EarlyStopping; did you mean 'val/mine'"):
+    with pytest.raises(ValueError, match=r"EarlyStopping cannot monitor 'val/mines': .*did you mean 'val/mine'"):
         trainer(max_epochs=1, num_sanity_val_steps=-1, callbacks=wrong).fit(distill(), data)
 
 
@@ -208,7 +210,7 @@ def test_features_that_cannot_be_evaluated(distill, data, trainer) -> None:
         fit(KNN(layer="nothing"), data)
     with pytest.raises(ValueError, match="'@stages' must return features"):
         fit(LinearProbe(layer="@stages"), data)
-    with pytest.raises(TypeError, match="KNN needs the training images without augmentation: give the data module"):
+    with pytest.raises(TypeError, match="KNN requires the training images without augmentation; add a method"):
         fit(KNN(), L.LightningDataModule())
     for wrong in ({"k": 0}, {"temperature": 0.0}, {"every_n_epochs": 0}):
         with pytest.raises(ValueError, match="at least 1"):

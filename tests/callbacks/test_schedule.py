@@ -131,12 +131,12 @@ def test_a_failure_gives_the_value_back(distill, trainer, data) -> None:
 
 @pytest.mark.parametrize("attribute", ["distil_weight", "criterion.weights.kd", "student", "criterion", "training"])
 def test_the_attribute_must_be_a_number(distill, trainer, data, attribute) -> None:
-    with pytest.raises(ValueError, match=f"'{attribute}' is .*; name one such as 'distill_weight'"):
+    with pytest.raises(ValueError, match=f"'{attribute}' of .*; select a number .* such as 'distill_weight'"):
         trainer(callbacks=[Schedule(attribute, epochs=2)]).fit(distill(), data)
 
 
 def test_a_number_that_can_only_be_read(distill, trainer, data) -> None:
-    with pytest.raises(ValueError, match="'global_step' can only be read; name one such as 'distill_weight'"):
+    with pytest.raises(ValueError, match=r"cannot set 'global_step', which is read-only .* such as 'distill_weight'"):
         trainer(callbacks=[Schedule("global_step", epochs=2)]).fit(distill(), data)
 
 

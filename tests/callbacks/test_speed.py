@@ -82,7 +82,7 @@ def fit(trainer, data, capfd) -> Callable[..., str]:
     def make(module: L.LightningModule, *speed: Speed, **settings: Any) -> str:
         capfd.readouterr()
         trainer(callbacks=list(speed), **settings).fit(module, data)
-        said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("Step:")]
+        said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("Optimizations:")]
         return said[0] if said else ""
 
     return make
@@ -97,7 +97,7 @@ def test_the_same_but_for_rounding(distill, fit) -> None:
     assert fit(plain) == ""
     before = [tensor.clone() for tensor in lean.teacher.state_dict().values()]
     said = fit(lean, Speed())
-    assert said.startswith("Step: 32-true, channels last, teacher's batch norms folded")
+    assert said.startswith("Optimizations: 32-true, channels last, teacher batch norms folded")
     assert lean.student.conv1.weight.is_contiguous()  # as before the run
     for one, other in zip(weights(plain), weights(lean), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -202,7 +202,7 @@ def test_everything_can_be_switched_off(distill, fit) -> None:
     said = fit(
         off, Speed(channels_last=False, fold_teacher=False, compile="off", keep_memory=False, fuse_optimizer=False)
     )
-    assert said == "Step: 32-true, not compiled"
+    assert said == "Optimizations: 32-true, torch.compile off"
     assert all(torch.equal(*pair) for pair in zip(weights(plain), weights(off), strict=True))
 
 
@@ -233,7 +233,7 @@ print(min(faults() for _ in range(3)))  # the least, as a busy system may take p
 def test_compiled(distill, fit) -> None:
     plain, compiled = distill(), distill()
     fit(plain)
-    assert "compiled (default)" in fit(compiled, Speed(compile="default"))
+    assert "torch.compile default" in fit(compiled, Speed(compile="default"))
     for one, other in zip(weights(plain), weights(compiled), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     assert compiled.student._compiled_call_impl is None
@@ -248,14 +248,14 @@ def test_what_cannot_be_compiled_runs_as_it_is(distill, fit, monkeypatch, tmp_pa
     torch._dynamo.reset()
     plain, module = distill(), distill()
     said = fit(module, Speed(compile="default", channels_last=False, fold_teacher=False, fuse_optimizer=False))
-    assert "not compiled (it fails: " in said
+    assert "torch.compile off (failed: " in said
     assert "compiler" in said
     fit(plain)
     assert all(torch.equal(*pair) for pair in zip(weights(plain), weights(module), strict=True))
 
 
 def test_a_network_that_needs_the_channels_first(fit) -> None:
-    assert "channels first (with channels last a network fails: view size" in fit(ClassificationModule(Flat()), Speed())
+    assert "channels first (a network fails with channels last: view size" in fit(ClassificationModule(Flat()), Speed())
 
 
 def test_a_user_s_criterion_keeps_the_layout_it_knows(distill, fit) -> None:
@@ -265,7 +265,7 @@ def test_a_user_s_criterion_keeps_the_layout_it_knows(distill, fit) -> None:
 
 def test_a_teacher_that_cannot_be_folded(distill, tiny, fit) -> None:
     module = distill(teacher=Undecided(tiny(seed=2)))
-    assert "teacher not folded (it cannot be traced: symbolically traced variables" in fit(module, Speed())
+    assert "teacher batch norms not folded (it cannot be traced: symbolically traced variables" in fit(module, Speed())
 
 
 def test_what_must_not_be_folded(distill, tiny, fit) -> None:
@@ -341,7 +341,7 @@ def test_channels_stay_first_where_the_cpu_would_damage_memory(
     assert devices.breaks_channels_last(network, torch.device("cpu")) == unsafe
     assert not devices.breaks_channels_last(network, torch.device("meta"))
     if unsafe:
-        assert "channels first (a bug of oneDNN on this CPU rules out channels last)" in fit(
+        assert "channels first (channels last is disabled due to a bug in oneDNN on this CPU)" in fit(
             ClassificationModule(network), Speed(channels_last=True)
         )
 
@@ -351,7 +351,7 @@ def test_the_command_line_chooses_and_tells(monkeypatch, capfd, settings: list[s
     monkeypatch.setattr("lkd.callbacks.speed._MEGAFLOPS", 0.01)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert main(["fit", "--config", "digits/kd", "--trainer.fast_dev_run=2", *settings]) == 0
-    assert f"Step: {precision}, channels " in capfd.readouterr().out  # last or, where that is unsafe, first
+    assert f"Optimizations: {precision}, channels " in capfd.readouterr().out  # last or, where that is unsafe, first
     assert main(["fit", "--config", "digits/kd", "--trainer.max_steps=2", *settings]) == 0
     (saved,) = Path("runs").rglob("config.yaml")
     assert yaml.safe_load(saved.read_text())["trainer"]["precision"] == precision

@@ -135,7 +135,7 @@ def test_a_rest_that_fills_no_batch_is_asked_for_at_the_end(run) -> None:
 def test_what_was_not_seen_is_not_kept(tiny, trainer) -> None:
     module = DistillModule(tiny(seed=1), tiny(seed=2))
     fit = trainer(max_epochs=1, callbacks=[TeacherCache(versions=1)], limit_train_batches=2)
-    with pytest.warns(UserWarning, match="version 0 were not kept: the epoch showed 32 of 80 images"):
+    with pytest.warns(UserWarning, match="variant 0 .* was not cached: the epoch contained only 32 of 80 images"):
         fit.fit(module, images())
     assert not files()
     assert not list(Path().rglob(".filling*"))
@@ -193,7 +193,7 @@ def test_what_was_made_from_something_else_is_not_used(run, capfd, what: str, ch
     _, _, asked = run(epochs=1, **change)
     assert asked >= 64
     said = capfd.readouterr().out
-    assert re.search(rf"0 of 2 versions are kept .*others there were made from another .*{what}", said), said
+    assert re.search(rf"0 of 2 variants found .*another cache there differs in .*{what}", said), said
     (kept,) = {file.parent for file in files()} - {max(files(), key=lambda f: f.stat().st_mtime_ns).parent}
     (new,) = {file.parent for file in files()} - {kept}
     for file in files():  # even under the right name
@@ -208,7 +208,7 @@ def test_a_teacher_that_does_something_else_with_the_same_weights(run, tiny, tra
     teacher.network.forward = lambda image, own=teacher.network.forward: own(image).flip(1)
     module = DistillModule(tiny(seed=1), teacher, KD(temperature=2.0))
     heard = Heard()
-    with pytest.warns(UserWarning, match=r"0.safetensors is not used, .* of 16 images the teacher says something else"):
+    with pytest.warns(UserWarning, match=r"0.safetensors is rebuilt: its logits of 16 sample images differ from the"):
         trainer(max_epochs=1, callbacks=[TeacherCache(versions=2), heard], limit_val_batches=0).fit(module, images())
     assert teacher.asked - 1 == SAMPLE + NUM_TRAIN
 
@@ -325,9 +325,9 @@ def test_a_refused_file_is_refused_again(tiny, trainer) -> None:
     fit(tiny(seed=2), max_epochs=1)
     other = tiny(seed=2)
     other.forward = lambda image, own=other.forward: own(image).flip(1)
-    with pytest.warns(UserWarning, match="the teacher says something else") as said:
+    with pytest.warns(UserWarning, match="sample images differ from the teacher's") as said:
         fit(other, max_epochs=2, limit_train_batches=2)
-    assert sum("the teacher says something else" in str(warning.message) for warning in said) == 2
+    assert sum("sample images differ from the teacher's" in str(warning.message) for warning in said) == 2
 
 
 def test_a_teacher_that_is_changed_meanwhile(tiny, trainer) -> None:
@@ -366,7 +366,7 @@ def test_two_processes_fill_one_file() -> None:
             [*command, "--trainer.accelerator=cpu", *settings], capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-2000:]
-        said.append(re.findall(r"asked for ([\d,]+) images in training; ([\d,]+) forward", done.stdout))
+        said.append(re.findall(r"Teacher cache: ([\d,]+) forward passes computed, ([\d,]+) saved", done.stdout))
     total = 1150
     batches = total // 2 // 32 * 64, total // 64 * 64  # what an epoch shows
     (first,), (second,), (third,) = said
@@ -408,7 +408,7 @@ def test_answers_that_cannot_be_kept(tiny, trainer, kind, settings: dict[str, An
 def test_only_lkd_s_data_can_be_replayed(distill, trainer) -> None:
     data = images()
     data.setup("fit")
-    with pytest.raises(ValueError, match="only lkd's data modules can show the same images again"):
+    with pytest.raises(ValueError, match="only lkd's data modules can repeat augmented images"):
         trainer(callbacks=[TeacherCache(versions=2)]).fit(distill(), data.train_dataloader())
     with pytest.raises(ValueError, match="overfit_batches"):
         trainer(callbacks=[TeacherCache(versions=2)], overfit_batches=2).fit(distill(), images())
@@ -416,7 +416,7 @@ def test_only_lkd_s_data_can_be_replayed(distill, trainer) -> None:
 
 @pytest.mark.parametrize("argument", ["versions", "top_k"])
 def test_bad_arguments(argument: str) -> None:
-    with pytest.raises(ValueError, match=f"teacher_cache needs {argument} of 1 or more, or null for none, got 0"):
+    with pytest.raises(ValueError, match=f"teacher_cache.{argument} must be at least 1, or null to disable it, got 0"):
         TeacherCache(**{argument: 0})
 
 
@@ -428,7 +428,7 @@ def test_where_the_system_reserves_no_files(run, monkeypatch) -> None:
 
 def test_a_folder_that_cannot_be_written(run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match=r"cannot be kept in .*; set teacher_cache.folder to a folder with room"):
+    with pytest.warns(UserWarning, match=r"cannot cache .*; set teacher_cache.folder to a writable folder"):
         module, _, asked = run(folder=str(tmp_path / "file"))
     assert asked == 3 * NUM_TRAIN
     assert module.recall is None

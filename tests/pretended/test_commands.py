@@ -103,7 +103,7 @@ def test_cached_logits(top_k: int | None, pretended, capfd) -> None:
     fills = fit("fills", NAME, *cached, "--teacher_cache.folder=cache")
     capfd.readouterr()
     reads = fit("reads", NAME, *cached, "--teacher_cache.folder=cache")
-    assert "2 of 2 versions are kept" in capfd.readouterr().out
+    assert "2 of 2 variants found" in capfd.readouterr().out
     assert not differences(trained(usual), trained(fills))
     assert not differences(trained(fills), trained(reads))
 

@@ -342,7 +342,7 @@ def test_code_that_reads_the_epoch_is_captured_again(agree, distill) -> None:
 
 def test_code_that_reads_the_step_runs_as_usual(train, distill) -> None:
     usual, _ = train("cpu", module=lambda: distill(ByStep))
-    with pytest.warns(UserWarning, match="what it computes depends on its number"):
+    with pytest.warns(UserWarning, match="its result depends on the step number"):
         found, (graph,) = train(NAME, module=lambda: distill(ByStep))
     assert graph.captures == 1
     assert not differences(usual, found)  # found before the graph took a step with another number
@@ -473,7 +473,7 @@ class OwnStep(DistillModule):
     [
         ({"accumulate_grad_batches": 2}, "gradients are accumulated"),
         ({"callbacks": lambda: [Looks()]}, "Looks uses on_after_backward"),
-        ({"detect_anomaly": True}, "detect_anomaly looks at each operation"),
+        ({"detect_anomaly": True}, "detect_anomaly checks each operation"),
         ({"speed": Speed(graph="off")}, "off"),
         ({"speed": Speed(compile="off", graph="off")}, "off"),
     ],
@@ -486,7 +486,7 @@ def test_where_no_graph_is_possible_the_reason_is_given(settings: dict[str, Any]
 
 def test_a_step_of_the_users_own(train, distill, capfd) -> None:
     train(NAME, module=lambda: distill(OwnStep))
-    assert "no CUDA graph (OwnStep has its own training_step)" in capfd.readouterr().out
+    assert "no CUDA graph (OwnStep overrides training_step)" in capfd.readouterr().out
 
 
 def test_numbers_that_change_in_every_step(train, distill) -> None:
@@ -495,7 +495,7 @@ def test_numbers_that_change_in_every_step(train, distill) -> None:
             pl_module.distill_weight = 1 / (1 + trainer.global_step)
 
     usual, _ = train("cpu", callbacks=lambda: [Restless()])
-    with pytest.warns(UserWarning, match="what the step reads from Python changes in every step"):
+    with pytest.warns(UserWarning, match="Python values that the step reads change in every step"):
         found, (graph,) = train(NAME, callbacks=lambda: [Restless()])
     assert graph.obstacle
     assert not differences(usual, found)
@@ -506,7 +506,7 @@ def test_an_optimizer_that_counts_its_steps_on_the_host(train, distill) -> None:
         return distill(optimizer=lambda p: torch.optim.Adagrad(p, lr=1e-2))
 
     usual, _ = train("cpu", module=module)
-    with pytest.warns(UserWarning, match="Adagrad or the module keeps part of its state on another device"):
+    with pytest.warns(UserWarning, match="Adagrad or the module has state on another device"):
         found, _ = train(NAME, module=module)
     assert not differences(usual["weights"], found["weights"])
 
@@ -548,6 +548,6 @@ def test_the_criterion_is_measured_by_a_graph(weight: float, agree, distill, mon
         data={"val_size": 28, "train_size": 64},
         max_epochs=4,
     )
-    assert not [warning for warning in recwarn if "without graphs" in str(warning.message)]
+    assert not [warning for warning in recwarn if "without CUDA graphs" in str(warning.message)]
     assert all(replayed)
     assert len(replayed) >= 8

@@ -105,7 +105,7 @@ def test_another_search_of_the_same_name_is_refused(sweep) -> None:
     assert code == 2
     assert "was begun with trainer.max_epochs 1 (now 2); take that of then, give another --study NAME" in said
     assert sweep(*short, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=5")[0] == 0  # changes no value
-    assert "there is no curve 'val/accc' to monitor" in sweep(*short, "--study=other", "--monitor=val/accc")[1]
+    assert "cannot monitor 'val/accc': no such metric" in sweep(*short, "--study=other", "--monitor=val/accc")[1]
 
 
 def test_what_fails_each_time_ends_it(sweep) -> None:
