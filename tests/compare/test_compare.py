@@ -373,7 +373,7 @@ def test_mistakes(answer, runs) -> None:
     assert "there is no config 'nothing.yaml'" in answer("--config", "nothing.yaml")
     assert "no images in its val split" in answer(kd, "--split=val", "--data=lkd.DigitsDataModule", "--data.val_size=0")
     named = ["--networks.a.class_path=lkd.models.resnet8", "--networks.a.init_args.num_classes=10"]
-    assert "'num_classes' is set of a network that has not been named" in answer(kd, *named)
+    assert "'num_classes' is set for a network without class_path" in answer(kd, *named)
     assert "normalization is for networks of the config" in answer(kd, "--normalization.x={mean: [0.], std: [1.]}")
 
 
