@@ -318,8 +318,8 @@ def _report(folder: Path, results: Sequence[Result]) -> None:
         spread = f"standard deviation {_number(statistics.stdev(values))}" if len(values) > 1 else "one run only"
         console.print(f"mean {_number(statistics.mean(values))}, {spread}, n = {len(values)}", highlight=False)
     for label, text in {
-        "table": str(folder / TABLE),
-        "compare": f"lkd compare {' '.join(shlex.quote(str(one.folder)) for one in results if one.value is not None)}",
+        "Table": str(folder / TABLE),
+        "Compare": f"lkd compare {' '.join(shlex.quote(str(one.folder)) for one in results if one.value is not None)}",
     }.items():
         console.print(f"{label + ':':8} {text}", highlight=False, markup=False)
 
