@@ -70,7 +70,7 @@ def prepare(args: Sequence[str]) -> Prepared:
         if not configs:
             configs = [config_of(path)]
             name = run_name(configs, root) if given.name is None else name
-        if not any(arg.startswith("--weights_only") for arg in rest):  # which declares the file trusted
+        if not any(arg.startswith("--weights_only") for arg in rest):  # which declares that the file is trusted
             content = read_checkpoint(path, whole=args[0] == "fit")
             if given.resume:
                 _say(f"resuming from {path}, after {content['epoch']} epochs and {content['global_step']} steps")

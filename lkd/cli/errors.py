@@ -134,7 +134,7 @@ def _unknown_class(classes: list[str], reason: str, where: str) -> str | None:
     if missing := re.search(r"No module named '(.*?)'", reason):
         where = f" (required to import {classes[-1]!r})" if classes else ""
         nearest = difflib.get_close_matches(missing[1], sys.modules, n=1, cutoff=0.75)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "your own modules are searched in the current folder"
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "your own modules must be in the current folder"
         return f"there is no module {missing[1]!r}{where}; {hint}"
     if short := re.search(r"Expected a dot import path string: (\w+)(?: |$)", reason):
         return f"there is no class {short[1]!r}{_nearest_class(short[1], where)}"

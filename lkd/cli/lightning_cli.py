@@ -105,7 +105,7 @@ class LkdCLI(LightningCLI):
         if self.resumes:
             check_same_run(Path(config["ckpt_path"]), self._parser("fit"), config)
         trained = config.get("ckpt_path") or own.get("model_ckpt") or own.get("student_ckpt")
-        trained = trained or "lkd.models.load_weights" in str(own.get("model"))  # in the members of an ensemble
+        trained = trained or "lkd.models.load_weights" in str(own.get("model"))  # an ensemble of trained members
         if self.subcommand != "fit" and not trained:
             raise ValueError(
                 f"lkd {self.subcommand} requires a checkpoint: give --ckpt_path FILE, or weights from elsewhere as "
@@ -147,7 +147,7 @@ class LkdCLI(LightningCLI):
                 kwargs["default_root_dir"] = logger.log_dir
             elif not config.get("default_root_dir"):  # loggers without their own folder write there
                 kwargs["default_root_dir"] = root
-            for section in ("checkpoint", "last_checkpoint"):  # in the folder of the run with any logger
+            for section in ("checkpoint", "last_checkpoint"):  # independent of the loggers
                 callback = self.config_init["fit"][section]
                 callback.dirpath = callback.dirpath or f"{logger.log_dir}/checkpoints"
             if config.get("logger") in (None, True):
@@ -178,7 +178,7 @@ class LkdCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _run_logger(self, root: str, leaves_files: bool) -> TensorBoardLogger:
-        """Return a logger for the folder of a new run, or of the resumed run, whose folder is locked."""
+        """Return a logger for the folder of a new run, or of the resumed run; the latter is locked first."""
         path = self._get(self.config_init, "ckpt_path")
         runs = Path(root) / self.run_name
         version = run_version(Path(path), runs) if path else None
@@ -215,8 +215,8 @@ def _discard(keep: Callable[..., None], parser: Any, old: Any, new: Any) -> None
 def _keep_null(parse: Callable[..., Any], value: Any, **settings: Any) -> Any:
     """Preserve `null` in the settings of nested classes.
 
-    jsonargparse passes a parsed setting of a nested class on as text. For `null` this is 'None', which an argument that
-    accepts a string or null interprets as a string.
+    jsonargparse passes the parsed settings of a nested class on as text. This turns `null` into 'None', which an
+    argument that accepts a string or null interprets as a string.
     """
     parsed, path = parse(value, **settings)
     is_nested = isinstance(parsed, NestedArg) and "." in parsed.key

@@ -84,7 +84,7 @@ _KNOWN = (  # warnings of Lightning and PyTorch that do not indicate a problem i
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*Total length of `list` across ranks is zero.*",  # val_size: 0
     ".*Your `IterableDataset` has `__len__` defined.*",  # WebDatasetDataModule, which splits the data between workers
-    ".*Couldn't infer the batch indices fetched from your dataloader.*",  # its batches contain them
+    ".*Couldn't infer the batch indices fetched from your dataloader.*",  # lkd's batches contain the indices
     ".*all_gather is deprecated.*",
     ".*WeightAveraging callback with a model that overrides the configure_model.*",
     ".*callbacks used to create the checkpoint need to be provided.*",

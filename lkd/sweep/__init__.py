@@ -140,7 +140,7 @@ def _trained(study: Study, claim: Claim, options: Options) -> Outcome:
 
     number = claim.trial.number
     folder = study.trial_folder(number)
-    if claim.goes_on:
+    if claim.resumed:
         where = "resuming from its last checkpoint" if last_checkpoint(folder) else "restarting from the beginning"
         print(f"trial {number} was interrupted; {where}", flush=True)
     prunes = options.pruner != "none"

@@ -106,8 +106,8 @@ def _distribution(key: str, wanted: Any, current: Any) -> BaseDistribution:
         return CategoricalDistribution(choices)
     if not isinstance(wanted, Mapping):
         raise ValueError(
-            f"the search space has the single value {key}: {wanted}; {_HOW}, or set a fixed value in --config or with "
-            "--KEY VALUE"
+            f"the search space has a single value for {key}, {wanted}; {_HOW}; fixed values are set in --config or "
+            "with --KEY VALUE"
         )
     if (unknown := set(map(str, wanted)) - set(_RANGE)) or not {"low", "high"} <= set(wanted):
         what = f"an unknown key {sorted(unknown)[0]!r}" if unknown else "no low or no high"

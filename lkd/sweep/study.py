@@ -36,13 +36,13 @@ class Claim(NamedTuple):
     Args:
         trial: The trial.
         settings: Settings of the trial, by their dotted names.
-        goes_on: Whether the trial was started by another process, which has ended.
+        resumed: Whether the trial was started by another process, which has ended.
         lock: File descriptor of the lock, to be closed.
     """
 
     trial: Trial
     settings: dict[str, Any]
-    goes_on: bool
+    resumed: bool
     lock: int | None
 
 
