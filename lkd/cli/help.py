@@ -31,12 +31,12 @@ Getting started
   lkd test --ckpt_path runs/.../checkpoints/best.ckpt       evaluate the student; uses the config.yaml of the run
 
 Options
-  --config FILE        a settings file; later files and --KEY VALUE override earlier ones. lkd provides configs/
+  --config FILE        a settings file; later files and --KEY VALUE override earlier ones; lkd's own are in configs/
   --resume             fit: resume the newest run of this name from its last checkpoint, or start a new one
   --name NAME          name of the run, which is saved in runs/NAME/version_N
   --seeds N            fit: train N runs with seeds 0 to N-1 (or --seeds 0,1,2) and report the mean and standard
                        deviation of their results; with --resume, keep completed runs and resume the others
-  --ckpt_path FILE     checkpoint to resume (fit) or to evaluate; last or best selects one of the newest run
+  --ckpt_path FILE     checkpoint to resume (fit) or to evaluate; last or best: that of the newest run
   --teacher_cache.versions N   use N augmented variants of each image and cache the teacher's outputs for them
   --images FOLDER      predict: use all images in a folder instead of the test images
   --KEY VALUE          any setting, such as --model.init_args.distill_weight 0.5 or --trainer.max_epochs 10
@@ -185,7 +185,7 @@ Markdown, JSON and TensorBoard scalars are saved in a new folder.
   --batch_sizes [1,64]  batch sizes to time, each for --seconds 1.0
   --accelerator auto  device: cpu, gpu, ...
   --members           also print the individual networks of each method; the page always includes them
-  --output FOLDER     parent of the new folder (runs/compare)
+  --output FOLDER     parent of the new folder; default: runs/compare
 """,
     "sweep": """\
 usage: lkd sweep --config FILE [--config OVERLAY ...] --space FILE [--trials N] [--KEY VALUE ...]
@@ -203,12 +203,12 @@ command resumes an interrupted search; several simultaneous processes on one mac
                          model.init_args.criterion.init_args.temperature: {low: 1, high: 16, log: true}
                          data.init_args.batch_size: {low: 32, high: 128, step: 32}
   --space.KEY VALUE    the same for one setting; overrides the files
-  --trials N           total number of trials: 20 by default; for a grid, all of its cells
+  --trials N           total number of trials; default: 20, or all cells of a grid
   --sampler NAME       tpe (default; Bayesian: ten random trials, then settings similar to the best ones), random, grid
-  --sampler_seed N     seed of the sampler (0); every trial is trained with the seed_everything of the config
+  --sampler_seed N     seed of the sampler; default: 0. Every trial is trained with the seed_everything of the config
   --pruner NAME        none (default), median, halving, hyperband: stop unpromising trials early
   --monitor NAME       metric whose best value is the value of a trial, as --checkpoint.monitor; losses are minimized
-  --study NAME         folder of the study, next to version_0, version_1, ... (sweep); use a new name for a new search
+  --study NAME         folder of the study, next to version_0, ...; default: sweep. Each search requires its own name
   --storage PLACE      storage of the study: an Optuna URL (postgresql://...), to share the work between machines; a
                        file, in SQLite format if it ends in .db, otherwise a journal; default: study.db in its folder
   --take_over N ...    resume trials of another machine; make sure that no process is still running them
@@ -237,8 +237,8 @@ preprocessing.json, whose content is embedded in each file, and a model card, RE
   --output FOLDER      output folder; default: export in the folder of the run
   --overwrite          replace an existing export
   --int8               also export an 8-bit ONNX file, calibrated on training images; reported, but not held to 1e-4
-  --license ID         license stated in the model card, as a Hugging Face identifier (unknown)
-  --images N           compare on at most N evenly spaced test images (10000)
+  --license ID         license stated in the model card, as a Hugging Face identifier; default: unknown
+  --images N           compare on at most N evenly spaced test images; default: 10000
   --KEY VALUE          override a setting of the run, such as --data.init_args.root FOLDER if the images have moved
 
 From Python: lkd.export.export("runs/digits/kd", formats=["onnx"])
