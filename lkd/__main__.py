@@ -1,4 +1,4 @@
-"""The `lkd` command. Answers that need no torch are given here, before anything heavy is imported."""
+"""The `lkd` command. Help and early checks run before torch and Lightning are imported."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: The arguments after `lkd`; None: those of this process.
+        argv: Arguments after `lkd`. `None` uses those of this process.
 
     Returns:
-        The exit code: 0, or 2 after a mistake that the user can mend.
+        Exit code: 0 on success, 2 after a user error, 141 if the output is no longer read, or that of the command
+        (`lkd.cli.main.run`).
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        if (text := _answer(args)) is not None:
+        if (text := _help_or_version(args)) is not None:
             print(text, end="", flush=True)
             return 0
         if _asks_for_all(args):
-            args = [args[0], "--help"]  # the parser's own answer
+            args = [args[0], "--help"]  # handled by the parser
         else:
             check([arg for arg in args if arg != "--debug"])
     except BrokenPipeError:
@@ -51,8 +52,8 @@ def _asks_for_all(args: Sequence[str]) -> bool:
     return args[0] in SETTINGS and list(args[1:]) in (["--help", "all"], ["--help=all"], ["-h", "all"])
 
 
-def _answer(args: Sequence[str]) -> str | None:
-    """Return the answer to a question about lkd itself; None if the arguments ask for work.
+def _help_or_version(args: Sequence[str]) -> str | None:
+    """Return the text for a help or version option; None if there is a command to run.
 
     Raises:
         ValueError: If there is no such command or class.
@@ -64,7 +65,7 @@ def _answer(args: Sequence[str]) -> str | None:
         return f"lkd {__version__}\n"
     if command not in COMMANDS:
         nearest = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; the commands are {', '.join(COMMANDS)}"
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; available commands: {', '.join(COMMANDS)}"
         raise ValueError(f"there is no command {command!r}{hint}")
     if command in OWN_HELP and {"-h", "--help"} & set(options):
         return OWN_HELP[command]
@@ -72,7 +73,7 @@ def _answer(args: Sequence[str]) -> str | None:
 
 
 def _help(command: str, options: Sequence[str]) -> str | None:
-    """Return the answer to `--help`, `--model.help` and `--model.help CLASS`."""
+    """Return the text for `--help`, `--model.help` and `--model.help CLASS`; None without these options."""
     if _asks_for_all([command, *options]):
         return None
     for option, following in zip(options, [*options[1:], ""], strict=True) if options else ():
@@ -89,13 +90,13 @@ def _help(command: str, options: Sequence[str]) -> str | None:
                 return class_help(kind, homes)
             if homes:
                 lines = [line for home in homes for line in listed(home)]
-                return "\n".join([*lines, "", f"lkd {command} {name} CLASS shows the settings of a class", ""])
+                return "\n".join([*lines, "", f"lkd {command} {name} CLASS describes the settings of a class", ""])
     return None
 
 
 def _closed() -> int:
     """Return the exit code of a command whose output is no longer read, as in `lkd layers ... | head`."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout on exit
     return 141  # as a shell reports SIGPIPE
 
 

@@ -435,5 +435,8 @@ def test_the_best_checkpoint_of_a_run_without_a_name(run: Path, monkeypatch, cap
     monkeypatch.chdir(run.parents[3])
     assert main(["test", "--ckpt_path", "best"]) == 2
     said = capsys.readouterr().err
-    assert "add --name NAME or the run's --config, or give the checkpoint's path; there are runs/digits/kd/" in said
+    assert (
+        "add --name NAME or the --config of the run, or give the path of a checkpoint; available: runs/digits/kd/"
+        in said
+    )
     assert main(["test", "--ckpt_path", "best", "--name", "digits/kd", "--trainer.limit_test_batches=1"]) == 0

@@ -199,8 +199,8 @@ FAILS = """
 @pytest.mark.parametrize(
     ("rank", "how", "said"),
     [
-        (1, "error", ["rank 1: as wanted", "rank 0: rank 1 has ended with exit code 2, so the run cannot go on"]),
-        (0, "kill", ["rank 1: rank 0 has ended, so the run cannot go on"]),
+        (1, "error", ["rank 1: as wanted", "rank 0: rank 1 has ended with exit code 2, so the run cannot continue"]),
+        (0, "kill", ["rank 1: rank 0 has ended, so the run cannot continue"]),
     ],
 )
 def test_none_outlives_the_others(rank: int, how: str, said: list[str]) -> None:

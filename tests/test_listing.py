@@ -138,17 +138,17 @@ def test_a_network_in_the_current_folder() -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ([], "lkd layers needs a network's class_path, or --config FILE"),
-        (["resnet8"], "'resnet8' is no class_path; say where it lies, as in lkd.models.resnet20"),
+        ([], "lkd layers requires the class_path of a network, or --config FILE"),
+        (["resnet8"], "'resnet8' is not a class_path; give the full import path, as in lkd.models.resnet20"),
         (["lkd.models.resnet9"], "there is no 'resnet9' in lkd.models; did you mean 'resnet8'?"),
-        (["lkd.models.resnet8"], "lkd.models.resnet8 needs values for num_classes"),
+        (["lkd.models.resnet8"], "lkd.models.resnet8 requires values for num_classes"),
         (["lkd.models.resnet8", "--num_clases=3"], "has no setting 'num_clases'; did you mean 'num_classes'?"),
         (["lkd.models.resnet8", "--num_classes=ten"], "settings.num_classes: expected int, got ten"),
         (["lkd.models.resnet8", "--num_classes=3", "--input_size", "x"], "channels, height and width (3 64 48), got x"),
-        (["lkd.models.resnet8", "--num_classes=3", "--input_size", "0"], "--input_size takes the image's size"),
+        (["lkd.models.resnet8", "--num_classes=3", "--input_size", "0"], "--input_size must be one size (224)"),
         (
             ["lkd.models.resnet8", "--num_classes=3", "--input_size", "1", "8", "8"],
-            "CIFARResNet cannot take an image of the shape (1, 1, 8, 8): Given groups=1",
+            "CIFARResNet does not accept an image of shape (1, 1, 8, 8): Given groups=1",
         ),
         (
             ["torch.nn.Linear", "--in_features=3", "--out_features=2"],

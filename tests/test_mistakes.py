@@ -131,7 +131,7 @@ def test_misspelt_option(fit, setting, says) -> None:
         ("--model=lkd.DistilModule", "there is no 'DistilModule' in lkd; did you mean 'DistillModule'?"),
         ("--model=lkdd.DistillModule", "there is no module 'lkdd'"),
         ("--model.init_args.optimizer=torch.optim.Addam", "there is no 'Addam' in torch.optim; did you mean 'Adam'?"),
-        ("--model.init_args.lr_scheduler=torch.optim.lr_scheduler.StepLR", "StepLR needs values for step_size"),
+        ("--model.init_args.lr_scheduler=torch.optim.lr_scheduler.StepLR", "StepLR requires values for step_size"),
         ("--model.init_args.criterion=DKDD", "there is no class 'DKDD'; did you mean 'lkd.losses.DKD'?"),
         ("--model=DistilModule", "there is no class 'DistilModule'; did you mean 'lkd.DistillModule'?"),
         ("--data=DigitDataModule", "there is no class 'DigitDataModule'; did you mean 'lkd.DigitsDataModule'?"),
@@ -151,7 +151,7 @@ def test_unknown_command(answer) -> None:
 
 
 def test_missing_files(answer, fit) -> None:
-    assert "there is no config 'digits/kdd.yaml'; the nearest of lkd's own are digits/kd.yaml" in answer(
+    assert "there is no config 'digits/kdd.yaml'; similar configs provided by lkd: digits/kd.yaml" in answer(
         "fit", "--config", "digits/kdd.yaml"
     )
     assert "there is no checkpoint 'best.ckpt'" in fit("--ckpt_path=best.ckpt")
@@ -164,9 +164,9 @@ def test_missing_files(answer, fit) -> None:
 
 
 def test_nothing_to_run(answer) -> None:
-    assert "lkd fit needs a config: for example 'lkd fit --config digits/kd'" in answer("fit")
-    assert "lkd test needs a checkpoint: for example 'lkd test --ckpt_path runs/" in answer("test")
-    assert "lkd.DistillModule needs values for student" in answer(
+    assert "lkd fit requires a config, for example 'lkd fit --config digits/kd'" in answer("fit")
+    assert "lkd test requires a checkpoint, for example 'lkd test --ckpt_path runs/" in answer("test")
+    assert "lkd.DistillModule requires values for student" in answer(
         "fit", "--model=lkd.DistillModule", "--data=lkd.DigitsDataModule"
     )
 
@@ -179,10 +179,10 @@ def test_yaml_that_is_none(answer) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "changed.yaml contains no settings; it should have keys such as model"),
+        ("", "changed.yaml contains no settings; expected keys such as model"),
         ("- a\n- b", "changed.yaml contains no settings"),
-        ("trainer: [1]", "changed.yaml should have settings below 'trainer', got [1]"),
-        ("model:", "changed.yaml should have settings below 'model', got None"),
+        ("trainer: [1]", "changed.yaml: expected settings below 'trainer', got [1]"),
+        ("model:", "changed.yaml: expected settings below 'model', got None"),
     ],
 )
 def test_yaml_of_another_form(answer, text, says) -> None:
@@ -192,7 +192,7 @@ def test_yaml_of_another_form(answer, text, says) -> None:
 
 def test_a_methods_views_before_the_data(answer) -> None:
     says = answer("fit", "--config", "methods/mlkd", "--config", "data/digits", "--config", "pairs/digits")
-    assert says == "a config changes 'views' of the data before another has named it; put --config data/NAME first"
+    assert says == "a config sets 'views' of the data before the data module is given; put --config data/NAME first"
 
 
 CRITERIA = """
@@ -221,7 +221,7 @@ def test_a_misspelt_option_that_is_no_setting(fit) -> None:
 
 def test_measuring_without_a_checkpoint(answer) -> None:
     says = answer("test", "--config", "configs/digits/kd.yaml")
-    assert "lkd test needs a checkpoint" in says
+    assert "lkd test requires a checkpoint" in says
     assert "--ckpt_path" in says
 
 
@@ -375,18 +375,18 @@ def test_numbers_out_of_range(fit) -> None:
 def test_groups_of_layers_without_quotes(fit) -> None:
     at = "--model.init_args.criterion=lkd.losses.AT"
     says = fit(at, "--model.init_args.criterion.init_args.student_layers=[@pooled]")
-    assert says.endswith("got [@pooled]; write groups of layers in quotes, as in ['@stages']")
+    assert says.endswith("got [@pooled]; put names of layer groups in quotes, as in ['@stages']")
 
 
 def test_one_image_for_a_batchnorm(fit) -> None:
     says = fit("--model.init_args.criterion=lkd.losses.PAD", "--data.init_args.batch_size=1")
-    assert says.endswith("a BatchNorm needs several images at once: set batch_size to 2 or more")
+    assert says.endswith("BatchNorm requires more than one image per batch: set batch_size to 2 or more")
 
 
 def test_an_accelerator_that_is_not_there(fit, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    remedy = "leave out --trainer.accelerator, or set it to auto or cpu"
-    assert fit("--trainer.accelerator=gpu") == f"torch finds no gpu on this machine; {remedy}"
+    remedy = "remove --trainer.accelerator, or set it to auto or cpu"
+    assert fit("--trainer.accelerator=gpu") == f"no gpu found on this machine; {remedy}"
 
 
 def test_a_schedule_without_epochs(fit) -> None:
@@ -431,6 +431,6 @@ def test_misspelt_settings_of_sections(fit, wrong: str, right: str) -> None:
 def test_the_teachers_weights_of_a_module_without_a_teacher(answer) -> None:
     says = answer("fit", "--config", "digits/student", "--model.init_args.teacher_ckpt=runs/teacher")
     assert says == (
-        "lkd.ClassificationModule has no teacher, and so no 'teacher_ckpt'; take --model lkd.DistillModule with a "
-        "student"
+        "lkd.ClassificationModule has no teacher and therefore no 'teacher_ckpt'; use --model lkd.DistillModule, with "
+        "a student"
     )

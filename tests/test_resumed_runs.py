@@ -155,14 +155,14 @@ def test_a_run_that_left_no_checkpoint_is_not_the_newest(fit) -> None:
     (RUN.parent / "version_10/config.yaml").touch()
     code, text = fit()
     assert code == 0
-    assert f"lkd: resuming {RUN}/checkpoints/last.ckpt, after 2 epochs and 34 steps" in text
+    assert f"lkd: resuming from {RUN}/checkpoints/last.ckpt, after 2 epochs and 34 steps" in text
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 3
 
 
 def test_no_run_is_resumed(fit) -> None:
     code, text = fit("--name=other", "--trainer.limit_train_batches=1", max_epochs=1)
     assert code == 0
-    assert "lkd: no run in runs/other has left a checkpoint; a new run begins" in text
+    assert "lkd: no checkpoint found in runs/other; starting a new run" in text
 
 
 def test_a_run_has_the_given_name(capsys) -> None:
@@ -181,7 +181,7 @@ def test_a_run_has_the_given_name(capsys) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--ckpt_path=best"], "leave out --resume or --ckpt_path"),
+        (["--ckpt_path=best"], "remove either --resume or --ckpt_path"),
     ],
 )
 def test_what_makes_no_sense_with_resume(fit, args: list[str], said: str) -> None:
@@ -193,14 +193,14 @@ def test_what_makes_no_sense_with_resume(fit, args: list[str], said: str) -> Non
 def test_less_than_was_made(fit) -> None:
     code, text = fit(max_epochs=1)
     assert code == 2
-    assert "the run has made 2 epochs already; set --trainer.max_epochs to more than 2" in text
+    assert "this run has already completed 2 epochs; set --trainer.max_epochs above 2 to continue" in text
 
 
 def test_resume_is_for_fit_and_needs_a_name(capsys) -> None:
     assert main(["test", "--resume"]) == 2
-    assert "--resume is for fit" in capsys.readouterr().err
+    assert "--resume is only available in lkd fit" in capsys.readouterr().err
     assert main(["fit", "--resume"]) == 2
-    assert "--resume needs the run's --config" in capsys.readouterr().err
+    assert "--resume requires the --config of the run" in capsys.readouterr().err
 
 
 class Odd(L.Callback):

@@ -88,7 +88,7 @@ def test_resuming_continues_what_was_interrupted_and_skips_what_is_done(begun, c
     begun.clear()
     assert main([*FIT, "--seeds=3", "--resume", longer]) == 0  # the third one is new
     assert begun == [["--seed_everything=2"]]
-    assert f"seed 1 (2 of 3): done, {RUNS / 'version_0'}" in capfd.readouterr().out
+    assert f"seed 1 (2 of 3): completed, {RUNS / 'version_0'}" in capfd.readouterr().out
     begun.clear()
     assert main([*FIT, "--seeds=1", "--resume", longer, "--model.init_args.distill_weight=0.8"]) == 0
     assert begun == [["--seed_everything=0"]]  # the finished run of this seed had another weight
@@ -126,13 +126,13 @@ def test_an_interruption_ends_the_command(capfd, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--seeds=0"], "at least 1 (--seeds 5: seeds 0 to 4), or different seeds separated by commas"),
+        (["--seeds=0"], "at least 1 (--seeds 5: seeds 0 to 4), or distinct seeds separated by commas"),
         (["--seeds=x"], "got 'x'"),
         (["--seeds"], "got ''"),
         (["--seeds=1,1"], "got '1,1'"),
         (["--seeds=-1,2"], "got '-1,2'"),
-        (["--seeds=2", "--seed_everything=3"], "leave --seed_everything out"),
-        (["--seeds=2", "--ckpt_path=last"], "give --resume instead"),
+        (["--seeds=2", "--seed_everything=3"], "remove --seed_everything"),
+        (["--seeds=2", "--ckpt_path=last"], "use --resume instead"),
         (["--seeds=2", "--trainer.fast_dev_run=true"], "reports the best checkpoint of each run"),
         (["--seeds=2", "--trainer.max_epoch=2"], "max_epoch"),
     ],

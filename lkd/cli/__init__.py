@@ -1,1 +1,1 @@
-"""The command line. Modules that answer without torch import nothing heavy."""
+"""Command line. The modules that show help and check arguments do not import torch or Lightning."""

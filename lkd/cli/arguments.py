@@ -1,4 +1,4 @@
-"""What is done to the command line's arguments before Lightning's CLI sees them."""
+"""Preparation of the command-line arguments for Lightning's CLI."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _NEWEST = ("last", "best")
 
 
 class Prepared(NamedTuple):
-    """What Lightning's CLI is given.
+    """Arguments for Lightning's CLI.
 
     Attributes:
-        args: The arguments, the command first, with the paths of configs and checkpoint.
-        name: The run's name.
-        resumes: Whether a run is to continue exactly: `--resume` found one.
+        args: Command, followed by its arguments, with resolved paths of configs and checkpoint.
+        name: Name of the run.
+        resumes: Whether `--resume` found a run to continue exactly.
     """
 
     args: list[str]
@@ -31,15 +31,15 @@ class Prepared(NamedTuple):
 
 
 def prepare(args: Sequence[str]) -> Prepared:
-    """Find the configs and the checkpoint that the arguments name, and the run's name.
+    """Resolve the configs, the checkpoint and the name of a run.
 
-    A checkpoint without a config stands for its run's own `config.yaml`.
+    If a checkpoint is given without a config, the `config.yaml` of its run is used.
 
     Args:
-        args: The arguments after `lkd`, the command first.
+        args: Arguments after `lkd`: the command, followed by its options.
 
     Returns:
-        Arguments, name, and whether a run is resumed.
+        Resolved arguments, name of the run, and whether a run is resumed.
 
     Raises:
         FileNotFoundError: If a config or the checkpoint does not exist.
@@ -63,37 +63,39 @@ def prepare(args: Sequence[str]) -> Prepared:
     if given.ckpt_path not in (None, "null"):
         if given.ckpt_path in _NEWEST and not Path(given.ckpt_path).exists() and not configs and given.name is None:
             raise ValueError(
-                f"--ckpt_path {given.ckpt_path} is a checkpoint of the newest run of one name: add --name NAME or the "
-                f"run's --config, or give the checkpoint's path{_near(root)}"
+                f"--ckpt_path {given.ckpt_path} selects a checkpoint of the newest run with a given name: add --name "
+                f"NAME or the --config of the run, or give the path of a checkpoint{_near(root)}"
             )
         path = _find_checkpoint(given.ckpt_path, root, name)
         if not configs:
             configs = [config_of(path)]
             name = run_name(configs, root) if given.name is None else name
-        if not any(arg.startswith("--weights_only") for arg in rest):  # otherwise the file is trusted to run code
+        if not any(arg.startswith("--weights_only") for arg in rest):  # which declares that the file is trusted
             content = read_checkpoint(path, whole=args[0] == "fit")
             if given.resume:
-                _say(f"resuming {path}, after {content['epoch']} epochs and {content['global_step']} steps")
+                _say(f"resuming from {path}, after {content['epoch']} epochs and {content['global_step']} steps")
         rest.append(f"--ckpt_path={path}")
     resumes = given.resume and given.ckpt_path is not None
     return Prepared([args[0], *(f"--config={path}" for path in configs), *rest], name, resumes)
 
 
 def _resumed(command: str, given: Namespace, configs: Sequence[Path], runs: Path) -> str | None:
-    """Return `last` if the newest run has left a checkpoint to continue from, otherwise None.
+    """Return `last` if there is a checkpoint to resume from, otherwise None.
 
     Raises:
         ValueError: If `--resume` contradicts the other arguments.
     """
     if command != "fit":
-        raise ValueError(f"--resume is for fit; lkd {command} takes --ckpt_path last or best, or a file")
+        raise ValueError(
+            f"--resume is only available in lkd fit; for lkd {command}, use --ckpt_path with last, best or a file"
+        )
     if given.ckpt_path is not None:
-        raise ValueError("--resume takes the newest run's last checkpoint; leave out --resume or --ckpt_path")
+        raise ValueError("--resume uses the last checkpoint of the newest run; remove either --resume or --ckpt_path")
     if not configs:
-        raise ValueError("--resume needs the run's --config, which gives it its name; or give its --ckpt_path")
+        raise ValueError("--resume requires the --config of the run, to find it by name; or use --ckpt_path instead")
     if checkpoints_of(runs, "last"):
         return "last"
-    _say(f"no run in {runs} has left a checkpoint; a new run begins")
+    _say(f"no checkpoint found in {runs}; starting a new run")
     return None
 
 
@@ -103,33 +105,33 @@ def _say(text: str) -> None:
 
 
 def _find_checkpoint(name: str, root: Path, run: str) -> Path:
-    """A checkpoint's path: the file itself, a folder's best, or the `last` or `best` of the newest run of that name."""
+    """Return the path of a checkpoint: a file, the best one of a folder, or `last` or `best` of the newest run."""
     if Path(name).is_file():
         return Path(name)
     if Path(name).is_dir():
         return in_folder(Path(name), "best")
     if name in _NEWEST:
         return newest_checkpoint(root / run, name)
-    hint = _near(root) or f"; a run writes it to {root}/<name>/version_<n>/checkpoints/"
+    hint = _near(root) or f"; runs save their checkpoints in {root}/<name>/version_<n>/checkpoints/"
     raise FileNotFoundError(f"there is no checkpoint {name!r}{hint}")
 
 
 def _near(root: Path) -> str:
-    """Return the end of a sentence: some checkpoints below a folder, if there are any."""
+    """Return a hint that lists up to four checkpoints below a folder; empty if there are none."""
     found = sorted(str(path) for path in root.rglob("*.ckpt")) if root.is_dir() else []
-    return f"; there are {', '.join(found[:4])}" if found else ""
+    return f"; available: {', '.join(found[:4])}" if found else ""
 
 
 def check_option(command: str, arg: str, own: Sequence[str]) -> None:
-    """Notice an option that is nearly one of a command's own, before it goes on to the settings of a run.
+    """Report a misspelled option of a command before it is parsed as a setting of a run.
 
     Args:
-        command: The command.
-        arg: An argument that is none of its own.
-        own: Its own options (`--output`).
+        command: Name of the command.
+        arg: Argument that is not an option of the command.
+        own: Options of the command, such as `--output`.
 
     Raises:
-        ValueError: If it is one.
+        ValueError: If the argument resembles an option of the command.
     """
     name = arg.partition("=")[0]
     if name.startswith("--") and (near := difflib.get_close_matches(name, own, 1, 0.75)):

@@ -1,4 +1,4 @@
-"""What lkd contains, one line each: read from the source, so that `lkd fit --help` need not import torch."""
+"""One-line summaries of lkd's classes, parsed from the source so that `lkd fit --help` does not import torch."""
 
 from __future__ import annotations
 
@@ -22,30 +22,33 @@ SECTIONS = {
     "speed": "lkd.callbacks.Speed",
     "teacher_cache": "lkd.callbacks.TeacherCache",
 }
-"""The class behind each section of a config that names none."""
-_ENDS = {"lkd.modules": "Module", "lkd.datamodules": "DataModule"}  # of the names that a setting can have
-_BASES = ("Optimizer", "LRScheduler")  # no setting can name them
+"""Class of each config section that has no `class_path`."""
+_ENDS = {"lkd.modules": "Module", "lkd.datamodules": "DataModule"}  # suffixes of the classes that a setting can name
+_BASES = ("Optimizer", "LRScheduler")  # abstract
 _NETWORKS = ("student", "teacher", "students", "model")
 
 
 def homes_of(setting: str) -> tuple[str, ...]:
-    """Return the packages and modules that a setting's classes are in.
+    """Return the packages and modules that contain the classes of a setting.
 
     Args:
-        setting: A setting's name (`model`, `model.init_args.criterion`).
+        setting: Name of a setting, such as `model` or `model.init_args.criterion`.
 
     Returns:
-        Import paths; empty if the setting names no class.
+        Import paths; empty if the value of the setting is not a class.
     """
     above, _, name = setting.rpartition(".")
     return ("lkd.models",) if above and name in _NETWORKS else _HOMES.get(name, ())
 
 
 def summaries(home: str) -> dict[str, str]:
-    """Return what a setting can name of a package or module, with the first line of the docstrings.
+    """Return the classes and functions of a package or module that a setting can name, with their summaries.
 
     Args:
-        home: Its import path. Only packages outside lkd are imported.
+        home: Import path. Only packages outside lkd are imported; lkd's own source is parsed.
+
+    Returns:
+        First line of the docstring by name, in alphabetical order.
     """
     found = _own(home) if home.startswith("lkd.") else _imported(home)
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
@@ -72,11 +75,11 @@ def _own(home: str) -> dict[str, str]:
 
 
 def listed(home: str, width: int = 80) -> list[str]:
-    """Return a line for each class that a setting can name of a package or module.
+    """Return one line for each class or function of a package or module that a setting can name.
 
     Args:
-        home: Its import path.
-        width: Columns; longer lines are cut at a word.
+        home: Import path.
+        width: Number of columns. Longer lines are truncated at a word boundary.
     """
     rows = summaries(home)
     column = max(map(len, rows)) + 2
@@ -84,7 +87,7 @@ def listed(home: str, width: int = 80) -> list[str]:
 
 
 def indented(text: str, width: int = 80) -> str:
-    """Return a text in lines of `width` columns that begin with two spaces."""
+    """Wrap a text to `width` columns, with an indentation of two spaces."""
     return fill(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 

@@ -1,4 +1,4 @@
-"""The settings of one class, for `lkd fit --model.help CLASS`."""
+"""Help for the settings of one class: `lkd fit --model.help CLASS`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 from docstring_parser import parse
 
 _WIDTH = 80
-_SHORTEST = 60  # characters of a default value that are shown
+_LONGEST = 60  # default values with more characters are not shown
 
 
 def class_help(path: str, homes: Sequence[str]) -> str:
-    """Return what a class is, and its settings with types, default values and descriptions.
+    """Return the summary of a class and its settings, with types, default values and descriptions.
 
     Args:
-        path: The import path of a class or function, or a short name.
-        homes: The packages that a short name is looked for in.
+        path: Import path of a class or function, or its name.
+        homes: Packages that are searched for a name without import path.
 
     Raises:
-        ValueError: If there is no such class.
+        ValueError: If the class is not found.
     """
     kind = _found(path, homes)
     lines = [f"{_path(kind)}", "", *_paragraph(parse(inspect.getdoc(kind) or "").short_description or "", ""), ""]
@@ -55,7 +55,7 @@ def _module(path: str) -> ModuleType:
 
 
 def _path(kind: Any) -> str:
-    """Return the shortest import path."""
+    """Return the shortest import path of a class or function."""
     parts = kind.__module__.split(".")
     homes = (".".join(parts[:number]) for number in range(1, len(parts) + 1))
     home = next(home for home in homes if getattr(import_module(home), kind.__name__, None) is kind)
@@ -63,7 +63,7 @@ def _path(kind: Any) -> str:
 
 
 def _makers(kind: Any) -> Iterator[Any]:
-    """Yield the functions whose arguments a class takes: its constructor, and that of its base if it passes them on."""
+    """Yield the constructor of a class, and those of its bases as long as `**kwargs` are forwarded to them."""
     bases = kind.__mro__ if inspect.isclass(kind) else (kind,)
     for base in bases:
         maker = vars(base).get("__init__") if inspect.isclass(base) else base
@@ -83,7 +83,7 @@ def _parameters(kind: Any) -> list[inspect.Parameter]:
 
 
 def _descriptions(kind: Any) -> dict[str, str]:
-    """Return what the docstrings of a class and its bases say of its arguments."""
+    """Return the descriptions of the arguments from the docstrings of a class and its bases."""
     found: dict[str, str] = {}
     for owner in kind.__mro__ if inspect.isclass(kind) else (kind,):
         for text in (owner.__doc__, getattr(vars(owner).get("__init__"), "__doc__", None)):
@@ -103,7 +103,7 @@ def _default(parameter: inspect.Parameter) -> str:
     if callable(parameter.default):
         return ""
     text = repr(parameter.default)
-    return f" = {text}" if len(text) <= _SHORTEST else " = ..."
+    return f" = {text}" if len(text) <= _LONGEST else " = ..."
 
 
 def _paragraph(text: str, indent: str) -> list[str]:

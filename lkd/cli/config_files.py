@@ -1,4 +1,4 @@
-"""Finding and checking config files. Imports nothing heavy, so that mistakes are reported within a second."""
+"""Lookup and validation of config files. No heavy imports, so errors are reported within a second."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ KEYS = (
     "return_predictions",
     "config",
 )
-"""The top-level keys of a config for `lkd fit`, `validate`, `test` and `predict`."""
+"""Top-level keys of a config for `lkd fit`, `validate`, `test` and `predict`."""
 _CLASS_KEYS = ("class_path", "init_args")
 
 
 def configs_folder() -> Path:
-    """Return the folder of lkd's own configs: inside the package, or beside it in a checkout."""
+    """Return the folder of the configs provided by lkd: inside the package, or next to it in a checkout."""
     package = Path(__file__).parent.parent
     packaged = package / "configs"
     return packaged if packaged.is_dir() else package.parent / "configs"
 
 
 def find_config(name: str) -> Path:
-    """Return a config's path.
+    """Return the path of a config.
 
     Args:
-        name: A file, or the name of one of lkd's own configs (`configs/digits/kd.yaml`, `digits/kd`).
+        name: A file, or the name of a config provided by lkd (`configs/digits/kd.yaml`, `digits/kd`).
 
     Raises:
-        FileNotFoundError: If there is no such config; the message names the most similar ones.
+        FileNotFoundError: If the config does not exist; the message lists the most similar names.
         ValueError: If the file is not a valid config.
     """
     folder = configs_folder()
@@ -56,20 +56,20 @@ def find_config(name: str) -> Path:
             return path
     known = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
     nearest = difflib.get_close_matches(own, known, n=3, cutoff=0.4) or known
-    raise FileNotFoundError(f"there is no config {name!r}; the nearest of lkd's own are {', '.join(nearest)}")
+    raise FileNotFoundError(f"there is no config {name!r}; similar configs provided by lkd: {', '.join(nearest)}")
 
 
 def is_config(name: str) -> bool:
-    """Return whether a name is that of a config file."""
+    """Return whether a config file of this name exists."""
     folder, own = configs_folder(), name.removeprefix("configs/")
     return any(path.is_file() for path in (Path(name), folder / own, folder / f"{own}.yaml"))
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a config's settings.
+    """Read and check the settings of a config.
 
     Raises:
-        ValueError: If the file is not valid YAML, or its layout is not that of a config.
+        ValueError: If the file is not valid YAML, or does not have the structure of a config.
     """
     try:
         config = load_yaml(path.read_text(encoding="utf-8"))
@@ -77,21 +77,21 @@ def read_config(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).replace(' in "<unicode string>",', " at").split())
         raise ValueError(f"{path} is not valid YAML: {reason}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} contains no settings; it should have keys such as model, data and trainer")
+        raise ValueError(f"{path} contains no settings; expected keys such as model, data and trainer")
     for key in {"model", "data", "trainer"} & set(config):
         if not isinstance(config[key], dict) and not (isinstance(config[key], str) and key != "trainer"):
-            raise ValueError(f"{path} should have settings below {key!r}, got {config[key]!r}")
-    if not isinstance(config.get("config"), list | None):  # a run's own config may list the files it was made from
+            raise ValueError(f"{path}: expected settings below {key!r}, got {config[key]!r}")
+    if not isinstance(config.get("config"), list | None):  # the saved config of a run may list its source files
         raise ValueError(f"{path} has a key 'config'; pass each file on the command line with its own --config")
     for key, nearest in _misspelt(config):
         raise ValueError(f"{path} has a key {key!r}; did you mean {nearest!r}?")
     for key, kind in _misplaced(config):
-        raise ValueError(f"{path} has {key!r} beside 'class_path: {kind}'; move it below 'init_args'")
+        raise ValueError(f"{path} has {key!r} next to 'class_path: {kind}'; move it below 'init_args'")
     return config
 
 
 def _misspelt(config: object) -> Iterator[tuple[str, str]]:
-    """Yield keys that are nearly `class_path` or `init_args`: the parser would complain about something else."""
+    """Yield misspelled `class_path` and `init_args`, for which the parser would report a different error."""
     for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
         yield from _misspelt(value)
     for key in config if isinstance(config, dict) else ():
@@ -101,7 +101,7 @@ def _misspelt(config: object) -> Iterator[tuple[str, str]]:
 
 
 def _misplaced(config: object) -> Iterator[tuple[str, str]]:
-    """Yield keys beside `class_path` that should be below `init_args`, and the class."""
+    """Yield keys next to `class_path` that belong below `init_args`, each with its class."""
     for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
         yield from _misplaced(value)
     if isinstance(config, dict) and isinstance(config.get("class_path"), str):
@@ -111,12 +111,12 @@ def _misplaced(config: object) -> Iterator[tuple[str, str]]:
 
 
 def run_name(configs: Sequence[Path], root: Path) -> str:
-    """Return a run's name, which is its folder below `root`.
+    """Return the name of a run, which is also its folder below `root`.
 
     Args:
-        configs: The config files. The last one with a top-level `name` decides; without one, the name is made from the
-            files' names.
-        root: The folder of all runs.
+        configs: Config files. The last top-level `name` is used; if there is none, the name is derived from the names
+            of the files.
+        root: Folder of all runs.
     """
     named = [name for path in configs if (name := read_config(path).get("name")) is not None]
     if named:
@@ -128,7 +128,7 @@ def run_name(configs: Sequence[Path], root: Path) -> str:
     path, folder = configs[0], configs_folder()
     if path.resolve().is_relative_to(folder.resolve()):
         return str(path.resolve().relative_to(folder.resolve()).with_suffix(""))
-    if path.name == "config.yaml":  # a run's own config: the new run belongs beside it
+    if path.name == "config.yaml":  # saved config of a run: the new run gets the same name
         run, root = path.resolve().parent.parent, root.resolve()
         return str(run.relative_to(root)) if root in run.parents else run.name
     if path.resolve().is_relative_to(root.resolve()):  # the best config of a sweep
@@ -137,10 +137,10 @@ def run_name(configs: Sequence[Path], root: Path) -> str:
 
 
 def checked_name(name: object) -> str:
-    """Return a run's name if it is a relative path inside the folder of all runs.
+    """Return the name of a run, normalized as a path relative to the folder of all runs.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If the name is not a relative path inside this folder.
     """
     parts = Path(name).parts if isinstance(name, str) else ()
     if not parts or Path(*parts).is_absolute() or {"..", "."} & set(parts):

@@ -1,4 +1,4 @@
-"""Checks of the command line that need neither torch nor Lightning, whose imports take seconds."""
+"""Checks of the command line that require neither torch nor Lightning, whose imports take seconds."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from lkd.cli.config_files import KEYS, configs_folder, find_config, is_config, read_config
 
 OPTIONS = ("config", "help", "resume", "seeds", "images", "print_config", "debug")
-"""Options that are not settings."""
+"""Options that are not settings of a run."""
 _FLAGS = ("--resume", "--print_config", "--debug", "--help", "-h")
-_TRAINED = ("student", "students", "model")  # the arguments of lkd's modules for networks in training
+_TRAINED = ("student", "students", "model")  # arguments of lkd's modules for the networks that are trained
 _SECTIONS = {
     "model.init_args": (
         *("optimizer", "lr_scheduler", "criterion", "student", "teacher", "teacher_ckpt", "student_ckpt", "model_ckpt"),
@@ -21,7 +21,7 @@ _SECTIONS = {
     "data.init_args": ("batch_size", "num_workers", "root", "val_size", "image_size", "views"),
     "trainer": ("max_epochs", "max_steps", "devices", "accelerator", "precision", "strategy", "logger", "callbacks"),
 }
-"""Where settings are that users look for at the top level."""
+"""Sections of settings that users may expect at the top level."""
 _USUAL = {
     "seed": "seed_everything",
     "epochs": "trainer.max_epochs",
@@ -30,7 +30,7 @@ _USUAL = {
     "learning_rate": "model.init_args.optimizer.init_args.lr",
     "temperature": "model.init_args.criterion.init_args.temperature",
 }
-"""Settings by the names that other programs give them."""
+"""Common names of settings in other programs, and their names in lkd."""
 _NESTED = ("optimizer", "lr_scheduler", "criterion", "student", "teacher")
 _EXAMPLES = {
     "fit": "for example 'lkd fit --config digits/kd', or 'lkd fit --config data/cifar10 --config "
@@ -42,20 +42,20 @@ _EXAMPLES = {
 
 
 def check(args: Sequence[str]) -> None:
-    """Check what can be checked without importing torch.
+    """Check the arguments and configs as far as possible without importing torch.
 
     Args:
-        args: The arguments after `lkd`, the command first.
+        args: Arguments after `lkd`: the command, followed by its options.
 
     Raises:
         FileNotFoundError: If a config does not exist.
-        ValueError: If an argument or a config is invalid, or something is missing.
+        ValueError: If an argument or a config is invalid, or a required part is missing.
     """
     command, rest = args[0], args[1:]
     if command in _EXAMPLES:
         if not rest:
             needed = "a config" if command == "fit" else "a checkpoint"
-            raise ValueError(f"lkd {command} needs {needed}: {_EXAMPLES[command]}")
+            raise ValueError(f"lkd {command} requires {needed}, {_EXAMPLES[command]}")
         options = dict(_options(command, rest))
         for option in options:
             _check_option(command, option)
@@ -71,7 +71,7 @@ def check(args: Sequence[str]) -> None:
 
 
 def _configs(rest: Sequence[str]) -> list[str]:
-    """Return the values of `--config`; the parser reports one without a value."""
+    """Return the values of `--config`. The parser reports a missing value."""
     found = []
     for arg, following in zip(rest, [*rest[1:], "--"], strict=True) if rest else ():
         name, equals, value = arg.partition("=")
@@ -81,10 +81,10 @@ def _configs(rest: Sequence[str]) -> list[str]:
 
 
 def _options(command: str, rest: Sequence[str]) -> list[tuple[str, str]]:
-    """Return name and value of each option.
+    """Return the name and value of each option.
 
     Raises:
-        ValueError: If an argument belongs to no option, or has one dash instead of two.
+        ValueError: If an argument does not belong to an option, or has one dash instead of two.
     """
     found: list[tuple[str, str]] = []
     waiting = False  # whether the next argument is a value
@@ -100,10 +100,10 @@ def _options(command: str, rest: Sequence[str]) -> list[tuple[str, str]]:
             name = arg.partition("=")[0].lstrip("-")
             raise ValueError(f"lkd {command} has no option {arg!r}{_nearest(f'--{name}', _known())}")
         elif is_config(arg):
-            raise ValueError(f"configs follow --config: lkd {command} --config {arg}")
+            raise ValueError(f"configs are passed with --config: lkd {command} --config {arg}")
         else:
             raise ValueError(
-                f"lkd {command} does not expect {arg!r}; configs are given as --config FILE, settings as --KEY VALUE"
+                f"lkd {command}: unexpected argument {arg!r}; pass configs as --config FILE, settings as --KEY VALUE"
             )
     return found
 
@@ -119,34 +119,34 @@ def _check_option(command: str, option: str) -> None:
 
 
 def _hint(option: str) -> str:
-    """Return the end of a sentence: where a setting is, or which one has a similar name."""
+    """Return a hint for an unknown setting: its full name, or the setting with the most similar name."""
     top, _, own = option.partition(".")
     if top in _USUAL:
-        return f"; it is --{_USUAL[top]}"
+        return f"; use --{_USUAL[top]}"
     for section, names in _SECTIONS.items():
         if top in names:
             own = own.removeprefix("init_args.")
             below = f".init_args.{own}" if own and top in _NESTED else f".{own}" if own else ""
-            return f"; it is --{section}.{top}{below}"
+            return f"; use --{section}.{top}{below}"
     return _nearest(top, (*KEYS, *OPTIONS))
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; there are {', '.join(sorted(set(known)))}"
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; available: {', '.join(sorted(set(known)))}"
 
 
 def _check_complete(configs: Sequence[Mapping[str, Any]], options: Sequence[str]) -> None:
-    """Check that a run of one of lkd's own modules has networks and data.
+    """Check that the configs of a run specify data and, for lkd's modules, networks.
 
     Raises:
-        ValueError: If something is missing; the message names configs that bring it.
+        ValueError: If networks or data are missing; the message lists configs that provide them.
     """
     missing = []
     models = [config["model"] for config in configs if "model" in config]
     given = {key for model in models if isinstance(model, Mapping) for key in model.get("init_args") or {}}
     given |= {part for option in options if option.startswith("model.") for part in option.split(".")[1:]}
-    is_named = any(difflib.get_close_matches(name, _TRAINED, cutoff=0.7) for name in given)  # perhaps misspelt
+    is_named = any(difflib.get_close_matches(name, _TRAINED, cutoff=0.7) for name in given)  # possibly misspelled
     if "model" not in options and all(_is_own(model) for model in models) and not is_named:
         missing.append(("networks", "pairs"))
     named = any(_names_class(config.get("data")) for config in configs)
@@ -155,8 +155,8 @@ def _check_complete(configs: Sequence[Mapping[str, Any]], options: Sequence[str]
     if missing:
         what = " and no ".join(name for name, _ in missing)
         wanted = " ".join(f"--config {folder}/NAME" for _, folder in missing)
-        names = "; ".join(f"{folder}/ has {_names(folder)}" for _, folder in missing)
-        raise ValueError(f"the configs name no {what}; add {wanted} ({names}), or a config of your own")
+        names = "; ".join(f"{folder}/ contains {_names(folder)}" for _, folder in missing)
+        raise ValueError(f"the configs specify no {what}; add {wanted} ({names}), or your own config")
 
 
 def _is_own(model: Any) -> bool:

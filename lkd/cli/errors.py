@@ -1,4 +1,4 @@
-"""Answers to mistakes: one sentence that says what to do."""
+"""Translation of exceptions into one-sentence error messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CALLBACKS: dict[str, type[L.Callback]] = {
     "speed": Speed,
     "teacher_cache": TeacherCache,
 }
-"""The callbacks that have a section of their own in a config, by its name."""
+"""Callbacks with their own section in a config, by the name of the section."""
 
 _KEY = re.compile(r'Parser key "(.*)":$')
 _CLASS = re.compile(r"Problem with given class_path '(.*)':$")
@@ -31,7 +31,7 @@ _SCAFFOLD = re.compile(
     r"|Expected a <class 'NoneType'>|Expected a path but "
     r"|Subclass types expect one of:|a class path \(str\)$|a dict with"
 )
-_NO_CURVE = re.compile(  # as ModelCheckpoint, ReduceLROnPlateau and EarlyStopping say it
+_NO_CURVE = re.compile(  # messages of ModelCheckpoint, ReduceLROnPlateau and EarlyStopping
     r"(?:monitor='|conditioned on metric `?)(?P<name>[^'` ]+)['`]?"
     r"(?:\)` could not find the monitored key .*?: \[| which is not available\.(?: Available metrics are: \["
     r"|.* any of the following: ))(?P<known>[^]]*)"
@@ -40,25 +40,27 @@ _TOP = ("trainer", "model", "data", *CALLBACKS, "seed_everything", "ckpt_path", 
 
 
 def explain(error: BaseException) -> str:
-    """The sentence for the user.
+    """Translate an exception into a one-sentence error message.
 
     Args:
-        error: What was raised while parsing, building or running.
+        error: Exception raised while parsing, building or running.
 
     Returns:
-        What is wrong and what to do, without the parser's scaffold or a worker's traceback.
+        What is wrong and how to fix it, without the parser's nested report or the traceback of a worker.
     """
     text = str(error) or type(error).__name__
-    if "Original Traceback" in text:  # from a data loader's worker: the message is its last line
+    if "Original Traceback" in text:  # from a data loader worker: the message is in the last line
         text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
-    if text.startswith("Expected more than 1 value per channel when training"):  # PyTorch's
-        return f"{text}; a BatchNorm needs several images at once: set batch_size to 2 or more"
-    if found := re.search(r"restored a checkpoint with current_epoch=(\d+)", text):  # Lightning's
-        return f"the run has made {found[1]} epochs already; set --trainer.max_epochs to more than {found[1]}"
-    if found := re.search(r"Requirement '(mlflow|wandb)\b.*?' not met", text):  # Lightning's
-        return f"the logger needs {found[1]}, which is not installed; pip install 'lkd[loggers]'"
-    if found := re.search(r"No supported (\w+) backend found", text):  # Lightning's
-        return f"torch finds no {found[1]} on this machine; leave out --trainer.accelerator, or set it to auto or cpu"
+    if text.startswith("Expected more than 1 value per channel when training"):  # PyTorch
+        return f"{text}; BatchNorm requires more than one image per batch: set batch_size to 2 or more"
+    if found := re.search(r"restored a checkpoint with current_epoch=(\d+)", text):  # Lightning
+        return (
+            f"this run has already completed {found[1]} epochs; set --trainer.max_epochs above {found[1]} to continue"
+        )
+    if found := re.search(r"Requirement '(mlflow|wandb)\b.*?' not met", text):  # Lightning
+        return f"the logger requires {found[1]}, which is not installed; pip install 'lkd[loggers]'"
+    if found := re.search(r"No supported (\w+) backend found", text):  # Lightning
+        return f"no {found[1]} found on this machine; remove --trainer.accelerator, or set it to auto or cpu"
     if found := _NO_CURVE.search(text):
         return no_curve(found["name"], set(re.findall(r"[\w/.-]+", found["known"])))
     keys, classes, reasons, value = _read(text)
@@ -73,16 +75,18 @@ def explain(error: BaseException) -> str:
 
 
 def is_no_curve(error: BaseException) -> bool:
-    """Whether an error reports a monitor that does not exist: EarlyStopping raises a RuntimeError for it.
+    """Return whether an exception reports a monitored metric that does not exist.
+
+    EarlyStopping raises a RuntimeError in this case.
 
     Args:
-        error: What was raised.
+        error: The exception.
     """
     return _NO_CURVE.search(str(error)) is not None
 
 
 def _read(text: str) -> tuple[list[str], list[str], list[str], str | None]:
-    """The parser's message taken apart: path of keys, classes on the way, reasons, the value given."""
+    """Split a message of the parser into the path of keys, the classes along it, the reasons and the given value."""
     keys: list[str] = []
     classes: list[str] = []
     reasons: list[str] = []
@@ -96,8 +100,8 @@ def _read(text: str) -> tuple[list[str], list[str], list[str], str | None]:
             value = value or line.removeprefix("Given value: ")
         elif line and not _SCAFFOLD.match(line):
             reasons.append(line)
-    said = [reason for reason in reasons if not reason.startswith("Not a valid subclass of ")]
-    return keys, classes, said or reasons, value
+    specific = [reason for reason in reasons if not reason.startswith("Not a valid subclass of ")]
+    return keys, classes, specific or reasons, value
 
 
 def _unknown_option(text: str) -> str | None:
@@ -117,20 +121,20 @@ def _unknown_setting(classes: list[str], reason: str) -> str | None:
     if not found or not classes:
         return None
     setting, kind = found[1].split(".")[0], found[2] or classes[-1]
-    if _find(kind) is L.LightningDataModule:  # a method's overlay sets the data's views
-        return f"a config changes {setting!r} of the data before another has named it; put --config data/NAME first"
-    if _find(kind) is nn.Module:  # an option for each setting makes no network of a dict
-        return f"{setting!r} is set of a network that has not been named; give class_path and settings in a --config"
+    if _find(kind) is L.LightningDataModule:  # the overlay of a method sets the views of the data
+        return f"a config sets {setting!r} of the data before the data module is given; put --config data/NAME first"
+    if _find(kind) is nn.Module:
+        return f"{setting!r} is set for a network without class_path; give class_path and init_args in a --config"
     if setting == "teacher_ckpt" and inspect.isclass(_find(kind)) and issubclass(_find(kind), L.LightningModule):
-        return f"{kind} has no teacher, and so no 'teacher_ckpt'; take --model lkd.DistillModule with a student"
+        return f"{kind} has no teacher and therefore no 'teacher_ckpt'; use --model lkd.DistillModule, with a student"
     return f"{kind} has no setting {setting!r}{_nearest(setting, _settings(_find(kind)))}"
 
 
 def _unknown_class(classes: list[str], reason: str, where: str) -> str | None:
     if missing := re.search(r"No module named '(.*?)'", reason):
-        where = f" (looked for in importing {classes[-1]!r})" if classes else ""
+        where = f" (required to import {classes[-1]!r})" if classes else ""
         nearest = difflib.get_close_matches(missing[1], sys.modules, n=1, cutoff=0.75)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "modules of your own are found in the current folder"
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "your own modules must be in the current folder"
         return f"there is no module {missing[1]!r}{where}; {hint}"
     if short := re.search(r"Expected a dot import path string: (\w+)(?: |$)", reason):
         return f"there is no class {short[1]!r}{_nearest_class(short[1], where)}"
@@ -152,11 +156,11 @@ _HOMES = {
     "model": ("lkd",),
     "data": ("lkd",),
 }
-"""Where the classes are that a setting can name."""
+"""Packages of the classes that a setting can name."""
 
 
 def _nearest_class(name: str, where: str) -> str:
-    """Return the end of a sentence: the class with the most similar name among those that a setting can name."""
+    """Return a hint: the class with the most similar name among those that a setting can name."""
     homes = _HOMES.get(where.rpartition(".")[2], ("lkd.models", "lkd.losses"))
     paths = {known: f"{home}.{known}" for home in homes for known in import_module(home).__all__}
     nearest = difflib.get_close_matches(name, paths, n=1, cutoff=0.5)
@@ -166,14 +170,14 @@ def _nearest_class(name: str, where: str) -> str:
 def _other(where: str, classes: list[str], reason: str, value: str | None) -> str:
     if found := re.search(r"the following arguments are required: (.*)", reason):
         own = re.search(r"class_path='(.*?)'", value or "")
-        return f"{own[1] if own else classes[-1] if classes else 'lkd'} needs values for {found[1]}"
+        return f"{own[1] if own else classes[-1] if classes else 'lkd'} requires values for {found[1]}"
     reason = re.sub(r"Expected an? (?:<class '([\w.]+)'>|typing\.)", r"expected \1", reason)
     reason = re.sub(r"\. Got value: ", ", got ", reason)
     reason = reason.replace(" expected ", " or ")
     if value is not None and "got " not in reason and not value.startswith(("NestedArg", "Namespace", "{")):
         reason = f"{reason}, got {value}"
-    if re.search(r"got \[\s*@", reason):  # YAML keeps the character for itself
-        reason += "; write groups of layers in quotes, as in ['@stages']"
+    if re.search(r"got \[\s*@", reason):  # reserved in YAML
+        reason += "; put names of layer groups in quotes, as in ['@stages']"
     return f"{where}: {reason}" if where else reason
 
 
@@ -187,7 +191,7 @@ def _own_names(module: Any) -> list[str]:
 
 
 def _settings(kind: Any) -> list[str]:
-    """Names of the arguments of a function, or of a class and those that it inherits from."""
+    """Return the names of the arguments of a function, or of a class and its bases."""
     own = [vars(base).get("__init__") for base in kind.__mro__] if inspect.isclass(kind) else [kind]
     makers = [maker for maker in own if inspect.isfunction(maker)]
     names = {
@@ -206,4 +210,4 @@ def _nearest(name: str, known: Iterable[str]) -> str:
         return f"; did you mean {nearest[0]!r}?"
     if not known:
         return "; it has none"
-    return f"; there are {', '.join(sorted(known))}" if len(known) <= 30 else "; 'lkd COMMAND --help' lists all"
+    return f"; available: {', '.join(sorted(known))}" if len(known) <= 30 else "; 'lkd COMMAND --help' lists them"

@@ -1,4 +1,4 @@
-"""`lkd layers`: the names that can stand in `student_layers` and `teacher_layers`."""
+"""`lkd layers`: list the layer names that `student_layers` and `teacher_layers` accept."""
 
 from __future__ import annotations
 
@@ -20,47 +20,49 @@ from lkd.features.extractor import FeatureTaps
 from lkd.features.layers import FeatureLayers, blank_image, feature_layers, layer_names
 
 _T = TypeVar("_T")
-_KEY = "settings"  # what a message about one of them begins with
+_KEY = "settings"  # prefix of error messages about a setting
 _NOTE = """\
-A group's name (@stages: all of @stage1, @stage2, ...) stands for its layers in every network that knows it. With :input
-behind a layer's name, what goes into the layer is read."""
+A group name (@stages: all of @stage1, @stage2, ...) selects the corresponding layers of any network that defines the
+group. The suffix :input selects the input of a layer instead of its output."""
 
 
 class _ConfigReader(LkdCLI):
-    """Reads a run's settings and builds nothing: a criterion that does not find its layers could not be built."""
+    """Parse the settings of a run without instantiating them, because a criterion may name layers that do not exist."""
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Those of `lkd fit`, but settings need not name the data."""
-        self.datamodule_class = None  # Lightning then does not ask for one
+        """Add the arguments of `lkd fit`, with an optional data module."""
+        self.datamodule_class = None  # Lightning then does not require one
         super().add_core_arguments_to_parser(parser)
 
     def instantiate_classes(self) -> None:
-        """Nothing."""
+        """Skip the instantiation."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
 
 
 def main(args: Sequence[str]) -> None:
-    """Print the layers of a network, or of a run's networks, that can be tapped.
+    """Print the layers of a network, or of the networks of a run, whose outputs can be read.
 
     Args:
-        args: The arguments behind `lkd layers`: a network's `class_path` and its settings, or what `lkd fit` takes;
-            and `--input_size`.
+        args: Arguments after `lkd layers`: the `class_path` of a network and its settings, or the arguments of
+            `lkd fit`; and `--input_size`.
 
     Raises:
-        ValueError: If there is no network, or it cannot take the image.
+        ValueError: If no network is given, or it does not accept the input.
     """
     size, args = _input_size(args)
     if not args:
-        raise ValueError("lkd layers needs a network's class_path, or --config FILE; see 'lkd layers --help'")
+        raise ValueError("lkd layers requires the class_path of a network, or --config FILE; see 'lkd layers --help'")
     example: Any = None
     if args[0].startswith("-"):
         networks, example = _read_config(args, with_data=not size)
     elif "." in args[0]:
         networks = {args[0]: _built(nn.Module, args[0], args[1:])}
     else:
-        raise ValueError(f"{args[0]!r} is no class_path; say where it lies, as in lkd.models.resnet20 or my_net.Net")
+        raise ValueError(
+            f"{args[0]!r} is not a class_path; give the full import path, as in lkd.models.resnet20 or my_net.Net"
+        )
     lines: list[str] = []
     for name, network in networks.items():
         given = blank_image(network, size or [32]) if example is None else fitting(example, network)
@@ -77,14 +79,14 @@ def _input_size(args: Sequence[str]) -> tuple[list[int], list[str]]:
         return [], rest
     if len(given) not in (1, 2, 3) or not all(number.isdecimal() and int(number) for number in given):
         raise ValueError(
-            f"--input_size takes the image's size (224), height and width (64 48), or channels, height and width "
-            f"(3 64 48), got {' '.join(given) or 'nothing'}"
+            "--input_size must be one size (224), height and width (64 48), or channels, height and width (3 64 48), "
+            f"got {' '.join(given) or 'nothing'}"
         )
     return [int(number) for number in given], rest
 
 
 def _read_config(args: Sequence[str], with_data: bool) -> tuple[dict[str, nn.Module], Any]:
-    """The networks of a run, by name, and a blank input of its data's, if that tells one."""
+    """Return the networks of a run by name, and a blank input with the shape of its data, if that is known."""
     config = _ConfigReader(*prepare(["fit", *args])).config["fit"]
     model = config["model"].get("init_args", {})
     settings = {name: model.get(name) for name in ("student", "teacher", "model")}
@@ -92,8 +94,8 @@ def _read_config(args: Sequence[str], with_data: bool) -> tuple[dict[str, nn.Mod
     networks = {f"{name}: {given['class_path']}": _built(nn.Module, given) for name, given in settings.items() if given}
     if not networks:
         raise ValueError(
-            f"{config['model']['class_path']} has no student, students, teacher or model in its settings; give the "
-            "network's class_path"
+            f"the settings of {config['model']['class_path']} contain no student, students, teacher or model; give the "
+            "class_path of a network"
         )
     if not (with_data and config.get("data")):
         return networks, None
@@ -103,7 +105,7 @@ def _read_config(args: Sequence[str], with_data: bool) -> tuple[dict[str, nn.Mod
 
 
 def _built(kind: type[_T], given: Any, settings: Sequence[str] = ()) -> _T:
-    """What a `class_path` and its settings stand for."""
+    """Instantiate a `class_path` with its settings."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument(f"--{_KEY}", type=kind)
     if isinstance(given, str):
@@ -120,22 +122,22 @@ def _is_image(example: Any) -> bool:
 
 
 def _shape(example: Any) -> str:
-    """The shape of a tensor; of several tensors, each one's."""
+    """Return the shape of a tensor, or the shapes of a structure of tensors, as text."""
     return str(tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf, example))
 
 
 def _listing(name: str, network: nn.Module, example: Any) -> Iterator[str]:
-    """The lines for one network."""
+    """Yield the lines for one network: a heading, and a row for each layer."""
     groups = _groups(feature_layers(network))
     try:
         shapes = layer_names(network, example)
         inputs = [layer for layer in groups if layer.endswith(":input") and layer.removesuffix(":input") in shapes]
         features = FeatureTaps(network, inputs).probe(example).outputs.features
-    except Exception as error:  # whatever someone's forward pass raises
+    except Exception as error:  # a forward pass may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         kind = "an image" if _is_image(example) else "an input"
         raise ValueError(
-            f"{type(network).__name__} cannot take {kind} of the shape {_shape(example)}: {reason}; give another "
+            f"{type(network).__name__} does not accept {kind} of shape {_shape(example)}: {reason}; set a different "
             "--input_size"
         ) from error
     rows = [("layer", "shape", "groups" if groups else "")]
@@ -150,7 +152,7 @@ def _listing(name: str, network: nn.Module, example: Any) -> Iterator[str]:
 
 
 def _groups(layers: FeatureLayers) -> dict[str, list[str]]:
-    """A layer's name to the groups that it is in or is."""
+    """Return the groups of each layer, by the name of the layer."""
     groups: dict[str, list[str]] = {}
     for field, value in layers._asdict().items():
         numbered = isinstance(value, tuple)

@@ -1,4 +1,4 @@
-"""The command line: Lightning's CLI with lkd's defaults, and its answers to mistakes."""
+"""Lightning's CLI with the defaults and callbacks of lkd."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ from lkd.losses import DistillLoss
 
 
 class LkdCLI(LightningCLI):
-    """`lkd fit | validate | test | predict`.
+    """Lightning CLI for `lkd fit`, `validate`, `test` and `predict`.
 
     Args:
-        args: The arguments behind `lkd`.
-        name: The run's name: its folder below `runs/`.
-        resumes: Whether the checkpoint must be that of a run with the same settings.
+        args: Arguments after `lkd`.
+        name: Name of the run, which is also its folder below `runs/`.
+        resumes: Whether to require that the checkpoint is from a run with the same settings.
     """
 
     def __init__(self, args: Sequence[str], name: str, resumes: bool = False) -> None:
@@ -64,8 +64,8 @@ class LkdCLI(LightningCLI):
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 save_config_callback=SaveConfig,
-                save_config_kwargs={"overwrite": True},  # some loggers have no new folder for each run
-                # the whole validation split before the first epoch: how good is the teacher?
+                save_config_kwargs={"overwrite": True},  # some loggers do not create a new folder for each run
+                # the whole validation split before the first epoch, to measure the teacher
                 trainer_defaults={"num_sanity_val_steps": -1, "enable_model_summary": False},
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
@@ -74,7 +74,7 @@ class LkdCLI(LightningCLI):
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse without Lightning's warning about `args`: `main` gets them, not `sys.argv`."""
+        """Parse `args` with lkd's YAML loader, and without Lightning's warning that `sys.argv` is ignored."""
         changes: dict[str, Callable[..., Any]] = {
             "discard_init_args_on_class_path_change": _discard,
             "parse_value_or_config": _keep_null,
@@ -92,52 +92,52 @@ class LkdCLI(LightningCLI):
                 setattr(typehints, name, function)
 
     def _parse_ckpt_path(self) -> None:
-        """The config's word holds: Lightning would let the checkpoint's hyperparameters override it."""
+        """Keep the settings of the config; Lightning would override them by the hyperparameters of the checkpoint."""
 
     def before_instantiate_classes(self) -> None:
-        """Find the weights that are taken from a run's folder; without any, there is nothing to measure."""
+        """Resolve weights that are given as the folder of a run, and check that there are weights to evaluate."""
         config = self.config[self.subcommand]
         own = config.get("model", {}).get("init_args", {})
         for name in ("model_ckpt", "student_ckpt", "teacher_ckpt"):
-            if own.get(name) and Path(own[name]).is_dir():  # resolved before the config is saved, which names the file
+            if own.get(name) and Path(own[name]).is_dir():  # before the config is saved, so that it names the file
                 own[name] = str(newest_checkpoint(Path(own[name]), "best"))
                 rank_zero_only(print)(f"{name.removesuffix('_ckpt')}: {described(Path(own[name]))}")
         if self.resumes:
             check_same_run(Path(config["ckpt_path"]), self._parser("fit"), config)
         trained = config.get("ckpt_path") or own.get("model_ckpt") or own.get("student_ckpt")
-        trained = trained or "lkd.models.load_weights" in str(own.get("model"))  # an ensemble's members bring theirs
+        trained = trained or "lkd.models.load_weights" in str(own.get("model"))  # an ensemble of trained members
         if self.subcommand != "fit" and not trained:
             raise ValueError(
-                f"lkd {self.subcommand} needs a checkpoint: give --ckpt_path FILE, or the weights of someone else's "
-                "network as --model.init_args.model_ckpt FILE (student_ckpt for a DistillModule)"
+                f"lkd {self.subcommand} requires a checkpoint: give --ckpt_path FILE, or weights from elsewhere as "
+                "--model.init_args.model_ckpt FILE (student_ckpt for a DistillModule)"
             )
         path = own.get("teacher_ckpt")
         self.alone = self.subcommand != "fit" and bool(path) and not (Path(path).is_file() or path.startswith("lkd:"))
         if self.alone:
             own["teacher_ckpt"] = None
-            rank_zero_warn(f"there is no {path}, so the student is measured alone, without its teacher")
+            rank_zero_warn(f"teacher weights {path} not found; evaluating the student without its teacher")
 
     def after_instantiate_classes(self) -> None:
-        """A teacher without its weights is not measured."""
+        """Exclude a teacher whose weights are missing from the evaluation."""
         if self.alone:
             self.model.network_names = ("student",)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add lkd's own settings."""
+        """Add the settings of lkd's callbacks, and `--name`."""
         for section, kind in CALLBACKS.items():
             parser.add_lightning_class_args(kind, section)
-        parser.add_argument("--name", type=str | None, help="The run's name: its folder is runs/NAME/version_N.")
+        parser.add_argument("--name", type=str | None, help="Name of the run, which is saved in runs/NAME/version_N.")
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
         except RuntimeError as error:
             if reason := lost(error, self.trainer):
-                raise LostProcessError(f"{reason}, so the run cannot go on") from error
+                raise LostProcessError(f"{reason}, so the run cannot continue") from error
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The trainer, with a TensorBoard logger for fit unless the config says otherwise, and lkd's callbacks."""
+        """Create the trainer, with lkd's callbacks and, for `fit`, a TensorBoard logger unless the config sets one."""
         fit = self.subcommand == "fit"
         config = self._get(self.config_init, "trainer")
         if fit:
@@ -145,9 +145,9 @@ class LkdCLI(LightningCLI):
             logger = self._run_logger(root, not config.get("fast_dev_run"))
             if config.get("logger") is False:
                 kwargs["default_root_dir"] = logger.log_dir
-            elif not config.get("default_root_dir"):  # loggers without a folder of their own write there
+            elif not config.get("default_root_dir"):  # loggers without their own folder write there
                 kwargs["default_root_dir"] = root
-            for section in ("checkpoint", "last_checkpoint"):  # whatever the loggers, a run is in one folder
+            for section in ("checkpoint", "last_checkpoint"):  # independent of the loggers
                 callback = self.config_init["fit"][section]
                 callback.dirpath = callback.dirpath or f"{logger.log_dir}/checkpoints"
             if config.get("logger") in (None, True):
@@ -159,11 +159,11 @@ class LkdCLI(LightningCLI):
         for section in () if kept else ("checkpoint", "last_checkpoint"):
             self._parser(self.subcommand).callback_keys.remove(section)
         self.trainer_defaults["callbacks"] = _callbacks(str(self.subcommand), logged)
-        forks = any(word in str(config.get("strategy")) for word in ("fork", "notebook"))  # they want CUDA untouched
+        forks = any(word in str(config.get("strategy")) for word in ("fork", "notebook"))  # CUDA must stay untouched
         if fit and config.get("precision") is None and not config.get("plugins") and not forks:
             config["precision"] = kwargs["precision"] = self._precision(config)
         if fit and config.get("benchmark") is None and not config.get("deterministic"):
-            # Batches of one size: cuDNN's search for the fastest convolutions pays within seconds.
+            # All batches have the same size, so cuDNN's search for the fastest convolutions pays off within seconds.
             kwargs["benchmark"] = True
         own_bar = any(isinstance(callback, L.pytorch.callbacks.ProgressBar) for callback in config["callbacks"] or [])
         if config.get("enable_progress_bar") is not False and not own_bar:
@@ -178,7 +178,7 @@ class LkdCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _run_logger(self, root: str, leaves_files: bool) -> TensorBoardLogger:
-        """Return the logger of a new run's folder, or of the resumed run's, which is locked from here on."""
+        """Return a logger for the folder of a new run, or of the resumed run; the latter is locked first."""
         path = self._get(self.config_init, "ckpt_path")
         runs = Path(root) / self.run_name
         version = run_version(Path(path), runs) if path else None
@@ -194,15 +194,15 @@ class LkdCLI(LightningCLI):
         shape = getattr(self.datamodule, "input_shape", None)
         gpu = torch.cuda.is_available() and config.get("accelerator") not in ("cpu", "mps", "tpu")
         precision: str = fitting_precision(self.model, None if shape is None else torch.zeros(1, *shape), gpu)
-        self.config[self.subcommand].trainer.precision = precision  # the saved config tells it
+        self.config[self.subcommand].trainer.precision = precision  # for the saved config
         return precision
 
 
 def _discard(keep: Callable[..., None], parser: Any, old: Any, new: Any) -> None:
-    """Where a config names another class, settings of the old one must not go over to the new one in silence.
+    """Discard the settings of a class that a later config replaces with another class.
 
-    jsonargparse keeps those that both have. For a module or data module that is wanted (`--model mine.Mine`); an
-    optimizer, a schedule or a criterion begins with its own defaults.
+    jsonargparse keeps the settings that both classes have. This is useful for modules and data modules
+    (`--model mine.Mine`), but an optimizer, schedule or criterion should start from its own defaults.
     """
     keep(parser, old, new)
     if old and "init_args" in old and old["class_path"] != new["class_path"]:
@@ -213,14 +213,14 @@ def _discard(keep: Callable[..., None], parser: Any, old: Any, new: Any) -> None
 
 
 def _keep_null(parse: Callable[..., Any], value: Any, **settings: Any) -> Any:
-    """Hand `null` down as it was written.
+    """Preserve `null` in the settings of nested classes.
 
-    jsonargparse hands a setting of a class inside of a class on as the text of what it has read of it: 'None', which is
-    a text like any other for an argument that takes text or null.
+    jsonargparse passes the parsed settings of a nested class on as text. This turns `null` into 'None', which an
+    argument that accepts a string or null interprets as a string.
     """
     parsed, path = parse(value, **settings)
-    goes_on = isinstance(parsed, NestedArg) and "." in parsed.key
-    return (value if goes_on and None in tree_leaves(parsed.val) else parsed), path
+    is_nested = isinstance(parsed, NestedArg) and "." in parsed.key
+    return (value if is_nested and None in tree_leaves(parsed.val) else parsed), path
 
 
 def _callbacks(command: str, logged: bool) -> list[L.Callback]:

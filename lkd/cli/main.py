@@ -1,4 +1,4 @@
-"""Run one command, and answer mistakes with one sentence."""
+"""Run a command, and report errors in one sentence."""
 
 from __future__ import annotations
 
@@ -29,19 +29,18 @@ _MISTAKES = (ArgumentError, MisconfigurationException, OSError, TypeError, Value
 
 
 def run(args: Sequence[str]) -> int:
-    """Run one command.
+    """Run a command.
 
     Args:
-        args: The arguments behind `lkd`, the command first.
+        args: Arguments after `lkd`: the command, followed by its options.
 
     Returns:
-        The exit code: 0, 2 after a mistake that the user can mend, 143 after SIGTERM, 1 where another process has
-        ended.
+        Exit code: 0 on success, 2 after a user error, 143 after SIGTERM, 1 if another process of the run has ended.
     """
     debug = "--debug" in args or os.environ.get("LKD_DEBUG", "") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a console script would not find the user's own classes
+        sys.path.insert(0, str(Path.cwd()))  # to import the user's classes; console scripts do not add it
     _quieten()
     try:
         if args[0] in OWN:
@@ -53,11 +52,11 @@ def run(args: Sequence[str]) -> int:
         elif args[0] == "predict" and any(arg.partition("=")[0] == "--images" for arg in args):
             copy_context().run(import_module("lkd.cli.predict_images").main, args)
         else:
-            # In a context of its own: jsonargparse leaves the parser, and with it the whole run, in a context variable.
-            # In predict each process goes its own way.
+            # A copied context, because jsonargparse keeps the parser, and thus the whole run, in a context variable.
+            # The processes of predict are independent of each other.
             with nullcontext() if args[0] == "predict" else bound_to_parent():
                 copy_context().run(LkdCLI, *prepare(args))
-    except SIGTERMException:  # a SystemExit with code 0: what waits for the run would take it for done
+    except SIGTERMException:  # a SystemExit with code 0, which would signal success
         return 128 + signal.SIGTERM
     except BrokenPipeError:
         raise
@@ -72,11 +71,11 @@ def run(args: Sequence[str]) -> int:
 
 
 def _is_a_loggers(error: Exception) -> bool:
-    """Whether W&B or MLflow has raised it: no login, no server, no place to write."""
+    """Return whether W&B or MLflow raised an exception, such as for a missing login or an unreachable server."""
     return type(error).__module__.partition(".")[0] in ("wandb", "mlflow")
 
 
-_KNOWN = (  # what Lightning warns of in every run, though all is as it should be
+_KNOWN = (  # warnings of Lightning and PyTorch that do not indicate a problem in lkd
     ".*does not have many workers.*",
     ".*treespec, LeafSpec.*",
     ".*in eval mode at the start of training.*",
@@ -84,21 +83,21 @@ _KNOWN = (  # what Lightning warns of in every run, though all is as it should b
     ".*The dirpath has changed from.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*Total length of `list` across ranks is zero.*",  # val_size: 0
-    ".*Your `IterableDataset` has `__len__` defined.*",  # WebDatasetDataModule, whose workers know their shares
-    ".*Couldn't infer the batch indices fetched from your dataloader.*",  # its batches have them
+    ".*Your `IterableDataset` has `__len__` defined.*",  # WebDatasetDataModule, which splits the data between workers
+    ".*Couldn't infer the batch indices fetched from your dataloader.*",  # lkd's batches contain the indices
     ".*all_gather is deprecated.*",
     ".*WeightAveraging callback with a model that overrides the configure_model.*",
     ".*callbacks used to create the checkpoint need to be provided.*",
-    ".*not yet implemented the batching rule.*",  # a criterion read sample by sample
+    ".*not yet implemented the batching rule.*",  # a criterion evaluated per sample
 )
 
 
 def _quieten() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that this machine has no CUDA
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     for message in _KNOWN:
         warnings.filterwarnings("ignore", message)
     if rank_zero_only.rank:  # type: ignore[attr-defined]
-        warnings.simplefilter("ignore")  # the first of several processes has issued it
+        warnings.simplefilter("ignore")  # rank 0 shows the warnings
     warnings.formatwarning = lambda message, *_, **__: f"lkd: warning: {message}\n"

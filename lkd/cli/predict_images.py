@@ -1,4 +1,4 @@
-"""`lkd predict --images FOLDER`: the predictions of a trained network for images of one's own."""
+"""`lkd predict --images FOLDER`: predictions of a trained network for new images."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lkd.datamodules import NewImages
 
 
 class _PredictNewImages(LkdCLI):
-    """`lkd predict` with the images of a folder in place of the run's test images.
+    """`lkd predict` with the images of a folder instead of the test images.
 
     Args:
-        folder: The folder.
-        args: The other arguments behind `lkd`.
-        name: The run's name.
+        folder: Folder of images.
+        args: Other arguments after `lkd`.
+        name: Name of the run.
     """
 
     def __init__(self, folder: str, args: Sequence[str], name: str) -> None:
@@ -24,16 +24,16 @@ class _PredictNewImages(LkdCLI):
         super().__init__(args, name)
 
     def after_instantiate_classes(self) -> None:
-        """Prepare the new images as the run's data module prepares its own."""
+        """Replace the data module by one that preprocesses the new images in the same way."""
         super().after_instantiate_classes()
         self.datamodule = NewImages(self.folder, self.datamodule)
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the command.
+    """Predict the images of a folder.
 
     Args:
-        args: The arguments behind `lkd`, the command first.
+        args: Arguments after `lkd`: the command, followed by its options.
     """
     parser = ArgumentParser(prog="lkd", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--images", required=True)

@@ -1,4 +1,4 @@
-"""Several processes that train together: when one ends the others do, and say why."""
+"""Distributed training: if one process ends, the others end as well and report the reason."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
 _EVERY = 1.0
-"""Seconds between two looks at the process that has started this one."""
+"""Interval between checks of the parent process, in seconds."""
 
 _GRACE = 10.0
-"""Seconds for what remains to be done, as after a run that has ended well in both."""
+"""Time that a process has to finish after its parent has ended, in seconds; sufficient after a successful run."""
 
 _PATIENCE = 2.0
-"""Seconds to find out which process has ended: less than Lightning's own observer gives them."""
+"""Time to find the process that has ended, in seconds; shorter than the timeout of Lightning's own observer."""
 
 _BROKEN = re.compile(r"gloo|NCCL|[Cc]onnection (was )?(closed|reset|refused|lost)|Broken pipe")
 
 
 class LostProcessError(RuntimeError):
-    """Another process has ended, so this one cannot go on."""
+    """Another process of the run has ended, so this one cannot continue."""
 
 
 def rank() -> int | None:
-    """This process's number among several; None if it is alone."""
+    """Return the rank of this process; None if the run has a single process."""
     number = int(getattr(rank_zero_only, "rank", 0) or 0)
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     return number if several or number else None
 
 
 def speaker() -> str:
-    """What a message begins with, where several processes may speak."""
+    """Return the prefix of error messages: the rank, if the run has several processes."""
     number = rank()
     return "" if number is None else f"rank {number}: "
 
 
 @contextmanager
 def bound_to_parent() -> Iterator[None]:
-    """End this process when the one that has started it is gone: it would wait half an hour for an answer."""
+    """End this process after its parent has ended; collective operations would time out only after half an hour."""
     over = threading.Event()
     if rank():
         threading.Thread(target=_watch, args=(os.getppid(), over), daemon=True, name="parent-observer").start()
@@ -62,21 +62,21 @@ def _watch(parent: int, over: threading.Event) -> None:
             return
     if not over.wait(_GRACE):
         print(f"lkd: error: {speaker()}the process that started this one has ended", file=sys.stderr, flush=True)
-        os._exit(1)  # the main thread waits inside of a library
+        os._exit(1)  # the main thread is blocked in a library
 
 
 def lost(error: RuntimeError, trainer: Any) -> str:
-    """Which process has ended, if that is what an error comes from; otherwise empty.
+    """Return which process has ended, if this caused an error; otherwise an empty string.
 
     Args:
-        error: What training ended with.
-        trainer: Its trainer.
+        error: Exception that ended the training.
+        trainer: Trainer of the run.
     """
     broken = isinstance(error, distributed.DistError) or _BROKEN.search(str(error))
     own = rank()
     if own is None or not broken:
         return ""
-    started = getattr(trainer.strategy.launcher, "procs", [])  # by the first process alone
+    started = getattr(trainer.strategy.launcher, "procs", [])  # on rank 0 only
     end = time.monotonic() + _PATIENCE
     while started and time.monotonic() < end:
         for number, process in enumerate(started, start=1):

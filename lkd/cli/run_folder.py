@@ -1,4 +1,4 @@
-"""The folder of a run, `runs/NAME/version_N`: reserved when the run is set up, removed if nothing was trained."""
+"""Folder of a run, `runs/NAME/version_N`: reserved during setup, and removed if no step was trained."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lkd.checkpoints.find import read_checkpoint
 
 
 class RunFolder:
-    """Holds a run's folder, as a context: its lock, and the folders that were created for it.
+    """Context manager that locks the folder of a resumed run, or reserves a folder for a new run.
 
-    A new run's folder is created when its number is chosen, so that two runs that start at once get different ones.
-    When the context is left, it is removed if no step has succeeded: after the first one, it has a config.
+    The folder of a new run is created as soon as its number is chosen, so runs that start simultaneously get different
+    folders. On exit, the folder is removed unless it contains a config, which is saved after the first step.
     """
 
     def __init__(self) -> None:
@@ -23,10 +23,10 @@ class RunFolder:
         self._created: list[Path] = []  # parents first
 
     def lock(self, folder: Path) -> None:
-        """Lock the folder of a run that is resumed.
+        """Lock the folder of a resumed run.
 
         Raises:
-            ValueError: If another process trains that run.
+            ValueError: If another process is training this run.
         """
         self._lock = locked(folder)
 
@@ -34,10 +34,10 @@ class RunFolder:
         """Create the folder of a new run.
 
         Args:
-            runs: The folder of all runs of its name.
+            runs: Folder of all runs with this name.
 
         Returns:
-            The run's number.
+            Number of the run.
         """
         for folder in reversed([runs, *runs.parents]):
             if not folder.exists():
@@ -49,7 +49,7 @@ class RunFolder:
             try:
                 (runs / f"version_{number}").mkdir()
                 break
-            except FileExistsError:  # another run has started at the same moment
+            except FileExistsError:  # another run has started simultaneously
                 number += 1
         self._created.append(runs / f"version_{number}")
         return number
@@ -63,13 +63,13 @@ class RunFolder:
         if not self._created or (self._created[-1] / "config.yaml").exists():
             return
         shutil.rmtree(self._created[-1], ignore_errors=True)
-        with suppress(OSError):  # a folder that is not empty
+        with suppress(OSError):  # not empty
             for folder in reversed(self._created[:-1]):
                 folder.rmdir()
 
 
 def described(checkpoint: Path) -> str:
-    """Return a checkpoint's path, with the score for which it was kept."""
+    """Return the path of a checkpoint and, for the best checkpoint, the monitored value."""
     for state in read_checkpoint(checkpoint).get("callbacks", {}).values():
         score = state.get("current_score")
         if state.get("monitor") and score is not None and checkpoint.stem.startswith("best"):

@@ -1,4 +1,4 @@
-"""`lkd fit --seeds`: the same run with several seeds, one after another, and what its results vary by."""
+"""`lkd fit --seeds`: train the same run with several seeds and report the variation of its results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lkd.io.tensor_cache import replacing
 from lkd.io.yaml import load_yaml
 
 TABLE = "seeds.csv"
-"""The table of results, in the folder of all runs of one name."""
+"""File name of the table of results, in the folder of all runs of one name."""
 
 _SEEDS = ("seed_everything", "data.init_args.seed")
 _PLACES = (
@@ -47,17 +47,17 @@ _PLACES = (
     "checkpoint.verbose",
     "teacher_cache.folder",
 )
-"""Settings that change where a run is kept and what it shows, not what it trains."""
+"""Settings that affect where a run is saved and what it displays, but not what it trains."""
 _LENGTH = "trainer.max_"
 _INTERRUPTED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 
 class Run(NamedTuple):
-    """A run that exists.
+    """An existing run.
 
     Args:
-        folder: Its folder, `version_N`.
-        config: Its saved settings.
+        folder: Folder of the run, `version_N`.
+        config: Saved settings of the run.
     """
 
     folder: Path
@@ -65,14 +65,14 @@ class Run(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a run with one seed has achieved.
+    """Result of the run with one seed.
 
     Args:
         seed: The seed.
-        folder: The run's folder; None if the run was not begun.
-        monitor: The curve that chooses the best checkpoint.
-        value: Its value at the best checkpoint; None if the run failed.
-        reason: Why it failed.
+        folder: Folder of the run; None if the run was not started.
+        monitor: Metric that selects the best checkpoint.
+        value: Value of this metric at the best checkpoint; None if the run failed.
+        reason: Why the run failed.
     """
 
     seed: int
@@ -83,16 +83,16 @@ class Result(NamedTuple):
 
 
 def training_settings(config: Mapping[str, Any], length: bool = True) -> dict[str, Any]:
-    """The settings that decide what a run trains, apart from its seed.
+    """Return the settings that determine the training of a run, except for its seed.
 
-    Runs whose settings are equal differ only by seed, folder and display.
+    Runs with equal training settings differ only in their seed, folder and display.
 
     Args:
-        config: The settings, as a run saves them in `config.yaml`.
-        length: Whether the length of the training is one of them.
+        config: Settings of a run, as saved in `config.yaml`.
+        length: Whether to include the length of the training.
 
     Returns:
-        Each setting's value by its dotted name.
+        Values by the dotted names of the settings.
     """
     ignored = _PLACES if length else (*_PLACES, _LENGTH)
     return {name: value for name, value in _flat(config) if name not in _SEEDS and not name.startswith(ignored)}
@@ -107,36 +107,36 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class _Settings(LkdCLI):
-    """Parses the settings of a run, and builds nothing."""
+    """Parse the settings of a run without instantiating or running it."""
 
     def _set_seed(self) -> None:
-        """The random numbers of this process stay as they are."""
+        """Skip seeding; the random state of this process is unchanged."""
 
     def instantiate_classes(self) -> None:
-        """Nothing is built."""
+        """Skip the instantiation."""
 
     def after_instantiate_classes(self) -> None:
-        """Nothing was built."""
+        """Skip the changes of instantiated classes."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing runs."""
+        """Skip the run."""
 
 
 def fit_seeds(args: Sequence[str], debug: bool = False) -> int:
-    """Train one run for each seed, and print the mean and standard deviation of their results.
+    """Train one run per seed, and print the mean and standard deviation of their results.
 
-    Each run is `lkd fit` in a process of its own, so nothing of one run (memory, loggers, compiled code, random
-    numbers, a crash) reaches the next one.
+    Each run is a separate `lkd fit` process, so the state of one run (memory, loggers, compiled code, random numbers, a
+    crash) does not affect the next one.
 
     Args:
-        args: The arguments behind `lkd fit`.
-        debug: Whether a run shows the whole traceback of an error.
+        args: Arguments after `lkd fit`.
+        debug: Whether to show the full traceback of an error in a run.
 
     Returns:
-        The exit code: 0, that of the first run that failed, or that of an interruption.
+        Exit code: 0 on success, otherwise that of the first failed run, or that of an interruption.
 
     Raises:
-        ValueError: If the seeds are invalid, or other settings contradict them.
+        ValueError: If the seeds are invalid or contradict other settings.
     """
     seeds, resume, rest = _parsed(args)
     settings, name = _resolved(rest)
@@ -146,16 +146,16 @@ def fit_seeds(args: Sequence[str], debug: bool = False) -> int:
     results: list[Result] = []
     code = 0
     for number, seed in enumerate(seeds, start=1):
-        _say(f"seed {seed} ({number} of {len(seeds)}){f': done, {done[seed].folder}' if seed in done else ''}")
+        _say(f"seed {seed} ({number} of {len(seeds)}){f': completed, {done[seed].folder}' if seed in done else ''}")
         if seed not in done:
             before, last = _newest(folder, settings, seed), _last_checkpoint(begun.get(seed))
             own = [*([f"--ckpt_path={last}"] if last else []), *(["--debug"] if debug else [])]
             ended = _fit([*rest, f"--seed_everything={seed}", *own])
             if ended in _INTERRUPTED:
-                _say(f"interrupted; continue with: lkd fit {shlex.join(args if resume else [*args, '--resume'])}")
+                _say(f"interrupted; resume with: lkd fit {shlex.join(args if resume else [*args, '--resume'])}")
                 return ended
             code, run = code or ended, _newest(folder, settings, seed)
-            if ended and not last and run == before:  # it failed before its first step, as all others would
+            if ended and not last and run == before:  # failed before its first step, as would all others
                 break
         results.append(done[seed] if seed in done else _result(seed, run, ended))
         _write(folder, results)
@@ -170,7 +170,7 @@ def _say(text: str) -> None:
 
 
 def _parsed(args: Sequence[str]) -> tuple[list[int], bool, list[str]]:
-    """The seeds, whether to resume, and the arguments of each run."""
+    """Return the seeds, whether to resume, and the arguments of each run."""
     parser = ArgumentParser(prog="lkd", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--seeds", default="", nargs="?", const="")
     parser.add_argument("--resume", action="store_true")
@@ -178,32 +178,32 @@ def _parsed(args: Sequence[str]) -> tuple[list[int], bool, list[str]]:
     names = {arg.partition("=")[0] for arg in rest}
     if "--seed_everything" in names:
         raise ValueError(
-            "--seeds sets seed_everything of each run, so leave --seed_everything out; for one run with that seed, "
-            "leave --seeds out"
+            "--seeds sets seed_everything of each run; remove --seed_everything, or remove --seeds to train one run "
+            "with this seed"
         )
     if "--ckpt_path" in names:
-        raise ValueError("--ckpt_path continues one run; to continue the runs of --seeds, give --resume instead")
+        raise ValueError("--ckpt_path resumes a single run; to resume the runs of --seeds, use --resume instead")
     return _seeds(given.seeds), given.resume, rest
 
 
 def _seeds(text: str) -> list[int]:
-    """The seeds that `5` (0 to 4) or `0,1,2` stands for."""
+    """Parse a number of seeds (`5`: 0 to 4) or a list of seeds (`0,1,2`)."""
     parts = [part.strip() for part in text.strip("[]").rstrip(",").split(",")]
     numbers = [int(part) for part in parts if part.isascii() and part.isdigit()]
     seeds = list(range(numbers[0])) if numbers and len(parts) == 1 and "," not in text else numbers
     if len(numbers) < len(parts) or not seeds or len(set(seeds)) < len(seeds) or max(seeds) >= 2**32:
         raise ValueError(
-            "--seeds takes the number of runs, at least 1 (--seeds 5: seeds 0 to 4), or different seeds separated by "
+            "--seeds must be the number of runs, at least 1 (--seeds 5: seeds 0 to 4), or distinct seeds separated by "
             f"commas (--seeds 0,1,2), got {text!r}"
         )
     return seeds
 
 
 def _resolved(args: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """All settings of the runs, and their name.
+    """Return all settings of the runs, and their name.
 
     Raises:
-        ValueError: If the runs would leave no best checkpoint in a folder of lkd's.
+        ValueError: If the runs would not save their best checkpoints in their own folders.
     """
     prepared, name, _ = prepare(["fit", *args])
     cli = copy_context().run(_Settings, prepared, name)
@@ -211,23 +211,23 @@ def _resolved(args: Sequence[str]) -> tuple[dict[str, Any], str]:
     trainer, checkpoint = settings["trainer"], settings.get("checkpoint", {})
     if trainer["enable_checkpointing"] is False or trainer["fast_dev_run"] or not checkpoint.get("save_top_k", 1):
         raise ValueError(
-            "--seeds reports the best checkpoint of each run, and there would be none; leave "
-            "trainer.enable_checkpointing, trainer.fast_dev_run and checkpoint.save_top_k as they are"
+            "--seeds reports the best checkpoint of each run, but with these settings none would be saved; use the "
+            "defaults of trainer.enable_checkpointing, trainer.fast_dev_run and checkpoint.save_top_k"
         )
     if checkpoint.get("dirpath"):
-        raise ValueError("--seeds keeps each run's checkpoints in its own folder; leave checkpoint.dirpath out")
+        raise ValueError("--seeds saves the checkpoints of each run in its own folder; remove checkpoint.dirpath")
     return settings, name
 
 
 def _fit(args: Sequence[str]) -> int:
-    """Train one run in a process of its own; returns its exit code."""
+    """Train one run in a separate process and return its exit code."""
     run = subprocess.Popen([sys.executable, "-m", "lkd", "fit", *args])
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, lambda *_: run.terminate()) if is_main else None
     try:
         code = run.wait()
         return 128 - code if code < 0 else code  # killed by a signal: as a shell reports it
-    except KeyboardInterrupt:  # the run gets it from the terminal, too, and writes a checkpoint
+    except KeyboardInterrupt:  # the run also receives it from the terminal, and saves a checkpoint
         run.wait()
         return 128 + signal.SIGINT
     finally:
@@ -236,7 +236,7 @@ def _fit(args: Sequence[str]) -> int:
 
 
 def _newest(folder: Path, settings: Mapping[str, Any], seed: int) -> Run | None:
-    """The newest run with a seed and these settings, but for its length."""
+    """Return the newest run with this seed and these settings, except for its length."""
     wanted = _comparable(settings, settings, length=False)
     found = [path for path in folder.glob("version_*/config.yaml") if path.parent.name[8:].isdigit()]
     for path in sorted(found, key=lambda path: int(path.parent.name[8:]), reverse=True):
@@ -250,7 +250,7 @@ def _newest(folder: Path, settings: Mapping[str, Any], seed: int) -> Run | None:
 
 
 def _comparable(config: Mapping[str, Any], settings: Mapping[str, Any], length: bool = True) -> dict[str, Any]:
-    """The settings of a run to compare with those of the command: a precision that lkd has chosen is no difference."""
+    """Return the training settings of a run for comparison; the precision is ignored if lkd selects it."""
     found = training_settings(config, length)
     if settings["trainer"]["precision"] is None:
         del found["trainer.precision"]
@@ -258,13 +258,13 @@ def _comparable(config: Mapping[str, Any], settings: Mapping[str, Any], length: 
 
 
 def _last_checkpoint(run: Run | None) -> Path | None:
-    """The checkpoint from which a run goes on; None if it has left none that is intact."""
+    """Return the checkpoint from which to resume a run; None if it has no intact one."""
     paths = [run.folder / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous")] if run else []
     return next((path for path in paths if path.is_file() and not damage_of(path)), None)
 
 
 def _done(folder: Path, settings: Mapping[str, Any], begun: Mapping[int, Run | None]) -> dict[int, Result]:
-    """Results of the runs that were finished, with these very settings."""
+    """Return the results of the runs that were completed with exactly these settings, by seed."""
     try:
         with (folder / TABLE).open(newline="", encoding="utf-8") as file:
             finished = {row["run"] for row in csv.DictReader(file) if row["value"]}
@@ -280,18 +280,18 @@ def _done(folder: Path, settings: Mapping[str, Any], begun: Mapping[int, Run | N
 
 
 def _result(seed: int, run: Run | None, code: int = 0) -> Result:
-    """What a run has achieved: its last checkpoint knows the best one."""
+    """Return the result of a run; its last checkpoint contains the score of the best one."""
     folder, path = run and run.folder, _last_checkpoint(run)
     if code or path is None:
-        return Result(seed, folder, reason=f"exit code {code}" if code else "it has left no checkpoint")
+        return Result(seed, folder, reason=f"exit code {code}" if code else "no checkpoint was saved")
     for name, state in read_checkpoint(path).get("callbacks", {}).items():
         if name.startswith(BestCheckpoint.__name__) and state["best_model_score"] is not None:
             return Result(seed, folder, str(state["monitor"]), float(state["best_model_score"]))
-    return Result(seed, folder, reason="no curve was monitored")
+    return Result(seed, folder, reason="no metric was monitored")
 
 
 def _write(folder: Path, results: Sequence[Result]) -> None:
-    """Write the table; its rows tell `--resume` which runs are done."""
+    """Write the table of results, from which `--resume` reads which runs are complete."""
     if rank_zero_only.rank != 0 or not folder.is_dir():  # type: ignore[attr-defined]
         return
     with replacing(folder / TABLE) as path, path.open("w", newline="", encoding="utf-8") as file:
@@ -304,7 +304,7 @@ def _write(folder: Path, results: Sequence[Result]) -> None:
 
 @rank_zero_only
 def _report(folder: Path, results: Sequence[Result]) -> None:
-    """Print the results, and how they vary."""
+    """Print the results, their mean and their standard deviation."""
     console = Console(soft_wrap=True)
     monitor = next((one.monitor for one in results if one.monitor), "result")
     table = Table("seed", f"best {monitor}", "run")
@@ -318,8 +318,8 @@ def _report(folder: Path, results: Sequence[Result]) -> None:
         spread = f"standard deviation {_number(statistics.stdev(values))}" if len(values) > 1 else "one run only"
         console.print(f"mean {_number(statistics.mean(values))}, {spread}, n = {len(values)}", highlight=False)
     for label, text in {
-        "table": str(folder / TABLE),
-        "compare": f"lkd compare {' '.join(shlex.quote(str(one.folder)) for one in results if one.value is not None)}",
+        "Table": str(folder / TABLE),
+        "Compare": f"lkd compare {' '.join(shlex.quote(str(one.folder)) for one in results if one.value is not None)}",
     }.items():
         console.print(f"{label + ':':8} {text}", highlight=False, markup=False)
 

@@ -1,4 +1,4 @@
-"""Comparing networks on the same images: accuracy, calibration, agreement with a teacher, cost."""
+"""Comparison of networks on the same images: accuracy, calibration, agreement with a teacher, and cost."""
 
 from lkd.compare.command import main, write
 from lkd.compare.comparison import Comparison, compare

@@ -1,4 +1,4 @@
-"""`lkd compare`: which checkpoints and networks, on which data, and where the result goes."""
+"""`lkd compare`: selection of networks and data, and output of the results."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from lkd.types import Normalization
 
 _TEACHER = "teacher"
 _SAME = ("input_shape", "resize")
-"""What of a run's data is to be as in the data that all are measured on."""
+"""Attributes of a run's data module that should be equal to those of the evaluation data."""
 _SPLIT = ("val_size", "split_seed")
-"""The same for validation images: with others, some of them are training images."""
+"""Additional attributes for the validation split; if they differ, the split contains training images of the run."""
 
 
 def main(args: Sequence[str]) -> None:
-    """Compare runs and networks, print the tables, and write table, page, figures and curves.
+    """Compare runs and networks, print the tables, and write a report, tables, JSON and TensorBoard files.
 
     Args:
-        args: The arguments behind `lkd compare`.
+        args: Arguments after `lkd compare`.
 
     Raises:
         FileNotFoundError: If a run or config does not exist.
-        ValueError: If there is nothing to compare, or networks and data do not fit.
+        ValueError: If there is nothing to compare, or the networks do not fit the data.
     """
     given = _parsed(args)
     runs = {name: load_trained(place) for name, place in _named(given.runs).items()}
     candidates, data, teacher = _chosen(given, runs)
-    folder = _new_folder(Path(given.output))  # before the work: where nothing can be written, it would be in vain
+    folder = _new_folder(Path(given.output))  # before the work, in case the folder is not writable
     how = given.split, given.batch_sizes, given.accelerator, given.seconds
     found = compare(candidates, data, teacher, *how, progress=True)
     _check_classes(runs, found)
@@ -56,9 +56,9 @@ def main(args: Sequence[str]) -> None:
         if table.place == "terminal":
             console.print(*table.rich(console.width), sep="\n")
     write(found, folder)
-    for label, name in {"page": "comparison.html", "table": "comparison.md", "figures": "comparison.json"}.items():
-        console.print(f"{label + ':':8} {folder / name}", soft_wrap=True, highlight=False, markup=False)
-    console.print(f"curves:  tensorboard --host localhost --logdir {folder}", soft_wrap=True, highlight=False)
+    for label, name in {"Report": "comparison.html", "Tables": "comparison.md", "JSON": "comparison.json"}.items():
+        console.print(f"{label + ':':12} {folder / name}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"TensorBoard: tensorboard --host localhost --logdir {folder}", soft_wrap=True, highlight=False)
 
 
 def _parsed(args: Sequence[str]) -> Any:
@@ -79,11 +79,11 @@ def _parsed(args: Sequence[str]) -> Any:
     _check_keys(args, {action.dest.partition(".")[0] for action in parser._actions})
     config = parser.parse_args(args)
     if not config.runs and not config.networks:
-        raise ValueError("lkd compare needs runs, or networks in a --config; see 'lkd compare --help'")
+        raise ValueError("lkd compare requires runs, or networks in a --config; see 'lkd compare --help'")
     if any(size < 1 for size in config.batch_sizes) or not config.batch_sizes or config.seconds <= 0:
         raise ValueError(
-            f"batch_sizes and seconds must be positive, got {config.batch_sizes} and {config.seconds}: for instance "
-            "--batch_sizes [1,64] --seconds 1"
+            f"batch_sizes and seconds must be positive, got {config.batch_sizes} and {config.seconds}; for example, "
+            "use --batch_sizes [1,64] --seconds 1"
         )
     given = parser.instantiate(config)
     given.sources = {name: _source(settings) for name, settings in (config.networks or {}).items()}
@@ -91,7 +91,7 @@ def _parsed(args: Sequence[str]) -> Any:
 
 
 def _check_keys(args: Sequence[str], known: set[str]) -> None:
-    """A key that is no setting of this command is told by name: the parser would speak of what stands below it."""
+    """Report unknown settings by their top-level name; the parser would report a nested key instead."""
     keys = [re.split(r"[.=+]", arg[2:], maxsplit=1)[0] for arg in args if arg.startswith("--")]
     for arg in args:
         if arg.startswith("--config="):
@@ -99,19 +99,19 @@ def _check_keys(args: Sequence[str], known: set[str]) -> None:
     for key in keys:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(sorted(known))}"
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"available: {', '.join(sorted(known))}"
             raise ValueError(f"lkd compare has no setting {key!r}; {hint}")
 
 
 def _source(settings: Any) -> str:
-    """Where a config's network comes from: its class, the network inside of it, the file of its weights."""
+    """Return the origin of a network in a config: its class, the network inside it, and the file of its weights."""
     own = settings.get("init_args") or {}
     inner = own.get("network")
     return ", ".join(filter(None, [settings.class_path, inner and inner.class_path, own.get("path")]))
 
 
 def _with_found_configs(args: Sequence[str]) -> Iterator[str]:
-    """The arguments, lkd's own configs by their paths."""
+    """Yield the arguments, with the names of configs resolved to paths."""
     rest = iter(args)
     for arg in rest:
         name, equals, value = arg.partition("=")
@@ -119,12 +119,15 @@ def _with_found_configs(args: Sequence[str]) -> Iterator[str]:
 
 
 def _chosen(given: Any, runs: Mapping[str, Trained]) -> tuple[list[Candidate], L.LightningDataModule, str | None]:
-    """Whom to compare, on what, and who is the teacher."""
+    """Return the networks to compare, the evaluation data, and the name of the teacher."""
     groups = methods_of(runs)
     candidates = [_of_run(name, run, groups.get(name)) for name, run in runs.items()]
     networks: Mapping[str, nn.Module] = given.networks or {}
     if unknown := set(given.normalization) - set(networks):
-        raise ValueError(f"normalization is for networks of the config, {', '.join(networks)}, got {min(unknown)!r}")
+        raise ValueError(
+            f"normalization applies only to the networks of the config ({', '.join(networks) or 'none'}), got "
+            f"{min(unknown)!r}"
+        )
     candidates += [
         Candidate(name, network, given.normalization.get(name), given.sources[name])
         for name, network in networks.items()
@@ -137,19 +140,19 @@ def _chosen(given: Any, runs: Mapping[str, Trained]) -> tuple[list[Candidate], L
         candidates, teacher = [own, *candidates], _TEACHER
     data = given.data or next((run.data for run in runs.values()), None)
     if data is None:
-        raise ValueError("networks are compared on data: name a data module, data: {class_path: ...}, in the --config")
+        raise ValueError("lkd compare requires data; add a data module, data: {class_path: ...}, to the --config")
     for name, run in runs.items():
         if place_of(run.data) != place_of(data):
-            rank_zero_warn(f"{name} was trained on {place_of(run.data)}, and is measured on {place_of(data)}")
+            rank_zero_warn(f"{name} was trained on {place_of(run.data)}, but is evaluated on {place_of(data)}")
         for fact in _SAME + (_SPLIT if given.split == "val" else ()):
             own, measured = (getattr(module, fact, None) for module in (run.data, data))
-            if own is not None and measured is not None and repr(own) != repr(measured):  # None: not known yet
-                rank_zero_warn(f"{name} was trained with {fact} {own}, and is measured with {measured}")
+            if own is not None and measured is not None and repr(own) != repr(measured):  # None: unknown
+                rank_zero_warn(f"{name} was trained with {fact} {own}, but is evaluated with {measured}")
     return candidates, data, teacher
 
 
 def _named(runs: Sequence[str]) -> dict[str, str]:
-    """Name to place, of `[NAME=]PLACE`; a run without a name has its folder's, with the version where needed."""
+    """Parse `[NAME=]PLACE` into places by name. The default name is that of the folder, with its version if needed."""
     found: dict[str, str] = {}
     derived = Counter(_run_name(given) for given in runs if not _is_named(given))
     for given in runs:
@@ -159,8 +162,8 @@ def _named(runs: Sequence[str]) -> dict[str, str]:
             name = name if derived[name] == 1 else _run_name(given, versioned=True)
         if not name or not place or name in found:
             raise ValueError(
-                f"each run needs a name of its own, got {given!r}"
-                + (f" beside {name!r}" if name in found else "")
+                f"each run must have a unique name, got {given!r}"
+                + (f", whose name {name!r} is already used" if name in found else "")
                 + "; write NAME=PLACE, as in student=runs/digits/kd"
             )
         found[name] = place
@@ -172,7 +175,7 @@ def _is_named(given: str) -> bool:
 
 
 def _run_name(place: str, versioned: bool = False) -> str:
-    """The name of a run's folder: `kd` of `runs/digits/kd/version_0`, or `kd/version_0`."""
+    """Return the name of a run from its folder: `kd` for `runs/digits/kd/version_0`, or `kd/version_0`."""
     parts = [part for part in Path(place).parts if part not in (os.sep, "checkpoints") and not part.endswith(".ckpt")]
     versions = []
     while len(parts) > 1 and parts[-1].startswith("version_"):
@@ -181,12 +184,12 @@ def _run_name(place: str, versioned: bool = False) -> str:
 
 
 def _check_classes(runs: Mapping[str, Trained], found: Comparison) -> None:
-    """Warn where a run was trained with other classes: many data modules know theirs once they have been used."""
+    """Warn if a run was trained with different classes; many data modules know their classes only after setup."""
     for name, run in runs.items():
         trained = run.checkpoint.get("lkd", {}).get("class_names") or getattr(run.data, "class_names", None)
         if trained and tuple(map(str, trained)) != tuple(found.class_names):
             rank_zero_warn(
-                f"{name} was trained with the classes {_few(trained)}, and is measured with {_few(found.class_names)}"
+                f"{name} was trained with the classes {_few(trained)}, but is evaluated with {_few(found.class_names)}"
             )
 
 
@@ -199,7 +202,7 @@ def _of_run(name: str, run: Trained, group: str | None) -> Candidate:
 
 
 def _teacher_of(run: Trained) -> Candidate | None:
-    """The teacher that a run's student has learned from, if it has one, with its weights."""
+    """Return the teacher of a run, if it has one and its weights are available."""
     module = run.module
     if not isinstance(module, DistillModule) or module.teacher is None or module.saves_teacher:
         return None
@@ -211,7 +214,7 @@ def _teacher_of(run: Trained) -> Candidate | None:
 
 
 def _new_folder(parent: Path) -> Path:
-    """A folder of its own for each comparison."""
+    """Create and return a new folder, `version_N`."""
     number = 0
     parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -225,13 +228,13 @@ def _new_folder(parent: Path) -> Path:
 
 
 def write(found: Comparison, folder: Path) -> None:
-    """Write `comparison.json`, `.md` and `.html`, and TensorBoard's curves.
+    """Write `comparison.json`, `comparison.md` and `comparison.html`, and TensorBoard files.
 
     Args:
         found: The comparison.
-        folder: Where; it exists.
+        folder: Existing output folder.
     """
-    from lkd.compare.curves import write_curves  # they take matplotlib, which takes a second
+    from lkd.compare.curves import write_curves  # imports matplotlib, which takes a second
     from lkd.compare.page import page
     from lkd.compare.plots import plots
 

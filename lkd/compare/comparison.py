@@ -1,4 +1,4 @@
-"""Several networks on the same images: their accuracy, their cost, and which differences are significant."""
+"""Comparison of several networks on the same images: accuracy, cost, and significance of the differences."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lkd.compare.tables import tables
 
 
 class Comparison(Measurements):
-    """Networks compared on the same images, as `compare` returns it; a notebook shows its tables."""
+    """Result of `compare`; shown as tables in a notebook."""
 
     def _repr_markdown_(self) -> str:
-        """What a notebook shows."""
+        """Return the tables for a notebook."""
         shown = (table for table in tables(self) if table.place != "folded")
         return "\n".join(line for table in shown for line in table.markdown())
 
@@ -38,31 +38,31 @@ def compare(
     seconds: float = 1.0,
     progress: bool = False,
 ) -> Comparison:
-    """Compare networks on one split of one data set.
+    """Compare networks on one split of a dataset.
 
     Args:
-        candidates: The networks, each with a name of its own.
-        data: Brings the images.
-        teacher: The name of the one that the others are compared with; None: there is none.
-        split: `test`, or `val`: the validation images.
-        batch_sizes: Images in the batches that are timed.
-        accelerator: Lightning's word for the device.
-        seconds: For how long each network is timed with each batch size.
+        candidates: Networks with unique names.
+        data: Data module that provides the images.
+        teacher: Name of the network with which the others are compared; None if there is no teacher.
+        split: `test`, or `val` for the validation images.
+        batch_sizes: Batch sizes for the measurement of latency and throughput.
+        accelerator: Device, as in `lightning.Trainer`.
+        seconds: Duration of the measurement for each network and batch size, in seconds.
         progress: Whether to show a progress bar.
 
     Returns:
         The comparison.
 
     Raises:
-        ValueError: If names are not unique, the teacher is none of them, or a network does not fit the data.
+        ValueError: If names are not unique, the teacher is not among them, or a network does not fit the data.
     """
     names = [one.name for one in candidates]
     if len(set(names)) != len(names) or not names:
-        raise ValueError(f"networks that are compared need names of their own, got {', '.join(names) or 'none'}")
+        raise ValueError(f"the networks to compare must have unique names, got {', '.join(names) or 'none'}")
     if teacher is not None and teacher not in names:
         raise ValueError(f"the teacher must be one of the networks {', '.join(names)}, got {teacher!r}")
     if not batch_sizes:
-        raise ValueError("networks are timed with one batch size or more, got none")
+        raise ValueError("batch_sizes must contain at least one batch size, got none")
     answers = ask(candidates, data, split, teacher, accelerator, progress=progress)
     reference = None if teacher is None else answers.logits[teacher]
     figures = {
@@ -76,8 +76,8 @@ def compare(
     ]
     groups = groups_of({one.name: one.group for one in candidates}, figures)
     classes = next(iter(answers.logits.values())).shape[1]
-    told = getattr(data, "class_names", None)
-    found = [] if told is None else [str(name) for name in told]
+    given = getattr(data, "class_names", None)
+    found = [] if given is None else [str(name) for name in given]
     class_names = [found[one] if one < len(found) else str(one) for one in range(classes)]
     facts = _facts(candidates, data, split, answers)
     between = [method_difference(*pair) for pair in combinations(groups, 2)]
@@ -98,7 +98,7 @@ def _facts(
 
 
 def place_of(data: L.LightningDataModule) -> str:
-    """What data is called, and where it lies, if it tells.
+    """Return the class of a data module and, if it has one, its root folder.
 
     Args:
         data: The data module.

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, operations, bytes, time."""
+"""Cost of a network: parameters, FLOPs, bytes and time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lkd.features.layers import evaluating
 
 @dataclass(frozen=True)
 class Time:
-    """How long a forward pass takes.
+    """Duration of a forward pass.
 
     Attributes:
-        batch_size: Images in the batch.
-        median: Of the passes, in seconds.
-        iqr: Distance of their quartiles, in seconds.
+        batch_size: Number of images in the batch.
+        median: Median duration, in seconds.
+        iqr: Interquartile range of the duration, in seconds.
     """
 
     batch_size: int
@@ -33,19 +33,19 @@ class Time:
 
     @property
     def throughput(self) -> float:
-        """Images a second."""
+        """Images per second."""
         return self.batch_size / self.median
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network costs.
+    """Cost of a network.
 
     Attributes:
-        parameters: Their number.
-        flops: Floating point operations for one image; a multiplication with its addition counts as two.
-        bytes: Size of its parameters and buffers, as they are.
-        times: One for each batch size.
+        parameters: Number of parameters.
+        flops: Floating-point operations for one image, where a multiply-add counts as two; None if unknown.
+        bytes: Size of the parameters and buffers in their own data types.
+        times: Duration of a forward pass for each batch size.
     """
 
     parameters: int
@@ -62,18 +62,20 @@ def costs(
     seconds: float = 1.0,
     rounds: int = 4,
 ) -> dict[str, Cost]:
-    """Measure what networks cost; their passes are timed in turn, so that a disturbance meets all of them.
+    """Measure the cost of networks.
+
+    The networks are timed in alternation, so that disturbances affect all of them.
 
     Args:
-        networks: Name to network; given back as it was.
-        example: Inputs `(B, ...)`, or a structure of such; repeated or cut to each batch size.
-        batch_sizes: Images in a batch.
-        device: Where it is timed.
-        seconds: For how long each network is timed with each batch size.
-        rounds: Turns into which these seconds are divided.
+        networks: Networks by name. Their device and mode are restored.
+        example: Inputs `(B, ...)`, or a structure of them; repeated or truncated to each batch size.
+        batch_sizes: Numbers of images in a batch.
+        device: Device of the measurement.
+        seconds: Duration of the measurement for each network and batch size, in seconds.
+        rounds: Number of rounds into which this duration is divided.
 
     Returns:
-        Name to cost.
+        Cost of each network, by name.
     """
     example = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, example)
     measured: dict[tuple[str, int], list[Measurement]] = {}
@@ -96,7 +98,7 @@ def costs(
 
 @contextmanager
 def _ready(network: nn.Module, device: torch.device | str) -> Iterator[None]:
-    """A network in eval mode on a device; afterwards as it was."""
+    """Move a network to a device in eval mode, and restore its device and mode afterwards."""
     home = next((parameter.device for parameter in network.parameters()), device)
     with evaluating(network):
         network.to(device)
@@ -107,11 +109,11 @@ def _ready(network: nn.Module, device: torch.device | str) -> Iterator[None]:
 
 
 def resized(example: Any, size: int) -> Any:
-    """Inputs of another batch size, by repeating or cutting.
+    """Repeat or truncate inputs to a batch size.
 
     Args:
-        example: `(B, ...)`, or a structure of such.
-        size: The batch size.
+        example: Inputs `(B, ...)`, or a structure of them.
+        size: Batch size of the result.
     """
     given = next(len(leaf) for leaf in tree_leaves(example) if isinstance(leaf, Tensor))
     index = torch.arange(size) % given

@@ -1,4 +1,4 @@
-"""A comparison in TensorBoard."""
+"""TensorBoard output of a comparison."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lkd.compare.tables import tables
 
 
 def write_curves(found: Comparison, folder: Path, plots: Sequence[Plot]) -> None:
-    """Write scalars, a run for each network, and tables, plots and disputed images.
+    """Write the scalars of each network as a separate run, and the tables, plots and disputed images.
 
     Args:
         found: The comparison.
-        folder: TensorBoard's folder.
-        plots: Its plots.
+        folder: Log directory.
+        plots: Plots of the comparison.
     """
     for number, (name, figures) in enumerate(found.figures.items()):
         cost = found.costs[name]
@@ -52,7 +52,7 @@ def write_curves(found: Comparison, folder: Path, plots: Sequence[Plot]) -> None
 
 
 def _folder(name: str, number: int) -> str:
-    """A folder's name for a network: its own, if it makes one."""
+    """Return a folder name for a network: its own name if that is a valid folder name."""
     if re.fullmatch(r"[\w-][\w.-]{0,99}", name):
         return name
     return f"{number}_" + re.sub(r"[^\w-]+", "_", name)[:99]

@@ -1,4 +1,4 @@
-"""Networks that differ only by seed: what a method achieves, and whether two methods differ."""
+"""Groups of networks that differ only in their seed: results of a method, and differences between methods."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from lkd.loading import Trained
 
 @dataclass(frozen=True)
 class Spread:
-    """A measure over the seeds of a method.
+    """Values of a metric over the seeds of a method.
 
     Attributes:
-        values: One for each seed.
+        values: One value per seed.
     """
 
     values: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Their mean."""
+        """Mean of the values."""
         return statistics.fmean(self.values)
 
     @property
     def std(self) -> float:
-        """Their standard deviation, with n - 1 in the denominator; NaN of one value."""
+        """Standard deviation of the values, with n - 1 in the denominator; NaN for a single value."""
         return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the mean, by Student's t; NaN of one value."""
+        """95 % confidence interval of the mean, from Student's t distribution; NaN for a single value."""
         n = len(self.values)
         half = float(stats.t.ppf(0.975, n - 1)) * self.std / math.sqrt(n) if n > 1 else math.nan
         return self.mean - half, self.mean + half
@@ -50,12 +50,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Group:
-    """Networks of one method: their runs differ only by seed.
+    """Networks of one method, whose runs differ only in their seed.
 
     Attributes:
-        name: What the method is called.
-        members: The networks' names.
-        measures: A measure's name, as in `measures`, to its values over the seeds.
+        name: Name of the method.
+        members: Names of the networks.
+        measures: Values over the seeds, by the name of the metric as in `measures`.
     """
 
     name: str
@@ -65,16 +65,16 @@ class Group:
 
 @dataclass(frozen=True)
 class MethodDifference:
-    """Whether one method is more accurate than another, over seeds: Welch's t-test.
+    """Difference in accuracy between two methods over seeds, with Welch's t-test.
 
     Attributes:
-        first: The one method.
-        second: The other.
-        value: Mean top-1 accuracy of the first minus the second's, in [-1, 1].
+        first: Name of the first method.
+        second: Name of the second method.
+        value: Mean top-1 accuracy of the first method minus that of the second, in [-1, 1].
         interval: 95 % confidence interval of the difference.
-        t: Welch's statistic.
-        degrees: Its degrees of freedom, by Welch and Satterthwaite.
-        p_value: Two-sided; NaN, as `t`, if no accuracy varies.
+        t: Welch's t statistic; NaN if the accuracies do not vary over the seeds.
+        degrees: Degrees of freedom (Welch-Satterthwaite); NaN in the same case.
+        p_value: Two-sided p-value; NaN in the same case.
     """
 
     first: str
@@ -87,10 +87,10 @@ class MethodDifference:
 
 
 def measures(figures: Figures) -> dict[str, float]:
-    """The figures of a network that have one value, by name; without those that were not measured.
+    """Return the scalar metrics of a network by name, without those that were not measured.
 
     Args:
-        figures: The network's figures.
+        figures: Metrics of the network.
     """
     found = {
         "top1": figures.top1.value,
@@ -107,11 +107,11 @@ def measures(figures: Figures) -> dict[str, float]:
 
 
 def groups_of(named: Mapping[str, str | None], figures: Mapping[str, Figures]) -> list[Group]:
-    """The groups of two or more networks.
+    """Create the groups with at least two networks.
 
     Args:
-        named: Each network's name to that of its group, if it is in one.
-        figures: Each network's name to its figures.
+        named: Name of the group of each network, by the name of the network; None if it has no group.
+        figures: Metrics of each network, by name.
     """
     groups = []
     for name in dict.fromkeys(filter(None, named.values())):
@@ -127,18 +127,18 @@ def method_difference(first: Group, second: Group) -> MethodDifference:
     """Compare the top-1 accuracies of two methods over their seeds.
 
     Args:
-        first: The one method.
-        second: The other.
+        first: First method.
+        second: Second method.
 
     Returns:
-        The difference of the means, with Welch's t-test: variances may differ.
+        Difference of the means, with Welch's t-test, which allows different variances.
 
     References:
         Welch: The generalization of "Student's" problem when several different population variances are involved, 1947.
     """
     ours, theirs = first.measures["top1"], second.measures["top1"]
     value = ours.mean - theirs.mean
-    if ours.std == theirs.std == 0:  # nothing to divide by
+    if ours.std == theirs.std == 0:  # the statistic would be a division by zero
         return MethodDifference(first.name, second.name, value, (value, value), math.nan, math.nan, math.nan)
     found = stats.ttest_ind(ours.values, theirs.values, equal_var=False)
     low, high = found.confidence_interval(0.95)
@@ -147,22 +147,22 @@ def method_difference(first: Group, second: Group) -> MethodDifference:
 
 
 def methods_of(runs: Mapping[str, Trained]) -> dict[str, str]:
-    """Which runs differ only by seed.
+    """Find the runs that differ only in their seed.
 
     Args:
-        runs: Name to run.
+        runs: Runs by name.
 
     Returns:
-        A run's name to that of its group, for runs that are in one. A second run of the same seed is in none.
+        Name of the group by the name of the run, for runs in a group. A second run with the same seed is in no group.
     """
-    found: dict[str, dict[str, str]] = {}  # settings to seed to name
+    found: dict[str, dict[str, str]] = {}  # names of runs, by settings and seed
     for name, run in runs.items():
         config = load_yaml(config_of(run.path).read_text(encoding="utf-8"))
         settings, seed = json.dumps(training_settings(config), sort_keys=True, default=str), _seed(config)
         of_method = found.setdefault(f"{settings}, {'last' if run.path.stem in ('last', 'previous') else 'best'}", {})
         if seed in of_method:
             rank_zero_warn(
-                f"{name} has the settings and the seed of {of_method[seed]}, so it does not count as another seed"
+                f"{name} has the same settings and seed as {of_method[seed]}, so it does not count as another seed"
             )
         elif seed != "None":
             of_method[seed] = name
@@ -180,10 +180,10 @@ def _seed(config: Mapping[str, Any]) -> str:
 
 
 def _group_name(members: Sequence[str], taken: set[str]) -> str:
-    """What the names of networks begin with: kd of kd/version_0 and kd/version_1."""
+    """Return the common prefix of the names of networks: kd for kd/version_0 and kd/version_1."""
     shared = takewhile(lambda letters: len(set(letters)) == 1, zip(*members, strict=False))
     name = "".join(letters[0] for letters in shared)
-    if all(member[len(name) :].isdigit() for member in members):  # kd1 of kd10 and kd11
+    if all(member[len(name) :].isdigit() for member in members):  # kd10 and kd11 share kd1
         name = name.rstrip("0123456789")
     name = name.rstrip("_-./ ").removesuffix("version").removesuffix("seed").rstrip("_-./ ") or members[0]
     return f"{name} ({members[0]} to {members[-1]})" if name in taken else name

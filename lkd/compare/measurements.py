@@ -1,4 +1,4 @@
-"""What is measured of several networks on the same images."""
+"""Measurements of several networks on the same images."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lkd.compare.predictions import Answers
 
 @dataclass
 class Measurements:
-    """What was measured.
+    """Measurements of several networks.
 
     Attributes:
-        figures: Name to what its answers say, in the order of the networks.
-        costs: Name to what it costs.
-        differences: Each pair of networks, with McNemar's test.
-        groups: Networks that differ only by seed.
-        method_differences: Each pair of groups, with Welch's t-test over the seeds.
-        teacher: The network that the others are compared with, if there is one.
-        facts: Of what, on what and with what this was measured.
-        answers: The networks' logits, the labels, and images on which they disagree.
-        class_names: The classes' names.
+        figures: Metrics of each network by name, in the order of the networks.
+        costs: Cost of each network, by name.
+        differences: Difference of each pair of networks, with McNemar's test.
+        groups: Groups of networks that differ only in their seed.
+        method_differences: Difference of each pair of groups, with Welch's t-test over the seeds.
+        teacher: Name of the network with which the others are compared; None if there is no teacher.
+        facts: Descriptions of the data, the device, the versions and the networks.
+        answers: Logits of the networks, labels, and images with different predictions.
+        class_names: Names of the classes.
         data: The data module.
     """
 
@@ -44,7 +44,7 @@ class Measurements:
     data: L.LightningDataModule
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures as plain numbers, texts, lists and dicts: what `comparison.json` holds."""
+        """Return the measurements as numbers, strings, lists and dicts: the content of `comparison.json`."""
         networks = {
             name: {"figures": _plain(figures), "cost": _plain(self.costs[name])}
             for name, figures in self.figures.items()
@@ -62,7 +62,7 @@ class Measurements:
 
 
 def _plain(value: Any) -> Any:
-    """A dataclass as JSON can hold it: a share brings its value and interval, a time its throughput."""
+    """Convert dataclasses to JSON types, including properties such as value, interval and throughput."""
     if isinstance(value, Share):
         low, high = value.interval
         return _plain({**asdict(value), "value": value.value, "low": low, "high": high})

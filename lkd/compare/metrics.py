@@ -1,4 +1,4 @@
-"""What logits and labels say of a classifier: pure functions, and the figures made of them."""
+"""Metrics of a classifier from its logits and the labels, as pure functions."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from lkd.types import IGNORE_INDEX
 
 BINS = 15
-"""Bins of the calibration error, as in Guo et al. 2017."""
+"""Number of bins of the calibration error, as in Guo et al. 2017."""
 FOLDS = 5
-"""Parts of the images that get their temperature from the others."""
+"""Number of folds for temperature scaling: the temperature of each fold is fitted to the other folds."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """How many of how many, and the interval that holds the true share with a probability of 95 %.
+    """Proportion of images with a 95 % confidence interval.
 
     Attributes:
-        count: How many.
-        total: Of how many.
+        count: Number of images with the property.
+        total: Total number of images.
     """
 
     count: int
@@ -35,12 +35,12 @@ class Share:
 
     @property
     def value(self) -> float:
-        """The share, in [0, 1]; NaN of nothing."""
+        """Proportion in [0, 1]; NaN without images."""
         return self.count / self.total if self.total else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's score interval, 95 % (Wilson 1927): it stays within [0, 1], and holds near its ends, too."""
+        """95 % Wilson score interval (Wilson 1927), which is within [0, 1] and also valid near 0 and 1."""
         if not self.total:
             return math.nan, math.nan
         found = binomtest(self.count, self.total).proportion_ci(0.95, method="wilson")
@@ -49,12 +49,12 @@ class Share:
 
 @dataclass(frozen=True)
 class Bin:
-    """Answers of about the same confidence.
+    """Bin of predictions with similar confidence.
 
     Attributes:
-        share: Of all answers.
-        accuracy: How many of them are right; NaN of none.
-        confidence: The mean probability of the chosen class; NaN of none.
+        share: Proportion of all predictions.
+        accuracy: Proportion of correct predictions in the bin; NaN if it is empty.
+        confidence: Mean probability of the predicted class; NaN if the bin is empty.
     """
 
     share: float
@@ -64,21 +64,22 @@ class Bin:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of one network's answers.
+    """Metrics of one network.
 
     Attributes:
-        top1: Images whose largest logit is the label's.
-        top5: Images whose label is among the five largest logits; None with five classes or fewer.
+        top1: Top-1 accuracy.
+        top5: Top-5 accuracy; None with five classes or fewer.
         nll: Mean negative log-likelihood of the labels, in nats.
         ece: Expected calibration error over 15 bins of equal width, in [0, 1].
-        temperature: The temperature whose softened probabilities have the least `nll`.
-        scaled_nll: `nll` after temperature scaling: each fifth of the images with the temperature that fits the others.
-        scaled_ece: `ece` after the same.
-        agreement: Images for which the teacher has the same largest logit; None without a teacher.
-        kl: Mean of KL(teacher || network), at temperature 1, in nats; None without a teacher.
-        per_class: `top1` of each class's images.
+        temperature: Temperature that minimizes `nll`.
+        scaled_nll: `nll` after temperature scaling, where the temperature of each fifth of the images is fitted to the
+            other images.
+        scaled_ece: `ece` after the same temperature scaling.
+        agreement: Images for which network and teacher predict the same class; None without a teacher.
+        kl: Mean of KL(teacher || network) at temperature 1, in nats; None without a teacher.
+        per_class: Top-1 accuracy for the images of each class.
         reliability: The 15 bins of `ece`.
-        scaled_reliability: Those of `scaled_ece`.
+        scaled_reliability: The 15 bins of `scaled_ece`.
     """
 
     top1: Share
@@ -97,16 +98,16 @@ class Figures:
 
 @dataclass(frozen=True)
 class Difference:
-    """Whether one network is more accurate than another, on the same images.
+    """Difference in accuracy between two networks on the same images, with McNemar's exact test.
 
     Attributes:
-        first: The one network.
-        second: The other.
-        only_first: Images that the first alone has right.
-        only_second: Images that the second alone has right.
-        total: Images.
+        first: Name of the first network.
+        second: Name of the second network.
+        only_first: Number of images that only the first network classifies correctly.
+        only_second: Number of images that only the second network classifies correctly.
+        total: Number of images.
         interval: 95 % interval of the difference, from 10,000 paired bootstrap samples.
-        p_value: McNemar's exact test: how likely at least so uneven counts are, were both equally good.
+        p_value: Probability of counts that are at least as unequal if both networks were equally accurate.
     """
 
     first: str
@@ -119,27 +120,27 @@ class Difference:
 
     @property
     def value(self) -> float:
-        """The first's accuracy minus the second's, in [-1, 1]."""
+        """Accuracy of the first network minus that of the second, in [-1, 1]."""
         return (self.only_first - self.only_second) / self.total
 
 
 def measure(logits: Tensor, target: Tensor, teacher: Tensor | None = None) -> Figures:
-    """Measure one network's answers.
+    """Compute the metrics of a network from its logits.
 
     Args:
-        logits: `(N, K)`, in any order of the images.
-        target: Their classes `(N,)`; `IGNORE_INDEX` where there is no label: these count for the teacher alone.
-        teacher: The teacher's logits `(N, K)`.
+        logits: Logits `(N, K)`.
+        target: Class indices `(N,)`. Unlabelled images (`IGNORE_INDEX`) count only in the comparison with the teacher.
+        teacher: Teacher logits `(N, K)`.
 
     Returns:
-        The figures.
+        Metrics of the network.
 
     Raises:
         ValueError: If no image has a label.
     """
     known = target != IGNORE_INDEX
     if not known.any():
-        raise ValueError("none of the images has a label, so no accuracy can be measured; take a labelled split")
+        raise ValueError("none of the images has a label, so the accuracy is undefined; use a labelled split")
     answers, labels = logits[known].double(), target[known]
     right = answers.argmax(1) == labels
     scaled = cross_fitted(answers, labels)
@@ -166,28 +167,28 @@ def _share(hits: Tensor) -> Share:
 
 
 def divergences(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || network) of each image, at temperature 1.
+    """Compute KL(teacher || network) of each image at temperature 1.
 
     Args:
-        logits: `(N, K)`.
-        teacher: `(N, K)`.
+        logits: Logits of the network `(N, K)`.
+        teacher: Teacher logits `(N, K)`.
 
     Returns:
-        `(N,)`, in nats.
+        Divergences `(N,)`, in nats.
     """
-    ours, theirs = (answers.double().log_softmax(1) for answers in (logits, teacher))
+    ours, theirs = (scores.double().log_softmax(1) for scores in (logits, teacher))
     return kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
 
 
 def calibration_error(logits: Tensor, target: Tensor) -> float:
-    """Expected calibration error: by how much confidence differs from accuracy.
+    """Compute the expected calibration error: the mean absolute difference between confidence and accuracy.
 
     Args:
-        logits: `(N, K)`.
-        target: `(N,)`.
+        logits: Logits `(N, K)`.
+        target: Class indices `(N,)`.
 
     Returns:
-        The mean over 15 bins of equal width, weighted by their images, in [0, 1].
+        Mean over 15 bins of equal width, weighted by their numbers of images, in [0, 1].
 
     References:
         Guo et al.: On Calibration of Modern Neural Networks, ICML 2017 (arXiv 1706.04599), equation 3.
@@ -197,14 +198,14 @@ def calibration_error(logits: Tensor, target: Tensor) -> float:
 
 
 def fitted_temperature(logits: Tensor, target: Tensor) -> float:
-    """The temperature that makes the labels likeliest (temperature scaling).
+    """Fit the temperature that maximizes the likelihood of the labels (temperature scaling).
 
     Args:
-        logits: `(N, K)`.
-        target: `(N,)`.
+        logits: Logits `(N, K)`.
+        target: Class indices `(N,)`.
 
     Returns:
-        A number between 0.05 and 20; above 1 where the network is too sure.
+        Temperature between 0.05 and 20; above 1 if the network is overconfident.
 
     References:
         Guo et al.: On Calibration of Modern Neural Networks, ICML 2017 (arXiv 1706.04599), section 4.2.
@@ -214,25 +215,25 @@ def fitted_temperature(logits: Tensor, target: Tensor) -> float:
     def nll(exponent: float) -> float:
         return float(cross_entropy(logits / math.exp(exponent), target))
 
-    # Where every label has the largest logit, the least temperature would be 0.
+    # If every label has the largest logit, the optimum is 0, so the search is bounded.
     found = minimize_scalar(nll, bounds=(-math.log(20), math.log(20)), method="bounded", options={"xatol": 1e-4})
     return math.exp(found.x)
 
 
 def cross_fitted(logits: Tensor, target: Tensor) -> Tensor:
-    """Logits after temperature scaling, each fifth of the images with the temperature that the others ask for.
+    """Apply cross-fitted temperature scaling: the temperature of each fifth of the images is fitted to the others.
 
-    No other images are needed, and none is measured with a temperature that it has helped to find.
+    No additional images are required, and no image contributes to its own temperature.
 
     Args:
-        logits: `(N, K)`.
-        target: `(N,)`.
+        logits: Logits `(N, K)`.
+        target: Class indices `(N,)`.
 
     Returns:
-        `(N, K)`.
+        Scaled logits `(N, K)`.
     """
     scaled = logits.clone()
-    # by chance, always the same: images may lie class by class, or class after class in turn
+    # random with a fixed seed, because the images may be sorted by class or cycle through the classes
     fold = torch.randperm(len(target), generator=torch.Generator().manual_seed(0)) % FOLDS
     for number in range(min(FOLDS, len(target)) if len(target) > 1 else 0):
         own = fold == number
@@ -241,18 +242,18 @@ def cross_fitted(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def difference(first: str, second: str, ours: Tensor, theirs: Tensor, target: Tensor, seed: int = 0) -> Difference:
-    """Compare two networks on the same images.
+    """Compare the accuracy of two networks on the same images.
 
     Args:
-        first: The one network's name.
-        second: The other's.
-        ours: The first's logits `(N, K)`.
-        theirs: The second's logits `(N, K)`.
-        target: `(N,)`; images without a label (`IGNORE_INDEX`) do not count.
+        first: Name of the first network.
+        second: Name of the second network.
+        ours: Logits of the first network `(N, K)`.
+        theirs: Logits of the second network `(N, K)`.
+        target: Class indices `(N,)`. Unlabelled images (`IGNORE_INDEX`) are ignored.
         seed: Seed of the bootstrap.
 
     Returns:
-        The difference with its interval, and McNemar's exact test.
+        Difference with its bootstrap interval and McNemar's exact test.
 
     References:
         McNemar: Note on the sampling error of the difference between correlated proportions, 1947.
@@ -260,7 +261,7 @@ def difference(first: str, second: str, ours: Tensor, theirs: Tensor, target: Te
     known = target != IGNORE_INDEX
     right, other = ((answers.argmax(1) == target)[known] for answers in (ours, theirs))
     gained, lost, total = int((right & ~other).sum()), int((other & ~right).sum()), int(known.sum())
-    # A sample of images, drawn with replacement, tells of the difference by these two counts alone.
+    # The difference in a bootstrap sample depends only on these two counts.
     shares = [gained / total, lost / total, 1 - (gained + lost) / total]
     drawn = np.random.default_rng(seed).multinomial(total, shares, size=10_000)
     low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / total, [0.025, 0.975])
@@ -269,14 +270,14 @@ def difference(first: str, second: str, ours: Tensor, theirs: Tensor, target: Te
 
 
 def reliability(logits: Tensor, target: Tensor) -> list[Bin]:
-    """Accuracy and confidence, bin by bin.
+    """Compute accuracy and confidence in bins of confidence.
 
     Args:
-        logits: `(N, K)`.
-        target: `(N,)`.
+        logits: Logits `(N, K)`.
+        target: Class indices `(N,)`.
 
     Returns:
-        The 15 bins of equal width, the least confident first.
+        15 bins of equal width, in increasing order of confidence.
     """
     confidence, chosen = logits.double().softmax(1).max(1)
     place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
@@ -288,14 +289,14 @@ def reliability(logits: Tensor, target: Tensor) -> list[Bin]:
 
 
 def confusion(logits: Tensor, target: Tensor) -> Tensor:
-    """How the images of each class are classified.
+    """Compute the confusion matrix, normalized over the true classes.
 
     Args:
-        logits: `(N, K)`.
-        target: `(N,)`.
+        logits: Logits `(N, K)`.
+        target: Class indices `(N,)`.
 
     Returns:
-        `(K, K)`: the share of the images of class (row) that are taken for class (column).
+        Matrix `(K, K)`: proportion of the images of a true class (row) that are predicted as a class (column).
     """
     classes = logits.shape[1]
     counts = torch.bincount(target * classes + logits.argmax(1), minlength=classes**2).view(classes, classes).double()

@@ -1,4 +1,4 @@
-"""A comparison as one self-contained HTML page."""
+"""Self-contained HTML page of a comparison."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class _Picture(NamedTuple):
 
 
 def page(found: Comparison, plots: Sequence[Plot]) -> str:
-    """The page: tables, plots, and images on which networks and teacher disagree; it needs nothing else.
+    """Render a comparison as a page with tables, plots, and images on which networks and teacher disagree.
 
     Args:
         found: The comparison.
-        plots: Its plots.
+        plots: Plots of the comparison.
 
     Returns:
-        HTML.
+        HTML without external resources.
     """
     return rendered(
         "compare",
@@ -63,14 +63,14 @@ def _choice(logits: Tensor) -> tuple[int, float]:
 
 
 def shown(image: Tensor, data: Any) -> Tensor:
-    """Images as they were before normalisation.
+    """Undo the normalization of images, for display.
 
     Args:
-        image: `(B, C, H, W)`, as the data module gives them.
-        data: The data module; without `mean` and `std`, each image is stretched to the whole range instead.
+        image: Images `(B, C, H, W)` from the data module.
+        data: Data module. Without `mean` and `std`, each image is rescaled to the full range instead.
 
     Returns:
-        `(B, C, H, W)`, in [0, 1]; one or three channels.
+        Images `(B, 1, H, W)` or `(B, 3, H, W)` with values in [0, 1].
     """
     mean, std = getattr(data, "mean", None), getattr(data, "std", None)
     if mean is None or std is None:

@@ -1,4 +1,4 @@
-"""A comparison's figures, drawn by matplotlib."""
+"""Plots of a comparison, with matplotlib."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lkd.compare.metrics import Bin, confusion
 from lkd.types import IGNORE_INDEX
 
 _MOST = 30
-"""Classes that a plot shows one by one."""
+"""Maximum number of classes that a plot shows individually."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")  # Okabe, Ito
 
 
 class Plot(NamedTuple):
-    """A figure, with its title and how to read it."""
+    """Figure with a title and a caption."""
 
     title: str
     note: str
@@ -31,45 +31,45 @@ class Plot(NamedTuple):
 
 
 def plots(found: Comparison) -> Iterator[Plot]:
-    """All plots of a comparison.
+    """Yield the plots of a comparison.
 
     Args:
         found: The comparison.
     """
-    with rc_context({"text.parse_math": False}):  # a name with $ is no formula
+    with rc_context({"text.parse_math": False}):  # names may contain $
         yield from _drawn(found)
 
 
 def _drawn(found: Comparison) -> Iterator[Plot]:
-    note = "Up and to the left is better. Bars: 95 % intervals of the accuracy."
+    note = "Higher and further left is better. Bars: 95 % intervals of the accuracy."
     yield Plot("Accuracy against cost", note, _against_cost(found))
     note = (
-        "Of the answers with a confidence, how many are right: on the diagonal, the network knows how sure it may be; "
-        "below it, it is too sure. Dashed: after temperature scaling. Gray: share of the answers."
+        "Accuracy of the predictions by their confidence. On the diagonal, the network is calibrated; below it, it is "
+        "overconfident. Dashed: after temperature scaling. Gray: proportion of the predictions."
     )
     yield Plot("Reliability", note, _reliability(found))
-    yield Plot("Accuracy of each class", _class_note(found), _classes(found))
+    yield Plot("Accuracy per class", _class_note(found), _classes(found))
     if found.teacher is not None and len(found.class_names) <= _MOST and len(found.figures) > 1:
         note = (
-            "Share of a class's images (row) that is taken for a class (column), minus the same of "
-            f"{found.teacher}, in percentage points. Red: more often; blue: less often. On the diagonal, blue is a "
-            "loss."
+            "Proportion of the images of a class (row) that are predicted as a class (column), minus the same "
+            f"proportion for {found.teacher}, in percentage points. Red: more often; blue: less often. Blue on the "
+            "diagonal is a loss of accuracy."
         )
-        yield Plot("What is confused more often than by the teacher", note, _confusions(found))
+        yield Plot("Confusion matrix relative to the teacher", note, _confusions(found))
 
 
 def style(number: int) -> tuple[str, str]:
-    """The color and the marker of a network; 64 networks have different pairs.
+    """Return the color and marker of a network; the pairs of 64 networks are distinct.
 
     Args:
-        number: Its place among the networks.
+        number: Index of the network.
     """
     rounds, place = divmod(number, len(_COLORS))
     return _COLORS[place], _MARKERS[(place + rounds) % len(_MARKERS)]
 
 
 def _panels(count: int, width: float, height: float, most: int) -> tuple[Figure, list[Axes]]:
-    """A figure with some panels, at most so many in a row."""
+    """Create a figure with `count` panels, at most `most` in a row."""
     rows = math.ceil(count / most)
     columns = math.ceil(count / rows)
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
@@ -131,7 +131,7 @@ def _reliability(found: Comparison) -> Figure:
 
 
 def _chosen(found: Comparison) -> list[int]:
-    """The classes that are shown: all, or, of many, those on which the networks differ the most."""
+    """Return the classes to show: all, or those with the largest differences between networks if there are many."""
     classes = range(len(found.class_names))
     if len(classes) <= _MOST:
         return list(classes)
@@ -142,13 +142,13 @@ def _chosen(found: Comparison) -> list[int]:
 
 def _class_note(found: Comparison) -> str:
     if len(found.class_names) <= _MOST:
-        return "Top-1 of each class's images; bars: 95 % intervals."
+        return "Top-1 accuracy for the images of each class; bars: 95 % intervals."
     return f"The {_MOST} classes on which the networks differ the most; bars: 95 % intervals."
 
 
 def _classes(found: Comparison) -> Figure:
     chosen = _chosen(found)
-    height = max(0.32, 0.06 * len(found.figures))  # of a class: a mark for each network
+    height = max(0.32, 0.06 * len(found.figures))  # per class, with one marker per network
     figure, (axis,) = _panels(1, 9.5, 1.0 + height * len(chosen), 1)
     for number, (name, figures) in enumerate(found.figures.items()):
         shares = [figures.per_class[one] for one in chosen]

@@ -1,4 +1,4 @@
-"""Asking several networks about the same images."""
+"""Predictions of several networks for the same images."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Split = Literal["test", "val"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that is compared.
+    """Network to compare.
 
     Args:
-        name: What it is called.
-        network: Returns logits `(B, K)`, or has them as `.logits` or `["logits"]`.
-        normalization: How it wants its images normalised; None: as the data is.
-        source: Where it comes from, in words.
-        unpack: Makes a `Batch` of what the data gives; None: as `ClassificationModule.unpack`.
-        group: Name of the method that it was trained by; networks of one group differ only by the seed.
+        name: Name of the network.
+        network: Network that returns logits `(B, K)`, or an output that contains them as `.logits` or `["logits"]`.
+        normalization: Normalization that the network expects; None for that of the data.
+        source: Description of its origin.
+        unpack: Function that converts a batch of the data to a `Batch`; None for `ClassificationModule.unpack`.
+        group: Name of the method by which it was trained; networks of one group differ only in their seed.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Candidate:
 
 @dataclass
 class Disputed:
-    """Images on which a network and the teacher choose different classes, the greatest divergence first.
+    """Images for which a network and the teacher predict different classes, in decreasing order of divergence.
 
     Attributes:
-        image: `(M, ...)`, as the data normalises it.
-        position: Their positions in the split `(M,)`.
-        divergence: KL(teacher || network), in nats `(M,)`.
+        image: Images `(M, ...)` with the normalization of the data.
+        position: Positions in the split `(M,)`.
+        divergence: KL(teacher || network) `(M,)`, in nats.
     """
 
     image: Tensor
@@ -56,14 +56,14 @@ class Disputed:
 
 @dataclass
 class Answers:
-    """What the networks said.
+    """Predictions of the networks.
 
     Attributes:
-        logits: Name to `(N, K)`, float32.
-        target: The images' classes `(N,)`.
-        disputed: Name to the images on which it disagrees with the teacher the most.
-        example: The inputs of the first batch, on the CPU.
-        device: Where they were asked.
+        logits: Logits `(N, K)` of each network in float32, by name.
+        target: Class indices `(N,)`.
+        device: Device on which the logits were computed.
+        disputed: Images with the largest disagreement with the teacher, by the name of the network.
+        example: Inputs of the first batch, on the CPU.
     """
 
     logits: dict[str, Tensor]
@@ -73,8 +73,8 @@ class Answers:
     example: Any = None
 
 
-class _Asking(L.LightningModule):
-    """All candidates, each asked about every batch."""
+class _Predictor(L.LightningModule):
+    """Lightning module that applies all networks to every batch and collects their logits."""
 
     def __init__(self, candidates: Sequence[Candidate], teacher: str | None, shown: int) -> None:
         super().__init__()
@@ -89,50 +89,48 @@ class _Asking(L.LightningModule):
         self._seen = 0
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Ask about one batch."""
+        """Collect the logits of all networks for a batch."""
         batch = self.unpack(batch)
         if self.example is None:
             self.example = _on_cpu(batch.input)
-        answers = {one.name: self._answer(one, batch).float().cpu() for one in self.candidates}
-        for name, logits in answers.items():
+        outputs = {one.name: self._logits_of(one, batch).float().cpu() for one in self.candidates}
+        for name, logits in outputs.items():
             if not logits.isfinite().all():
-                raise ValueError(
-                    f"{name} answers with logits that are not finite; look at its weights and normalization"
-                )
+                raise ValueError(f"the logits of {name} are not finite; check its weights and normalization")
             self.logits[name].append(logits)
         self.target.append(batch.target.cpu())
         if self.teacher is not None and isinstance(batch.input, Tensor) and batch.input.dim() == 4:
-            for name in set(answers) - {self.teacher}:
-                self._keep_disputed(name, answers[name], answers[self.teacher], batch.input)
+            for name in set(outputs) - {self.teacher}:
+                self._keep_disputed(name, outputs[name], outputs[self.teacher], batch.input)
         self._seen += len(batch.target)
 
     validation_step = test_step
 
-    def _answer(self, candidate: Candidate, batch: Batch) -> Tensor:
+    def _logits_of(self, candidate: Candidate, batch: Batch) -> Tensor:
         try:
             logits = logits_of(candidate.network(self.normalized(candidate, batch.input)))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{candidate.name} cannot take this data's input: {reason}") from error
+            raise ValueError(f"{candidate.name} does not accept the input of this data: {reason}") from error
         wanted = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None) or logits.shape[-1]
         first = self.logits[self.candidates[0].name]
         classes = first[0].shape[1] if first else logits.shape[-1]
         if logits.dim() != 2 or logits.shape[1] < wanted or logits.shape[1] != classes:
             raise ValueError(
-                f"{candidate.name} answers with the shape {tuple(logits.shape)}, and the data has {wanted} classes, "
-                f"{self.candidates[0].name} {classes}; compare networks of the same classes"
+                f"{candidate.name} returns logits of shape {tuple(logits.shape)}, but the data has {wanted} classes, "
+                f"and {self.candidates[0].name} has {classes}; compare networks with the same classes"
             )
         return logits
 
     def normalized(self, candidate: Candidate, input: Any) -> Any:
-        """The input as a candidate wants it."""
+        """Convert the input to the normalization that a network expects."""
         given, wanted = statistics_of(getattr(self.trainer, "datamodule", None)), candidate.normalization
         if wanted is None or given == wanted:
             return input
         if given is None or not isinstance(input, Tensor):
             raise ValueError(
-                f"{candidate.name} has a normalization of its own, and this data does not tell its mean and std, or "
-                "its input is no tensor; use a data module that has them, or normalise in the network"
+                f"{candidate.name} has its own normalization, but this data does not provide mean and std, or its "
+                "input is not a tensor; use a data module that provides them, or normalize in the network"
             )
         shape = (1, -1, 1, 1)
         data_mean, data_std, own_mean, own_std = (
@@ -153,15 +151,15 @@ class _Asking(L.LightningModule):
 
 
 def statistics_of(data: Any) -> Normalization | None:
-    """How a data module normalises, as far as it tells.
+    """Return the normalization of a data module; None if it does not provide `mean` and `std`.
 
     Args:
-        data: The data module; its `mean` and `std` are numbers, or one for each channel.
+        data: Data module, whose `mean` and `std` are numbers, or contain one number per channel.
     """
-    told = getattr(data, "mean", None), getattr(data, "std", None)
-    if any(values is None for values in told):
+    given = getattr(data, "mean", None), getattr(data, "std", None)
+    if any(values is None for values in given):
         return None
-    mean, std = (tuple(torch.as_tensor(values, dtype=torch.float64).flatten().tolist()) for values in told)
+    mean, std = (tuple(torch.as_tensor(values, dtype=torch.float64).flatten().tolist()) for values in given)
     return Normalization(mean, std)
 
 
@@ -178,25 +176,25 @@ def ask(
     shown: int = 12,
     progress: bool = False,
 ) -> Answers:
-    """Ask all candidates about all images of a split, on one device, in float32.
+    """Compute the predictions of all networks for all images of a split, on one device, in float32.
 
     Args:
-        candidates: The networks; they are given back as they were.
-        data: Brings the images; what a `LightningDataModule` does to a batch is done.
-        split: `test`, or `val`: the validation images.
-        teacher: The name of the candidate whose answers the others are compared with.
-        accelerator: Lightning's word for the device.
-        shown: Images to keep of those on which a network and the teacher disagree.
+        candidates: Networks. Their mode and device are restored.
+        data: Data module that provides the images; its batch hooks are applied.
+        split: `test`, or `val` for the validation images.
+        teacher: Name of the network with which the others are compared.
+        accelerator: Device, as in `lightning.Trainer`.
+        shown: Number of images to keep, for each network, of those on which it disagrees with the teacher.
         progress: Whether to show a progress bar.
 
     Returns:
-        The answers.
+        Predictions of the networks.
 
     Raises:
-        ValueError: If a network cannot take the images, or has other classes than the data or the first network; or
-            there are no images.
+        ValueError: If a network does not accept the images, its number of classes differs from that of the data or the
+            first network, or there are no images.
     """
-    asking = _Asking(candidates, teacher, shown)
+    predictor = _Predictor(candidates, teacher, shown)
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=1,
@@ -207,11 +205,11 @@ def ask(
         precision="32-true",
     )
     if split == "test":
-        trainer.test(asking, data, verbose=False)
+        trainer.test(predictor, data, verbose=False)
     else:
-        trainer.validate(asking, data, verbose=False)
-    if not asking.target:
-        raise ValueError(f"{type(data).__name__} has no images in its {split} split; take the other one: --split")
-    logits = {name: torch.cat(parts) for name, parts in asking.logits.items()}
+        trainer.validate(predictor, data, verbose=False)
+    if not predictor.target:
+        raise ValueError(f"{type(data).__name__} has no images in its {split} split; choose another one with --split")
+    logits = {name: torch.cat(parts) for name, parts in predictor.logits.items()}
     device = trainer.strategy.root_device
-    return Answers(logits, torch.cat(asking.target), device, asking.disputed, asking.example)
+    return Answers(logits, torch.cat(predictor.target), device, predictor.disputed, predictor.example)

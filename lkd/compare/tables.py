@@ -1,4 +1,4 @@
-"""A comparison as tables, for terminal, Markdown and page alike."""
+"""Tables of a comparison for the terminal, Markdown and the HTML page."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _SPACE = "\N{NO-BREAK SPACE}"
 
 @dataclass(frozen=True)
 class Grid:
-    """A table.
+    """Table with a title and a note.
 
     Attributes:
-        title: What it shows.
-        head: Its columns' names.
-        rows: Its cells.
-        note: How to read it.
-        place: Where it is shown: in the terminal and on the page, on the page only, or folded up there.
+        title: Title of the table.
+        head: Names of the columns.
+        rows: Cells of each row.
+        note: Explanation of the columns.
+        place: Where the table is shown: in the terminal and on the page, only on the page, or collapsed on the page.
     """
 
     title: str
@@ -39,7 +39,7 @@ class Grid:
     place: Literal["terminal", "page", "folded"] = "terminal"
 
     def markdown(self) -> Iterator[str]:
-        """Its lines in Markdown."""
+        """Yield the lines of the table in Markdown."""
         yield f"## {self.title}"
         yield ""
         for row in (self.head, ["---"] * len(self.head), *self.rows):
@@ -49,15 +49,15 @@ class Grid:
         yield ""
 
     def rich(self, width: int = 80) -> Iterator[Table | Text]:
-        """It as a terminal shows it, with its note: several tables where it would be wider than the terminal.
+        """Yield the table for a terminal, split into several tables if it is too wide, followed by its note.
 
         Args:
-            width: Columns of the terminal.
+            width: Number of columns of the terminal.
         """
         first, *rest = (self._needed(number) for number in range(len(self.head)))
         first = min(first, max(8, width // 2))
         parts: list[list[int]] = [[]]
-        free = width - first - 4  # a column needs two spaces and a line beside its text
+        free = width - first - 4  # a column has two spaces and a border in addition to its text
         for number, needed in enumerate(rest, start=1):
             if parts[-1] and needed + 3 > free:
                 parts.append([])
@@ -76,7 +76,7 @@ class Grid:
         yield Text(f"{self.note}\n", style="dim")
 
     def _needed(self, number: int) -> int:
-        """Width of a column whose cells are not broken; its name may be, between words."""
+        """Return the width of a column without line breaks in its cells; its name may be wrapped between words."""
         words = self.head[number].split(" ")
         return max(map(len, [*words, *(row[number] for row in self.rows)]))
 
@@ -93,7 +93,7 @@ class _Measure(NamedTuple):
 _TOP1 = _Measure("top1", 100, ".2f")
 _MEASURES = {
     "top-5 %": _Measure("top5", 100, ".2f"),
-    "agrees %": _Measure("agreement", 100, ".2f"),
+    "agreement %": _Measure("agreement", 100, ".2f"),
     "KL": _Measure("kl", 1, ".4f"),
     "NLL": _Measure("nll", 1, ".4f"),
     "ECE %": _Measure("ece", 100, ".2f"),
@@ -105,11 +105,11 @@ _OF_TEACHER = ("agreement", "kl")
 
 
 def tables(found: Measurements, members: bool = False) -> list[Grid]:
-    """All tables of a comparison, the most important one first.
+    """Create all tables of a comparison, the most important one first.
 
     Args:
         found: The comparison.
-        members: Whether the networks of groups are shown one by one in the terminal, too.
+        members: Whether to show the individual networks of groups in the terminal as well.
     """
     return [
         *_accuracies(found, members),
@@ -121,7 +121,7 @@ def tables(found: Measurements, members: bool = False) -> list[Grid]:
 
 
 def _entries(found: Measurements) -> list[str | Group]:
-    """What a table has rows of: each group in place of its first network, and the networks in no group."""
+    """Return the rows of a table: groups, at the position of their first network, and networks without a group."""
     of_member = {member: group for group in found.groups for member in group.members}
     entries: list[str | Group] = []
     for name in found.figures:
@@ -170,25 +170,25 @@ def _accuracies(found: Measurements, members: bool) -> Iterator[Grid]:
         yield Grid(title, head, list(map(network, found.figures)), note)
         return
     seeds = (
-        "n: networks that differ only by seed. Their row has the means over the seeds, the standard deviation of top-1 "
-        "(n - 1), and the 95 % confidence interval of its mean over the seeds (Student's t). With n 1, the interval is "
-        "Wilson's, over the images. "
+        "n: number of networks that differ only in their seed. Their row shows means over the seeds, the standard "
+        "deviation of top-1 (with n - 1), and the 95 % confidence interval of the mean top-1 (Student's t). For n = 1, "
+        "the interval is the Wilson score interval over the images. "
     )
     head_n = ["network, method", "n", "top-1 %", "s.d.", "95 % interval", *columns]
     yield Grid(title, head_n, list(map(row, _entries(found))), seeds + note)
     single = [network(name) for group in found.groups for name in group.members]
-    yield Grid("The networks of each method", head, single, note, "terminal" if members else "folded")
+    yield Grid("Individual networks of each method", head, single, note, "terminal" if members else "folded")
 
 
 def _how_measured(found: Measurements) -> str:
-    note = "" if found.groups else "Interval: Wilson's, over the images. "
+    note = "" if found.groups else "Interval: Wilson score interval over the images. "
     note += (
-        "NLL: negative log-likelihood, nats. ECE: expected calibration error, "
-        f"{BINS} bins. T: temperature that fits the labels best; 'at T': each fifth of the images with the temperature "
-        "that fits the others."
+        f"NLL: negative log-likelihood in nats. ECE: expected calibration error with {BINS} bins. T: temperature that "
+        "minimizes the NLL; 'at T': after temperature scaling, with the temperature of each fifth of the images fitted "
+        "to the others."
     )
     if found.teacher is not None:
-        note += f" Agrees, KL: with {found.teacher}, the teacher, at temperature 1; KL(teacher || network), nats."
+        note += f" Agreement: same prediction as the teacher ({found.teacher}). KL: KL(teacher || network) in nats."
     return note
 
 
@@ -210,16 +210,16 @@ def _cost(found: Measurements) -> Grid:
             ]
         )
     note = (
-        f"Forward passes, medians, taken in turn on {found.facts['device']}. MFLOP: for one image; a multiplication "
-        "with its addition counts as two."
+        f"Median time of a forward pass, with networks timed in alternation, on {found.facts['device']}. MFLOP: for "
+        "one image; a multiply-add counts as two."
     )
     if found.groups:
-        note += " Of networks that differ only by seed: the mean of their times."
+        note += " Times of networks that differ only in their seed are averaged."
     return Grid("Cost", head, rows, note)
 
 
 def _mean_cost(costs: Sequence[Cost]) -> Cost:
-    """That of networks of one form: only their times differ."""
+    """Average the times of networks with the same architecture."""
     times = [
         Time(own[0].batch_size, fmean(time.median for time in own), fmean(time.iqr for time in own))
         for own in zip(*(cost.times for cost in costs), strict=True)
@@ -233,7 +233,7 @@ def _methods(found: Measurements) -> Iterator[Grid]:
     rows = [
         [
             f"{one.first} - {one.second}",
-            *(_points(one.value), _bracket(one.interval)),
+            *(_signed(one.value), _bracket(one.interval)),
             "-" if math.isnan(one.t) else f"{one.t:.2f} ({one.degrees:.1f})",
             *(
                 "-" if math.isnan(one.p_value) else f"{one.p_value:.2g}",
@@ -243,20 +243,21 @@ def _methods(found: Measurements) -> Iterator[Grid]:
         for one in found.method_differences
     ]
     note = (
-        "Welch's t-test compares the mean top-1 of two methods over their seeds. Gap: the first minus the second, in "
-        "percentage points (pp). The test accounts for the variation between trainings, on these images. Differs: p "
-        "times the number of pairs is below 0.05 (Bonferroni). With few seeds, only large differences are found."
+        "Welch's t-test compares the mean top-1 of two methods over their seeds. Gap: first minus second, in "
+        "percentage points (pp). The test accounts for the variation between training runs, on these images. "
+        "Significant: p times the number of pairs is below 0.05 (Bonferroni). With few seeds, only large differences "
+        "are detected."
     )
-    head = ["methods", "gap, pp", "95 % interval", "t (d.f.)", "p", "differs"]
-    yield Grid("Do two methods differ?", head, rows, note)
+    head = ["methods", "gap, pp", "95 % interval", "t (d.f.)", "p", "significant"]
+    yield Grid("Differences between methods", head, rows, note)
 
 
-def _points(value: float) -> str:
+def _signed(value: float) -> str:
     return f"{100 * value:+.2f}"
 
 
 def _bracket(interval: tuple[float, float]) -> str:
-    return f"[{', '.join(map(_points, interval))}]"
+    return f"[{', '.join(map(_signed, interval))}]"
 
 
 def _verdict(p_value: float, pairs: int) -> str:
@@ -264,12 +265,12 @@ def _verdict(p_value: float, pairs: int) -> str:
 
 
 def _reference(found: Measurements, names: Sequence[str]) -> str:
-    """The network that the others are compared with: the teacher, else the most accurate."""
+    """Return the network with which the others are compared: the teacher, otherwise the most accurate one."""
     return found.teacher or max(names, key=lambda name: found.figures[name].top1.value)
 
 
 def _networks(found: Measurements, members: bool) -> Iterator[Grid]:
-    """McNemar's test: each network against one, and all pairs folded up."""
+    """Yield the tables of McNemar's test: each network against a reference, and all pairs, collapsed."""
     alone = [name for entry in _entries(found) for name in _members(entry) if members or isinstance(entry, str)]
     reference = _reference(found, alone or list(found.figures))
     pairs = {frozenset((one.first, one.second)): one for one in found.differences}
@@ -277,21 +278,22 @@ def _networks(found: Measurements, members: bool) -> Iterator[Grid]:
     note = (
         "McNemar's exact test compares two trained networks on these images, not two methods: two seeds of one method "
         "may differ as well. To compare methods, train each with several seeds (lkd fit --seeds 5). Gap: top-1 of the "
-        "first minus the second's, in percentage points (pp); interval: paired bootstrap, 10,000 samples. Only 1st, "
-        "only 2nd: images that one of the two alone classifies correctly. Differs: p times the number of all pairs, "
-        f"{len(pairs)}, is below 0.05 (Bonferroni). Where few images differ, rely on p rather than on the interval."
+        "first network minus that of the second, in percentage points (pp); interval: paired bootstrap, 10,000 "
+        "samples. Only 1st, only 2nd: images that only this network classifies correctly. Significant: p times the "
+        f"number of all pairs, {len(pairs)}, is below 0.05 (Bonferroni). If few images differ, rely on p rather than "
+        "on the interval."
     )
-    head = ["gap, pp", "95 % interval", "only 1st", "only 2nd", "p", "differs"]
+    head = ["gap, pp", "95 % interval", "only 1st", "only 2nd", "p", "significant"]
     if shown:
         rows = [[one.first, *_pair(one, len(pairs))] for one in shown]
-        yield Grid(f"Does a trained network (1st) differ from {reference} (2nd)?", ["network", *head], rows, note)
+        yield Grid(f"Differences of trained networks (1st) from {reference} (2nd)", ["network", *head], rows, note)
     if len(pairs) > len(shown):
         rows = [[f"{one.first} - {one.second}", *_pair(one, len(pairs))] for one in found.differences]
         yield Grid(f"All {len(pairs)} pairs of trained networks", ["networks", *head], rows, note, "folded")
 
 
 def _turned(one: Difference, first: str) -> Difference:
-    """The same difference, seen from one of its networks."""
+    """Return the difference with the given network as the first one."""
     if one.first == first:
         return one
     low, high = one.interval
@@ -302,7 +304,7 @@ def _turned(one: Difference, first: str) -> Difference:
 
 def _pair(one: Difference, pairs: int) -> list[str]:
     counts = f"{one.only_first:,}", f"{one.only_second:,}"
-    return [_points(one.value), _bracket(one.interval), *counts, f"{one.p_value:.2g}", _verdict(one.p_value, pairs)]
+    return [_signed(one.value), _bracket(one.interval), *counts, f"{one.p_value:.2g}", _verdict(one.p_value, pairs)]
 
 
 def _classes(found: Measurements) -> Grid:
@@ -312,8 +314,10 @@ def _classes(found: Measurements) -> Grid:
     for number, name in enumerate(found.class_names):
         shares = [[per_class[number] for per_class in own] for own in every]
         rows.append([name, f"{shares[0][0].total:,}", *(_percent(_pooled(own)) for own in shares)])
-    note = "Top-1 of the class's images." + (" Of networks that differ only by seed: the mean." if found.groups else "")
-    return Grid("Accuracy of each class, %", ["class", "images", *map(_name, entries)], rows, note, "page")
+    note = "Top-1 accuracy for the images of each class."
+    if found.groups:
+        note += " Accuracies of networks that differ only in their seed are averaged."
+    return Grid("Accuracy per class, %", ["class", "images", *map(_name, entries)], rows, note, "page")
 
 
 def _pooled(shares: Sequence[Share]) -> Share:

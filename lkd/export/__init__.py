@@ -1,4 +1,4 @@
-"""`lkd export`: a trained network's files for use without lkd, each checked against its checkpoint."""
+"""`lkd export`: export trained networks for use without lkd, with each file checked against the checkpoint."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from lkd.loading import Trained, find_checkpoint, load_trained
 from lkd.types import Batch
 
 TOLERANCE = 1e-4
-"""By how much logits of a float32 file may differ from the checkpoint's."""
+"""Maximum absolute difference between the logits of a float32 file and those of the checkpoint."""
 PREPROCESSING = f"{METADATA}.json"
 _OWN = (CARD, PREPROCESSING, INT8_FILE, *(file for file, _ in WRITERS.values()))
-"""What names in an export begin with: ONNX may keep large weights in `model.onnx.data`."""
+"""Prefixes of the file names in an export. ONNX may store large weights separately in `model.onnx.data`."""
 
 
 class Export(NamedTuple):
-    """What has been written, and how it compares.
+    """Result of an export.
 
     Attributes:
-        folder: Where it lies.
-        metrics: What `lkd test` says of the checkpoint.
-        files: Each file against the checkpoint, on the same images.
+        folder: Output folder.
+        metrics: Test metrics of the checkpoint, as in `lkd test`.
+        files: Comparison of each file with the checkpoint, on the same images.
     """
 
     folder: Path
@@ -56,39 +56,40 @@ def export(
     overwrite: bool = False,
     settings: Sequence[str] = (),
 ) -> Export:
-    """Write a trained network for use without lkd.
+    """Export a trained network for use without lkd.
 
-    The folder has a file for each format, `preprocessing.json` (which is in each file too) and a model card. Each file
-    is read again and answers the test images, in the data's batches and one by one; where a float32 file's logits
-    differ from the checkpoint's by more than `TOLERANCE`, nothing is left.
+    The output folder contains a file for each format, `preprocessing.json`, whose content is embedded in each file, and
+    a model card. Each file is loaded again and evaluated on the test images, in batches and individually. If any logit
+    of a float32 file differs from that of the checkpoint by more than `TOLERANCE`, nothing is exported.
 
     Args:
-        place: A checkpoint; a run's folder, or that of all runs of one name, for the newest one's best.
-        output: The folder; by default `export` in the run's own.
+        place: A checkpoint, the folder of a run, or the folder of all runs of one name (best checkpoint of the newest
+            run).
+        output: Output folder; by default `export` in the folder of the run.
         formats: `safetensors` (weights), `torch` (a program for `torch.export.load`), `onnx`.
-        int8: Whether there shall be an ONNX file of 8 bits too, calibrated on training images.
-        license: The network's license, as Hugging Face calls it (`apache-2.0`).
-        images: How many test images files are compared on at most; they are evenly spread.
-        overwrite: Whether an export that is there is replaced.
-        settings: Changes of the run's config, as on the command line: `--KEY=VALUE`.
+        int8: Whether to export an 8-bit ONNX file as well, calibrated on training images.
+        license: License of the network, as a Hugging Face identifier (`apache-2.0`).
+        images: Maximum number of test images for the comparison, evenly spaced in the test set.
+        overwrite: Whether to replace an existing export.
+        settings: Changes to the config of the run, as on the command line: `--KEY=VALUE`.
 
     Returns:
-        Where it lies, and what was measured.
+        Output folder and measured results.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint, or no config beside it.
-        ValueError: If the network cannot be written so, or a file does not answer as the checkpoint does.
+        FileNotFoundError: If the checkpoint or its config does not exist.
+        ValueError: If the network cannot be exported in a format, or a file does not reproduce the checkpoint.
         TypeError: If the network takes more than one tensor.
     """
     check_formats(formats, int8)
     if images < 1:
-        raise ValueError(f"--images takes a number of test images from 1 on, got {images}")
+        raise ValueError(f"--images must be at least 1, got {images}")
     path = find_checkpoint(place)
     folder = Path(output) if output else _beside(path)
-    _check_place(folder, overwrite)
+    _check_output(folder, overwrite)
     trained = load_trained(str(path), *settings)
     metrics = _tested(trained)
-    with _whole(folder) as written:
+    with _atomic_folder(folder) as written:
         loader = test_loader(trained.data, images)
         first = next(iter(batches(loader, trained.data, trained.module))).input
         network = Network(trained.module, first)
@@ -100,23 +101,27 @@ def export(
         if int8:
             calibration = training_images(trained.data, trained.module)
             runs[INT8_FILE] = write_int8(written / WRITERS["onnx"][0], written / INT8_FILE, calibration)
-        checked = compare(network, runs, _shown(batches(loader, trained.data, trained.module), len(loader)), written)
-        _refuse(checked)
+        tested = _with_progress(batches(loader, trained.data, trained.module), len(loader))
+        checked = compare(network, runs, tested, written)
+        _check_tolerance(checked)
         (written / CARD).write_text(card(trained, network, facts, metrics, checked), encoding="utf-8")
     return Export(folder, metrics, checked)
 
 
 def main(args: Sequence[str]) -> None:
-    """Write a trained network's files and say how they compare with the checkpoint.
+    """Export a trained network, and print a comparison of the files with the checkpoint.
 
     Args:
-        args: The arguments behind `lkd export`: a checkpoint or the folder of a run, options, settings of the run.
+        args: Arguments after `lkd export`: a checkpoint or the folder of a run, followed by options and settings of the
+            run.
 
     Raises:
-        ValueError: If the place or an option is missing or wrong, or a file does not answer as the checkpoint does.
+        ValueError: If an argument is missing or invalid, or a file does not reproduce the checkpoint.
     """
     if not args or args[0].startswith("-"):
-        raise ValueError("lkd export needs a checkpoint, or the folder of a run, first; see 'lkd export --help'")
+        raise ValueError(
+            "lkd export requires a checkpoint or the folder of a run as its first argument; see 'lkd export --help'"
+        )
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--format", action="append", default=[])
     parser.add_argument("--output")
@@ -129,46 +134,50 @@ def main(args: Sequence[str]) -> None:
         check_option("export", arg, [action.option_strings[0] for action in parser._actions])
     formats = list(dict.fromkeys(chain.from_iterable(text.split(",") for text in given.format))) or list(WRITERS)
     if rest and not rest[0].startswith("-"):
-        raise ValueError(f"lkd export takes one checkpoint, and several formats with commas between, got {rest[0]!r}")
+        raise ValueError(
+            f"lkd export accepts one checkpoint; separate several formats by commas; unexpected argument {rest[0]!r}"
+        )
     options = (given.output, formats, given.int8, given.license, given.images, given.overwrite)
     done = export(args[0], *options, settings=rest)
     _print(done)
 
 
 def _beside(checkpoint: Path) -> Path:
-    """The folder `export` in that of a checkpoint's run."""
+    """Return the default output folder of a checkpoint: `export` in the folder of its run."""
     run = checkpoint.absolute().parent
     folder = (run.parent if run.name == "checkpoints" else run) / "export"
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
-def _check_place(folder: Path, overwrite: bool) -> None:
-    """See that nothing is lost.
+def _check_output(folder: Path, overwrite: bool) -> None:
+    """Check that the output folder is new, empty, or an export that may be replaced.
 
     Raises:
-        ValueError: If something else would have to go.
+        ValueError: If files would be lost.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / PREPROCESSING).is_file():
-        raise ValueError(f"{folder} is there, and no export of lkd's; give a new folder as --output")
+        raise ValueError(f"{folder} exists but is not an export of lkd; use a new folder as --output")
     if foreign := sorted(path.name for path in folder.iterdir() if not path.name.startswith(_OWN)):
-        raise ValueError(f"{folder} has {foreign[0]!r}, which is no export's; give a new folder as --output")
+        raise ValueError(
+            f"{folder} contains {foreign[0]!r}, which is not part of an export; use a new folder as --output"
+        )
     if not overwrite:
-        raise ValueError(f"{folder} has an export already; give another --output, or --overwrite to replace it")
+        raise ValueError(f"{folder} already contains an export; use another --output, or --overwrite to replace it")
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """Write a folder that is there whole or not at all, in place of an older one.
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """Write a folder atomically, replacing an existing one.
 
     Args:
         folder: The folder.
 
     Yields:
-        Where to write: a new folder beside it.
+        Temporary folder, which replaces `folder` on success and is removed after an exception.
     """
-    folder = folder.resolve()  # a link stays
+    folder = folder.resolve()  # keep symbolic links
     written, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{part}") for part in ("new", "old"))
     written.mkdir(parents=True)
     try:
@@ -187,7 +196,7 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 
 def _tested(trained: Trained) -> dict[str, float]:
-    """What `lkd test` measures, on all test images; module and data are then on the CPU, without a trainer."""
+    """Evaluate on all test images like `lkd test`, then move the module to the CPU and detach the trainer."""
     trainer = L.Trainer(
         devices=1,
         logger=False,
@@ -201,38 +210,39 @@ def _tested(trained: Trained) -> dict[str, float]:
     return dict(metrics)
 
 
-def _shown(found: Iterable[Batch], total: int) -> Iterable[Batch]:
-    """Batches, with a bar for those who look on."""
+def _with_progress(found: Iterable[Batch], total: int) -> Iterable[Batch]:
+    """Show a progress bar while iterating over batches."""
     console = Console(stderr=True)
     return track(found, "comparing", total, transient=True, console=console, disable=not console.is_terminal)
 
 
-def _refuse(checked: Sequence[Checked]) -> None:
-    """Let no float32 file pass that answers otherwise.
+def _check_tolerance(checked: Sequence[Checked]) -> None:
+    """Check that the logits of all float32 files are within the tolerance.
 
     Raises:
-        ValueError: If one does.
+        ValueError: If a file exceeds the tolerance.
     """
     for one in checked:
         if one.file != INT8_FILE and not one.difference <= TOLERANCE:
             raise ValueError(
-                f"{one.file} does not answer as the checkpoint does: over {one.images} test images logits differ by up "
-                f"to {one.difference:.2g}, {TOLERANCE:g} is allowed, and nothing is exported; another --format may do"
+                f"{one.file} does not reproduce the checkpoint: on {one.images} test images its logits differ by up to "
+                f"{one.difference:.2g}, but at most {TOLERANCE:g} is allowed; nothing was exported; try another "
+                "--format"
             )
 
 
 def _print(done: Export) -> None:
-    table = Table("file", "bytes", "logits differ by", "same class", "accuracy")
+    table = Table("file", "bytes", "max. logit difference", "same prediction", "accuracy")
     for one in done.files:
         row = (f"{one.size:,}", f"{one.difference:.2g}", f"{one.agreement:.2%}", f"{one.accuracy:.2%}")
         table.add_row(one.file, *row)
     console = Console(soft_wrap=True)
     console.print(table)
     first, sizes = done.files[0], {one.file: one.size for one in done.files}
-    said = [f"on {first.images:,} test images; the checkpoint's accuracy there is {first.expected_accuracy:.2%}"]
+    lines = [f"Compared on {first.images:,} test images; accuracy of the checkpoint: {first.expected_accuracy:.2%}"]
     if INT8_FILE in sizes:
         points = 100 * (done.files[-1].accuracy - first.expected_accuracy)
         share = sizes[INT8_FILE] / sizes[WRITERS["onnx"][0]]
-        said.append(f"8 bits:   {points:+.2f} points of accuracy, {share:.2f} times the bytes")
-    for line in [*said, f"export:   {done.folder}", f"its card: {done.folder / CARD}"]:
+        lines.append(f"8-bit ONNX: {points:+.2f} pp accuracy, {share:.2f} times the size of float32 ONNX")
+    for line in [*lines, f"Export:     {done.folder}", f"Model card: {done.folder / CARD}"]:
         console.print(line, highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""The model card: what the network is, how it was trained, what was measured, how to use it without lkd."""
+"""Model card: description of the network, its training, its evaluation, and its use without lkd."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def card(
     metrics: Mapping[str, float],
     checked: Sequence[Checked],
 ) -> str:
-    """The card, with the front matter that Hugging Face reads.
+    """Create the model card, with metadata for Hugging Face.
 
     Args:
-        trained: What was exported.
-        network: What of it answers.
-        facts: What `preprocessing.json` says.
-        metrics: What `lkd test` says.
-        checked: How the files compare with the checkpoint.
+        trained: Exported run.
+        network: Exported network.
+        facts: Content of `preprocessing.json`.
+        metrics: Test metrics, as in `lkd test`.
+        checked: Comparison of the files with the checkpoint.
     """
     settings = _plain(dict(trained.config.as_dict()))
     model, data = settings["model"], settings["data"]
@@ -43,15 +43,15 @@ def card(
     files = [one.file for one in checked]
     network_made = made(own) if own and not network.prefix else None
     title = f"{name}, {_dataset(trained)}"
-    described = f"An image classifier of {facts['num_classes']:,} classes, {network.num_parameters:,} parameters"
+    described = f"An image classifier with {facts['num_classes']:,} classes and {network.num_parameters:,} parameters"
     parts = [
         f"---\n{_front(trained, title, facts['license'], metrics)}---",
         f"# {title}",
-        f"{described}, trained by lkd {__version__} (Lightning Knowledge Distillation). {_licence(facts['license'])}",
+        f"{described}, trained with lkd {__version__} (Lightning Knowledge Distillation). {_licence(facts['license'])}",
         "## Training",
         _table(("", ""), _training(trained, own, model, data)),
-        "## Measured",
-        "By `lkd test`, on all test images:",
+        "## Evaluation",
+        "Metrics of `lkd test`, on all test images:",
         _table(("", "test images"), [(key.removeprefix("test/"), f"{value:.4f}") for key, value in metrics.items()]),
         *_compared(checked),
         "## Input",
@@ -84,23 +84,23 @@ def _front(trained: Trained, title: str, license: str, metrics: Mapping[str, flo
 
 
 def _outputs(facts: Mapping[str, Any]) -> str:
-    """What the outputs stand for, where not all have a class in the data."""
+    """Describe the outputs of the network that have no class in the data; empty if there are none."""
     known, outputs = facts["num_classes"], facts["num_outputs"]
     if known == outputs:
         return ""
-    named = " and are named by their number" if "class_names" in facts else ""
+    named = " and are named by their index" if "class_names" in facts else ""
     return (
-        f"The network has {outputs:,} outputs, and the data of this run {known:,} classes: the outputs from {known:,} "
-        f"on had no training images{named}."
+        f"The network has {outputs:,} outputs, but the data of this run has {known:,} classes: the outputs from "
+        f"{known:,} on had no training images{named}."
     )
 
 
 def _licence(license: str) -> str:
-    return "Its license has not been stated." if license == "unknown" else f"License: `{license}`."
+    return "No license is specified." if license == "unknown" else f"License: `{license}`."
 
 
 def _dataset(trained: Trained) -> str:
-    """What the data is called: by its class, or by its folder where the class takes any."""
+    """Return the name of the dataset: from the class of the data module, or from the folder of an image folder."""
     name = type(trained.data).__name__.removesuffix("DataModule")
     root = getattr(trained.data, "root", None)
     return Path(root).absolute().name if name == "ImageFolder" and root else name.lower()
@@ -123,25 +123,25 @@ def _training(trained: Trained, own: Any, model: Any, data: Any) -> Iterator[tup
     for name, value in settings.items():
         if name not in shown and value is not None:
             yield name, _shown(value)
-    yield "epochs until then", str(_epochs(trained.checkpoint))
-    yield "steps until then", f"{trained.checkpoint.get('global_step', 0):,}"
+    yield "epochs at this checkpoint", str(_epochs(trained.checkpoint))
+    yield "steps at this checkpoint", f"{trained.checkpoint.get('global_step', 0):,}"
 
 
 def _epochs(checkpoint: Mapping[str, Any]) -> int:
-    """How many epochs a run had started: its `epoch` is the current one in `best.ckpt` and the next in `last.ckpt`."""
+    """Return the number of started epochs; `epoch` is the current one in `best.ckpt` and the next in `last.ckpt`."""
     loop = checkpoint.get("loops", {}).get("fit_loop")
     return int(loop["epoch_progress"]["total"]["started"]) if loop else int(checkpoint.get("epoch", -1)) + 1
 
 
 def _network(model: Any) -> Any:
-    """The settings of the network in training; of several, of the first."""
+    """Return the settings of the trained network; if there are several, those of the first one."""
     settings = model.get("init_args", {})
     found = next((settings[name] for name in _NETWORKS if settings.get(name)), None)
     return found or next(iter(settings.get("students") or ()), None)
 
 
 def _described(criterion: Any) -> dict[str, Any]:
-    """A criterion that no setting names: its class, and what of its arguments it remembers."""
+    """Describe a criterion that is not in the settings: its class, and its arguments that are numeric attributes."""
     names = inspect.signature(type(criterion)).parameters
     plain = {
         name: getattr(criterion, name) for name in names if isinstance(getattr(criterion, name, None), (int, float))
@@ -150,7 +150,7 @@ def _described(criterion: Any) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """A setting on one line."""
+    """Format a setting on one line."""
     if not isinstance(value, Mapping) or "class_path" not in value:
         return f"`{value}`"
     own = {name: one for name, one in (value.get("init_args") or {}).items() if one is not None}
@@ -159,7 +159,7 @@ def _shown(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Settings without the folders of this machine: of a path from its root on, only the name stays."""
+    """Convert settings to plain values, and shorten absolute paths to their last part, to hide local folders."""
     if isinstance(value, Mapping):
         return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -172,11 +172,11 @@ def _plain(value: Any) -> Any:
 def _compared(checked: Sequence[Checked]) -> Iterator[str]:
     first = checked[0]
     yield (
-        f"The files against the checkpoint (accuracy {first.expected_accuracy:.2%}), on {first.images:,} test images, "
-        "in batches and one by one:"
+        f"Comparison of the files with the checkpoint (accuracy {first.expected_accuracy:.2%}), on {first.images:,} "
+        "test images, in batches and individually:"
     )
     yield _table(
-        ("file", "bytes", "largest difference of a logit", "same class", "accuracy"),
+        ("file", "bytes", "maximum logit difference", "same prediction", "accuracy"),
         [
             (f"`{c.file}`", f"{c.size:,}", f"{c.difference:.2g}", f"{c.agreement:.2%}", f"{c.accuracy:.2%}")
             for c in checked
@@ -186,8 +186,8 @@ def _compared(checked: Sequence[Checked]) -> Iterator[str]:
     for one in checked:
         if one.file == INT8_FILE:
             yield (
-                f"With 8 bits accuracy changes by {100 * (one.accuracy - one.expected_accuracy):+.2f} points, and the "
-                f"file has {one.size / sizes[WRITERS['onnx'][0]]:.2f} times the bytes of float32."
+                f"With 8 bits, the accuracy changes by {100 * (one.accuracy - one.expected_accuracy):+.2f} percentage "
+                f"points, and the file has {one.size / sizes[WRITERS['onnx'][0]]:.2f} times the size of float32 ONNX."
             )
 
 

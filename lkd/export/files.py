@@ -1,4 +1,4 @@
-"""The files of an export: each is written once, and run from the disk."""
+"""Files of an export: each is written, loaded again, and run."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from lkd.loading import Answer, network_of
 from lkd.modules import ClassificationModule
 
 Run: TypeAlias = Callable[[Tensor], Tensor]
-"""Images `(B, C, H, W)` to logits `(B, K)`."""
+"""Function from images `(B, C, H, W)` to logits `(B, K)`."""
 INPUT, OUTPUT = "image", "logits"
 METADATA = "preprocessing"
-"""The key under which each file has what `preprocessing.json` says."""
+"""Key of the content of `preprocessing.json` in each file."""
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _BATCH = {0: Dim("batch", min=1)}
-_LARGEST = 2**31 - 2**26  # bytes of weights that go into one ONNX file: protobuf has room for 2 GiB
+_LARGEST = 2**31 - 2**26  # maximum bytes of weights in one ONNX file; protobuf is limited to 2 GiB
 
 
 class Network:
-    """What a module answers with, and what is written of it.
+    """Network of a trained module, prepared for export.
 
     Args:
-        module: A trained module, in eval mode.
-        example: Some of its images `(B, C, H, W)`.
+        module: Trained module, in eval mode.
+        example: Example images `(B, C, H, W)`.
     """
 
     def __init__(self, module: ClassificationModule, example: Tensor) -> None:
-        # Two, as for one torch.export would make a program for one; blank, as a program's file has its example in it.
+        # Two images, because torch.export specializes a batch size of one; blank, because the file contains them.
         self.blank = torch.zeros(2, *example.shape[1:], dtype=example.dtype)
         self.answering = network_of(module)
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
-        """Logits `(B, K)`."""
+        """Return the logits `(B, K)`."""
         return logits_of(self.answering(image))
 
     @cached_property
@@ -59,43 +59,43 @@ class Network:
 
     @property
     def prefix(self) -> str:
-        """What stands before the names of weights, and is left out in files: these have the checkpoint's own."""
+        """Prefix of the weight names, which is removed in the files so that they match those in the checkpoint."""
         return "module." if isinstance(self.answering, Answer) else ""
 
     @cached_property
     def program(self) -> ExportedProgram:
-        """The network as `torch.export` sees it, for batches of any size.
+        """Program of `torch.export`, for batches of any size.
 
         Raises:
-            ValueError: If it cannot be traced.
+            ValueError: If the network cannot be traced.
         """
         network = self.answering
-        traced = copy(network)  # with the same weights under the same names, and logits as its answer
+        traced = copy(network)  # the same weights and names, but returns only the logits
         traced.forward = lambda image: logits_of(network.forward(image))
         with torch.no_grad(), _quiet():
             try:
                 program = torch.export.export(traced, (self.blank,), dynamic_shapes=(_BATCH,))
-            except Exception as error:  # whatever someone's forward pass makes of symbolic tensors
+            except Exception as error:  # a forward pass may raise anything for symbolic tensors
                 raise ValueError(
                     f"torch.export cannot trace {type(network).__name__} for batches of any size ({_reason(error)}); "
-                    "--format safetensors writes its weights alone"
+                    "use --format safetensors to export only its weights"
                 ) from error
         for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # paths of this machine
+            node.meta.pop("stack_trace", None)  # contains local paths
         return program
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """The network's whole state; of a module that answers itself, what it reads for that."""
+        """State dict of the network; if the module computes the logits itself, only the tensors that it reads."""
         state: dict[str, Tensor] = self.answering.state_dict()
         if self.prefix:
             state = {name: tensor for name, tensor in state.items() if name in self._read}
-        # Copies, as a safetensors file takes no tensor under two names.
+        # Copies, because safetensors does not allow shared tensors.
         return {name.removeprefix(self.prefix): tensor.detach().clone().contiguous() for name, tensor in state.items()}
 
     @property
     def num_parameters(self) -> int:
-        """How many parameters are written."""
+        """Number of exported parameters."""
         found = dict(self.answering.named_parameters())
         return sum(found[name].numel() for name in found if name.removeprefix(self.prefix) in self.weights)
 
@@ -107,17 +107,17 @@ class Network:
 
 
 def write_safetensors(network: Network, path: Path, metadata: str) -> Run:
-    """Write the weights.
+    """Write the weights of a network to a safetensors file.
 
     Args:
-        network: Whose.
-        path: The file.
-        metadata: JSON, kept in it.
+        network: The network.
+        path: Path of the file.
+        metadata: JSON text that is stored in the file.
 
     Returns:
-        The network with the file's weights, and no others.
+        Function that runs the network with the weights of the file, and NaN or 0 for all others.
     """
-    path.write_bytes(save(network.weights, {"format": "pt", METADATA: metadata}))  # save_file's only its owner may read
+    path.write_bytes(save(network.weights, {"format": "pt", METADATA: metadata}))  # save_file sets mode 0600
     answering, state = network.answering, network.answering.state_dict()
     gone = {n: torch.full_like(t, torch.nan if t.is_floating_point() else 0) for n, t in state.items()}
     loaded = {f"{network.prefix}{name}": tensor for name, tensor in load_file(path).items()}
@@ -125,7 +125,7 @@ def write_safetensors(network: Network, path: Path, metadata: str) -> Run:
 
 
 def write_torch(network: Network, path: Path, metadata: str) -> Run:
-    """Write a program for `torch.export.load`; as `write_safetensors`."""
+    """Write a program for `torch.export.load`. The arguments are those of `write_safetensors`."""
     with _quiet():
         torch.export.save(network.program, path, extra_files={f"{METADATA}.json": metadata})
         module = torch.export.load(path).module()
@@ -133,7 +133,7 @@ def write_torch(network: Network, path: Path, metadata: str) -> Run:
 
 
 def write_onnx(network: Network, path: Path, metadata: str) -> Run:
-    """Write an ONNX file; as `write_safetensors`."""
+    """Write an ONNX file. The arguments are those of `write_safetensors`."""
     size = sum(tensor.nbytes for tensor in network.program.state_dict.values())
     with _quiet():
         try:
@@ -141,27 +141,27 @@ def write_onnx(network: Network, path: Path, metadata: str) -> Run:
                 network.program,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
-                dynamic_shapes=(_BATCH,),  # the program has it; this is the dimension's name
+                dynamic_shapes=(_BATCH,),  # already dynamic in the program; this names the dimension
                 dynamo=True,
                 verbose=False,
             )
-        except Exception as error:  # an operation that ONNX lacks, as the exporter tells it
+        except Exception as error:  # such as an operation that ONNX does not support
             name = type(network.answering).__name__
-            raise ValueError(f"PyTorch cannot write {name} as ONNX ({_reason(error)}); take --format torch") from error
+            raise ValueError(f"PyTorch cannot export {name} as ONNX ({_reason(error)}); use --format torch") from error
         if model is None:
-            raise ValueError("torch.onnx.export has made no program; take --format torch")
+            raise ValueError("torch.onnx.export returned no program; use --format torch")
         for node in model.model.graph:
-            node.metadata_props.clear()  # notes of the exporter, longer than the weights of a small network
+            node.metadata_props.clear()  # debug information, larger than the weights of a small network
         model.model.metadata_props[METADATA] = metadata
         model.save(path, external_data=size > _LARGEST)
     return run_onnx(path)
 
 
 def run_onnx(path: Path) -> Run:
-    """What an ONNX file answers, in onnxruntime on the CPU.
+    """Return a function that runs an ONNX file in onnxruntime on the CPU.
 
     Args:
-        path: The file.
+        path: Path of the file.
     """
     import onnxruntime
 
@@ -170,17 +170,17 @@ def run_onnx(path: Path) -> Run:
 
 
 def write_int8(source: Path, path: Path, images: Iterable[Tensor]) -> Run:
-    """Write an ONNX file anew, with weights and activations of 8 bits (QuantizeLinear, DequantizeLinear).
+    """Quantize an ONNX file to 8-bit weights and activations (QuantizeLinear, DequantizeLinear).
 
-    Weights are quantised by channel, activations by the least and largest value that images bring about.
+    Weights are quantized per channel, activations by their minimum and maximum over the calibration images.
 
     Args:
-        source: The float32 file.
-        path: The file to write.
-        images: Batches of training images `(B, C, H, W)`.
+        source: Path of the float32 file.
+        path: Path of the quantized file.
+        images: Batches of training images `(B, C, H, W)` for calibration.
 
     Returns:
-        What the file answers.
+        Function that runs the quantized file.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -197,12 +197,10 @@ def write_int8(source: Path, path: Path, images: Iterable[Tensor]) -> Run:
     signed = {"activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8}
     with _quiet():
         try:
-            quant_pre_process(source, prepared, skip_symbolic_shape=True)  # the exporter has noted the shapes
+            quant_pre_process(source, prepared, skip_symbolic_shape=True)  # the exporter has added the shapes
             quantize_static(prepared, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, **signed)
         except Exception as error:
-            raise ValueError(
-                f"onnxruntime cannot quantise {source.name} ({_reason(error)}); leave out --int8"
-            ) from error
+            raise ValueError(f"onnxruntime cannot quantize {source.name} ({_reason(error)}); remove --int8") from error
     prepared.unlink()
     return run_onnx(path)
 
@@ -212,44 +210,44 @@ WRITERS: Mapping[str, tuple[str, Callable[[Network, Path, str], Run]]] = {
     "torch": ("model.pt2", write_torch),
     "onnx": ("model.onnx", write_onnx),
 }
-"""Each format's file, and what writes it."""
+"""File name and write function of each format."""
 INT8_FILE = "model.int8.onnx"
 
 
 def check_formats(formats: Iterable[str], int8: bool) -> None:
-    """See that what is asked for can be written here.
+    """Check that the formats exist and their dependencies are installed.
 
     Args:
         formats: Names of formats.
-        int8: Whether an ONNX file of 8 bits is wanted too.
+        int8: Whether an 8-bit ONNX file is requested as well.
 
     Raises:
-        ValueError: If there is no such format, or something is missing for it.
+        ValueError: If a format is unknown, or one of its dependencies is missing.
     """
     formats = list(formats)
     unknown = [name for name in formats if name not in WRITERS]
     if unknown or not formats:
         got = repr(unknown[0]) if unknown else "none"
-        raise ValueError(f"--format takes {', '.join(WRITERS)}, or several with commas between, got {got}")
+        raise ValueError(f"--format must be {', '.join(WRITERS)}, or several of them separated by commas, got {got}")
     if int8 and "onnx" not in formats:
-        raise ValueError("--int8 is for ONNX alone, torch's programs stay float32; add onnx to --format")
+        raise ValueError("--int8 is only available for ONNX; add onnx to --format")
     missing = [name for name in _NEEDED if find_spec(name) is None] if "onnx" in formats else []
     if missing:
         raise ValueError(
-            f"--format onnx needs {' and '.join(missing)}, which is not installed; pip install 'lkd[onnx]', or take "
+            f"--format onnx requires {' and '.join(missing)}, which is not installed; pip install 'lkd[onnx]', or use "
             "--format safetensors,torch"
         )
 
 
 def _reason(error: Exception) -> str:
-    """An exporter's error in short: behind its first line come pages of advice and graphs."""
+    """Return the first line of an exporter's error, without the pages of advice and graphs that follow."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' notes on their own inside, some of which they print."""
+    """Suppress logging, warnings and printed output of the exporters."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -261,5 +259,5 @@ def _quiet() -> Iterator[None]:
 
 
 def as_json(content: object) -> str:
-    """JSON as it stands in every file."""
+    """Format an object as JSON for all files of an export."""
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""The images of an export: what is done to one before the network sees it, and those that it is tried on."""
+"""Images of an export: preprocessing, test images for the comparison, and training images for the calibration."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _CHANNELS = {1: ("L", "gray"), 3: ("RGB", "red, green, blue")}
 
 
 def preprocessing(data: L.LightningDataModule, image: Tensor, num_outputs: int) -> dict[str, Any]:
-    """How an image becomes the network's input, and what its outputs stand for, as plain data.
+    """Describe the preprocessing of an image and the outputs of the network: the content of `preprocessing.json`.
 
     Args:
-        data: The run's data, set up.
-        image: A batch of its images `(B, ...)`.
-        num_outputs: Number of the network's logits. Each has a name in `class_names`, if the data names its classes;
-            an output without a class in the data is named by its number.
+        data: Data module of the run, after setup.
+        image: Batch of its images `(B, ...)`.
+        num_outputs: Number of logits of the network. If the data names its classes, each logit has a name in
+            `class_names`; logits without a class in the data are named by their index.
     """
     facts: dict[str, Any] = {
         "input": "image",
@@ -58,20 +58,22 @@ def _resize(data: ImageDataModule | WebDatasetDataModule) -> dict[str, Any]:
 
 
 def test_loader(data: L.LightningDataModule, limit: int) -> DataLoader[Any]:
-    """The test images; if there are more than a limit, so many of them, evenly spread.
+    """Return a loader of the test images, limited to a number of evenly spaced images.
 
     Args:
-        data: The run's data, set up for the test.
-        limit: How many images.
+        data: Data module of the run, after setup for testing.
+        limit: Maximum number of images.
 
     Raises:
-        TypeError: If the data's loader is no DataLoader.
+        TypeError: If the test loader of the data is not a DataLoader.
     """
     loader = data.test_dataloader()
     if isinstance(loader, (list, tuple)) and len(loader) == 1:
         loader = loader[0]
     if not isinstance(loader, DataLoader):
-        raise TypeError(f"lkd export reads test images from one DataLoader, {type(data).__name__} has {type(loader)}")
+        raise TypeError(
+            f"lkd export requires a single DataLoader of test images, got {type(loader)} from {type(data).__name__}"
+        )
     dataset: Any = loader.dataset
     if not hasattr(dataset, "__len__") or len(dataset) <= limit:
         return loader
@@ -85,34 +87,34 @@ def test_loader(data: L.LightningDataModule, limit: int) -> DataLoader[Any]:
 
 
 def batches(loader: DataLoader[Any], data: L.LightningDataModule, module: ClassificationModule) -> Iterator[Batch]:
-    """What a loader gives, after the data module's hooks, on the CPU.
+    """Yield the batches of a loader on the CPU, after the batch hooks of the data module.
 
     Args:
         loader: The loader.
-        data: Its data module.
-        module: Takes batches apart.
+        data: Data module of the loader.
+        module: Module that unpacks the batches.
 
     Raises:
-        TypeError: If a network's input is more than one tensor.
+        TypeError: If the input of the network is not a single tensor.
     """
     for raw in loader:
         batch = module.unpack(data.on_after_batch_transfer(data.on_before_batch_transfer(raw, 0), 0))
         if not isinstance(batch.input, Tensor):
             raise TypeError(
-                f"lkd export writes networks that take one tensor, and this data's input is a "
+                f"lkd export supports only networks that take one tensor, but the input of this data is a "
                 f"{type(batch.input).__name__}"
             )
         yield batch._replace(input=batch.input.cpu(), target=batch.target.cpu())
 
 
 def training_images(data: L.LightningDataModule, module: ClassificationModule) -> Iterator[Tensor]:
-    """Some training images, as the network meets them in use: brought to size, not augmented or mixed.
+    """Yield training images with the preprocessing of inference: resized, but not augmented or mixed.
 
-    Of data that is not lkd's, they are as its training loader has them.
+    For other data modules than lkd's, the batches of the training loader are used.
 
     Args:
-        data: The run's data.
-        module: Takes batches apart.
+        data: Data module of the run.
+        module: Module that unpacks the batches.
 
     Yields:
         Batches `(B, C, H, W)`.

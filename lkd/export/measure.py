@@ -1,4 +1,4 @@
-"""How the files of an export compare with the checkpoint, on real images."""
+"""Comparison of exported files with the checkpoint on real images."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 from lkd.export.files import Run
 from lkd.types import IGNORE_INDEX, Batch
 
-_SINGLE = 16  # images that are asked one by one, too
+_SINGLE = 16  # number of images that are also compared individually
 
 
 @dataclass
 class Checked:
-    """One file against the checkpoint.
+    """Comparison of a file with the checkpoint.
 
     Attributes:
-        file: Its name.
-        size: Its size in bytes.
-        difference: The largest absolute difference of a logit.
-        images: Images seen.
-        labelled: Those of them that have a label.
-        same: Images for which file and checkpoint choose the same class.
-        correct: Labelled images for which the file chooses the right one.
-        expected: Labelled images for which the checkpoint does.
+        file: Name of the file.
+        size: Size of the file in bytes.
+        difference: Maximum absolute difference of a logit.
+        images: Number of images.
+        labelled: Number of labelled images.
+        same: Number of images for which file and checkpoint predict the same class.
+        correct: Number of labelled images that the file classifies correctly.
+        expected: Number of labelled images that the checkpoint classifies correctly.
     """
 
     file: str
@@ -41,26 +41,26 @@ class Checked:
 
     @property
     def agreement(self) -> float:
-        """Share of images for which file and checkpoint choose the same class."""
+        """Proportion of images for which file and checkpoint predict the same class."""
         return self.same / self.images
 
     @property
     def accuracy(self) -> float:
-        """The file's accuracy on the labelled images; NaN without any."""
+        """Accuracy of the file on the labelled images; NaN without labels."""
         return self.correct / self.labelled if self.labelled else float("nan")
 
     @property
     def expected_accuracy(self) -> float:
-        """The checkpoint's on the same images."""
+        """Accuracy of the checkpoint on the same images."""
         return self.expected / self.labelled if self.labelled else float("nan")
 
     def see(self, got: Tensor, expected: Tensor, target: Tensor) -> None:
-        """Compare the answers to one batch.
+        """Update the comparison with the predictions and logits of a batch.
 
         Args:
-            got: The file's logits `(B, K)`.
-            expected: The checkpoint's.
-            target: Classes `(B,)`; `IGNORE_INDEX` where there is no label.
+            got: Logits of the file `(B, K)`.
+            expected: Logits of the checkpoint `(B, K)`.
+            target: Class indices `(B,)`; `IGNORE_INDEX` for unlabelled images.
         """
         self.differ(got, expected)
         choice, right = got.argmax(1), expected.argmax(1)
@@ -71,19 +71,19 @@ class Checked:
         self.expected += int((right == target).sum())
 
     def differ(self, got: Tensor, expected: Tensor) -> None:
-        """Note how far answers are apart; other shapes, and what is not finite, infinitely far."""
+        """Update the maximum difference of the logits; it is infinite for different shapes and non-finite values."""
         apart = (got - expected).abs().max() if got.shape == expected.shape else torch.tensor(torch.inf)
         self.difference = max(self.difference, float(apart.nan_to_num(torch.inf, torch.inf)))
 
 
 def compare(reference: Run, runs: Mapping[str, Run], batches: Iterable[Batch], folder: Path) -> list[Checked]:
-    """Ask the checkpoint and every file about the same images, in batches, and some of them one by one.
+    """Compare files with the checkpoint on the same images, in batches and, for some images, individually.
 
     Args:
-        reference: The checkpoint.
-        runs: Name of each file to what it answers.
-        batches: The images.
-        folder: Where the files lie.
+        reference: Function that runs the checkpoint.
+        runs: Function that runs each file, by the name of the file.
+        batches: Batches of images.
+        folder: Folder of the files.
     """
     found = {file: Checked(file, _size(folder, file)) for file in runs}
     with torch.no_grad():
@@ -93,14 +93,14 @@ def compare(reference: Run, runs: Mapping[str, Run], batches: Iterable[Batch], f
                 found[file].see(run(batch.input), expected, batch.target)
             if number:
                 continue
-            twice = torch.cat((batch.input, batch.input))  # larger than 1 where the data's batches are not
+            twice = torch.cat((batch.input, batch.input))  # at least two images, even if the batches have one
             for image in (*batch.input[:_SINGLE].split(1), twice):
-                answer = reference(image)
+                expected = reference(image)
                 for file, run in runs.items():
-                    found[file].differ(run(image), answer)
+                    found[file].differ(run(image), expected)
     return list(found.values())
 
 
 def _size(folder: Path, file: str) -> int:
-    """A file's bytes, with those of weights that ONNX keeps beside it."""
+    """Return the size of a file in bytes, including weights that ONNX stores in a separate file."""
     return sum(path.stat().st_size for path in folder.glob(f"{file}*"))

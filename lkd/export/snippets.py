@@ -1,4 +1,4 @@
-"""Code for a model card: how an image is prepared, and how each file is used, without lkd."""
+"""Code of a model card: preprocessing of an image, and use of each file without lkd."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ with open("preprocessing.json", encoding="utf-8") as file:
 """
 _RESIZE = """\
 if image.size != (width, height):
-    rows, columns = about["resize"]["cover"]  # scale until this is covered, then cut out the centre
+    rows, columns = about["resize"]["cover"]  # resize to cover this size, then crop the center
     if rows * image.width >= columns * image.height:
         columns = rows * image.width // image.height
     else:
@@ -61,81 +61,82 @@ network.load_state_dict(weights)
 
 
 def preparation(facts: Mapping[str, Any]) -> str:
-    """How an image becomes input, in words and code.
+    """Describe the preprocessing of an image in words and code.
 
     Args:
-        facts: What `preprocessing.json` says.
+        facts: Content of `preprocessing.json`.
     """
     shape = " x ".join(map(str, facts["shape"]))
-    said = f"`image`: {facts['dtype']}, {facts['layout']} ({shape}); the answer is `logits`, before softmax."
+    text = f"Input `image`: {facts['dtype']}, {facts['layout']} ({shape}). Output: `logits`, before softmax."
     if "mean" not in facts:
-        return f"{said} How the data made it is not known to lkd. Below, `batch` is such an array."
-    said += (
-        f" Pixels of 0 to 255 ({facts['channels']}) are divided by 255, then `(pixel - mean) / std` by channel, with "
-        f"mean `{facts['mean']}` and std `{facts['std']}`."
+        return f"{text} The preprocessing of the data is unknown to lkd. Below, `batch` is an array of this form."
+    text += (
+        f" Pixels from 0 to 255 ({facts['channels']}) are divided by 255 and normalized per channel as `(pixel - mean) "
+        f"/ std`, with mean `{facts['mean']}` and std `{facts['std']}`."
     )
     resize = facts["resize"]
     if "cover" in resize:
-        said += (
-            f" An image of another size is scaled (bilinear) until it covers {' x '.join(map(str, resize['cover']))}, "
-            "and its centre is cut out. (lkd decodes large JPEGs at a reduced size; their pixels differ a little.)"
+        text += (
+            f" An image of a different size is resized (bilinear) to cover {' x '.join(map(str, resize['cover']))}, "
+            "and its center is cropped. (lkd decodes large JPEGs at a reduced size; their pixels differ slightly.)"
         )
     else:
-        said += f" Images are brought to size by `{resize['by']}`."
+        text += f" Images are resized by `{resize['by']}`."
     if not _is_prepared(facts):
-        return said
-    return f"{said} `preprocessing.json` says the same, and so does each file, under `preprocessing`.\n\n" + _python(
-        _PREPARE.format(resize=_RESIZE if "cover" in resize else "")
+        return text
+    return (
+        f"{text} This information is also in `preprocessing.json` and in each file, under the key `preprocessing`.\n\n"
+        + _python(_PREPARE.format(resize=_RESIZE if "cover" in resize else ""))
     )
 
 
 def _is_prepared(facts: Mapping[str, Any]) -> bool:
-    """Whether `preparation` has code."""
+    """Return whether `preparation` contains code."""
     return facts.get("mode") is not None
 
 
 def use(file: str, files: Collection[str], facts: Mapping[str, Any], made: Made | None) -> str:
-    """How a file is used.
+    """Describe the use of a file.
 
     Args:
-        file: Its name.
-        files: The names of all files.
-        facts: What `preprocessing.json` says.
-        made: How the network is made that the weights are of; None if they are of more than one network.
+        file: Name of the file.
+        files: Names of all files.
+        facts: Content of `preprocessing.json`.
+        made: Code that creates the network of the weights; None if they belong to more than one network.
     """
     answer = "print(logits)"
     if "class_names" in facts:
-        about = "" if _is_prepared(facts) else _ABOUT  # the code that prepares an image has read it
+        about = "" if _is_prepared(facts) else _ABOUT  # the preprocessing code has already read it
         answer = f'{about}print(about["class_names"][logits[0].argmax()])'
     if file.endswith(".onnx"):
         return f"`{file}` (`pip install onnxruntime`):\n\n" + _python(_ONNX.format(file=file, answer=answer))
     if file.endswith(".pt2"):
         return f"`{file}` (`pip install torch`):\n\n" + _python(_TORCH.format(file=file, answer=answer))
-    said = f"`{file}` has the weights by name (`pip install safetensors torch`)"
+    text = f"`{file}` contains the weights by name (`pip install safetensors torch`)"
     then = f"logits = network(torch.from_numpy(batch)).detach()\n{answer}"
     if made is None:
-        said += "; they are of several parts of a module, which the other formats join"
+        text += ". They belong to several parts of a module, which the other formats combine"
         imported, code = "", "print({name: tuple(tensor.shape) for name, tensor in weights.items()})"
     elif made.public:
         imported = f"import torch\nimport {made.library}"
         code = _LOADED.format(call=made.call, then=f"network.eval()\n{then}")
     elif PROGRAM in files:
-        said += f", and no code; that is `{made.call}`, or the program in `{PROGRAM}`"
+        text += f", but no code. The network is created by `{made.call}`, or by the program in `{PROGRAM}`"
         imported, code = "import torch", _LOADED.format(call=f'torch.export.load("{PROGRAM}").module()', then=then)
     else:
-        said += f", and no code; that is `{made.call}`"
+        text += f", but no code. The network is created by `{made.call}`"
         imported = f"import torch\nimport {made.library}"
         code = _LOADED.format(call=made.call, then=f"network.eval()\n{then}")
-    return f"{said}:\n\n{_python(_WEIGHTS.format(file=file, imported=imported, network=code))}"
+    return f"{text}:\n\n{_python(_WEIGHTS.format(file=file, imported=imported, network=code))}"
 
 
 class Made(NamedTuple):
-    """How a network is made.
+    """Code that creates a network.
 
     Attributes:
-        library: What has its code.
-        call: The call that makes it.
-        public: Whether the library is one that many have: torchvision or timm.
+        library: Module to import.
+        call: Expression that creates the network.
+        public: Whether the library is torchvision or timm.
     """
 
     library: str
@@ -144,13 +145,13 @@ class Made(NamedTuple):
 
 
 def made(network: Mapping[str, Any]) -> Made:
-    """How a network is made, with weights of its own yet to be loaded.
+    """Return the code that creates a network without its trained weights.
 
     Args:
-        network: Its settings, as in a config: `class_path` and `init_args`.
+        network: Settings of the network, as in a config: `class_path` and `init_args`.
     """
     path = str(network["class_path"])
-    start = ("weights", "pretrained")  # which would only be loaded to be replaced
+    start = ("weights", "pretrained")  # omitted, because these weights would be replaced
     own = {key: value for key, value in (network.get("init_args") or {}).items() if value is not None}
     own = {key: value for key, value in own.items() if key not in start}
     name, channels, small = own.get("name"), own.get("in_channels", 3), own.get("small_images")

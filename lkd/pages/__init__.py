@@ -1,4 +1,4 @@
-"""Pages of HTML that need nothing else: one look, and figures inside."""
+"""Self-contained HTML pages with a common style and embedded figures."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _SALT = count()
 
 
 def rendered(name: str, **values: Any) -> str:
-    """A page; every text in it is escaped.
+    """Render a template. All text is escaped.
 
     Args:
-        name: The template's, in this folder.
-        values: What it shows.
+        name: Name of a template in this folder.
+        values: Variables of the template.
 
     Returns:
         HTML.
@@ -30,13 +30,13 @@ def rendered(name: str, **values: Any) -> str:
 
 
 def as_svg(figure: Figure) -> Markup:
-    """A figure as SVG that stands in HTML, its text as text.
+    """Convert a figure to SVG for embedding in HTML, with text stored as text.
 
     Args:
         figure: The figure.
     """
     file = io.StringIO()
-    # A salt of its own: figures of one page must not share the names of their parts.
+    # A unique salt, because element ids must be unique within a page.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": f"lkd {next(_SALT)}"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     return Markup(file.getvalue()[file.getvalue().index("<svg") :])

@@ -1,4 +1,4 @@
-"""`lkd sweep`: search temperature, weights, and any other setting of `lkd fit`."""
+"""`lkd sweep`: hyperparameter search over temperature, weights or any other setting of `lkd fit`."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
 
 _TRIALS = 20
 _DRAW_EVERY = 20.0
-"""Seconds between two pages: one takes half a second. At the end it is drawn in any case."""
+"""Minimum interval between updates of the page, in seconds; an update takes half a second."""
 
 _ALIKE = 3
-"""So many trials that fail with the same words, while none does not, end a sweep."""
+"""Number of trials that fail with the same message, before any trial has succeeded, after which the sweep ends."""
 
 
 def main(args: Sequence[str]) -> None:
-    """Search, or go on with a search.
+    """Start or resume a search.
 
     Args:
-        args: The arguments behind `lkd sweep`: its own options, and what `lkd fit` takes.
+        args: Arguments after `lkd sweep`: its own options, and those of `lkd fit`.
 
     Raises:
-        ValueError: If the search cannot begin, or none of its trials can be trained.
+        ValueError: If the search cannot start, or its trials fail repeatedly in the same way.
         SystemExit: After Ctrl-C or SIGTERM.
     """
     try:
         import optuna
         import optuna_integration  # noqa: F401
     except ImportError as error:
-        raise ValueError("lkd sweep needs Optuna, which is not installed; pip install 'lkd[sweep]'") from error
+        raise ValueError("lkd sweep requires Optuna, which is not installed; pip install 'lkd[sweep]'") from error
     from lkd.sweep.options import read_options
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -59,7 +59,7 @@ def main(args: Sequence[str]) -> None:
 
 @contextmanager
 def _stoppable(args: Sequence[str]) -> Iterator[None]:
-    """Let SIGTERM end it as Ctrl-C does, and say how to go on."""
+    """Handle SIGTERM like Ctrl-C, and print the command that resumes the search."""
 
     def stop(*_: Any) -> None:
         raise SIGTERMException
@@ -70,9 +70,9 @@ def _stoppable(args: Sequence[str]) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, KeyboardInterrupt) or error.code or isinstance(error, SIGTERMException):
-            print(f"interrupted; go on with: lkd sweep {shlex.join(args)}", flush=True)
+            print(f"interrupted; resume with: lkd sweep {shlex.join(args)}", flush=True)
         if isinstance(error, KeyboardInterrupt):
-            raise SystemExit(1) from error  # as lkd fit
+            raise SystemExit(1) from error  # the exit code of lkd fit
         raise
     finally:
         if is_main:
@@ -80,7 +80,7 @@ def _stoppable(args: Sequence[str]) -> Iterator[None]:
 
 
 def _planned(options: Options) -> tuple[Study, int]:
-    """The study, and how many trials it is to have, once all is sure to be as it should."""
+    """Check the settings and the search space, and return the study and its total number of trials."""
     from lkd.sweep.fitting import Settings, planned
     from lkd.sweep.space import as_arguments, corners, grid, read_space
     from lkd.sweep.study import Study
@@ -90,7 +90,7 @@ def _planned(options: Options) -> tuple[Study, int]:
     space = read_space([find_config(name) for name in options.space_files], options.space, config)
     fixed = {arg.partition("=")[0].removeprefix("--") for arg in options.fit}
     if both := sorted(fixed & set(space)):
-        raise ValueError(f"{both[0]} is searched by the space, and set on the command line; leave one out")
+        raise ValueError(f"{both[0]} is both in the search space and set on the command line; remove one of them")
     cells = math.prod(map(len, grid(space).values())) if options.sampler == "grid" else None
     for corner in corners(space):
         settings.change(as_arguments(corner))
@@ -99,22 +99,22 @@ def _planned(options: Options) -> tuple[Study, int]:
 
 
 def _work(study: Study, total: int, options: Options) -> None:
-    """Train trials until there are enough.
+    """Train trials until the total number is reached.
 
     Raises:
-        ValueError: If they fail again and again in the same way.
+        ValueError: If the trials fail repeatedly in the same way.
     """
     from lkd.sweep.results import write
 
     done = sum(trial.state.is_finished() for trial in study.trials)
-    best = "least" if study.plan.mode == "min" else "most"
-    print(f"{study.folder}: {done} of {total} trials are done; the {best} {study.plan.monitor} is best", flush=True)
+    goal = "minimizing" if study.plan.mode == "min" else "maximizing"
+    print(f"{study.folder}: {done} of {total} trials finished; {goal} {study.plan.monitor}", flush=True)
     drawn = -math.inf
-    failures: Counter[str] | None = Counter()  # None once a trial has not failed
+    failures: Counter[str] | None = Counter()  # None after a trial that did not fail
     while claim := study.claim(total):
         try:
             outcome = _trained(study, claim, options)
-        except BaseException:  # the trial stays to be taken up
+        except BaseException:  # the trial can be resumed later
             study.give_back(claim)
             raise
         study.finish(claim, outcome)
@@ -128,8 +128,8 @@ def _work(study: Study, total: int, options: Options) -> None:
             failures[alike := re.sub(r"\d+", "", outcome.reason)] += 1
             if failures[alike] == _ALIKE:
                 log = study.trial_folder(claim.trial.number) / "log.txt"
-                raise ValueError(f"{_ALIKE} trials have failed in the same way: {outcome.reason} (more in {log})")
-    write(study)  # a process that was killed may not have come to it
+                raise ValueError(f"{_ALIKE} trials failed in the same way: {outcome.reason} (details in {log})")
+    write(study)  # even without a new trial: a killed process may not have written it
 
 
 def _trained(study: Study, claim: Claim, options: Options) -> Outcome:
@@ -140,29 +140,29 @@ def _trained(study: Study, claim: Claim, options: Options) -> Outcome:
 
     number = claim.trial.number
     folder = study.trial_folder(number)
-    if claim.goes_on:
-        where = "goes on from its last checkpoint" if last_checkpoint(folder) else "begins again"
-        print(f"trial {number} was interrupted, and {where}", flush=True)
+    if claim.resumed:
+        where = "resuming from its last checkpoint" if last_checkpoint(folder) else "restarting from the beginning"
+        print(f"trial {number} was interrupted; {where}", flush=True)
     prunes = options.pruner != "none"
     callbacks = [PyTorchLightningPruningCallback(claim.trial, study.plan.monitor)] if prunes else []
     return train([*options.fit, *as_arguments(claim.settings)], f"{study.name}/{folder.name}", folder, callbacks)
 
 
 def _line(study: Study, claim: Claim, outcome: Outcome) -> str:
-    """What the terminal tells of a trial."""
+    """Return the line that is printed after a trial: its settings, result, and the best trial so far."""
     from lkd.sweep.format import format_settings
 
     best = study.best
     if outcome.value is not None:
-        came_to = f"{study.plan.monitor} {outcome.value:.5g}"
+        result = f"{study.plan.monitor} {outcome.value:.5g}"
     else:
-        came_to = f"failed: {outcome.reason}" if outcome.state.name == "FAIL" else f"pruned {outcome.reason}"
+        result = f"failed: {outcome.reason}" if outcome.state.name == "FAIL" else f"pruned {outcome.reason}"
     so_far = f"; best {best.value:.5g} (trial {best.number})" if best else ""
-    return f"trial {claim.trial.number}: {format_settings(claim.settings)}: {came_to}{so_far}"
+    return f"trial {claim.trial.number}: {format_settings(claim.settings)}: {result}{so_far}"
 
 
 def _report(study: Study) -> None:
-    """What there is now, and where it lies."""
+    """Print the states of the trials, the best one, and the files of the study."""
     from lkd.sweep.format import format_settings, format_state
     from lkd.sweep.results import BEST, PAGE, TABLE, checkpoint
 
@@ -172,15 +172,16 @@ def _report(study: Study) -> None:
     for trial in trials:
         if format_state(trial) == "running":
             place = study.elsewhere(trial)
-            where = f" at {place}; if nobody works at it any more: --take_over {trial.number}" if place else ""
-            print(f"trial {trial.number} is another process's{where}")
+            where = f" at {place}; if that process has ended, use --take_over {trial.number}" if place else ""
+            print(f"trial {trial.number} is assigned to another process{where}")
     if best := study.best:
-        print(f"best:      trial {best.number}, {study.plan.monitor} {best.value:.5g}: {format_settings(best.params)}")
+        value = f"{study.plan.monitor} {best.value:.5g}"
+        print(f"Best:        trial {best.number}, {value}: {format_settings(best.params)}")
         if (study.folder / BEST).is_file() and not study.elsewhere(best):
-            print(f"config:    lkd fit --config {shlex.quote(str(study.folder / BEST))}")
-            print(f"test it:   lkd test --ckpt_path {shlex.quote(str(checkpoint(study, best)))}")
+            print(f"Train it:    lkd fit --config {shlex.quote(str(study.folder / BEST))}")
+            print(f"Evaluate:    lkd test --ckpt_path {shlex.quote(str(checkpoint(study, best)))}")
         else:
-            print(f"           its config and checkpoint lie at {study.elsewhere(best)}")
-    print(f"table:     {study.folder / TABLE}")
-    print(f"page:      {study.folder / PAGE}")
-    print(f"curves:    tensorboard --host localhost --logdir {shlex.quote(str(study.folder))}")
+            print(f"             its config and checkpoint are at {study.elsewhere(best)}")
+    print(f"Table:       {study.folder / TABLE}")
+    print(f"Report:      {study.folder / PAGE}")
+    print(f"TensorBoard: tensorboard --host localhost --logdir {shlex.quote(str(study.folder))}")

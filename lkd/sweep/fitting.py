@@ -1,4 +1,4 @@
-"""One trial: a run of `lkd fit` in this process."""
+"""Training of a trial: a run of `lkd fit` in this process."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from lkd.cli.errors import explain
 from lkd.cli.lightning_cli import LkdCLI
 
 LOG = "log.txt"
-"""Beside a trial's runs: what `lkd fit` has printed."""
+"""File with the output of `lkd fit`, in the folder of a trial."""
 
 
 class Outcome(NamedTuple):
-    """What a trial has come to.
+    """Result of a trial.
 
     Args:
         state: COMPLETE, PRUNED or FAIL.
-        value: The best that was measured; None unless it is complete.
-        reason: Why it ended early.
+        value: Best value of the monitored metric; None unless the trial is complete.
+        reason: Why the trial ended early.
     """
 
     state: TrialState
@@ -42,15 +42,15 @@ class Outcome(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What every trial has in common.
+    """Settings that all trials have in common.
 
     Args:
-        config: The resolved settings.
-        name: The run's name: its folder below `root`.
-        root: Where runs lie.
-        monitor: The curve whose best point is a trial's value.
-        mode: Whether `min` or `max` is best.
-        max_epochs: How long a trial trains; None: that is not said in epochs.
+        config: Resolved settings.
+        name: Name of the run, which is also its folder below `root`.
+        root: Folder of all runs.
+        monitor: Metric whose best value is the value of a trial.
+        mode: `min` or `max`: whether the smallest or the largest value is best.
+        max_epochs: Number of epochs of a trial; None if the training is not limited in epochs.
     """
 
     config: dict[str, Any]
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 
 
 class _Fit(LkdCLI):
-    """`lkd fit` on one device, without a bar, with a trial's callbacks; or only as far as a sweep wants to know."""
+    """`lkd fit` on one device, without a progress bar and with the callbacks of a trial; can stop before training."""
 
     def __init__(
         self,
@@ -75,19 +75,19 @@ class _Fit(LkdCLI):
         super().__init__(args, name)
 
     def instantiate_classes(self) -> None:
-        """Build, if wanted."""
+        """Instantiate the classes, unless only the settings are parsed."""
         if self._until != "parsed":
             super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
-        """The same."""
+        """Finish the instantiation, unless only the settings are parsed."""
         if self._until != "parsed":
             super().after_instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The trainer of one trial."""
+        """Create the trainer of a trial."""
         config = self._get(self.config_init, "trainer")
-        if config.get("devices") in (None, "auto"):  # on each device a sweep of its own may work at the study
+        if config.get("devices") in (None, "auto"):  # other devices may be used by other processes of the study
             config["devices"] = 1
         trainer = super().instantiate_trainer(**kwargs)
         own: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -99,16 +99,16 @@ class _Fit(LkdCLI):
             super()._run_subcommand(subcommand)
 
     def resolved(self) -> dict[str, Any]:
-        """The settings as plain values."""
+        """Return the settings as plain values."""
         settings: dict[str, Any] = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False))
         return settings
 
 
 class Settings:
-    """The settings of a run, and whether others would do.
+    """Settings of a run, and a check of changes to them.
 
     Args:
-        args: The arguments behind `lkd fit`.
+        args: Arguments after `lkd fit`.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
@@ -117,48 +117,49 @@ class Settings:
         self._fit = self._context.run(_Fit, self._args, name, "parsed")
 
     def resolved(self) -> dict[str, Any]:
-        """All of them, as plain values."""
+        """Return all settings as plain values."""
         return self._fit.resolved()
 
     def change(self, args: Sequence[str]) -> None:
-        """Take others.
+        """Parse the settings again with changes.
 
         Args:
-            args: They, as arguments over the first ones.
+            args: Arguments that override the original ones.
 
         Raises:
-            ValueError: If they are none; or what else the parser raises.
+            ValueError: If the changed settings are invalid. The parser may raise other exceptions.
         """
         self._context.run(self._fit.parse_arguments, self._fit.parser, [*self._args, *args])
 
 
 def planned(config: dict[str, Any], args: Sequence[str]) -> Plan:
-    """Build what a trial would train, and look whether a sweep can work with it.
+    """Instantiate the classes of a trial, and check that a sweep supports the settings.
 
     Args:
-        config: The resolved settings that all trials have.
-        args: The arguments that these come from.
+        config: Resolved settings of all trials.
+        args: Arguments from which they were parsed.
 
     Raises:
-        ValueError: If it cannot.
+        ValueError: If a sweep does not support the settings.
     """
     prepared = prepare(["fit", *args])
     fit = copy_context().run(_Fit, prepared.args, prepared.name, "built")
     trainer = fit.trainer
     if trainer.world_size > 1:
         raise ValueError(
-            "lkd sweep trains each trial in one process; leave out --trainer.devices, --trainer.num_nodes, and begin "
-            "the same command once for each device, as in CUDA_VISIBLE_DEVICES=1 lkd sweep ...: they share the work"
+            "lkd sweep trains each trial in one process; remove --trainer.devices and --trainer.num_nodes, and start "
+            "the same command once per device, as in CUDA_VISIBLE_DEVICES=1 lkd sweep ..., to share the work"
         )
     if config["trainer"]["logger"] not in (None, True, False):
-        raise ValueError("lkd sweep keeps each trial in a folder of its own; leave trainer.logger to lkd (or false)")
+        raise ValueError("lkd sweep logs each trial in its own folder; remove trainer.logger or set it to false")
     if trainer.fast_dev_run or not (best := _best(trainer)):  # type: ignore[attr-defined]
         raise ValueError(
-            "a trial's value is its best checkpoint's, and there would be none; leave trainer.enable_checkpointing, "
-            "trainer.fast_dev_run, checkpoint.monitor and checkpoint.save_top_k as they are"
+            "the value of a trial is that of its best checkpoint, but with these settings none would be saved; use the "
+            "defaults of trainer.enable_checkpointing, trainer.fast_dev_run, checkpoint.monitor and "
+            "checkpoint.save_top_k"
         )
     if config["checkpoint"]["dirpath"] is not None:
-        raise ValueError("lkd sweep keeps each trial's checkpoints in its own folder; leave checkpoint.dirpath out")
+        raise ValueError("lkd sweep saves the checkpoints of each trial in its own folder; remove checkpoint.dirpath")
     best.settle(fit.model)
     root = Path(config["trainer"]["default_root_dir"] or "runs")
     epochs = trainer.max_epochs
@@ -170,57 +171,58 @@ def _best(trainer: L.Trainer) -> BestCheckpoint | None:
     return next((callback for callback in kept if callback.monitor and callback.save_top_k), None)
 
 
-class _SameCurve(L.Callback):
-    """Refuse a trial whose best checkpoint is chosen by another curve than the study's."""
+class _SameMetric(L.Callback):
+    """Reject a trial whose best checkpoint is selected by a different metric than that of the study."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compare the curves."""
+        """Compare the monitored metrics."""
         for kept in trainer.checkpoint_callbacks:
             if isinstance(kept, BestCheckpoint) and kept.monitor != kept.asked_monitor:
-                other = kept.monitor or "NAME, with a curve of your own"
+                other = kept.monitor or "NAME, with a metric that you log"
                 raise ValueError(
-                    f"{kept.asked_monitor} is not logged, as the loss does not train the logits; give --monitor {other}"
+                    f"{kept.asked_monitor} is not logged because the loss does not train the logits; use --monitor "
+                    f"{other}"
                 )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """From where a trial goes on; None if it has to begin.
+    """Return the checkpoint from which to resume a trial; None if it has to start from the beginning.
 
     Args:
-        folder: The trial's.
+        folder: Folder of the trial.
     """
     try:
         return newest_checkpoint(folder, "last")
-    except (FileNotFoundError, ValueError):  # there is none, or none that is whole
+    except (FileNotFoundError, ValueError):  # missing or corrupt
         return None
 
 
 def train(args: Sequence[str], name: str, folder: Path, callbacks: Sequence[L.Callback] = ()) -> Outcome:
-    """Train one trial, or the rest of one.
+    """Train a trial, or resume an interrupted one.
 
     Args:
-        args: The arguments behind `lkd fit`.
-        name: Its run's name.
-        folder: Its runs' folder.
-        callbacks: What watches it.
+        args: Arguments after `lkd fit`.
+        name: Name of its run.
+        folder: Folder of its runs.
+        callbacks: Additional callbacks.
 
     Returns:
-        What it has come to; also where it has failed.
+        Result of the trial. Exceptions in the training are returned as failures.
 
     Raises:
         SystemExit: After Ctrl-C or SIGTERM.
     """
     last = last_checkpoint(folder)
-    goes_on = [] if last is None else [f"--ckpt_path={last}"]
-    for begun in folder.glob("version_*") if last is None else ():  # killed before there was anything to keep
+    resumed = [] if last is None else [f"--ckpt_path={last}"]
+    for begun in folder.glob("version_*") if last is None else ():  # interrupted before the first checkpoint
         shutil.rmtree(begun)
     with (folder / LOG).open("a", buffering=1, encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            watching = [*callbacks, _SameCurve()]
-            fit = copy_context().run(_Fit, prepare(["fit", *args, *goes_on]).args, name, "trained", watching)
+            own = [*callbacks, _SameMetric()]
+            fit = copy_context().run(_Fit, prepare(["fit", *args, *resumed]).args, name, "trained", own)
             best = _best(fit.trainer)
             if best is None or best.best_model_score is None:
-                return Outcome(TrialState.FAIL, reason="nothing was measured")
+                return Outcome(TrialState.FAIL, reason="no value was measured")
             return Outcome(TrialState.COMPLETE, float(best.best_model_score))
         except optuna.TrialPruned as error:
             return Outcome(TrialState.PRUNED, reason=str(error))
@@ -228,4 +230,4 @@ def train(args: Sequence[str], name: str, folder: Path, callbacks: Sequence[L.Ca
             traceback.print_exc()
             return Outcome(TrialState.FAIL, reason=" ".join(explain(error).split()))
         finally:
-            gc.collect()  # a trainer is held by its own parts
+            gc.collect()  # a trainer is part of reference cycles

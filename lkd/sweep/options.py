@@ -1,4 +1,4 @@
-"""The options of `lkd sweep`, told from those of `lkd fit`."""
+"""Options of `lkd sweep`, separated from those of `lkd fit`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _FIT = ("seed_everything", "config", "print_config", "model", "data", "trainer")
 
 
 class Options(NamedTuple):
-    """What a sweep is asked for.
+    """Options of a sweep.
 
     Args:
-        space_files: What stands behind `--space`.
-        space: Settings to search from `--space.KEY VALUE`: name to YAML.
-        trials: How many there are to be; None: as many as is usual.
+        space_files: Values of `--space`.
+        space: Search space from `--space.KEY VALUE`: YAML text by the name of the setting.
+        trials: Total number of trials; None for the default.
         sampler: One of `SAMPLERS`.
-        seed: The sampler's.
+        seed: Seed of the sampler.
         pruner: One of `PRUNERS`.
-        storage: A file or a URL; None: in the study's folder.
-        study: The study's name.
-        take_over: Numbers of trials that are taken up though they were begun elsewhere.
-        give_up: Numbers of trials that are not taken up any more.
-        fit: What `lkd fit` takes.
+        storage: File or URL of the storage; None for a file in the folder of the study.
+        study: Name of the study.
+        take_over: Numbers of trials to resume although they were started elsewhere.
+        give_up: Numbers of interrupted trials to mark as failed.
+        fit: Arguments of `lkd fit`.
     """
 
     space_files: list[str]
@@ -47,16 +47,16 @@ class Options(NamedTuple):
 
 
 def read_options(args: Sequence[str]) -> Options:
-    """Take the arguments apart.
+    """Parse the arguments of `lkd sweep`.
 
     Args:
-        args: The arguments behind `lkd sweep`.
+        args: Arguments after `lkd sweep`.
 
     Raises:
-        ValueError: If one of them is none, or has no such value.
+        ValueError: If an option is unknown or its value is invalid.
     """
     if not args:
-        raise ValueError("lkd sweep needs --config FILE and --space FILE; see 'lkd sweep --help'")
+        raise ValueError("lkd sweep requires --config FILE and --space FILE; see 'lkd sweep --help'")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--space", action="append", default=[])
     for name, default in (("sampler", "tpe"), ("sampler_seed", "0"), ("pruner", "none"), ("study", "sweep")):
@@ -69,12 +69,13 @@ def read_options(args: Sequence[str]) -> Options:
         given, rest = parser.parse_known_args(list(args))
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
-    space, fit = _told_apart(rest, [action.option_strings[0] for action in parser._actions])
+    space, fit = _separated(rest, [action.option_strings[0] for action in parser._actions])
     _one_of("--sampler", given.sampler, SAMPLERS)
     _one_of("--pruner", given.pruner, PRUNERS)
     if not re.fullmatch(r"\w[\w.-]*", given.study) or given.study.startswith("version_"):
         raise ValueError(
-            f"--study names a folder by letters, digits, _, - and ., not as runs are (version_0), got {given.study!r}"
+            "--study must be a folder name of letters, digits, _, - and ., and must not start with 'version_', got "
+            f"{given.study!r}"
         )
     return Options(
         given.space,
@@ -91,8 +92,8 @@ def read_options(args: Sequence[str]) -> Options:
     )
 
 
-def _told_apart(args: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The space's settings, and what is left."""
+def _separated(args: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the settings of the search space, and the remaining arguments."""
     space: dict[str, str] = {}
     left: list[str] = []
     rest = list(args)
@@ -101,11 +102,11 @@ def _told_apart(args: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str]
         name, equals, value = arg.partition("=")
         if name.startswith("--space."):
             if not equals and not rest:
-                raise ValueError(f"{name} needs choices or a range, as in {name} '[0.1, 0.5]'")
+                raise ValueError(f"{name} requires choices or a range, as in {name} '[0.1, 0.5]'")
             space[name.removeprefix("--space.")] = value if equals else rest.pop(0)
             continue
         if name in ("--resume", "--ckpt_path"):
-            raise ValueError(f"lkd sweep takes no {name}: the same command, given again, goes on with its study")
+            raise ValueError(f"lkd sweep does not accept {name}; repeat the same command to resume its study")
         if name[2:] not in _FIT:
             check_option("sweep", arg, own)
         left.append(arg)
@@ -115,11 +116,11 @@ def _told_apart(args: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str]
 def _one_of(option: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
         near = difflib.get_close_matches(given, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-        raise ValueError(f"{option} has no {given!r}; {hint}")
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{option} must be one of {', '.join(known)}, got {given!r}{hint}")
 
 
 def _number(option: str, text: str, least: int = 0) -> int:
     if not text.isdecimal() or int(text) < least:
-        raise ValueError(f"{option} takes a whole number from {least} on, got {text!r}")
+        raise ValueError(f"{option} must be an integer of at least {least}, got {text!r}")
     return int(text)

@@ -1,4 +1,4 @@
-"""A study as one page of HTML that needs nothing else."""
+"""Self-contained HTML page of a study."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _DOT, _LINE = "#3b6ea5", "#c2571a"
 
 
 def page(study: Study, trials: Sequence[FrozenTrial]) -> str:
-    """The page.
+    """Render the page of a study.
 
     Args:
         study: The study.
-        trials: Its trials.
+        trials: Trials of the study.
 
     Returns:
-        HTML with figures inside.
+        HTML with embedded figures.
     """
     done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     keys, best = list(study.space), study.best
@@ -66,25 +66,25 @@ def page(study: Study, trials: Sequence[FrozenTrial]) -> str:
 
 
 def _figures(study: Study, done: list[FrozenTrial], names: dict[str, str]) -> list[dict[str, Any]]:
-    """Each figure's heading, what it shows, and its SVG."""
+    """Return the heading, caption and SVG of each figure."""
     history = _drawn(1, lambda axes: _history(axes[0], study, done))
-    found = [("History", "Each trial's value, and the best so far.", history)]
+    found = [("History", "Value of each trial, and best value so far.", history)]
     weights = _importances(study)
     if weights:
         bars = _drawn(1, lambda axes: _bars(axes[0], {names[key]: w for key, w in weights.items()}))
-        note = "How much each setting tells the better tenth of the trials from the others (PED-ANOVA)."
-        found.append(("Importances", note, bars))
+        note = "How well each setting separates the best 10 % of the trials from the others (PED-ANOVA)."
+        found.append(("Hyperparameter importance", note, bars))
     slices = _drawn(len(names), lambda axes: _slices(axes, study, done, names))
-    found.append(("Slices", "Each setting and the values of its trials, whatever the others were.", slices))
+    found.append(("Slices", "Values of the trials against each setting, over all values of the others.", slices))
     pair = [key for key in (weights or names) if not isinstance(study.space[key], CategoricalDistribution)][:2]
     if len(pair) == 2 and len(done) > 3:
         chart = _drawn(1, lambda axes: _contour(axes[0], study, done, pair, names))
-        found.append(("Two settings", "Between the trials, marked by dots, values are interpolated.", chart))
+        found.append(("Contour", "Dots are trials; values between them are interpolated.", chart))
     return [{"heading": heading, "note": note, "svg": svg} for heading, note, svg in found]
 
 
 def _drawn(columns: int, draw: Callable[[list[Axes]], None]) -> Markup:
-    """A figure as SVG."""
+    """Draw a figure with several columns and return it as SVG."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(6.4 if columns == 1 else 3.2 * columns, 3.2), layout="constrained")
         draw(list(np.atleast_1d(figure.subplots(1, columns))))
@@ -105,10 +105,10 @@ def _history(axes: Axes, study: Study, done: list[FrozenTrial]) -> None:
 
 
 def _importances(study: Study) -> dict[str, float]:
-    """Each setting's, the largest first; empty where they cannot be told."""
+    """Return the importance of each setting in decreasing order; empty if it cannot be computed."""
     try:
         return dict(optuna.importance.get_param_importances(study.optuna, params=list(study.space)))
-    except (ValueError, RuntimeError):  # too few trials, or all have the same value
+    except (ValueError, RuntimeError):  # too few trials, or all values are equal
         return {}
 
 
@@ -149,10 +149,10 @@ def _contour(axes: Axes, study: Study, done: list[FrozenTrial], pair: list[str],
     values = _values(done)
     for key, side in zip(pair, "xy", strict=True):
         _scale(axes, side, study, key)
-    with suppress(RuntimeError, ValueError):  # all on one line
+    with suppress(RuntimeError, ValueError):  # all points on one line
         axes.tricontourf(first, second, values, levels=12, cmap="Blues")
     dots = axes.scatter(first, second, c=values, cmap="Blues", edgecolors="black", linewidths=0.6, s=24)
     axes.figure.colorbar(dots, ax=axes, label=study.plan.monitor)
     axes.set(xlabel=names[pair[0]], ylabel=names[pair[1]])
-    axes.use_sticky_edges = False  # dots on the edge would be cut
+    axes.use_sticky_edges = False  # otherwise dots at the edge are clipped
     axes.margins(0.06)

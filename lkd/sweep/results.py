@@ -1,4 +1,4 @@
-"""What a study leaves: its best config, a table, and a page."""
+"""Output files of a study: the best config, a table and a page."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BEST, TABLE, PAGE = "best.yaml", "trials.csv", "study.html"
 
 
 def write(study: Study, with_page: bool = True) -> None:
-    """Write all three, each whole or not at all.
+    """Write the table, the best config and the page, each atomically.
 
     Args:
         study: The study.
-        with_page: Whether the page is drawn anew, too.
+        with_page: Whether to update the page.
     """
-    with study.alone():  # so that no older state takes a newer one's place
+    with study.alone():  # so that an older state does not overwrite a newer one
         trials = study.trials
         with replacing(study.folder / TABLE) as file, file.open("w", newline="", encoding="utf-8") as out:
             csv.writer(out).writerows(_table(trials, list(study.space)))
@@ -47,7 +47,7 @@ def _table(trials: Sequence[FrozenTrial], keys: Sequence[str]) -> Iterator[list[
 
 
 def best_config(study: Study, best: FrozenTrial) -> str:
-    """The config of a trial, as `lkd fit` takes it; empty if that trial's folder is not here.
+    """Return the config of a trial for `lkd fit`; empty if the folder of the trial is on another machine.
 
     Args:
         study: The study.
@@ -59,11 +59,11 @@ def best_config(study: Study, best: FrozenTrial) -> str:
         return ""
     config = {key: value for key, value in load_yaml(text).items() if key not in ("config", "ckpt_path")}
     value = f"{study.plan.monitor} {best.value:.6g}"
-    head = f"# Trial {best.number} of {study.name}: {value}. Run it: lkd fit --config {study.folder / BEST}\n"
+    head = f"# Trial {best.number} of {study.name}: {value}. Train it with: lkd fit --config {study.folder / BEST}\n"
     return head + str(yaml.safe_dump(config, sort_keys=False, width=120, allow_unicode=True))
 
 
 def checkpoint(study: Study, best: FrozenTrial) -> Path:
-    """A trial's best checkpoint."""
+    """Return the best checkpoint of a trial, or its folder if there is none."""
     found = sorted((study.trial_folder(best.number) / "version_0" / "checkpoints").glob("best*.ckpt"))
     return found[0] if found else study.trial_folder(best.number)

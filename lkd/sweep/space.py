@@ -1,4 +1,4 @@
-"""What a sweep searches: settings, each with a range or with choices."""
+"""Search space of a sweep: settings, each with a range or a list of choices."""
 
 from __future__ import annotations
 
@@ -25,22 +25,24 @@ _RANGE = ("low", "high", "step", "log")
 _HOW = "write a list of choices, or a range such as {low: 1, high: 16, log: true}"
 
 Space = dict[str, BaseDistribution]
-"""A setting's dotted name to what it may be."""
+"""Distribution of each setting, by its dotted name."""
 
 
 def read_space(files: Sequence[Path], options: Mapping[str, str], config: Mapping[str, Any]) -> Space:
-    """Read a space, and look whether the config has what it names.
+    """Read a search space, and check it against the config.
 
     Args:
-        files: YAML files: settings by their dotted names, or nested as in a config; later ones go over earlier ones.
-        options: The same from the command line: a name to YAML.
-        config: The resolved config of `lkd fit`.
+        files: YAML files with settings by their dotted names, or nested as in a config; later files override earlier
+            ones.
+        options: Settings from the command line: YAML text by dotted name.
+        config: Resolved config of `lkd fit`.
 
     Returns:
-        The settings in the order in which they were given.
+        Settings in the given order.
 
     Raises:
-        ValueError: If there is none, or one is no range and no choice, or unknown to the config.
+        ValueError: If the space is empty, or a setting is neither a range nor a list of choices, or the config does not
+            have it.
     """
     known = dict(_settings(config))
     given: dict[str, Any] = {}
@@ -50,8 +52,8 @@ def read_space(files: Sequence[Path], options: Mapping[str, str], config: Mappin
         given |= _flat({key: _read(key, text)}, known)
     if not given:
         raise ValueError(
-            "lkd sweep needs settings to search: --space FILE, or as in --space.model.init_args.distill_weight "
-            "'{low: 0.1, high: 0.9}'"
+            "lkd sweep requires settings to search: give --space FILE, or for example "
+            "--space.model.init_args.distill_weight '{low: 0.1, high: 0.9}'"
         )
     return {key: _distribution(key, wanted, _current(key, known)) for key, wanted in given.items()}
 
@@ -60,11 +62,11 @@ def _read(key: str, text: str) -> Any:
     try:
         return load_yaml(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--space.{key} is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"--space.{key} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _flat(space: Mapping[str, Any], known: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
+    """Flatten nested settings to dotted names."""
     flat: dict[str, Any] = {}
     for key, value in space.items():
         name = f"{above}{key}"
@@ -83,39 +85,42 @@ def _settings(config: Any, above: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _current(key: str, known: Mapping[str, Any]) -> Any:
-    """What the config has a setting at.
+    """Return the value of a setting in the config.
 
     Raises:
-        ValueError: If it has none of that name.
+        ValueError: If the config does not have this setting.
     """
     if key in known:
         return known[key]
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     hint = f"; did you mean {(same or nearest)[0]!r}?" if same or nearest else "; --print_config shows all settings"
-    raise ValueError(f"the space names {key!r}, which the config does not have{hint}")
+    raise ValueError(f"the config has no setting {key!r}, which the search space contains{hint}")
 
 
 def _distribution(key: str, wanted: Any, current: Any) -> BaseDistribution:
     if isinstance(wanted, list):
         choices = [_stored(choice) for choice in wanted]
         if not choices or len({repr(choice) for choice in choices}) < len(choices):
-            raise ValueError(f"the choices of {key} should be different values, got {wanted}")
+            raise ValueError(f"the choices of {key} must be distinct values, at least one, got {wanted}")
         return CategoricalDistribution(choices)
     if not isinstance(wanted, Mapping):
-        raise ValueError(f"the space has {key}: {wanted}; {_HOW}; what is fixed belongs to --config or --KEY VALUE")
+        raise ValueError(
+            f"the search space has a single value for {key}, {wanted}; {_HOW}; fixed values are set in --config or "
+            "with --KEY VALUE"
+        )
     if (unknown := set(map(str, wanted)) - set(_RANGE)) or not {"low", "high"} <= set(wanted):
-        what = f"an unknown {sorted(unknown)[0]!r}" if unknown else "no low or no high"
+        what = f"an unknown key {sorted(unknown)[0]!r}" if unknown else "no low or no high"
         raise ValueError(f"the range of {key} has {what}; {_HOW}")
     log = wanted.get("log", False)
     if not isinstance(log, bool):
-        raise ValueError(f"log of {key} should be true or false, got {log!r}")
+        raise ValueError(f"log of {key} must be true or false, got {log!r}")
     low, high = (_number(key, name, wanted[name]) for name in ("low", "high"))
     step = None if wanted.get("step") is None else _number(key, "step", wanted["step"])
     if not low < high or (log and not low > 0) or (step is not None and (log or not 0 < step <= high - low)):
         raise ValueError(
-            f"the range of {key} should have low < high, a low above 0 if log is true, and else perhaps a step that "
-            f"fits in, got {dict(wanted)}"
+            f"the range of {key} must have low < high; with log, low must be positive and step is not allowed; "
+            f"otherwise a step must be positive and at most high - low, got {dict(wanted)}"
         )
     whole = all(isinstance(number, int) for number in (low, high, step or 1))
     if whole and (current is None or (isinstance(current, int) and not isinstance(current, bool))):
@@ -124,7 +129,7 @@ def _distribution(key: str, wanted: Any, current: Any) -> BaseDistribution:
 
 
 def _stored(choice: Any) -> Any:
-    """A choice as Optuna keeps it: plain, or, if it is a class with its settings, a list or the like, its YAML."""
+    """Return a choice for Optuna: plain values unchanged, others (a class with its settings, a list) as YAML."""
     if isinstance(choice, (bool, int, float, str, type(None))):
         return choice
     return yaml.safe_dump(choice, default_flow_style=True, width=math.inf, sort_keys=False).strip()
@@ -132,20 +137,20 @@ def _stored(choice: Any) -> Any:
 
 def _number(key: str, name: str, value: Any) -> int | float:
     number = value
-    if isinstance(value, str):  # YAML takes 1e-3 for a text
+    if isinstance(value, str):  # YAML reads 1e-3 as a string
         with suppress(ValueError):
             number = float(value)
     if not isinstance(number, (int, float)) or isinstance(number, bool) or not math.isfinite(number):
-        raise ValueError(f"{name} of {key} should be a number, got {value!r}")
+        raise ValueError(f"{name} of {key} must be a finite number, got {value!r}")
     return number
 
 
 def suggest(trial: Trial, space: Space) -> dict[str, Any]:
-    """A trial's settings; of one that is taken up again, those that it has.
+    """Suggest the settings of a trial. A resumed trial keeps its settings.
 
     Args:
         trial: The trial.
-        space: The space.
+        space: Search space.
     """
     return {key: _suggested(trial, key, distribution) for key, distribution in space.items()}
 
@@ -159,10 +164,10 @@ def _suggested(trial: Trial, key: str, of: BaseDistribution) -> Any:
 
 
 def grid(space: Space) -> dict[str, list[Any]]:
-    """All values of each setting.
+    """Return all values of each setting.
 
     Raises:
-        ValueError: If a setting has no end of them.
+        ValueError: If a setting does not have a finite list of values.
     """
     return {key: list(_values(key, distribution)) for key, distribution in space.items()}
 
@@ -173,13 +178,13 @@ def _values(key: str, distribution: BaseDistribution) -> Sequence[Any]:
     if isinstance(distribution, IntDistribution) and not distribution.log:
         return range(distribution.low, distribution.high + 1, distribution.step)
     if isinstance(distribution, FloatDistribution) and distribution.step is not None:
-        steps = round((distribution.high - distribution.low) / distribution.step)  # Optuna has made high fit
+        steps = round((distribution.high - distribution.low) / distribution.step)  # Optuna adjusts high
         return [float(f"{distribution.low + number * distribution.step:.12g}") for number in range(steps + 1)]
-    raise ValueError(f"a grid needs an end of the values of {key}: give it a list of choices, or its range a step")
+    raise ValueError(f"a grid requires a finite number of values of {key}; give a list of choices or a range with step")
 
 
 def corners(space: Space) -> list[dict[str, Any]]:
-    """As few combinations as have every choice, and the ends of every range."""
+    """Return the fewest combinations that contain every choice and both ends of every range."""
     ends = [
         distribution.choices
         if isinstance(distribution, CategoricalDistribution)
@@ -191,7 +196,7 @@ def corners(space: Space) -> list[dict[str, Any]]:
 
 
 def as_arguments(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as `lkd fit` takes them on its command line."""
+    """Return settings as command-line arguments of `lkd fit`."""
     return [f"--{key}={_text(value)}" for key, value in settings.items()]
 
 
@@ -202,7 +207,7 @@ def _text(value: Any) -> str:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Each dotted name to as much of its end as tells it from the others."""
+    """Return the shortest unique suffix of each dotted name."""
     ends = {key: [".".join(key.split(".")[-length:]) for length in range(1, key.count(".") + 2)] for key in keys}
     return {
         key: next((end for end in own if not any(end in ends[other] for other in keys if other != key)), key)

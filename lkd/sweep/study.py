@@ -1,4 +1,4 @@
-"""A study: its trials in a storage, shared by all processes that work at it."""
+"""Study: trials in a storage that is shared by all processes of a search."""
 
 from __future__ import annotations
 
@@ -25,48 +25,48 @@ from lkd.sweep.space import Space, grid, suggest
 
 _FACTS, _PLACE, REASON = "lkd: made of", "lkd: place", "lkd: reason"
 _FREE = ("ckpt_path", "config", "last_checkpoint", "trainer.default_root_dir", "trainer.enable_", "trainer.log_every")
-"""Settings that change nothing in a trial's value."""
+"""Settings that do not affect the value of a trial."""
 _SPACE = "the space's "
 _PATIENCE = 60.0  # seconds that SQLite waits for another process
 
 
 class Claim(NamedTuple):
-    """A trial that this process, and no other, works at.
+    """Trial that is assigned to this process exclusively.
 
     Args:
         trial: The trial.
-        settings: Its settings, by their dotted names.
-        goes_on: Whether a process has begun it that is gone.
-        lock: What keeps it, to be closed.
+        settings: Settings of the trial, by their dotted names.
+        resumed: Whether the trial was started by another process, which has ended.
+        lock: File descriptor of the lock, to be closed.
     """
 
     trial: Trial
     settings: dict[str, Any]
-    goes_on: bool
+    resumed: bool
     lock: int | None
 
 
 class Study:
-    """The trials of one search, and who works at which.
+    """Trials of a search, and their assignment to processes.
 
-    Each trial has a folder with a lock, which its process keeps and the system gives back when that process is gone,
-    however it ended. Trials are begun and taken up under the lock of the study's folder. So processes that share the
-    folder never work at the same trial, nor begin more than are wanted.
+    Each trial has a folder with a lock. The process of the trial holds the lock, and the operating system releases it
+    when this process ends in any way. Trials are started and resumed under the lock of the study's folder. Therefore,
+    processes that share the folder never train the same trial, and never start more trials than requested.
 
-    What a new trial tries is drawn by its number and what was measured before it: a study that was interrupted goes on
-    as one that was not.
+    The settings of a new trial are sampled from its number and the results of earlier trials, so an interrupted study
+    resumes exactly.
 
     Args:
-        plan: What all trials have in common.
-        space: What they differ in.
-        options: What the sweep was asked for.
+        plan: Settings that all trials have in common.
+        space: Search space.
+        options: Options of the sweep.
 
     Attributes:
-        name: The run's and the study's.
-        folder: Where all of it lies.
+        name: Name of the run, followed by that of the study.
+        folder: Folder of the study.
 
     Raises:
-        ValueError: If there is a study of that name that is another one, or trials without their study.
+        ValueError: If a different study of this name exists, or there are trials without a study.
     """
 
     def __init__(self, plan: Plan, space: Space, options: Options) -> None:
@@ -81,7 +81,7 @@ class Study:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Wait until no other process changes the study or its files, and keep it so."""
+        """Hold the lock of the study, so that no other process changes the study or its files."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             import fcntl
@@ -93,13 +93,13 @@ class Study:
             yield
 
     def _open(self, facts: dict[str, Any]) -> None:
-        """Find the study, or make it."""
+        """Load the study, or create it."""
         if self.name not in optuna.study.get_all_study_names(self._storage) and (
             left := sorted(self.folder.glob("trial_*"))
         ):
             raise ValueError(
-                f"{left[0]} is of a study that {self.folder} has no trace of; give its --storage, another --study "
-                f"NAME, or remove {self.folder}"
+                f"{left[0]} belongs to a study that is not in this storage; give the --storage of that study or "
+                f"another --study NAME, or remove {self.folder}"
             )
         direction: Literal["minimize", "maximize"] = "minimize" if self.plan.mode == "min" else "maximize"
         study = optuna.create_study(
@@ -111,44 +111,44 @@ class Study:
         elif changes := list(_changes(begun, facts)):
             more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
             raise ValueError(
-                f"the study in {self.folder} was begun with {', '.join(changes[:4])}{more}; take that of then, give "
-                "another --study NAME, or remove the folder if it is of no use"
+                f"the study in {self.folder} was started with {', '.join(changes[:4])}{more}; restore these settings, "
+                "give another --study NAME, or remove the folder if you no longer need it"
             )
 
     def _study(self, number: int = 0) -> optuna.Study:
-        """The study, as it draws the trial of a number."""
+        """Return the Optuna study with the sampler for a trial number."""
         sampler = _sampler(self._options.sampler, self.space, self._options.seed, number)
         return optuna.load_study(study_name=self.name, storage=self._storage, sampler=sampler, pruner=self._pruner)
 
     @property
     def optuna(self) -> optuna.Study:
-        """The study as Optuna has it."""
+        """Study object of Optuna."""
         return self._study()
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """All that have been begun, by their numbers."""
+        """All started trials, ordered by number."""
         return self._study().get_trials(deepcopy=False)
 
     @property
     def best(self) -> FrozenTrial | None:
-        """The best that is complete; of several, the first."""
+        """Best completed trial, the first one in case of a tie; None if no trial is complete."""
         done = [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
         sign = 1 if self.plan.mode == "min" else -1
         return min(done, key=lambda trial: sign * float(trial.value or 0.0), default=None)
 
     def trial_folder(self, number: int) -> Path:
-        """Where a trial's runs lie."""
+        """Return the folder of a trial."""
         return self.folder / f"trial_{number:04}"
 
     def claim(self, total: int) -> Claim | None:
-        """Take up a trial whose process is gone, or begin one.
+        """Assign an interrupted trial or a new trial to this process.
 
         Args:
-            total: How many there are to be.
+            total: Total number of trials.
 
         Returns:
-            The trial; None if all are done, or others work at them.
+            The trial; None if all trials are finished or assigned to other processes.
         """
         with self.alone():
             trials = self.trials
@@ -163,21 +163,21 @@ class Study:
             return None
         try:
             lock = locked(self.trial_folder(left.number))
-        except ValueError:  # another process has it
+        except ValueError:  # locked by another process
             return None
-        if lock is None and not forced:  # who knows
+        if lock is None and not forced:  # no locks here, so its process may be running
             return None
         trial = Trial(self._study(left.number), left._trial_id)
         claim = Claim(trial, suggest(trial, self.space), True, lock)
         if left.number in self._options.give_up:
-            self.finish(claim, Outcome(TrialState.FAIL, reason="given up by --give_up"))
+            self.finish(claim, Outcome(TrialState.FAIL, reason="marked as failed by --give_up"))
             return None
         trial.set_user_attr(_PLACE, self._place)
         return claim
 
     def _begun(self) -> Claim:
         study_id = self._storage.get_study_id_from_name(self.name)
-        # at one stroke with its place: whoever sees it knows whose it is
+        # created together with its place, so other processes always see to whom it is assigned
         new = create_trial(state=TrialState.RUNNING, user_attrs={_PLACE: self._place})
         trial_id = self._storage.create_new_trial(study_id, template_trial=new)
         number = self._storage.get_trial(trial_id).number
@@ -186,10 +186,10 @@ class Study:
         return Claim(trial, suggest(trial, self.space), False, lock)
 
     def finish(self, claim: Claim, outcome: Outcome) -> None:
-        """Write down what a trial has come to, and give it back."""
+        """Store the result of a trial, and release it."""
         trial = claim.trial
-        if self._storage.get_trial(trial._trial_id).state.is_finished():  # taken over, though this process was alive
-            print(f"trial {trial.number} has been finished by another process; its value stays", flush=True)
+        if self._storage.get_trial(trial._trial_id).state.is_finished():  # taken over while this process was running
+            print(f"trial {trial.number} was already finished by another process, whose value is kept", flush=True)
         else:
             if outcome.reason:
                 trial.set_user_attr(REASON, outcome.reason)
@@ -198,18 +198,22 @@ class Study:
 
     @staticmethod
     def give_back(claim: Claim) -> None:
-        """Let others take the trial up."""
+        """Release the lock, so that other processes can resume the trial."""
         if claim.lock is not None:
             os.close(claim.lock)
 
     def elsewhere(self, trial: FrozenTrial) -> str:
-        """Where a trial runs, if that is somewhere else than here."""
+        """Return the machine and folder of a trial; empty if they are those of this process."""
         place = str(trial.user_attrs.get(_PLACE, "an unknown place"))
         return "" if place == self._place else place
 
 
 def _storage(given: str | None, folder: Path) -> BaseStorage:
-    """SQLite is whole after a kill and a power cut; on a network's disk, where its locks fail, a journal is better."""
+    """Open the storage of a study.
+
+    SQLite files survive kills and power failures. On network file systems, where SQLite's locks are unreliable, a
+    journal file is preferable.
+    """
     given = given or f"sqlite:///{folder / 'study.db'}"
     if "://" not in given:
         path = Path(given)
@@ -220,13 +224,13 @@ def _storage(given: str | None, folder: Path) -> BaseStorage:
     waits = {"connect_args": {"timeout": _PATIENCE}} if given.startswith("sqlite") else {}
     try:
         return get_storage(RDBStorage(given, engine_kwargs=waits))
-    except Exception as error:  # whatever a database's driver raises, if there is one
+    except Exception as error:  # database drivers may be missing or raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"--storage {given} cannot be opened: {reason}") from error
 
 
 def _sampler(kind: str, space: Space, seed: int, number: int) -> BaseSampler:
-    """What draws the trial of a number, by that number: a new process would else draw the first ones again."""
+    """Return the sampler for a trial number, seeded by this number; otherwise a new process would repeat samples."""
     if kind == "grid":
         return _Grid(grid(space), seed=seed)
     seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
@@ -234,10 +238,10 @@ def _sampler(kind: str, space: Space, seed: int, number: int) -> BaseSampler:
 
 
 class _Grid(GridSampler):
-    """Optuna's: a trial's number is its cell's."""
+    """Grid sampler in which the number of a trial is the number of its cell."""
 
     def after_trial(self, *_: Any) -> None:
-        """Nothing: Optuna's stops its own loop here, and this is none of its loops."""
+        """Do not stop the study; the base class would, but `Study.claim` limits the number of trials."""
 
 
 def _pruner(kind: str, plan: Plan) -> BasePruner:
@@ -249,7 +253,7 @@ def _pruner(kind: str, plan: Plan) -> BasePruner:
 
 
 def _facts(plan: Plan, space: Space, options: Options) -> dict[str, Any]:
-    """What the trials of a study are made of, by name."""
+    """Return the settings that determine the trials of a study, by name."""
     searched = tuple(f"{key}." for key in space)
     config = {key: value for key, value in _leaves(plan.config) if not f"{key}.".startswith((*_FREE, *searched))}
     ranges = {f"{_SPACE}{key}": _shown(distribution) for key, distribution in space.items()}
@@ -271,7 +275,7 @@ def _shown(distribution: BaseDistribution) -> str:
 
 
 def _changes(begun: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What differs, for a sentence; a config may have got settings, and lost some, with a newer lkd."""
+    """Yield descriptions of changed settings; settings that a newer lkd added or removed are ignored."""
     for name in {**now, **begun}:
         both = name in begun and name in now
         if (both or name.startswith(_SPACE)) and begun.get(name) != now.get(name):

@@ -82,7 +82,7 @@ def test_resume_begins_and_goes_on() -> None:
 
 def test_resume_or_a_checkpoint(capsys) -> None:
     assert main([*FIT, "--resume", "--ckpt_path", "last"]) == 2
-    assert "leave out --resume or --ckpt_path" in capsys.readouterr().err
+    assert "remove either --resume or --ckpt_path" in capsys.readouterr().err
     assert main(["test", "--resume"]) == 2
 
 

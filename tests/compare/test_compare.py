@@ -78,7 +78,7 @@ def test_runs_are_compared(runs, capsys) -> None:
     assert main(["compare", str(runs / "digits" / "kd"), f"alone={runs / 'digits' / 'student'}", *QUICK]) == 0
     shown = capsys.readouterr().out
     folder = Path("runs/compare/version_0")
-    assert f"page:    {folder}/comparison.html" in shown
+    assert f"Report:      {folder}/comparison.html" in shown
     found = json.loads((folder / "comparison.json").read_text())
     assert list(found["networks"]) == ["teacher", "kd", "alone"]
     assert found["teacher"] == "teacher"
@@ -204,7 +204,7 @@ def test_a_dict_is_not_normalised_otherwise_in_silence(tiny, data) -> None:
         return Batch({"image": batch.input}, batch.target)
 
     own = Candidate("a", Dict(), Normalization((0.1,) * 3, (1.0,) * 3), unpack=unpack)
-    with pytest.raises(ValueError, match="its input is no tensor"):
+    with pytest.raises(ValueError, match="its input is not a tensor"):
         compare([own], data, seconds=0.01, accelerator="cpu")
     plain = Candidate("a", Dict(), Normalization(data.mean, data.std), unpack=unpack)
     assert compare([plain], data, seconds=0.01, accelerator="cpu").figures["a"].top1.total == 24
@@ -235,12 +235,12 @@ def test_many_classes(tmp_path) -> None:
 
 def test_networks_that_do_not_fit(tiny, data) -> None:
     for candidates, teacher, says in (
-        ([], None, "need names of their own, got none"),
-        ([Candidate("a", tiny()), Candidate("a", tiny())], None, "names of their own, got a, a"),
+        ([], None, "must have unique names, got none"),
+        ([Candidate("a", tiny()), Candidate("a", tiny())], None, "must have unique names, got a, a"),
         ([Candidate("a", tiny())], "b", "must be one of the networks a, got 'b'"),
-        ([Candidate("a", tiny(num_classes=3))], None, "a answers with the shape"),
-        ([Candidate("a", tiny()), Candidate("b", tiny(num_classes=5))], None, "compare networks of the same classes"),
-        ([Candidate("a", tiny(in_channels=1))], None, "a cannot take this data's input"),
+        ([Candidate("a", tiny(num_classes=3))], None, "a returns logits of shape"),
+        ([Candidate("a", tiny()), Candidate("b", tiny(num_classes=5))], None, "compare networks with the same classes"),
+        ([Candidate("a", tiny(in_channels=1))], None, "a does not accept the input of this data"),
     ):
         with pytest.raises(ValueError, match=says):
             compare(candidates, data, teacher, seconds=0.01, accelerator="cpu")
@@ -249,7 +249,7 @@ def test_networks_that_do_not_fit(tiny, data) -> None:
 def test_a_normalization_needs_the_datas(tiny, data) -> None:
     own = Candidate("a", tiny(), Normalization((0.0,) * 3, (1.0,) * 3))
     data.mean = None
-    with pytest.raises(ValueError, match="does not tell its mean and std"):
+    with pytest.raises(ValueError, match="does not provide mean and std"):
         compare([own], _without_statistics(data), seconds=0.01, accelerator="cpu")
 
 
@@ -280,7 +280,7 @@ def test_answers_that_are_not_finite(tiny, data) -> None:
     broken = tiny()
     with torch.no_grad():
         next(broken.parameters()).fill_(float("nan"))
-    with pytest.raises(ValueError, match="broken answers with logits that are not finite"):
+    with pytest.raises(ValueError, match="the logits of broken are not finite"):
         compare([Candidate("broken", broken)], data, seconds=0.01, accelerator="cpu")
 
 
@@ -294,7 +294,7 @@ def test_a_checkpoint_with_an_equals_sign(runs, tmp_path) -> None:
 
 def test_other_validation_images_are_told(runs) -> None:
     own = ["--data=lkd.DigitsDataModule", "--data.split_seed=5", "--split=val"]
-    with pytest.warns(UserWarning, match="kd was trained with split_seed 0, and is measured with 5"):
+    with pytest.warns(UserWarning, match="kd was trained with split_seed 0, but is evaluated with 5"):
         main(["compare", str(runs / "digits" / "kd"), *own, *QUICK])
 
 
@@ -342,7 +342,7 @@ def test_runs_that_differ_only_by_seed_are_one_method(runs, tmp_path, capsys, mo
     assert "All 15 pairs of trained networks" in page
     assert "compares two trained networks on these images, not two methods" in page
     trained = load_trained(str(kd))
-    with pytest.warns(UserWarning, match="again has the settings and the seed of kd, so it does not count"):
+    with pytest.warns(UserWarning, match="again has the same settings and seed as kd, so it does not count"):
         assert methods_of({"kd": trained, "again": trained}) == {}
 
 
@@ -356,29 +356,31 @@ def test_class_names_are_those_of_the_training(runs, tmp_path, recwarn) -> None:
     assert main(["compare", str(same), str(other), "--data=lkd.DigitsDataModule", *QUICK]) == 0
     (said,) = [str(warning.message) for warning in recwarn if "class" in str(warning.message)]
     assert said == (
-        "other was trained with the classes a, b, c, d, e and 5 more, and is measured with 0, 1, 2, 3, 4 and 5 more"
+        "other was trained with the classes a, b, c, d, e and 5 more, but is evaluated with 0, 1, 2, 3, 4 and 5 more"
     )
 
 
 def test_mistakes(answer, runs) -> None:
-    assert "needs runs, or networks in a --config" in answer()
+    assert "requires runs, or networks in a --config" in answer()
     assert "there is no runs/digits/nothing" in answer("runs/digits/nothing")
     kd = str(runs / "digits" / "kd")
-    assert "each run needs a name of its own" in answer(kd, kd)
+    assert "each run must have a unique name" in answer(kd, kd)
     assert "write NAME=PLACE" in answer(f"={kd}")
     assert "must be one of the networks kd, got 'other'" in answer(kd, "--teacher=other")
     assert "batch_sizes and seconds must be positive" in answer(kd, "--batch_sizes=[0]")
     assert "lkd compare has no setting 'teachr'; did you mean 'teacher'?" in answer(kd, "--teachr=x")
-    assert "lkd compare has no setting 'model'; it has " in answer(kd, "--config", "digits/kd")
+    assert "lkd compare has no setting 'model'; available: " in answer(kd, "--config", "digits/kd")
     assert "there is no config 'nothing.yaml'" in answer("--config", "nothing.yaml")
     assert "no images in its val split" in answer(kd, "--split=val", "--data=lkd.DigitsDataModule", "--data.val_size=0")
     named = ["--networks.a.class_path=lkd.models.resnet8", "--networks.a.init_args.num_classes=10"]
-    assert "'num_classes' is set of a network that has not been named" in answer(kd, *named)
-    assert "normalization is for networks of the config" in answer(kd, "--normalization.x={mean: [0.], std: [1.]}")
+    assert "'num_classes' is set for a network without class_path" in answer(kd, *named)
+    assert "normalization applies only to the networks of the config" in answer(
+        kd, "--normalization.x={mean: [0.], std: [1.]}"
+    )
 
 
 def test_a_run_on_other_data_is_told(runs, capsys) -> None:
-    with pytest.warns(UserWarning, match="kd was trained on DigitsDataModule, and is measured on SyntheticDataModule"):
+    with pytest.warns(UserWarning, match="kd was trained on DigitsDataModule, but is evaluated on SyntheticDataModule"):
         main(
             [
                 "compare",

@@ -215,13 +215,13 @@ def test_the_card(done) -> None:
     (result,) = found["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == pytest.approx(done.metrics["test/acc"], abs=1e-6)
     for words in (
-        "5,142 parameters",
+        "10 classes and 5,142 parameters",
         "| teacher | `lkd.models.resnet8` `{num_classes: 10, in_channels: 1, shortcut: B}` |",
         "| teacher_ckpt | `lkd:digits_resnet8` |",
         "| criterion | `lkd.losses.KD` `{temperature: 4.0}` |",
         "| distill_weight | `0.9` |",
         f"| acc | {done.metrics['test/acc']:.4f} |",
-        f"trained by lkd {__version__}",
+        f"trained with lkd {__version__}",
         "mean `[0.3057]` and std `[0.3762]`",
     ):
         assert words in text
@@ -236,9 +236,7 @@ def test_a_file_that_answers_otherwise_is_not_left(run, tmp_path, monkeypatch, a
         return lambda image: answer(image) + apart
 
     monkeypatch.setitem(WRITERS, "torch", (file, otherwise))
-    with pytest.raises(
-        ValueError, match=r"model.pt2 does not answer as the checkpoint does: over 359 .*nothing is exp"
-    ):
+    with pytest.raises(ValueError, match=r"model.pt2 does not reproduce the checkpoint: on 359 .*nothing was exp"):
         export(run, tmp_path / "out" / "here", ["safetensors", "torch"])
     assert not list((tmp_path / "out").iterdir())
 
@@ -275,7 +273,7 @@ def test_only_what_is_asked_for(run, tmp_path, capsys, monkeypatch) -> None:
     assert main(["export", run, "--format", "safetensors,torch", "--output", "out", "--images", "300"]) == 0
     assert {path.name for path in Path("out").iterdir()} == {*FILES[:2], "preprocessing.json", CARD}
     shown = capsys.readouterr().out
-    assert "on 300 test images" in shown
+    assert "Compared on 300 test images" in shown
     assert "model.pt2" in shown
 
 
@@ -283,14 +281,14 @@ def test_an_export_is_not_lost(run, answer) -> None:
     small = (run, "--format", "safetensors", "--output", "out")
     assert main(["export", *small]) == 0
     before = Path("out/model.safetensors").stat().st_mtime_ns
-    assert answer(*small) == "out has an export already; give another --output, or --overwrite to replace it"
+    assert answer(*small) == "out already contains an export; use another --output, or --overwrite to replace it"
     assert Path("out/model.safetensors").stat().st_mtime_ns == before
     assert main(["export", *small, "--overwrite"]) == 0
     assert Path("out/model.safetensors").stat().st_mtime_ns > before
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
     said = answer(run, "--format", "safetensors", "--output", "mine", "--overwrite")
-    assert said == "mine is there, and no export of lkd's; give a new folder as --output"
+    assert said == "mine exists but is not an export of lkd; use a new folder as --output"
     assert {path.name for path in Path().iterdir()} >= {"mine", "out"}
     assert not [path for path in Path().iterdir() if path.name.startswith(".")]
 
@@ -299,7 +297,7 @@ def test_files_that_are_no_exports_own_are_not_lost(run, answer) -> None:
     small = (run, "--format", "safetensors", "--output", "out")
     assert main(["export", *small]) == 0
     Path("out/NOTES.md").write_text("mine")
-    assert "out has 'NOTES.md', which is no export's" in answer(*small, "--overwrite")
+    assert "out contains 'NOTES.md', which is not part of an export" in answer(*small, "--overwrite")
     assert Path("out/NOTES.md").read_text() == "mine"
 
 
@@ -318,15 +316,15 @@ def test_a_data_modules_hooks_are_kept(distill) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "lkd export needs a checkpoint, or the folder of a run, first; see 'lkd export --help'"),
+        ([], "lkd export requires a checkpoint or the folder of a run as its first argument; see 'lkd export --help'"),
         (["nowhere"], "there is no nowhere; give a checkpoint, or the folder of a run or of runs"),
         (
             ["RUN", "--format", "onx"],
-            "--format takes safetensors, torch, onnx, or several with commas between, got 'onx'",
+            "--format must be safetensors, torch, onnx, or several of them separated by commas, got 'onx'",
         ),
-        (["RUN", "--format", "torch", "onnx"], "several formats with commas between, got 'onnx'"),
-        (["RUN", "--int8", "--format", "torch"], "--int8 is for ONNX alone, torch's programs stay float32"),
-        (["RUN", "--images", "0"], "--images takes a number of test images from 1 on, got 0"),
+        (["RUN", "--format", "torch", "onnx"], "separate several formats by commas; unexpected argument 'onnx'"),
+        (["RUN", "--int8", "--format", "torch"], "--int8 is only available for ONNX; add onnx to --format"),
+        (["RUN", "--images", "0"], "--images must be at least 1, got 0"),
         (["RUN", "--output", "out", "--licence", "mit"], "no option --licence; did you mean --license?"),
         (["RUN", "--output", "out", "--nothing=1"], "lkd has no setting 'nothing'"),
     ],
@@ -338,7 +336,7 @@ def test_mistakes_get_one_sentence(run, answer, args, words) -> None:
 def test_a_missing_extra_is_named(run, answer, monkeypatch) -> None:
     monkeypatch.setattr("lkd.export.files.find_spec", lambda name: None if name == "onnxscript" else name)
     assert answer(run, "--output", "out") == (
-        "--format onnx needs onnxscript, which is not installed; pip install 'lkd[onnx]', or take "
+        "--format onnx requires onnxscript, which is not installed; pip install 'lkd[onnx]', or use "
         "--format safetensors,torch"
     )
     assert not Path("out").exists()
@@ -407,7 +405,7 @@ def test_a_network_that_cannot_be_traced(tmp_path, answer) -> None:
     run = fit_own(tmp_path, "Choosy")
     said = answer(run, "--format", "torch", "--output", "out")
     assert said.startswith("torch.export cannot trace Choosy for batches of any size (Could not guard")
-    assert said.endswith("--format safetensors writes its weights alone")
+    assert said.endswith("use --format safetensors to export only its weights")
     assert not Path("out").exists()
     assert main(["export", run, "--format", "safetensors", "--output", "out"]) == 0
 
@@ -473,8 +471,8 @@ def test_a_network_with_more_outputs_than_the_data_has_classes(tmp_path, monkeyp
     assert facts["class_names"] == [*animals, *"456789"]
     assert (facts["num_outputs"], facts["num_classes"]) == (10, 4)
     card = (done.folder / CARD).read_text()
-    assert "An image classifier of 4 classes, " in card
-    assert "The network has 10 outputs, and the data of this run 4 classes: the outputs from 4 on had no" in card
+    assert "An image classifier with 4 classes and " in card
+    assert "The network has 10 outputs, but the data of this run has 4 classes: the outputs from 4 on had no" in card
     monkeypatch.chdir(done.folder)
     Path("image.png").write_bytes((tmp_path / "animals/test/bee/0.png").read_bytes())
     found = list(_executed(card))

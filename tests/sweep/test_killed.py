@@ -52,10 +52,10 @@ def test_a_killed_search_goes_on_as_one_left_alone(tmp_path, whole, fault: str, 
     life = _live(tmp_path, THREE, fault)
     assert life.code == code, life.text
     assert _states(tmp_path) == begun
-    assert ("interrupted; go on with: lkd sweep --config=small.yaml" in life.text) == (code > 0)
+    assert ("interrupted; resume with: lkd sweep --config=small.yaml" in life.text) == (code > 0)
     life = _live(tmp_path, THREE)
     assert life.code == 0, life.text
-    assert f"trial {len(begun) - 1} was interrupted, and " in life.text
+    assert f"trial {len(begun) - 1} was interrupted; " in life.text
     assert table(tmp_path / FOLDER) == whole
     assert len(whole) == 3
     runs = sorted(str(run.relative_to(tmp_path / FOLDER)) for run in (tmp_path / FOLDER).glob("trial_*/version_*"))
@@ -102,24 +102,24 @@ def _done(*_: object) -> fitting.Outcome:
 
 def test_what_another_machine_has_left(left, sweep, capsys, monkeypatch) -> None:
     assert (
-        "interrupted; go on with: lkd sweep --config=small.yaml --space=space.yaml --trials=3"
+        "interrupted; resume with: lkd sweep --config=small.yaml --space=space.yaml --trials=3"
         in capsys.readouterr().out
     )
     monkeypatch.setattr(fitting, "train", _done)
     code, said = sweep("--trials=3")
     assert code == 0
     assert "3 trials: 1 running, 2 complete" in said
-    assert "trial 0 is another process's at elsewhere:" in said
-    assert "if nobody works at it any more: --take_over 0" in said
+    assert "trial 0 is assigned to another process at elsewhere:" in said
+    assert "if that process has ended, use --take_over 0" in said
     code, said = sweep("--trials=3", "--take_over=0")
-    assert "trial 0 was interrupted, and begins again" in said
+    assert "trial 0 was interrupted; restarting from the beginning" in said
     assert "3 trials: 3 complete" in said
 
 
 def test_what_ends_its_process_each_time_can_be_given_up(left, sweep, monkeypatch) -> None:
     monkeypatch.setattr(fitting, "train", _done)
     assert "3 trials: 1 failed, 2 complete" in sweep("--trials=3", "--give_up=0")[1]
-    assert [row["reason"] for row in table()] == ["given up by --give_up", "", ""]
+    assert [row["reason"] for row in table()] == ["marked as failed by --give_up", "", ""]
 
 
 def test_a_trial_that_somebody_else_has_finished_meanwhile(sweep, monkeypatch) -> None:
@@ -131,5 +131,5 @@ def test_a_trial_that_somebody_else_has_finished_meanwhile(sweep, monkeypatch) -
     monkeypatch.setattr(fitting, "train", train)
     code, said = sweep("--trials=1")
     assert code == 0
-    assert "trial 0 has been finished by another process" in said
+    assert "trial 0 was already finished by another process" in said
     assert [row["value"] for row in table()] == ["0.25"]

@@ -82,7 +82,7 @@ def _eager() -> optuna.pruners.BasePruner:
 def test_the_least_loss_is_best(sweep) -> None:
     code, said = sweep("--monitor=val/loss", "--trials=2", "--trainer.max_epochs=1")
     assert code == 0
-    assert "the least val/loss is best" in said
+    assert "minimizing val/loss" in said
     least = min(float(row["value"]) for row in table())
     assert f"val/loss {least:.5g}" in said.split("best: ")[1]
 
@@ -103,7 +103,7 @@ def test_another_search_of_the_same_name_is_refused(sweep) -> None:
     assert sweep(*short, "--trainer.max_epochs=1")[0] == 0
     code, said = sweep(*short)
     assert code == 2
-    assert "was begun with trainer.max_epochs 1 (now 2); take that of then, give another --study NAME" in said
+    assert "was started with trainer.max_epochs 1 (now 2); restore these settings, give another --study NAME" in said
     assert sweep(*short, "--trainer.max_epochs=1", "--trainer.log_every_n_steps=5")[0] == 0  # changes no value
     assert "cannot monitor 'val/accc': no such metric" in sweep(*short, "--study=other", "--monitor=val/accc")[1]
 
@@ -111,7 +111,7 @@ def test_another_search_of_the_same_name_is_refused(sweep) -> None:
 def test_what_fails_each_time_ends_it(sweep) -> None:
     code, said = sweep("--trials=20", "--trainer.max_epochs=1", "--model.init_args.optimizer.init_args.lr=1e30")
     assert code == 2
-    assert "3 trials have failed in the same way: the loss is not finite" in said
+    assert "3 trials failed in the same way: the loss is not finite" in said
     assert len(table()) == 3
 
 
@@ -119,23 +119,23 @@ def test_what_fails_each_time_ends_it(sweep) -> None:
     ("args", "said"),
     [
         (["--trails=3"], "lkd sweep has no option --trails; did you mean --trials?"),
-        (["--trials=0"], "--trials takes a whole number from 1 on, got '0'"),
-        (["--trials=many"], "--trials takes a whole number"),
-        (["--sampler=gird"], "--sampler has no 'gird'; did you mean 'grid'?"),
+        (["--trials=0"], "--trials must be an integer of at least 1, got '0'"),
+        (["--trials=many"], "--trials must be an integer"),
+        (["--sampler=gird"], "--sampler must be one of tpe, random, grid, got 'gird'; did you mean 'grid'?"),
         (["--pruner=medain"], "did you mean 'median'?"),
-        (["--study=a/b"], "--study names a folder"),
-        (["--study=version_0"], "--study names a folder"),
-        (["--resume"], "lkd sweep takes no --resume"),
+        (["--study=a/b"], "--study must be a folder name"),
+        (["--study=version_0"], "--study must be a folder name"),
+        (["--resume"], "lkd sweep does not accept --resume"),
         (["--space=spice.yaml"], "there is no config 'spice.yaml'"),
         (["--space.model.init_args.distill_wieght=[1, 2]"], "did you mean 'model.init_args.distill_weight'?"),
         ([f"--space.{T}=[1, warm]"], "criterion"),
-        ([f"--{W}=0.3"], f"{W} is searched by the space, and set on the command line"),
-        (["--sampler=grid"], f"a grid needs an end of the values of {T}"),
-        (["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"], "leave trainer.logger to lkd"),
-        (["--trainer.enable_checkpointing=false"], "there would be none"),
-        (["--checkpoint.save_top_k=0"], "there would be none"),
-        (["--trainer.fast_dev_run=true"], "there would be none"),
-        (["--checkpoint.dirpath=here"], "leave checkpoint.dirpath out"),
+        ([f"--{W}=0.3"], f"{W} is both in the search space and set on the command line"),
+        (["--sampler=grid"], f"a grid requires a finite number of values of {T}"),
+        (["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"], "remove trainer.logger or set it to false"),
+        (["--trainer.enable_checkpointing=false"], "none would be saved"),
+        (["--checkpoint.save_top_k=0"], "none would be saved"),
+        (["--trainer.fast_dev_run=true"], "none would be saved"),
+        (["--checkpoint.dirpath=here"], "remove checkpoint.dirpath"),
         (["--trainer.devices=2"], "trains each trial in one process"),
         (["--storage=nodb://x"], "--storage nodb://x cannot be opened"),
         (["--model.init_args.studnet=3"], "student"),
@@ -162,7 +162,7 @@ def test_a_trial_whose_best_another_curve_chooses_is_refused(sweep) -> None:
     features = ["--config=methods/backbone_kd", *short]
     code, said = sweep("--trials=3", *features, space=False)
     assert code == 2
-    assert "val/acc is not logged, as the loss does not train the logits; give --monitor val/backbonekd" in said
+    assert "val/acc is not logged because the loss does not train the logits; use --monitor val/backbonekd" in said
     code, said = sweep("--trials=1", *features, "--study=other", "--monitor=val/backbonekd", space=False)
     assert code == 0
-    assert "the least val/backbonekd is best" in said
+    assert "minimizing val/backbonekd" in said

@@ -48,17 +48,17 @@ def test_what_stands_for_what(wanted: str, found: object) -> None:
         ("model.init_args.wieght: [1, 2]", "did you mean 'model.init_args.weight'?"),
         ("init_args.layers: [1, 2]", "did you mean 'model.init_args.layers'?"),
         ("model.init_args.weight: 3", "write a list of choices, or a range"),
-        ("model.init_args.weight: {lo: 1, high: 2}", "has an unknown 'lo'"),
+        ("model.init_args.weight: {lo: 1, high: 2}", "has an unknown key 'lo'"),
         ("model.init_args.weight: {low: 1}", "has no low or no high"),
-        ("model.init_args.weight: {low: 2, high: 1}", "should have low < high"),
-        ("model.init_args.weight: {low: 0, high: 1, log: true}", "a low above 0 if log"),
-        ("model.init_args.weight: {low: 1, high: 2, log: true, step: 0.5}", "else perhaps a step"),
-        ("model.init_args.weight: {low: 1, high: 2, log: yes please}", "log of model.init_args.weight should be true"),
-        ("model.init_args.weight: {low: a, high: 2}", "should be a number, got 'a'"),
-        ("model.init_args.weight: {low: .nan, high: 2}", "should be a number, got nan"),
-        ("model.init_args.weight: []", "should be different values"),
-        ("model.init_args.weight: [1, 1]", "should be different values"),
-        ("{}", "needs settings to search"),
+        ("model.init_args.weight: {low: 2, high: 1}", "must have low < high"),
+        ("model.init_args.weight: {low: 0, high: 1, log: true}", "with log, low must be positive"),
+        ("model.init_args.weight: {low: 1, high: 2, log: true, step: 0.5}", "and step is not allowed"),
+        ("model.init_args.weight: {low: 1, high: 2, log: yes please}", "log of model.init_args.weight must be true"),
+        ("model.init_args.weight: {low: a, high: 2}", "must be a finite number, got 'a'"),
+        ("model.init_args.weight: {low: .nan, high: 2}", "must be a finite number, got nan"),
+        ("model.init_args.weight: []", "must be distinct values"),
+        ("model.init_args.weight: [1, 1]", "must be distinct values"),
+        ("{}", "requires settings to search"),
     ],
 )
 def test_mistakes(wanted: str, said: str) -> None:
@@ -69,7 +69,7 @@ def test_mistakes(wanted: str, said: str) -> None:
 def test_later_ones_go_over_earlier_ones() -> None:
     found = _read("model.init_args.weight: [1, 2]", **{"model.init_args.weight": "[3]"})
     assert found == {"model.init_args.weight": CategoricalDistribution([3])}
-    with pytest.raises(ValueError, match=r"--space\.model\.init_args\.weight is no YAML"):
+    with pytest.raises(ValueError, match=r"--space\.model\.init_args\.weight is not valid YAML"):
         _read("{}", **{"model.init_args.weight": "[3"})
 
 
@@ -79,7 +79,7 @@ def test_grid_and_corners() -> None:
     assert [list(row.values()) for row in corners(space)] == [[0.0, 2], [0.3, 3], [0.0, 5]]
     whole = _read("model.init_args.layers: {low: 2, high: 8, step: 3}")
     assert list(grid(whole).values()) == [[2, 5, 8]]
-    with pytest.raises(ValueError, match="a grid needs an end of the values"):
+    with pytest.raises(ValueError, match="a grid requires a finite number of values"):
         grid(_read("model.init_args.weight: {low: 0, high: 1}"))
 
 

@@ -106,7 +106,7 @@ def test_another_search_of_the_same_name_is_refused(search, args: list[str], set
 def test_trials_without_their_study_are_not_taken_for_a_new_ones(search) -> None:
     search(1)
     (FOLDER / "study.db").unlink()
-    with pytest.raises(ValueError, match="is of a study that"):
+    with pytest.raises(ValueError, match="belongs to a study that is not in this storage"):
         _study()
 
 
