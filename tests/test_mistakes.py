@@ -309,7 +309,7 @@ def test_image_folders(answer) -> None:
     Path("tree/train/cat").mkdir()
     Path("tree/train/dog").mkdir()
     says = _folder(answer, _images("test/cat/0.png", "test/dog/0.png"))
-    assert "no images in the class folders cat, dog of tree/train" in says
+    assert "no images in these class folders of tree/train: cat, dog" in says
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -23,8 +23,8 @@ def load_yaml(text: Any, load: Callable[[Any], Any] = yaml.safe_load) -> Any:
         load: Function that parses the text after it was checked.
 
     Raises:
-        yaml.YAMLError: If the text is not valid YAML, is too large when expanded, or has a duplicate key or a value that
-            cannot be read.
+        yaml.YAMLError: If the text is not valid YAML, is too large when expanded, or has a duplicate key or an
+            unreadable value.
     """
     try:
         if len(text) > _LONGEST:

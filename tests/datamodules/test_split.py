@@ -97,5 +97,5 @@ def test_each_class_gives_as_many_and_fewer_are_among_them():
 @pytest.mark.parametrize(("number", "rarest"), [(0, "class 0 has 3"), (4, "class 0 has 3"), (1, "none has a label")])
 def test_more_of_each_class_than_there_are_is_refused(number, rarest):
     target = torch.full((4,), IGNORE_INDEX) if "none" in rarest else targets(3, 5)
-    with pytest.raises(ValueError, match=rf"no more than a class has training images \({rarest}\), got {number}"):
+    with pytest.raises(ValueError, match=rf"training images of the smallest class \({rarest}\), got {number}"):
         of_each_class(target, number, 0)
