@@ -263,7 +263,7 @@ def test_label_out_of_range(answer, kind, monkeypatch) -> None:
     monkeypatch.syspath_prepend(Path.cwd())
     config = ["--config", "pairs/digits", "--config", "methods/kd"]
     says = answer("fit", *config, f"--data=labels_{kind.lower()}.{kind}", *SHORT)
-    assert ("has label 10" if kind == "Known" else "a label is out of range") in says
+    assert ("such as 10" if kind == "Known" else "a label is out of range") in says
     assert "0 to 9" in says or "0..9" in says
 
 

@@ -119,7 +119,7 @@ class ArchiveDataModule(ImageDataModule):
             self.read(train, download=True)
 
     def prepare_data(self) -> None:
-        """Download the archive, unless a folder of image files exists. Such a folder is decoded."""
+        """Download the archive, unless a folder of image files exists; its images are decoded instead."""
         if self.download and self.tree() is None:
             with self._explained():
                 self.fetch()

@@ -170,7 +170,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             dataset.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
     def teardown(self, stage: str) -> None:
-        """Free the memory on the GPU."""
+        """Release the GPU memory."""
         self._on_device.clear()
         self._batch_graph = None
 
@@ -283,11 +283,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def _open(self, split: Split) -> tuple[ImageSource, Tensor]:
         source = self.make_dataset(split)
         if source is None:
-            raise ValueError(f"{type(self).__name__}.make_dataset({split!r}) must return a data set, got None")
+            raise ValueError(f"{type(self).__name__}.make_dataset({split!r}) must return a dataset, got None")
         return source, self._targets(split, source)
 
     def _targets(self, split: str, source: ImageSource) -> Tensor:
-        """The class of every image, without reading the images if the source has `targets`."""
+        """Return the class of every image, without reading the images if the source has `targets`."""
         where = f"the {split} split of {type(self).__name__}"
         if len(source) == 0:
             raise ValueError(f"{where} has no images")
@@ -305,9 +305,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         wrong = target[((target < 0) | (target >= self.num_classes)) & (target != IGNORE_INDEX)]
         if len(wrong):
             raise ValueError(
-                f"{where} has label {int(wrong[0])}, and {len(wrong)} of its {len(target)} labels are "
-                f"outside the {self.num_classes} classes, 0 to {self.num_classes - 1}; correct the labels or "
-                f"num_classes, or mark images without a label by {IGNORE_INDEX}"
+                f"{where} has {len(wrong)} of {len(target)} labels outside the {self.num_classes} classes 0 to "
+                f"{self.num_classes - 1}, such as {int(wrong[0])}; correct the labels or num_classes, or use "
+                f"{IGNORE_INDEX} for images without a label"
             )
         return target
 

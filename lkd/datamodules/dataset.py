@@ -31,8 +31,8 @@ _MODES = {1: "L", 3: "RGB"}
 class ImageError(ValueError):
     """Raised if an image cannot be read.
 
-    A DataLoader worker passes its whole traceback as the message of a new exception of this class; only the last
-    sentence of it is kept.
+    A DataLoader worker re-raises this exception with its whole traceback as the message; only the original message is
+    kept.
     """
 
     def __init__(self, message: str) -> None:
@@ -40,7 +40,7 @@ class ImageError(ValueError):
 
 
 class ImageDataset(Dataset[Batch]):
-    """Images of a source, prepared for a network. Indexing with the keys of a batch returns a `Batch`.
+    """Dataset that prepares images of a source for a network. Indexing with the keys of a batch returns a `Batch`.
 
     An image is a pure function of (seed, epoch, index in the source). The part of it in `view` runs on any device.
 

@@ -57,8 +57,8 @@ class EpochSampler(DistributedSampler[int]):
         rank: Rank of this process.
         shuffle: Whether the order is random.
         seed: Seed of the random order.
-        padded: Whether all processes get the same number of samples. Otherwise some get one less, as in prediction.
-        order: Fixed order without shuffling, as positions `(N,)`, int64; `None` for the order of the dataset.
+        padded: Whether all processes get the same number of samples. Otherwise some get one fewer, as in prediction.
+        order: Fixed order, used without shuffling: positions `(N,)`, int64. `None` for the order of the dataset.
 
     Attributes:
         begin: Number of this process's samples to skip, because a resumed epoch has already processed them.

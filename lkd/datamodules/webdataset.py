@@ -32,8 +32,8 @@ from lkd.datamodules.transforms.views import ClassPartner, Views
 from lkd.types import IGNORE_INDEX, Batch, Normalization
 
 _SHARD, _TURN = 2**32, 2**20
-"""Factors of an image's number, of which its random numbers are a function: that of its shard times `_SHARD`, plus its
-position in the shard. If a shard is read again in an epoch, its number is increased by a multiple of `_TURN`."""
+"""Factors in the number of an image, which determines its random numbers: shard number * `_SHARD` + position in the
+shard. Each time a shard is read again in the same epoch, `_TURN` is added to its number."""
 
 
 class WebDatasetDataModule(L.LightningDataModule):
@@ -47,7 +47,7 @@ class WebDatasetDataModule(L.LightningDataModule):
     buffer of `shuffle_size` images. An epoch consists of `train_size` images, with the same number of batches in each
     process. Workers with fewer images repeat their shards; workers with more skip the rest. The order is a function of
     (seed, epoch, number of processes and workers), and the augmentation of an image is a function of (seed, epoch,
-    image). A run that is resumed mid-epoch starts that epoch's images from the beginning.
+    image). A run that is resumed mid-epoch reads the first images of that epoch again.
 
     In evaluation, each process reads all shards and decodes its share of the images, so each image counts once. If the
     trainer limits the number of batches, the first ones are evaluated, so each shard should contain images of all
@@ -143,7 +143,7 @@ class WebDatasetDataModule(L.LightningDataModule):
         shards, steps = self._of("train"), self.train_size // (self.batch_size * processes)
         if len(shards) < processes:
             raise ValueError(
-                f"each of {processes} processes needs its own training shard, got {len(shards)}; use smaller shards"
+                f"each of {processes} processes needs its own training shard, got {len(shards)}; use more, smaller ones"
             )
         if steps == 0:
             raise ValueError(

@@ -76,7 +76,7 @@ class FeatureTaps:
         self._features.clear()
 
     def outputs(self, logits: Tensor) -> Outputs:
-        """Combine logits with the features of the forward pass since `clear`, whoever called the network.
+        """Combine logits with the features collected since `clear`, regardless of who called the network.
 
         Args:
             logits: The logits.

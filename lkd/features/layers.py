@@ -16,7 +16,7 @@ GROUPS = "@stem, @stages, @stage1, @stage2, ..., @last_stage, @preacts, @preact1
 
 
 class FeatureLayers(NamedTuple):
-    """Names of the layers of a network that distillation methods refer to.
+    """Names of the layers that distillation methods refer to, for one network.
 
     A network declares them in an attribute `feature_layers`. Criteria refer to them as `@stem`, `@stages`, ... (see
     `resolve_layers`), so that one setting is valid for all networks.
@@ -83,7 +83,7 @@ def feature_layers(network: nn.Module) -> FeatureLayers:
 
 
 _RESNET = ("layer1", "layer2", "layer3", "layer4")
-_POOLINGS = ("avgpool", "global_pool", "head.global_pool")  # torchvision's, and timm's two
+_POOLINGS = ("avgpool", "global_pool", "head.global_pool")  # one in torchvision, two in timm
 _TIMM_STEM = re.compile(r"(conv_)?stem(\.|$)|(act|bn|conv)\d$|layer0$|features\.norm0$")
 _CHANNELS_LAST = ("VOLO", "VisionTransformerSAM")  # other networks of timm declare it in output_fmt
 
@@ -96,7 +96,7 @@ def _pools_all(layer: nn.Module | None) -> bool:
 
 
 def _resnet_layers(network: nn.Module, guess: FeatureLayers) -> FeatureLayers:
-    """Return the layers of ResNets of torchvision, and of timm, which has one activation per sum under other names."""
+    """Return the layers of ResNets from torchvision or timm. The latter have a named activation after each sum."""
     last = {stage: list(network.get_submodule(stage).named_children())[-1] for stage in _RESNET}
     preacts, norms = [], []
     for stage, (number, block) in last.items():

@@ -9,7 +9,7 @@ import yaml
 
 from lkd.io.refused import Node, UntrustedError, said, shown, weigh
 
-_LONGEST = 2**20  # characters; lkd's own longest config has 4,000
+_LONGEST = 2**20  # characters; the longest config of lkd has 4,000
 _LARGEST = 10**5  # values, with aliases expanded
 _DEEPEST = 100
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -227,8 +227,8 @@ def test_a_label_out_of_range_is_named(label):
     source = tensors()
     source.tensors[1][:4] = label
     message = (
-        f"the train split of Given has label {label}, and 4 of its 30 labels are outside the 3 classes, "
-        "0 to 2; correct the labels or num_classes"
+        f"the train split of Given has 4 of 30 labels outside the 3 classes 0 to 2, such as {label}; "
+        "correct the labels or num_classes"
     )
     with pytest.raises(ValueError, match=message):
         Given(source).setup("fit")
@@ -262,7 +262,7 @@ def test_mistakes_are_answered():
     fails("val_size 2 leaves no validation image of class 2", val_size=2)
     fails("RandomResizedCrop must be the first transform in augment", augment=[RandomCrop(1), RandomResizedCrop()])
     fails("CenterCrop must be the first transform in augment", augment=[RandomResizedCrop(), CenterCrop()])
-    fails(r"must return a data set, got None", train=None)
+    fails(r"must return a dataset, got None", train=None)
     floats = TensorDataset(torch.rand(5, 1, 4, 4), torch.zeros(5))
     fails(r"must have uint8 images \(N, C, H, W\), got torch.float32 \(5, 1, 4, 4\)", TypeError, train=floats)
     with pytest.raises(ValueError, match=r"Given has no train images yet; call prepare_data\(\) and setup\(\)"):

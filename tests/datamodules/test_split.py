@@ -46,7 +46,7 @@ def test_samples_without_a_label_are_not_chosen():
 
 @pytest.mark.parametrize("size", [-0.1, -3, 30, 31, 2.5, 0.001, 0.999])
 def test_impossible_sizes_are_refused(size):
-    message = f"val_size must be a fraction between 0 and 1 .* below the 30 images .* got {size}"
+    message = f"val_size must be a fraction between 0 and 1, .* below 30 .* got {size}"
     with pytest.raises(ValueError, match=message):
         stratified(targets(15, 15), size, 0)
 

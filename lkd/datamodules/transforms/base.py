@@ -227,7 +227,7 @@ class RandomResizedCrop(ImageTransform):
         return self.reduced(image, (image.height, image.width), size, draws)
 
     def least(self, full: tuple[int, int], size: tuple[int, int], draws: Tensor) -> tuple[int, int]:
-        """Return a size at which the chosen part has the target size, or all its pixels."""
+        """Return the size at which the chosen part has the target size; this may exceed the full size."""
         _, _, height, width = self.box(*full, draws)
         return -(-full[0] * size[0] // height), -(-full[1] * size[1] // width)
 

@@ -164,7 +164,7 @@ class Mix(ABC):
 def _another(among: Tensor, index: Tensor, draw: Tensor) -> Tensor:
     """Choose one of the other images with equal probability; the image itself if there is no other."""
     last = len(among) - 1
-    chosen = among[(draw * last).long()]  # of all but the last, which stands in for the image itself
+    chosen = among[(draw * last).long()]  # from all but the last, which replaces the image itself
     return torch.where(chosen == index, among[last], chosen)
 
 

@@ -18,7 +18,7 @@ from lkd.types import IGNORE_INDEX, Batch
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One view of the images of a batch: a specification from which the dataset makes it.
+    """Specification of one view of the images of a batch, from which the dataset creates it.
 
     Args:
         index: Positions of the images in the source `(B,)`, int64.
@@ -77,7 +77,7 @@ class Views(ABC):
             classes: Finds other images of the same class.
         """
 
-    def check(self, shape: tuple[int, int, int]) -> None:  # noqa: B027  # most take any
+    def check(self, shape: tuple[int, int, int]) -> None:  # noqa: B027  # most views support any shape
         """Check that views can be made of images.
 
         Args:
@@ -130,7 +130,7 @@ class RotatedViews(Views):
 
 @dataclass(frozen=True)
 class ClassPartner(Views):
-    """Two views: the image, and another training image of the same class, chosen anew in each epoch.
+    """Two views: the image, and another training image of the same class, drawn again in each epoch.
 
     The partner has its own index and no label, so it is not classified. An image without a label, or the only one of
     its class, is its own partner under another augmentation.
