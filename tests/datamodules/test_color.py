@@ -138,7 +138,7 @@ def test_the_input_stays_as_it_is():
     ("make", "message"),
     [
         (lambda: ColorJitter(brightness=-0.1), "ColorJitter: brightness must be 0 or more, or a range"),
-        (lambda: ColorJitter(saturation=(2.0, 1.0)), "needs a saturation of 0 or more, or a range"),
+        (lambda: ColorJitter(saturation=(2.0, 1.0)), "saturation must be 0 or more, or a range"),
         (
             lambda: ColorJitter(hue=0.6),
             "ColorJitter: hue must be between 0 and 0.5, or a range in -0.5 to 0.5, got 0.6",

@@ -72,7 +72,7 @@ def test_so_many_labels_of_each_class() -> None:
 
 
 def test_impossible_numbers_of_labels_are_told() -> None:
-    with pytest.raises(ValueError, match=r"labels_per_class must be 1 or more.*\(class 8 has 125\), got 200"):
+    with pytest.raises(ValueError, match=r"labels_per_class must be between 1 and .*\(class 8 has 125\), got 200"):
         digits(labels_per_class=200)
     with pytest.raises(ValueError, match=r"labels_per_class must be between 1 and .*, got 0"):
         digits(labels_per_class=0)
