@@ -110,10 +110,7 @@ class WebDatasetDataModule(L.LightningDataModule):
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names has {len(class_names)} names, but there are {num_classes} classes")
         if isinstance(views, ClassPartner):
-            raise ValueError(
-                "ClassPartner requires random access to the images of a class, which shards do not provide; use "
-                "other views or another data module"
-            )
+            raise ValueError("ClassPartner requires random access to images, which shards lack; use other views")
         self.patterns = {"train": train, "val": val, "test": test}
         self.num_classes, self.train_size = num_classes, train_size
         self.batch_size, self.num_workers, self.shuffle_size = batch_size, num_workers, shuffle_size
