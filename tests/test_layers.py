@@ -63,7 +63,9 @@ def test_layers_without_a_tensor_and_without_a_call() -> None:
 
 
 def test_no_convolution() -> None:
-    with pytest.raises(ValueError, match=r"Sequential has no convolution that tells how many .*; give an example"):
+    with pytest.raises(
+        ValueError, match=r"input channels of Sequential is unknown, .* no convolution; provide an example"
+    ):
         layer_names(nn.Sequential(nn.Linear(2, 2)))
 
 
@@ -170,10 +172,10 @@ def test_map_of_torchvision_s_networks(name: str) -> None:
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["@stages"], "it is not known which layers @stages of Sequential are; name them"),
-        (["@stage9"], "it is not known which layers @stage9"),
-        (["@stage0"], "it is not known which layers @stage0"),
-        (["@tail"], "there is no group of layers '@tail'; there are @stem, @stages"),
+        (["@stages"], "the layers @stages of Sequential are unknown; specify layer names"),
+        (["@stage9"], "the layers @stage9 of Sequential are unknown"),
+        (["@stage0"], "the layers @stage0 of Sequential are unknown"),
+        (["@tail"], "unknown group of layers '@tail'; available: @stem, @stages"),
     ],
 )
 def test_unknown_groups(names: list[str], says: str) -> None:

@@ -152,7 +152,7 @@ def test_a_network_in_the_current_folder() -> None:
         ),
         (
             ["torch.nn.Linear", "--in_features=3", "--out_features=2"],
-            "Linear has no convolution that tells how many channels its images have; give an example (lkd layers: ",
+            "the number of input channels of Linear is unknown, because it has no convolution; provide an example",
         ),
         (["--config", "digits/kdd"], "there is no config 'digits/kdd'"),
         (["--config", "digits/kd", "--model.init_args.studnet=3"], "has no setting 'studnet'; did you mean 'student'?"),

@@ -72,7 +72,7 @@ def test_predictions_for_a_folder(trained, capsys, recwarn) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "message"),
-    [("nowhere", "there is no folder nowhere; give one with images in it"), ("empty", "no images in empty")],
+    [("nowhere", "folder nowhere not found; expected a folder that contains images"), ("empty", "no images in empty")],
 )
 def test_folders_without_images(folder, message, capsys) -> None:
     Path("empty").mkdir()
@@ -86,7 +86,7 @@ def test_images_need_a_checkpoint_and_data_that_tells_how_it_prepares_them(capsy
     Image.new("RGB", (8, 8)).save("new/a.png")
     assert main(["predict", "--images", "new", "--config=digits/teacher", *CPU]) == 2
     assert "lkd predict needs a checkpoint" in capsys.readouterr().err
-    with pytest.raises(TypeError, match="LightningDataModule does not tell how it prepares an image"):
+    with pytest.raises(TypeError, match="the preprocessing of LightningDataModule is unknown"):
         lkd.datamodules.NewImages("new", lkd.datamodules.base.L.LightningDataModule())
 
 

@@ -63,10 +63,12 @@ def test_tensors_come_back(kept: tuple[Path, dict[str, torch.Tensor]], recwarn: 
 
 
 def test_made_from_something_else(kept: tuple[Path, dict[str, torch.Tensor]]) -> None:
-    with pytest.warns(UserWarning, match=r"kept.safetensors is not used, and made anew: .* another teacher and seed"):
+    with pytest.warns(
+        UserWarning, match=r"kept.safetensors is ignored and will be recreated: .* different inputs: teacher, seed"
+    ):
         assert load_tensors(kept[0], {"teacher": "b", "seed": "1"}) is None
     for wanted in ({"teacher": "a"}, {**MADE_FROM, "dtype": "half"}):
-        with pytest.warns(UserWarning, match=r"made anew: it was made from another (seed|dtype)$"):
+        with pytest.warns(UserWarning, match=r"will be recreated: it was created with different inputs: (seed|dtype)$"):
             assert load_tensors(kept[0], wanted) is None
 
 
@@ -74,7 +76,7 @@ def test_made_from_something_else(kept: tuple[Path, dict[str, torch.Tensor]]) ->
 def test_a_file_cut_short(kept: tuple[Path, dict[str, torch.Tensor]], share: float) -> None:
     content = kept[0].read_bytes()
     kept[0].write_bytes(content[: int(share * len(content))])
-    with pytest.warns(UserWarning, match="made anew"):
+    with pytest.warns(UserWarning, match="will be recreated"):
         assert load_tensors(kept[0], MADE_FROM) is None
 
 
@@ -96,7 +98,7 @@ def test_a_file_of_noise(kept: tuple[Path, dict[str, torch.Tensor]]) -> None:
     generator = torch.Generator().manual_seed(0)
     for size in (1, 8, 100, 5000):
         kept[0].write_bytes(bytes(torch.randint(256, (size,), generator=generator).tolist()))
-        with pytest.warns(UserWarning, match="made anew"):
+        with pytest.warns(UserWarning, match="will be recreated"):
             assert load_tensors(kept[0], MADE_FROM) is None
 
 

@@ -1,4 +1,4 @@
-"""Images for training, validation and test, as Lightning data modules."""
+"""Lightning data modules for image classification."""
 
 from lkd.datamodules.archives import (
     ArchiveDataModule,

@@ -1,4 +1,4 @@
-"""Data sets that torchvision downloads; each can also be read from a folder of image files."""
+"""Datasets that torchvision downloads. Each can also be read from a folder of image files."""
 
 from __future__ import annotations
 
@@ -33,35 +33,41 @@ willow_tree wolf woman worm
 
 
 class ArchiveDataModule(ImageDataModule):
-    """A published data set, downloaded into a folder.
+    """Base class of published datasets that can be downloaded.
 
-    If it has images in `train/<class>/` and `test/<class>/` (or `val/<class>/`), these are read instead.
+    If the folder contains images in `train/<class>/` and `test/<class>/` (or `val/<class>/`), these are read instead of
+    the archive.
 
     Args:
-        root: The folder.
-        download: Whether to download what is missing.
-        batch_size: Images in a batch, in each process.
-        num_workers: Processes that read images; by default none for data in memory, else up to 4.
-        val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
-        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all, 0: none.
-        drop_unlabelled: Leave the others out of training; otherwise they stay, without a label, for the teacher.
-        split_seed: Seed of these choices; not the run's, so that teacher and students agree.
-        seed: Seed of order and augmentation; by default the run's.
-        augment: Random changes of training images; by default the data set's usual ones, `[]` for none.
-        mean: Mean of each channel, of pixels in [0, 1]; by default the data set's.
-        std: Standard deviation of each channel; by default the data set's.
-        views: Which views of each training image a batch has; by default the image alone.
-        mix: How each training image is mixed with another one; by default not at all.
-        resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
-        unreadable: Whether an image file that cannot be read ends the run, when it is met (`fail`), or is left out
-            before the training (`skip`); the other images keep their index.
-        labels_per_class: In place of `label_size`: how many training images of each class keep their label.
-        extra: Training images from elsewhere, beside the data set's own; with `label_size` 0 and `drop_unlabelled`
-            instead of them. See `UnlabelledFolder`, `DeepInversion`.
+        root: Folder of the dataset.
+        download: Whether to download the dataset if it is missing.
+        batch_size: Number of images per batch in each process.
+        num_workers: Number of processes that load images; by default 0 for images in memory, otherwise up to 4.
+        val_size: Fraction (below 1) or number of training images held out for validation, stratified by class; 0 for
+            none.
+        label_size: Fraction (below 1) or number of training images that keep their label, stratified by class; 1.0 for
+            all, 0 for none.
+        drop_unlabelled: Exclude training images without a label. Otherwise they remain and are supervised by the
+            teacher alone.
+        split_seed: Seed of the splits above. It is independent of the run's seed, so that teacher and students use the
+            same split.
+        seed: Seed of the order and the augmentation; by default the seed of the run.
+        augment: Augmentation of training images; by default the usual one for the dataset, `[]` for none.
+        mean: Mean of each channel for pixels in [0, 1]; by default that of the dataset.
+        std: Standard deviation of each channel; by default that of the dataset.
+        views: Views of each training image in a batch; by default a single one.
+        mix: Mixing of each training image with another one (`Mixup`, `CutMix`); by default none.
+        resident_limit: Maximum size in bytes of a dataset that is decoded once and held in memory instead of being
+            decoded in every epoch; 0 disables this.
+        unreadable: What to do with image files that cannot be read: `fail` raises an error when such a file is
+            encountered; `skip` excludes these files before training, and the other images keep their index.
+        labels_per_class: Number of training images per class that keep their label; an alternative to `label_size`.
+        extra: Additional training images from another source (`UnlabelledFolder`, `DeepInversion`). With `label_size` 0
+            and `drop_unlabelled`, they replace those of the dataset.
 
     Attributes:
-        title: Name of the data set.
-        archives: What to put where, if it cannot be downloaded; `{root}` stands for the folder.
+        title: Name of the dataset.
+        archives: Names, sources and target folder of the archives for a manual download; `{root}` stands for `root`.
     """
 
     title: ClassVar[str]
@@ -96,58 +102,58 @@ class ArchiveDataModule(ImageDataModule):
 
     @abstractmethod
     def read(self, train: bool, download: bool) -> ImageSource:
-        """Opens the archive.
+        """Open the archive.
 
         Args:
-            train: Training images instead of test images.
-            download: Whether to download it.
+            train: Whether to return the training images or the test images.
+            download: Whether to download the archive.
         """
 
     def tree(self) -> Path | None:
-        """The folder of image files, if there is one."""
+        """Return the folder of image files, or `None` if there is none."""
         return Path(self.root) if (Path(self.root) / "train").is_dir() else None
 
     def fetch(self) -> None:
-        """Downloads the archive into the folder."""
+        """Download the archive into the folder."""
         for train in (True, False):
             self.read(train, download=True)
 
     def prepare_data(self) -> None:
-        """Downloads the archive, unless there is a folder of image files, which is then decoded."""
+        """Download the archive, unless a folder of image files exists; its images are decoded instead."""
         if self.download and self.tree() is None:
             with self._explained():
                 self.fetch()
         super().prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Finds the classes in a folder of image files, and opens the splits that a stage needs."""
+        """Find the classes of a folder of image files, and open the splits that a stage needs."""
         tree = self.tree()
         if tree is not None:
             self.class_names = self._classes(tree / "train")
         super().setup(stage)
 
     def _classes(self, folder: Path) -> tuple[str, ...]:
-        """The names of the class folders, in the order of the data set's classes where they tell it."""
+        """Return the class names of the folder, in the class order of the dataset if it is known."""
         found = class_folders(folder)
         if len(found) != self.num_classes:
             raise ValueError(
-                f"{folder} has {len(found)} class folders, {self.title} has {self.num_classes} classes; "
-                "for other images use ImageFolderDataModule, or set another root"
+                f"{folder} has {len(found)} class folders, but {self.title} has {self.num_classes} classes; "
+                "use ImageFolderDataModule for other images, or set another root"
             )
         if set(found) == set(self.class_names):
             return self.class_names
         if all(name.isdecimal() for name in found):
             return tuple(sorted(found, key=int))
-        if set(found) & set(self.class_names):  # sorted, they would be in another order, with which no teacher agrees
+        if set(found) & set(self.class_names):  # sorting would change the class order, which must match the teacher's
             unknown, missing = sorted(set(found) - set(self.class_names)), sorted(set(self.class_names) - set(found))
             raise ValueError(
-                f"{folder} has class folders that {self.title} does not: {few(unknown)}; rename them to "
-                f"{few(missing)}, or all folders to the classes' numbers, 0 to {self.num_classes - 1}"
+                f"{folder} has class folders that are not classes of {self.title}: {few(unknown)}; rename them to "
+                f"{few(missing)}, or rename all folders to the class numbers 0 to {self.num_classes - 1}"
             )
         return found
 
     def make_dataset(self, split: Split) -> ImageSource | None:
-        """See `ImageDataModule.make_dataset`."""
+        """Open the images of a split; see `ImageDataModule.make_dataset`."""
         tree = self.tree()
         if tree is not None:
             folder = split_folder(tree, split)
@@ -161,11 +167,11 @@ class ArchiveDataModule(ImageDataModule):
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, RuntimeError) as error:  # URLError, or RuntimeError when all mirrors failed
-            reason = " ".join(str(error).split())[:200] if self.download else "download is off"
+        except (OSError, RuntimeError) as error:  # URLError, or RuntimeError if all mirrors fail
+            reason = " ".join(str(error).split())[:200] if self.download else "download is disabled"
             archives = self.archives.format(root=self.root)
             raise FileNotFoundError(
-                f"{self.title} is not in {self.root} ({reason}); put {archives}, or set root to a folder "
+                f"{self.title} was not found in {self.root} ({reason}); put {archives}, or set root to a folder "
                 "with images in train/<class>/ and test/<class>/; configs/digits/kd.yaml needs no download"
             ) from error
 
@@ -175,7 +181,7 @@ def _in_memory(images: Any, targets: Any) -> TensorDataset:
 
 
 class CIFAR10DataModule(ArchiveDataModule):
-    """CIFAR-10: 60,000 colour images, 32x32 pixels, 10 classes.
+    """CIFAR-10: 60,000 color images of 32x32 pixels in 10 classes.
 
     References:
         Krizhevsky: Learning multiple layers of features from tiny images (2009).
@@ -201,17 +207,17 @@ class CIFAR10DataModule(ArchiveDataModule):
     std = (0.2470, 0.2435, 0.2616)
 
     def default_augment(self) -> list[ImageTransform | BatchTransform]:
-        """Shifts by up to four pixels, and mirror images."""
+        """Return shifts by up to four pixels and horizontal flips."""
         return [RandomCrop(padding=4), RandomHorizontalFlip()]
 
     def read(self, train: bool, download: bool) -> ImageSource:
-        """See `ArchiveDataModule.read`."""
+        """Read the archive; see `ArchiveDataModule.read`."""
         data = torchvision.datasets.CIFAR10(self.root, train=train, download=download)
         return _in_memory(data.data.transpose(0, 3, 1, 2), data.targets)
 
 
 class CIFAR100DataModule(CIFAR10DataModule):
-    """CIFAR-100: 60,000 colour images, 32x32 pixels, 100 classes.
+    """CIFAR-100: 60,000 color images of 32x32 pixels in 100 classes.
 
     References:
         Krizhevsky: Learning multiple layers of features from tiny images (2009).
@@ -225,13 +231,13 @@ class CIFAR100DataModule(CIFAR10DataModule):
     std = (0.2675, 0.2565, 0.2761)
 
     def read(self, train: bool, download: bool) -> ImageSource:
-        """See `ArchiveDataModule.read`."""
+        """Read the archive; see `ArchiveDataModule.read`."""
         data = torchvision.datasets.CIFAR100(self.root, train=train, download=download)
         return _in_memory(data.data.transpose(0, 3, 1, 2), data.targets)
 
 
 class MNISTDataModule(ArchiveDataModule):
-    """MNIST: 70,000 gray images of handwritten digits, 28x28 pixels.
+    """MNIST: 70,000 grayscale images of handwritten digits, 28x28 pixels.
 
     References:
         LeCun, Bottou, Bengio, Haffner: Gradient-based learning applied to document recognition (1998).
@@ -249,17 +255,17 @@ class MNISTDataModule(ArchiveDataModule):
     std = (0.3081,)
 
     def default_augment(self) -> list[ImageTransform | BatchTransform]:
-        """Shifts by up to two pixels."""
+        """Return shifts by up to two pixels."""
         return [RandomCrop(padding=2)]
 
     def read(self, train: bool, download: bool) -> ImageSource:
-        """See `ArchiveDataModule.read`."""
+        """Read the archive; see `ArchiveDataModule.read`."""
         data = torchvision.datasets.MNIST(self.root, train=train, download=download)
         return _in_memory(data.data.unsqueeze(1), data.targets)
 
 
 class FashionMNISTDataModule(MNISTDataModule):
-    """Fashion-MNIST: 70,000 gray images of clothes, 28x28 pixels, 10 classes.
+    """Fashion-MNIST: 70,000 grayscale images of clothes, 28x28 pixels, in 10 classes.
 
     References:
         Xiao, Rasul, Vollgraf: Fashion-MNIST (2017), arXiv:1708.07747.
@@ -278,17 +284,17 @@ class FashionMNISTDataModule(MNISTDataModule):
     std = (0.3530,)
 
     def default_augment(self) -> list[ImageTransform | BatchTransform]:
-        """Shifts by up to two pixels, and mirror images."""
+        """Return shifts by up to two pixels and horizontal flips."""
         return [RandomCrop(padding=2), RandomHorizontalFlip()]
 
     def read(self, train: bool, download: bool) -> ImageSource:
-        """See `ArchiveDataModule.read`."""
+        """Read the archive; see `ArchiveDataModule.read`."""
         data = torchvision.datasets.FashionMNIST(self.root, train=train, download=download)
         return _in_memory(data.data.unsqueeze(1), data.targets)
 
 
 class SVHNDataModule(ArchiveDataModule):
-    """Street View House Numbers: 99,289 colour images of digits, 32x32 pixels.
+    """Street View House Numbers: 99,289 color images of digits, 32x32 pixels.
 
     References:
         Netzer et al.: Reading digits in natural images with unsupervised feature learning (2011).
@@ -303,17 +309,17 @@ class SVHNDataModule(ArchiveDataModule):
     std = (0.1980, 0.2010, 0.1970)
 
     def default_augment(self) -> list[ImageTransform | BatchTransform]:
-        """Shifts by up to four pixels."""
+        """Return shifts by up to four pixels."""
         return [RandomCrop(padding=4)]
 
     def read(self, train: bool, download: bool) -> ImageSource:
-        """See `ArchiveDataModule.read`."""
+        """Read the archive; see `ArchiveDataModule.read`."""
         data = torchvision.datasets.SVHN(self.root, split="train" if train else "test", download=download)
         return _in_memory(data.data, data.labels)
 
 
 class STL10DataModule(ArchiveDataModule):
-    """STL-10: 13,000 labelled colour images, 96x96 pixels, 10 classes; the unlabelled ones are not used.
+    """STL-10: 13,000 labelled color images of 96x96 pixels in 10 classes. Its unlabelled images are not used.
 
     References:
         Coates, Lee, Ng: An analysis of single-layer networks in unsupervised feature learning (2011).
@@ -328,10 +334,10 @@ class STL10DataModule(ArchiveDataModule):
     std = (0.2603, 0.2566, 0.2713)
 
     def default_augment(self) -> list[ImageTransform | BatchTransform]:
-        """Shifts by up to twelve pixels, and mirror images."""
+        """Return shifts by up to twelve pixels and horizontal flips."""
         return [RandomCrop(padding=12), RandomHorizontalFlip()]
 
     def read(self, train: bool, download: bool) -> ImageSource:
-        """See `ArchiveDataModule.read`."""
+        """Read the archive; see `ArchiveDataModule.read`."""
         data = torchvision.datasets.STL10(self.root, split="train" if train else "test", download=download)
         return _in_memory(data.data, data.labels)

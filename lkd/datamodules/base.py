@@ -1,4 +1,4 @@
-"""What all data modules share: splits, loaders, seeds and checks."""
+"""Base class of the data modules: splits, data loaders, seeds and checks."""
 
 from __future__ import annotations
 
@@ -34,47 +34,51 @@ Split = Literal["train", "val", "test"]
 
 
 class ImageDataModule(L.LightningDataModule, ABC):
-    """Images for training, validation and test.
+    """Base class of data modules with images for training, validation and test.
 
-    A concrete one sets the attributes below and overrides `make_dataset`. Validation images are cut from the
-    training images, unless `make_dataset("val")` returns some. Order and augmentation are a function of
-    (seed, epoch, index of the image), whatever the batch size and the number of workers and processes. Where the
-    trainer limits the batches of validation or test, they hold a random choice of the images, which depends on
-    `split_seed` alone: it is the same in every epoch and every run. Predictions keep the data set's order.
+    Subclasses set the attributes below and override `make_dataset`. Validation images are held out of the training
+    images, unless `make_dataset("val")` returns some. Order and augmentation are a function of (seed, epoch, index of
+    the image), independent of the batch size and the number of workers and processes. If the trainer limits the number
+    of validation or test batches, they contain a random subset, which depends only on `split_seed` and is hence the
+    same in every epoch and run. Predictions are in the order of the dataset.
 
-    Images that are not in memory, and are brought to size without randomness, are decoded once, if they fit. Image
-    files are then kept decoded in the cache folder (`$LKD_CACHE`, by default `~/.cache/lkd`); what is there may be
-    deleted at any time. On a GPU, images in memory that take no more than a quarter of what is free there are copied to
-    it, and batches are made there.
+    Images that are not in memory and are resized without randomness are decoded once, if they fit. Decoded image files
+    are cached on disk (`$LKD_CACHE`, by default `~/.cache/lkd`); the cache may be deleted at any time. Images in memory
+    that require at most a quarter of the free memory of a GPU are copied to it, and batches are created there.
 
     Args:
-        batch_size: Images in a batch, in each process.
-        num_workers: Processes that read images; by default none for data in memory, else up to 4.
-        val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
-        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all, 0: none.
-        drop_unlabelled: Leave the others out of training; otherwise they stay, without a label, for the teacher.
-        split_seed: Seed of these choices; not the run's, so that teacher and students agree.
-        seed: Seed of order and augmentation; by default the run's.
-        augment: Random changes of training images; by default the data set's usual ones, `[]` for none.
-        mean: Mean of each channel, of pixels in [0, 1]; by default the data set's.
-        std: Standard deviation of each channel; by default the data set's.
-        views: Which views of each training image a batch has; by default the image alone.
-        mix: How each training image is mixed with another one; by default not at all.
-        resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
-        unreadable: Whether an image file that cannot be read ends the run, when it is met (`fail`), or is left out
-            before the training (`skip`); the other images keep their index.
-        labels_per_class: In place of `label_size`: how many training images of each class keep their label.
-        extra: Training images from elsewhere, beside the data set's own; with `label_size` 0 and `drop_unlabelled`
-            instead of them. See `UnlabelledFolder`, `DeepInversion`.
+        batch_size: Number of images per batch in each process.
+        num_workers: Number of processes that load images; by default 0 for images in memory, otherwise up to 4.
+        val_size: Fraction (below 1) or number of training images held out for validation, stratified by class; 0 for
+            none.
+        label_size: Fraction (below 1) or number of training images that keep their label, stratified by class; 1.0 for
+            all, 0 for none.
+        drop_unlabelled: Exclude training images without a label. Otherwise they remain and are supervised by the
+            teacher alone.
+        split_seed: Seed of the splits above. It is independent of the run's seed, so that teacher and students use the
+            same split.
+        seed: Seed of the order and the augmentation; by default the seed of the run.
+        augment: Augmentation of training images; by default the usual one for the dataset, `[]` for none.
+        mean: Mean of each channel for pixels in [0, 1]; by default that of the dataset.
+        std: Standard deviation of each channel; by default that of the dataset.
+        views: Views of each training image in a batch; by default a single one.
+        mix: Mixing of each training image with another one (`Mixup`, `CutMix`); by default none.
+        resident_limit: Maximum size in bytes of a dataset that is decoded once and held in memory instead of being
+            decoded in every epoch; 0 disables this.
+        unreadable: What to do with image files that cannot be read: `fail` raises an error when such a file is
+            encountered; `skip` excludes these files before training, and the other images keep their index.
+        labels_per_class: Number of training images per class that keep their label; an alternative to `label_size`.
+        extra: Additional training images from another source (`UnlabelledFolder`, `DeepInversion`). With `label_size` 0
+            and `drop_unlabelled`, they replace those of the dataset.
 
     Attributes:
         num_classes: Number of classes.
-        class_names: Their names; their numbers if not given.
+        class_names: Names of the classes; by default their numbers.
         input_shape: Channels, height and width of an image.
-        resize: How images of another size are brought to `input_shape`, without randomness.
-        datasets: The data sets of the splits, after `setup`.
-        uses_graphs: Whether training batches that are made on a GPU are made by replaying a graph, in memory that the
-            next batch overwrites. `Speed` sets it where training steps are graphs.
+        resize: Deterministic transform of images of another size to `input_shape`.
+        datasets: Datasets of the splits, after `setup`.
+        uses_graphs: Whether training batches on a GPU are created by replaying a graph; the next batch then overwrites
+            them. `Speed` sets it if training steps are graphs.
     """
 
     num_classes: int
@@ -128,26 +132,26 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     @abstractmethod
     def make_dataset(self, split: Split) -> ImageSource | None:
-        """Opens the images of a split.
+        """Open the images of a split.
 
         Args:
-            split: Which ones.
+            split: "train", "val" or "test".
 
         Returns:
-            A data set of (image, class), see `ImageSource`; None for "val" to have it cut from "train".
+            Dataset of (image, class), see `ImageSource`. `None` for "val" holds validation images out of "train".
         """
 
     def default_augment(self) -> list[ImageTransform | BatchTransform]:
-        """The augmentation that is usual for this data set."""
+        """Return the usual augmentation of this dataset."""
         return []
 
     def prepare_data(self) -> None:
-        """Decodes image files in one process of each machine, before `setup` in all: these find them kept."""
+        """Decode image files in one process per machine. In `setup`, all processes then read the cached result."""
         if self.trainer is not None and self.trainer.world_size > 1 and self.trainer.state.fn is not None:
             self.setup(self.trainer.state.fn)
 
     def setup(self, stage: str) -> None:
-        """Opens the splits that a stage needs, once.
+        """Open the splits that a stage needs. Splits that are open already are not opened again.
 
         Args:
             stage: "fit", "validate", "test" or "predict".
@@ -162,27 +166,27 @@ class ImageDataModule(L.LightningDataModule, ABC):
             self._setup_train(stage)
         if stage in ("test", "predict") and "test" not in self.datasets:
             self.datasets["test"] = self._whole("test", *self._open("test"))
-        for dataset in self.datasets.values():  # each time: the next run of a program may have another seed
+        for dataset in self.datasets.values():  # on every call, as the seed may differ between runs of a program
             dataset.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
     def teardown(self, stage: str) -> None:
-        """Frees the GPU's memory."""
+        """Release the GPU memory."""
         self._on_device.clear()
         self._batch_graph = None
 
     @property
     def num_samples(self) -> int | None:
-        """Number of images that a batch's `index` counts; None before the training images are opened."""
+        """Number of images to which `Batch.index` refers; `None` before the training images are opened."""
         return len(self.datasets["train"].target) if "train" in self.datasets else None
 
     @property
     def train_index(self) -> Tensor | None:
-        """Positions of the training images `(N,)` among those that `index` counts; None before they are opened."""
+        """Positions of the training images `(N,)` in the source, as in `Batch.index`; `None` before they are opened."""
         return self.datasets["train"].index if "train" in self.datasets else None
 
     @property
     def num_labelled(self) -> int | None:
-        """Number of training images that have a label; None before they are opened."""
+        """Number of training images with a label; `None` before they are opened."""
         data = self.datasets.get("train")
         return None if data is None else int((data.target[data.index] != IGNORE_INDEX).sum())
 
@@ -199,7 +203,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         labelled = self._labelled(target, ~held_out & usable)
         kept = target.masked_fill(~held_out & ~labelled, IGNORE_INDEX)
         chosen = labelled if self.drop_unlabelled else ~held_out & usable
-        decoded = divide(augment)[0] is None  # else a random part of an image has to be cut out of the whole one
+        decoded = divide(augment)[0] is None  # otherwise a random crop needs the full-size image
         needed = usable if chosen.any() else held_out
         if decoded and needed.any():
             source = self._resident(source, target, needed)
@@ -207,18 +211,18 @@ class ImageDataModule(L.LightningDataModule, ABC):
             self.datasets["val"] = self._whole("val", val, val_target)
         elif self.val_size != 0:
             self.datasets["val"] = self._wrap(source, target, held_out)
-        if self.extra is None or stage == "fit":  # to measure, none need be found or made
+        if self.extra is None or stage == "fit":  # evaluation does not need the extra images
             training = self._with_extra(source, kept, chosen, decoded)
             self.datasets["train"] = self._wrap(*training, augment, self.views, self.mix)
 
     def _with_extra(
         self, source: ImageSource, target: Tensor, chosen: Tensor, decoded: bool
     ) -> tuple[ImageSource, Tensor, Tensor]:
-        """Training images with those from elsewhere: the source, its classes `(N,)`, and which are taken `(N,)`."""
+        """Add the extra images. Return the source, its classes `(N,)` and which images are used `(N,)`."""
         if self.extra is None and not chosen.any():
             raise ValueError(
-                f"no training image of {type(self).__name__} is left, as none keeps its label and drop_unlabelled is "
-                "on; turn it off, raise label_size, or give extra images"
+                f"{type(self).__name__} has no training images: none keeps its label, and drop_unlabelled is on; turn "
+                "it off, increase label_size, or provide extra images"
             )
         if self.extra is None:
             return source, target, chosen
@@ -234,22 +238,24 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return joined, torch.cat((target, classes)), torch.cat((chosen, usable))
 
     def _whole(self, split: Split, source: ImageSource, target: Tensor) -> ImageDataset:
-        """All images of a split."""
+        """Return the dataset of all images of a split."""
         usable = self._readable(split, source, target)
         return self._wrap(self._resident(source, target, usable), target, usable)
 
     def _readable(self, split: str, source: ImageSource, target: Tensor) -> Tensor:
-        """Which images are not left out `(N,)`, bool."""
+        """Return which images are used `(N,)`, bool."""
         if self.unreadable == "fail" or type(source) is not ImageFiles:
             return torch.ones(len(target), dtype=torch.bool)
         whole = readable(self._wrap(source, target), self._decoders())
         if gone := sorted(set(target.tolist()) - set(target[whole].tolist())):
             names = few(["(none)" if number == IGNORE_INDEX else self.class_names[number] for number in gone])
-            raise ValueError(f"no {split} image of the classes {names} in {source.folder} can be read; replace them")
+            raise ValueError(
+                f"no {split} image of these classes in {source.folder} can be read: {names}; replace the files"
+            )
         return whole
 
     def _resident(self, source: ImageSource, target: Tensor, usable: Tensor) -> ImageSource:
-        """The source's images decoded, if that is of use and they fit; otherwise the source."""
+        """Return the decoded images of a source if decoding is useful and they fit; otherwise the source."""
         whole = self._wrap(source, target, usable)
         if whole.stored is not None or len(target) * math.prod(self.input_shape) > self.resident_limit:
             return source
@@ -260,7 +266,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return max(1, (os.cpu_count() or 1) // processes) if self.num_workers is None else self.num_workers
 
     def _labelled(self, target: Tensor, training: Tensor) -> Tensor:
-        """Which training images keep their label `(N,)`, bool."""
+        """Return which training images keep their label `(N,)`, bool."""
         labelled = torch.zeros_like(training)
         if self.label_size == 0:
             return labelled
@@ -277,11 +283,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def _open(self, split: Split) -> tuple[ImageSource, Tensor]:
         source = self.make_dataset(split)
         if source is None:
-            raise ValueError(f"{type(self).__name__}.make_dataset({split!r}) must return a data set, got None")
+            raise ValueError(f"{type(self).__name__}.make_dataset({split!r}) must return a dataset, got None")
         return source, self._targets(split, source)
 
     def _targets(self, split: str, source: ImageSource) -> Tensor:
-        """The class of every image, without reading the images if the source has `targets`."""
+        """Return the class of every image, without reading the images if the source has `targets`."""
         where = f"the {split} split of {type(self).__name__}"
         if len(source) == 0:
             raise ValueError(f"{where} has no images")
@@ -299,9 +305,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         wrong = target[((target < 0) | (target >= self.num_classes)) & (target != IGNORE_INDEX)]
         if len(wrong):
             raise ValueError(
-                f"{where} has label {int(wrong[0])}, and {len(wrong)} of its {len(target)} labels are "
-                f"outside the {self.num_classes} classes, 0 to {self.num_classes - 1}; correct the labels or "
-                f"num_classes, or mark images without a label by {IGNORE_INDEX}"
+                f"{where} has {len(wrong)} of {len(target)} labels outside the {self.num_classes} classes 0 to "
+                f"{self.num_classes - 1}, such as {int(wrong[0])}; correct the labels or num_classes, or use "
+                f"{IGNORE_INDEX} for images without a label"
             )
         return target
 
@@ -328,7 +334,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch, unless it lies there already: to find that out costs Lightning a tenth of a millisecond."""
+        """Move a batch to a device. A batch on the device is returned at once, as Lightning's check takes 0.1 ms."""
         if isinstance(batch, Batch) and getattr(batch.input, "device", None) == device:
             return batch
         if self.trainer is None:
@@ -353,15 +359,15 @@ class ImageDataModule(L.LightningDataModule, ABC):
             workers = 0 if isinstance(dataset.source, TensorDataset) else min(4, os.cpu_count() or 1)
         loader = _Loader(
             dataset,
-            batch_size=self.batch_size,  # by name, as Lightning repeats it for predict
+            batch_size=self.batch_size,  # as a keyword, because Lightning passes it again for predict
             sampler=sampler,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             pin_memory=devices.pins_memory() and dataset.index.is_cpu,
             persistent_workers=workers > 0 and not plain,
-            generator=torch.Generator(),  # of the workers' seeds, so that they leave the global one alone
-            # A rest of one image would break BatchNorm, and compiled steps want one shape. Which images are
-            # left out differs from epoch to epoch.
+            generator=torch.Generator(),  # draws the workers' seeds, so that the global generator is not advanced
+            # A last batch of a single image would break BatchNorm, and compiled steps need a fixed shape. The dropped
+            # images differ between epochs.
             drop_last=training and len(sampler) >= self.batch_size,
         )
         loader.trainer = self.trainer if training else None
@@ -371,13 +377,13 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return loader
 
     def _limited_order(self, split: Split) -> Tensor | None:
-        """A random order `(N,)` where only the first batches are measured: in their own, images often lie by class."""
+        """Return a random order `(N,)` for limited evaluations: images are often stored class by class."""
         if split == "train" or not is_limited(self.trainer, split):
             return None
         return permutation(self.split_seed, 0, len(self.datasets[split]), SUBSET)
 
     def is_static(self, batch: Batch) -> bool:
-        """Whether a batch is one that each replay of a graph overwrites, always in the same memory.
+        """Whether a batch is the one that each replay of a graph overwrites, at a fixed memory address.
 
         Args:
             batch: A batch.
@@ -385,35 +391,35 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return self._batch_graph is not None and self._batch_graph.batch is batch
 
     def _placed(self, dataset: ImageDataset) -> ImageDataset:
-        """The data set, on the GPU if batches can be made there."""
+        """Return the dataset, moved to the GPU if batches can be created there."""
         device, there = _gpu(self.trainer), self._on_device.get(id(dataset.source))
         if device is None or dataset.stored is None or self.num_workers:
             return dataset
         if there is None and 4 * dataset.stored.nbytes > devices.free_memory(device):
             return dataset
         placed = dataset.to(device, there)
-        self._on_device[id(dataset.source)] = placed.source  # training and validation images have one source
+        self._on_device[id(dataset.source)] = placed.source  # training and validation images share a source
         return placed
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Training images, augmented and shuffled, in full batches unless there is but one."""
+        """Return the loader of training images: augmented, shuffled, in full batches if there is at least one."""
         return self._loader("train")
 
     def plain_train_dataloader(self) -> DataLoader[Batch]:
-        """Training images as evaluation sees images: without augmentation, views and mixing, in their order."""
+        """Return the loader of training images in dataset order, without augmentation, views or mixing."""
         return self._loader("train", plain=True)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Validation images; no loader if `val_size` is 0."""
+        """Return the loader of validation images, or an empty list if `val_size` is 0."""
         opened = "train" in self.datasets or not self.val_size
         return [] if opened and "val" not in self.datasets else self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Test images."""
+        """Return the loader of test images."""
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Test images, each in one process."""
+        """Return the loader of test images; with several processes, each image is predicted by exactly one."""
         return self._loader("test", padded=False)
 
 
@@ -422,43 +428,42 @@ def _check_sizes(batch_size: int, label_size: int | float, labels_per_class: int
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     if labels_per_class is not None and label_size != 1:
         raise ValueError(
-            f"label_size {label_size} and labels_per_class {labels_per_class} both say how many labels are kept; leave "
-            "one of them out"
+            f"label_size {label_size} and labels_per_class {labels_per_class} cannot be combined; set only one of them"
         )
 
 
 class _Loader(DataLoader[Batch]):
-    """Takes whole batches of an epoch where there are no workers; begins a resumed epoch where it was left.
+    """Create whole batches without workers, and resume an epoch at the batch where it was interrupted.
 
-    Workers start when the first batch is asked for: Lightning makes the iterator of a resumed run before it tells the
-    sampler the epoch; workers that began to read then would read the first epoch again.
+    Workers start when the first batch is requested. Lightning creates the iterator of a resumed run before it calls
+    `set_epoch`; workers that started then would read the first epoch again.
     """
 
     trainer: L.Trainer | None = None
-    """Knows where a resumed epoch goes on, once its progress is restored: the loader may be made before that."""
+    """Trainer that knows the position in a resumed epoch. It may restore it after the loader is created."""
     graph: BatchGraph | None = None
-    """Makes full batches, where they are made on a GPU that replays graphs."""
+    """Graph that creates full batches on a GPU, if used."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tells Lightning that a run may be resumed in mid-epoch; its own count of batches is what counts."""
+        """Return an empty state. Its presence enables mid-epoch resume; Lightning counts the batches."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing is to be loaded."""
+        """Ignore the state, which is empty."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         begin = _batches_seen(self.trainer)
         size, sampler, dataset = self.batch_size or 0, self.sampler, self.dataset
         if isinstance(sampler, EpochSampler):
             sampler.begin = begin * size
-        # Predict has a batch sampler that notes what it reads; users may have changed the rest.
-        own = type(self.batch_sampler) is BatchSampler and self.collate_fn is _as_it_is
+        # For predict, Lightning replaces the batch sampler by one that records indices; users may change the others.
+        own = type(self.batch_sampler) is BatchSampler and self.collate_fn is _identity
         direct = own and size and not (self.num_workers or self.pin_memory)
         if not (direct and type(sampler) is EpochSampler and type(dataset) is ImageDataset):
             yield from super().__iter__()
             return
         epoch, dealt = sampler.epoch, sampler.deal()
-        # All positions of the epoch at once: a copy for each batch would make the host wait for a GPU.
+        # All positions of the epoch are copied at once: a copy per batch would synchronize with the GPU.
         places = torch.split(dealt[0].to(dataset.index.device), size)
         for position, padding in zip(places, torch.split(dealt[1], size), strict=True):
             if len(position) == size or not self.drop_last:
@@ -467,7 +472,7 @@ class _Loader(DataLoader[Batch]):
 
 
 def _batches_seen(trainer: L.Trainer | None) -> int:
-    """How many batches of its epoch a run has seen from which this one goes on."""
+    """Return the number of batches of the current epoch that a resumed run has already processed."""
     loop: Any = getattr(trainer, "fit_loop", None)
     if loop is None or not loop.restarting or loop.epoch_loop.batch_progress.is_last_batch:
         return 0
@@ -475,10 +480,10 @@ def _batches_seen(trainer: L.Trainer | None) -> int:
 
 
 def _gpu(trainer: L.Trainer | None) -> torch.device | None:
-    """The GPU of this process, if it has one."""
+    """Return the GPU of this process, or `None` if it has none."""
     device = getattr(getattr(trainer, "strategy", None), "root_device", None)
     return device if device is not None and devices.is_gpu(device) else None
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

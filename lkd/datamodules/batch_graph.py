@@ -1,4 +1,4 @@
-"""Training batches made on a GPU by replaying a graph."""
+"""Training batches that are created on a GPU by replaying a graph."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from lkd.types import Batch
 
 
 class BatchGraph:
-    """Captures how a data set on a GPU makes a batch, and replays it: one launch instead of dozens.
+    """Capture the creation of a batch on a GPU as a graph and replay it: a single launch instead of dozens.
 
-    A replayed batch is checked against an ordinary one, bit by bit, before the graph is used. If they differ, or making
-    a batch cannot be captured (a transform of your own that looks at its draws), batches are made as usual.
+    A replayed batch is compared bitwise with an ordinary one before the graph is used. If they differ, or if the
+    creation of a batch cannot be captured (such as a custom transform that reads its random numbers on the host),
+    batches are created without a graph.
 
     Args:
         dataset: Images on a GPU.
-        capture: How the device captures.
-        size: Images in a batch; others are made as usual.
+        capture: Capture mechanism of the device.
+        size: Number of images per batch; batches of other sizes are created without a graph.
 
     Attributes:
-        batch: The batch that each replay overwrites; `None` before the first.
+        batch: Batch that each replay overwrites; `None` before the first replay.
     """
 
     def __init__(self, dataset: ImageDataset, capture: Capture, size: int) -> None:
@@ -38,20 +39,20 @@ class BatchGraph:
         self._position = torch.zeros(size, dtype=torch.int64, device=dataset.index.device)
         self._version = torch.zeros_like(self._position)
         self._captured_settings = ""
-        self._number: int | None = None  # the version that the static tensors are for
+        self._number: int | None = None  # variant for which the static tensors are filled
 
     def take(self, epoch: int, position: Tensor) -> Batch:
-        """Samples of one epoch, as `ImageDataset.take` makes them; the next call overwrites them.
+        """Return samples of one epoch, as `ImageDataset.take` does. The next call overwrites them.
 
         Args:
-            epoch: Its number.
-            position: Positions in the data set `(B,)`, int64, on its device.
+            epoch: Number of the epoch.
+            position: Positions in the dataset `(B,)`, int64, on its device.
         """
         if self._is_possible and len(position) == self.size:
             self._position.copy_(position)
             number = self.dataset.version_in(epoch)
             if number != self._number and self._settings() != self._captured_settings:
-                self._replay = None  # a callback has changed the augmentation
+                self._replay = None  # a callback changed the augmentation
             if self._replay is None:
                 self._try_capture(number)
                 self._position.copy_(position)
@@ -62,7 +63,7 @@ class BatchGraph:
         return self.dataset.take(epoch, position)
 
     def _begin(self, number: int) -> None:
-        """Set what differs between epochs: the version of the images, and the draws of their augmentation."""
+        """Update the inputs that differ between epochs: the variant of the images and the random draws."""
         if number != self._number:
             self._number = number
             self._version.fill_(number)
@@ -71,25 +72,25 @@ class BatchGraph:
     def _try_capture(self, number: int) -> None:
         try:
             self._begin(number)
-            self.capture.warm_up(self._make)  # the data set notes which draws it needs,
+            self.capture.warm_up(self._make)  # the dataset records which draws it needs,
             self._number = None
-            self._begin(number)  # and makes them here
+            self._begin(number)  # and creates them here
             self._captured_settings = self._settings()
             self.batch, self._replay = self.capture.capture(self._make)
-            self._position.copy_(self._position.flip(0))  # other images than those that the capture may have made
+            self._position.copy_(self._position.flip(0))  # different images from those that the capture may have made
             usual = tree_map_only(Tensor, torch.clone, self._make())
             self._replay()
             pairs = zip(tree_leaves(usual), tree_leaves(self.batch), strict=True)
             if all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs):
                 return
-            reason = "a replay differs from an ordinary batch"
-        except Exception as error:  # whatever a transform of the user's raises: an ordinary batch raises it again
+            reason = "a replayed batch differs from an ordinary one"
+        except Exception as error:  # a custom transform may raise anything; an ordinary batch raises it again
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         self._is_possible, self._replay, self.batch = False, None, None
-        rank_zero_warn(f"batches are made without a graph ({reason})")
+        rank_zero_warn(f"training batches are created without a graph ({reason})")
 
     def _settings(self) -> str:
-        """All numbers of the augmentation: constants in a graph."""
+        """Return a text with all numbers of the augmentation, which are constants in a graph."""
         return repr((self.dataset.augment, self.dataset.mix, self.dataset.views, self.dataset.seed))
 
     def _make(self) -> Batch:

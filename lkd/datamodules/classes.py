@@ -30,7 +30,7 @@ class ClassIndex:
             class `(3, N)`.
         """
         target = self.target[self.index]
-        name = torch.where(target == IGNORE_INDEX, -1 - self.index, target)  # without a label, a class of its own
+        name = torch.where(target == IGNORE_INDEX, -1 - self.index, target)  # images without a label are singletons
         _, group, size = torch.unique(name, return_inverse=True, return_counts=True)
         order = group.argsort(stable=True)
         table = torch.zeros(3, len(self.target), dtype=torch.int64, device=self.index.device)
@@ -50,5 +50,5 @@ class ClassIndex:
         """
         order, table = self._table
         place, begin, size = table[:, index]
-        step = 1 + (draw * (size - 1)).long()  # to the end of the class, then on from its beginning
+        step = 1 + (draw * (size - 1)).long()  # wraps around at the end of the class
         return order[begin + (place - begin + step) % size]

@@ -1,4 +1,4 @@
-"""From stored images to a `Batch`: reading, augmenting and normalising, a whole batch at a time."""
+"""From stored images to a `Batch`: read, augment and normalize a whole batch at a time."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 class ImageError(ValueError):
-    """An image that cannot be read.
+    """Raised if an image cannot be read.
 
-    A DataLoader's worker hands on its whole traceback as the message of a new exception of this class; only
-    the sentence at its end is kept.
+    A DataLoader worker re-raises this exception with its whole traceback as the message; only the original message is
+    kept.
     """
 
     def __init__(self, message: str) -> None:
@@ -40,31 +40,30 @@ class ImageError(ValueError):
 
 
 class ImageDataset(Dataset[Batch]):
-    """Some images of a source, ready for a network. Asked for the keys of a batch, it returns the `Batch`.
+    """Dataset that prepares images of a source for a network. Indexing with the keys of a batch returns a `Batch`.
 
-    An image is a pure function of (seed, epoch, index in the source); `view` is the part of it that runs on
-    any device.
+    An image is a pure function of (seed, epoch, index in the source). The part of it in `view` runs on any device.
 
     Args:
-        source: Where images come from.
+        source: Source of the images.
         target: Class of every image of the source `(N,)`, int64.
-        index: Positions in the source that this data set has `(M,)`, int64.
-        shape: Channels, height and width to return.
-        normalization: How to normalise.
-        resize: Brings an image to the shape.
-        augment: Changes a batch of uint8 images.
+        index: Positions in the source of the images of this dataset `(M,)`, int64.
+        shape: Channels, height and width of the returned images.
+        normalization: Normalization of the images.
+        resize: Transform of an image to the shape.
+        augment: Transforms of a batch of uint8 images.
         seed: Seed of the augmentation.
-        views: Makes several views of each image; None: there is one.
-        mix: Mixes each image with another one; None: none is.
+        views: Creates several views of each image; `None` for a single one.
+        mix: Mixes each image with another one; `None` for no mixing.
 
     Attributes:
-        number: Which view of its images this is; each has its own draws.
-        replay: How many augmented versions each image has: epoch `e` shows version `e mod replay`. None: a new one in
+        number: Number of the view that this dataset creates; each view has its own random numbers.
+        replay: Number of augmented variants of each image: epoch `e` uses variant `e % replay`. `None` for a new one in
             every epoch.
 
     Raises:
-        ValueError: If images that have to be read one by one shall have other than 1 or 3 channels, or the views need
-            images of another shape.
+        ValueError: If images that are read one by one should have a number of channels other than 1 or 3, or the views
+            require images of another shape.
     """
 
     def __init__(
@@ -86,17 +85,17 @@ class ImageDataset(Dataset[Batch]):
         self.views, self.mix, self.number = views, mix, 0
         self.replay: int | None = None
         self._draws, self._classes = Draws(len(target)), ClassIndex(target, index)
-        # As tensors, so that a GPU divides, instead of multiplying by the reciprocal of a scalar.
+        # Tensors, because a GPU would replace a division by a scalar with a multiplication by its reciprocal.
         levels = ((255.0,), normalization.mean, normalization.std)
         self._levels = tuple(torch.tensor(level).view(-1, 1, 1) for level in levels)
         if self.stored is None and shape[0] not in _MODES:
-            raise ValueError(f"images that are not in memory have 1 or 3 channels, got the shape {shape}")
+            raise ValueError(f"images that are not in memory must have 1 or 3 channels, got shape {shape}")
         if views is not None:
             views.check(shape)
 
     @property
     def stored(self) -> Tensor | None:
-        """All images of the source `(N, C, H, W)`, uint8, if they lie in memory and need no resizing."""
+        """All images of the source `(N, C, H, W)`, uint8, if they are in memory and require no resizing."""
         if isinstance(self.source, Resident):
             return self.source.image
         if not (isinstance(self.source, TensorDataset) and isinstance(self.resize, CenterCrop)):
@@ -111,7 +110,7 @@ class ImageDataset(Dataset[Batch]):
         return self.__getitems__([key])
 
     def __getitems__(self, keys: Sequence[int]) -> Batch:
-        """Returns the samples of the keys; see `Key`."""
+        """Return the samples of some keys; see `Key`."""
         epoch, position, padding = read_keys(keys)
         if (epoch == epoch[0]).all():
             return without_labels(self.take(int(epoch[0]), position), padding.bool())
@@ -120,11 +119,11 @@ class ImageDataset(Dataset[Batch]):
         return without_labels(batch, padding.bool())
 
     def take(self, epoch: int, position: Tensor) -> Batch:
-        """Samples of one epoch.
+        """Return samples of one epoch.
 
         Args:
-            epoch: Its number.
-            position: Positions in this data set `(B,)`, int64.
+            epoch: Number of the epoch.
+            position: Positions in this dataset `(B,)`, int64.
         """
         index = self.index.index_select(0, position.to(self.index.device, non_blocking=True))
         number = self.version_in(epoch)
@@ -133,28 +132,28 @@ class ImageDataset(Dataset[Batch]):
         return self.make(version, index)
 
     def version_in(self, epoch: int) -> int:
-        """Which augmented version of the images an epoch shows.
+        """Return the number of the augmented variant that an epoch uses.
 
         Args:
-            epoch: Its number.
+            epoch: Number of the epoch.
         """
         return epoch if self.replay is None else epoch % self.replay
 
     def draw_for(self, version: Tensor, number: int) -> None:
-        """Make the draws of one version for all images, in place, for a graph that reads them.
+        """Compute the random numbers of one variant for all images, in place, for a graph that reads them.
 
         Args:
-            version: The tensor that `make` gets, itself.
-            number: Its one value.
+            version: The tensor object that is passed to `make`; all its values are `number`.
+            number: Number of the variant.
         """
         self._draws.announce(version, number)
         self._draws.refill(self.seed, number, self.index.device)
 
     def make(self, version: Tensor, index: Tensor) -> Batch:
-        """Some images with all their views.
+        """Create a batch of images with all their views.
 
         Args:
-            version: Which of its augmented versions each is `(B,)`, int64.
+            version: Number of each image's augmented variant `(B,)`, int64.
             index: Positions in the source `(B,)`, int64.
         """
         if self.views is None:
@@ -162,7 +161,7 @@ class ImageDataset(Dataset[Batch]):
         return _joined(self._view_batches(self.views.plan(self.seed, version, index, self._classes), version))
 
     def _view_batches(self, views: Sequence[View], version: Tensor) -> list[Batch]:
-        """Make one batch per view; views of the same augmented images share it."""
+        """Create one batch per view; views of the same augmented images share it."""
         made: list[tuple[View, Batch]] = []
         for view in views:
             batch = next((batch for other, batch in made if view.shares_images(other)), None)
@@ -174,7 +173,7 @@ class ImageDataset(Dataset[Batch]):
         return [view.finish(batch) for view, batch in made]
 
     def made_from(self) -> dict[str, str]:
-        """Name to a text for everything that decides the images that this data set makes."""
+        """Return everything that determines the images of this dataset, as a mapping from name to text."""
         return {
             "images": source_fingerprint(self.source),
             "choice of images": fingerprint(self.index, None if self.views is None else self.target),
@@ -185,10 +184,10 @@ class ImageDataset(Dataset[Batch]):
         }
 
     def contents(self) -> str | None:
-        """A name for these images and their classes, the same wherever they lie; None if nothing tells which they are.
+        """Return a hash of the images and their classes that is independent of their location; `None` if it is unknown.
 
-        In memory they count with their pixels (0.7 s per GB); files that are read one by one with their names and sizes
-        (6 us each): a file in which only pixels have changed is not noticed.
+        Images in memory are hashed with their pixels (0.7 s per GB); files that are read one by one are identified by
+        their names and sizes (6 us each), so a file in which only pixels changed is not detected.
         """
         sources: list[object] = []
         for part in parts(self.source):
@@ -201,10 +200,10 @@ class ImageDataset(Dataset[Batch]):
         return fingerprint(*sources, self.index, self.target)
 
     def batch(self, epoch: Tensor, index: Tensor) -> Batch:
-        """Reads, augments, normalises and mixes images: one view.
+        """Read, augment, normalize and mix images: one view.
 
         Args:
-            epoch: `(B,)`, int64.
+            epoch: Epoch of each image `(B,)`, int64.
             index: Positions in the source `(B,)`, int64.
         """
         batch = self.unmixed(epoch, index)
@@ -215,21 +214,23 @@ class ImageDataset(Dataset[Batch]):
         return self.mix.apply(plan, batch, partner)
 
     def unmixed(self, epoch: Tensor, index: Tensor) -> Batch:
-        """The same, before any is mixed with another.
+        """Read, augment and normalize images without mixing them.
 
         Args:
-            epoch: `(B,)`, int64.
+            epoch: Epoch of each image `(B,)`, int64.
             index: Positions in the source `(B,)`, int64.
         """
         image = self.view(self.images(epoch, index), epoch, index)
         return Batch(image, self.target[index], index, version=epoch)
 
     def variant(self, number: int, augment: Augmentation | None = None) -> ImageDataset:
-        """The same images in another view: by other draws and, if told so, augmented otherwise.
+        """Return a dataset with another view of the same images.
+
+        The view has its own random numbers and optionally another augmentation.
 
         Args:
-            number: The view's number; 0 is this one.
-            augment: What is done to the images; without an `ImageTransform` they are brought to size as here.
+            number: Number of the view; 0 is that of this dataset.
+            augment: Transforms of the view. Without an `ImageTransform`, images are resized as in this dataset.
         """
         other = copy(self)
         other.views, other.number = None, number
@@ -241,18 +242,20 @@ class ImageDataset(Dataset[Batch]):
         return other
 
     def to(self, device: torch.device, source: ImageSource | None = None) -> ImageDataset:
-        """The same images on a device, where batches are then made; this data set stays where it is.
+        """Return a copy of this dataset on a device, where its batches are then created.
 
         Args:
-            device: Where to.
-            source: The source's images and classes that are there already; by default they are copied.
+            device: The device.
+            source: Images and classes of the source that are already on the device; by default they are copied.
 
         Raises:
             ValueError: If the images are not `stored`.
         """
         image = self.stored
         if image is None:
-            raise ValueError(f"images that are read one by one cannot be moved to {device}; leave them to workers")
+            raise ValueError(
+                f"cannot move images to {device}, as they are read one by one; let workers load them instead"
+            )
         other = copy(self)
         if source is None:
             source = Resident(image.to(device), self.target.to(device), original(self.source))
@@ -263,14 +266,14 @@ class ImageDataset(Dataset[Batch]):
         return other
 
     def images(self, epoch: Tensor, index: Tensor) -> Tensor:
-        """Reads images.
+        """Read images.
 
         Args:
-            epoch: `(B,)`, int64.
+            epoch: Epoch of each image `(B,)`, int64.
             index: Positions in the source `(B,)`, int64.
 
         Returns:
-            `(B, C, H, W)`, uint8.
+            Images `(B, C, H, W)`, uint8.
         """
         if self.stored is not None:
             return self.stored.index_select(0, index)
@@ -282,7 +285,7 @@ class ImageDataset(Dataset[Batch]):
         try:
             image, full = self._decode(index, draws)
             image = self.resize.reduced(image, full, self.shape[1:], draws)
-        except Exception as error:  # decoders of broken files raise nearly every kind there is
+        except Exception as error:  # decoders raise almost any exception for corrupt files
             source, index = located(self.source, index)
             name = shown(source.path(index)) if isinstance(source, ImageFiles | ImageBytes) else f"number {index}"
             raise ImageError(f"image {name} cannot be read ({_reason(error)}); replace or remove it") from error
@@ -290,10 +293,10 @@ class ImageDataset(Dataset[Batch]):
         return tensor
 
     def _decode(self, index: int, draws: Tensor) -> tuple[Image.Image, tuple[int, int]]:
-        """An image, and its full size: large JPEG files are decoded no larger than `resize` needs them."""
+        """Return an image and its full size. Large JPEG files are decoded no larger than `resize` requires."""
         mode = _MODES[self.shape[0]]
         source, index = located(self.source, index)
-        # only an image that nobody else has may be decoded smaller
+        # Custom sources may need the full-size image.
         if type(source) is ImageFiles or type(source) is ImageBytes:
             with source.open(index) as opened:
                 full = opened.height, opened.width
@@ -304,10 +307,10 @@ class ImageDataset(Dataset[Batch]):
         return image, (image.height, image.width)
 
     def flaw(self, index: int) -> str:
-        """Why an image cannot be read; empty if it can. It is decoded whole, as no draws decide what is wanted of it.
+        """Return the reason why an image cannot be read; empty if it can be read. The image is decoded at full size.
 
         Args:
-            index: Its position in the source.
+            index: Position of the image in the source.
         """
         try:
             image = _eight_bit(self.source[index][0]).convert(_MODES[self.shape[0]])
@@ -317,15 +320,15 @@ class ImageDataset(Dataset[Batch]):
         return ""
 
     def view(self, image: Tensor, epoch: Tensor, index: Tensor) -> Tensor:
-        """Augments and normalises images, on the device that they are on.
+        """Augment and normalize images, on their device.
 
         Args:
-            image: `(B, C, H, W)`, uint8.
-            epoch: `(B,)`, int64.
+            image: Images `(B, C, H, W)`, uint8.
+            epoch: Epoch of each image `(B,)`, int64.
             index: Positions in the source `(B,)`, int64.
 
         Returns:
-            `(B, C, H, W)`, float32.
+            Images `(B, C, H, W)`, float32.
         """
         if self.augment:
             lengths = [transform.num_draws for transform in self.augment]
@@ -333,7 +336,7 @@ class ImageDataset(Dataset[Batch]):
             draws = drawn(self.seed, epoch, index, self.number * VIEW, sum(lengths) // 4)
             for transform, own in zip(self.augment, draws.split(lengths, 1), strict=True):  # type: ignore[no-untyped-call]
                 image = transform(image, own)
-        # Three correctly rounded operations: so every device gets the same bits.
+        # Three correctly rounded operations give the same bits on every device.
         level, mean, std = (level.to(image.device) for level in self._levels)
         return image.to(torch.float32).div_(level).sub_(mean).div_(std)
 
@@ -345,13 +348,13 @@ def _joined(views: Sequence[Batch]) -> Batch:
 
 
 def without_labels(batch: Batch, padding: Tensor) -> Batch:
-    """The batch with the labels of some samples removed.
+    """Remove the labels of padding samples.
 
     Args:
         batch: A batch.
         padding: Which samples only fill up the batch `(B,)`, bool, on the CPU.
     """
-    if not padding.any():  # as in training
+    if not padding.any():  # always the case in training
         return batch
     unlabelled = padding.to(batch.target.device).repeat(batch.views)
     return batch._replace(target=batch.target.masked_fill(unlabelled, IGNORE_INDEX))
@@ -375,8 +378,8 @@ def _eight_bit(image: object) -> Image.Image:
     if not isinstance(image, Image.Image):
         kind = getattr(image, "dtype", type(image).__name__)
         raise TypeError(f"expected a PIL image, or a uint8 array or tensor, got {kind}")
-    if image.mode.startswith("I;16"):  # PIL's own conversion cuts off what is above 255
+    if image.mode.startswith("I;16"):  # PIL's own conversion clips values above 255
         return Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"the range of pixels of mode {image.mode} is not known")
+        raise ValueError(f"the pixel range of mode {image.mode} is unknown")
     return image

@@ -25,21 +25,21 @@ from lkd.datamodules.sources import Resident
 from lkd.datamodules.transforms.base import CenterCrop
 from lkd.io.tensor_cache import cache_folder, fingerprint, load_tensors, map_tensors, save_tensors
 
-_FORMAT = 1  # to be raised whenever the same files shall give other pixels
-_PIECE = 2**20  # bytes that are decoded at a time
-_PATIENCE = 1.0  # seconds before processes are started
+_FORMAT = 1  # increase when the same files result in other pixels
+_PIECE = 2**20  # bytes decoded at a time
+_PATIENCE = 1.0  # seconds before worker processes are started
 _Piece = TypeVar("_Piece")
 
 
 def resident(dataset: ImageDataset, num_workers: int) -> Resident:
-    """Decodes the images that a data set has of a source, or opens what was kept of them.
+    """Decode the images that a dataset uses of its source, or open the cached result.
 
-    Image files of which all is known that decides their pixels are kept in `cache_folder("images")`. Processes that
-    open the same file share its memory.
+    Image files are cached in `cache_folder("images")` if everything that determines their pixels is known. Processes
+    that open the same cache file share its memory.
 
     Args:
-        dataset: Reads the images; its `resize` must do without randomness.
-        num_workers: Processes that read what takes longer than a second.
+        dataset: Dataset that reads the images; its `resize` must be deterministic.
+        num_workers: Number of processes that decode images, if decoding takes longer than a second.
 
     Raises:
         ImageError: If an image cannot be read.
@@ -49,22 +49,22 @@ def resident(dataset: ImageDataset, num_workers: int) -> Resident:
     kept = None if file is None or made_from is None else load_tensors(file, made_from)
     image = None if kept is None else kept["image"]
     if image is not None and (image.dtype, image.shape) != (torch.uint8, (len(dataset.target), *dataset.shape)):
-        image = None  # its checksum is right and its content is not: someone has made it
+        image = None  # a correct checksum but wrong content: the file was not written by lkd
     if image is None:
         start = time.monotonic()
         image = _decoded(dataset, num_workers)
         seconds = time.monotonic() - start
         if file is not None and made_from is not None and _keep(image, file, made_from):
             image = map_tensors(file)["image"]
-            say(f"{len(image):,} images decoded in {seconds:.1f} s and kept in {file.parent}")
+            say(f"Decoded {len(image):,} images in {seconds:.1f} s; cached in {file.parent}")
         else:
             file = None
-            say(f"{len(image):,} images decoded in {seconds:.1f} s")
+            say(f"Decoded {len(image):,} images in {seconds:.1f} s")
     return Resident(image, dataset.target, dataset.source, file)
 
 
 def _made_from(dataset: ImageDataset) -> dict[str, str] | None:
-    """Name to a text for all that decides the decoded images; None if that is not known."""
+    """Return everything that determines the decoded images, as name to text; `None` if it is unknown."""
     source, resize = dataset.source, dataset.resize
     if type(source) is not ImageFiles or type(resize) is not CenterCrop:
         return None
@@ -78,41 +78,42 @@ def _name(made_from: Mapping[str, str]) -> str:
 
 
 def _keep(image: Tensor, file: Path, made_from: Mapping[str, str]) -> bool:
-    """Writes images to a file, if that can be done."""
+    """Write images to a cache file. Return whether this succeeded."""
     try:
         save_tensors(file, {"image": image}, made_from)
     except OSError as error:
         rank_zero_warn(
-            f"decoded images cannot be kept in {file.parent} ({error}), so every run decodes them again; set LKD_CACHE "
-            f"to a folder with {image.nbytes / 1e6:,.0f} MB to spare, or resident_limit to 0 to leave them to workers"
+            f"decoded images cannot be cached in {file.parent} ({error}), so every run will decode them again; set "
+            f"LKD_CACHE to a folder with {image.nbytes / 1e6:,.0f} MB of free space, or resident_limit to 0 to decode "
+            "images in workers"
         )
         return False
     return True
 
 
 def _decoded(dataset: ImageDataset, num_workers: int) -> Tensor:
-    """All images `(N, C, H, W)`, uint8; zeros for those of the source that the data set does not have."""
+    """Return all images of the source `(N, C, H, W)`, uint8; those that are not in the dataset are zeros."""
     image = np.zeros((len(dataset.target), *dataset.shape), np.uint8)
     pieces = dataset.index.split(max(1, _PIECE // math.prod(dataset.shape)))  # type: ignore[no-untyped-call]
     read = in_pieces(partial(_images, dataset), pieces, num_workers, "decoding images")
     for index, part in zip(pieces, read, strict=True):
-        image[index.numpy()] = part.numpy()  # without PyTorch's threads, for which a forked process would wait
+        image[index.numpy()] = part.numpy()  # not with PyTorch's threads, on which a forked process would hang
     return torch.from_numpy(image)
 
 
 def in_pieces(
     read: Callable[[Tensor], _Piece], pieces: Sequence[Tensor], num_workers: int, title: str
 ) -> Iterator[_Piece]:
-    """Do something with each piece of the images, in order; what a second is too short for is done by workers.
+    """Process the images piece by piece and yield the results in order. After one second, workers take over.
 
-    Processes, as everywhere: around the decoding of a small image there is so much Python that two threads take longer
-    than one, and whether threads may share a source is not known.
+    Processes are used instead of threads: decoding a small image runs so much Python code that two threads take longer
+    than one, and a source may not be thread-safe.
 
     Args:
-        read: What to do.
+        read: Function that processes a piece.
         pieces: Positions of images.
-        num_workers: How many processes.
-        title: What a terminal is told.
+        num_workers: Number of processes.
+        title: Title of the progress bar.
     """
     console = Console(stderr=True)
     hidden = getattr(rank_zero_only, "rank", 0) != 0 or not console.is_terminal
@@ -129,7 +130,7 @@ def _in_turn(read: Callable[[Tensor], _Piece], pieces: Sequence[Tensor], num_wor
         yield read(pieces[done])
         done += 1
     if done < len(pieces):
-        # With its own generator, as the global one must not tell whether images had to be decoded.
+        # A generator of its own, so that the global one does not depend on whether images were cached.
         yield from DataLoader(
             pieces[done:],  # type: ignore[arg-type]
             batch_size=None,
@@ -145,7 +146,7 @@ def _images(dataset: ImageDataset, index: Tensor) -> Tensor:
 
 @rank_zero_only
 def say(what: str) -> None:
-    """Print a line to stderr, once for all processes.
+    """Print a line to stderr, on rank zero only.
 
     Args:
         what: The line.

@@ -1,4 +1,4 @@
-"""Handwritten digits of 8x8 pixels, bundled with scikit-learn: nothing to download."""
+"""Handwritten digits of 8x8 pixels, bundled with scikit-learn; no download required."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lkd.datamodules.transforms.base import BatchTransform, ImageTransform, Rand
 
 
 class DigitsDataModule(ImageDataModule):
-    """1,797 gray images of handwritten digits, 8x8 pixels; a fixed, stratified fifth is the test set.
+    """Digits: 1,797 grayscale images of handwritten digits, 8x8 pixels; a fixed, stratified fifth is the test set.
 
     References:
         Alpaydin, Kaynak: Optical recognition of handwritten digits (UCI machine learning repository, 1998).
@@ -24,11 +24,11 @@ class DigitsDataModule(ImageDataModule):
     std = (0.3762,)
 
     def default_augment(self) -> list[ImageTransform | BatchTransform]:
-        """Shifts by a pixel; no flips, which turn digits into something else."""
+        """Return shifts by up to one pixel. Flips are omitted because they change the digit."""
         return [RandomCrop(padding=1)]
 
     def make_dataset(self, split: Split) -> TensorDataset | None:
-        """See `ImageDataModule.make_dataset`."""
+        """Open the images of a split; see `ImageDataModule.make_dataset`."""
         from sklearn.datasets import load_digits
 
         if split == "val":

@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of (seed, epoch, index): no state, the same on every device."""
+"""Random numbers as a pure function of (seed, epoch, index): stateless and identical on every device."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from torch import Tensor
 from lkd import devices
 
 ORDER, SPLIT, PARTNER, SUBSET, IMAGE = 2**32 - 1, 2**32 - 2, 2**32 - 3, 2**32 - 4, 2**31
-"""Streams of the training order, of the validation split, of the choice of another image of the same class, of the
-order in which a limited evaluation takes its images, and the first of those that read an image.
+"""Streams of the training order, the validation split, the choice of another image of the same class, the order of
+images in a limited evaluation, and the first of those that read an image.
 
-Batch transforms draw from the streams 0, 1, 2, ... in their order.
+Batch transforms use the streams 0, 1, 2, ... in order.
 """
 
 VIEW = 2**20
-"""How far the streams of an image's next view lie behind those of this one."""
+"""Offset between the streams of one view of an image and the next."""
 
 MIX = 2**19
-"""How far behind a view's first stream those lie that mix it with another image; its transforms draw before."""
+"""Offset within a view of the streams that mix the image with another one; its transforms use the streams before."""
 
 _WORD = 0xFFFFFFFF
-_PIECE = 2**16  # indices hashed at a time: what fits a processor's cache
-_TABLE = 2**26  # bytes of draws that are kept, at most
+_PIECE = 2**16  # indices hashed at a time, to fit into a processor cache
+_TABLE = 2**26  # maximum size of a table of draws, in bytes
 
 
 def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
-    """Philox4x32-10, a random bijection of 128-bit counters.
+    """Apply Philox4x32-10, a random bijection of 128-bit counters.
 
     Args:
         counter: Four 32-bit words `(4, ...)`, int64.
@@ -45,8 +45,8 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
     )
     even, odd = counter[0::2], counter[1::2]
     for _ in range(10):
-        # An int64 product wraps around, which leaves its 64 bits as those of the unsigned product. Only what
-        # is multiplied must be free of higher bits; the rest is masked once, at the end.
+        # An int64 product wraps around, so its 64 bits equal those of the unsigned product. Only the factors must be
+        # free of higher bits; the rest is masked once, at the end.
         product = (even * multiplier).flip(0)
         even = ((product >> 32) ^ odd ^ round_key) & _WORD
         odd = product
@@ -55,22 +55,22 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def _words(seed: int, epoch: int | Tensor, index: Tensor, stream: int | Tensor) -> Tensor:
-    zero = 0 * (index + epoch + stream)  # of the shape that all broadcast to
+    zero = 0 * (index + epoch + stream)  # has the broadcast shape
     counter = torch.stack([zero + word for word in (index & _WORD, index >> 32, epoch, stream)])
     return philox(counter, (seed & _WORD, seed >> 32 & _WORD))
 
 
 def uniform(seed: int, epoch: int | Tensor, index: Tensor, stream: int | Tensor) -> Tensor:
-    """Four uniform numbers for each sample, in [0, 1).
+    """Draw four uniform numbers in [0, 1) for each sample.
 
     Args:
-        seed: Any integer; its low 64 bits count.
+        seed: Any integer; its low 64 bits are used.
         epoch: Epoch of each sample, broadcast against `index`.
         index: Samples `(...)`, int64.
-        stream: Tells apart numbers that serve different purposes, broadcast against `index`.
+        stream: Distinguishes numbers that serve different purposes, broadcast against `index`.
 
     Returns:
-        `(..., 4)`, float32, multiples of 2^-24. That is as fine as float32 is just below 1, so that
+        Random numbers `(..., 4)`, float32, multiples of 2^-24. This is the resolution of float32 just below 1, so
         `floor(number * n)` never rounds up to `n`.
 
     Example:
@@ -82,27 +82,27 @@ def uniform(seed: int, epoch: int | Tensor, index: Tensor, stream: int | Tensor)
 
 
 def successive(seed: int, epoch: int | Tensor, index: Tensor, first: int, count: int) -> Tensor:
-    """The draws of samples from successive streams, those of `uniform`.
+    """Draw the numbers of `uniform` from successive streams.
 
     Args:
-        seed: Any integer; its low 64 bits count.
+        seed: Any integer; its low 64 bits are used.
         epoch: Epoch of each sample, broadcast against `index`.
         index: Samples `(B,)`, int64.
         first: The first stream.
         count: Number of streams.
 
     Returns:
-        `(B, 4 * count)`, float32: one stream after the other.
+        Random numbers `(B, 4 * count)`, float32: one stream after the other.
     """
     streams = torch.arange(first, first + count, device=index.device)
     return uniform(seed, epoch, index, streams[:, None]).transpose(0, 1).flatten(1)
 
 
 class Draws:
-    """The draws of `successive`, made for all samples of an epoch at once and looked up batch by batch.
+    """Compute the numbers of `successive` for all samples of an epoch at once and look them up batch by batch.
 
-    That spares each batch some hundred small operations. The table is made when an epoch's second batch is asked for:
-    the first may be its only one.
+    This saves about a hundred small operations per batch. The table is computed on the second batch of an epoch, as the
+    first may be the only one.
 
     Args:
         size: Number of samples.
@@ -114,19 +114,19 @@ class Draws:
         self._single: tuple[Tensor, int] | None = None
 
     def __reduce__(self) -> tuple[type[Draws], tuple[int]]:
-        return Draws, (self.size,)  # a worker makes its own
+        return Draws, (self.size,)  # each worker computes its own tables
 
     def announce(self, epoch: Tensor, single: int) -> None:
-        """Say that all values of a tensor are the same, which on a GPU cannot be seen without waiting for it.
+        """Record that all values of a tensor are equal, which on a GPU cannot be checked without a synchronization.
 
         Args:
-            epoch: The tensor that `__call__` will get, itself.
+            epoch: The tensor object that is passed to `__call__`.
             single: Its value.
         """
         self._single = epoch, single
 
     def __call__(self, seed: int, epoch: Tensor, index: Tensor, first: int, count: int) -> Tensor:
-        """See `successive`; here `epoch` is `(B,)`, int64."""
+        """Draw numbers as `successive` does; `epoch` is `(B,)`, int64."""
         single = self._value(epoch)
         if single is None or self.size * count * 16 > _TABLE:
             return successive(seed, epoch, index, first, count)
@@ -145,12 +145,12 @@ class Draws:
         return torch.cat([successive(seed, epoch, piece, first, count) for piece in pieces])
 
     def refill(self, seed: int, epoch: int, device: torch.device) -> None:
-        """Make all tables that were asked for so far for another epoch, in place: a graph reads them at their address.
+        """Recompute all tables requested so far for another epoch, in place: a graph reads them at a fixed address.
 
         Args:
-            seed: As in `__call__`.
-            epoch: The one epoch of the batches to come.
-            device: Where the samples are.
+            seed: Seed as in `__call__`.
+            epoch: The single epoch of the next batches.
+            device: Device of the samples.
         """
         wanted = (seed, epoch, device)
         for (first, count), (found, table) in self._tables.items():
@@ -162,7 +162,7 @@ class Draws:
             self._tables[first, count] = wanted, fresh
 
     def _value(self, epoch: Tensor) -> int | None:
-        """The one value that a tensor has; None if there are several, or it is not known."""
+        """Return the single value of a tensor; `None` if there are several or it is unknown."""
         if self._single is not None and self._single[0] is epoch:
             return self._single[1]
         if epoch.is_cpu and len(epoch) and bool((epoch == epoch[0]).all()):
@@ -171,18 +171,19 @@ class Draws:
 
 
 def permutation(seed: int, epoch: int, size: int, stream: int = ORDER) -> Tensor:
-    """A random order of `size` samples: they are sorted by a 63-bit hash of (seed, epoch, index).
+    """Return a random order of `size` samples, sorted by a 63-bit hash of (seed, epoch, index).
 
-    Unlike a generator seeded with `seed + epoch`, run 1 does not repeat the orders of run 0 an epoch early.
+    Unlike with a generator seeded with `seed + epoch`, the orders of seed 1 do not repeat those of seed 0 one epoch
+    earlier.
 
     Args:
-        seed: Any integer; its low 64 bits count.
+        seed: Any integer; its low 64 bits are used.
         epoch: Number of the epoch.
         size: Number of samples.
-        stream: Tells apart orders that serve different purposes.
+        stream: Distinguishes orders that serve different purposes.
 
     Returns:
-        `(size,)`, int64.
+        Positions `(size,)`, int64.
     """
     hashes = [torch.zeros(0, dtype=torch.int64)]
     for start in range(0, size, _PIECE):

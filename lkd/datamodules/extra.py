@@ -1,4 +1,4 @@
-"""Training images that are not the data set's own."""
+"""Training images that are not part of the dataset."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ if TYPE_CHECKING:
 
 
 class ExtraImages(ABC):
-    """Training images from elsewhere, which are augmented and normalised as the data set's own."""
+    """Source of additional training images, which are augmented and normalized like those of the dataset."""
 
     @abstractmethod
     def images(
         self, shape: tuple[int, int, int], num_classes: int, normalization: Normalization, device: torch.device
     ) -> ImageSource:
-        """Finds or makes them.
+        """Find or create the images.
 
         Args:
-            shape: Channels, height and width of an image, if that matters: others are brought to it.
-            num_classes: Number of classes of the data.
-            normalization: How the data's images are normalised.
-            device: Where to compute, if anything.
+            shape: Channels, height and width for images that are created; others are resized to it.
+            num_classes: Number of classes of the dataset.
+            normalization: Normalization of the dataset's images.
+            device: Device for computations, if any.
 
         Returns:
-            A data set of (image, class), see `ImageSource`; the class is `IGNORE_INDEX` where there is none.
+            Dataset of (image, class), see `ImageSource`; the class of an image without a label is `IGNORE_INDEX`.
         """
 
 
 @dataclass(frozen=True)
 class UnlabelledFolder(ExtraImages):
-    """All images in a folder, at any depth, without a label: folders in it are no classes.
+    """All images of a folder, at any depth, without labels. Subfolders are not classes.
 
-    So it may be another data set's, whose images have the teacher's answers for labels: a transfer set.
+    The images may belong to another dataset. They form a transfer set, for which the teacher's logits are the only
+    targets.
 
     Args:
-        root: The folder.
+        root: Folder of the images.
 
     References:
         Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531), section 2.
@@ -54,5 +55,5 @@ class UnlabelledFolder(ExtraImages):
     def images(
         self, shape: tuple[int, int, int], num_classes: int, normalization: Normalization, device: torch.device
     ) -> ImageFiles:
-        """See `ExtraImages.images`."""
+        """Find the images; see `ExtraImages.images`."""
         return read_all(Path(self.root).expanduser())

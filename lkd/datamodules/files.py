@@ -1,4 +1,4 @@
-"""Images in folders, one folder for each class."""
+"""Image files, in one folder per class."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from lkd.io.tensor_cache import fingerprint
 from lkd.types import IGNORE_INDEX
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-"""What a file may be, whatever its name says: for some others Pillow starts a program, as Ghostscript for EPS."""
+"""Accepted formats, whatever the file name. For some others Pillow starts a program, such as Ghostscript for EPS."""
 
 
 class ImageFiles(Dataset[tuple[Image.Image, int]]):
     """Image files and their classes.
 
-    The names are one array of bytes: of a list of strings, every worker would come to own a copy, as reading
-    one writes its reference count.
+    The file names are stored in one array of bytes. With a list of strings, every worker would end up with a copy, as
+    reading an element changes its reference count.
 
     Args:
-        folder: Where the files are.
-        files: Their names inside of it.
-        targets: Their classes.
+        folder: Folder of the files.
+        files: File names relative to the folder.
+        targets: Classes of the files.
     """
 
     def __init__(self, folder: Path, files: Sequence[str], targets: Sequence[int]) -> None:
@@ -49,50 +49,50 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
         return image, int(self.targets[index])
 
     def open(self, index: int) -> Image.Image:
-        """An image whose pixels are not decoded yet; of several in one file, the first.
+        """Open an image without decoding its pixels; if the file contains several images, the first one.
 
         Raises:
-            OSError: If there is no file, or something that only looks like one: a FIFO would be waited for, for ever.
+            OSError: If the file is missing, empty or not a regular file (reading from a FIFO would block forever).
         """
         path = self.path(index)
         found = path.stat()
         if not stat.S_ISREG(found.st_mode) or not found.st_size:
             raise OSError(
-                "it is empty" if stat.S_ISREG(found.st_mode) else "it is no file but a folder, FIFO or device"
+                "it is empty" if stat.S_ISREG(found.st_mode) else "it is not a file but a folder, FIFO or device"
             )
         return Image.open(path, formats=_FORMATS)
 
     def path(self, index: int) -> Path:
-        """Path of an image."""
+        """Return the path of an image."""
         return self.folder / os.fsdecode(self.files[index])
 
     def part(self, chosen: Tensor) -> ImageFiles:
-        """Some of these files.
+        """Return a subset of the files.
 
         Args:
-            chosen: Which ones `(N,)`, bool.
+            chosen: Which files to include `(N,)`, bool.
         """
         part = copy(self)
         part.files, part.targets = self.files[chosen.numpy()], self.targets[chosen.numpy()]
         return part
 
     def fingerprint(self) -> str:
-        """A name for these files: by their folder, names, sizes and times of change."""
+        """Return a hash of these files: their folder, names, classes, sizes and modification times."""
         states = [_state(self.path(i)) for i in range(len(self))]
         return fingerprint(str(self.folder.resolve()), self.files.tobytes(), self.targets.tobytes(), states)
 
     def contents(self) -> str:
-        """A name for these images that they keep when they are copied: by their names, classes and sizes."""
+        """Return a hash of the names, classes and sizes of these files. It does not change when they are copied."""
         states = [_state(self.path(i)) for i in range(len(self))]
         sizes = [None if state is None else state[0] for state in states]
         return fingerprint(self.files.tobytes(), self.targets.tobytes(), sizes)
 
 
 class ImageBytes(Dataset[tuple[Image.Image, int]]):
-    """Image files in memory, as those of a batch that has been read from an archive.
+    """Encoded image files in memory, such as those of a batch read from an archive.
 
     Args:
-        samples: Number of each image to its name, its bytes and its class.
+        samples: Mapping from the number of each image to its name, its bytes and its class.
     """
 
     def __init__(self, samples: Mapping[int, tuple[str, bytes, int]]) -> None:
@@ -107,16 +107,16 @@ class ImageBytes(Dataset[tuple[Image.Image, int]]):
         return image, self.samples[index][2]
 
     def open(self, index: int) -> Image.Image:
-        """An image whose pixels are not decoded yet."""
+        """Open an image without decoding its pixels."""
         return Image.open(io.BytesIO(self.samples[index][1]), formats=_FORMATS)
 
     def path(self, index: int) -> str:
-        """Where an image comes from."""
+        """Return the origin of an image."""
         return self.samples[index][0]
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """Size and time of change of a file; None if there is none."""
+    """Return the size and modification time of a file; `None` if it does not exist."""
     try:
         found = path.stat()
     except OSError:
@@ -125,16 +125,16 @@ def _state(path: Path) -> tuple[int, int] | None:
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Names of the classes in `folder/<class>/`, sorted; hidden folders are none.
+    """Return the sorted class names of `folder/<class>/`. Hidden folders are ignored.
 
     Raises:
-        FileNotFoundError: If the folder is missing or has no class folders.
+        FileNotFoundError: If the folder is missing or has no class folders, or a symbolic link in it is broken.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; expected one folder of images for each class in it")
+        raise FileNotFoundError(f"folder {folder} not found; expected a folder with one folder of images per class")
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     if dead := sorted(entry.name for entry in entries if entry.is_symlink() and not entry.exists()):
-        raise FileNotFoundError(f"links in {folder} lead nowhere: {few(dead)}; mend or remove them")
+        raise FileNotFoundError(f"broken symbolic links in {folder}: {few(dead)}; fix or remove them")
     names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:
         raise FileNotFoundError(f"{folder} has no class folders; expected {folder}/<class>/<image files>")
@@ -142,17 +142,17 @@ def class_folders(folder: Path) -> tuple[str, ...]:
 
 
 def read_tree(folder: Path, class_names: Sequence[str]) -> ImageFiles:
-    """Finds the images of `folder/<class>/`, at any depth, in sorted order.
+    """Find the images in `folder/<class>/`, at any depth, in sorted order.
 
-    Links are followed, wherever they lead; a folder to which several lead is read once in each class. What has an
-    image's name is taken for one until it is read.
+    Symbolic links are followed; a folder to which several links lead is read once per class. Files are identified by
+    their extension and not opened.
 
     Args:
-        folder: The folder.
-        class_names: Names of the class folders, in the order of the classes.
+        folder: Folder that contains the class folders.
+        class_names: Names of the class folders, in class order.
 
     Raises:
-        FileNotFoundError: If the folder or the images of a class are missing.
+        FileNotFoundError: If the folder is missing or a class has no images.
         ValueError: If the folder has other classes.
     """
     found = set(class_folders(folder))
@@ -172,33 +172,33 @@ def read_tree(folder: Path, class_names: Sequence[str]) -> ImageFiles:
         targets += [target] * len(images)
     if empty:
         raise FileNotFoundError(
-            f"no images in the class folders {few(empty)} of {folder}; "
-            f"expected files that end in {', '.join(IMG_EXTENSIONS)}"
+            f"no images in these class folders of {folder}: {few(empty)}; "
+            f"expected files with the extensions {', '.join(IMG_EXTENSIONS)}"
         )
     return ImageFiles(folder, files, targets)
 
 
 def read_all(folder: Path) -> ImageFiles:
-    """Finds all images of a folder, at any depth, in sorted order; none has a class. Links are followed.
+    """Find all images of a folder, at any depth, in sorted order and without classes. Symbolic links are followed.
 
     Args:
-        folder: The folder.
+        folder: Folder of the images.
 
     Raises:
-        FileNotFoundError: If the folder is missing, or has no images.
+        FileNotFoundError: If the folder is missing or contains no images.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {shown(folder)}; give one with images in it, at any depth")
+        raise FileNotFoundError(f"folder {shown(folder)} not found; expected a folder that contains images")
     files = _images(folder, folder)
     if not files:
         raise FileNotFoundError(
-            f"no images in {shown(folder)}, at any depth; expected files that end in {', '.join(IMG_EXTENSIONS)}"
+            f"no images in {shown(folder)} at any depth; expected files with the extensions {', '.join(IMG_EXTENSIONS)}"
         )
     return ImageFiles(folder, files, [IGNORE_INDEX] * len(files))
 
 
 def _images(folder: Path, top: Path) -> list[str]:
-    """Names of the images in `top`, at any depth, as seen from the folder."""
+    """Return the names of the images in `top`, at any depth, relative to `folder`."""
     return [
         f"{Path(parent).relative_to(folder)}/{file}"
         for parent, names in sorted(_folders(top))
@@ -208,11 +208,11 @@ def _images(folder: Path, top: Path) -> list[str]:
 
 
 def _folders(top: Path) -> Iterator[tuple[str, list[str]]]:
-    """Each folder and the names of what is in it but folders; in the order of their names, so links are met in it."""
+    """Yield each folder and its file names. Folders are visited in sorted order, so links are, too."""
     seen: set[tuple[int, int]] = set()
     for parent, folders, names in os.walk(top, followlinks=True, onerror=_raise):
-        found = os.stat(parent)  # noqa: PTH116  # as os.walk has it: a text
-        if (found.st_dev, found.st_ino) in seen:  # by another link, or by one that leads back
+        found = os.stat(parent)  # noqa: PTH116  # os.walk yields strings
+        if (found.st_dev, found.st_ino) in seen:  # through another link, or through a cycle
             folders.clear()
             continue
         seen.add((found.st_dev, found.st_ino))
@@ -221,12 +221,12 @@ def _folders(top: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _raise(error: OSError) -> None:
-    """A folder that cannot be read would otherwise have no images, in silence."""
+    """Raise an error: otherwise a folder that cannot be read would be treated as empty."""
     raise error
 
 
 def few(names: Sequence[str]) -> str:
-    """The first names of many, for a message."""
+    """Return the first five of some names, for a message."""
     return ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
 
 
@@ -234,7 +234,7 @@ _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 def is_flat(root: Path) -> bool:
-    """Whether a folder has the class folders in it, instead of folders of splits."""
+    """Whether a folder contains class folders instead of folders of splits."""
     if not root.is_dir():
         return False
     names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
@@ -242,11 +242,10 @@ def is_flat(root: Path) -> bool:
 
 
 def split_folder(root: Path, split: str) -> Path | None:
-    """The folder of a split in `root`, with `val` as the test set where there is no `test`.
+    """Return the folder of a split in `root`; without `test`, `val` is the test set.
 
     Returns:
-        `root/train`, `root/test` or `root/val`; None if validation images are to be cut from the training
-        images.
+        `root/train`, `root/test` or `root/val`; `None` if validation images are to be held out of the training images.
     """
     has_test = (root / "test").is_dir()
     if split == "val":

@@ -1,4 +1,4 @@
-"""Data sets that are folders of image files."""
+"""Datasets that are folders of image files."""
 
 from __future__ import annotations
 
@@ -26,46 +26,52 @@ from lkd.io.refused import shown
 
 IMAGENET_STATISTICS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    1: ((0.449,), (0.226,)),  # the means of the colours'
+    1: ((0.449,), (0.226,)),  # averages over the color channels
 }
-"""Mean and standard deviation of each channel of ImageNet's images, by the number of channels."""
+"""Mean and standard deviation of each channel of ImageNet, by the number of channels."""
 
 
 class ImageFolderDataModule(ImageDataModule):
-    """Any folder of images, `root/train/<class>/` and `root/test/<class>/`; the classes are the sorted names.
+    """Image folders `root/train/<class>/` and `root/test/<class>/`; classes are the sorted folder names.
 
-    If there is `root/val/<class>/` too, it is used for validation. Without `root/test`, it is the test set,
-    and validation images are cut from the training images.
+    If `root/val/<class>/` exists as well, it is used for validation. Without `root/test`, it is the test set, and
+    validation images are held out of the training images.
 
-    Images may also be in `root/<class>/`. They are then split at random, by class: `test_size` of them are the test
-    set, `val_size` of the rest the validation set. The split depends on the names of the files and on `split_seed`, and
-    its numbers are printed.
+    Images may also be in `root/<class>/`. They are then split at random, stratified by class: `test_size` of them form
+    the test set and `val_size` of the rest the validation set. The split depends on the file names and on `split_seed`,
+    and the sizes of its parts are printed.
 
     Args:
-        root: The folder.
-        image_size: Height and width that images are brought to.
-        in_channels: 3 for colour, 1 for gray.
-        crop_ratio: Share of an image's shorter side that is evaluated, at its centre; images that have the
-            size already are taken whole.
-        batch_size: Images in a batch, in each process.
-        num_workers: Processes that read images; by default up to 4.
-        val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
-        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all, 0: none.
-        drop_unlabelled: Leave the others out of training; otherwise they stay, without a label, for the teacher.
-        split_seed: Seed of these choices; not the run's, so that teacher and students agree.
-        seed: Seed of order and augmentation; by default the run's.
-        augment: Random changes of training images; by default RandomResizedCrop and RandomHorizontalFlip.
-        mean: Mean of each channel, of pixels in [0, 1]; by default ImageNet's.
-        std: Standard deviation of each channel; by default ImageNet's.
-        views: Which views of each training image a batch has; by default the image alone.
-        mix: How each training image is mixed with another one; by default not at all.
-        resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
-        unreadable: Whether an image file that cannot be read ends the run, when it is met (`fail`), or is left out
-            before the training (`skip`); the other images keep their index.
-        labels_per_class: In place of `label_size`: how many training images of each class keep their label.
-        extra: Training images from elsewhere, beside the data set's own; with `label_size` 0 and `drop_unlabelled`
-            instead of them. See `UnlabelledFolder`, `DeepInversion`.
-        test_size: Share (below 1) or number of the images of `root/<class>/` that are the test set, by class; 0: none.
+        root: Folder of the dataset.
+        image_size: Height and width to which images are resized.
+        in_channels: 3 for color, 1 for grayscale.
+        crop_ratio: Fraction of the shorter side that the center crop covers in evaluation; images that already have
+            the size are not cropped.
+        batch_size: Number of images per batch in each process.
+        num_workers: Number of processes that load images; by default up to 4.
+        val_size: Fraction (below 1) or number of training images held out for validation, stratified by class; 0 for
+            none.
+        label_size: Fraction (below 1) or number of training images that keep their label, stratified by class; 1.0 for
+            all, 0 for none.
+        drop_unlabelled: Exclude training images without a label. Otherwise they remain and are supervised by the
+            teacher alone.
+        split_seed: Seed of the splits above. It is independent of the run's seed, so that teacher and students use the
+            same split.
+        seed: Seed of the order and the augmentation; by default the seed of the run.
+        augment: Augmentation of training images; by default RandomResizedCrop and RandomHorizontalFlip.
+        mean: Mean of each channel for pixels in [0, 1]; by default that of ImageNet.
+        std: Standard deviation of each channel; by default that of ImageNet.
+        views: Views of each training image in a batch; by default a single one.
+        mix: Mixing of each training image with another one (`Mixup`, `CutMix`); by default none.
+        resident_limit: Maximum size in bytes of a dataset that is decoded once and held in memory instead of being
+            decoded in every epoch; 0 disables this.
+        unreadable: What to do with image files that cannot be read: `fail` raises an error when such a file is
+            encountered; `skip` excludes these files before training, and the other images keep their index.
+        labels_per_class: Number of training images per class that keep their label; an alternative to `label_size`.
+        extra: Additional training images from another source (`UnlabelledFolder`, `DeepInversion`). With `label_size` 0
+            and `drop_unlabelled`, they replace those of the dataset.
+        test_size: Fraction (below 1) or number of the images in `root/<class>/` that form the test set, stratified by
+            class; 0 for none.
     """
 
     def __init__(
@@ -104,27 +110,27 @@ class ImageFolderDataModule(ImageDataModule):
         self.resize = CenterCrop(crop_ratio)
 
     def default_augment(self) -> list[ImageTransform | BatchTransform]:
-        """Parts of the image, and their mirror images."""
+        """Return random resized crops and horizontal flips."""
         return [RandomResizedCrop(), RandomHorizontalFlip()]
 
     def setup(self, stage: str) -> None:
-        """Finds the classes, and opens the splits that a stage needs."""
+        """Find the classes, and open the splits that a stage needs."""
         root = Path(self.root)
         self.class_names = class_folders(root if is_flat(root) else root / "train")
         self.num_classes = len(self.class_names)
         super().setup(stage)
 
     def make_dataset(self, split: Split) -> ImageFiles | None:
-        """See `ImageDataModule.make_dataset`."""
+        """Open the images of a split; see `ImageDataModule.make_dataset`."""
         if is_flat(root := Path(self.root)):
             return None if split == "val" else self._split(read_tree(root, self.class_names), split)
         folder = split_folder(root, split)
         return None if folder is None else read_tree(folder, self.class_names)
 
     def _split(self, files: ImageFiles, split: Split) -> ImageFiles:
-        """The training or the test images of a folder that has no splits."""
+        """Return the training or test images of a folder without splits."""
         if not self.test_size and split == "test":
-            raise ValueError(f"test_size is 0, so no image in {shown(files.folder)} is for the test; raise it")
+            raise ValueError(f"{shown(files.folder)} has no test images because test_size is 0; increase it")
         target, test = torch.from_numpy(files.targets), torch.zeros(len(files), dtype=torch.bool)
         if self.test_size:
             test[stratified(target, self.test_size, self.split_seed, "test_size", ("test", "training"))] = True
@@ -136,39 +142,43 @@ class ImageFolderDataModule(ImageDataModule):
         self._is_reported = True
         val = len(stratified(training, self.val_size, self.split_seed)) if self.val_size else 0
         say(
-            f"{files.folder}: {len(files):,} images in {self.num_classes} class folders, split by class with "
-            f"split_seed {self.split_seed}: {len(training) - val:,} for training, {val:,} for validation, {test:,} "
-            "for test"
+            f"{files.folder}: {len(files):,} images in {self.num_classes} classes, stratified split with split_seed "
+            f"{self.split_seed}: {len(training) - val:,} training, {val:,} validation, {test:,} test"
         )
 
 
 class ImageNetDataModule(ImageFolderDataModule):
-    """ImageNet (ILSVRC 2012), unpacked to `root/train/<class>/` and `root/val/<class>/`, the test set.
+    """ImageNet (ILSVRC 2012), unpacked to `root/train/<class>/` and `root/val/<class>/`; the latter is the test set.
 
     Args:
-        root: The folder.
-        image_size: Height and width that images are brought to.
-        in_channels: 3 for colour, 1 for gray.
-        crop_ratio: Share of an image's shorter side that is evaluated, at its centre.
-        batch_size: Images in a batch, in each process.
-        num_workers: Processes that read images; by default up to 4.
-        val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
-        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all, 0: none.
-        drop_unlabelled: Leave the others out of training; otherwise they stay, without a label, for the teacher.
-        split_seed: Seed of these choices; not the run's, so that teacher and students agree.
-        seed: Seed of order and augmentation; by default the run's.
-        augment: Random changes of training images; by default RandomResizedCrop and RandomHorizontalFlip.
-        mean: Mean of each channel, of pixels in [0, 1].
+        root: Folder of the dataset.
+        image_size: Height and width to which images are resized.
+        in_channels: 3 for color, 1 for grayscale.
+        crop_ratio: Fraction of the shorter side that the center crop covers in evaluation.
+        batch_size: Number of images per batch in each process.
+        num_workers: Number of processes that load images; by default up to 4.
+        val_size: Fraction (below 1) or number of training images held out for validation, stratified by class; 0 for
+            none.
+        label_size: Fraction (below 1) or number of training images that keep their label, stratified by class; 1.0 for
+            all, 0 for none.
+        drop_unlabelled: Exclude training images without a label. Otherwise they remain and are supervised by the
+            teacher alone.
+        split_seed: Seed of the splits above. It is independent of the run's seed, so that teacher and students use the
+            same split.
+        seed: Seed of the order and the augmentation; by default the seed of the run.
+        augment: Augmentation of training images; by default RandomResizedCrop and RandomHorizontalFlip.
+        mean: Mean of each channel for pixels in [0, 1].
         std: Standard deviation of each channel.
-        views: Which views of each training image a batch has; by default the image alone.
-        mix: How each training image is mixed with another one; by default not at all.
-        resident_limit: Bytes that images may take for them to be decoded once, instead of in every epoch; 0: never.
-        unreadable: Whether an image file that cannot be read ends the run, when it is met (`fail`), or is left out
-            before the training (`skip`); the other images keep their index.
-        labels_per_class: In place of `label_size`: how many training images of each class keep their label.
-        extra: Training images from elsewhere, beside the data set's own; with `label_size` 0 and `drop_unlabelled`
-            instead of them. See `UnlabelledFolder`, `DeepInversion`.
-        test_size: Not used, as ImageNet has a test set.
+        views: Views of each training image in a batch; by default a single one.
+        mix: Mixing of each training image with another one (`Mixup`, `CutMix`); by default none.
+        resident_limit: Maximum size in bytes of a dataset that is decoded once and held in memory instead of being
+            decoded in every epoch; 0 disables this.
+        unreadable: What to do with image files that cannot be read: `fail` raises an error when such a file is
+            encountered; `skip` excludes these files before training, and the other images keep their index.
+        labels_per_class: Number of training images per class that keep their label; an alternative to `label_size`.
+        extra: Additional training images from another source (`UnlabelledFolder`, `DeepInversion`). With `label_size` 0
+            and `drop_unlabelled`, they replace those of the dataset.
+        test_size: Not used, because ImageNet has a test set.
 
     References:
         Russakovsky et al.: ImageNet large scale visual recognition challenge (2014), arXiv:1409.0575.
@@ -177,11 +187,11 @@ class ImageNetDataModule(ImageFolderDataModule):
     num_classes = 1000
 
     def setup(self, stage: str) -> None:
-        """Finds the classes, and opens the splits that a stage needs."""
+        """Check the number of class folders, and open the splits that a stage needs."""
         found = len(class_folders(Path(self.root) / "train"))
         if found != 1000:
             raise ValueError(
-                f"{self.root}/train has {found} class folders, ImageNet has 1000; "
-                "for another choice of classes use ImageFolderDataModule"
+                f"{self.root}/train has {found} class folders, but ImageNet has 1000; use ImageFolderDataModule for "
+                "other classes"
             )
         super().setup(stage)

@@ -1,4 +1,4 @@
-"""Training images made from the teacher alone: data-free distillation."""
+"""Training images synthesized from the teacher: data-free distillation."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lkd.datamodules.extra import ExtraImages
 from lkd.io.tensor_cache import cache_folder, fingerprint, load_tensors, save_tensors
 from lkd.types import Normalization
 
-_FORMAT = 1  # to be raised whenever the same settings shall give other images
+_FORMAT = 1  # increase when the same settings result in other images
 
 
 def total_variation(image: Tensor) -> Tensor:
-    r"""How rough images are: $\sum_d \lVert x - x_d \rVert_2$ over their four neighbours (two of them diagonal) $d$.
+    r"""Measure the roughness of images: $\sum_d \lVert x - x_d \rVert_2$ over four neighbors $d$, two of them diagonal.
 
     Args:
-        image: `(B, C, H, W)`.
+        image: Images `(B, C, H, W)`.
 
     Returns:
-        A scalar; each norm is over the whole batch, as in the authors' code.
+        Scalar; each norm is over the whole batch, as in the authors' code.
 
     References:
         Yin et al.: Dreaming to distill: Data-free knowledge transfer via DeepInversion, CVPR 2020 (arXiv 1912.08795),
-        equation 3; the paper leaves open what the neighbours are.
+        equation 3; the paper does not specify the neighbors.
     """
     return (
         _norm(image[..., 1:] - image[..., :-1])
@@ -45,14 +45,14 @@ def total_variation(image: Tensor) -> Tensor:
 
 
 def statistics_distance(input: Tensor, norm: _BatchNorm) -> Tensor:
-    r"""How far a batch is from what BatchNorm saw: $\lVert\mu-\hat\mu\rVert_2 + \lVert\sigma^2-\hat\sigma^2\rVert_2$.
+    r"""Compare a batch with BatchNorm statistics: $\lVert\mu-\hat\mu\rVert_2 + \lVert\sigma^2-\hat\sigma^2\rVert_2$.
 
     Args:
-        input: What the layer is given, `(B, C, ...)`.
-        norm: The layer, with its running mean and variance `(C,)`.
+        input: Input of the layer `(B, C, ...)`.
+        norm: The layer, with running mean and variance `(C,)`.
 
     Returns:
-        A scalar; 0 where mean and (biased) variance of each channel are the layer's.
+        Scalar; 0 if mean and (biased) variance of each channel equal those of the layer.
 
     References:
         Yin et al. 2020 (arXiv 1912.08795), equation 4.
@@ -63,38 +63,39 @@ def statistics_distance(input: Tensor, norm: _BatchNorm) -> Tensor:
 
 
 def _norm(value: Tensor) -> Tensor:
-    """The Euclidean norm, whose gradient at 0 is 0."""
+    """Return the Euclidean norm, with gradient 0 at 0."""
     return cast("Tensor", torch.linalg.vector_norm(value))
 
 
 @dataclass(frozen=True)
 class DeepInversion(ExtraImages):
-    r"""Images that a trained network would have liked to be trained on: found by gradient descent from noise.
+    r"""Images synthesized from a trained network by gradient descent on noise.
 
-    What is minimised, over the pixels of `batch_size` images at once, is the cross-entropy with the class asked for,
-    plus `statistics_weight` times the `statistics_distance`, summed over all BatchNorm layers, plus
-    `variation_weight` times the `total_variation`, plus `l2_weight` times the norm of the normalised pixels; by Adam,
-    on the images shifted around by up to `jitter` pixels. Pixels are kept in their range.
+    The loss, minimized over the pixels of `batch_size` images at once, is the cross-entropy with the target classes,
+    plus `statistics_weight` times the `statistics_distance` summed over all BatchNorm layers, plus `variation_weight`
+    times the `total_variation`, plus `l2_weight` times the norm of the normalized pixels. It is minimized by Adam, on
+    images that are rolled by up to `jitter` pixels. Pixels are clamped to their valid range.
 
-    All classes are asked for equally often. The class is the image's label, so that every criterion can be used; where
-    it shall not count, let `hard_weight` be 0. The images are kept in the cache folder, for the next run with the same
-    weights and settings. On a CPU equal settings give equal images.
+    All classes are targeted equally often. The target class is the label of the image, so every criterion can be used;
+    set `hard_weight` to 0 to ignore these labels. The images are cached on disk for later runs with the same weights
+    and settings. On a CPU, equal settings give equal images.
 
-    Of the paper's Adaptive DeepInversion, which asks the student in training what it finds hard, there is nothing here:
-    the images are made before there is a student.
+    Adaptive DeepInversion, the variant of the paper that also uses the student, is not implemented: the images are
+    created before training.
 
     Args:
-        network: The trained network, with BatchNorm: the teacher. `lkd.models.load_weights` makes one from a file.
-        number: How many images.
-        steps: Steps of descent for each.
-        batch_size: How many at once: of these, the statistics are to be the network's.
-        lr: Learning rate, for pixels that are normalised.
-        statistics_weight: Weight of the statistics. If it is too large, the network does not see the classes asked for:
-            with 100, the ResNet-8 for digits sees 33 of 256 after 200 steps, with 1 it sees 225. At the end it is said.
+        network: Trained network with BatchNorm: the teacher. `lkd.models.load_weights` loads one from a file.
+        number: Number of images.
+        steps: Number of optimization steps per batch.
+        batch_size: Number of images that are optimized together; their statistics are matched to those of the network.
+        lr: Learning rate, for normalized pixels.
+        statistics_weight: Weight of the statistics. If it is too large, the network does not recognize the target
+            classes: with 100, the ResNet-8 for digits classifies 33 of 256 images as intended after 200 steps, with 1
+            it classifies 225. The number is printed at the end.
         variation_weight: Weight of the total variation.
         l2_weight: Weight of the norm of the pixels.
-        jitter: By how many pixels the images are shifted at most; 0: not at all.
-        normalization: How the network wants its images normalised, if not as the data module does it.
+        jitter: Maximum shift of the images in pixels; 0 for none.
+        normalization: Input normalization of the network, if it differs from that of the data module.
         seed: Seed of noise and shifts.
 
     Raises:
@@ -102,8 +103,8 @@ class DeepInversion(ExtraImages):
 
     References:
         Yin et al.: Dreaming to distill: Data-free knowledge transfer via DeepInversion, CVPR 2020 (arXiv 1912.08795).
-        The authors' script for CIFAR-10 has 2,000 steps on 256 images, a learning rate of 0.1, the weights 100, 2.5e-5
-        and 0, and a jitter of 2. It takes BatchNorm2d alone, and does not keep the pixels in range.
+        The authors' script for CIFAR-10 uses 2,000 steps on 256 images, a learning rate of 0.1, the weights 100, 2.5e-5
+        and 0, and a jitter of 2. It uses BatchNorm2d only, and does not clamp pixels to the valid range.
     """
 
     network: nn.Module = field(repr=False)
@@ -121,22 +122,22 @@ class DeepInversion(ExtraImages):
     def __post_init__(self) -> None:
         for name, least in (("number", 1), ("steps", 1), ("batch_size", 1), ("jitter", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"DeepInversion needs {name} of {least} or more, got {getattr(self, name)}")
+                raise ValueError(f"DeepInversion: {name} must be {least} or more, got {getattr(self, name)}")
         for name in ("statistics_weight", "variation_weight", "l2_weight"):
             if getattr(self, name) < 0:
-                raise ValueError(f"DeepInversion needs {name} of 0 or more, got {getattr(self, name)}")
+                raise ValueError(f"DeepInversion: {name} must be 0 or more, got {getattr(self, name)}")
         if self.lr <= 0:
-            raise ValueError(f"DeepInversion needs a learning rate lr above 0, got {self.lr}")
+            raise ValueError(f"DeepInversion: the learning rate lr must be above 0, got {self.lr}")
         if not _norms(self.network):
             raise ValueError(
-                f"DeepInversion makes images from BatchNorm's statistics, and {type(self.network).__name__} has none; "
-                "take a teacher with BatchNorm, or images of another source: lkd.datamodules.UnlabelledFolder"
+                f"DeepInversion requires BatchNorm statistics, and {type(self.network).__name__} has none; use a "
+                "teacher with BatchNorm, or images from a folder (lkd.datamodules.UnlabelledFolder)"
             )
 
     def images(
         self, shape: tuple[int, int, int], num_classes: int, normalization: Normalization, device: torch.device
     ) -> TensorDataset:
-        """See `ExtraImages.images`."""
+        """Load the images from the cache or synthesize them; see `ExtraImages.images`."""
         normalization = self.normalization or normalization
         made_from = {
             "network": fingerprint(str(self.network), *self.network.state_dict().values()),
@@ -153,24 +154,24 @@ class DeepInversion(ExtraImages):
             save_tensors(file, {"image": image, "target": target}, made_from)
         except OSError as error:
             rank_zero_warn(
-                f"images made from the network cannot be kept in {file.parent} ({error}), so every run makes them "
-                "again; set LKD_CACHE to a folder with space to spare"
+                f"synthesized images cannot be cached in {file.parent} ({error}), so every run will synthesize them "
+                "again; set LKD_CACHE to a folder with enough free space"
             )
         return TensorDataset(image, target)
 
     def synthesise(
         self, shape: tuple[int, int, int], num_classes: int, normalization: Normalization, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Makes the images anew.
+        """Synthesize the images, ignoring the cache.
 
         Args:
             shape: Channels, height and width.
             num_classes: Number of classes.
-            normalization: How the network wants its images.
-            device: Where to compute.
+            normalization: Input normalization of the network.
+            device: Device for the computation.
 
         Returns:
-            Images `(N, C, H, W)`, uint8, and the classes asked for `(N,)`, int64; on the CPU.
+            Images `(N, C, H, W)`, uint8, and their target classes `(N,)`, int64; on the CPU.
         """
         network = deepcopy(self.network).to(device).eval().requires_grad_(False)
         _check_fit(network, torch.zeros(1, *shape, device=device), num_classes)
@@ -179,12 +180,12 @@ class DeepInversion(ExtraImages):
         console = Console(stderr=True)
         hidden = getattr(rank_zero_only, "rank", 0) != 0 or not console.is_terminal
         found, correct = [], 0
-        batches = target.tensor_split(-(-self.number // self.batch_size))  # equally large ones
-        for classes in track(batches, "making images", console=console, transient=True, disable=hidden):
+        batches = target.tensor_split(-(-self.number // self.batch_size))  # of equal size
+        for classes in track(batches, "synthesizing images", console=console, transient=True, disable=hidden):
             image, right = _descend(self, network, classes, shape, normalization, generator)
             found.append(image)
             correct += right
-        _say(f"{self.number:,} images made; the network sees {correct:,} of them as what was asked for")
+        _print(f"Synthesized {self.number:,} images; the network assigns {correct:,} of them to their target class")
         return torch.cat(found), target
 
 
@@ -196,7 +197,7 @@ def _descend(
     normalization: Normalization,
     generator: torch.Generator,
 ) -> tuple[Tensor, int]:
-    """One batch of images `(B, C, H, W)`, uint8, and how many the network sees as asked."""
+    """Synthesize one batch of images `(B, C, H, W)`, uint8. Also return how many are classified as intended."""
     device = next(network.parameters()).device
     mean, std = (torch.tensor(value, device=device).view(-1, 1, 1) for value in (normalization.mean, normalization.std))
     noise = torch.randn(len(target), *shape, generator=generator).to(device)
@@ -220,30 +221,31 @@ def _descend(
 
 
 def _check_fit(network: nn.Module, blank: Tensor, num_classes: int) -> None:
-    """See whether a network takes the data's images, and knows its classes."""
+    """Check that a network accepts images of this shape and has the classes of the dataset."""
     shape = tuple(blank.shape[1:])
     try:
-        answer = network(blank)
+        logits = network(blank)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"DeepInversion's network cannot take this data's images {shape}: {reason}; take the teacher of this data"
+            f"DeepInversion: the network does not accept images of shape {shape}: {reason}; use a teacher that was "
+            "trained on this dataset"
         ) from error
-    if not isinstance(answer, Tensor) or answer.dim() != 2 or answer.shape[1] < num_classes:
-        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < num_classes:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
-            f"DeepInversion's network must return logits (batch, {num_classes}) for the data's classes, got {got}; "
-            "take the teacher of this data"
+            f"DeepInversion: the network must return logits of shape (batch, {num_classes}), got {got}; use a teacher "
+            "that was trained on this dataset"
         )
 
 
 def _norms(network: nn.Module) -> list[_BatchNorm]:
-    """BatchNorm layers that have statistics."""
+    """Return the BatchNorm layers with running statistics."""
     return [part for part in network.modules() if isinstance(part, _BatchNorm) and part.running_var is not None]
 
 
 class _Statistics:
-    """Takes down, while it is open, how far a network's batches are from its BatchNorm statistics."""
+    """Context manager that records the distances of a network's batches to its BatchNorm statistics."""
 
     def __init__(self, network: nn.Module) -> None:
         self._norms, self._distances = _norms(network), list[Tensor]()
@@ -260,11 +262,11 @@ class _Statistics:
         self._distances.append(statistics_distance(inputs[0], cast("_BatchNorm", norm)))
 
     def distance(self) -> Tensor:
-        """The sum over the layers of the last forward pass."""
+        """Return the sum over the layers of the last forward pass."""
         total, self._distances = torch.stack(self._distances).sum(), []
         return total
 
 
 @rank_zero_only
-def _say(what: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(what, highlight=False, markup=False)
+def _print(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""How many images an evaluation measures, where the trainer limits its batches."""
+"""The number of evaluated images if the trainer limits the batches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _NAMES = {"val": "validation images", "test": "test images"}
 
 
 def is_limited(trainer: L.Trainer | None, split: Evaluated) -> bool:
-    """Whether a trainer is told to measure only some batches of a split.
+    """Whether a trainer evaluates only some batches of a split.
 
     Args:
         trainer: The trainer, if there is one.
-        split: Which images.
+        split: The evaluated split.
 
     Returns:
-        True for `limit_val_batches`, `limit_test_batches`, `fast_dev_run`, and a sanity check of a few batches.
+        True with `limit_val_batches`, `limit_test_batches`, `fast_dev_run`, or a sanity check of a few batches.
     """
     limits: list[int | float] = [getattr(trainer, f"limit_{split}_batches", 1.0)]
     if trainer is not None and split == "val" and _is_fitting(trainer):
@@ -30,20 +30,20 @@ def is_limited(trainer: L.Trainer | None, split: Evaluated) -> bool:
 
 
 def _is_fitting(trainer: L.Trainer) -> bool:
-    state = getattr(trainer, "state", None)  # a stand-in of a test or a notebook may have none
+    state = getattr(trainer, "state", None)  # a substitute in tests or notebooks may have none
     return state is not None and state.fn == TrainerFn.FITTING
 
 
 def images_measured(trainer: L.Trainer, split: Evaluated) -> str:
-    """Describes the images that an evaluation measures: all of a split, or how many of them.
+    """Describe the images of an evaluation: the whole split, or a part of it.
 
     Args:
         trainer: The trainer, during or after the evaluation.
-        split: Which images.
+        split: The evaluated split.
 
     Returns:
-        `the validation images`; or, where batches are limited, `320 of 5,000 validation images`, or `10 batches of the
-        validation images` if the data does not tell how many images there are.
+        `the validation images`; or, if batches are limited, `320 of 5,000 validation images`, or `10 batches of the
+        validation images` if the number of images is unknown.
     """
     batches, loaders = _batches(trainer, split), getattr(trainer, f"{split}_dataloaders")
     loader: Any = loaders[0] if isinstance(loaders, (list, tuple)) and len(loaders) == 1 else loaders
@@ -57,7 +57,7 @@ def images_measured(trainer: L.Trainer, split: Evaluated) -> str:
 
 
 def _batches(trainer: L.Trainer, split: Evaluated) -> int | float:
-    """How many batches are measured; infinitely many where that is not known."""
+    """Return the number of evaluated batches; infinity if it is unknown."""
     if split == "test":
         found = trainer.num_test_batches
     else:

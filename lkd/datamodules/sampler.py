@@ -1,4 +1,4 @@
-"""Which samples a process reads in an epoch, and in which order."""
+"""The samples that a process reads in an epoch, and their order."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ _PADDING, _EPOCH = 39, 40  # bits
 
 
 class Key(int):
-    """What a sampler asks of an `ImageDataset`: one number, as a tuple for each sample would take most of its time.
+    """Epoch, position and padding flag of a sample as one integer, which a sampler passes to `ImageDataset`.
 
-    The epoch travels with the sample, so that workers which outlive an epoch know it. A plain position is the key of
-    epoch 0.
+    Creating a tuple per sample would dominate the time of the sampler. The epoch is part of the key because persistent
+    workers do not know it otherwise. A plain position is the key of epoch 0.
 
     Args:
-        epoch: Decides the augmentation, together with the sample.
-        position: Position in the data set, below 2^39.
-        padding: Whether the sample only fills up a process's share and must not be counted.
+        epoch: Epoch, which together with the sample determines the augmentation.
+        position: Position in the dataset, below 2^39.
+        padding: Whether the sample only fills up the share of a process and must not be counted.
     """
 
     def __new__(cls, epoch: int, position: int, padding: bool = False) -> Key:
-        """Put the three into one number."""
+        """Encode the three values as one number."""
         return super().__new__(cls, epoch << _EPOCH | padding << _PADDING | position)
 
 
 def read_keys(keys: Sequence[int]) -> Tensor:
-    """What keys say.
+    """Decode keys.
 
     Args:
-        keys: B of them.
+        keys: Keys of B samples.
 
     Returns:
-        `(3, B)`, int64: epochs, positions, and 1 for padding.
+        Epochs, positions, and 1 for padding `(3, B)`, int64.
     """
     whole = torch.tensor(keys, dtype=torch.int64)
     return torch.stack((whole >> _EPOCH, whole & (1 << _PADDING) - 1, whole >> _PADDING & 1))
 
 
 class EpochSampler(DistributedSampler[int]):
-    """Deals the samples of an epoch out to the processes; the order is a function of (seed, epoch).
+    """Distribute the samples of an epoch among processes, in an order that is a function of (seed, epoch).
 
-    A `DistributedSampler`, so that Lightning leaves it in place and calls `set_epoch`. Where the samples do
-    not divide among the processes, a shuffled order begins again from its start; any other is filled up with keys
-    marked as padding.
+    It is a `DistributedSampler`, so Lightning does not replace it and calls `set_epoch`. If the samples cannot be
+    divided evenly, a shuffled order continues with its first samples; any other order is filled up with keys marked as
+    padding.
 
     Args:
-        dataset: What is sampled from.
+        dataset: The sampled dataset.
         num_replicas: Number of processes.
-        rank: Number of this process.
-        shuffle: Random order instead of the data set's own.
+        rank: Rank of this process.
+        shuffle: Whether the order is random.
         seed: Seed of the random order.
-        padded: Whether all processes get as many samples; without, some have one less, as prediction may.
-        order: Positions in the order of every epoch `(N,)`, int64, where nothing is shuffled; None: the data set's own.
+        padded: Whether all processes get the same number of samples. Otherwise some get one fewer, as in prediction.
+        order: Fixed order, used without shuffling: positions `(N,)`, int64. `None` for the order of the dataset.
 
     Attributes:
-        begin: How many of this process's samples are left out at the start: they have been seen.
+        begin: Number of this process's samples to skip, because a resumed epoch has already processed them.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class EpochSampler(DistributedSampler[int]):
             self.total_size, self.num_samples = self.size, len(range(rank, self.size, num_replicas))
 
     def deal(self) -> tuple[Tensor, Tensor]:
-        """This process's share of the epoch: positions `(N,)`, int64, and whether each only fills up `(N,)`, bool."""
+        """Return this process's share of the epoch: positions `(N,)`, int64, and which are padding `(N,)`, bool."""
         turn = torch.arange(self.rank, self.total_size, self.num_replicas)[self.begin :]
         position = turn % self.size
         if self.shuffle:

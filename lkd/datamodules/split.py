@@ -1,4 +1,4 @@
-"""Choosing images from the training set: those for validation, those that keep their label."""
+"""Selection of training images: for validation, and those that keep their label."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ def stratified(
     setting: str = "val_size",
     parts: tuple[str, ...] = ("validation", "training"),
 ) -> Tensor:
-    """Chooses samples at random, from each class in proportion to its size.
+    """Choose samples at random, from each class in proportion to its size.
 
-    What does not divide goes, one sample each, to the classes with the largest remainders. Samples without a
-    label are never chosen.
+    Remainders are assigned, one sample each, to the classes with the largest fractional parts. Samples without a label
+    are never chosen.
 
     Args:
         target: Classes `(N,)`, int64.
-        size: Number of samples to choose, or their share if it is below 1.
+        size: Number of samples to choose, or their fraction if it is below 1.
         seed: Seed of the choice.
-        setting: What the size is called in messages.
-        parts: What the chosen ones and the others are called in messages; a part that is named must have a sample of
-            each class.
+        setting: Name of the size in error messages.
+        parts: Names of the chosen and the remaining part in error messages; each named part must contain a sample of
+            every class.
 
     Returns:
         Positions of the chosen samples `(M,)`, int64, sorted.
 
     Raises:
-        ValueError: If a class would get no sample in a part that is named.
+        ValueError: If a class would have no sample in a named part.
     """
     labelled = (target != IGNORE_INDEX).nonzero().squeeze(1)
     classes, member, count = torch.unique(target[labelled], return_inverse=True, return_counts=True)
     total, whole = len(labelled), round(size * len(labelled)) if size < 1 else int(size)
     if not 0 < whole < total or (size > 1 and size != whole):
         raise ValueError(
-            f"{setting} must be a fraction between 0 and 1 or a number of images below the {total} "
-            f"images with a label, got {size}"
+            f"{setting} must be a fraction between 0 and 1, or a number of images below {total} (the images with a "
+            f"label), got {size}"
         )
     quota = whole * count // total
     largest = (whole * count % total).argsort(descending=True, stable=True)
@@ -51,17 +51,17 @@ def stratified(
             worst = int(part.argmin())
             raise ValueError(
                 f"{setting} {size} leaves no {name} image of class {int(classes[worst])}, which has "
-                f"{int(count[worst])} of the {total} images; choose another {setting} or add images"
+                f"{int(count[worst])} of the {total} images; change {setting} or add images"
             )
     return labelled[_first(member, count, quota, seed)]
 
 
 def of_each_class(target: Tensor, number: int, seed: int) -> Tensor:
-    """Chooses equally many samples of each class at random; fewer with the same seed are among them.
+    """Choose the same number of samples of each class at random. Smaller choices with the same seed are subsets.
 
     Args:
         target: Classes `(N,)`, int64; samples without a label are never chosen.
-        number: How many samples of each class.
+        number: Number of samples of each class.
         seed: Seed of the choice.
 
     Returns:
@@ -76,18 +76,19 @@ def of_each_class(target: Tensor, number: int, seed: int) -> Tensor:
     if not 1 <= number <= least:
         rarest = f"class {int(classes[count.argmin()])} has {least}" if least else "none has a label"
         raise ValueError(
-            f"labels_per_class must be 1 or more, and no more than a class has training images ({rarest}), got {number}"
+            "labels_per_class must be between 1 and the number of training images of the smallest class "
+            f"({rarest}), got {number}"
         )
     return labelled[_first(member, count, torch.full_like(count, number), seed)]
 
 
 def _first(member: Tensor, count: Tensor, quota: Tensor, seed: int) -> Tensor:
-    """The first samples of each class in a random order: their positions, sorted.
+    """Return the sorted positions of the first samples of each class in a random order.
 
     Args:
-        member: Number of each sample's class `(N,)`.
-        count: How many samples each class has `(K,)`.
-        quota: How many of them to take `(K,)`.
+        member: Group number of each sample's class `(N,)`.
+        count: Number of samples of each class `(K,)`.
+        quota: Number of samples to take of each class `(K,)`.
         seed: Seed of the order.
     """
     order = permutation(seed, 0, len(member), SPLIT)

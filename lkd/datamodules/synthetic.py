@@ -1,4 +1,4 @@
-"""Generated images, for tests and benchmarks."""
+"""Synthetic images, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,28 +14,32 @@ from lkd.datamodules.transforms.views import Views
 
 
 class SyntheticDataModule(ImageDataModule):
-    """Images made up of a smooth pattern for each class and noise, the same in every run; easy to learn.
+    """Synthetic images: a smooth pattern per class plus noise. They are the same in every run and easy to learn.
 
     Args:
         num_classes: Number of classes.
         input_shape: Channels, height and width.
-        train_size: Training images, validation included.
-        test_size: Test images.
-        batch_size: Images in a batch, in each process.
-        num_workers: Processes that read images; by default none.
-        val_size: Share (below 1) or number of training images held out for validation, by class; 0: none.
-        label_size: Share (below 1) or number of training images that keep their label, by class; 1.0: all, 0: none.
-        drop_unlabelled: Leave the others out of training; otherwise they stay, without a label, for the teacher.
-        split_seed: Seed of these choices; not the run's, so that teacher and students agree.
-        seed: Seed of order and augmentation; by default the run's.
-        augment: Random changes of training images; by default none.
-        mean: Mean of each channel, of pixels in [0, 1].
+        train_size: Number of training images, including those for validation.
+        test_size: Number of test images.
+        batch_size: Number of images per batch in each process.
+        num_workers: Number of processes that load images; by default 0.
+        val_size: Fraction (below 1) or number of training images held out for validation, stratified by class; 0 for
+            none.
+        label_size: Fraction (below 1) or number of training images that keep their label, stratified by class; 1.0 for
+            all, 0 for none.
+        drop_unlabelled: Exclude training images without a label. Otherwise they remain and are supervised by the
+            teacher alone.
+        split_seed: Seed of the splits above. It is independent of the run's seed, so that teacher and students use the
+            same split.
+        seed: Seed of the order and the augmentation; by default the seed of the run.
+        augment: Augmentation of training images; by default none.
+        mean: Mean of each channel for pixels in [0, 1].
         std: Standard deviation of each channel.
-        views: Which views of each training image a batch has; by default the image alone.
-        mix: How each training image is mixed with another one; by default not at all.
-        labels_per_class: In place of `label_size`: how many training images of each class keep their label.
-        extra: Training images from elsewhere, beside the data set's own; with `label_size` 0 and `drop_unlabelled`
-            instead of them. See `UnlabelledFolder`, `DeepInversion`.
+        views: Views of each training image in a batch; by default a single one.
+        mix: Mixing of each training image with another one (`Mixup`, `CutMix`); by default none.
+        labels_per_class: Number of training images per class that keep their label; an alternative to `label_size`.
+        extra: Additional training images from another source (`UnlabelledFolder`, `DeepInversion`). With `label_size` 0
+            and `drop_unlabelled`, they replace those of the dataset.
     """
 
     def __init__(
@@ -69,7 +73,7 @@ class SyntheticDataModule(ImageDataModule):
         self.test_size = test_size
 
     def make_dataset(self, split: Split) -> TensorDataset | None:
-        """See `ImageDataModule.make_dataset`."""
+        """Generate the images of a split; see `ImageDataModule.make_dataset`."""
         if split == "val":
             return None
         size = self.train_size if split == "train" else self.test_size

@@ -1,4 +1,4 @@
-"""Tiny-ImageNet, which torchvision does not have."""
+"""Tiny-ImageNet, which is not available in torchvision."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 class TinyImageNetDataModule(ArchiveDataModule):
-    """Tiny-ImageNet: 110,000 colour images, 64x64 pixels, 200 classes.
+    """Tiny-ImageNet: 110,000 color images of 64x64 pixels in 200 classes.
 
-    Its validation images are the test set, as the labels of its test images were never published.
+    Its validation images are used as the test set, because the labels of its test images were never published.
 
     References:
         Le, Yang: Tiny ImageNet visual recognition challenge (2015).
@@ -33,24 +33,24 @@ class TinyImageNetDataModule(ArchiveDataModule):
     std = (0.2302, 0.2265, 0.2262)
 
     def default_augment(self) -> list[ImageTransform | BatchTransform]:
-        """Shifts by up to eight pixels, and mirror images."""
+        """Return shifts by up to eight pixels and horizontal flips."""
         return [RandomCrop(padding=8), RandomHorizontalFlip()]
 
     def tree(self) -> Path | None:
-        """The unpacked archive, which `root` is or holds."""
+        """Return the unpacked archive, which is `root` or a folder in it."""
         folders = (Path(self.root), Path(self.root) / "tiny-imagenet-200")
         return next((folder for folder in folders if (folder / "train").is_dir()), None)
 
     def fetch(self) -> None:
-        """Downloads and unpacks the archive."""
+        """Download and unpack the archive."""
         download_and_extract_archive(_URL, self.root, md5=_MD5)
 
     def read(self, train: bool, download: bool) -> ImageSource:
-        """See `ArchiveDataModule.read`; once unpacked, the archive is a folder of image files."""
-        raise FileNotFoundError("there is no folder tiny-imagenet-200")
+        """Raise an error: once unpacked, the archive is a folder of image files, which is read instead."""
+        raise FileNotFoundError("folder tiny-imagenet-200 not found")
 
     def make_dataset(self, split: Split) -> ImageSource | None:
-        """See `ImageDataModule.make_dataset`."""
+        """Open the images of a split; see `ImageDataModule.make_dataset`."""
         tree = self.tree()
         annotations = tree / "val" / "val_annotations.txt" if tree is not None else None
         if annotations is None or not annotations.is_file() or split == "train":

@@ -1,4 +1,4 @@
-"""Which image files cannot be read: found out before the training, once, and kept for the next run."""
+"""Detection of unreadable image files before training. The result is cached for later runs."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from lkd.io.tensor_cache import cache_folder, fingerprint, replacing
 if TYPE_CHECKING:
     from lkd.datamodules.dataset import ImageDataset
 
-_FORMAT = 1  # to be raised whenever the same files shall be judged otherwise
-_PIECE = 64  # images that are read at a time
+_FORMAT = 1  # increase when the same files may give another result
+_PIECE = 64  # images read at a time
 
 
 def readable(dataset: ImageDataset, num_workers: int) -> Tensor:
-    """Which images can be read: each is decoded whole, unless it is kept what came of it.
+    """Find the images that can be read. Each image is decoded at full size, unless the result is cached.
 
-    Those that cannot are told in a warning: the first of them, how many there are, and the file that lists all.
+    A warning reports the first unreadable images, their number, and the file that lists all of them.
 
     Args:
-        dataset: Reads the images, from files.
-        num_workers: Processes that read what takes longer than a second.
+        dataset: Dataset that reads the images from files.
+        num_workers: Number of processes that decode images, if decoding takes longer than a second.
 
     Returns:
-        `(N,)`, bool.
+        Which images can be read `(N,)`, bool.
     """
     source = dataset.source
     if type(source) is not ImageFiles:
-        raise TypeError(f"only files can be left out, got {type(source).__name__}")
+        raise TypeError(f"unreadable images can only be skipped in image files, got {type(source).__name__}")
     versions = (_FORMAT, PIL.__version__, dataset.shape, dataset.resize)
     file = cache_folder("unreadable") / f"{fingerprint(source.fingerprint(), *versions)}.json"
     flaws = _kept(file, len(source))
-    where = f"all are listed in {file}"
+    where = f"the full list is in {file}"
     if flaws is None:
         pieces = torch.arange(len(source)).split(_PIECE)  # type: ignore[no-untyped-call]
-        found = in_pieces(partial(_flaws, dataset), pieces, num_workers, "looking for images that cannot be read")
+        found = in_pieces(partial(_flaws, dataset), pieces, num_workers, "checking images")
         flaws = {position: flaw for piece in found for position, flaw in piece.items()}
         try:
             _keep(file, source, flaws)
         except OSError as error:
-            where = f"that cannot be kept in {file.parent} ({error}), so every run reads all images to find out"
+            where = f"the list cannot be cached in {file.parent} ({error}), so every run will check all images"
     if flaws:
         worst = [f"{source.path(position)} ({flaw})" for position, flaw in flaws.items()]
         rank_zero_warn(
-            f"{len(flaws):,} of {len(source):,} images in {shown(source.folder)} cannot be read and are left out: "
+            f"{len(flaws):,} of {len(source):,} images in {shown(source.folder)} cannot be read and are skipped: "
             f"{few(worst)}; {where}"
         )
     whole = torch.ones(len(source), dtype=torch.bool)
@@ -63,7 +63,7 @@ def readable(dataset: ImageDataset, num_workers: int) -> Tensor:
 
 
 def _flaws(dataset: ImageDataset, index: Tensor) -> dict[int, str]:
-    """Position to the reason, of those of some images that cannot be read."""
+    """Return the reason for each of some images that cannot be read, by position."""
     found = {position: dataset.flaw(position) for position in index.tolist()}
     return {position: flaw for position, flaw in found.items() if flaw}
 

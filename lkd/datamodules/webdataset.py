@@ -1,4 +1,4 @@
-"""Images that are streamed from tar shards, by WebDataset."""
+"""Images streamed from tar shards with WebDataset."""
 
 from __future__ import annotations
 
@@ -32,52 +32,53 @@ from lkd.datamodules.transforms.views import ClassPartner, Views
 from lkd.types import IGNORE_INDEX, Batch, Normalization
 
 _SHARD, _TURN = 2**32, 2**20
-"""The number of an image, of which its draws are a function: its shard's number times the first, and its place in it.
-
-Where shards are read again in the same epoch, the shard's number is higher by a multiple of the second.
-"""
+"""Factors in the number of an image, which determines its random numbers: shard number * `_SHARD` + position in the
+shard. Each time a shard is read again in the same epoch, `_TURN` is added to its number."""
 
 
 class WebDatasetDataModule(L.LightningDataModule):
-    """Images streamed by WebDataset from tar shards of `<name>.(jpg|jpeg|png|webp)` and `<name>.cls`, a number.
+    """Images streamed from tar shards with WebDataset.
 
-    Shards are a folder with `*.tar` in it, or paths and URLs in brace notation (`train-{0000..0099}.tar`); a path may
-    have `*` and `?`. Other members are not read: no pickle of a shard is ever loaded.
+    A shard contains `<name>.(jpg|jpeg|png|webp)` and `<name>.cls`, a class number, for each image. Other members are
+    not read, and no pickle is ever loaded. Shards are specified as a folder of `*.tar` files, or as paths and URLs in
+    brace notation (`train-{0000..0099}.tar`); paths may contain `*` and `?`.
 
-    In training each process and each of its workers has shards of its own, other ones in every epoch, and draws the
-    order from `shuffle_size` images. An epoch is `train_size` images, in equally many batches in each process; a worker
-    that has seen its shards by then begins them again, and one that has more leaves the rest out. The order is a
-    function of (seed, epoch, number of processes and workers), an image's augmentation one of (seed, epoch, image)
-    alone. A run that is resumed in mid-epoch sees the beginning of that epoch again. In evaluation each process reads
-    all shards, and decodes its share of the images: each counts once. Where the trainer limits the batches, the first
-    ones are measured, so each shard should hold images of all classes.
+    In training, each worker of each process reads its own shards, which change in every epoch, and shuffles within a
+    buffer of `shuffle_size` images. An epoch consists of `train_size` images, with the same number of batches in each
+    process. Workers with fewer images repeat their shards; workers with more skip the rest. The order is a function of
+    (seed, epoch, number of processes and workers), and the augmentation of an image is a function of (seed, epoch,
+    image). A run that is resumed mid-epoch reads the first images of that epoch again.
 
-    Training images have no index: criteria that need one (CRD), and `teacher_cache`, refuse them.
+    In evaluation, each process reads all shards and decodes its share of the images, so each image counts once. If the
+    trainer limits the number of batches, the first ones are evaluated, so each shard should contain images of all
+    classes.
+
+    Training images have no index, so criteria that need one (`CRD`) and `teacher_cache` reject them.
 
     Args:
         train: Shards of the training images.
         num_classes: Number of classes.
-        train_size: Images in an epoch of training, in all processes together.
+        train_size: Number of images per training epoch over all processes.
         test: Shards of the test images.
-        val: Shards of the validation images; without, there is no validation.
-        image_size: Height and width that images are brought to.
-        in_channels: 3 for colour, 1 for gray.
-        crop_ratio: Share of an image's shorter side that is evaluated, at its centre; images that have the
-            size already are taken whole.
-        batch_size: Images in a batch, in each process.
-        num_workers: Processes that read, at most one for each shard; by default up to 4.
-        shuffle_size: Images that each worker holds, encoded, to draw the next one from.
-        seed: Seed of order and augmentation; by default the run's.
-        augment: Random changes of training images; by default RandomResizedCrop and RandomHorizontalFlip.
-        mean: Mean of each channel, of pixels in [0, 1]; by default ImageNet's.
-        std: Standard deviation of each channel; by default ImageNet's.
-        views: Which views of each training image a batch has; by default the image alone. No `ClassPartner`.
-        mix: How each training image is mixed with another one of its batch; by default not at all.
+        val: Shards of the validation images; `None` for no validation.
+        image_size: Height and width to which images are resized.
+        in_channels: 3 for color, 1 for grayscale.
+        crop_ratio: Fraction of the shorter side that the center crop covers in evaluation; images that already have
+            the size are not cropped.
+        batch_size: Number of images per batch in each process.
+        num_workers: Number of processes that load images, at most one per shard; by default up to 4.
+        shuffle_size: Size of each worker's shuffle buffer, in encoded images.
+        seed: Seed of the order and the augmentation; by default the seed of the run.
+        augment: Augmentation of training images; by default RandomResizedCrop and RandomHorizontalFlip.
+        mean: Mean of each channel for pixels in [0, 1]; by default that of ImageNet.
+        std: Standard deviation of each channel; by default that of ImageNet.
+        views: Views of each training image in a batch; by default a single one. `ClassPartner` is not supported.
+        mix: Mixing of each training image with another one of its batch (`Mixup`, `CutMix`); by default none.
         class_names: Names of the classes; by default their numbers.
 
     Attributes:
         input_shape: Channels, height and width of an image.
-        resize: How images of another size are brought to `input_shape`, without randomness.
+        resize: Deterministic transform of images of another size to `input_shape`.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class WebDatasetDataModule(L.LightningDataModule):
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names has {len(class_names)} names, but there are {num_classes} classes")
         if isinstance(views, ClassPartner):
-            raise ValueError("ClassPartner chooses among all images of a class, and a stream does not know them")
+            raise ValueError("ClassPartner requires random access to images, which shards lack; use other views")
         self.patterns = {"train": train, "val": val, "test": test}
         self.num_classes, self.train_size = num_classes, train_size
         self.batch_size, self.num_workers, self.shuffle_size = batch_size, num_workers, shuffle_size
@@ -121,7 +122,7 @@ class WebDatasetDataModule(L.LightningDataModule):
         self.shards: dict[str, tuple[str, ...]] = {}
 
     def setup(self, stage: str) -> None:
-        """Finds the shards that a stage needs.
+        """Find the shards that a stage needs.
 
         Args:
             stage: "fit", "validate", "test" or "predict".
@@ -130,19 +131,21 @@ class WebDatasetDataModule(L.LightningDataModule):
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",)):
             pattern = self.patterns[split]
             if pattern is None and (split != "val" or stage == "validate"):
-                raise ValueError(f"WebDatasetDataModule has no {split} images; give their shards as `{split}`")
+                raise ValueError(f"WebDatasetDataModule has no {split} images; specify their shards as `{split}`")
             self.shards[split] = () if pattern is None else find_shards(pattern)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Training images, augmented and shuffled, in full batches."""
+        """Return the loader of training images: augmented, shuffled, in full batches."""
         processes, rank = self._processes()
         shards, steps = self._of("train"), self.train_size // (self.batch_size * processes)
         if len(shards) < processes:
-            raise ValueError(f"{processes} processes need a training shard each, got {len(shards)}: write smaller ones")
+            raise ValueError(
+                f"each of {processes} processes needs its own training shard, got {len(shards)}; use more, smaller ones"
+            )
         if steps == 0:
             raise ValueError(
-                f"train_size {self.train_size} is no full batch of {self.batch_size} in each of {processes} processes: "
-                "set a smaller batch_size"
+                f"train_size {self.train_size} is less than one full batch of {self.batch_size} in each of {processes} "
+                "processes; decrease batch_size"
             )
         usual: list[ImageTransform | BatchTransform] = [RandomResizedCrop(), RandomHorizontalFlip()]
         augment = usual if self.augment is None else self.augment
@@ -154,15 +157,18 @@ class WebDatasetDataModule(L.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Validation images; no loader if there are none."""
+        """Return the loader of validation images, or an empty list if there are none."""
         return self._evaluated("val", self._workers()) if self._of("val") else []
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Test images."""
+        """Return the loader of test images."""
         return self._evaluated("test", self._workers())
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Test images, each in one process, read by one worker: so in the shards' order, and with an index."""
+        """Return the loader of test images in the order of the shards, with an index, read by at most one worker.
+
+        With several processes, each image is predicted by exactly one.
+        """
         return self._evaluated("test", min(1, self._workers()), padded=False)
 
     def _evaluated(self, split: str, workers: int, padded: bool = True) -> DataLoader[Batch]:
@@ -172,7 +178,7 @@ class WebDatasetDataModule(L.LightningDataModule):
         return self._loader(dataset, min(workers, len(shards)))
 
     def _loader(self, dataset: _Stream, workers: int) -> _Loader:
-        generator = torch.Generator()  # of the workers' seeds, so that they leave the global one alone
+        generator = torch.Generator()  # draws the workers' seeds, so that the global generator is not advanced
         pinned = devices.pins_memory()
         return _Loader(dataset, batch_size=None, num_workers=workers, pin_memory=pinned, generator=generator)
 
@@ -202,15 +208,15 @@ class WebDatasetDataModule(L.LightningDataModule):
 
 
 class _Held(ImageDataset):
-    """The images of one batch at a time, by their numbers."""
+    """Dataset of the images of one batch at a time, addressed by their numbers."""
 
     def of(self, epoch: int, samples: dict[int, Sample]) -> Batch:
-        """Makes the batch of some samples."""
+        """Create the batch of some samples."""
         self.source, self.index = ImageBytes(samples), torch.tensor(list(samples))
         return self.make(torch.full_like(self.index, epoch), self.index)
 
     def unmixed(self, epoch: Tensor, index: Tensor) -> Batch:
-        """See `ImageDataset.unmixed`; the classes stand beside the images."""
+        """Read, augment and normalize images; see `ImageDataset.unmixed`. The classes are stored with the images."""
         samples = cast("ImageBytes", self.source).samples
         target = torch.tensor([samples[number][2] for number in index.tolist()])
         return Batch(self.view(self.images(epoch, index), epoch, index), target, index, version=epoch)
@@ -221,15 +227,15 @@ class _Stream(IterableDataset[Batch]):
 
     Args:
         shards: Paths and URLs.
-        images: Makes batches.
+        images: Dataset that creates batches.
         num_classes: Number of classes.
-        batch_size: Images in a batch.
+        batch_size: Number of images per batch.
         processes: Number of processes.
-        rank: Number of this one.
+        rank: Rank of this process.
 
     Attributes:
-        steps: Number of batches, of all workers together; None if nobody knows.
-        epoch: Decides order and augmentation.
+        steps: Number of batches of all workers together; `None` if it is unknown.
+        epoch: Epoch, which determines order and augmentation.
     """
 
     def __init__(
@@ -247,7 +253,7 @@ class _Stream(IterableDataset[Batch]):
         self.epoch = 0
 
     def read(self, numbers: Sequence[int], turn: int = 0) -> Iterator[tuple[int, Sample]]:
-        """Number and content of each sample of some shards, read for the first time or again."""
+        """Yield number and content of each sample of some shards; `turn` counts how often they were read before."""
         for number in numbers:
             samples = read_shard(self.shards[number], self.num_classes, IGNORE_INDEX)
             yield from enumerate(samples, (turn * _TURN + number) * _SHARD)
@@ -284,9 +290,9 @@ class _Evaluation(_Stream):
             yield made if workers == 1 else made._replace(index=None, version=None)
 
     def _share(self, samples: Iterator[tuple[int, Sample]]) -> Iterator[tuple[int, Sample]]:
-        """Of every `processes` samples this process's; padding, without a label, if the last are fewer.
+        """Yield one of every `processes` samples. If the last ones are fewer, yield padding without a label.
 
-        So all processes have as many batches: one that had less would leave the others waiting for it.
+        All processes thus have the same number of batches; otherwise some would wait for the others forever.
         """
         while group := list(islice(samples, self.processes)):
             if self.rank < len(group):
@@ -297,9 +303,9 @@ class _Evaluation(_Stream):
 
 
 class _Loader(DataLoader[Batch]):
-    """Knows the length of a stream, and tells it the epoch.
+    """Data loader with the length of a stream, which passes the epoch to the stream.
 
-    Workers start anew in each epoch, when the first batch is asked for: they get the epoch with the data set.
+    Workers are restarted in each epoch when the first batch is requested, and receive the epoch with the dataset.
     """
 
     trainer: L.Trainer | None = None
@@ -307,7 +313,7 @@ class _Loader(DataLoader[Batch]):
     def __len__(self) -> int:
         steps = cast("_Stream", self.dataset).steps
         if steps is None:
-            raise TypeError("nobody knows how many samples there are in shards")
+            raise TypeError("the number of samples in shards is unknown")
         return steps
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -327,6 +333,6 @@ def _statistics(
 
 
 def _worker() -> tuple[int, int]:
-    """Number of this worker, and how many there are."""
+    """Return the number of this worker and the number of workers."""
     info: Any = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)

@@ -1,4 +1,4 @@
-"""Every decision that depends on the device. Tests replace these functions to stand in for a GPU."""
+"""All decisions that depend on the device. Tests replace these functions to simulate a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lkd.devices.capture import Capture, CudaCapture
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Whether a device computes while the host goes on, and is to be given whole batches and fused operations.
+    """Whether a device computes asynchronously and should receive whole batches and fused operations.
 
     Args:
         device: Any device.
@@ -26,7 +26,7 @@ def is_gpu(device: torch.device) -> bool:
 
 
 def step_capture(device: torch.device) -> Capture | None:
-    """What captures a step on a device so that it can be replayed; `None` if the device has nothing of that kind.
+    """Return the mechanism that captures a step on a device for replay; `None` if the device does not support it.
 
     Args:
         device: Any device.
@@ -35,7 +35,7 @@ def step_capture(device: torch.device) -> Capture | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free memory of a GPU, in bytes.
+    """Return the free memory of a GPU in bytes.
 
     Args:
         device: The GPU.
@@ -44,21 +44,21 @@ def free_memory(device: torch.device) -> int:
 
 
 def pins_memory() -> bool:
-    """Whether batches made on the host belong in page-locked memory, from which a GPU fetches them on its own."""
+    """Whether batches created on the host should be in pinned memory, from which a GPU copies asynchronously."""
     return torch.cuda.is_available()
 
 
 def has_bf16_units(gpu: bool) -> bool:
-    """Whether the device multiplies in bfloat16 faster than in float32.
+    """Whether the device multiplies faster in bfloat16 than in float32.
 
     Args:
-        gpu: Whether the current CUDA device is meant rather than the CPU.
+        gpu: Whether to check the current CUDA device instead of the CPU.
     """
     return torch.cuda.get_device_capability() >= (8, 0) if gpu else torch.cpu._is_avx512_bf16_supported()
 
 
 def compiles_well(device: torch.device) -> bool:
-    """Whether `torch.compile` can repay its time: on a GPU, and on a CPU with matrix units (AMX).
+    """Whether `torch.compile` is worth its compilation time: on a GPU, and on a CPU with matrix units (AMX).
 
     Args:
         device: Any device.
@@ -67,10 +67,10 @@ def compiles_well(device: torch.device) -> bool:
 
 
 def breaks_channels_last(network: nn.Module, device: torch.device) -> bool:
-    """Whether a convolution of a network damages memory on a device if its weights have the channels last.
+    """Whether a convolution of a network corrupts memory on a device if its weights are in channels-last format.
 
-    Without AVX-512, oneDNN 3.12 (in torch 2.14) writes past its buffers in 1x1 convolutions with a stride that have
-    fewer than 8 input channels: results are wrong, or the process aborts.
+    Without AVX-512, oneDNN 3.12 (in torch 2.14) writes past its buffers in strided 1x1 convolutions with fewer than 8
+    input channels: results are wrong, or the process aborts.
 
     Args:
         network: Any module.
@@ -101,17 +101,17 @@ def conv_relu(
     groups: int,
     added: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A convolution, plus another tensor, and ReLU: on CUDA one operation of cuDNN, in the weights' type.
+    """Compute a convolution, add a tensor, and apply ReLU, in the dtype of the weights; one cuDNN operation on CUDA.
 
     Args:
-        input: `(B, C, H, W)`.
-        weight: `(K, C / groups, h, w)`.
-        bias: `(K,)`.
-        stride: As for `torch.conv2d`, as are `padding`, `dilation` and `groups`.
-        padding: Pixels of zeros on each side.
-        dilation: Distance between the pixels that meet neighbouring weights.
+        input: Input `(B, C, H, W)`.
+        weight: Weights `(K, C / groups, h, w)`.
+        bias: Bias `(K,)`.
+        stride: Stride, as in `torch.conv2d`.
+        padding: Zero padding on each side, in pixels.
+        dilation: Spacing between the elements of the kernel.
         groups: Number of groups of channels.
-        added: What is added before the ReLU, of the shape of the result.
+        added: Tensor added before the ReLU, in the shape of the result.
     """
     kind = weight.dtype
     input = input.to(kind)
@@ -126,9 +126,9 @@ def conv_relu(
 
 
 def seed(device: torch.device, number: int) -> None:
-    """Seed the random numbers of the CPU and of one device.
+    """Seed the random number generators of the CPU and of one device.
 
-    `torch.manual_seed` looks for all devices each time, which takes longer than a small step.
+    `torch.manual_seed` searches for all devices on each call, which takes longer than a small step.
 
     Args:
         device: Any device.
@@ -142,7 +142,7 @@ def seed(device: torch.device, number: int) -> None:
 
 
 def rng_states(device: torch.device) -> list[torch.Tensor]:
-    """The states of the random number generators of the CPU and of one device.
+    """Return the states of the random number generators of the CPU and of one device.
 
     Args:
         device: Any device.
@@ -152,7 +152,7 @@ def rng_states(device: torch.device) -> list[torch.Tensor]:
 
 
 def set_rng_states(device: torch.device, states: list[torch.Tensor]) -> None:
-    """Restore what `rng_states` returned.
+    """Restore the states returned by `rng_states`.
 
     Args:
         device: The same device.
@@ -164,7 +164,7 @@ def set_rng_states(device: torch.device, states: list[torch.Tensor]) -> None:
 
 
 def isolated_random_numbers(device: torch.device) -> AbstractContextManager[None]:
-    """A context that leaves the random numbers of Python, NumPy, PyTorch and a CUDA device as they were before it.
+    """Return a context that restores the random states of Python, NumPy, PyTorch and a CUDA device on exit.
 
     Args:
         device: The device that computes.
@@ -175,18 +175,18 @@ def isolated_random_numbers(device: torch.device) -> AbstractContextManager[None
 
 
 def host_random_states(device: torch.device) -> tuple[object, ...]:
-    """What Python's, NumPy's and, beside a GPU, PyTorch's generators on the host have come to.
+    """Return the states of the generators on the host: Python, NumPy and, with a GPU, PyTorch.
 
     Args:
         device: The device that computes.
     """
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002  # the generator that users' code draws from
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002  # the global generator, which user code may use
     own = torch.get_rng_state().numpy().tobytes() if device.type == "cuda" else b""
     return random.getstate(), name, np.asarray(keys).tobytes(), tuple(rest), own
 
 
 def name_of(device: torch.device) -> str:
-    """The name of the GPU or, for the CPU, of the processor.
+    """Return the name of the GPU or, for the CPU, of the processor.
 
     Args:
         device: Any device.
@@ -202,15 +202,15 @@ def name_of(device: torch.device) -> str:
 
 
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A constant tensor on a device, copied there once: a copy in each step would make the host wait for the GPU.
+    """Return a constant tensor on a device. It is copied only once, as a copy per step would synchronize with the GPU.
 
     Args:
-        values: Its numbers `(N,)`.
-        dtype: Its type.
-        device: Where it is needed.
+        values: The values `(N,)`.
+        dtype: Type of the tensor.
+        device: Device of the tensor.
 
     Returns:
-        `(N,)`; shared, so not to be changed.
+        Tensor `(N,)`. It is shared and must not be modified.
     """
     if device.type == "cpu":
         return torch.tensor(values, dtype=dtype)
@@ -219,5 +219,5 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
 
 @lru_cache(maxsize=256)
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # a constant first needed in validation serves in training, too
+    with torch.inference_mode(False):  # a constant created during validation is also used in training
         return torch.tensor(values, dtype=dtype).to(device)

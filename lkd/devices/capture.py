@@ -1,4 +1,4 @@
-"""Capturing a function of static tensors, so that the device can replay it without the host."""
+"""Capture of a function of static tensors, so that the device can replay it without the host."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class Capture(Protocol):
-    """Records what a function does on the device.
+    """Protocol of a mechanism that records the operations of a function on a device.
 
-    A captured function takes no arguments. It reads and writes tensors that exist before and after it, always at the
-    same addresses. Every Python number that it reads is recorded as a constant. It must not wait for the device.
+    A captured function takes no arguments. It reads and writes tensors that exist before and after it, at fixed
+    addresses. Every Python number that it reads is recorded as a constant. It must not synchronize with the device.
 
     Attributes:
         scalar: Type of a tensor that holds a Python number which changes between replays, such as a learning rate.
@@ -25,7 +25,7 @@ class Capture(Protocol):
     scalar: torch.dtype
 
     def warm_up(self, function: Callable[[], T]) -> T:
-        """Run a function in the way in which it will be captured: libraries allocate their workspaces then.
+        """Run a function in the same way as during capture, so that libraries allocate their workspaces.
 
         Args:
             function: The function.
@@ -35,10 +35,10 @@ class Capture(Protocol):
         """Record a function.
 
         Args:
-            function: The function. Whether recording also executes it is not specified.
+            function: The function. Whether recording also executes it is unspecified.
 
         Returns:
-            What it returned, whose tensors each replay overwrites; and the function that replays it.
+            The function's result, whose tensors each replay overwrites, and a function that replays it.
 
         Raises:
             RuntimeError: If the function does something that cannot be recorded.
@@ -46,12 +46,12 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """Records CUDA graphs."""
+    """Capture as CUDA graphs."""
 
-    scalar = torch.float32  # what fused optimizers take as a learning rate on the device
+    scalar = torch.float32  # type of a learning rate on the device in fused optimizers
 
     def warm_up(self, function: Callable[[], T]) -> T:
-        """Run a function on a side stream, as PyTorch asks for before a capture."""
+        """Run a function on a side stream, as PyTorch requires before a capture."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -61,20 +61,20 @@ class CudaCapture:
 
     def capture(self, function: Callable[[], T]) -> tuple[T, Callable[[], Any]]:
         """Record a CUDA graph; nothing is executed."""
-        # Under autocast, weights converted outside of the graph would be constants in it, in memory that is freed soon.
+        # With autocast, the graph would read weights that were cast outside of it, in memory that is soon freed.
         torch.clear_autocast_cache()
         graph = torch.cuda.CUDAGraph()
-        # Other threads (pinning memory, writing logs) may call CUDA meanwhile, which must not spoil the capture.
+        # CUDA calls of other threads (pinning memory, writing logs) must not invalidate the capture.
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 result = function()
         finally:
-            torch.clear_autocast_cache()  # those are the graph's
+            torch.clear_autocast_cache()  # now contains tensors of the graph
         return result, graph.replay
 
 
 class Snapshot:
-    """Copies of tensors, to undo what a trial changes in them.
+    """Copies of tensors, to undo changes made by a trial.
 
     Args:
         tensors: The tensors.
@@ -86,13 +86,13 @@ class Snapshot:
             self.copies = [tensor.detach().clone() for tensor in self.tensors]
 
     def restore(self) -> None:
-        """Write the copies back into the tensors."""
+        """Copy the saved values back into the tensors."""
         with torch.no_grad():
             torch._foreach_copy_(self.tensors, self.copies)
 
 
 def flat(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Copies of tensors, joined to one vector for each type: a few operations handle them all.
+    """Concatenate copies of tensors to one vector per dtype, so that a few operations process them all.
 
     Args:
         tensors: The tensors, on one device.
@@ -104,7 +104,7 @@ def flat(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def signature(tree: Any) -> tuple[Any, ...]:
-    """What a graph needs to be the same in all its inputs: shapes, types and devices of tensors, and all other values.
+    """Return what must be equal in all inputs of a graph: shapes, dtypes and devices of tensors, and all other values.
 
     Args:
         tree: Tensors in tuples, lists and dicts.
@@ -117,11 +117,11 @@ def signature(tree: Any) -> tuple[Any, ...]:
 
 
 def copy_into(static: Any, tree: Any) -> None:
-    """Copy tensors into the static ones that a graph reads.
+    """Copy tensors into the static tensors that a graph reads.
 
     Args:
         static: The static tensors.
-        tree: Tensors of the same `signature`. Those that are the static ones themselves need no copy.
+        tree: Tensors of the same `signature`. Tensors that are static tensors themselves are not copied.
     """
     if tree is static:
         return

@@ -1,1 +1,1 @@
-"""Named layers of a network, and their features."""
+"""Named layers of networks and their features."""

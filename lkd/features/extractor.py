@@ -1,4 +1,4 @@
-"""Reading named layers of any network."""
+"""Features of named layers of any network."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _INPUT = ":input"
 
 
 class FeatureTaps:
-    """Run a network and keep what some of its layers returned.
+    """Run a network and collect the outputs of selected layers.
 
-    It is no module and adds nothing to a state dict. A layer that is called several times in one forward pass
-    shows its last output. A feature that the network later changes in place is kept as it was.
+    This object is not a module and adds nothing to a state dict. If a layer is called several times in a forward pass,
+    its last output is returned. Features that the network later modifies in place are returned unmodified.
 
     Args:
-        network: Any module whose output is a tensor of logits, or has them as `.logits` or `["logits"]`.
-        layers: Names as in `network.named_modules()`; with `:input` behind the name, what goes into the layer
-            (its first argument). `@stages` and the like stand for the network's own: see
+        network: Any module whose output is a tensor of logits, or contains them as `.logits` or `["logits"]`.
+        layers: Layer names as in `network.named_modules()`. The suffix `:input` selects the input of the layer (its
+            first argument). `@stages` and similar names stand for the layers of the respective network; see
             `lkd.features.layers.resolve_layers`.
 
     Raises:
@@ -46,7 +46,7 @@ class FeatureTaps:
         self.layers = tuple(dict.fromkeys(resolve_layers(network, layers)))
         self._features: dict[str, Any] = {}
         self._copied = frozenset(self.layers)
-        self._versions: dict[str, list[int]] | None = None  # while probing: each feature's version when it was saved
+        self._versions: dict[str, list[int]] | None = None  # only in `probe`: version counters of the saved features
         self._hooks: list[RemovableHandle] = []
         for name in self.layers:
             layer = _find_layer(network, name.removesuffix(_INPUT))
@@ -60,47 +60,47 @@ class FeatureTaps:
         """Run the network.
 
         Args:
-            input: What the network takes.
+            input: Input of the network.
 
         Returns:
-            Its logits, and the features of the layers by name.
+            Logits, and the features of the layers by name.
 
         Raises:
-            ValueError: If a layer was not reached.
+            ValueError: If the forward pass did not reach a layer.
         """
         self.clear()
         return self.outputs(logits_of(self.network(input)))
 
     def clear(self) -> None:
-        """Forget the features of the last forward pass."""
+        """Discard the features of the last forward pass."""
         self._features.clear()
 
     def outputs(self, logits: Tensor) -> Outputs:
-        """Join logits with the features of the forward pass that has run since `clear`, by whatever called the network.
+        """Combine logits with the features collected since `clear`, regardless of who called the network.
 
         Args:
             logits: The logits.
 
         Returns:
-            The logits, and the features of the layers by name.
+            Logits, and the features of the layers by name.
 
         Raises:
-            ValueError: If a layer was not reached.
+            ValueError: If the forward pass did not reach a layer.
         """
         if unreached := [name for name in self.layers if name not in self._features]:
             raise ValueError(f"the forward pass of {type(self.network).__name__} did not reach the layers {unreached}")
         return Outputs(logits, {name: self._features[name] for name in self.layers})
 
     def remove(self) -> None:
-        """Remove the hooks from the network; afterwards no features are kept."""
+        """Remove the hooks from the network and discard the features."""
         for hook in self._hooks:
             hook.remove()
         self.clear()
 
     def probe(self, input: Any) -> Probe:
-        """Run the network once in eval mode, leaving its modes and statistics as they were.
+        """Run the network once in eval mode, preserving its training modes and statistics.
 
-        Features that this pass did not change in place are from then on kept without a copy.
+        Features that are not modified in place during this pass are collected without a copy from then on.
 
         Args:
             input: A blank input.
@@ -148,13 +148,13 @@ def _find_layer(network: nn.Module, name: str) -> nn.Module:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a network returned: a tensor, `.logits`, or `["logits"]`.
+    """Return the logits from the output of a network: a tensor, `.logits`, or `["logits"]`.
 
     Args:
-        output: What the network returned.
+        output: Output of the network.
 
     Raises:
-        TypeError: If there are none.
+        TypeError: If it contains no logits.
     """
     if isinstance(output, dict):
         output = output.get("logits")

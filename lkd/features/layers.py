@@ -1,4 +1,4 @@
-"""Which layers of a network can be read, and where the ones that distillation methods speak of lie."""
+"""Layers of a network that can be tapped, and the layers that distillation methods refer to."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ GROUPS = "@stem, @stages, @stage1, @stage2, ..., @last_stage, @preacts, @preact1
 
 
 class FeatureLayers(NamedTuple):
-    """Where the features that distillation methods speak of lie in one network.
+    """Names of the layers that distillation methods refer to, for one network.
 
-    A network says so in an attribute `feature_layers`; criteria name them by `@stem`, `@stages`, ... (see
-    `resolve_layers`), so that one setting serves every network.
+    A network declares them in an attribute `feature_layers`. Criteria refer to them as `@stem`, `@stages`, ... (see
+    `resolve_layers`), so that one setting is valid for all networks.
 
     Attributes:
-        stem: What the first stage reads, `(B, C, H, W)`.
-        stages: The stages' last outputs, after their activation, `(B, C, H, W)`.
+        stem: Input of the first stage `(B, C, H, W)`.
+        stages: Last outputs of the stages, after their activation `(B, C, H, W)`.
         preacts: The same before that activation.
-        norms: The BatchNorm layers whose outputs `preacts` are, or whose outputs they add to a shortcut.
-        map: What the global pooling reads, `(B, C, H, W)`.
-        pooled: What the classifier reads, `(B, C)`.
-        head: The classifier itself.
+        norms: BatchNorm layers whose outputs are the `preacts`, or are added to a shortcut to form them.
+        map: Input of the global pooling `(B, C, H, W)`.
+        pooled: Input of the classifier `(B, C)`.
+        head: The classifier.
     """
 
     stem: str = ""
@@ -41,29 +41,29 @@ class FeatureLayers(NamedTuple):
 
 
 def uncompiled(network: nn.Module) -> nn.Module:
-    """The network itself where `torch.compile(network)` has wrapped it, so that names stay what they were.
+    """Return the network wrapped by `torch.compile(network)`, so that layer names are unchanged.
 
     Args:
-        network: Any module.
+        network: Any module; returned as is if it is not compiled.
     """
     inner = getattr(network, "_orig_mod", network)
     return inner if isinstance(inner, nn.Module) else network
 
 
 def feature_layers(network: nn.Module) -> FeatureLayers:
-    """Where the features lie: what the network says itself, else what is known of its kind.
+    """Return the feature layers that a network declares, or those known for its architecture.
 
-    Known are torchvision's and timm's ResNets, and of timm's other networks the stages, where these are modules: all
-    that timm's `feature_info` names, but the end of a stem; what the stem hands to the first stage is `stem` then. A
-    ViT's stages are its blocks, which return tokens `(B, N, C)`; a network whose maps have their channels last (Swin)
-    has none. Of any network, the classifier is taken to be its last linear layer, and `map` is known where `avgpool`,
-    `global_pool` or `head.global_pool` pools all pixels of a map.
+    Known architectures are the ResNets of torchvision and timm. For other networks of timm, the stages are known if
+    they are modules: the entries of timm's `feature_info`, except for the end of a stem, in which case `stem` is the
+    input of the first stage. The stages of a ViT are its blocks, which return tokens `(B, N, C)`; networks with
+    channels-last feature maps (Swin) have none. In any network, the last linear layer is assumed to be the classifier,
+    and `map` is known if `avgpool`, `global_pool` or `head.global_pool` pools all pixels of a feature map.
 
     Args:
         network: Any module.
 
     Returns:
-        The names; empty ones where nothing is known.
+        Layer names; empty if unknown.
     """
     network = uncompiled(network)
     own = getattr(network, "feature_layers", None)
@@ -83,56 +83,56 @@ def feature_layers(network: nn.Module) -> FeatureLayers:
 
 
 _RESNET = ("layer1", "layer2", "layer3", "layer4")
-_POOLINGS = ("avgpool", "global_pool", "head.global_pool")  # torchvision's, and timm's two
+_POOLINGS = ("avgpool", "global_pool", "head.global_pool")  # one in torchvision, two in timm
 _TIMM_STEM = re.compile(r"(conv_)?stem(\.|$)|(act|bn|conv)\d$|layer0$|features\.norm0$")
-_CHANNELS_LAST = ("VOLO", "VisionTransformerSAM")  # others of timm's say so: output_fmt
+_CHANNELS_LAST = ("VOLO", "VisionTransformerSAM")  # other networks of timm declare it in output_fmt
 
 
 def _pools_all(layer: nn.Module | None) -> bool:
-    """Whether a layer makes one value of each channel: torchvision's `avgpool` leaves more in some networks."""
+    """Whether a layer returns one value per channel; torchvision's `avgpool` returns more in some networks."""
     if isinstance(layer, nn.AdaptiveAvgPool2d):
         return layer.output_size in (1, (1, 1))
     return type(layer).__name__ == "SelectAdaptivePool2d"
 
 
 def _resnet_layers(network: nn.Module, guess: FeatureLayers) -> FeatureLayers:
-    """Torchvision's ResNets, and timm's, which have one activation for each sum and call it otherwise."""
+    """Return the layers of ResNets from torchvision or timm. The latter have a named activation after each sum."""
     last = {stage: list(network.get_submodule(stage).named_children())[-1] for stage in _RESNET}
     preacts, norms = [], []
     for stage, (number, block) in last.items():
         parts = dict(block.named_children())
         found = sorted(name for name in parts if re.fullmatch(r"bn\d", name))
         act = next((name for name in (f"act{found[-1][-1]}" if found else "", "relu") if name in parts), "")
-        preacts += [f"{stage}.{number}.{act}:input"] if act else []  # `relu` is called last behind the sum
-        # what squeeze and excitation scales is no longer what the BatchNorm returned
+        preacts += [f"{stage}.{number}.{act}:input"] if act else []  # the last call of `relu` follows the sum
+        # squeeze-and-excitation changes the output of the BatchNorm
         norms += [f"{stage}.{number}.{found[-1]}"] if found and not isinstance(parts.get("se"), nn.Module) else []
     return guess._replace(stem="layer1:input", stages=_RESNET, preacts=tuple(preacts), norms=tuple(norms))
 
 
 def _timm_layers(network: nn.Module, layers: Mapping[str, nn.Module], guess: FeatureLayers) -> FeatureLayers:
-    """What timm calls features: the stages, and before them, in some networks, the end of the stem."""
+    """Return the layers that timm lists as features: the stages, preceded in some networks by the end of the stem."""
     info: Any = getattr(network, "feature_info", None) or []
-    entries: list[str] = [entry.get("module", "") for entry in getattr(info, "info", info)]  # a list, or one in it
+    entries: list[str] = [entry.get("module", "") for entry in getattr(info, "info", info)]  # a list or a wrapper
     has_stem = bool(entries and _TIMM_STEM.match(entries[0]))
     stages = tuple(entries[has_stem:])
-    if not stages or not all(name and name in layers for name in stages):  # HRNet's have no module of their own
+    if not stages or not all(name and name in layers for name in stages):  # stages of HRNet are not modules
         return guess
     return guess._replace(stem=f"{stages[0]}:input" if has_stem else "", stages=stages)
 
 
 def resolve_layers(network: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """Replace `@stages` and the like by the network's own names of these layers; other names stay.
+    """Replace `@stages` and similar names by layer names of the network; other names are unchanged.
 
     Args:
         network: Any module.
-        names: Names of layers, or `@stem`, `@stages` (all), `@stage1`, `@stage2`, ..., `@last_stage`, `@preacts`
-            (all), `@preact1`, ..., `@norms`, `@map`, `@pooled`, `@head`: see `FeatureLayers`.
+        names: Layer names, or `@stem`, `@stages` (all), `@stage1`, `@stage2`, ..., `@last_stage`, `@preacts` (all),
+            `@preact1`, ..., `@norms`, `@map`, `@pooled`, `@head`; see `FeatureLayers`.
 
     Returns:
-        Names as in `network.named_modules()`, with `:input` behind where what goes into the layer is meant.
+        Names as in `network.named_modules()`, with the suffix `:input` for the input of a layer.
 
     Raises:
-        ValueError: If there is no such group, or it is not known where it lies in this network.
+        ValueError: If a group does not exist or is unknown for this network.
 
     Example:
         >>> from lkd.models import resnet8
@@ -156,33 +156,34 @@ def _group(network: nn.Module, layers: FeatureLayers, name: str) -> tuple[str, .
     elif name[1:] in FeatureLayers._fields:
         found = getattr(layers, name[1:])
     else:
-        raise ValueError(f"there is no group of layers {name!r}; there are {GROUPS}")
+        raise ValueError(f"unknown group of layers {name!r}; available: {GROUPS}")
     found = (found,) if isinstance(found, str) else found
     if not found or not all(found):
         kind = type(uncompiled(network)).__name__
         raise ValueError(
-            f"it is not known which layers {name} of {kind} are; name them (student_layers, teacher_layers), from "
-            "those that `lkd layers` lists, or give the network an attribute feature_layers"
+            f"the layers {name} of {kind} are unknown; specify layer names listed by `lkd layers` (student_layers, "
+            "teacher_layers), or define the attribute feature_layers in the network"
         )
     return tuple(found)
 
 
 def layer_names(network: nn.Module, example: Any = None) -> dict[str, tuple[int, ...]]:
-    """Name the layers that can be tapped, with the shapes of what they return.
+    """List the layers that can be tapped, with the shapes of their outputs.
 
-    The network runs once, in eval mode and without gradients; its modes and statistics stay as they were.
+    The network is run once, in eval mode and without gradients; its training modes and statistics are preserved.
 
     Args:
         network: Any module.
-        example: What the network takes; None stands for a blank image of 32x32 pixels, with the channels that its
-            first convolution takes.
+        example: Input of the network; `None` for a blank image of 32x32 pixels with the number of channels of the first
+            convolution.
 
     Returns:
-        Name, as in `network.named_modules()`, to shape, in the network's order. Layers that the pass does not reach,
-        or that return something other than a tensor, are left out; of several calls the last counts.
+        Mapping from layer name, as in `network.named_modules()`, to output shape, in the order of the network. Layers
+        that are not reached or do not return a tensor are omitted; if a layer is called several times, its last output
+        counts.
 
     Raises:
-        ValueError: If there is no example and no convolution either.
+        ValueError: If there is neither an example nor a convolution.
 
     Example:
         >>> layer_names(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()))
@@ -204,10 +205,10 @@ def _record(shapes: dict[str, tuple[int, ...]], name: str, layer: nn.Module, arg
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """The device of a network's weights; the CPU if it has none.
+    """Return the device of a network's weights; the CPU if it has none.
 
-    While `setup` runs, a LightningModule's `device` is already the GPU, but its weights are still on the CPU: what is
-    to meet the weights belongs where they are.
+    During `setup`, the `device` of a LightningModule is already the GPU while its weights are still on the CPU. Tensors
+    that are combined with the weights must be on the device of the weights.
 
     Args:
         network: Any module.
@@ -218,7 +219,7 @@ def device_of(network: nn.Module) -> torch.device:
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Set a network to eval mode, and each of its layers to the mode that it had afterwards.
+    """Set a network to eval mode, and restore the mode of each of its modules on exit.
 
     Args:
         network: Any module.
@@ -233,25 +234,25 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def blank_image(network: nn.Module, size: Sequence[int] = (32,)) -> Tensor:
-    """An image of zeros that a network can take.
+    """Return an image of zeros as an input of a network.
 
     Args:
         network: Any module.
-        size: The image's size, or its height and width, or its channels, height and width; by default with the channels
-            that the network's first convolution takes.
+        size: Size of the image; or height and width; or channels, height and width. By default, the number of channels
+            is that of the network's first convolution.
 
     Returns:
-        `(1, C, H, W)`, where and of the type that the network is.
+        Image `(1, C, H, W)`, with the device and dtype of the network.
 
     Raises:
-        ValueError: If the channels are not given and there is no convolution.
+        ValueError: If the number of channels is not given and there is no convolution.
     """
     if len(size) < 3:
         channels = next((layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
         if channels is None:
             raise ValueError(
-                f"{type(network).__name__} has no convolution that tells how many channels its images have; give an "
-                "example (lkd layers: --input_size CHANNELS HEIGHT WIDTH)"
+                f"the number of input channels of {type(network).__name__} is unknown, because it has no convolution; "
+                "provide an example (lkd layers: --input_size CHANNELS HEIGHT WIDTH)"
             )
         size = [channels, size[0], size[-1]]
     like = next((weight for weight in network.parameters() if weight.is_floating_point()), torch.empty(0))

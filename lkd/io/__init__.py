@@ -1,1 +1,1 @@
-"""Files that lkd reads and writes: untrusted ones, YAML, and tensors that are cached."""
+"""Files that lkd reads and writes: untrusted files, YAML, and cached tensors."""

@@ -1,4 +1,4 @@
-"""Limits for content that an untrusted file declares, and how its names are printed. Imports nothing heavy."""
+"""Limits for the content of untrusted files, and safe printing of their names. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from pathlib import Path
 
 _DEPTH = 100
 Node = list["Node | None"]
-"""A container of containers; None: what holds nothing."""
+"""A container of containers; `None` stands for an object that contains nothing."""
 
 
 class UntrustedError(ValueError):
-    """A file that is not read, and why: the end of a sentence."""
+    """Raised if an untrusted file is rejected. The message is a clause with the reason."""
 
 
 def shown(name: object, longest: int = 120) -> str:
-    """A name from a file, for a message: short, on one line, without what steers a terminal."""
+    """Format a name from a file for a message: short, on one line, and without terminal control characters."""
     text = str(name) if isinstance(name, str | bytes | Path) else type(name).__name__
     text = text if len(text) <= longest else f"{text[: longest - 40]}...{text[-30:]}"
     return text if text.isprintable() else ascii(text)
 
 
 def said(error: BaseException) -> str:
-    """What an error says of a file, for a message: as `shown`."""
+    """Format the message of an error about a file, as in `shown`."""
     return shown(" ".join(str(error).split()), 300)
 
 
 def weigh(made: Sequence[Node], limit: int) -> None:
-    """Refuse containers that hold themselves, are nested too deep, or hold too much if each is counted as often as met.
+    """Reject containers that contain themselves, are nested too deeply, or are too large with shared parts expanded.
 
-    Without recursion, whose depth the file would choose.
+    The traversal is not recursive, because the file would control the recursion depth.
 
     Args:
         made: All containers.
-        limit: How much one may hold.
+        limit: Maximum expanded size of a container.
 
     Raises:
-        UntrustedError: If one is refused.
+        UntrustedError: If a container is rejected.
     """
     known: dict[int, tuple[int, int]] = {}  # size and depth
     begun: set[int] = set()
@@ -48,7 +48,7 @@ def weigh(made: Sequence[Node], limit: int) -> None:
             if id(node) in known:
                 path.pop()
             elif any(id(part) in begun for part in waiting):
-                raise UntrustedError("an object in it holds itself")
+                raise UntrustedError("an object in it contains itself")
             elif waiting:
                 begun.add(id(node))
                 path += waiting
@@ -56,5 +56,5 @@ def weigh(made: Sequence[Node], limit: int) -> None:
                 parts = [(1, 0) if part is None else known[id(part)] for part in node]
                 size, depth = 1 + sum(part[0] for part in parts), 1 + max((part[1] for part in parts), default=0)
                 if size > limit or depth > _DEPTH:
-                    raise UntrustedError("its objects hold one another so often that they could not be handled")
+                    raise UntrustedError("its objects reference each other too often or are nested too deeply")
                 known[id(node)] = size, depth

@@ -1,4 +1,4 @@
-"""Reading PyTorch's files when nobody knows who wrote them: no code is run, and no figure in them is believed."""
+"""Loading of untrusted PyTorch files: no code is executed, and declared sizes are checked."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from torch import Tensor
 
 from lkd.io.refused import Node, UntrustedError, shown, weigh
 
-_PICKLES = 5  # of PyTorch's format before zip: magic number, version, system, content, names of the storages
-_SHARING = 10  # how many times as large a content may be, written out, as the file's instructions for it
+_PICKLES = 5  # pickles in PyTorch's legacy format: magic number, version, system, content, storage names
+_SHARING = 10  # maximum ratio of the expanded size of the content to the number of instructions in the file
 _FILLING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 _NUMBERS = "?bhilqBHILQefd"
 
 
 def _plain_dtype(code: object, *_: object) -> np.dtype[Any]:
-    """NumPy's maker of types, for single numbers alone: an item of others may be declared gigabytes large."""
+    """Create a NumPy dtype, restricted to single numbers: an item of another type may be declared gigabytes in size."""
     dtype = np.dtype(code) if isinstance(code, str) and len(code) <= 3 else None
     if dtype is None or dtype.char not in _NUMBERS:
-        raise UntrustedError(f"it has a NumPy type {shown(code)} that no single number has")
+        raise UntrustedError(f"it contains the NumPy type {shown(code)}, which is not a type of single numbers")
     return dtype
 
 
-# What training scripts save beside the weights: their options, a bag of attributes; accuracies as NumPy's numbers,
-# whose maker has another name in files from before NumPy 2.
+# Types that training scripts save besides the weights: options as a Namespace, and accuracies as NumPy numbers, whose
+# constructor has another name in files from before NumPy 2.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     (_plain_dtype, "numpy.dtype"),
@@ -41,18 +41,18 @@ _HARMLESS: list[Any] = [
 
 
 def read_torch(file: Path) -> object:
-    """What `torch.save` wrote.
+    """Load a file written by `torch.save`.
 
-    PyTorch's own `weights_only` keeps code from running. Before it come checks that it lacks: against compressed
-    content (PyTorch writes none) that a few bytes of the file blow up, and against objects that contain one another so
-    that they take forever to hash or to print; after it, against tensors that declare more numbers than there are.
+    PyTorch's `weights_only` prevents code execution. Checks that it lacks are added: before loading, against compressed
+    content (PyTorch writes none) that expands from a few bytes, and against objects that contain each other such that
+    hashing or printing them takes forever; after loading, against tensors that declare more numbers than the file has.
 
     Args:
         file: The file.
 
     Raises:
-        UntrustedError: If it fails a check.
-        Exception: Nearly any, if it is damaged or would have to run code.
+        UntrustedError: If a check fails.
+        Exception: Almost any exception if the file is corrupt or would require code execution.
     """
     zipped = is_zip(file)
     with file.open("rb") as opened:
@@ -64,7 +64,7 @@ def read_torch(file: Path) -> object:
 
 
 def is_zip(file: Path) -> bool:
-    """Whether a file is of PyTorch's format since 1.6: by what PyTorch knows it by, too."""
+    """Whether a file is in PyTorch's zip format (since 1.6), by the same criterion as in PyTorch."""
     with file.open("rb") as opened:
         return opened.read(4) == b"PK\x03\x04"
 
@@ -74,14 +74,14 @@ def _check_zip(file: IO[bytes]) -> None:
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise UntrustedError("its content is compressed, and torch.save compresses nothing")
+            raise UntrustedError("its content is compressed, which torch.save never does")
         names = {entry.filename.lower() for entry in entries}
         whole = sum(entry.file_size for entry in entries) <= size and len(names) == len(entries)
-        # Two readers of an archive agree on what is in it if nothing stands before the first file and behind the last.
+        # With data before the first or after the last file, two readers may disagree about the content of an archive.
         if not whole or archive.comment or min((entry.header_offset for entry in entries), default=0):
-            raise UntrustedError("it is a zip archive, but none that torch.save has made")
-        if (broken := archive.testzip()) is not None:  # torch.save writes checksums, torch.load does not look at them
-            raise UntrustedError(f"the checksum of its part {shown(broken)} is wrong")
+            raise UntrustedError("it is a zip archive that was not written by torch.save")
+        if (broken := archive.testzip()) is not None:  # torch.save writes checksums, but torch.load ignores them
+            raise UntrustedError(f"the checksum of its entry {shown(broken)} is wrong")
         for entry in entries:
             if entry.filename.lower().endswith(".pkl"):
                 with archive.open(entry) as opened:
@@ -89,10 +89,10 @@ def _check_zip(file: IO[bytes]) -> None:
 
 
 def _check_pickles(file: IO[bytes], number: int) -> None:
-    """Objects that the unpickler will make must be no larger, written out, than the file lets expect."""
+    """Check that the objects the unpickler would create are not disproportionately large when expanded."""
     made: list[Node] = []
     steps = 0
-    with suppress(Exception):  # where a pickle ends or is damaged the unpickler stops as well, and says so
+    with suppress(Exception):  # at the end of a pickle, or if it is corrupt, the unpickler stops as well and reports it
         for _ in range(number):
             outline = _Outline(made)
             for code, argument, _ in pickletools.genops(file):
@@ -102,10 +102,10 @@ def _check_pickles(file: IO[bytes], number: int) -> None:
 
 
 class _Outline:
-    """An unpickler that makes nothing, and notes of each object only which others it holds.
+    """Unpickler that creates no objects, and only records which objects contain which others.
 
     Args:
-        made: Where it notes them.
+        made: List to which the recorded objects are added.
     """
 
     def __init__(self, made: list[Node]) -> None:
@@ -115,7 +115,7 @@ class _Outline:
         self.memo: dict[int, Node | None] = {}
 
     def follow(self, code: pickletools.OpcodeInfo, argument: Any) -> None:
-        """Follow one instruction."""
+        """Process one instruction."""
         if code.name == "MARK":
             self.marks.append(len(self.stack))
         elif code.name in ("PUT", "BINPUT", "LONG_BINPUT"):
@@ -147,8 +147,8 @@ def _check_tensors(content: object, size: int) -> None:
     numbers = 0
     for name, tensor in _tensors(content, ""):
         numbers += tensor.numel()
-        if numbers > 4 * size:  # a tensor may be there under several names
-            raise UntrustedError(f"{shown(name)} has {tensor.numel():,} numbers, and the file {size:,} bytes")
+        if numbers > 4 * size:  # a tensor may occur under several names
+            raise UntrustedError(f"{shown(name)} has {tensor.numel():,} numbers, but the file has only {size:,} bytes")
 
 
 def _tensors(content: object, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Files that are kept between runs: where they lie, what they are called, and that they are whole."""
+"""Cache files: their location, their keys and their integrity."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from torch import Tensor
 
 from lkd.io.refused import said, shown
 
-# What reading a file may raise that is damaged, or forged.
+# Exceptions raised when a corrupt or forged file is read.
 _DAMAGED = (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, MemoryError)
 _UMASK = os.umask(0o022)
-os.umask(_UMASK)  # it can only be read by setting it; at import, as other threads make files too
+os.umask(_UMASK)  # it can only be read by setting it; done at import, before other threads create files
 
 
 def cache_folder(kind: str) -> Path:
-    """Where kept files of a kind lie: below `$LKD_CACHE`, else `$XDG_CACHE_HOME/lkd`, else `~/.cache/lkd`.
+    """Return the cache folder of a kind: below `$LKD_CACHE`, else `$XDG_CACHE_HOME/lkd`, else `~/.cache/lkd`.
 
-    A user without a home has them below the folder for temporary files.
+    For users without a home directory, it is below the folder for temporary files.
 
     Args:
-        kind: Name of the folder there.
+        kind: Name of the subfolder.
     """
     if own := os.environ.get("LKD_CACHE"):
         return Path(own) / kind
@@ -45,10 +45,10 @@ def cache_folder(kind: str) -> Path:
 
 
 def fingerprint(*parts: object) -> str:
-    """A name for what something was made from: other parts, another name.
+    """Return a hash that identifies the inputs of a result.
 
     Args:
-        parts: Tensors count with type, shape and values; anything else with its `repr`.
+        parts: Inputs. Tensors are hashed with dtype, shape and values; other objects with their `repr`.
 
     Returns:
         32 hexadecimal digits.
@@ -70,20 +70,20 @@ def fingerprint(*parts: object) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file that is there whole or not at all, whenever the machine stops.
+    """Write a file atomically: even after a crash, it is either complete or unchanged.
 
     Args:
-        path: The file; its folder is made.
+        path: The file; its folder is created.
 
     Yields:
-        Where to write it: a new file in the same folder, which takes the place of `path` at the end.
+        Path to write to: a new file in the same folder, which replaces `path` at the end.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     written = Path(name)
     try:
-        written.chmod(0o666 & ~_UMASK)  # as any new file's; tempfile lets nobody else read
+        written.chmod(0o666 & ~_UMASK)  # default permissions; tempfile denies access to other users
         yield written
         _to_disk(written)
         written.replace(path)
@@ -96,7 +96,7 @@ def _to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError:  # a folder, where the system cannot do it
+    except OSError:  # some systems cannot sync a folder
         if not path.is_dir():
             raise
     finally:
@@ -104,12 +104,12 @@ def _to_disk(path: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], made_from: Mapping[str, str]) -> None:
-    """Keep tensors in a safetensors file, with a checksum and with what they were made from.
+    """Save tensors to a safetensors file, with a checksum and a description of their inputs.
 
     Args:
-        path: The file; it is replaced whole or not at all.
-        tensors: Name to tensor.
-        made_from: Name to value of everything that decides them.
+        path: The file; it is replaced atomically.
+        tensors: Mapping from name to tensor.
+        made_from: Mapping from name to value of everything that determines the tensors.
 
     Raises:
         OSError: If the file cannot be written.
@@ -119,20 +119,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], made_from: Mapping[s
         try:
             kept = {"made_from": dict(made_from), "checksum": _checksum(tensors)}
             save_file(tensors, written, {"lkd": json.dumps(kept)})
-        except SafetensorError as error:  # its way to say that the disk is full
+        except SafetensorError as error:  # raised if the disk is full
             raise OSError(str(error)) from error
 
 
 def load_tensors(path: Path, wanted: Mapping[str, str]) -> dict[str, Tensor] | None:
-    """Tensors that `save_tensors` kept, mapped into memory: processes that read them share it.
+    """Load tensors saved by `save_tensors`, memory-mapped, so that processes share the memory.
 
     Args:
         path: The file.
-        wanted: What they must have been made from.
+        wanted: Required inputs of the tensors, as in `made_from` of `save_tensors`.
 
     Returns:
-        Name to tensor, not to be written to; None if there is no such file or, which draws a warning, if it is torn,
-        overwritten, or made from something else.
+        Mapping from name to tensor; the tensors must not be modified. `None` if the file does not exist or, with a
+        warning, if it is corrupt or was created from other inputs.
     """
     if not path.is_file():
         return None
@@ -141,19 +141,19 @@ def load_tensors(path: Path, wanted: Mapping[str, str]) -> dict[str, Tensor] | N
         found = kept["made_from"]
         others = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
         if others:
-            reason = f"it was made from another {' and '.join(map(shown, others))}"
+            reason = f"it was created with different inputs: {', '.join(map(shown, others))}"
         elif kept["checksum"] != _checksum(tensors):
             reason = "its checksum is wrong"
         else:
             return tensors
     except _DAMAGED as error:
         reason = f"it cannot be read ({type(error).__name__}: {said(error)})"
-    rank_zero_warn(f"{path} is not used, and made anew: {reason}")
+    rank_zero_warn(f"{path} is ignored and will be recreated: {reason}")
     return None
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `load_tensors` has found whole, for another process.
+    """Map the tensors of a file that `load_tensors` has already verified, for another process.
 
     Args:
         path: The file.
@@ -163,12 +163,12 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
         return tensors, json.loads(file.metadata()["lkd"])
 
 
 def made_from(path: Path) -> dict[str, str] | None:
-    """What `save_tensors` was told that a file was made from; None if the file does not tell."""
+    """Return the inputs recorded in a file by `save_tensors`; `None` if there are none."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(json.loads(file.metadata()["lkd"])["made_from"])
@@ -181,7 +181,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 over names, types, shapes and bytes: tells a torn or overwritten file, not a forged one."""
+    """Compute the CRC-32 of names, dtypes, shapes and bytes. It detects corrupt files, but not forged ones."""
     value = 0
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(_bytes(tensor), zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value))

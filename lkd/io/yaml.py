@@ -1,4 +1,4 @@
-"""YAML without what makes a few lines of it endless: objects that hold themselves, or one another again and again."""
+"""YAML loading with limits on nesting and aliases, with which a few lines may expand without end."""
 
 from __future__ import annotations
 
@@ -9,44 +9,45 @@ import yaml
 
 from lkd.io.refused import Node, UntrustedError, said, shown, weigh
 
-_LONGEST = 2**20  # characters; lkd's own longest config has 4,000
-_LARGEST = 10**5  # values, each counted as often as it is named
+_LONGEST = 2**20  # characters; the longest config of lkd has 4,000
+_LARGEST = 10**5  # values, with aliases expanded
 _DEEPEST = 100
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def load_yaml(text: Any, load: Callable[[Any], Any] = yaml.safe_load) -> Any:
-    """The content of a YAML text, of which no tag makes an object.
+    """Load a YAML text; tags create no objects.
 
     Args:
         text: The text.
-        load: What reads it, once it has been looked through.
+        load: Function that parses the text after it was checked.
 
     Raises:
-        yaml.YAMLError: If it is no YAML, or too large, written out; has a key twice; or a value that cannot be read.
+        yaml.YAMLError: If the text is not valid YAML, is too large when expanded, or has a duplicate key or an
+            unreadable value.
     """
     try:
         if len(text) > _LONGEST:
-            raise yaml.YAMLError(f"a text of {len(text):,} characters is no config")
+            raise yaml.YAMLError(f"the text has {len(text):,} characters; a config may have at most {_LONGEST:,}")
         weigh(_outline(text), _LARGEST)
         return load(text)
     except yaml.YAMLError:
         raise
     except UntrustedError as error:
-        raise yaml.YAMLError(f"{error} (through its & and *)") from error
+        raise yaml.YAMLError(f"{error} (through its anchors & and aliases *)") from error
     except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
-        # PyYAML's own, of a date or number
+        # raised by PyYAML for invalid dates and numbers
         raise yaml.YAMLError(f"a value in it cannot be read ({said(error)})") from error
 
 
 def _outline(text: Any) -> list[Node]:
-    """Which values hold which.
+    """Return which values contain which others.
 
-    From the parser's events, as PyYAML's composers call themselves for each level: the one in C until it crashes.
+    It uses the events of the parser, because PyYAML's composers are recursive; the one in C recurses until it crashes.
     """
     made: list[Node] = []
     named: dict[str, Node | None] = {}
-    path: list[tuple[Node, set[str] | None]] = [([], None)]  # containers that are not ended; keys, of a mapping
+    path: list[tuple[Node, set[str] | None]] = [([], None)]  # open containers, and the keys of those that are mappings
     for event in yaml.parse(text, Loader=_LOADER):
         node: Node | None = None
         if isinstance(event, yaml.CollectionEndEvent):
@@ -58,7 +59,7 @@ def _outline(text: Any) -> list[Node]:
         if keys is not None and len(holder) % 2 == 0 and isinstance(event, yaml.ScalarEvent):
             if event.value in keys:
                 line = event.start_mark.line + 1
-                raise yaml.YAMLError(f"it has the key {shown(event.value)} twice, again in line {line}")
+                raise yaml.YAMLError(f"duplicate key {shown(event.value)} in line {line}")
             keys.add(event.value)
         if isinstance(event, yaml.AliasEvent):
             node = named.get(event.anchor)
@@ -69,6 +70,6 @@ def _outline(text: Any) -> list[Node]:
         if event.anchor is not None:
             named[event.anchor] = node
         if len(path) > _DEEPEST:
-            raise yaml.YAMLError("it is nested too deep")
+            raise yaml.YAMLError("it is nested too deeply")
         holder.append(node)
     return made

@@ -155,7 +155,7 @@ def test_a_spoilt_file_is_noticed_and_made_anew(run, spoil: Callable[[bytes], by
     first, _, _ = run()
     whole = [file.read_bytes() for file in files()]
     files()[1].write_bytes(spoil(whole[1]))
-    with pytest.warns(UserWarning, match=r"1.safetensors is not used, and made anew"):
+    with pytest.warns(UserWarning, match=r"1.safetensors is ignored and will be recreated"):
         second, _, asked = run()
     assert asked == NUM_TRAIN + SAMPLE
     assert same(first, second)
@@ -165,7 +165,7 @@ def test_a_spoilt_file_is_noticed_and_made_anew(run, spoil: Callable[[bytes], by
 def test_another_version_s_file_in_its_place(run) -> None:
     first, _, _ = run()
     files()[1].write_bytes(files()[0].read_bytes())
-    with pytest.warns(UserWarning, match="it was made from another version"):
+    with pytest.warns(UserWarning, match="it was created with different inputs: version"):
         second, _, asked = run()
     assert asked == NUM_TRAIN + SAMPLE
     assert same(first, second)

@@ -149,7 +149,7 @@ def test_offline_the_message_says_what_to_put_where(cls, tmp_path, monkeypatch):
         cls(root).prepare_data()
     message = str(caught.value)
     title, archive, folder = ARCHIVES[cls]
-    assert message.startswith(f"{title} is not in {root} (")
+    assert message.startswith(f"{title} was not found in {root} (")
     assert "name resolution" in message
     assert archive.replace("{{", "{").replace("}}", "}") in message
     assert folder.format(root) in message
@@ -162,5 +162,7 @@ def test_without_download_the_message_is_the_same(cls, tmp_path):
     datamodule = cls(str(tmp_path), download=False)
     datamodule.prepare_data()
     for stage in ("fit", "test"):
-        with pytest.raises(FileNotFoundError, match=rf"{cls.title} is not in \S+ \(download is off\); put .* into "):
+        with pytest.raises(
+            FileNotFoundError, match=rf"{cls.title} was not found in \S+ \(download is disabled\); put .* into "
+        ):
             datamodule.setup(stage)

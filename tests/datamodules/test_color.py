@@ -137,10 +137,16 @@ def test_the_input_stays_as_it_is():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ColorJitter(brightness=-0.1), "ColorJitter needs a brightness of 0 or more, or a range"),
-        (lambda: ColorJitter(saturation=(2.0, 1.0)), "needs a saturation of 0 or more, or a range"),
-        (lambda: ColorJitter(hue=0.6), "ColorJitter needs a hue between 0 and 0.5, or a range in -0.5 to 0.5, got 0.6"),
-        (lambda: ColorJitter(0.4)(images(2, 5), torch.zeros(2, 8)), "gray or colour images, got 5 channels; leave it"),
+        (lambda: ColorJitter(brightness=-0.1), "ColorJitter: brightness must be 0 or more, or a range"),
+        (lambda: ColorJitter(saturation=(2.0, 1.0)), "saturation must be 0 or more, or a range"),
+        (
+            lambda: ColorJitter(hue=0.6),
+            "ColorJitter: hue must be between 0 and 0.5, or a range in -0.5 to 0.5, got 0.6",
+        ),
+        (
+            lambda: ColorJitter(0.4)(images(2, 5), torch.zeros(2, 8)),
+            "requires images with 1 or 3 channels, got 5; remove it",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(make, message):

@@ -130,13 +130,16 @@ def test_in_a_data_module_each_draws_numbers_of_its_own():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Cutout(0), "Cutout needs a size of 1 or more pixels, got 0"),
-        (lambda: Cutout(3, 256), "Cutout needs a fill between 0 and 255, got 256"),
-        (lambda: Cutout(3, (1, 2))(images(2), torch.zeros(2, 4)), "Cutout's fill has 2 levels, but images have 3 chan"),
-        (lambda: RandomErasing(1.5), "RandomErasing needs a probability p between 0 and 1, got 1.5"),
-        (lambda: RandomErasing(scale=(0.5, 0.1)), "RandomErasing needs a scale with 0 <= low"),
-        (lambda: RandomErasing(ratio=(0.0, 1.0)), "RandomErasing needs a ratio with 0 < low"),
-        (lambda: RandomErasing(fill=(0, -1, 0)), r"RandomErasing needs a fill between 0 and 255, got \(0, -1, 0\)"),
+        (lambda: Cutout(0), "Cutout: size must be 1 or more pixels, got 0"),
+        (lambda: Cutout(3, 256), "Cutout: fill must be between 0 and 255, got 256"),
+        (
+            lambda: Cutout(3, (1, 2))(images(2), torch.zeros(2, 4)),
+            "Cutout: fill has 2 levels, but images have 3 channels",
+        ),
+        (lambda: RandomErasing(1.5), "RandomErasing: the probability p must be between 0 and 1, got 1.5"),
+        (lambda: RandomErasing(scale=(0.5, 0.1)), "RandomErasing: scale must satisfy 0 <= low"),
+        (lambda: RandomErasing(ratio=(0.0, 1.0)), "RandomErasing: ratio must satisfy 0 < low"),
+        (lambda: RandomErasing(fill=(0, -1, 0)), r"RandomErasing: fill must be between 0 and 255, got \(0, -1, 0\)"),
     ],
 )
 def test_wrong_settings_are_refused(make, message):

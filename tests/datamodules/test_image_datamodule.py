@@ -227,8 +227,8 @@ def test_a_label_out_of_range_is_named(label):
     source = tensors()
     source.tensors[1][:4] = label
     message = (
-        f"the train split of Given has label {label}, and 4 of its 30 labels are outside the 3 classes, "
-        "0 to 2; correct the labels or num_classes"
+        f"the train split of Given has 4 of 30 labels outside the 3 classes 0 to 2, such as {label}; "
+        "correct the labels or num_classes"
     )
     with pytest.raises(ValueError, match=message):
         Given(source).setup("fit")
@@ -260,9 +260,9 @@ def test_mistakes_are_answered():
     fails("the test split of Given has no images", setup="test", train=[])
     fails("val_size must be a fraction between 0 and 1 .* below the 30 images with a label, got 40", val_size=40)
     fails("val_size 2 leaves no validation image of class 2", val_size=2)
-    fails("RandomResizedCrop in the first place only", augment=[RandomCrop(1), RandomResizedCrop()])
-    fails("CenterCrop in the first place only", augment=[RandomResizedCrop(), CenterCrop()])
-    fails(r"must return a data set, got None", train=None)
+    fails("RandomResizedCrop must be the first transform in augment", augment=[RandomCrop(1), RandomResizedCrop()])
+    fails("CenterCrop must be the first transform in augment", augment=[RandomResizedCrop(), CenterCrop()])
+    fails(r"must return a dataset, got None", train=None)
     floats = TensorDataset(torch.rand(5, 1, 4, 4), torch.zeros(5))
     fails(r"must have uint8 images \(N, C, H, W\), got torch.float32 \(5, 1, 4, 4\)", TypeError, train=floats)
     with pytest.raises(ValueError, match=r"Given has no train images yet; call prepare_data\(\) and setup\(\)"):
@@ -284,7 +284,7 @@ def test_channels_that_no_image_file_has_are_refused():
         mean, std = (0.5,) * 5, (0.5,) * 5
 
     Spectral(tensors(shape=(5, 4, 4))).setup("fit")
-    with pytest.raises(ValueError, match=r"have 1 or 3 channels, got the shape \(5, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"must have 1 or 3 channels, got shape \(5, 4, 4\)"):
         Spectral(tensors(shape=(5, 6, 6))).setup("fit")
 
 

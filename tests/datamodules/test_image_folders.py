@@ -95,7 +95,7 @@ def test_class_folders_without_splits_are_split_by_class(tmp_path, write_tree, m
 
     split = names()
     assert {part: len(files) for part, files in split.items()} == {"train": 43, "val": 5, "test": 12}
-    assert capfd.readouterr().err.count("60 images in 2 class folders, split by class with split_seed 0: ") == 1
+    assert capfd.readouterr().err.count("60 images in 2 classes, stratified split with split_seed 0: ") == 1
     together = [file for files in split.values() for file in files]
     assert len(set(together)) == len(together) == 60
     assert sum("dog" in name for name in split["test"]) == 8
@@ -107,8 +107,8 @@ def test_class_folders_without_splits_are_split_by_class(tmp_path, write_tree, m
     assert names(split_seed=1)["test"] != split["test"]
     capfd.readouterr()
     assert [len(files) for files in names(test_size=6, val_size=0).values()] == [54, 6]
-    assert "54 for training, 0 for validation, 6 for test" in capfd.readouterr().err
-    with pytest.raises(ValueError, match=r"test_size is 0, so no image in .*pets is for the test"):
+    assert "54 training, 0 validation, 6 test" in capfd.readouterr().err
+    with pytest.raises(ValueError, match=r"pets has no test images because test_size is 0"):
         folder(str(tmp_path / "pets"), test_size=0).setup("test")
     with pytest.raises(ValueError, match="test_size 1 leaves no test image of class"):
         folder(str(tmp_path / "pets"), test_size=1).setup("fit")
@@ -117,7 +117,7 @@ def test_class_folders_without_splits_are_split_by_class(tmp_path, write_tree, m
 @pytest.mark.parametrize("name", ["Training", "test", "valid"])
 def test_folders_of_splits_are_no_classes(name, tmp_path, write_tree):
     write_tree({name: {"dog": 4, "cat": 4}, "others": {"dog": 4, "cat": 4}})
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*train; expected"):
+    with pytest.raises(FileNotFoundError, match=r"folder .*train not found; expected"):
         folder(str(tmp_path)).setup("fit")
 
 
@@ -166,14 +166,14 @@ def test_missing_and_empty_folders_are_named(tmp_path, write_tree):
         with pytest.raises(error, match=message):
             folder(str(root)).setup(stage)
 
-    fails(r"there is no folder \S+train; expected one folder of images for each class")
+    fails(r"folder \S+train not found; expected a folder with one folder of images per class")
     (tmp_path / "train").mkdir()
     fails(r"\S+train has no class folders; expected \S+train/<class>/<image files>")
     write_tree({"train": {"a": 6, "b": 6}}, root=tmp_path / "pets")
-    fails(r"there is no folder \S+test; expected", stage="test", root=tmp_path / "pets")
+    fails(r"folder \S+test not found; expected", stage="test", root=tmp_path / "pets")
     (tmp_path / "pets" / "train" / "c").mkdir()
     fails(
-        r"no images in the class folders c of \S+train; expected files that end in .jpg",
+        r"no images in these class folders of \S+train: c; expected files with the extensions .jpg",
         root=tmp_path / "pets",
     )
 
@@ -212,19 +212,23 @@ def test_class_folders_that_are_numbers_are_ordered_as_such(write_tree, prefix):
 def test_one_foreign_class_folder_must_not_change_the_order(write_tree):
     names = ["plane" if name == "airplane" else name for name in CIFAR10DataModule.class_names]
     datamodule = CIFAR10DataModule(write_tree({"train": dict.fromkeys(names, 2)}))
-    with pytest.raises(ValueError, match=r"class folders that CIFAR-10 does not: plane; rename them to airplane, or"):
+    with pytest.raises(
+        ValueError, match=r"class folders that are not classes of CIFAR-10: plane; rename them to airplane, or"
+    ):
         datamodule.setup("fit")
 
 
 def test_archives_check_the_number_of_class_folders(write_tree):
-    with pytest.raises(ValueError, match=r"train has 2 class folders, CIFAR-10 has 10 classes; for other images use"):
+    with pytest.raises(ValueError, match=r"train has 2 class folders, but CIFAR-10 has 10 classes; use Image"):
         CIFAR10DataModule(write_tree(PETS)).setup("fit")
 
 
 def test_imagenet_checks_the_number_of_class_folders(write_tree):
     datamodule = ImageNetDataModule(write_tree(PETS))
     assert (datamodule.num_classes, datamodule.input_shape) == (1000, (3, 224, 224))
-    with pytest.raises(ValueError, match=r"train has 2 class folders, ImageNet has 1000; .* ImageFolderDataModule"):
+    with pytest.raises(
+        ValueError, match=r"train has 2 class folders, but ImageNet has 1000; use ImageFolderDataModule"
+    ):
         datamodule.setup("fit")
 
 

@@ -147,7 +147,7 @@ def test_images_are_kept_and_made_anew_where_they_must(tmp_path, monkeypatch, re
     assert len(made) == 4
     assert not recwarn
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.warns(UserWarning, match="is not used, and made anew: its checksum is wrong"):
+    with pytest.warns(UserWarning, match="is ignored and will be recreated: its checksum is wrong"):
         mended = images(inversion())
     assert len(made) == 5
     assert all(map(torch.equal, first, mended))
@@ -158,7 +158,7 @@ def test_images_are_kept_and_made_anew_where_they_must(tmp_path, monkeypatch, re
 def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LKD_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="images made from the network cannot be kept"):
+    with pytest.warns(UserWarning, match="synthesized images cannot be cached"):
         assert len(inversion().images((1, 8, 8), 10, GRAY, CPU)) == 20
 
 
@@ -189,8 +189,8 @@ def test_to_measure_no_image_is_made(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("shape", "num_classes", "message"),
     [
-        ((3, 8, 8), 10, r"cannot take this data's images \(3, 8, 8\): .*expected input"),
-        ((1, 8, 8), 11, r"must return logits \(batch, 11\) .* got \(1, 10\)"),
+        ((3, 8, 8), 10, r"does not accept images of shape \(3, 8, 8\): .*expected input"),
+        ((1, 8, 8), 11, r"must return logits of shape \(batch, 11\), got \(1, 10\)"),
     ],
 )
 def test_a_network_for_other_data_is_refused(shape, num_classes, message) -> None:
@@ -201,11 +201,11 @@ def test_a_network_for_other_data_is_refused(shape, num_classes, message) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"number": 0}, "number of 1 or more, got 0"),
-        ({"jitter": -1}, "jitter of 0 or more, got -1"),
-        ({"l2_weight": -0.1}, "l2_weight of 0 or more, got -0.1"),
-        ({"lr": 0.0}, "lr above 0, got 0.0"),
-        ({"network": nn.Linear(2, 2)}, "Linear has none; take a teacher with BatchNorm"),
+        ({"number": 0}, "number must be 1 or more, got 0"),
+        ({"jitter": -1}, "jitter must be 0 or more, got -1"),
+        ({"l2_weight": -0.1}, "l2_weight must be 0 or more, got -0.1"),
+        ({"lr": 0.0}, "lr must be above 0, got 0.0"),
+        ({"network": nn.Linear(2, 2)}, "Linear has none; use a teacher with BatchNorm"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message) -> None:

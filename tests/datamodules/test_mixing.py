@@ -321,9 +321,9 @@ def test_own_mix():
 @pytest.mark.parametrize(
     ("make_mix", "message"),
     [
-        (lambda: Mixup(0.0), "Mixup needs an alpha above 0, got 0.0; for no mixing leave it out"),
-        (lambda: CutMix(float("inf")), "CutMix needs an alpha above 0, got inf"),
-        (lambda: CutMix(p=1.5), "CutMix needs a probability p between 0 and 1, got 1.5"),
+        (lambda: Mixup(0.0), "Mixup: alpha must be above 0, got 0.0; to disable mixing, remove Mixup"),
+        (lambda: CutMix(float("inf")), "CutMix: alpha must be above 0, got inf"),
+        (lambda: CutMix(p=1.5), "CutMix: the probability p must be between 0 and 1, got 1.5"),
     ],
 )
 def test_wrong_settings_are_refused(make_mix, message):

@@ -145,10 +145,16 @@ def test_transforms_behind_it_draw_numbers_of_their_own():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RandAugment(0), "RandAugment needs 1 operation or more, got num_ops 0"),
-        (lambda: RandAugment(2, 31), "magnitude between 0 and 30, got 31"),
-        (lambda: RandAugment()(images(2, 5), torch.zeros(2, 4)), "gray or colour images, got 5 channels; leave it out"),
-        (lambda: TrivialAugment()(images(2, 5), torch.zeros(2, 4)), "TrivialAugment changes gray or colour images"),
+        (lambda: RandAugment(0), "RandAugment: num_ops must be 1 or more, got 0"),
+        (lambda: RandAugment(2, 31), "magnitude must be between 0 and 30, got 31"),
+        (
+            lambda: RandAugment()(images(2, 5), torch.zeros(2, 4)),
+            "RandAugment requires images with 1 or 3 channels, got 5; remove it",
+        ),
+        (
+            lambda: TrivialAugment()(images(2, 5), torch.zeros(2, 4)),
+            "TrivialAugment requires images with 1 or 3 channels",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(make, message):

@@ -124,7 +124,7 @@ def test_workers_decode_what_takes_long_and_draw_nothing_global(root, monkeypatc
 
 def test_kept_images_are_used_again(root, capfd) -> None:
     first = opened(root)
-    assert f"9 images decoded in 0.0 s and kept in {cache_folder('images')}" in capfd.readouterr().err
+    assert f"Decoded 9 images in 0.0 s; cached in {cache_folder('images')}" in capfd.readouterr().err
     (file,) = kept()
     before = file.stat().st_mtime_ns, pixels(first)
     for path in Path(root, "test").rglob(
@@ -199,10 +199,10 @@ def test_a_damaged_file_is_noticed_and_made_again(root, damage) -> None:
     said = [str(warning.message) for warning in caught if str(file.parent) in str(warning.message)]
     assert len(said) == 1
     if file.is_dir():  # nothing can take its place
-        assert "cannot be kept" in said[0]
+        assert "cannot be cached" in said[0]
         file.rmdir()
     else:
-        assert said[0].startswith(f"{file} is not used, and made anew: ")
+        assert said[0].startswith(f"{file} is ignored and will be recreated: ")
         assert file.read_bytes() == whole
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -212,7 +212,7 @@ def test_a_damaged_file_is_noticed_and_made_again(root, damage) -> None:
 def test_where_nothing_can_be_kept_images_are_decoded_in_every_run(root, tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("LKD_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match=r"set LKD_CACHE to a folder with 0 MB to spare, or resident_limit to 0"):
+    with pytest.warns(UserWarning, match=r"set LKD_CACHE to a folder with 0 MB of free space, or resident_limit to 0"):
         datamodule = opened(root)
     assert datamodule.datasets["test"].source.file is None
     assert torch.equal(pixels(datamodule), pixels(opened(root, resident_limit=0)))
@@ -233,7 +233,7 @@ def test_a_full_disk_leaves_nothing_behind(root, monkeypatch) -> None:
             signal.signal(signal.SIGXFSZ, before)
 
     monkeypatch.setattr(tensor_cache, "save_file", full)
-    with pytest.warns(UserWarning, match="cannot be kept"):
+    with pytest.warns(UserWarning, match="cannot be cached"):
         datamodule = opened(root)
     assert kept() == []
     assert torch.equal(pixels(datamodule), pixels(opened(root, resident_limit=0)))
@@ -386,7 +386,7 @@ def test_one_process_decodes_for_all(root) -> None:
     settings = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
     done = subprocess.run([*command, *data, *settings], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (done.stdout + done.stderr).count("48 images decoded in") == 1
+    assert (done.stdout + done.stderr).count("Decoded 48 images in") == 1
     assert sorted(Path("setups").read_text().split()) == ["0", "0", "1"]
     assert len(kept()) == 1
 
@@ -408,7 +408,7 @@ def test_batches_made_on_a_device_are_the_same(root, views) -> None:
         assert moved.to(torch.device("cpu"))._classes is not moved._classes
     now = dataset.stored, dataset.target, dataset.index
     assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
-    with pytest.raises(ValueError, match="read one by one cannot be moved to cpu"):
+    with pytest.raises(ValueError, match="cannot move images to cpu, as they are read one by one"):
         opened(root, "fit", resident_limit=0).datasets["train"].to(torch.device("cpu"))
 
 

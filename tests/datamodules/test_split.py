@@ -46,7 +46,7 @@ def test_samples_without_a_label_are_not_chosen():
 
 @pytest.mark.parametrize("size", [-0.1, -3, 30, 31, 2.5, 0.001, 0.999])
 def test_impossible_sizes_are_refused(size):
-    message = f"val_size must be a fraction between 0 and 1 .* below the 30 images .* got {size}"
+    message = f"val_size must be a fraction between 0 and 1, .* below 30 .* got {size}"
     with pytest.raises(ValueError, match=message):
         stratified(targets(15, 15), size, 0)
 
@@ -97,5 +97,5 @@ def test_each_class_gives_as_many_and_fewer_are_among_them():
 @pytest.mark.parametrize(("number", "rarest"), [(0, "class 0 has 3"), (4, "class 0 has 3"), (1, "none has a label")])
 def test_more_of_each_class_than_there_are_is_refused(number, rarest):
     target = torch.full((4,), IGNORE_INDEX) if "none" in rarest else targets(3, 5)
-    with pytest.raises(ValueError, match=rf"no more than a class has training images \({rarest}\), got {number}"):
+    with pytest.raises(ValueError, match=rf"training images of the smallest class \({rarest}\), got {number}"):
         of_each_class(target, number, 0)

@@ -175,7 +175,7 @@ def test_rotated_views():
 
 
 def test_rotated_views_need_squares():
-    with pytest.raises(ValueError, match="must be square; these are 9x7"):
+    with pytest.raises(ValueError, match="must be square, got 9x7"):
         SyntheticDataModule(4, (3, 9, 7), views=RotatedViews()).setup("fit")
     SyntheticDataModule(4, (3, 9, 7), views=RotatedViews()).setup("test")
 
@@ -247,7 +247,7 @@ def test_own_views():
 
 
 def test_a_crop_behind_other_changes_is_refused():
-    with pytest.raises(ValueError, match="RandomResizedCrop in the first place only"):
+    with pytest.raises(ValueError, match="RandomResizedCrop must be the first transform"):
         StrongView([RandomCrop(1), RandomResizedCrop()])
 
 

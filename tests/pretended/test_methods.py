@@ -34,7 +34,7 @@ def test_a_methods_overlay(name: str, pretended, capfd, recwarn) -> None:
         graph = fit("gpu", NAME, *overlay(name))
     assert "whole step as a CUDA graph" in capfd.readouterr().out
     warned = [str(warning.message) for warning in recwarn if "without a graph" in str(warning.message)]
-    assert any("batches are made" in text for text in warned) == (name in HOST_BATCHES), warned
+    assert any("batches are created" in text for text in warned) == (name in HOST_BATCHES), warned
     assert any("the training step runs" in text for text in warned) == (name in NO_GRAPH), warned
     assert not differences(trained(usual), trained(graph))
     _keeps_its_settings(name)

@@ -1,1 +1,1 @@
-"""Transforms of images: augmentation, mixing, and several views."""
+"""Image transforms: augmentation, mixing and multiple views."""

@@ -1,6 +1,7 @@
-"""Augmentation. Nothing here draws random numbers: every sample comes with its own, uniform in [0, 1).
+"""Base classes of augmentation, crops and flips. Transforms draw no random numbers; each sample comes with its own.
 
-So one implementation serves an image in a worker and a whole batch on a GPU, with the same result.
+The numbers are uniform in [0, 1). One implementation therefore serves an image in a worker and a whole batch on a GPU,
+with the same result.
 """
 
 from __future__ import annotations
@@ -18,113 +19,115 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 _LARGEST = 2**26
-"""Pixels that an image may be scaled to: a line of a million pixels, scaled to some height, would fill all memory."""
+"""Maximum number of pixels of a scaled image. A line of a million pixels, scaled to a height, would fill all memory."""
 
 
 class BatchTransform(ABC):
-    """Changes the images of a batch, each by its own draws.
+    """Base class of transforms of a batch, in which each image uses its own random numbers.
 
     Attributes:
-        num_draws: How many numbers it needs for an image; a multiple of 4.
+        num_draws: Number of random numbers per image; a multiple of 4.
     """
 
     num_draws: int = 4
 
     @abstractmethod
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
-        """Transforms a batch.
+        """Transform a batch.
 
         Args:
-            image: `(B, C, H, W)`, uint8, on any device.
-            draws: `(B, num_draws)`, uniform in [0, 1), on the same device.
+            image: Images `(B, C, H, W)`, uint8, on any device.
+            draws: Random numbers `(B, num_draws)`, uniform in [0, 1), on the same device.
 
         Returns:
-            `(B, C, H, W)`, uint8.
+            Transformed images `(B, C, H, W)`, uint8.
         """
 
 
 class ImageTransform(ABC):
-    """Brings one image of any size to the size of the batch, before the batch is made."""
+    """Base class of transforms that bring one image of any size to the size of the batch."""
 
     @abstractmethod
     def __call__(self, image: Image.Image, size: tuple[int, int], draws: Tensor) -> Image.Image:
-        """Transforms an image.
+        """Transform an image.
 
         Args:
-            image: Of mode L or RGB.
+            image: Image of mode L or RGB.
             size: Height and width to return.
-            draws: `(10, 4)`, uniform in [0, 1).
+            draws: Random numbers `(10, 4)`, uniform in [0, 1).
         """
 
     def least(self, full: tuple[int, int], size: tuple[int, int], draws: Tensor) -> tuple[int, int]:
-        """How small an image may be decoded: JPEG files can be at a half, a quarter or an eighth, in less time.
+        """Return the smallest size at which an image may be decoded.
+
+        JPEG files can be decoded faster at a half, a quarter or an eighth of their size.
 
         Args:
-            full: The image's height and width.
+            full: Height and width of the image.
             size: Height and width to return.
-            draws: `(10, 4)`, uniform in [0, 1).
+            draws: Random numbers `(10, 4)`, uniform in [0, 1).
 
         Returns:
-            The least height and width that the whole image must have; by default the full ones.
+            Minimum height and width of the whole image; by default its full size.
         """
         return full
 
     def reduced(self, image: Image.Image, full: tuple[int, int], size: tuple[int, int], draws: Tensor) -> Image.Image:
-        """Transforms an image that was decoded smaller, no smaller than `least`.
+        """Transform an image that was decoded at a smaller size, but not smaller than `least`.
 
         Args:
-            image: At its full size, or a half, a quarter or an eighth of it, rounded up.
-            full: Its full height and width.
+            image: Image at its full size, or at a half, a quarter or an eighth of it, rounded up.
+            full: Full height and width of the image.
             size: Height and width to return.
-            draws: `(10, 4)`, uniform in [0, 1).
+            draws: Random numbers `(10, 4)`, uniform in [0, 1).
 
         Returns:
-            What the full image gives, but for how pixels are averaged.
+            The same as for the full image, except for how pixels are averaged.
         """
         return self(image, size, draws)
 
 
 Augmentation: TypeAlias = "Sequence[ImageTransform | BatchTransform]"
-"""What is done to an image, in this order; an `ImageTransform`, if any, comes first."""
+"""Transforms of an image in order; an `ImageTransform`, if any, comes first."""
 
 
 def divide(augment: Augmentation) -> tuple[ImageTransform | None, tuple[BatchTransform, ...]]:
-    """Divide an augmentation into what brings an image to size, if anything does, and what changes batches.
+    """Split an augmentation into the transform that resizes an image, if any, and the transforms of batches.
 
     Args:
-        augment: The transforms in their order.
+        augment: The transforms in order.
 
     Raises:
-        ValueError: If an `ImageTransform` is not the first.
+        ValueError: If an `ImageTransform` is not the first transform.
     """
     first = [transform for transform in augment if isinstance(transform, ImageTransform)]
     if first and (len(first) > 1 or first[0] is not augment[0]):
         name = type(first[-1]).__name__
-        raise ValueError(f"augment may have {name} in the first place only, as it brings images to one size")
+        raise ValueError(f"{name} must be the first transform in augment, because it resizes images to a common size")
     return (first[0] if first else None), tuple(t for t in augment if isinstance(t, BatchTransform))
 
 
 @dataclass(frozen=True)
 class RandomCrop(BatchTransform):
-    """Pads with zeros and cuts the original size out again, at a random place.
+    """Pad with zeros and crop at a random position to the original size.
 
     Args:
-        padding: Pixels added on each side.
+        padding: Number of pixels added on each side.
     """
 
     padding: int = 4
 
     def __post_init__(self) -> None:
         if self.padding < 0:
-            raise ValueError(f"RandomCrop needs a padding of 0 or more pixels, got {self.padding}")
+            raise ValueError(f"RandomCrop: padding must be 0 or more pixels, got {self.padding}")
 
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
-        """Shifts every image by its first two draws."""
+        """Shift every image according to its first two draws."""
         b, c, h, w = image.shape
         padded = F.pad(image, (self.padding,) * 4)
         top, left = (draws[:, :2] * (2 * self.padding + 1)).long().view(b, 2, 1, 1).unbind(1)
-        # Each row of a crop is w bytes in a row of the padded batch: b * c * h short copies, which on a CPU
-        # take a third of the time of gathering pixels.
+        # Each row of a crop is w contiguous bytes of the padded batch: b * c * h short copies, which on a CPU take a
+        # third of the time of gathering pixels.
         plane = torch.arange(b * c, device=image.device).view(b, c, 1)
         row = plane * padded.shape[2] + top + torch.arange(h, device=image.device)
         start = (row * padded.shape[3] + left).flatten()
@@ -133,49 +136,49 @@ class RandomCrop(BatchTransform):
 
 @dataclass(frozen=True)
 class RandomHorizontalFlip(BatchTransform):
-    """Mirrors images left to right.
+    """Flip images horizontally at random.
 
     Args:
-        p: Probability of an image to be mirrored.
+        p: Probability that an image is flipped.
     """
 
     p: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.p <= 1:
-            raise ValueError(f"RandomHorizontalFlip needs a probability p between 0 and 1, got {self.p}")
+            raise ValueError(f"RandomHorizontalFlip: the probability p must be between 0 and 1, got {self.p}")
 
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
-        """Mirrors the images whose first draw is below `p`."""
+        """Flip the images whose first draw is below `p`."""
         size = len(image)
         both = torch.cat((image, image.flip(-1)))
-        # Whole images are chosen: on a CPU a quarter of the time of torch.where.
+        # Selecting whole images takes a quarter of the time of torch.where on a CPU.
         return both.index_select(0, torch.arange(size, device=image.device) + size * (draws[:, 0] < self.p))
 
 
 @dataclass(frozen=True)
 class CenterCrop(ImageTransform):
-    """Scales an image so that the size covers `ratio` of its tighter side, and cuts out the centre.
+    """Scale an image so that the crop covers `ratio` of its tighter side, and crop the center.
 
-    An image that has the size already is left as it is, so that small images stored at the networks' size are
-    not blurred.
+    An image that already has the size is returned unchanged, so small images stored at the size of the networks are not
+    blurred.
 
     Args:
-        ratio: Share of the tighter side that is kept; 0.875 is 224 out of 256.
+        ratio: Fraction of the tighter side that is kept; 0.875 is 224 out of 256.
     """
 
     ratio: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
-            raise ValueError(f"CenterCrop needs a ratio above 0 and up to 1, got {self.ratio}")
+            raise ValueError(f"CenterCrop: ratio must be above 0 and at most 1, got {self.ratio}")
 
     def __call__(self, image: Image.Image, size: tuple[int, int], draws: Tensor) -> Image.Image:
-        """Cuts out the centre; the draws are not used."""
+        """Crop the center; the draws are not used."""
         return self.reduced(image, (image.height, image.width), size, draws)
 
     def least(self, full: tuple[int, int], size: tuple[int, int], draws: Tensor) -> tuple[int, int]:
-        """No smaller than the size to which the image is scaled."""
+        """Return the size to which the image is scaled."""
         if full == size:
             return full
         height, width = (round(side / self.ratio) for side in size)
@@ -184,30 +187,30 @@ class CenterCrop(ImageTransform):
         return width * full[0] // full[1], width
 
     def reduced(self, image: Image.Image, full: tuple[int, int], size: tuple[int, int], draws: Tensor) -> Image.Image:
-        """Cuts out the centre of an image that was decoded smaller."""
+        """Crop the center of an image that was decoded at a smaller size."""
         if full == size:
             return image
         height, width = self.least(full, size, draws)
         if height * width > _LARGEST:
-            raise ValueError(f"an image of {full[0]} x {full[1]} pixels is too narrow: scaled, {height} x {width}")
+            raise ValueError(f"an image of {full[0]}x{full[1]} pixels is too narrow to be scaled ({height}x{width})")
         factor = _reduction(image, full)
-        whole = (0, 0, full[1] / factor, full[0] / factor)  # the last row and column may be only in part the image's
+        whole = (0, 0, full[1] / factor, full[0] / factor)  # the last row and column may be only partly covered
         scaled = image.resize((width, height), Image.Resampling.BILINEAR, whole)
-        centre: Image.Image = TF.center_crop(scaled, list(size))
-        return centre
+        center: Image.Image = TF.center_crop(scaled, list(size))
+        return center
 
 
 @dataclass(frozen=True)
 class RandomResizedCrop(ImageTransform):
-    """Cuts out a random part of the image and scales it to the size; listed first in `augment`.
+    """Crop a random part of the image and scale it to the size. Must be the first transform in `augment`.
 
     Args:
-        scale: Range of the part's area, as a share of the image's.
-        ratio: Range of the part's width divided by its height.
+        scale: Range of the area of the part, as a fraction of the image.
+        ratio: Range of the aspect ratio of the part (width divided by height).
 
     References:
-        Szegedy et al.: Going deeper with convolutions (2014), arXiv:1409.4842, section 6. As in torchvision,
-        a part that does not fit is drawn again, ten times at most; then the largest in the centre is taken.
+        Szegedy et al.: Going deeper with convolutions (2014), arXiv:1409.4842, section 6. As in torchvision, a part
+        that does not fit is drawn again, up to ten times; then the largest centered part is used.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -215,36 +218,36 @@ class RandomResizedCrop(ImageTransform):
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"RandomResizedCrop needs a scale with 0 < low <= high <= 1, got {self.scale}")
+            raise ValueError(f"RandomResizedCrop: scale must satisfy 0 < low <= high <= 1, got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"RandomResizedCrop needs a ratio with 0 < low <= high, got {self.ratio}")
+            raise ValueError(f"RandomResizedCrop: ratio must satisfy 0 < low <= high, got {self.ratio}")
 
     def __call__(self, image: Image.Image, size: tuple[int, int], draws: Tensor) -> Image.Image:
-        """Cuts out the part that `box` chooses."""
+        """Crop the part chosen by `box`."""
         return self.reduced(image, (image.height, image.width), size, draws)
 
     def least(self, full: tuple[int, int], size: tuple[int, int], draws: Tensor) -> tuple[int, int]:
-        """So small that the chosen part has the size, or has all its pixels."""
+        """Return the size at which the chosen part has the target size; this may exceed the full size."""
         _, _, height, width = self.box(*full, draws)
         return -(-full[0] * size[0] // height), -(-full[1] * size[1] // width)
 
     def reduced(self, image: Image.Image, full: tuple[int, int], size: tuple[int, int], draws: Tensor) -> Image.Image:
-        """Cuts out the part, chosen on the full image, of one that was decoded smaller."""
+        """Crop the part, chosen on the full image, of an image that was decoded at a smaller size."""
         top, left, height, width = self.box(*full, draws)
         factor = _reduction(image, full)
-        # Whole pixels first, so that none from outside of the part is mixed in; then what they have too much.
+        # Crop whole pixels first, so that none outside the part contributes; then the exact box in `resize`.
         outer = left // factor, top // factor, -(-(left + width) // factor), -(-(top + height) // factor)
         inner = left / factor, top / factor, (left + width) / factor, (top + height) / factor
         box = (inner[0] - outer[0], inner[1] - outer[1], inner[2] - outer[0], inner[3] - outer[1])
         return image.crop(outer).resize((size[1], size[0]), Image.Resampling.BILINEAR, box)
 
     def box(self, height: int, width: int, draws: Tensor) -> tuple[int, int, int, int]:
-        """Chooses the part.
+        """Choose the part.
 
         Args:
             height: Height of the image in pixels.
             width: Width of the image in pixels.
-            draws: `(tries, 4)`, uniform in [0, 1): area, ratio, vertical and horizontal place.
+            draws: Random numbers `(tries, 4)`, uniform in [0, 1): area, ratio, vertical and horizontal position.
 
         Returns:
             Top, left, height and width in pixels.
@@ -262,6 +265,6 @@ class RandomResizedCrop(ImageTransform):
 
 
 def _reduction(image: Image.Image, full: tuple[int, int]) -> int:
-    """By how much an image was decoded smaller."""
+    """Return the factor by which an image was reduced when it was decoded."""
     size = image.height, image.width
     return next(factor for factor in (1, 2, 4, 8) if (-(-full[0] // factor), -(-full[1] // factor)) == size)

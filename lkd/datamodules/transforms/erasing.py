@@ -1,4 +1,4 @@
-"""Augmentation that takes a part of the image away."""
+"""Augmentation that erases a part of the image."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _TRIES = 10
 
 
 def inside_boxes(image: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Which pixels lie in a box; it may reach beyond the image.
+    """Return which pixels are inside a box; boxes may extend beyond the image.
 
     Args:
-        image: `(B, C, H, W)`.
+        image: Images `(B, C, H, W)`.
         top: First row of each image's box `(B,)`, int64.
         left: First column `(B,)`, int64.
         height: Number of rows `(B,)`, int64.
         width: Number of columns `(B,)`, int64.
 
     Returns:
-        `(B, 1, H, W)`, bool.
+        Mask `(B, 1, H, W)`, bool.
     """
     row, column = (torch.arange(size, device=image.device) for size in image.shape[2:])
     top, left, height, width = (edge[:, None] for edge in (top, left, height, width))
@@ -35,7 +35,7 @@ def inside_boxes(image: Tensor, top: Tensor, left: Tensor, height: Tensor, width
 
 def _check_fill(name: str, fill: int | tuple[int, ...]) -> None:
     if not all(0 <= level <= 255 for level in ((fill,) if isinstance(fill, int) else fill)):
-        raise ValueError(f"{name} needs a fill between 0 and 255, got {fill}")
+        raise ValueError(f"{name}: fill must be between 0 and 255, got {fill}")
 
 
 def _filled(name: str, image: Tensor, inside: Tensor, fill: int | tuple[int, ...]) -> Tensor:
@@ -43,8 +43,8 @@ def _filled(name: str, image: Tensor, inside: Tensor, fill: int | tuple[int, ...
         return image.masked_fill(inside, fill)
     if len(fill) != image.shape[1]:
         raise ValueError(
-            f"{name}'s fill has {len(fill)} levels, but images have {image.shape[1]} channels; give one level for "
-            "each channel, or one number for all"
+            f"{name}: fill has {len(fill)} levels, but images have {image.shape[1]} channels; specify one level per "
+            "channel, or a single level"
         )
     level = devices.constant(fill, torch.uint8, image.device).view(-1, 1, 1)
     return torch.where(inside, level, image)
@@ -52,16 +52,16 @@ def _filled(name: str, image: Tensor, inside: Tensor, fill: int | tuple[int, ...
 
 @dataclass(frozen=True)
 class Cutout(BatchTransform):
-    """Fills a square, whose centre is any pixel of the image; what lies beyond the border is cut off.
+    """Fill a square centered at a random pixel of the image; the part outside the image is cut off.
 
     Args:
-        size: The square's side in pixels.
-        fill: Level of its pixels, 0 to 255, or one for each channel.
+        size: Side length of the square in pixels.
+        fill: Level of its pixels, 0 to 255, or one level per channel.
 
     References:
         DeVries, Taylor: Improved regularization of convolutional neural networks with cutout (2017), arXiv:1708.04552,
-        section 3.2. They cut 16 pixels out of CIFAR-10's images, 8 out of CIFAR-100's, and fill with the mean, as their
-        images are normalised already; in their code an odd side is a pixel shorter.
+        section 3.2. The authors use 16 pixels for CIFAR-10 and 8 for CIFAR-100, and fill with the mean, because their
+        images are already normalized; in their code, an odd side is one pixel shorter.
     """
 
     size: int = 16
@@ -69,14 +69,14 @@ class Cutout(BatchTransform):
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"Cutout needs a size of 1 or more pixels, got {self.size}")
+            raise ValueError(f"Cutout: size must be 1 or more pixels, got {self.size}")
         _check_fill("Cutout", self.fill)
 
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
-        """Fills the square around the pixel that the first two draws choose.
+        """Fill the square around the pixel chosen by the first two draws.
 
         Raises:
-            ValueError: If `fill` is for another number of channels.
+            ValueError: If `fill` has another number of channels.
         """
         top, left = ((draws[:, i] * image.shape[2 + i]).long() - self.size // 2 for i in (0, 1))
         side = torch.full_like(top, self.size)
@@ -85,20 +85,20 @@ class Cutout(BatchTransform):
 
 @dataclass(frozen=True)
 class RandomErasing(BatchTransform):
-    """Fills a random rectangle that lies in the image.
+    """Fill a random rectangle within the image.
 
-    As in torchvision, a rectangle that does not fit is drawn again, ten times at most; then the image stays as it is.
+    As in torchvision, a rectangle that does not fit is drawn again, up to ten times; then the image remains unchanged.
 
     Args:
-        p: Probability of an image to lose a part.
-        scale: Range of the part's area, as a share of the image's.
-        ratio: Range of the part's height divided by its width.
-        fill: Level of its pixels, 0 to 255, or one for each channel. Other than in torchvision, it is a level before
-            normalisation, and the same for all pixels.
+        p: Probability that a part of an image is erased.
+        scale: Range of the area of the part, as a fraction of the image.
+        ratio: Range of the aspect ratio of the part (height divided by width).
+        fill: Level of its pixels, 0 to 255, or one level per channel. Unlike in torchvision, it is applied before
+            normalization, and is the same for all pixels.
 
     References:
         Zhong et al.: Random erasing data augmentation (2017), arXiv:1708.04896, algorithm 1. The paper draws the ratio
-        uniformly, and fills with noise; torchvision, and this, draw its logarithm.
+        uniformly, and fills with noise; torchvision and this implementation draw its logarithm uniformly.
     """
 
     p: float = 0.5
@@ -110,35 +110,36 @@ class RandomErasing(BatchTransform):
 
     def __post_init__(self) -> None:
         if not 0 <= self.p <= 1:
-            raise ValueError(f"RandomErasing needs a probability p between 0 and 1, got {self.p}")
+            raise ValueError(f"RandomErasing: the probability p must be between 0 and 1, got {self.p}")
         if not 0 <= self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"RandomErasing needs a scale with 0 <= low <= high <= 1, got {self.scale}")
+            raise ValueError(f"RandomErasing: scale must satisfy 0 <= low <= high <= 1, got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"RandomErasing needs a ratio with 0 < low <= high, got {self.ratio}")
+            raise ValueError(f"RandomErasing: ratio must satisfy 0 < low <= high, got {self.ratio}")
         _check_fill("RandomErasing", self.fill)
 
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
-        """Fills the rectangle that `box` chooses.
+        """Fill the rectangle chosen by `box`.
 
         Raises:
-            ValueError: If `fill` is for another number of channels.
+            ValueError: If `fill` has another number of channels.
         """
         box = self.box(image.shape[2], image.shape[3], draws)
         return _filled("RandomErasing", image, inside_boxes(image, *box), self.fill)
 
     def box(self, height: int, width: int, draws: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Chooses the rectangles.
+        """Choose the rectangles.
 
         Args:
             height: Height of the images in pixels.
             width: Width of the images in pixels.
-            draws: `(B, 24)`, uniform in [0, 1): whether at all, vertical and horizontal place; areas; ratios.
+            draws: Random numbers `(B, 24)`, uniform in [0, 1): whether to erase, vertical and horizontal position,
+                areas, ratios.
 
         Returns:
-            Top, left, height and width `(B,)`, int64; an image that stays as it is has a height of 0.
+            Top, left, height and width `(B,)`, int64; the height is 0 for an image that remains unchanged.
         """
         (low, high), (flat, tall) = self.scale, self.ratio
-        # In float64, so that no device rounds a side otherwise.
+        # In float64, so that all devices round the sides identically.
         area, shape = draws[:, 3 : 3 + 2 * _TRIES].double().view(-1, 2, _TRIES).unbind(1)
         pixels = height * width * (low + (high - low) * area)
         ratio = (math.log(flat) + (math.log(tall) - math.log(flat)) * shape).exp()

@@ -1,4 +1,4 @@
-"""Training images mixed with others, by draws of their own."""
+"""Mixing of training images: Mixup and CutMix with random numbers per image."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _CELLS = 2**14
 
 
 def smaller_share(alpha: float, draw: Tensor) -> Tensor:
-    r"""The smaller part, $\min(\lambda, 1 - \lambda)$, where $\lambda$ has the distribution Beta(alpha, alpha).
+    r"""Return the smaller part, $\min(\lambda, 1 - \lambda)$, where $\lambda$ is distributed as Beta(alpha, alpha).
 
-    The distribution's quantiles: its density is integrated once, by trapezoids, with a singular end substituted away,
-    and inverted by straight lines. The probability below a returned value is `draw` to within 1e-6, for an alpha of
-    0.02 to 1000; to within 1e-7 for one of 0.05 to 100.
+    The quantile function of this distribution is evaluated: the density is integrated once with the trapezoidal rule,
+    after a substitution that removes the singularity, and inverted by linear interpolation. The probability below a
+    returned value equals `draw` to within 1e-6 for alpha from 0.02 to 1000, and to within 1e-7 from 0.05 to 100.
 
     Args:
-        alpha: Above 0.
-        draw: `(...)`, uniform in [0, 1).
+        alpha: Parameter of the Beta distribution, above 0.
+        draw: Probabilities `(...)`, uniform in [0, 1).
 
     Returns:
-        `(...)`, float64, 0 to 0.5.
+        Shares `(...)`, float64, 0 to 0.5.
 
     Example:
         >>> smaller_share(1.0, torch.tensor([0.0, 0.5]))
@@ -45,7 +45,7 @@ def smaller_share(alpha: float, draw: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _lower_half(alpha: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Probabilities of smaller shares, 0 to 1, and these shares to a power at which their density begins smoothly."""
+    """Tabulate probabilities, 0 to 1, and smaller shares to a power at which their density begins smoothly."""
     if device.type != "cpu":
         probability, point = _lower_half(alpha, torch.device("cpu"))
         return probability.to(device), point.to(device)
@@ -58,17 +58,17 @@ def _lower_half(alpha: float, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _power(alpha: float) -> float:
-    return min(alpha / 2, 1.0)  # so that probabilities begin as the square of points, or more flatly
+    return min(alpha / 2, 1.0)  # makes the probability grow quadratically with the points at 0, or more slowly
 
 
 class MixPlan(NamedTuple):
-    """Which images of a batch are mixed, and with which others.
+    """Plan of which images of a batch are mixed, and with which partners.
 
     Attributes:
         chosen: Whether each image is mixed `(B,)`, bool.
-        row: Positions in the batch that get a partner `(R,)`, int64: on the CPU the chosen ones, elsewhere all.
+        row: Positions in the batch that get a partner `(R,)`, int64: on the CPU the chosen ones, on other devices all.
         partner: Positions of the partners in the source `(R,)`, int64.
-        share: How much of the partner to take `(R,)`, float64, 0 to 0.5.
+        share: Share of the partner `(R,)`, float64, 0 to 0.5.
         draws: Further random numbers `(R, 4)`, uniform in [0, 1).
     """
 
@@ -80,19 +80,19 @@ class MixPlan(NamedTuple):
 
 
 class Mix(ABC):
-    r"""Mixes a training image with another one, its partner.
+    r"""Base class of transforms that mix each training image with another one, its partner.
 
-    The partner is any other training image, as it is itself augmented in the same epoch. Whether an image is mixed,
-    with which partner and how much of it, is a pure function of (seed, epoch, index of the image), not of the batch; so
-    a teacher's answer for a mixed image can be kept. If there are several views, each is mixed by its own draws.
+    The partner is any other training image, with its own augmentation of the same epoch. Whether an image is mixed, its
+    partner and their shares are a pure function of (seed, epoch, index of the image), independent of the batch, so the
+    teacher's logits of mixed images can be cached. With several views, each has its own random numbers.
 
-    An image's own share is $\max(\lambda, 1 - \lambda)$, with $\lambda$ from Beta(alpha, alpha), and its own label so
-    the heavier one. The loss with the labels counts both by their shares (`Batch.mixed`); criteria and metrics that
-    read `Batch.target` see the image's own label alone.
+    An image's own share is $\max(\lambda, 1 - \lambda)$, with $\lambda$ from Beta(alpha, alpha), so its own label has
+    the larger weight. The supervised loss weights both labels by their shares (`Batch.mixed`); criteria and metrics
+    that read `Batch.target` use only the image's own label.
 
     Attributes:
-        alpha: Parameter of the Beta distribution, above 0; the smaller, the less of the partner.
-        p: Probability of an image to be mixed.
+        alpha: Parameter of the Beta distribution, above 0. Smaller values reduce the partner's share.
+        p: Probability that an image is mixed.
     """
 
     alpha: float
@@ -101,22 +101,22 @@ class Mix(ABC):
     def __post_init__(self) -> None:
         name = type(self).__name__
         if not 0 < self.alpha < math.inf:
-            raise ValueError(f"{name} needs an alpha above 0, got {self.alpha}; for no mixing leave it out")
+            raise ValueError(f"{name}: alpha must be above 0, got {self.alpha}; to disable mixing, remove {name}")
         if not 0 <= self.p <= 1:
-            raise ValueError(f"{name} needs a probability p between 0 and 1, got {self.p}")
+            raise ValueError(f"{name}: the probability p must be between 0 and 1, got {self.p}")
 
     @abstractmethod
     def blend(self, image: Tensor, partner: Tensor, share: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixes images.
+        """Mix images.
 
         Args:
-            image: `(B, C, H, W)`, normalised.
-            partner: Their partners, `(B, C, H, W)`.
-            share: How much of the partner to take `(B,)`, float64, 0 to 0.5.
-            draws: `(B, 4)`, uniform in [0, 1).
+            image: Images `(B, C, H, W)`, normalized.
+            partner: Their partners `(B, C, H, W)`.
+            share: Share of the partner `(B,)`, float64, 0 to 0.5.
+            draws: Random numbers `(B, 4)`, uniform in [0, 1).
 
         Returns:
-            The mixed images, and each one's own share `(B,)`, float32, 0.5 to 1.
+            Mixed images, and each image's own share `(B,)`, float32, 0.5 to 1.
         """
 
     def plan(self, seed: int, epoch: Tensor, index: Tensor, among: Tensor, stream: int) -> MixPlan:
@@ -162,31 +162,31 @@ class Mix(ABC):
 
 
 def _another(among: Tensor, index: Tensor, draw: Tensor) -> Tensor:
-    """One of the others, each as likely; the image itself if there is no other."""
+    """Choose one of the other images with equal probability; the image itself if there is no other."""
     last = len(among) - 1
-    chosen = among[(draw * last).long()]  # of all but the last, which stands in for the image itself
+    chosen = among[(draw * last).long()]  # from all but the last, which replaces the image itself
     return torch.where(chosen == index, among[last], chosen)
 
 
 @dataclass(frozen=True)
 class Mixup(Mix):
-    """Adds to each training image a share of another one's pixels. See `Mix`.
+    """Blend each training image with the pixels of another one. See `Mix`.
 
     Args:
-        alpha: Parameter of the Beta distribution of the shares, above 0; the smaller, the less of the partner.
-        p: Probability of an image to be mixed.
+        alpha: Parameter of the Beta distribution of the shares, above 0. Smaller values reduce the partner's share.
+        p: Probability that an image is mixed.
 
     References:
-        Zhang et al.: mixup: Beyond empirical risk minimization, ICLR 2018 (arXiv 1710.09412), section 2. There the
-        partner is one of the batch, and the image's own share may be the smaller one: as pairs are then met the other
-        way round, that changes nothing in distribution.
+        Zhang et al.: mixup: Beyond empirical risk minimization, ICLR 2018 (arXiv 1710.09412), section 2. In the paper,
+        the partner is from the same batch, and the image's own share may be the smaller one. As each pair also occurs
+        in reverse, the distribution is the same.
     """
 
     alpha: float = 1.0
     p: float = 1.0
 
     def blend(self, image: Tensor, partner: Tensor, share: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sum; the draws are not used."""
+        """Return the weighted sum; the draws are not used."""
         own = (1 - share).float()
         weight = own.view(-1, 1, 1, 1)
         return image * weight + partner * (1 - weight), own
@@ -194,26 +194,27 @@ class Mixup(Mix):
 
 @dataclass(frozen=True)
 class CutMix(Mix):
-    """Puts a box of another training image in each one, at the same place. See `Mix`.
+    """Replace a box in each training image with that of another one, at the same position. See `Mix`.
 
-    The box covers at most the partner's share, is centred at any pixel, and what lies beyond the border is cut off; the
-    image's own share is exactly what remains of it.
+    The box covers at most the partner's share. Its center is a random pixel, and the part outside the image is cut off;
+    the image's own share is exactly the fraction that remains.
 
     Args:
-        alpha: Parameter of the Beta distribution of the shares, above 0; the smaller, the less of the partner.
-        p: Probability of an image to be mixed.
+        alpha: Parameter of the Beta distribution of the shares, above 0. Smaller values reduce the partner's share.
+        p: Probability that an image is mixed.
 
     References:
         Yun et al.: CutMix: Regularization strategy to train strong classifiers with localizable features, ICCV 2019
-        (arXiv 1905.04899), equations 1 and 2. There the box may cover more than half of the image, and its label then
-        be the heavier one. In the authors' code an odd side is a pixel shorter, and the partner is one of the batch.
+        (arXiv 1905.04899), equations 1 and 2. In the paper, the box may cover more than half of the image, so the
+        partner's label may have the larger weight. In the authors' code, an odd side is one pixel shorter, and the
+        partner is from the same batch.
     """
 
     alpha: float = 1.0
     p: float = 1.0
 
     def blend(self, image: Tensor, partner: Tensor, share: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """The image but for the box; the first two draws choose its centre."""
+        """Replace the box; the first two draws choose its center."""
         sides = [(share.sqrt() * size).long() for size in image.shape[2:]]
         edges = [(draws[:, i] * image.shape[2 + i]).long() - sides[i] // 2 for i in (0, 1)]
         inside = inside_boxes(image, *edges, *sides)

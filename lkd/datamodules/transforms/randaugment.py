@@ -1,4 +1,4 @@
-"""RandAugment and TrivialAugment, a whole batch at a time."""
+"""RandAugment and TrivialAugment, for a whole batch at a time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _LEVELS = 31
 
 
 class Operation(NamedTuple):
-    """One of the things that RandAugment and TrivialAugment do to an image.
+    """One operation of RandAugment and TrivialAugment.
 
     Attributes:
-        change: Changes images `(B, C, H, W)` by a level.
-        levels: From an image's height and width, the level of each magnitude `(31,)`.
+        change: Applies the operation to images `(B, C, H, W)` at a level.
+        levels: Maps height and width of an image to the level of each magnitude `(31,)`.
         wide: The same for TrivialAugment.
-        signed: Whether half of the images get the level's negative.
+        signed: Whether the level is negated for half of the images.
     """
 
     change: Callable[[Tensor, float], Tensor]
@@ -87,16 +87,16 @@ OPERATIONS = {
     "AutoContrast": Operation(lambda image, level: TF.autocontrast(image), _up_to(0.0), _up_to(0.0)),
     "Equalize": Operation(lambda image, level: TF.equalize(image), _up_to(0.0), _up_to(0.0)),
 }
-"""Those of torchvision's RandAugment and TrivialAugmentWide, in its order."""
+"""The operations of torchvision's RandAugment and TrivialAugmentWide, in the same order."""
 
 
 def _check_channels(name: str, image: Tensor) -> None:
     if image.shape[1] not in (1, 3):
-        raise ValueError(f"{name} changes gray or colour images, got {image.shape[1]} channels; leave it out")
+        raise ValueError(f"{name} requires images with 1 or 3 channels, got {image.shape[1]}; remove it from augment")
 
 
 def _changed(image: Tensor, number: Tensor, level: Tensor) -> Tensor:
-    """Changes each image by an operation and a level, both on the CPU; images that have the same, together."""
+    """Change each image by an operation and a level (both on the CPU); images with equal ones are changed together."""
     changed = image.clone()
     for own, operation in enumerate(OPERATIONS.values()):
         rows = (number == own).nonzero().squeeze(1)
@@ -108,14 +108,14 @@ def _changed(image: Tensor, number: Tensor, level: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RandAugment(BatchTransform):
-    """Some operations, chosen for each image, one after the other, all of the same strength.
+    """Apply operations chosen at random for each image, one after the other, all of the same magnitude.
 
-    The operations and their strengths are torchvision's; what lies outside an image is black. Images that got the same
-    operation are changed together.
+    Operations and magnitudes are those of torchvision; pixels outside the image are filled with black. Images with the
+    same operation are processed together.
 
     Args:
-        num_ops: How many operations, 1 or more.
-        magnitude: Their strength, 0 to 30.
+        num_ops: Number of operations, 1 or more.
+        magnitude: Magnitude of the operations, 0 to 30.
 
     References:
         Cubuk et al.: RandAugment: Practical automated data augmentation with a reduced search space, NeurIPS 2020
@@ -127,20 +127,20 @@ class RandAugment(BatchTransform):
 
     def __post_init__(self) -> None:
         if self.num_ops < 1:
-            raise ValueError(f"RandAugment needs 1 operation or more, got num_ops {self.num_ops}")
+            raise ValueError(f"RandAugment: num_ops must be 1 or more, got {self.num_ops}")
         if not 0 <= self.magnitude < _LEVELS:
-            raise ValueError(f"RandAugment needs a magnitude between 0 and {_LEVELS - 1}, got {self.magnitude}")
+            raise ValueError(f"RandAugment: magnitude must be between 0 and {_LEVELS - 1}, got {self.magnitude}")
 
     @property
     def num_draws(self) -> int:  # type: ignore[override]
-        """Two for each operation, rounded up to a multiple of 4."""
+        """Two draws per operation, rounded up to a multiple of 4."""
         return 4 * math.ceil(self.num_ops / 2)
 
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
-        """Changes every image; of each pair of draws the first chooses the operation, the second the sign.
+        """Change every image; the first draw of each pair chooses the operation, the second its sign.
 
         Raises:
-            ValueError: If the images have other than 1 or 3 channels.
+            ValueError: If the images have a number of channels other than 1 or 3.
         """
         _check_channels("RandAugment", image)
         levels = [operation.levels(*image.shape[2:])[self.magnitude] for operation in OPERATIONS.values()]
@@ -152,10 +152,10 @@ class RandAugment(BatchTransform):
 
 @dataclass(frozen=True)
 class TrivialAugment(BatchTransform):
-    """One operation, chosen for each image, of a strength chosen for each image: there is nothing to tune.
+    """Apply one operation to each image, chosen at random with a random magnitude. It has no hyperparameters.
 
-    The operations and their strengths are those of torchvision's `TrivialAugmentWide`; what lies outside an image is
-    black. Images that got the same operation and strength are changed together.
+    Operations and magnitudes are those of torchvision's `TrivialAugmentWide`; pixels outside the image are filled with
+    black. Images with the same operation and magnitude are processed together.
 
     References:
         Müller, Hutter: TrivialAugment: Tuning-free yet state-of-the-art data augmentation, ICCV 2021
@@ -163,10 +163,10 @@ class TrivialAugment(BatchTransform):
     """
 
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
-        """Changes every image; the draws choose the operation, the sign and the strength.
+        """Change every image; the draws choose operation, sign and magnitude.
 
         Raises:
-            ValueError: If the images have other than 1 or 3 channels.
+            ValueError: If the images have a number of channels other than 1 or 3.
         """
         _check_channels("TrivialAugment", image)
         kind, sign, strength, _ = draws.cpu().T
@@ -176,6 +176,6 @@ class TrivialAugment(BatchTransform):
 
 
 def _signed(level: Tensor, number: Tensor, sign: Tensor) -> Tensor:
-    """The level's negative for half of the images, by draws `sign`, where the operation of that number has a sign."""
+    """Negate the level for half of the images, according to `sign`, if the operation has a sign."""
     signed = torch.tensor([operation.signed for operation in OPERATIONS.values()])
     return torch.where(signed[number] & (sign < 0.5), -level, level)

@@ -18,7 +18,7 @@ from lkd.types import IGNORE_INDEX, Batch
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One view of the images of a batch: a specification from which the dataset makes it.
+    """Specification of one view of the images of a batch, from which the dataset creates it.
 
     Args:
         index: Positions of the images in the source `(B,)`, int64.
@@ -40,7 +40,7 @@ class View:
     is_mixed: bool = True
 
     def shares_images(self, other: View) -> bool:
-        """Whether two views are of the same augmented images."""
+        """Whether two views show the same augmented images."""
         return (
             self.index is other.index
             and self.number == other.number
@@ -77,7 +77,7 @@ class Views(ABC):
             classes: Finds other images of the same class.
         """
 
-    def check(self, shape: tuple[int, int, int]) -> None:  # noqa: B027  # most take any
+    def check(self, shape: tuple[int, int, int]) -> None:  # noqa: B027  # most views support any shape
         """Check that views can be made of images.
 
         Args:
@@ -103,7 +103,7 @@ class StrongView(Views):
         divide(self.augment or ())
 
     def plan(self, seed: int, epoch: Tensor, index: Tensor, classes: ClassIndex) -> list[View]:
-        """The usual view, and the strongly augmented one."""
+        """Return the usual view and the strongly augmented one."""
         return [View(index), View(index, 1, self.augment, (RandAugment(),))]
 
 
@@ -115,7 +115,7 @@ class RotatedViews(Views):
     """
 
     def plan(self, seed: int, epoch: Tensor, index: Tensor, classes: ClassIndex) -> list[View]:
-        """The image, and its counterclockwise rotations by one, two and three quarters."""
+        """Return the image and its counterclockwise rotations by 90, 180 and 270 degrees."""
         return [View(index, turns=turns, is_labelled=turns == 0) for turns in range(4)]
 
     def check(self, shape: tuple[int, int, int]) -> None:
@@ -123,20 +123,20 @@ class RotatedViews(Views):
         _, height, width = shape
         if height != width:
             raise ValueError(
-                f"RotatedViews turns images by 90 degrees, so they must be square; these are {height}x{width}: bring "
-                "them to a square size"
+                f"RotatedViews rotates images by 90 degrees, so they must be square, got {height}x{width}; resize them "
+                "to a square"
             )
 
 
 @dataclass(frozen=True)
 class ClassPartner(Views):
-    """Two views: the image, and another training image of the same class, chosen anew in each epoch.
+    """Two views: the image, and another training image of the same class, drawn again in each epoch.
 
     The partner has its own index and no label, so it is not classified. An image without a label, or the only one of
     its class, is its own partner under another augmentation.
     """
 
     def plan(self, seed: int, epoch: Tensor, index: Tensor, classes: ClassIndex) -> list[View]:
-        """The image and its partner."""
+        """Return the image and its partner."""
         draw = uniform(seed, epoch, index, PARTNER)[:, 0]
         return [View(index), View(classes.another(index, draw), 1, is_labelled=False)]
