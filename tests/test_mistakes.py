@@ -227,14 +227,16 @@ def test_measuring_without_a_checkpoint(answer) -> None:
 
 def test_class_counts(fit) -> None:
     settings = ["--model.init_args.teacher_ckpt=null", "--model.init_args.teacher.init_args.num_classes=12"]
-    assert "the student has 10 classes, the teacher 12" in fit(*settings)
+    assert "the student has 10 classes, but the teacher has 12" in fit(*settings)
     settings = [f"--model.init_args.{name}.init_args.num_classes=7" for name in ("student", "teacher")]
-    assert "the data has 10 classes, the student only 7" in fit("--model.init_args.teacher_ckpt=null", *settings)
+    assert "the data has 10 classes, but the student has only 7" in fit(
+        "--model.init_args.teacher_ckpt=null", *settings
+    )
 
 
 def test_channels(fit) -> None:
     says = fit("--model.init_args.student.init_args.in_channels=3")
-    assert "the student cannot take this data's input (1, 1, 8, 8)" in says
+    assert "the student does not accept inputs of shape (1, 1, 8, 8)" in says
     assert "in_channels" in says
 
 
@@ -354,9 +356,9 @@ def test_checkpoint_of_another_network(fit, answer) -> None:
     assert main(["fit", "--config", "configs/digits/kd.yaml", *SHORT]) == 0
     other = "--model.init_args.student=lkd.models.resnet14"
     says = fit("--ckpt_path=last", other, "--model.init_args.student.init_args.in_channels=1")
-    assert "the checkpoint does not fit this DistillModule; missing: model.layer1.1.conv1.weight" in says
-    assert "take the config of the run that wrote it" in says
-    assert "this checkpoint was made by lkd.DistillModule, not by ClassificationModule" in answer(
+    assert "the checkpoint does not match this DistillModule; missing: model.layer1.1.conv1.weight" in says
+    assert "use the config of the run that saved it" in says
+    assert "this checkpoint was saved by lkd.DistillModule, not by ClassificationModule" in answer(
         "test", "--config", "digits/student", "--ckpt_path", "runs/digits/kd/version_0/checkpoints/best.ckpt"
     )
 
@@ -369,7 +371,7 @@ def test_weights_of_other_shapes(fit) -> None:
 
 def test_numbers_out_of_range(fit) -> None:
     assert "temperature must be greater than 0, got 0" in fit("--model.init_args.criterion.init_args.temperature=0")
-    assert "hard_weight must not be negative, got -1" in fit("--model.init_args.hard_weight=-1")
+    assert "hard_weight must be a finite number of at least 0, got -1" in fit("--model.init_args.hard_weight=-1")
 
 
 def test_groups_of_layers_without_quotes(fit) -> None:
@@ -398,8 +400,8 @@ def test_a_schedule_without_epochs(fit) -> None:
 
 def test_loss_that_is_not_finite(fit) -> None:
     says = fit("--model.init_args.optimizer.init_args.lr=1e30")
-    assert "the loss is not finite since step" in says
-    assert "student logits were not finite" in says
+    assert "the loss is not finite from step" in says
+    assert "student logits not finite at that step" in says
 
 
 def test_traceback_on_demand(monkeypatch) -> None:

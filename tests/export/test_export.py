@@ -461,7 +461,7 @@ def test_a_network_with_more_outputs_than_the_data_has_classes(tmp_path, monkeyp
     sizes = "--data.init_args.batch_size=4", "--data.init_args.val_size=4", "--data.init_args.num_workers=0"
     kinds = "--model=lkd.ClassificationModule", "--data=lkd.ImageFolderDataModule"
     run = fit(tmp_path / "runs", *kinds, *network, *images, *sizes)
-    said = "the model has 10 outputs and the data 4 classes, so no image belongs to one of the outputs from 4 on; set "
+    said = "the model has 10 outputs, but the data has only 4 classes; set num_classes to 4"
     assert len([one for one in recwarn if said in str(one.message)]) == 1
 
     best = Path(run, "checkpoints/best.ckpt")
