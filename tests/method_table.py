@@ -97,11 +97,11 @@ def equal(name: str) -> str:
 
 
 def processes(kind: type) -> str:
-    """Whether several processes have the gradient of one, or what each does by itself: tests/losses/test_processes."""
+    """Whether DDP has the gradient of a single process, or what differs: see tests/losses/test_processes.py."""
     alone = getattr(kind, "per_process", None)
     if not isinstance(alone, str):
         return "as its criterion"
-    return f"each {alone}" if alone else "as one"
+    return f"per process: {alone}" if alone else "as one"
 
 
 def note() -> str:
@@ -110,12 +110,12 @@ def note() -> str:
     skipping = ", ".join(f"`{name}`" for name, kind in criteria if kind.skips_unlabelled in (True, None))
     return "\n".join(
         textwrap.wrap(
-            'Several processes: "as one" says that the gradient is, to rounding, that of one process with all images '
-            '(`tests/losses/test_processes.py`); "each ..." says what a process does with its own images alone. '
-            "BatchNorm, of adapters as of networks, has in training the statistics of each process's images, unless "
-            "`--trainer.sync_batchnorm true` makes them common. Where images have no label, the labels' loss and "
-            f"terms of {skipping} are means over those of each process that have one: as in one process only where all "
-            "have equally many.",
+            'Several processes: "as one" means that the gradient equals, up to rounding, that of a single process with '
+            'all images (`tests/losses/test_processes.py`); "per process" names what each process computes from its '
+            "own images only. In training, BatchNorm in networks and adapters uses the statistics of each process's "
+            "images, unless `--trainer.sync_batchnorm true` synchronizes them. If some images have no label, the "
+            f"cross-entropy and terms of {skipping} are averaged over the labelled images of each process, which "
+            "equals the average of a single process only if all processes have equally many.",
             width=120,
             break_on_hyphens=False,
             break_long_words=False,

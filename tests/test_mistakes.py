@@ -155,12 +155,12 @@ def test_missing_files(answer, fit) -> None:
         "fit", "--config", "digits/kdd.yaml"
     )
     assert "there is no checkpoint 'best.ckpt'" in fit("--ckpt_path=best.ckpt")
-    assert "there is no weights file teacher.pth" in fit("--model.init_args.teacher_ckpt=teacher.pth")
+    assert "weights file not found: teacher.pth" in fit("--model.init_args.teacher_ckpt=teacher.pth")
     assert "lkd:digits_resnet8" in fit("--model.init_args.teacher_ckpt=lkd:digits")
-    assert "no run in runs/digits/kd has left a last.ckpt" in fit("--ckpt_path=last")
+    assert "no run in runs/digits/kd has a last.ckpt" in fit("--ckpt_path=last")
     assert "--config: expected one argument" in answer("fit", "--config")
     Path("lone.ckpt").touch()
-    assert "give the config that it was trained with" in answer("test", "--ckpt_path", "lone.ckpt")
+    assert "give the config of its training run" in answer("test", "--ckpt_path", "lone.ckpt")
 
 
 def test_nothing_to_run(answer) -> None:
@@ -344,12 +344,15 @@ def test_data_that_is_not_there(answer, monkeypatch) -> None:
 
 def test_checkpoint_that_is_none(fit) -> None:
     Path("bytes.ckpt").write_bytes(b"no checkpoint")
-    assert "bytes.ckpt is not a checkpoint that PyTorch reads" in fit("--ckpt_path=bytes.ckpt")
+    assert "bytes.ckpt is corrupt, or is not a checkpoint that PyTorch can read" in fit("--ckpt_path=bytes.ckpt")
     torch.save(resnet8(num_classes=10).state_dict(), "weights.pth")
     says = fit("--ckpt_path=weights.pth")
-    assert "weights.pth is not a whole checkpoint as `lkd fit` writes it; weights alone are --model.init_args" in says
+    assert (
+        "weights.pth is not a complete checkpoint as saved by `lkd fit`; load weights alone with --model.init_args"
+        in says
+    )
     assert main(["fit", "--config", "configs/digits/kd.yaml", *SHORT, "--checkpoint.save_weights_only=true"]) == 0
-    assert "best.ckpt is not a whole checkpoint" in fit("--ckpt_path=best")
+    assert "best.ckpt is not a complete checkpoint" in fit("--ckpt_path=best")
 
 
 def test_checkpoint_of_another_network(fit, answer) -> None:

@@ -319,7 +319,7 @@ def test_a_data_modules_hooks_are_kept(distill) -> None:
     ("args", "words"),
     [
         ([], "lkd export needs a checkpoint, or the folder of a run, first; see 'lkd export --help'"),
-        (["nowhere"], "there is no nowhere; give a checkpoint, or the folder of a run or of runs"),
+        (["nowhere"], "nowhere does not exist; give the path of a checkpoint or of a folder of runs"),
         (
             ["RUN", "--format", "onx"],
             "--format takes safetensors, torch, onnx, or several with commas between, got 'onx'",

@@ -348,7 +348,7 @@ def test_mistakes_in_the_constructor(distill, tiny) -> None:
         distill(hard_weight=0, distill_weight=0)
     with pytest.raises(ValueError, match=r"label_smoothing must be at least 0 and less than 1, got 1"):
         distill(label_smoothing=1.0)
-    with pytest.raises(FileNotFoundError, match=r"no weights file nowhere.pth"):
+    with pytest.raises(FileNotFoundError, match=r"weights file not found: nowhere.pth"):
         distill(teacher_ckpt="nowhere.pth")
 
 
