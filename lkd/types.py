@@ -45,8 +45,8 @@ class Batch(NamedTuple):
             view of all images; `target` and `index` have the same order. Views that should not be classified have the
             target `IGNORE_INDEX`.
         version: Augmented variant of each image `(B,)`, int64. Variant and index determine all pixels. None if unknown.
-        mixed: Partners and weights of mixed images; `target` then holds the label with the larger weight. None if the
-            images are not mixed.
+        mixed: Partners and weights of mixed images; `target` then holds the classes of the images themselves, which
+            have the larger weights. None if the images are not mixed.
     """
 
     input: Any

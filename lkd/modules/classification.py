@@ -43,7 +43,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_safe(example: Any) -> bool:
-    """Whether a value contains only tensors, strings and containers, so that `weights_only` loading can read it."""
+    """Return whether a value contains only tensors, strings and containers, which `weights_only` loading can read."""
     if type(example) in (dict, list, tuple):
         return all(_is_safe(part) for part in (example.values() if type(example) is dict else example))
     return type(example) in (Tensor, str)

@@ -33,7 +33,7 @@ class DistillModule(EvaluatedDistillation):
     `self.student` as an alias, so a checkpoint of this module can provide the teacher of another run.
 
     If a weight is 0, parameters that only this part of the loss would train (the classifier if only features are
-    compared, or the adapters of the criterion) receive a gradient of 0 instead of None, on one process as on several.
+    compared, or the adapters of the criterion) receive a gradient of 0 instead of None, with one process as in DDP.
     Weight decay still applies to them.
 
     To shard a student that does not fit on one device, override `configure_model`: call `super().configure_model()`,
@@ -208,7 +208,7 @@ class DistillModule(EvaluatedDistillation):
 
     @property
     def teacher_changes(self) -> bool:
-        """Whether the teacher is not frozen."""
+        """Whether the teacher changes during training."""
         parameters = () if self.teacher is None else self.teacher.parameters()
         return self.saves_teacher or any(parameter.requires_grad for parameter in parameters)
 
@@ -397,7 +397,7 @@ class DistillModule(EvaluatedDistillation):
 
     @property
     def _awaits_checkpoint(self) -> bool:
-        """Whether the number of training images is known only from the checkpoint: testing does not open the images."""
+        """Whether only a checkpoint can provide the number of training images, since testing does not open them."""
         unknown = any(getattr(part, "num_samples", 0) is None for part in self.criterion.modules())
         return unknown and self._trainer is not None and not self._trainer.training
 

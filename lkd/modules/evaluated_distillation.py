@@ -59,7 +59,7 @@ class EvaluatedDistillation(ClassificationModule):
     @property
     @abstractmethod
     def teacher_changes(self) -> bool:
-        """Whether the teacher is not frozen."""
+        """Whether the teacher changes during training."""
 
     @property
     @abstractmethod
@@ -123,7 +123,7 @@ class EvaluatedDistillation(ClassificationModule):
         return self.criterion_curve if self.validates_criterion else None
 
     def is_loss(self, curve: str) -> bool:
-        """Return whether lower values of a logged metric are better: losses, including the terms of the criterion.
+        """Return whether lower values of a logged metric are better, as for losses and the terms of the criterion.
 
         Args:
             curve: Name of the metric, such as `val/kd`.
