@@ -175,7 +175,7 @@ class Bench:
         first = live(ARGS, folder, fault="benchmarks.faults:die_at_save,4,after")
         damage(run_of(folder) / "checkpoints/last.ckpt")
         second = live(ARGS, folder)
-        _expect(second, "is damaged")
+        _expect(second, "is corrupt")
         _expect(second, "previous.ckpt")
         lives = [first, second, *until_done(partial(live, ARGS, folder))]
         return self._row(what, "digits", 1, lives, folder, whole)

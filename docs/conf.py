@@ -19,9 +19,9 @@ from sphinx.errors import SphinxError
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import generate  # noqa: E402
+import generate
 
-import lkd  # noqa: E402
+import lkd
 
 project = "lkd"
 author = copyright = "The lkd maintainers"

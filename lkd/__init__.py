@@ -1,4 +1,4 @@
-"""Lightning Knowledge Distillation: make small image classifiers learn from large ones."""
+"""Lightning Knowledge Distillation: train small networks to match large ones, with PyTorch Lightning."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ _SUBMODULES = (
     "export",
     "features",
     "functional",
-    "layers",  # a former module, like taps
+    "layers",  # former name, like taps
     "losses",
     "models",
     "modules",
@@ -129,7 +129,7 @@ add_former_modules()
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `lkd --help` must not wait for torch."""
+    """Import public names on first use, so that `lkd --help` does not import torch."""
     if name in _SUBMODULES:
         return import_module(f"lkd.{name}")
     for home, names in _HOMES.items():
@@ -139,5 +139,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List what is public, for tab completion."""
+    """List the public names, for tab completion."""
     return sorted({*__all__, *_SUBMODULES} - {"layers", "taps"})

@@ -1,4 +1,4 @@
-"""What a run has left: its module with the checkpoint's weights, and its data."""
+"""Loading of trained runs: rebuild the module with its weights, and the data module."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lkd.modules import ClassificationModule, EarlyExitModule
 
 
 class Trained(NamedTuple):
-    """A checkpoint, and what its run was made of.
+    """A loaded checkpoint with the config, module and data module of its run.
 
     Attributes:
-        path: The checkpoint.
-        checkpoint: Its content.
-        config: The run's settings, as `lkd fit` saved them.
-        module: The run's module with the checkpoint's weights, in eval mode, on the CPU.
-        data: The run's data module.
+        path: Path of the checkpoint.
+        checkpoint: Content of the checkpoint.
+        config: Config of the run, as saved by `lkd fit`.
+        module: Module with the weights of the checkpoint, in eval mode, on the CPU.
+        data: Data module of the run.
     """
 
     path: Path
@@ -33,10 +33,10 @@ class Trained(NamedTuple):
 
 
 class Answer(nn.Module):
-    """A module's own answer, where that is not its network's alone: SimKD's student has the teacher's classifier.
+    """Wrapper for modules whose logits are not those of their network alone, such as `SimKDModule`.
 
     Args:
-        module: The module.
+        module: Module whose `forward` computes the logits.
     """
 
     def __init__(self, module: ClassificationModule) -> None:
@@ -44,54 +44,56 @@ class Answer(nn.Module):
         self.module = module
 
     def forward(self, input: Any) -> Tensor:
-        """Logits `(B, K)`."""
+        """Compute the logits `(B, K)`."""
         logits: Tensor = self.module(input)
         return logits
 
 
 class _Rebuilt(LkdCLI):
-    """Builds a run's module and data, and runs nothing."""
+    """A CLI that builds the module and data module of a run without running a subcommand."""
 
     def _set_seed(self) -> None:
-        """The caller's random numbers stay as they are."""
+        """Do nothing, to preserve the random state of the caller."""
 
     def instantiate_trainer(self, **_: Any) -> Any:
-        """None: nothing runs."""
+        """Return None, since no trainer is needed."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
 
 
 def find_checkpoint(place: str) -> Path:
-    """The checkpoint that a place stands for.
+    """Find a checkpoint by its path or by the folder of its run.
 
     Args:
-        place: A checkpoint; a run's folder, or that of all runs of one name, for the newest one's best.
+        place: Path of a checkpoint; or the folder of a run, or of all runs with the same name, which selects the best
+            checkpoint of the newest run.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no checkpoint.
     """
     path = Path(place)
     if path.is_file():
         return path
     if not path.exists():
-        raise FileNotFoundError(f"there is no {place}; give a checkpoint, or the folder of a run or of runs")
+        raise FileNotFoundError(f"{place} does not exist; give the path of a checkpoint or of a folder of runs")
     return in_folder(path, "best")
 
 
 def load_trained(place: str, *settings: str) -> Trained:
-    """Rebuild what a run has trained, from its config and its checkpoint.
+    """Rebuild a trained module and its data module from the config and checkpoint of a run.
 
     Args:
-        place: A checkpoint; a run's folder, or that of all runs of one name, for the newest one's best.
-        settings: Changes of the run's config, as on the command line: `--config=FILE`, `--KEY=VALUE`.
+        place: Path of a checkpoint; or the folder of a run, or of all runs with the same name, which selects the best
+            checkpoint of the newest run.
+        settings: Overrides of the config, as on the command line: `--config=FILE`, `--KEY=VALUE`.
 
     Returns:
-        The module with the checkpoint's weights, its data, and where they come from.
+        The module with the weights of the checkpoint, its data module, the config, and the checkpoint.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint, or no config beside it.
-        ValueError: If it is no checkpoint, or not this config's.
+        FileNotFoundError: If there is no such checkpoint, or no config next to it.
+        ValueError: If the file is not a checkpoint, or does not match the config.
     """
     path = find_checkpoint(place)
     cli = _Rebuilt(*prepare(["test", f"--config={config_of(path)}", f"--ckpt_path={path}", *settings]))
@@ -103,13 +105,13 @@ def load_trained(place: str, *settings: str) -> Trained:
 
 
 def network_of(module: ClassificationModule) -> nn.Module:
-    """What answers, in a module that has been trained.
+    """Return the network that computes the logits of a trained module.
 
     Args:
-        module: The module.
+        module: Trained module.
 
     Returns:
-        Its network, which returns logits `(B, K)`; or the module behind an `Answer`.
+        The network of the module if it computes the logits `(B, K)` alone, otherwise the module wrapped in `Answer`.
     """
     alone = type(module).forward is ClassificationModule.forward
     alone = alone or (isinstance(module, EarlyExitModule) and module.exit is None)

@@ -1,4 +1,4 @@
-"""The small things that everything passes around."""
+"""Basic types: batches, network outputs and input normalization."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 IGNORE_INDEX = -100
-"""The target of an image that has no label: it counts in no hard loss and in no metric."""
+"""Target of images without a label, which are excluded from the cross-entropy and from the metrics."""
 
 
 class Mixed(NamedTuple):
-    """With what each image of a batch is mixed.
+    """Partners and weights of mixed images (Mixup, CutMix).
 
     Attributes:
-        target: Class of each image's partner `(B,)`, int64; `IGNORE_INDEX` where it has no label, or there is none.
-        weight: The image's own share `(B,)`, float32, 0.5 to 1; the partner has the rest.
+        target: Classes of the partners `(B,)`, int64; `IGNORE_INDEX` if a partner has no label or does not exist.
+        weight: Weight of the image itself `(B,)`, float32, between 0.5 and 1; the partner has the remaining weight.
     """
 
     target: Tensor
@@ -26,44 +26,43 @@ class Mixed(NamedTuple):
 
     @classmethod
     def none(cls, like: Tensor) -> Mixed:
-        """For images that are not mixed.
+        """Create the entry of images that are not mixed.
 
         Args:
-            like: Their classes `(B,)`.
+            like: Classes of the images `(B,)`.
         """
         return cls(torch.full_like(like, IGNORE_INDEX), torch.ones_like(like, dtype=torch.float32))
 
 
 class Batch(NamedTuple):
-    """What one step sees.
+    """Input of a training or evaluation step.
 
     Attributes:
-        input: What the networks take: images `(B, C, H, W)`, float, normalised; or, for other data, whatever
-            the user's networks are called with.
-        target: Classes `(B,)`, int64; `IGNORE_INDEX` where there is no label.
-        index: Position of each sample in its data set `(B,)`, int64; None if the data does not tell.
-        views: How many views of each image there are, one behind the other: `input` is then `(views * B, ...)`, first
-            all first views, and so are `target` and `index`. A view that is not to be classified has the target
-            `IGNORE_INDEX`.
-        version: Which of an image's augmented versions this is `(B,)`, int64: version and index decide every pixel.
-            None if the data does not tell.
-        mixed: With what the images are mixed; `target` is then their own, heavier label. None if they are not.
+        input: Input of the networks: normalized float images `(B, C, H, W)`, or any other input of custom networks.
+        target: Class indices `(B,)`, int64; `IGNORE_INDEX` for samples without a label.
+        index: Position of each sample in its dataset `(B,)`, int64; None if unknown.
+        views: Number of views of each image. With several views, `input` is `(views * B, ...)`, starting with the first
+            view of all images; `target` and `index` have the same order. Views that should not be classified have the
+            target `IGNORE_INDEX`.
+        version: Augmented variant of each image `(B,)`, int64. Variant and index determine all pixels. None if unknown.
+        mixed: Partners and weights of mixed images; `target` then holds the classes of the images themselves, which
+            have the larger weights. None if the images are not mixed.
     """
 
     input: Any
     target: Tensor
-    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which is not needed
     views: int = 1
     version: Tensor | None = None
     mixed: Mixed | None = None
 
 
 class Outputs(NamedTuple):
-    """What one network answers.
+    """Outputs of a network.
 
     Attributes:
-        logits: `(B, K)`, before softmax.
-        features: Layer name to what that layer returned.
+        logits: Logits `(B, K)`.
+        features: Mapping from layer names to the outputs of these layers.
     """
 
     logits: Tensor
@@ -71,7 +70,12 @@ class Outputs(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """A network and its `Outputs` for one blank input: what a criterion needs to build its adapters."""
+    """A network and its outputs for a blank input, from which a criterion builds its adapters.
+
+    Attributes:
+        network: The network.
+        outputs: Its outputs for one blank input.
+    """
 
     network: nn.Module
     outputs: Outputs
@@ -79,11 +83,11 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True)
 class Normalization:
-    """How images are normalised for a network: `(image - mean) / std` per channel, image in [0, 1].
+    """Normalization of images with values in [0, 1]: `(image - mean) / std` per channel.
 
     Args:
-        mean: One value per channel.
-        std: One positive value per channel.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel, greater than 0.
 
     Raises:
         ValueError: If the lengths differ or a standard deviation is not positive.
@@ -94,6 +98,6 @@ class Normalization:
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std):
-            raise ValueError(f"normalization needs as many means as stds, got {len(self.mean)} and {len(self.std)}")
+            raise ValueError(f"mean and std must have the same length, got {len(self.mean)} and {len(self.std)}")
         if min(self.std) <= 0:
-            raise ValueError(f"normalization needs positive stds, got {self.std}")
+            raise ValueError(f"std must be positive, got {self.std}")

@@ -93,11 +93,11 @@ def equal(name: str) -> str:
 
 
 def processes(kind: type) -> str:
-    """Whether several processes have the gradient of one, or what each does by itself: tests/losses/test_processes."""
+    """Whether DDP has the gradient of a single process, or what differs: see tests/losses/test_processes.py."""
     alone = getattr(kind, "per_process", None)
     if not isinstance(alone, str):
         return "as its criterion"
-    return f"each {alone}" if alone else "as one"
+    return f"per process: {alone}" if alone else "as one"
 
 
 def note() -> str:

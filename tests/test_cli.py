@@ -78,7 +78,7 @@ def test_tensorboard_has_the_curves(run: Path) -> None:
 def test_table_at_the_end(tmp_path, capfd) -> None:
     assert main(["fit", "--config", "digits/kd", *SHORT]) == 0
     shown = capfd.readouterr().out
-    assert "The teacher's accuracy on the validation images: 99.65%" in shown
+    assert "Teacher accuracy on the validation images: 99.65%" in shown
     for part in ("teacher", "student (best)", "student (last)", "gap to teacher", " pp ", "5,142", "77,754"):
         assert part in shown
     (best,), (gap,) = (
@@ -95,8 +95,8 @@ def test_accuracy_on_some_of_the_images_is_labelled_as_such(capfd) -> None:
     limits = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=2", "--trainer.limit_test_batches=0.6"]
     assert main(["fit", "--config", "digits/kd", *SHORT, *limits]) == 0
     shown = capfd.readouterr().out
-    assert "The teacher's accuracy on 128 of 288 validation images: " in shown
-    assert "accuracy on 128 of 288 validation images" in shown.replace("The teacher's accuracy", "")
+    assert "Teacher accuracy on 128 of 288 validation images: " in shown
+    assert "accuracy on 128 of 288 validation images" in shown.replace("Teacher accuracy", "")
     best = "runs/digits/kd/version_0/checkpoints/best.ckpt"
     for command, images in (("validate", "128 of 288 validation images"), ("test", "192 of 359 test images")):
         assert main([command, "--ckpt_path", best, *limits[1:]]) == 0
@@ -343,7 +343,7 @@ def test_own_classes_in_the_current_folder(tmp_path) -> None:
     """
     shown = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert shown.stdout.startswith("True True 3")
-    assert "this checkpoint was made by own.Mine, not by DistillModule" in shown.stdout
+    assert "this checkpoint was saved by own.Mine, not by DistillModule" in shown.stdout
 
 
 def test_names_of_runs() -> None:

@@ -63,7 +63,7 @@ def test_damaged_checkpoint(bench) -> None:
 def test_file_that_may_not_grow(bench) -> None:
     row = bench.failed("", "benchmarks.faults:small_files,60000", wanted="cannot be written")
     _assert_nothing_lost(row)
-    assert "go on with --resume" in row.outcome
+    assert "continue with --resume" in row.outcome
 
 
 def test_folder_that_may_not_be_written(bench) -> None:
@@ -88,7 +88,7 @@ def test_all_checkpoints_of_a_run_damaged_but_the_best(bench, tmp_path: Path) ->
     for name in ("last", "previous"):
         empty(folder / f"{name}.ckpt")
     lives = until_done(partial(live, ARGS, tmp_path))
-    assert f"the run goes on from {(folder / 'best.ckpt').relative_to(tmp_path)}" in lives[0].text
+    assert f"resuming from {(folder / 'best.ckpt').relative_to(tmp_path)}" in lives[0].text
     (ours, theirs) = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (run_of(tmp_path), whole))
     for name, tensor in theirs["state_dict"].items():
         assert torch.equal(ours["state_dict"][name], tensor), name
@@ -100,7 +100,7 @@ def test_no_checkpoint_is_whole(bench, tmp_path: Path) -> None:
         cut(path)
     life = live(ARGS, tmp_path)
     assert life.code == 2
-    assert "no checkpoint of this run is whole, so it has to begin anew" in life.text
+    assert "this run has no intact checkpoint and must be restarted" in life.text
 
 
 def test_a_run_at_its_end_has_nothing_to_do(bench) -> None:

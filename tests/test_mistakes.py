@@ -155,12 +155,12 @@ def test_missing_files(answer, fit) -> None:
         "fit", "--config", "digits/kdd.yaml"
     )
     assert "there is no checkpoint 'best.ckpt'" in fit("--ckpt_path=best.ckpt")
-    assert "there is no weights file teacher.pth" in fit("--model.init_args.teacher_ckpt=teacher.pth")
+    assert "weights file not found: teacher.pth" in fit("--model.init_args.teacher_ckpt=teacher.pth")
     assert "lkd:digits_resnet8" in fit("--model.init_args.teacher_ckpt=lkd:digits")
-    assert "no run in runs/digits/kd has left a last.ckpt" in fit("--ckpt_path=last")
+    assert "no run in runs/digits/kd has a last.ckpt" in fit("--ckpt_path=last")
     assert "--config: expected one argument" in answer("fit", "--config")
     Path("lone.ckpt").touch()
-    assert "give the config that it was trained with" in answer("test", "--ckpt_path", "lone.ckpt")
+    assert "give the config of its training run" in answer("test", "--ckpt_path", "lone.ckpt")
 
 
 def test_nothing_to_run(answer) -> None:
@@ -227,14 +227,16 @@ def test_measuring_without_a_checkpoint(answer) -> None:
 
 def test_class_counts(fit) -> None:
     settings = ["--model.init_args.teacher_ckpt=null", "--model.init_args.teacher.init_args.num_classes=12"]
-    assert "the student has 10 classes, the teacher 12" in fit(*settings)
+    assert "the student has 10 classes, but the teacher has 12" in fit(*settings)
     settings = [f"--model.init_args.{name}.init_args.num_classes=7" for name in ("student", "teacher")]
-    assert "the data has 10 classes, the student only 7" in fit("--model.init_args.teacher_ckpt=null", *settings)
+    assert "the data has 10 classes, but the student has only 7" in fit(
+        "--model.init_args.teacher_ckpt=null", *settings
+    )
 
 
 def test_channels(fit) -> None:
     says = fit("--model.init_args.student.init_args.in_channels=3")
-    assert "the student cannot take this data's input (1, 1, 8, 8)" in says
+    assert "the student does not accept inputs of shape (1, 1, 8, 8)" in says
     assert "in_channels" in says
 
 
@@ -342,21 +344,24 @@ def test_data_that_is_not_there(answer, monkeypatch) -> None:
 
 def test_checkpoint_that_is_none(fit) -> None:
     Path("bytes.ckpt").write_bytes(b"no checkpoint")
-    assert "bytes.ckpt is not a checkpoint that PyTorch reads" in fit("--ckpt_path=bytes.ckpt")
+    assert "bytes.ckpt is corrupt, or is not a checkpoint that PyTorch can read" in fit("--ckpt_path=bytes.ckpt")
     torch.save(resnet8(num_classes=10).state_dict(), "weights.pth")
     says = fit("--ckpt_path=weights.pth")
-    assert "weights.pth is not a whole checkpoint as `lkd fit` writes it; weights alone are --model.init_args" in says
+    assert (
+        "weights.pth is not a complete checkpoint as saved by `lkd fit`; load weights alone with --model.init_args"
+        in says
+    )
     assert main(["fit", "--config", "configs/digits/kd.yaml", *SHORT, "--checkpoint.save_weights_only=true"]) == 0
-    assert "best.ckpt is not a whole checkpoint" in fit("--ckpt_path=best")
+    assert "best.ckpt is not a complete checkpoint" in fit("--ckpt_path=best")
 
 
 def test_checkpoint_of_another_network(fit, answer) -> None:
     assert main(["fit", "--config", "configs/digits/kd.yaml", *SHORT]) == 0
     other = "--model.init_args.student=lkd.models.resnet14"
     says = fit("--ckpt_path=last", other, "--model.init_args.student.init_args.in_channels=1")
-    assert "the checkpoint does not fit this DistillModule; missing: model.layer1.1.conv1.weight" in says
-    assert "take the config of the run that wrote it" in says
-    assert "this checkpoint was made by lkd.DistillModule, not by ClassificationModule" in answer(
+    assert "the checkpoint does not match this DistillModule; missing: model.layer1.1.conv1.weight" in says
+    assert "use the config of the run that saved it" in says
+    assert "this checkpoint was saved by lkd.DistillModule, not by ClassificationModule" in answer(
         "test", "--config", "digits/student", "--ckpt_path", "runs/digits/kd/version_0/checkpoints/best.ckpt"
     )
 
@@ -369,7 +374,7 @@ def test_weights_of_other_shapes(fit) -> None:
 
 def test_numbers_out_of_range(fit) -> None:
     assert "temperature must be greater than 0, got 0" in fit("--model.init_args.criterion.init_args.temperature=0")
-    assert "hard_weight must not be negative, got -1" in fit("--model.init_args.hard_weight=-1")
+    assert "hard_weight must be a finite number of at least 0, got -1" in fit("--model.init_args.hard_weight=-1")
 
 
 def test_groups_of_layers_without_quotes(fit) -> None:
@@ -398,8 +403,8 @@ def test_a_schedule_without_epochs(fit) -> None:
 
 def test_loss_that_is_not_finite(fit) -> None:
     says = fit("--model.init_args.optimizer.init_args.lr=1e30")
-    assert "the loss is not finite since step" in says
-    assert "student logits were not finite" in says
+    assert "the loss is not finite from step" in says
+    assert "student logits not finite at that step" in says
 
 
 def test_traceback_on_demand(monkeypatch) -> None:

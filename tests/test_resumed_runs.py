@@ -53,7 +53,7 @@ def _best() -> dict[str, object]:
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("student.init_args.depth=14", "the checkpoint does not fit this DistillModule"),
+        ("student.init_args.depth=14", "the checkpoint does not match this DistillModule"),
         ("optimizer=torch.optim.Adam", "was started with model.init_args.optimizer.class_path torch.optim.SGD (now"),
         ("lr_scheduler=null", "was started with model.init_args.lr_scheduler lkd.schedules.CosineDecay"),
         ("lr_scheduler_interval=step", "was started with model.init_args.lr_scheduler_interval epoch (now step)"),

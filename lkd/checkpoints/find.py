@@ -1,4 +1,4 @@
-"""Finding and reading the checkpoints of runs."""
+"""Functions to find and read the checkpoints of runs."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from lkd.io.safe_load import read_torch
 
 
 def in_folder(folder: Path, name: str) -> Path:
-    """A checkpoint in a run's folder, or in that of all runs of one name: of the newest that has left one.
+    """Find a checkpoint in the folder of a run, or of the newest run with a checkpoint in a folder of runs.
 
     Args:
-        folder: The folder.
+        folder: Folder of a run, or of all runs with the same name.
         name: `best` or `last`.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no such checkpoint.
     """
     own = folder / "checkpoints" / f"{name}.ckpt"
     return own if own.is_file() else newest_checkpoint(folder, name)
 
 
 def newest_checkpoint(folder: Path, name: str) -> Path:
-    """A checkpoint of the newest run that has left one.
+    """Find a checkpoint of the newest run that has one.
 
     Args:
-        folder: The folder of all runs of one name.
-        name: `best`: of several that were kept, the best one; or `last`: the newest that is whole.
+        folder: Folder of all runs with the same name.
+        name: `best` for the best of the saved checkpoints, or `last` for the newest one that is not corrupt.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If none is whole.
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If all checkpoints are corrupt.
     """
     found = checkpoints_of(folder, name)
     if not found:
-        raise FileNotFoundError(f"no run in {folder} has left a {name}.ckpt; give the checkpoint's path")
+        raise FileNotFoundError(f"no run in {folder} has a {name}.ckpt; give the path of a checkpoint")
     if name == "last":
         return _newest_whole(found[0].parent)
     newest = found[0]
     if newest.stem == name:
         return newest
-    for state in read_checkpoint(newest).get("callbacks", {}).values():  # the newest of several knows the best
+    for state in read_checkpoint(newest).get("callbacks", {}).values():  # the newest one records the best
         if state.get("monitor") and (path := state.get("best_model_path")):
             best = newest.with_name(Path(path).name)
             if best in found:
@@ -56,94 +56,95 @@ def newest_checkpoint(folder: Path, name: str) -> Path:
 
 
 def checkpoints_of(folder: Path, name: str) -> list[Path]:
-    """Checkpoints of all runs of one name, the newest first."""
+    """Return the checkpoints of all runs with the same name, newest first."""
     names = ("last", "previous") if name == "last" else (name,)
     found = [path for each in names for path in folder.glob(f"version_*/checkpoints/{each}*.ckpt")]
     return sorted(found, key=lambda path: (_number(path.parents[1]), path.stat().st_mtime), reverse=True)
 
 
 def _number(version: Path) -> int:
-    """The number of a run's folder."""
+    """Return the number of a run's folder, or -1 if it has none."""
     number = version.name.removeprefix("version_")
     return int(number) if number.isdigit() else -1
 
 
 def _newest_whole(folder: Path) -> Path:
-    """The newest checkpoint of one run that is whole: `last.ckpt`, or what was kept before it."""
-    torn: list[str] = []
+    """Return the newest checkpoint of a run that is not corrupt: `last.ckpt`, or an earlier one."""
+    corrupt: list[str] = []
     own = [path for name in ("last", "previous") if (path := folder / f"{name}.ckpt").is_file()]
     others = sorted({*folder.glob("*.ckpt")} - {*own}, key=lambda path: path.stat().st_mtime, reverse=True)
     for path in own + others:
         if not (damage := damage_of(path)):
-            if torn:
-                rank_zero_warn(f"{' and '.join(torn)}; the run goes on from {path}")
+            if corrupt:
+                rank_zero_warn(f"{' and '.join(corrupt)}; resuming from {path}")
             return path
-        torn.append(f"{shown(path)} is damaged ({damage})")
-    raise ValueError(f"{' and '.join(torn)}; no checkpoint of this run is whole, so it has to begin anew")
+        corrupt.append(f"{shown(path)} is corrupt ({damage})")
+    raise ValueError(f"{' and '.join(corrupt)}; this run has no intact checkpoint and must be restarted")
 
 
 def run_version(path: Path, runs: Path) -> int | None:
-    """The version of the run that goes on from a checkpoint, in that run's own folder.
+    """Return the version of the run that is continued when resuming from a checkpoint.
 
     Args:
-        path: The checkpoint.
-        runs: The folder of all runs of this name.
+        path: Path of the checkpoint.
+        runs: Folder of all runs with the same name.
 
     Returns:
-        Its number; None if the checkpoint is of another run, or not its last: then a new run begins with it.
+        The version, or None if a new run starts from the checkpoint, because it belongs to another run or is not the
+        last one of its run.
     """
-    version = path.absolute().parent.parent  # links stay: run and checkpoints may lie on another disk
+    version = path.absolute().parent.parent  # keep symbolic links: the run may be stored on another disk
     is_last = path.parent.name == "checkpoints" and path.stem in ("last", "previous")
     is_own = version.parent.resolve() == runs.resolve()
     return _number(version) if is_last and is_own and _number(version) >= 0 else None
 
 
 def read_checkpoint(path: Path, whole: bool = False) -> Mapping[str, Any]:
-    """A checkpoint's content; no code in it is run.
+    """Read a checkpoint without executing any code in it.
 
     Args:
-        path: The file.
-        whole: Whether it must have what a training needs to go on.
+        path: Path of the checkpoint.
+        whole: Whether the checkpoint must contain everything that is needed to resume training.
 
     Raises:
-        ValueError: If it is none, or none that Lightning wrote.
+        ValueError: If the file is not a checkpoint saved by Lightning, or is corrupt.
     """
     try:
         content = read_torch(path)
     except UntrustedError as error:
-        raise ValueError(f"{shown(path)} is not loaded: {error}") from error
-    except Exception as error:  # damaged bytes can raise anything in the unpickler
+        raise ValueError(f"{shown(path)} was not loaded: {error}") from error
+    except Exception as error:  # corrupt bytes can raise anything in the unpickler
         raise ValueError(
-            f"{shown(path)} is not a checkpoint that PyTorch reads without running code, or it is damaged "
-            f"({type(error).__name__}); give one that `lkd fit` has written, or, if you trust it, --weights_only false"
+            f"{shown(path)} is corrupt, or is not a checkpoint that PyTorch can read without executing code "
+            f"({type(error).__name__}); use one saved by `lkd fit`, or, if you trust the file, --weights_only false"
         ) from error
     needed = {"state_dict", "pytorch-lightning_version"} | ({"optimizer_states"} if whole else set())
     if not (isinstance(content, Mapping) and needed <= set(content) and isinstance(content["state_dict"], Mapping)):
         raise ValueError(
-            f"{shown(path)} is not a whole checkpoint as `lkd fit` writes it; weights alone are "
+            f"{shown(path)} is not a complete checkpoint as saved by `lkd fit`; load weights alone with "
             "--model.init_args.model_ckpt FILE (student_ckpt for a DistillModule)"
         )
     for name, tensor in content["state_dict"].items():
         if problem := _flaw(tensor):
-            raise ValueError(f"{shown(path)} is not loaded: {shown(name)} {problem}; take an earlier one")
+            raise ValueError(f"{shown(path)} was not loaded: {shown(name)} {problem}; use an earlier checkpoint")
     return content
 
 
 def _flaw(tensor: object) -> str:
-    """Why a tensor cannot be a state, for a message; infinite numbers some criteria's own begin with."""
+    """Return why a tensor is not a valid state, for a message; infinity is valid, as initial state of some criteria."""
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
         return ""
     if tensor.is_meta:
-        return "has no content"
-    return "has numbers that are NaN" if tensor.is_floating_point() and (tensor != tensor).any() else ""
+        return "has no data"
+    return "contains NaN" if tensor.is_floating_point() and (tensor != tensor).any() else ""
 
 
 def config_of(ckpt_path: Path) -> Path:
-    """The config of the run in whose folder a checkpoint lies."""
+    """Return the path of the config of the run to which a checkpoint belongs."""
     for folder in [*list(ckpt_path.absolute().parents)[:3], *list(ckpt_path.resolve().parents)[:3]]:
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
     raise FileNotFoundError(
-        f"no --config is given, and there is no config.yaml beside the checkpoint {str(ckpt_path)!r} or above it; "
-        "give the config that it was trained with"
+        f"no --config given, and no config.yaml found in the folder of the checkpoint {str(ckpt_path)!r} or above it; "
+        "give the config of its training run"
     )

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole: written at one stroke, and checked before they are read."""
+"""Checkpoint I/O with atomic writes and integrity checks."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from lkd.io.tensor_cache import replacing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's way to write checkpoints, but for this: a file is there whole or not at all.
+    """Checkpoint plugin that writes files atomically and checks them before loading.
 
-    Lightning's own takes the file's place by a copy from another folder, and does not wait for the disk.
+    Lightning's default plugin copies the file from another folder to its destination, without flushing it to disk.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint.
+        """Save a checkpoint.
 
         Args:
-            checkpoint: What to write.
-            path: The file; one that is there stays as it is until the new one is whole.
-            storage_options: Not for local files.
+            checkpoint: Content of the checkpoint.
+            path: Path of the file. An existing file is replaced only after the new one has been written completely.
+            storage_options: Not used for local files.
 
         Raises:
-            OSError: If it cannot be written.
+            OSError: If the file cannot be written.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -39,32 +39,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with replacing(Path(path)) as written, written.open("wb") as file:
                 torch.save(_on_cpu(checkpoint), file)
-        except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's
-            kept = "the one that was there is whole" if Path(path).is_file() else "nothing was written"
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
+            kept = "the previous file is intact" if Path(path).is_file() else "no file was created"
             reason = " ".join(str(error.__context__ if isinstance(error.__context__, OSError) else error).split())
             raise OSError(
-                f"the checkpoint {path} cannot be written ({reason}), and {kept}; make room or take another folder "
-                "(--trainer.default_root_dir), and go on with --resume"
+                f"the checkpoint {path} cannot be written ({reason}); {kept}; free some disk space or choose another "
+                "folder (--trainer.default_root_dir), then continue with --resume"
             ) from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **settings: Any) -> dict[str, Any]:
-        """Read a checkpoint, after a look whether it is whole.
+        """Load a checkpoint, after checking that it is not corrupt.
 
         Raises:
-            ValueError: If it is not.
+            ValueError: If it is corrupt.
         """
         if Path(path).is_file() and (damage := damage_of(Path(path))):
-            raise ValueError(f"{shown(path)} is damaged ({damage}); give another checkpoint")
+            raise ValueError(f"{shown(path)} is corrupt ({damage}); use another checkpoint")
         content: dict[str, Any] = super().load_checkpoint(path, *args, **settings)
         return content
 
 
 def _on_cpu(value: Any) -> Any:
-    """A checkpoint's content with all tensors on the CPU, so that a machine without the run's device can read it."""
+    """Move all tensors of a checkpoint to the CPU, so that it can be read without the device of the run."""
     if isinstance(value, Tensor):
         return value.cpu()
     if isinstance(value, dict):
-        moved = copy(value)  # of the same kind: a state dict has attributes of its own
+        moved = copy(value)  # keeps the type and attributes, such as those of a state dict
         for name, part in value.items():
             moved[name] = _on_cpu(part)
         return moved
@@ -72,15 +72,15 @@ def _on_cpu(value: Any) -> Any:
 
 
 def damage_of(path: Path) -> str:
-    """What is wrong with a file that `torch.save` wrote; empty if nothing is.
+    """Describe the corruption of a file saved by `torch.save`; empty if the file is intact.
 
     Args:
-        path: The file. One whose objects need code to be read is no less whole for that.
+        path: Path of the file. A file that requires code to be loaded is not considered corrupt.
     """
     try:
         read_torch(path)
-    except Exception as error:  # damaged bytes can raise anything
-        if isinstance(error, pickle.UnpicklingError) and is_zip(path):  # its checksums are right
+    except Exception as error:  # corrupt bytes can raise anything
+        if isinstance(error, pickle.UnpicklingError) and is_zip(path):  # its checksums are valid
             return ""
         return said(error) or type(error).__name__
     return ""

@@ -233,7 +233,7 @@ preprocessing.json, whose content is embedded in each file, and a model card, RE
   lkd export runs/digits/kd --format onnx --int8 --output digits_onnx --license apache-2.0
 
   --format FORMATS     comma-separated: safetensors (weights), torch (a program for torch.export.load), onnx; default:
-                       all three. onnx requires pip install 'lkd[onnx]'
+                       all three. onnx requires pip install 'lightning-kd[onnx]'
   --output FOLDER      output folder; default: export in the folder of the run
   --overwrite          replace an existing export
   --int8               also export an 8-bit ONNX file, calibrated on training images; reported, but not held to 1e-4

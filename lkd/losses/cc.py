@@ -130,7 +130,7 @@ class CC(DistillLoss):
 
     reads_logits = False
     compares_samples = True
-    per_process = "correlates its images"
+    per_process = "correlations between images"
 
     def __init__(
         self,

@@ -113,7 +113,7 @@ class CRD(DistillLoss):
     needs_index = True
     reads_logits = False
     compares_samples = True
-    per_process = "draws its negatives, from common memories"
+    per_process = "negatives sampled from the shared memory banks"
     same_everywhere: ClassVar[tuple[str, ...]] = ("student_memory", "teacher_memory", "targets", "is_drawn", "log_z")
     train_index: Tensor | None = None
     """Positions of the training images `(N,)`, from the data module; None: all may be drawn."""

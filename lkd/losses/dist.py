@@ -99,7 +99,7 @@ class DIST(DistillLoss):
     """
 
     compares_samples = True
-    per_process = "correlates its images within a class"
+    per_process = "correlations over images within a class"
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, eps: float = 1e-8) -> None:
         super().__init__()

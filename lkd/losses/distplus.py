@@ -98,7 +98,7 @@ class DISTPlus(DIST):
         2.
     """
 
-    per_process = "correlates its images within a class, and at a pixel"
+    per_process = "correlations over images within a class and at each pixel"
 
     def __init__(
         self,

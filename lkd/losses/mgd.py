@@ -62,7 +62,7 @@ class MGD(DistillLoss):
     """
 
     reads_logits = False
-    per_process = "draws what it masks"
+    per_process = "random masks"
 
     def __init__(
         self,

@@ -181,7 +181,7 @@ class MLKD(DistillLoss):
 
     num_views = 2
     compares_samples = True
-    per_process = "multiplies and chooses among its images"
+    per_process = "Gram matrices and selection of images and classes"
 
     def __init__(
         self, form: Form = "code", temperatures: Sequence[float] = TEMPERATURES, percentile: float = 50.0

@@ -147,10 +147,10 @@ class OFAKD(DistillLoss):
         )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """`ofa_loss` of the exits and of the student's logits."""
-        answers = [out(student.features[layer]) for out, layer in zip(self.exits, self.student_layers, strict=True)]
+        """Compute `ofa_loss` for the exits and for the student's logits."""
+        outputs = [out(student.features[layer]) for out, layer in zip(self.exits, self.student_layers, strict=True)]
         exits, own = (
             [ofa_loss(logits, teacher.logits, batch.target, self.eps, self.temperature) for logits in group]
-            for group in (answers, [student.logits])
+            for group in (outputs, [student.logits])
         )
         return {"exits": self.exits_weight * total(exits), "logits": self.logits_weight * own[0]}

@@ -72,7 +72,7 @@ class PKT(DistillLoss):
 
     reads_logits = False
     compares_samples = True
-    per_process = "finds neighbours among its images"
+    per_process = "neighbor probabilities between images"
 
     def __init__(
         self,

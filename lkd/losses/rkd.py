@@ -121,7 +121,7 @@ class RKD(DistillLoss):
 
     reads_logits = False
     compares_samples = True
-    per_process = "measures distances and angles of its images"
+    per_process = "distances and angles between images"
 
     def __init__(
         self,

@@ -125,7 +125,7 @@ class SemCKD(DistillLoss):
 
     reads_logits = False
     compares_samples = True
-    per_process = "weighs layers by similarities of its images"
+    per_process = "layer weights from similarities between images"
 
     def __init__(
         self,

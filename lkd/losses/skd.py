@@ -88,7 +88,7 @@ class SKD(DistillLoss):
     """
 
     compares_samples = True
-    per_process = "takes cosines of its images"
+    per_process = "cosine similarities between images"
 
     def __init__(self, temperature: float = 4.0, tikhonov: float = 0.1, direction_weight: float = 1.0) -> None:
         super().__init__()

@@ -64,7 +64,7 @@ class SP(DistillLoss):
 
     reads_logits = False
     compares_samples = True
-    per_process = "compares its images"
+    per_process = "similarities between images"
 
     def __init__(
         self, student_layers: Sequence[str] = ("@last_stage",), teacher_layers: Sequence[str] = ("@last_stage",)

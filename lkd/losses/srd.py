@@ -69,7 +69,7 @@ class SRD(DistillLoss):
     """
 
     compares_samples = True
-    per_process = "takes the logarithm of the sum over its images"
+    per_process = "logarithm of the sum over images"
 
     def __init__(
         self,

@@ -175,7 +175,7 @@ class SSKD(DistillLoss):
 
     num_views = _VIEWS
     compares_samples = True
-    per_process = "assigns views to its images, and chooses among them"
+    per_process = "assignment and selection of views"
     skips_unlabelled = None
 
     def __init__(

@@ -107,7 +107,7 @@ class USKD(DistillLoss):
     needs_teacher = False
     reads_logits = False
     compares_samples = True
-    per_process = "weighs an image by the mean of its images"
+    per_process = "image weights relative to the mean over images"
     skips_unlabelled = True
 
     def __init__(

@@ -91,7 +91,7 @@ class ViTKD(DistillLoss):
     """
 
     reads_logits = False
-    per_process = "draws what it masks"
+    per_process = "random masks"
 
     def __init__(
         self,

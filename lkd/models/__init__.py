@@ -1,4 +1,4 @@
-"""Networks, and reading trained weights into them."""
+"""Networks for image classification, and loading of trained weights."""
 
 from lkd.features.layers import layer_names
 from lkd.models.ensemble import Ensemble

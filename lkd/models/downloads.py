@@ -1,6 +1,6 @@
-"""Trained weights of other libraries: found where these keep them, or refused at once where nothing can be downloaded.
+"""Access to pretrained weights of other libraries: find cached files, and fail early without a network connection.
 
-Without a connection, torch.hub and huggingface_hub try again for up to a minute.
+Without a connection, torch.hub and huggingface_hub retry for up to a minute.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch
 
 
 def unreachable(url: str, timeout: float = 1.0) -> str:
-    """Tries once to connect to a server, or to the proxy that stands before it.
+    """Try once to connect to a server, or to its proxy.
 
     Args:
-        url: Any address of the server.
-        timeout: How long to try, in seconds.
+        url: URL of the server.
+        timeout: Timeout in seconds.
 
     Returns:
-        Why there is no connection; empty if there is one.
+        Reason why the connection failed; empty if it succeeded.
     """
     address = urlsplit(url)
     proxies = {} if proxy_bypass(address.hostname or "") else getproxies()
     if proxy := proxies.get(address.scheme) or proxies.get("all"):
         address = urlsplit(proxy if "://" in proxy else f"//{proxy}")
     host, port = address.hostname or "", address.port or (80 if address.scheme in ("http", "") else 443)
-    reason = [f"{host} does not answer within {timeout:g} s"]
+    reason = [f"no response from {host} within {timeout:g} s"]
 
     def connect() -> None:
         try:
@@ -39,32 +39,33 @@ def unreachable(url: str, timeout: float = 1.0) -> str:
         except OSError as error:
             reason[0] = f"{host}: {error.strerror or error}"
 
-    thread = Thread(target=connect, daemon=True)  # as nothing limits how long a name is looked up
+    thread = Thread(target=connect, daemon=True)  # since name resolution has no timeout
     thread.start()
     thread.join(timeout)
     return reason[0]
 
 
 def hub_file(url: str) -> Path:
-    """Where torch.hub keeps a file that it downloads.
+    """Return the path at which torch.hub stores a downloaded file.
 
     Args:
-        url: The file's address.
+        url: URL of the file.
     """
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
 
 
 def timm_weights(name: str) -> dict[str, Any]:
-    """Finds the trained weights of one of timm's networks in Hugging Face's cache.
+    """Find the pretrained weights of a timm network in the Hugging Face cache.
 
     Args:
-        name: What `timm.create_model` gets.
+        name: Name of the network, as in `timm.create_model`.
 
     Returns:
-        How timm is told to read the file, instead of asking the server for a newer one; empty where it downloads it.
+        Settings that make timm read the cached file instead of querying the server for a newer one; empty if timm
+        should download the weights.
 
     Raises:
-        FileNotFoundError: If the weights are not in the cache, and there is no connection.
+        FileNotFoundError: If the weights are not in the cache and there is no connection.
     """
     import timm
     from huggingface_hub import constants, try_to_load_from_cache
@@ -80,6 +81,7 @@ def timm_weights(name: str) -> dict[str, Any]:
         return {}
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     raise FileNotFoundError(
-        f"the trained weights of timm's {name} are not here and could not be downloaded ({reason}); run `hf download "
-        f"{repository}` where there is a connection and copy its folder to {folder}, or set pretrained to false"
+        f"the pretrained weights of timm's {name} are not cached and could not be downloaded ({reason}); run `hf "
+        f"download {repository}` on a machine with a connection and copy its folder to {folder}, or set pretrained to "
+        "false"
     )

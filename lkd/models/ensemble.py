@@ -1,4 +1,4 @@
-"""Several networks that answer as one."""
+"""Ensembles of networks."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from torch import Tensor, nn
 
 
 class Ensemble(nn.Module):
-    r"""Several networks that answer as one: the mean of their logits, or of their probabilities.
+    r"""Ensemble of several networks, which averages their logits or their probabilities.
 
     $$ z = \sum_k w_k z_k \quad \text{or} \quad z = \log \sum_k w_k \, \mathrm{softmax}(z_k), \qquad \sum_k w_k = 1 $$
 
-    The mean of the logits is, up to a constant, the logarithm of the geometric mean of the probabilities; it keeps the
-    logits' size, and so what a temperature does. As the teacher of a `DistillModule` it is imitated as a whole; the
-    networks' own answers are the outputs of the layers `members.0`, `members.1`, ..., which `lkd.losses.MultiTeacher`
-    compares with one by one. Each member may come with its own weights, by `lkd.models.load_weights`, which YAML can
-    name like any function that makes a network:
-    `{class_path: lkd.models.load_weights, init_args: {network: {class_path: ...}, path: best.ckpt}}`.
+    The mean of the logits equals, up to a constant, the logarithm of the geometric mean of the probabilities. It
+    preserves the scale of the logits, and thus the effect of a temperature. A `DistillModule` with an ensemble as
+    teacher imitates the averaged outputs. The logits of the individual networks are the outputs of the layers
+    `members.0`, `members.1`, ..., to which `lkd.losses.MultiTeacher` compares the student one by one. Weights of a
+    member can be loaded with `lkd.models.load_weights`, which can be used in YAML like any function that returns a
+    network: `{class_path: lkd.models.load_weights, init_args: {network: {class_path: ...}, path: best.ckpt}}`.
 
     Args:
-        networks: The members, one at least; each returns logits `(B, K)`, of the same classes.
-        weights: One positive weight for each, which are divided by their sum; None: all alike.
-        mean_of: What is averaged: `logits`, or `probabilities`, whose logarithms the ensemble then returns.
+        networks: Members, at least one; each returns logits `(B, K)` of the same classes.
+        weights: Positive weight of each member, normalized to sum 1. `None` weights all members equally.
+        mean_of: Quantity that is averaged: `logits`, or `probabilities`, in which case the ensemble returns their
+            logarithms.
 
     Raises:
-        ValueError: If there is no member, there are as many weights as members not, or one is not positive.
+        ValueError: If there are no members, the number of weights differs from the number of members, or a weight is
+            not positive.
 
     Example:
         >>> ensemble = Ensemble([nn.Linear(4, 3), nn.Linear(4, 3)], weights=[3.0, 1.0])
@@ -45,32 +47,32 @@ class Ensemble(nn.Module):
     ) -> None:
         super().__init__()
         if not networks:
-            raise ValueError("an Ensemble needs at least one network")
+            raise ValueError("Ensemble requires at least one network")
         weights = [1.0] * len(networks) if weights is None else weights
         if len(weights) != len(networks) or not min(weights) > 0:
             raise ValueError(
-                f"an Ensemble of {len(networks)} networks needs as many weights, all greater than 0, got {weights}"
+                f"Ensemble requires one weight greater than 0 for each of its {len(networks)} networks, got {weights}"
             )
         self.members = nn.ModuleList(networks)
         self.mean_of = mean_of
         self.register_buffer("weights", torch.tensor(weights) / sum(weights), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Classify with all members.
+        """Compute the averaged logits of all members.
 
         Args:
-            input: What each member takes.
+            input: Input of each member.
 
         Returns:
-            Logits `(B, K)`, or logarithms of probabilities.
+            Logits `(B, K)`, or logarithms of the averaged probabilities.
 
         Raises:
             ValueError: If the members have different numbers of classes.
         """
-        answers: list[Tensor] = [member(input) for member in self.members]
-        if len(classes := {answer.shape[1] for answer in answers}) > 1:
-            raise ValueError(f"the members of an Ensemble must have the same classes, got {sorted(classes)} of them")
-        stacked, weights = torch.stack(answers), self.weights.view(-1, 1, 1)
+        logits: list[Tensor] = [member(input) for member in self.members]
+        if len(classes := {member_logits.shape[1] for member_logits in logits}) > 1:
+            raise ValueError(f"all members of Ensemble must have the same number of classes, got {sorted(classes)}")
+        stacked, weights = torch.stack(logits), self.weights.view(-1, 1, 1)
         if self.mean_of == "logits":
             return (weights * stacked).sum(0)
         return (F.log_softmax(stacked, dim=2) + weights.log()).logsumexp(0)

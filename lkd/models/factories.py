@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm by name."""
+"""Functions that create networks of torchvision and timm by name."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from lkd.models.downloads import hub_file, timm_weights, unreachable
 def torchvision_model(
     name: str, num_classes: int, in_channels: int = 3, weights: str | None = None, small_images: bool = False
 ) -> nn.Module:
-    """One of torchvision's classification networks.
+    """Create a torchvision classification network.
 
     Args:
-        name: A name of `torchvision.models.list_models(torchvision.models)`, such as `resnet18`.
-        num_classes: Number of logits. Where trained weights have another number, the last layer is a new one.
-        in_channels: Channels of the images. Where trained weights have another number, the sum of the first
-            layer's kernels is divided equally among the channels: an image whose channels are all equal is
-            answered as before.
-        weights: Trained weights to start from, such as `IMAGENET1K_V1` or `DEFAULT`, downloaded once; null
-            starts from random ones.
-        small_images: Adapt the stem to images of about 32x32: its first convolution gets stride 1 and 3x3
-            kernels (of larger trained ones the middle is kept), and the max pooling behind it is taken out.
+        name: Name of the network, from `torchvision.models.list_models(torchvision.models)`, such as `resnet18`.
+        num_classes: Number of classes. If pretrained weights have another number, the last layer is replaced.
+        in_channels: Number of input channels. If pretrained weights have another number, the sum of the first layer's
+            kernels is distributed equally over the channels, which preserves the outputs for images with equal
+            channels.
+        weights: Pretrained weights, such as `IMAGENET1K_V1` or `DEFAULT`, downloaded once. `None` initializes the
+            network randomly.
+        small_images: Adapt the stem to images of about 32x32: use stride 1 and 3x3 kernels in the first convolution
+            (the center of larger pretrained kernels is kept), and remove the max pooling that follows it.
 
     Returns:
-        The network; it returns logits `(B, num_classes)` in training too.
+        The network, which returns logits `(B, num_classes)` in training mode as well.
 
     Raises:
         ValueError: If there is no such network, it has no such weights, or its stem cannot be adapted.
@@ -62,38 +62,41 @@ def timm_model(
     img_size: int | None = None,
     patch_size: int | None = None,
 ) -> nn.Module:
-    """One of timm's networks; needs `pip install 'lkd[timm]'`.
+    """Create a timm network; requires `pip install 'lightning-kd[timm]'`.
 
     Args:
-        name: A name of `timm.list_models()`, such as `resnet18`, or of `timm.list_pretrained()`, such as
-            `resnet18.a1_in1k`.
-        num_classes: Number of logits. Where trained weights have another number, the last layer is a new one; 0: there
-            is no classifier, and the network returns its pooled feature.
-        in_channels: Channels of the images; timm adapts trained weights to it.
-        pretrained: Whether to start from trained weights; they are downloaded once.
-        small_images: Adapt the stem to images of about 32x32: its first convolution gets stride 1 and 3x3
-            kernels (of larger trained ones the middle is kept), and the max pooling behind it is taken out.
-        img_size: Rows and columns of the images, for a transformer that is made for one size; null: its own.
-        patch_size: Rows and columns of a transformer's patches; null: its own.
+        name: Name of the network, from `timm.list_models()`, such as `resnet18`, or from `timm.list_pretrained()`, such
+            as `resnet18.a1_in1k`.
+        num_classes: Number of classes. If pretrained weights have another number, the last layer is replaced. With 0,
+            the network has no classifier and returns its pooled feature.
+        in_channels: Number of input channels; timm adapts pretrained weights to it.
+        pretrained: Whether to load pretrained weights, which are downloaded once.
+        small_images: Adapt the stem to images of about 32x32: use stride 1 and 3x3 kernels in the first convolution
+            (the center of larger pretrained kernels is kept), and remove the max pooling that follows it.
+        img_size: Height and width of the images, for transformers with a fixed image size. `None` uses their default.
+        patch_size: Height and width of a transformer's patches. `None` uses the default.
 
     Returns:
-        The network. One with a distillation head returns the mean of both heads' logits, in training too.
+        The network. A network with a distillation head returns the mean of the logits of both heads, in training mode
+        as well.
 
     Raises:
-        ValueError: If timm is not installed, there is no such network, it has no trained weights, its stem cannot be
-            adapted, or it takes no `img_size` or `patch_size`.
+        ValueError: If timm is not installed, there is no such network, it has no pretrained weights, its stem cannot be
+            adapted, or it does not support `img_size` or `patch_size`.
         FileNotFoundError: If the weights cannot be downloaded.
     """
     try:
         import timm
     except ImportError as error:
-        raise ValueError("timm_model needs timm, which is not installed; pip install 'lkd[timm]'") from error
-    if ":" not in name:  # names such as hf-hub:USER/NETWORK and local-dir:FOLDER are found elsewhere
+        raise ValueError(
+            "timm_model requires timm, which is not installed; pip install 'lightning-kd[timm]'"
+        ) from error
+    if ":" not in name:  # names such as hf-hub:USER/NETWORK and local-dir:FOLDER are not in timm's lists
         family = name.split(".")[0]
         _check_name("timm has no network", family, timm.list_models())
         if pretrained or name != family:
             trained = timm.list_pretrained(f"{family}.*")
-            _check_name("timm has no trained weights", name, [family, *trained] if trained else [])
+            _check_name("timm has no pretrained weights", name, [family, *trained] if trained else [])
     sizes: dict[str, Any] = {
         key: size for key, size in (("img_size", img_size), ("patch_size", patch_size)) if size is not None
     }
@@ -106,13 +109,13 @@ def timm_model(
         if not sizes:
             raise
         raise ValueError(
-            f"timm's {name} takes no {' and no '.join(sizes)} ({_first_line(error)}); leave it out, or take a "
-            "transformer, such as deit_tiny_patch16_224"
+            f"timm's {name} does not support {' and '.join(sizes)} ({_first_line(error)}); omit this setting, or use a "
+            "transformer such as deit_tiny_patch16_224"
         ) from error
     except OSError as error:
         raise FileNotFoundError(
-            f"the trained weights of timm's {name} are not here and could not be downloaded "
-            f"({_first_line(error)}); copy Hugging Face's cache folder ($HF_HOME, by default "
+            f"the pretrained weights of timm's {name} are not cached and could not be downloaded "
+            f"({_first_line(error)}); copy the Hugging Face cache folder ($HF_HOME, by default "
             "~/.cache/huggingface) from a machine that has them, or set pretrained to false"
         ) from error
     if small_images:
@@ -123,7 +126,7 @@ def timm_model(
 def _check_name(lacking: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
-        raise ValueError(f"{lacking} {name!r}; nearest names: {', '.join(nearest) or 'none'}")
+        raise ValueError(f"{lacking} {name!r}; closest matches: {', '.join(nearest) or 'none'}")
 
 
 def _pretrained(name: str, weights: str, num_classes: int) -> nn.Module:
@@ -138,8 +141,8 @@ def _pretrained(name: str, weights: str, num_classes: int) -> nn.Module:
         network: nn.Module = torchvision.models.get_model(name, weights=available[entry])
     except OSError as error:
         raise FileNotFoundError(
-            f"the weights {entry} of torchvision's {name} are not here and could not be downloaded "
-            f"({_first_line(error)}); get {url} elsewhere and put it at {file}, or set weights to null"
+            f"the weights {entry} of torchvision's {name} are not cached and could not be downloaded "
+            f"({_first_line(error)}); download {url} on another machine and copy it to {file}, or set weights to null"
         ) from error
     if num_classes != len(available[entry].meta["categories"]):
         _replace_classifier(network, num_classes)
@@ -156,20 +159,20 @@ def _replace_classifier(network: nn.Module, num_classes: int) -> None:
 
 
 def _drop_auxiliary_heads(network: nn.Module, in_channels: int) -> None:
-    """GoogLeNet and Inception v3: with these heads they return a tuple in training."""
+    """Remove the auxiliary heads of GoogLeNet and Inception v3, which return a tuple in training mode otherwise."""
     changes = {"aux_logits": False, "aux1": None, "aux2": None, "AuxLogits": None}
     if in_channels != 3:
-        changes["transform_input"] = False  # it renormalises red, green and blue
+        changes["transform_input"] = False  # it renormalizes the three color channels
     for attribute, value in changes.items():
         if hasattr(network, attribute):
             setattr(network, attribute, value)
 
 
 def _adapt_stem(network: nn.Module, name: str, in_channels: int, small_images: bool, trained: bool) -> None:
-    """Change the first convolution in place, so that its class (padding as in TensorFlow, say) stays."""
+    """Modify the first convolution in place, which preserves its class (such as one with TensorFlow padding)."""
     convolutions = [(path, layer) for path, layer in network.named_modules() if isinstance(layer, nn.Conv2d)]
     if not convolutions:
-        raise ValueError(f"{name} has no convolution that small_images could adapt; leave small_images out")
+        raise ValueError(f"{name} has no convolution that small_images could adapt; omit small_images")
     path, stem = convolutions[0]
     kernels = stem.weight.detach()
     if in_channels != stem.in_channels:
@@ -178,9 +181,9 @@ def _adapt_stem(network: nn.Module, name: str, in_channels: int, small_images: b
         if stem.kernel_size == stem.stride:
             size = "x".join(map(str, stem.stride))
             raise ValueError(
-                f"{name} cuts images into patches of {size} pixels and has no stem that small_images adapts; "
-                "leave small_images out and resize the images to what the network was made for, or take a "
-                "convolutional network, such as resnet18"
+                f"{name} splits images into patches of {size} pixels and has no stem that small_images could adapt; "
+                "omit small_images and resize the images to the input size of the network, or use a convolutional "
+                "network such as resnet18"
             )
         kernels = _middle(kernels)
         stem.kernel_size, stem.stride, stem.padding = (3, 3), (1, 1), (1, 1)
@@ -200,7 +203,7 @@ def _middle(kernels: torch.Tensor) -> torch.Tensor:
 
 
 def _remove_stem_pool(network: nn.Module, stem_path: str) -> None:
-    """Replace the max pooling behind the stem, if it comes before the next strided convolution."""
+    """Replace the max pooling after the stem by an identity, if it precedes the next strided convolution."""
     paths = list(dict(network.named_modules()))
     for path in paths[paths.index(stem_path) + 1 :]:
         layer = network.get_submodule(path)
@@ -212,14 +215,14 @@ def _remove_stem_pool(network: nn.Module, stem_path: str) -> None:
 
 
 def _check_runs(network: nn.Module, name: str, stem: nn.Conv2d) -> None:
-    """Fail here, not in training, where a stem has branches or the network is made for one size of images."""
+    """Raise an error before training if the stem has branches or the network requires a fixed image size."""
     try:
         with torch.no_grad(), evaluating(network):
             network(stem.weight.new_zeros(1, stem.in_channels, 32, 32))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(
-            f"{name} does not take images of 32x32 even with its stem adapted ({_first_line(error)}); leave "
-            "small_images out and resize the images, or take a network with a plain stem, such as resnet18"
+            f"{name} does not accept images of 32x32 even with an adapted stem ({_first_line(error)}); omit "
+            "small_images and resize the images, or use a network with a plain stem such as resnet18"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Frozen networks, made cheaper to run."""
+"""Fusion of layers in frozen networks, for faster inference."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ _TOLERANCE = 1e-3
 def fold_batch_norms(
     network: nn.Module, example: Tensor, dtype: torch.dtype | None = None, join: bool = False
 ) -> nn.Module:
-    """A copy of a network in eval mode in which each batch norm behind a convolution is part of the convolution.
+    """Return a copy of a network in eval mode with each BatchNorm folded into the convolution before it.
 
-    A batch norm that no longer learns multiplies and adds by channel; so do a convolution's weights and bias. That
-    saves reading and writing each such layer's output once more.
+    In eval mode, BatchNorm is an affine map of each channel, which can be absorbed into the weights and bias of the
+    convolution. This saves one read and one write of the layer's output.
 
     Args:
-        network: In eval mode.
-        example: An input `(B, ...)` on the network's device, of which the copy must say the same.
-        dtype: A type of 16 bits in which autocast multiplies: the weights of convolutions and linear layers are then
-            converted once, with the same result, instead of in each step.
-        join: Whether each convolution becomes one operation with the addition and the ReLU behind it, if any.
+        network: Network in eval mode.
+        example: Input `(B, ...)` on the device of the network, for which the outputs of the copy are verified.
+        dtype: 16-bit dtype of autocast. If given, the weights of convolutions and linear layers are converted once
+            instead of in each step, with the same result.
+        join: Whether to fuse each convolution with a subsequent addition and ReLU into one operation.
 
     Returns:
-        The copy; what it returns differs by rounding.
+        The copy, whose outputs differ from those of the network by rounding only.
 
     Raises:
-        ValueError: If the network cannot be traced (`torch.fx`: its forward pass depends on values), or the copy says
-            something else.
+        ValueError: If there is no BatchNorm after a convolution, `torch.fx` cannot trace the network (its forward pass
+            depends on values), or the outputs of the copy differ.
     """
     try:
         folded: torch.fx.GraphModule = fuse(network)  # type: ignore[assignment]
-    except Exception as error:  # tracing runs the network's own code with stand-ins for tensors: it may raise anything
+    except Exception as error:  # tracing runs the network's code with proxies for tensors, which may raise anything
         raise ValueError(f"it cannot be traced: {' '.join(str(error).split())[:100]}") from error
     if _batch_norms(folded) == _batch_norms(network):
-        raise ValueError("it has no batch norm behind a convolution")
+        raise ValueError("it has no BatchNorm after a convolution")
     if join:
         join_activations(folded)
     with torch.no_grad():
-        said, says = logits_of(network(example)), logits_of(folded(example))
-    if not torch.allclose(said, says, rtol=_TOLERANCE, atol=_TOLERANCE * float(said.abs().max())):
-        raise ValueError(f"folded, its logits differ by {float((said - says).abs().max()):.2g}")
+        expected, found = logits_of(network(example)), logits_of(folded(example))
+    if not torch.allclose(expected, found, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max())):
+        raise ValueError(f"its logits differ by {float((expected - found).abs().max()):.2g} after folding")
     folded = folded.requires_grad_(False).eval()
     return folded if dtype is None else _Autocast(folded, dtype)
 
 
 class _Autocast(nn.Module):
-    """A network under autocast, whose weights for matrix products are already of the type in which it multiplies."""
+    """A network under autocast, with the weights of convolutions and linear layers already in the autocast dtype."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -78,13 +78,13 @@ def _batch_norms(network: Any) -> int:
 
 
 def join_activations(network: torch.fx.GraphModule) -> int:
-    """Replace each convolution, with the addition and the ReLU behind it, by one operation (`lkd.devices.conv_relu`).
+    """Fuse each convolution with a subsequent addition and ReLU into one operation (`lkd.devices.conv_relu`).
 
     Args:
-        network: A traced network; changed in place.
+        network: Traced network, modified in place.
 
     Returns:
-        The number of replaced convolutions.
+        Number of fused convolutions.
     """
     graph, joined = network.graph, 0
     order = {node: number for number, node in enumerate(graph.nodes)}
@@ -123,7 +123,7 @@ def _is_relu(network: nn.Module, node: torch.fx.Node) -> bool:
 
 
 def _is_convolution(network: nn.Module, node: torch.fx.Node) -> bool:
-    """Whether a node calls a plain convolution with a bias, as folding leaves it."""
+    """Return whether a node calls a plain convolution with a bias, as produced by folding."""
     layer = network.get_submodule(str(node.target)) if node.op == "call_module" else None
     return (
         type(layer) is nn.Conv2d

@@ -1,4 +1,4 @@
-"""The ResNets of ImageNet, with a stem for small images."""
+"""ImageNet ResNets with a stem for small images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 
 
 class _BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; the input of `relu2` is their sum."""
+    """Two 3x3 convolutions with a shortcut; the input of `relu2` is the sum."""
 
     expansion = 1
 
@@ -42,7 +42,7 @@ class _BasicBlock(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    """A 3x3 convolution of a quarter of the channels between 1x1 ones; the input of `relu3` is the sum."""
+    """A 3x3 convolution on a quarter of the channels between two 1x1 ones; the input of `relu3` is the sum."""
 
     expansion = 4
 
@@ -79,26 +79,29 @@ _DEPTHS: dict[int, tuple[_Block, tuple[int, int, int, int]]] = {
 
 
 class ImageNetResNet(nn.Module):
-    """A ResNet of ImageNet for small images: its stem is a 3x3 convolution without stride and pooling.
+    """An ImageNet ResNet for small images, with a 3x3 convolution without stride and pooling as its stem.
 
-    Images may have any size; the four stages see it whole, halved, quartered and at an eighth. Layers to read: the
-    benchmark's features f0 to f4 are `relu`, `layer1`, `layer2`, `layer3`, `layer4` (after ReLU), the pooled feature
-    `(B, C)` is `flatten`; its pre-activations of the stages are what goes into the last ReLU of their last blocks:
-    `layer1.1.relu2:input` and so on in ResNet-18, `layer1.2.relu3:input`, `layer2.3.relu3:input`,
-    `layer3.5.relu3:input`, `layer4.2.relu3:input` in ResNet-50.
+    Images may have any size; the four stages operate at full, half, quarter and one eighth of the resolution. Layers
+    that provide features:
+
+    - `relu`, `layer1`, `layer2`, `layer3`, `layer4`: the benchmark's features f0 to f4 (after ReLU);
+    - `flatten`: the pooled feature `(B, C)`;
+    - the input of the last ReLU of each stage: the benchmark's pre-activations, `layer1.1.relu2:input` and so on in
+      ResNet-18; `layer1.2.relu3:input`, `layer2.3.relu3:input`, `layer3.5.relu3:input` and `layer4.2.relu3:input` in
+      ResNet-50.
 
     Args:
-        depth: 18, 34, 50, 101 or 152: the number of layers with weights.
-        num_classes: Number of logits.
-        in_channels: Channels of the images: 3 for colour, 1 for gray.
+        depth: Number of layers with weights: 18, 34, 50, 101 or 152.
+        num_classes: Number of classes.
+        in_channels: Number of input channels: 3 for color images, 1 for grayscale images.
 
     Raises:
-        ValueError: If there is no such depth, or a count is not positive.
+        ValueError: If the depth is not supported or a count is not positive.
 
     References:
         He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, 2015 (arXiv 1512.03385). Names and order of
-        the weights are those of the CIFAR-100 distillation benchmark (Tian et al., arXiv 1910.10699), which halves the
-        resolution in a bottleneck's 3x3 convolution, not in its first.
+        the weights match the CIFAR-100 distillation benchmark (Tian et al., arXiv 1910.10699), in which the 3x3
+        convolution of a bottleneck halves the resolution, not its first convolution.
 
     Example:
         >>> import torch
@@ -110,8 +113,8 @@ class ImageNetResNet(nn.Module):
         super().__init__()
         if depth not in _DEPTHS:
             raise ValueError(
-                f"depth of a ResNet of ImageNet must be one of {', '.join(map(str, _DEPTHS))}, got {depth}; "
-                "CIFARResNet has others"
+                f"depth of ImageNetResNet must be one of {', '.join(map(str, _DEPTHS))}, got {depth}; CIFARResNet "
+                "supports other depths"
             )
         check_counts(num_classes=num_classes, in_channels=in_channels)
         block, (first, second, third, fourth) = _DEPTHS[depth]
@@ -129,7 +132,7 @@ class ImageNetResNet(nn.Module):
 
     @property
     def feature_layers(self) -> FeatureLayers:
-        """Where the features lie."""
+        """Names of the layers that provide features."""
         stages = ("layer1", "layer2", "layer3", "layer4")
         relu, norm = ("relu3", "bn3") if isinstance(self.layer1[0], _Bottleneck) else ("relu2", "bn2")
         last = [f"{stage}.{len(self.get_submodule(stage)) - 1}" for stage in stages]  # type: ignore[arg-type]
@@ -144,10 +147,10 @@ class ImageNetResNet(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Classify images.
+        """Compute the logits of a batch of images.
 
         Args:
-            image: `(B, in_channels, H, W)`, float, normalised.
+            image: `(B, in_channels, H, W)`, float, normalized.
 
         Returns:
             Logits `(B, num_classes)`.
@@ -164,11 +167,11 @@ def _stage(block: _Block, in_channels: int, width: int, num_blocks: int, stride:
 
 
 def resnet18(num_classes: int, in_channels: int = 3) -> ImageNetResNet:
-    """ResNet-18 of ImageNet for small images: 11 million parameters (100 classes).
+    """ImageNet ResNet-18 for small images (11 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
 
     Returns:
         The network.
@@ -177,11 +180,11 @@ def resnet18(num_classes: int, in_channels: int = 3) -> ImageNetResNet:
 
 
 def resnet50(num_classes: int, in_channels: int = 3) -> ImageNetResNet:
-    """ResNet-50 of ImageNet for small images: 24 million parameters (100 classes).
+    """ImageNet ResNet-50 for small images (24 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
 
     Returns:
         The network.

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from lkd.features.layers import FeatureLayers
 from lkd.models.parts import check_counts, initialize_convolutions
 
-# Of each stage: channels at width 1, blocks, stride of the first.
+# For each stage: channels at width 1, number of blocks, stride of the first block.
 _STAGES = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
 _STEM = 32
 _POOLED = 1280
 
 
 class _InvertedResidual(nn.Module):
-    """Expand by 1x1, filter each channel by 3x3, project by 1x1; no ReLU at the end, where the blocks add up."""
+    """Inverted residual: 1x1 expansion, 3x3 depthwise convolution, and 1x1 projection without ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -32,25 +32,30 @@ class _InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 for small images, whose last stage sees 2x2 of 32x32 pixels.
+    """MobileNetV2 for small images, whose last feature map has 2x2 pixels for images of 32x32.
 
-    Layers to read: the benchmark's features f0 to f4 are `conv1`, `blocks.1`, `blocks.2`, `blocks.4`, `blocks.6`, the
-    pooled feature `(B, 1280)` is `flatten`. The benchmark has no pre-activations here; no ReLU follows a stage, so that
-    f1 to f4 can serve as such.
+    Layers that provide features:
+
+    - `conv1`, `blocks.1`, `blocks.2`, `blocks.4`, `blocks.6`: the benchmark's features f0 to f4;
+    - `flatten`: the pooled feature `(B, 1280)`.
+
+    The benchmark defines no pre-activations for this network. No ReLU follows a stage, so f1 to f4 can be used as such.
 
     Args:
-        width: Factor of the channels, 1 for the paper's; the last, 1280, grow with it but never shrink.
-        num_classes: Number of logits.
-        in_channels: Channels of the images: 3 for colour, 1 for gray.
-        expansion: Factor of the channels within a block.
+        width: Width multiplier of the channels, 1 in the paper. The last layer has 1280 channels, or more if the width
+            is greater than 1.
+        num_classes: Number of classes.
+        in_channels: Number of input channels: 3 for color images, 1 for grayscale images.
+        expansion: Expansion factor of the channels within a block.
 
     Raises:
-        ValueError: If a count is not positive, or the width leaves a stage without channels.
+        ValueError: If a count is not positive, or the width is so small that a stage has no channels.
 
     References:
         Sandler, Howard, Zhu, Zhmoginov, Chen: MobileNetV2: Inverted Residuals and Linear Bottlenecks, CVPR 2018
-        (arXiv 1801.04381). Strides, names and order of the weights are those of the CIFAR-100 distillation benchmark
-        (Tian et al., arXiv 1910.10699): the second stage keeps the resolution, and the first expands too, by 1.
+        (arXiv 1801.04381). Strides, names and order of the weights match the CIFAR-100 distillation benchmark (Tian et
+        al., arXiv 1910.10699), in which the second stage keeps the resolution and the first one has an expansion
+        convolution as well, with factor 1.
 
     Example:
         >>> import torch
@@ -61,7 +66,7 @@ class MobileNetV2(nn.Module):
     def __init__(self, width: float, num_classes: int, in_channels: int = 3, expansion: int = 6) -> None:
         super().__init__()
         if int(_STAGES[0][0] * width) < 1:
-            raise ValueError(f"width must leave each stage some channels, at least {1 / _STAGES[0][0]}, got {width}")
+            raise ValueError(f"width must be at least {1 / _STAGES[0][0]} for all stages to have channels, got {width}")
         check_counts(num_classes=num_classes, in_channels=in_channels, expansion=expansion)
         before = int(_STEM * width)
         pooled = max(_POOLED, int(_POOLED * width))
@@ -84,7 +89,7 @@ class MobileNetV2(nn.Module):
 
     @property
     def feature_layers(self) -> FeatureLayers:
-        """Where the features lie: a stage ends in a linear bottleneck, so no activation is left out in `preacts`."""
+        """Names of the layers that provide features; `preacts` equals `stages`, since stages end without a ReLU."""
         stages = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")
         return FeatureLayers(
             stem="conv1",
@@ -97,10 +102,10 @@ class MobileNetV2(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Classify images.
+        """Compute the logits of a batch of images.
 
         Args:
-            image: `(B, in_channels, H, W)`, float, normalised.
+            image: `(B, in_channels, H, W)`, float, normalized.
 
         Returns:
             Logits `(B, num_classes)`.
@@ -122,11 +127,11 @@ def _conv_bn_relu(
 
 
 def mobilenetv2(num_classes: int, in_channels: int = 3) -> MobileNetV2:
-    """MobileNetV2 of half the width for small images: 0.81 million parameters (100 classes).
+    """MobileNetV2 with width 0.5 for small images (0.81 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
 
     Returns:
         The network.

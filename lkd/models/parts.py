@@ -1,4 +1,4 @@
-"""What the networks share: how they start, and what they refuse."""
+"""Initialization and argument checks shared by the networks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import nn
 
 
 def initialize_convolutions(network: nn.Module) -> None:
-    """Draw the kernels as He et al. (2015, arXiv 1502.01852) do, by what goes out; biases start at zero.
+    """Initialize convolutions as in He et al. (2015, arXiv 1502.01852) with `fan_out`, and their biases with zero.
 
     Args:
-        network: Its convolutions are changed in place.
+        network: Network whose convolutions are initialized in place.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -19,13 +19,13 @@ def initialize_convolutions(network: nn.Module) -> None:
 
 
 def check_counts(**counts: int | tuple[int, ...]) -> None:
-    """Refuse counts below one.
+    """Check that counts are at least 1.
 
     Args:
-        counts: An argument's name to its value.
+        counts: Mapping from names of arguments to their values.
 
     Raises:
-        ValueError: If a value, or a number in it, is below one.
+        ValueError: If a value, or an element of a tuple, is less than 1.
     """
     for name, value in counts.items():
         if min(value if isinstance(value, tuple | list) else (value,)) < 1:

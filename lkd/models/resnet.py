@@ -1,4 +1,4 @@
-"""ResNets for small images: the CIFAR networks of He et al., as the distillation literature trains them."""
+"""ResNets for small images: the CIFAR networks of He et al., as used in the distillation literature."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Shortcut = Literal["A", "B"]
 
 
 class _ZeroPadShortcut(nn.Module):
-    """Option A: every other pixel, and zeros for the new channels, half of them on each side."""
+    """Shortcut of type A: subsample the pixels and pad the channels with zeros, half of them on each side."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         if out_channels < in_channels:
             raise ValueError(
-                f"shortcut 'A' can only add channels, but num_filters goes from {in_channels} to "
-                f"{out_channels}; let num_filters grow, or take shortcut 'B'"
+                f"shortcut 'A' cannot reduce the number of channels, but num_filters decreases from {in_channels} to "
+                f"{out_channels}; use increasing num_filters, or shortcut 'B'"
             )
         self.stride = stride
         self.before = (out_channels - in_channels) // 2
@@ -42,7 +42,7 @@ def _shortcut(kind: Shortcut, in_channels: int, out_channels: int, stride: int) 
 
 
 class _BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; the input of `relu2` is their sum."""
+    """Two 3x3 convolutions with a shortcut; the input of `relu2` is the sum."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__()
@@ -62,29 +62,29 @@ class _BasicBlock(nn.Module):
 
 
 class CIFARResNet(nn.Module):
-    """A ResNet for small images: a 3x3 convolution, three stages of two-layer blocks, a mean over the pixels.
+    """A ResNet for small images: a 3x3 convolution, three stages of two-layer blocks, and global average pooling.
 
-    Images may have any size; the three stages see it whole, halved and quartered. Layers to read features
-    from: `relu` (the stem), `layer1`, `layer2`, `layer3` (after ReLU), `flatten` (the pooled feature
-    `(B, C)`); what goes into a block's last ReLU, `layer1.0.relu2` say, is its sum before it.
+    Images may have any size; the three stages operate at full, half and quarter resolution. Layers that provide
+    features: `relu` (the stem), `layer1`, `layer2`, `layer3` (after ReLU), and `flatten` (the pooled feature `(B, C)`).
+    The input of the last ReLU of a block, such as `layer1.0.relu2:input`, is its pre-activation.
 
     Args:
-        depth: Number of layers with weights, 6n + 2: each stage has n blocks of two.
-        num_filters: Channels of the stem and of the three stages.
-        num_classes: Number of logits.
-        in_channels: Channels of the images: 3 for colour, 1 for gray.
-        shortcut: How a block that changes the shape passes its input on: `B` projects it (1x1 convolution and
-            BatchNorm; what the distillation literature trains), `A` subsamples it and fills up with zero
-            channels (no parameters; the original CIFAR networks).
+        depth: Number of layers with weights, 6n + 2: each stage has n blocks of two layers.
+        num_filters: Numbers of channels of the stem and of the three stages.
+        num_classes: Number of classes.
+        in_channels: Number of input channels: 3 for color images, 1 for grayscale images.
+        shortcut: Shortcut of blocks that change the shape: `B` is a projection (1x1 convolution and BatchNorm), as used
+            in the distillation literature; `A` subsamples the input and pads it with zero channels, without parameters,
+            as in the original CIFAR networks.
 
     Raises:
-        ValueError: If the depth is not 6n + 2, a count is not positive, the shortcut is unknown, or shortcut
-            `A` would have to drop channels.
+        ValueError: If the depth is not 6n + 2, a count is not positive, the shortcut is unknown, or shortcut `A` would
+            have to remove channels.
 
     References:
-        He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, 2015 (arXiv 1512.03385), section
-        4.2. Names and order of the weights are those of the CIFAR-100 distillation benchmark (Tian et al.,
-        arXiv 1910.10699), which takes `B` where the paper's CIFAR networks have `A`.
+        He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, 2015 (arXiv 1512.03385), section 4.2.
+        Names and order of the weights match the CIFAR-100 distillation benchmark (Tian et al., arXiv 1910.10699), which
+        uses shortcut `B`, while the paper's CIFAR networks use `A`.
 
     Example:
         >>> import torch
@@ -120,7 +120,7 @@ class CIFARResNet(nn.Module):
 
     @property
     def feature_layers(self) -> FeatureLayers:
-        """Where the features lie."""
+        """Names of the layers that provide features."""
         stages = ("layer1", "layer2", "layer3")
         last = [f"{stage}.{len(self.get_submodule(stage)) - 1}" for stage in stages]  # type: ignore[arg-type]
         return FeatureLayers(
@@ -134,10 +134,10 @@ class CIFARResNet(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Classify images.
+        """Compute the logits of a batch of images.
 
         Args:
-            image: `(B, in_channels, H, W)`, float, normalised.
+            image: `(B, in_channels, H, W)`, float, normalized.
 
         Returns:
             Logits `(B, num_classes)`.
@@ -160,7 +160,7 @@ def _check_arguments(
     if depth < 8 or depth % 6 != 2:
         raise ValueError(f"depth of a CIFAR ResNet must be 6n + 2 (8, 14, 20, 26, ...), got {depth}")
     if len(num_filters) != 4:
-        raise ValueError(f"num_filters must be 4 numbers (the stem and three stages), got {list(num_filters)}")
+        raise ValueError(f"num_filters must have 4 elements (the stem and three stages), got {list(num_filters)}")
     if min(*num_filters, num_classes, in_channels) < 1:
         raise ValueError(
             f"num_filters, num_classes and in_channels must be at least 1, got {list(num_filters)}, "
@@ -175,11 +175,11 @@ _WIDE = (32, 64, 128, 256)
 
 
 def resnet8(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") -> CIFARResNet:
-    """ResNet-8 for small images: 0.08 million parameters (100 classes).
+    """ResNet-8 for small images (0.08 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
         shortcut: `B` (projection) or `A` (zero-padded identity); see `CIFARResNet`.
 
     Returns:
@@ -194,11 +194,11 @@ def resnet8(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") ->
 
 
 def resnet14(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") -> CIFARResNet:
-    """ResNet-14 for small images: 0.18 million parameters (100 classes).
+    """ResNet-14 for small images (0.18 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
         shortcut: `B` (projection) or `A` (zero-padded identity); see `CIFARResNet`.
 
     Returns:
@@ -208,11 +208,11 @@ def resnet14(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") -
 
 
 def resnet20(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") -> CIFARResNet:
-    """ResNet-20 for small images: 0.28 million parameters (100 classes).
+    """ResNet-20 for small images (0.28 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
         shortcut: `B` (projection) or `A` (zero-padded identity); see `CIFARResNet`.
 
     Returns:
@@ -226,11 +226,11 @@ def resnet20(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") -
 
 
 def resnet32(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") -> CIFARResNet:
-    """ResNet-32 for small images: 0.47 million parameters (100 classes).
+    """ResNet-32 for small images (0.47 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
         shortcut: `B` (projection) or `A` (zero-padded identity); see `CIFARResNet`.
 
     Returns:
@@ -240,11 +240,11 @@ def resnet32(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") -
 
 
 def resnet44(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") -> CIFARResNet:
-    """ResNet-44 for small images: 0.67 million parameters (100 classes).
+    """ResNet-44 for small images (0.67 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
         shortcut: `B` (projection) or `A` (zero-padded identity); see `CIFARResNet`.
 
     Returns:
@@ -254,11 +254,11 @@ def resnet44(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") -
 
 
 def resnet56(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") -> CIFARResNet:
-    """ResNet-56 for small images: 0.86 million parameters (100 classes).
+    """ResNet-56 for small images (0.86 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
         shortcut: `B` (projection) or `A` (zero-padded identity); see `CIFARResNet`.
 
     Returns:
@@ -268,11 +268,11 @@ def resnet56(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") -
 
 
 def resnet110(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") -> CIFARResNet:
-    """ResNet-110 for small images: 1.7 million parameters (100 classes).
+    """ResNet-110 for small images (1.7 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
         shortcut: `B` (projection) or `A` (zero-padded identity); see `CIFARResNet`.
 
     Returns:
@@ -282,11 +282,11 @@ def resnet110(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") 
 
 
 def resnet8x4(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") -> CIFARResNet:
-    """ResNet-8 with four times the channels: 1.2 million parameters (100 classes).
+    """ResNet-8 for small images with four times as many channels (1.2 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
         shortcut: `B` (projection) or `A` (zero-padded identity); see `CIFARResNet`.
 
     Returns:
@@ -296,11 +296,11 @@ def resnet8x4(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") 
 
 
 def resnet32x4(num_classes: int, in_channels: int = 3, shortcut: Shortcut = "B") -> CIFARResNet:
-    """ResNet-32 with four times the channels: 7.4 million parameters (100 classes).
+    """ResNet-32 for small images with four times as many channels (7.4 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
         shortcut: `B` (projection) or `A` (zero-padded identity); see `CIFARResNet`.
 
     Returns:

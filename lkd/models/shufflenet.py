@@ -1,4 +1,4 @@
-"""ShuffleNets, the first and the second, for small images."""
+"""ShuffleNetV1 and ShuffleNetV2 for small images."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _STEM = 24
 
 
 class _GroupBlock(nn.Module):
-    """Grouped 1x1 convolutions around a 3x3 one per channel; the input of `relu3` is the sum, or the concatenation."""
+    """Grouped 1x1 convolutions around a 3x3 depthwise one; `relu3` receives the sum or concatenation with the input."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int) -> None:
         super().__init__()
         made = out_channels if stride == 1 else out_channels - in_channels
         inner = made // 4
-        first_groups = 1 if in_channels == _STEM else groups  # too few channels to divide
+        first_groups = 1 if in_channels == _STEM else groups  # the stem has too few channels for groups
         self.is_residual = stride == 1
         self.conv1 = nn.Conv2d(in_channels, inner, 1, groups=first_groups, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
@@ -45,26 +45,30 @@ class _GroupBlock(nn.Module):
 
 
 class ShuffleNetV1(nn.Module):
-    """ShuffleNet for small images: a 1x1 convolution, three stages, a mean over the pixels.
+    """ShuffleNetV1 for small images: a 1x1 convolution, three stages, and global average pooling.
 
-    Images may have any size; the three stages see them halved, quartered and at an eighth. Layers to read: the
-    benchmark's features f0 to f3 are `relu`, `layer1`, `layer2`, `layer3` (after ReLU), the pooled feature `(B, C)` is
-    `flatten`; its pre-activations of the stages are `layer1.3.relu3:input`, `layer2.7.relu3:input` and
-    `layer3.3.relu3:input`.
+    Images may have any size; the three stages operate at half, quarter and one eighth of the resolution. Layers that
+    provide features:
+
+    - `relu`, `layer1`, `layer2`, `layer3`: the benchmark's features f0 to f3 (after ReLU);
+    - `flatten`: the pooled feature `(B, C)`;
+    - `layer1.3.relu3:input`, `layer2.7.relu3:input`, `layer3.3.relu3:input`: the benchmark's pre-activations.
 
     Args:
-        num_filters: Channels of the three stages, growing from the stem's 24, each a multiple of 4 * groups.
-        groups: Groups of the 1x1 convolutions.
-        num_classes: Number of logits.
-        in_channels: Channels of the images: 3 for colour, 1 for gray.
+        num_filters: Numbers of channels of the three stages, increasing from the 24 channels of the stem; each must be
+            a multiple of 4 * groups.
+        groups: Number of groups of the 1x1 convolutions.
+        num_classes: Number of classes.
+        in_channels: Number of input channels: 3 for color images, 1 for grayscale images.
 
     Raises:
-        ValueError: If the channels do not grow or cannot be divided into the groups, or a count is not positive.
+        ValueError: If the numbers of channels do not increase or are not divisible as required, or a count is not
+            positive.
 
     References:
         Zhang, Zhou, Lin, Sun: ShuffleNet: An Extremely Efficient Convolutional Neural Network for Mobile Devices, CVPR
-        2018 (arXiv 1707.01083). Layers, names and order of the weights are those of the CIFAR-100 distillation
-        benchmark (Tian et al., arXiv 1910.10699), which, unlike the paper, has a ReLU behind the 3x3 convolutions.
+        2018 (arXiv 1707.01083). Layers, names and order of the weights match the CIFAR-100 distillation benchmark (Tian
+        et al., arXiv 1910.10699), which, unlike the paper, has a ReLU after the 3x3 convolutions.
 
     Example:
         >>> import torch
@@ -82,7 +86,7 @@ class ShuffleNetV1(nn.Module):
         widths = (_STEM, *num_filters)
         if len(widths) != 4 or any(after <= before or after % (4 * groups) for before, after in pairwise(widths)):
             raise ValueError(
-                f"num_filters must be 3 multiples of {4 * groups} (4 * groups) that grow from {_STEM}, "
+                f"num_filters must be 3 increasing multiples of {4 * groups} (4 * groups), each greater than {_STEM}, "
                 f"got {list(num_filters)}"
             )
         check_counts(num_classes=num_classes, in_channels=in_channels)
@@ -98,7 +102,7 @@ class ShuffleNetV1(nn.Module):
 
     @property
     def feature_layers(self) -> FeatureLayers:
-        """Where the features lie."""
+        """Names of the layers that provide features."""
         stages = ("layer1", "layer2", "layer3")
         last = [f"{stage}.{len(self.get_submodule(stage)) - 1}" for stage in stages]  # type: ignore[arg-type]
         return FeatureLayers(
@@ -112,10 +116,10 @@ class ShuffleNetV1(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Classify images.
+        """Compute the logits of a batch of images.
 
         Args:
-            image: `(B, in_channels, H, W)`, float, normalised.
+            image: `(B, in_channels, H, W)`, float, normalized.
 
         Returns:
             Logits `(B, num_classes)`.
@@ -132,9 +136,9 @@ def _group_stage(in_channels: int, out_channels: int, num_blocks: int, groups: i
 
 
 class _SplitBlock(nn.Module):
-    """Half of the channels pass, the others are filtered; the input of `relu3` is both, side by side.
+    """Half of the channels are passed through, the other half is filtered; `relu3` receives their concatenation.
 
-    What passes has been through a ReLU already, so that a second one leaves it as it is.
+    The passed channels are already non-negative, so this ReLU does not change them.
     """
 
     def __init__(self, channels: int) -> None:
@@ -159,7 +163,7 @@ class _SplitBlock(nn.Module):
 
 
 class _DownBlock(nn.Module):
-    """Two branches of all channels at half the resolution, side by side."""
+    """Two branches that process all channels at half the resolution and are concatenated."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -188,26 +192,30 @@ class _DownBlock(nn.Module):
 
 
 class ShuffleNetV2(nn.Module):
-    """ShuffleNetV2 for small images: a 1x1 convolution, three stages, a 1x1 convolution, a mean over the pixels.
+    """ShuffleNetV2 for small images: a 1x1 convolution, three stages, a 1x1 convolution, and global average pooling.
 
-    Images may have any size; the three stages see them halved, quartered and at an eighth. Layers to read: the
-    benchmark's features f0 to f3 are `relu`, `layer1`, `layer2`, `layer3` (after ReLU, shuffled), the pooled feature
-    `(B, C)` is `flatten`; its pre-activations of the stages are `layer1.3.relu3:input`, `layer2.7.relu3:input` and
-    `layer3.3.relu3:input` (not shuffled).
+    Images may have any size; the three stages operate at half, quarter and one eighth of the resolution. Layers that
+    provide features:
+
+    - `relu`, `layer1`, `layer2`, `layer3`: the benchmark's features f0 to f3 (after ReLU, shuffled);
+    - `flatten`: the pooled feature `(B, C)`;
+    - `layer1.3.relu3:input`, `layer2.7.relu3:input`, `layer3.3.relu3:input`: the benchmark's pre-activations (not
+      shuffled).
 
     Args:
-        num_filters: Channels of the three stages, even, and of the last convolution. The paper has
-            (48, 96, 192, 1024), (116, 232, 464, 1024), (176, 352, 704, 1024) and (244, 488, 976, 2048).
-        num_classes: Number of logits.
-        in_channels: Channels of the images: 3 for colour, 1 for gray.
+        num_filters: Numbers of channels of the three stages, which must be even, and of the last convolution. The paper
+            uses (48, 96, 192, 1024), (116, 232, 464, 1024), (176, 352, 704, 1024) and (244, 488, 976, 2048).
+        num_classes: Number of classes.
+        in_channels: Number of input channels: 3 for color images, 1 for grayscale images.
 
     Raises:
-        ValueError: If a stage's channels are odd, or a count is not positive.
+        ValueError: If the number of channels of a stage is odd, or a count is not positive.
 
     References:
         Ma, Zhang, Zheng, Sun: ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design, ECCV 2018
-        (arXiv 1807.11164). Names and order of the weights are those of the CIFAR-100 distillation benchmark (Tian et
-        al., arXiv 1910.10699); its 1x1 convolution without stride stands for the paper's 3x3 and max pooling.
+        (arXiv 1807.11164). Names and order of the weights match the CIFAR-100 distillation benchmark (Tian et al.,
+        arXiv 1910.10699), which replaces the paper's 3x3 convolution and max pooling by a 1x1 convolution without
+        stride.
 
     Example:
         >>> import torch
@@ -220,8 +228,7 @@ class ShuffleNetV2(nn.Module):
         super().__init__()
         if len(num_filters) != 4 or any(width % 2 for width in num_filters[:3]):
             raise ValueError(
-                f"num_filters must be 3 even numbers (the stages) and a fourth (the last convolution), "
-                f"got {list(num_filters)}"
+                f"num_filters must have 4 elements, of which the first 3 (the stages) are even, got {list(num_filters)}"
             )
         check_counts(num_filters=num_filters, num_classes=num_classes, in_channels=in_channels)
         first, second, third, pooled = num_filters
@@ -240,7 +247,7 @@ class ShuffleNetV2(nn.Module):
 
     @property
     def feature_layers(self) -> FeatureLayers:
-        """Where the features lie; `norms` are not: half of a stage's last sum comes from further back."""
+        """Names of the layers that provide features; no `norms`: half of a stage's output bypasses its last block."""
         stages = ("layer1", "layer2", "layer3")
         last = [f"{stage}.{len(self.get_submodule(stage)) - 1}" for stage in stages]  # type: ignore[arg-type]
         return FeatureLayers(
@@ -253,10 +260,10 @@ class ShuffleNetV2(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Classify images.
+        """Compute the logits of a batch of images.
 
         Args:
-            image: `(B, in_channels, H, W)`, float, normalised.
+            image: `(B, in_channels, H, W)`, float, normalized.
 
         Returns:
             Logits `(B, num_classes)`.
@@ -274,11 +281,11 @@ def _split_stage(in_channels: int, out_channels: int, num_blocks: int) -> nn.Seq
 
 
 def shufflev1(num_classes: int, in_channels: int = 3) -> ShuffleNetV1:
-    """ShuffleNet with three groups for small images: 0.95 million parameters (100 classes).
+    """ShuffleNetV1 with three groups for small images (0.95 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
 
     Returns:
         The network.
@@ -287,11 +294,11 @@ def shufflev1(num_classes: int, in_channels: int = 3) -> ShuffleNetV1:
 
 
 def shufflev2(num_classes: int, in_channels: int = 3) -> ShuffleNetV2:
-    """ShuffleNetV2 of width 1 for small images: 1.4 million parameters (100 classes).
+    """ShuffleNetV2 with width 1 for small images (1.4 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
 
     Returns:
         The network.

@@ -16,31 +16,33 @@ _NUM_CONVOLUTIONS = {
     16: (2, 2, 3, 3, 3),
     19: (2, 2, 4, 4, 4),
 }
-_LARGE = 64  # pixels of an image's height
+_LARGE = 64  # image height in pixels
 
 
 class VGG(nn.Module):
-    """A VGG for small images: five stages of 3x3 convolutions with BatchNorm, a mean over the pixels, one linear layer.
+    """A VGG for small images: five stages of 3x3 convolutions with BatchNorm, average pooling, and one linear layer.
 
-    The first three stages are followed by a max pooling; the fourth too, if images are 64 pixels high or more (in the
-    benchmark: exactly 64), so that the last stage sees 4x4 of 32x32 and of 64x64. Layers to read: the benchmark's
-    features f0 to f4 are `relu0`, `relu1`, `relu2`, `relu3`, `relu4`, the pooled feature `(B, C)` is `flatten`; its
-    pre-activations of the stages are `block1`, `block2`, `block3` and `block4`, which end before their last ReLU.
+    The first three stages are followed by max pooling, and so is the fourth if images are at least 64 pixels high (in
+    the benchmark: exactly 64), so the last stage has 4x4 pixels for images of 32x32 and of 64x64. Layers that provide
+    features:
+
+    - `relu0`, `relu1`, `relu2`, `relu3`, `relu4`: the benchmark's features f0 to f4;
+    - `flatten`: the pooled feature `(B, C)`;
+    - `block1`, `block2`, `block3`, `block4`: the benchmark's pre-activations; these blocks end before their last ReLU.
 
     Args:
-        depth: 8, 11, 13, 16 or 19: the number of layers with weights that the network would have with VGG's three
-            linear layers.
-        num_filters: Channels of the five stages.
-        num_classes: Number of logits.
-        in_channels: Channels of the images: 3 for colour, 1 for gray.
+        depth: Number of layers with weights, counting the three linear layers of the original VGG: 8, 11, 13, 16 or 19.
+        num_filters: Numbers of channels of the five stages.
+        num_classes: Number of classes.
+        in_channels: Number of input channels: 3 for color images, 1 for grayscale images.
 
     Raises:
-        ValueError: If there is no such depth, or a count is not positive.
+        ValueError: If the depth is not supported or a count is not positive.
 
     References:
         Simonyan, Zisserman: Very Deep Convolutional Networks for Large-Scale Image Recognition, ICLR 2015
-        (arXiv 1409.1556). Layers, names and order of the weights are those of the CIFAR-100 distillation benchmark
-        (Tian et al., arXiv 1910.10699); VGG-8, the BatchNorms and the single linear layer are not in the paper.
+        (arXiv 1409.1556). Layers, names and order of the weights match the CIFAR-100 distillation benchmark (Tian et
+        al., arXiv 1910.10699); VGG-8, BatchNorm and the single linear layer are not part of the paper.
 
     Example:
         >>> import torch
@@ -58,9 +60,9 @@ class VGG(nn.Module):
     ) -> None:
         super().__init__()
         if depth not in _NUM_CONVOLUTIONS:
-            raise ValueError(f"depth of a VGG must be one of {', '.join(map(str, _NUM_CONVOLUTIONS))}, got {depth}")
+            raise ValueError(f"depth of VGG must be one of {', '.join(map(str, _NUM_CONVOLUTIONS))}, got {depth}")
         if len(num_filters) != 5:
-            raise ValueError(f"num_filters must be 5 numbers (one a stage), got {list(num_filters)}")
+            raise ValueError(f"num_filters must have 5 elements (one per stage), got {list(num_filters)}")
         check_counts(num_filters=num_filters, num_classes=num_classes, in_channels=in_channels)
         first, second, third, fourth, fifth = num_filters
         numbers = _NUM_CONVOLUTIONS[depth]
@@ -87,7 +89,7 @@ class VGG(nn.Module):
 
     @property
     def feature_layers(self) -> FeatureLayers:
-        """Where the features lie."""
+        """Names of the layers that provide features."""
         blocks = ("block1", "block2", "block3", "block4")
         return FeatureLayers(
             stem="relu0",
@@ -100,10 +102,10 @@ class VGG(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Classify images.
+        """Compute the logits of a batch of images.
 
         Args:
-            image: `(B, in_channels, H, W)`, float, normalised; at least 8 pixels high and wide.
+            image: `(B, in_channels, H, W)`, float, normalized; at least 8 pixels high and wide.
 
         Returns:
             Logits `(B, num_classes)`.
@@ -120,7 +122,7 @@ class VGG(nn.Module):
 
 
 def _stage(in_channels: int, out_channels: int, num_convolutions: int) -> nn.Sequential:
-    """Without its last ReLU, which is a layer of the network's: so a stage shows what comes before it."""
+    """Create a stage without its last ReLU, which is a separate layer, so that the stage outputs the pre-activation."""
     layers: list[nn.Module] = []
     for position in range(num_convolutions):
         before = out_channels if position else in_channels
@@ -132,11 +134,11 @@ _FILTERS = (64, 128, 256, 512, 512)
 
 
 def vgg8(num_classes: int, in_channels: int = 3) -> VGG:
-    """VGG-8 for small images: 4.0 million parameters (100 classes).
+    """VGG-8 for small images (4.0 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
 
     Returns:
         The network.
@@ -145,11 +147,11 @@ def vgg8(num_classes: int, in_channels: int = 3) -> VGG:
 
 
 def vgg11(num_classes: int, in_channels: int = 3) -> VGG:
-    """VGG-11 for small images: 9.3 million parameters (100 classes).
+    """VGG-11 for small images (9.3 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
 
     Returns:
         The network.
@@ -158,11 +160,11 @@ def vgg11(num_classes: int, in_channels: int = 3) -> VGG:
 
 
 def vgg13(num_classes: int, in_channels: int = 3) -> VGG:
-    """VGG-13 for small images: 9.5 million parameters (100 classes).
+    """VGG-13 for small images (9.5 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
 
     Returns:
         The network.
@@ -171,11 +173,11 @@ def vgg13(num_classes: int, in_channels: int = 3) -> VGG:
 
 
 def vgg16(num_classes: int, in_channels: int = 3) -> VGG:
-    """VGG-16 for small images: 15 million parameters (100 classes).
+    """VGG-16 for small images (15 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
 
     Returns:
         The network.
@@ -184,11 +186,11 @@ def vgg16(num_classes: int, in_channels: int = 3) -> VGG:
 
 
 def vgg19(num_classes: int, in_channels: int = 3) -> VGG:
-    """VGG-19 for small images: 20 million parameters (100 classes).
+    """VGG-19 for small images (20 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
 
     Returns:
         The network.

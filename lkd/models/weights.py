@@ -1,4 +1,4 @@
-"""Reading trained weights from files that others wrote, without running anything that stands in them."""
+"""Loading of trained weights from untrusted files, without executing code in them."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ from lkd.io.refused import UntrustedError, said, shown
 from lkd.io.safe_load import read_torch
 
 _SHORTCUT = ".downsample."
-"""Part of the names of a projection's weights."""
+"""Part of the names of the weights of projection shortcuts."""
 
 PRETRAINED = Path(__file__).with_name("pretrained")
-"""The folder of the weights that ship with the package."""
+"""Folder of the weights that are included in the package."""
 
 _PACKAGED = "lkd:"
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "net")
 _PREFIXES = ("module.", "model.", "student.", "network.", "net.", "_orig_mod.")
 _FINE_TUNE = (
-    "; only the head {head} does not fit: to train a new one, let lkd.models.load_weights load the file into the "
-    "network, with drop_head: true"
+    "; only the head {head} does not match: to train a new head, load the file with lkd.models.load_weights and "
+    "drop_head: true"
 )
 _SYNONYMS = (("linear", "fc"), ("shortcut", "downsample"))
 
 
 def load_weights(network: nn.Module, path: str | Path, drop_head: bool = False) -> nn.Module:
-    """Read trained weights into a network.
+    """Load trained weights into a network.
 
-    The file is a safetensors file, or a PyTorch file with a state dict, alone or under `state_dict`
-    (Lightning) or `model` (the CIFAR-100 benchmark); no code in it is run. Prefixes that wrappers leave
-    (`module.`, `model.`, `student.`, ...) are taken off, `linear` and `shortcut` are read as `fc` and
-    `downsample` (or the other way round) where the network has those, and numbers are cast to the network's
-    type. If anything does not fit, the network stays as it was.
+    The file is a safetensors file, or a PyTorch file with a state dict, either at the top level or under `state_dict`
+    (Lightning) or `model` (the CIFAR-100 benchmark). Code in the file is never executed. Prefixes of wrappers
+    (`module.`, `model.`, `student.`, ...) are removed, the names `linear` and `shortcut` are converted to `fc` and
+    `downsample` or vice versa as the network requires, and tensors are cast to the dtypes of the network. If the
+    weights do not match, the network is not modified.
 
     Args:
-        network: The network; its weights are changed in place.
-        path: The file; or `lkd:NAME` for weights that ship with the package.
-        drop_head: Whether the network keeps its own last linear layer, to fine-tune it on other classes; the file's is
-            ignored, whatever its shape.
+        network: Network whose weights are set in place.
+        path: Path of the file, or `lkd:NAME` for weights included in the package.
+        drop_head: Whether to ignore the last linear layer in the file, whatever its shape, and keep that of the
+            network, as for fine-tuning on other classes.
 
     Returns:
         The same network.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file holds no weights, would have to run code, or does not fit the network; the
-            message then names missing, unexpected and wrongly shaped tensors, and the first whose numbers are not
-            finite, or are no weights. Also if a head is to be dropped and the network has no linear layer.
+        ValueError: If the file contains no weights, requires code to be executed, or does not match the network. The
+            message lists missing, unexpected and wrongly shaped tensors, or the first tensor that is not finite or not
+            a valid weight. Also if `drop_head` is set and the network has no linear layer.
 
     Example:
         >>> import tempfile
@@ -67,7 +67,7 @@ def load_weights(network: nn.Module, path: str | Path, drop_head: bool = False) 
     file, head = _locate(path), feature_layers(network).head
     tensors = _fit_names(_read(file), network)
     if drop_head and not head:
-        raise ValueError(f"{type(network).__name__} has no linear layer, so drop_head finds no head; leave it out")
+        raise ValueError(f"drop_head requires a linear layer, but {type(network).__name__} has none; omit drop_head")
     if drop_head:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{head}.")}
     _check_fit(tensors, network, file, head, drop_head)
@@ -81,17 +81,17 @@ def _locate(path: str | Path) -> Path:
         available = sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))
         if name not in available:
             names = ", ".join(_PACKAGED + known for known in available) or "none"
-            raise FileNotFoundError(f"no weights {path} ship with lkd; available: {names}")
+            raise FileNotFoundError(f"{path} is not included in lkd; available weights: {names}")
         return PRETRAINED / f"{name}.safetensors"
     file = Path(path).expanduser()
     if file.is_file():
         return file
     if file.is_dir():
-        raise FileNotFoundError(f"{shown(file)} is a folder; give the path of a weights file in it")
+        raise FileNotFoundError(f"{shown(file)} is a folder; give the path of a weights file")
     siblings = [sibling.name for sibling in file.parent.iterdir()] if file.parent.is_dir() else []
     nearest = difflib.get_close_matches(file.name, siblings, n=3)
-    hint = f"beside it lie {_some(nearest)}" if nearest else "train it first, or correct the path"
-    raise FileNotFoundError(f"there is no weights file {shown(file)}; {hint}")
+    hint = f"similar names: {_some(nearest)}" if nearest else "correct the path, or train the network first"
+    raise FileNotFoundError(f"weights file not found: {shown(file)}; {hint}")
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -104,8 +104,8 @@ def _read(file: Path) -> dict[str, Tensor]:
             return tensors
     found = f"a dictionary of {_some(map(str, entries))}" if entries else f"a {type(content).__name__}"
     raise ValueError(
-        f"{shown(file)} holds no weights but {found}; it should hold a state dict, alone or under 'state_dict' or "
-        "'model'"
+        f"{shown(file)} contains no weights but {found}; expected a state dict, at the top level or under 'state_dict' "
+        "or 'model'"
     )
 
 
@@ -113,27 +113,27 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{shown(file)} is not a safetensors file, or it is damaged ({said(error)})") from error
+        raise ValueError(f"{shown(file)} is not a safetensors file, or it is corrupt ({said(error)})") from error
 
 
 def _read_torch(file: Path) -> object:
     try:
         return read_torch(file)
     except UntrustedError as error:
-        raise ValueError(f"{shown(file)} is not loaded: {error}") from error
-    except Exception as error:  # damaged bytes can raise anything in the unpickler
+        raise ValueError(f"{shown(file)} was not loaded: {error}") from error
+    except Exception as error:  # corrupt bytes can raise anything in the unpickler
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
-                f"{shown(file)} is not loaded: reading it would have to run code ({shown(named[1])}); if you trust it, "
-                "read it once with torch.load(..., weights_only=False) and save its state dict by itself"
+                f"{shown(file)} was not loaded: it requires code to be executed ({shown(named[1])}); if you trust it, "
+                "load it with torch.load(..., weights_only=False) and save only its state dict"
             ) from error
         raise ValueError(
-            f"{shown(file)} is not a weights file that PyTorch reads, or it is damaged ({type(error).__name__})"
+            f"{shown(file)} is not a PyTorch weights file, or it is corrupt ({type(error).__name__})"
         ) from error
 
 
 def _fit_names(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Take off the prefix under which most names are the network's; others (adapters', say) are left out."""
+    """Remove the prefix under which most names match the network; other tensors, such as adapters, are dropped."""
     wanted = network.state_dict().keys()
     candidates = []
     for prefix, names in _by_prefix(tensors).items():
@@ -142,7 +142,7 @@ def _fit_names(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, T
 
 
 def _by_prefix(names: Iterable[str]) -> dict[str, list[str]]:
-    """The names that begin with each combination of up to four known prefixes, the empty one first."""
+    """Group names by each combination of up to four known prefixes, starting with the empty one."""
     names = list(names)
     found = {"": names}
     for name in names:
@@ -170,22 +170,22 @@ def _has_part(names: Iterable[str], part: str) -> bool:
 
 
 def _check_fit(tensors: Mapping[str, Tensor], network: nn.Module, file: Path, head: str, drop_head: bool) -> None:
-    # Files from before PyTorch 0.4.1 do not count BatchNorm's batches.
+    # Files from before PyTorch 0.4.1 lack BatchNorm's num_batches_tracked.
     optional = "num_batches_tracked"
     if problems := misfit(tensors, network, optional, head if drop_head else ""):
         only_head = head and not drop_head and not misfit(tensors, network, optional, head)
         raise ValueError(
-            f"the weights in {shown(file)} do not fit {type(network).__name__}; {problems}; build the network as it "
-            "was when it was trained (classes, input channels, depth, shortcuts), or choose its file"
+            f"the weights in {shown(file)} do not match {type(network).__name__}; {problems}; use the same "
+            "architecture as in training (classes, input channels, depth, shortcuts), or another file"
             + (_FINE_TUNE.format(head=head) if only_head else _other_shortcut(tensors, network, optional))
         )
     for name, own in network.state_dict().items():
         if name in tensors and (problem := _flaw(tensors[name], own)):
-            raise ValueError(f"{shown(file)} is not loaded: {name} {problem}; choose a file of trained weights")
+            raise ValueError(f"{shown(file)} was not loaded: {name} {problem}; use a file with trained weights")
 
 
 def _other_shortcut(tensors: Mapping[str, Tensor], network: nn.Module, optional: str) -> str:
-    """Return the end of a sentence, if weights fit a ResNet but for its shortcuts."""
+    """Return a hint for the error message if weights match a ResNet except for its shortcuts, otherwise nothing."""
     if "shortcut" not in inspect.signature(type(network)).parameters:
         return ""
     own = {name for name in network.state_dict() if not name.endswith(optional)}
@@ -193,40 +193,40 @@ def _other_shortcut(tensors: Mapping[str, Tensor], network: nn.Module, optional:
     if own == given or any(_SHORTCUT not in name for name in own ^ given):
         return ""
     kind = "A" if own > given else "B"
-    return f"; set the network's shortcut to {kind}: the weights were trained with it"
+    return f"; the weights were trained with shortcut {kind}: set shortcut of the network to {kind}"
 
 
 def _flaw(tensor: Tensor, own: Tensor) -> str:
-    """Why a tensor cannot be a network's weight, for a message; empty if it can."""
+    """Return why a tensor is not a valid weight, for a message; empty if it is valid."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
     if not plain or tensor.is_quantized or tensor.is_nested or tensor.is_complex() > own.is_complex():
-        return f"is {_kind(tensor)}, and should be plain numbers as {own.dtype}"
+        return f"is {_kind(tensor)}, expected a dense tensor of type {own.dtype}"
     if own.is_floating_point() and not (tensor.is_floating_point() or tensor.dtype == own.dtype):
-        return f"has numbers of type {tensor.dtype}, which are no weights of type {own.dtype}"
+        return f"has dtype {tensor.dtype}, expected weights of type {own.dtype}"
     try:
         cast = tensor.detach().to(own.dtype)
-    except (RuntimeError, TypeError):  # types that PyTorch can store and do no more with
-        return f"has numbers of type {tensor.dtype}, which cannot be brought to {own.dtype}"
+    except (RuntimeError, TypeError):  # dtypes that PyTorch can store but not convert
+        return f"has dtype {tensor.dtype}, which cannot be converted to {own.dtype}"
     if cast.isfinite().all():
         return ""
-    strange = int((~cast.isfinite() & own.isfinite().cpu()).sum())  # a mask of the network's own may be infinite
-    return f"has {strange:,} of {cast.numel():,} numbers that are not finite (NaN or infinite)" if strange else ""
+    invalid = int((~cast.isfinite() & own.isfinite().cpu()).sum())  # masks of the network may be infinite
+    return f"has {invalid:,} of {cast.numel():,} values that are NaN or infinite" if invalid else ""
 
 
 def _kind(tensor: Tensor) -> str:
-    special = {"quantized": tensor.is_quantized, "nested": tensor.is_nested, "without content": tensor.is_meta}
+    special = {"quantized": tensor.is_quantized, "nested": tensor.is_nested, "without data": tensor.is_meta}
     named = [word for word, holds in special.items() if holds]
     return " and ".join(named) or f"a {type(tensor).__name__} of type {tensor.dtype}, {tensor.layout}"
 
 
 def misfit(tensors: Mapping[str, Tensor], network: nn.Module, optional: str = "", ignored: str = "") -> str:
-    """What keeps weights from being loaded, for a message; empty if they fit.
+    """Describe why weights do not match a network, for a message; empty if they match.
 
     Args:
-        tensors: The weights, by name.
-        network: What they are meant for.
-        optional: End of the names that may be missing; empty: none.
-        ignored: Name of a layer that need not fit; empty: none.
+        tensors: Weights by name.
+        network: Network into which they would be loaded.
+        optional: Suffix of names that may be missing. If empty, no name may be missing.
+        ignored: Name of a layer that need not match. If empty, all layers must match.
     """
     state = network.state_dict()
     if ignored:
@@ -240,7 +240,7 @@ def misfit(tensors: Mapping[str, Tensor], network: nn.Module, optional: str = ""
         for name, value in own.items()
         if name in tensors and tensors[name].shape != value.shape
     ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": reshaped}
     return "; ".join(f"{problem}: {_some(names)}" for problem, names in problems.items() if names)
 
 

@@ -11,7 +11,7 @@ from lkd.models.parts import check_counts, initialize_convolutions
 
 
 class _Block(nn.Module):
-    """BatchNorm and ReLU before each of two convolutions; a new shape is projected from behind the first ReLU."""
+    """Two convolutions, each after BatchNorm and ReLU; the projection of the shortcut follows the first ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class _Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.relu2 = nn.ReLU()
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.convShortcut: nn.Module | None = None  # the published checkpoints' name
+        self.convShortcut: nn.Module | None = None  # name in published checkpoints
         if stride != 1 or in_channels != out_channels:
             self.convShortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
 
@@ -32,25 +32,28 @@ class _Block(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """A wide ResNet for small images: a 3x3 convolution, three stages of pre-activation blocks, a mean over the pixels.
+    """A wide ResNet for small images: a 3x3 convolution, three stages of pre-activation blocks, and average pooling.
 
-    Images may have any size; the three stages see it whole, halved and quartered. Layers to read: the benchmark's
-    features f0 to f3 are `conv1`, `block1`, `block2`, `block3` (sums that no BatchNorm and no ReLU has seen yet), the
-    pooled feature `(B, C)` is `flatten`; its pre-activations of the stages are `block2.layer.0.bn1`,
-    `block3.layer.0.bn1` and `bn1`, and behind their ReLU `block2.layer.0.relu1`, `block3.layer.0.relu1` and `relu`.
+    Images may have any size; the three stages operate at full, half and quarter resolution. Layers that provide
+    features:
+
+    - `conv1`, `block1`, `block2`, `block3`: the benchmark's features f0 to f3 (sums, before BatchNorm and ReLU);
+    - `flatten`: the pooled feature `(B, C)`;
+    - `block2.layer.0.bn1`, `block3.layer.0.bn1`, `bn1`: the benchmark's pre-activations; `block2.layer.0.relu1`,
+      `block3.layer.0.relu1` and `relu` are the same features after ReLU.
 
     Args:
-        depth: Number of layers with weights, 6n + 4: each stage has n blocks of two.
-        widen_factor: The stages have 16, 32 and 64 times as many channels as this.
-        num_classes: Number of logits.
-        in_channels: Channels of the images: 3 for colour, 1 for gray.
+        depth: Number of layers with weights, 6n + 4: each stage has n blocks of two layers.
+        widen_factor: Widening factor k: the stages have 16k, 32k and 64k channels.
+        num_classes: Number of classes.
+        in_channels: Number of input channels: 3 for color images, 1 for grayscale images.
 
     Raises:
         ValueError: If the depth is not 6n + 4, or a count is not positive.
 
     References:
-        Zagoruyko, Komodakis: Wide Residual Networks, BMVC 2016 (arXiv 1605.07146). Names and order of the weights are
-        those of the CIFAR-100 distillation benchmark (Tian et al., arXiv 1910.10699); like it, without dropout.
+        Zagoruyko, Komodakis: Wide Residual Networks, BMVC 2016 (arXiv 1605.07146). Names and order of the weights
+        match the CIFAR-100 distillation benchmark (Tian et al., arXiv 1910.10699), which uses no dropout either.
 
     Example:
         >>> import torch
@@ -62,7 +65,7 @@ class WideResNet(nn.Module):
     def __init__(self, depth: int, widen_factor: int, num_classes: int, in_channels: int = 3) -> None:
         super().__init__()
         if depth < 10 or depth % 6 != 4:
-            raise ValueError(f"depth of a wide ResNet must be 6n + 4 (10, 16, 22, 28, ...), got {depth}")
+            raise ValueError(f"depth of WideResNet must be 6n + 4 (10, 16, 22, 28, ...), got {depth}")
         check_counts(widen_factor=widen_factor, num_classes=num_classes, in_channels=in_channels)
         num_blocks = (depth - 4) // 6
         widths = (16 * widen_factor, 32 * widen_factor, 64 * widen_factor)
@@ -80,7 +83,7 @@ class WideResNet(nn.Module):
 
     @property
     def feature_layers(self) -> FeatureLayers:
-        """Where the features lie: the benchmark's stages end before the BatchNorm of what follows."""
+        """Names of the layers that provide features; stages end before the BatchNorm of the next stage."""
         norms = ("block2.layer.0.bn1", "block3.layer.0.bn1", "bn1")
         return FeatureLayers(
             stem="conv1",
@@ -93,10 +96,10 @@ class WideResNet(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Classify images.
+        """Compute the logits of a batch of images.
 
         Args:
-            image: `(B, in_channels, H, W)`, float, normalised.
+            image: `(B, in_channels, H, W)`, float, normalized.
 
         Returns:
             Logits `(B, num_classes)`.
@@ -113,11 +116,11 @@ def _stage(in_channels: int, out_channels: int, num_blocks: int, stride: int) ->
 
 
 def wrn_16_1(num_classes: int, in_channels: int = 3) -> WideResNet:
-    """Wide ResNet of depth 16 and width 1: 0.18 million parameters (100 classes).
+    """Wide ResNet with depth 16 and width 1 (0.18 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
 
     Returns:
         The network.
@@ -126,11 +129,11 @@ def wrn_16_1(num_classes: int, in_channels: int = 3) -> WideResNet:
 
 
 def wrn_16_2(num_classes: int, in_channels: int = 3) -> WideResNet:
-    """Wide ResNet of depth 16 and width 2: 0.70 million parameters (100 classes).
+    """Wide ResNet with depth 16 and width 2 (0.70 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
 
     Returns:
         The network.
@@ -139,11 +142,11 @@ def wrn_16_2(num_classes: int, in_channels: int = 3) -> WideResNet:
 
 
 def wrn_40_1(num_classes: int, in_channels: int = 3) -> WideResNet:
-    """Wide ResNet of depth 40 and width 1: 0.57 million parameters (100 classes).
+    """Wide ResNet with depth 40 and width 1 (0.57 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
 
     Returns:
         The network.
@@ -152,11 +155,11 @@ def wrn_40_1(num_classes: int, in_channels: int = 3) -> WideResNet:
 
 
 def wrn_40_2(num_classes: int, in_channels: int = 3) -> WideResNet:
-    """Wide ResNet of depth 40 and width 2: 2.3 million parameters (100 classes).
+    """Wide ResNet with depth 40 and width 2 (2.3 million parameters for 100 classes).
 
     Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
 
     Returns:
         The network.

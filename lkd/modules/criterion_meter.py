@@ -1,4 +1,4 @@
-"""Measuring a distillation in validation and test: its loss, and whether it trains the logits."""
+"""Evaluation of a criterion in validation and test, and a check whether a loss trains the logits."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lkd.modules.meter import WeightedMean
 from lkd.types import Outputs
 
 _LIMIT = 2**28
-"""Bytes of logits that are remembered."""
+"""Maximum size of the stored logits, in bytes."""
 
 
 class RememberedLogits:
-    """The logits of a frozen teacher for batches that come again in every epoch.
+    """In-memory cache of a frozen teacher's logits for batches that recur in each epoch.
 
-    Logits take at most 256 MiB; batches beyond that are computed each time. Features are not remembered.
+    The cache holds at most 256 MiB; further batches are computed each time. Features are not stored.
     """
 
     def __init__(self) -> None:
@@ -28,11 +28,11 @@ class RememberedLogits:
         self._free = _LIMIT
 
     def outputs(self, batch: tuple[bytes, int], compute: Callable[[], Outputs]) -> Outputs:
-        """The teacher's outputs for a batch, without features where the logits are remembered.
+        """Return the teacher's outputs for a batch, without features if the logits are in the cache.
 
         Args:
-            batch: What identifies the batch and the teacher's weights.
-            compute: Runs the teacher.
+            batch: Key that identifies the batch and the teacher's weights.
+            compute: Function that runs the teacher.
         """
         if batch in self._logits:
             return Outputs(self._logits[batch], {})
@@ -44,13 +44,13 @@ class RememberedLogits:
 
 
 class CriterionMeter:
-    """Adds the terms of a criterion to the metrics of an evaluation, and creates these metrics when a term is new.
+    """Updates metrics with the terms of a criterion, creating a metric for each new term.
 
-    An evaluation must not fail where training does not. The first batch of each size is therefore a trial: if the
-    criterion raises an exception, a warning reports it and batches of this size are left out.
+    Evaluation must not fail if training does not. If the criterion raises an exception for the first batch of a given
+    size, a warning reports it, and batches of this size are skipped.
 
     Attributes:
-        recorded: A dict that receives the terms themselves, in place of the metrics; None: there is none.
+        recorded: Dict that receives the terms instead of the metrics; None to update the metrics.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class CriterionMeter:
         self._works: dict[int, bool] = {}
 
     def is_tried(self, size: int) -> bool:
-        """Whether a batch of this size was measured before.
+        """Return whether a batch of this size has been evaluated before.
 
         Args:
             size: Number of images.
@@ -72,13 +72,13 @@ class CriterionMeter:
         size: int,
         weight: Tensor | int,
     ) -> None:
-        """Measure one batch.
+        """Evaluate the criterion on one batch.
 
         Args:
-            metrics: The metrics of the stage, by name.
-            terms: Computes the terms.
+            metrics: Metrics of the stage by name.
+            terms: Function that computes the terms.
             size: Number of images.
-            weight: Number of images that the terms are a mean over.
+            weight: Number of images over which the terms are averaged.
         """
         if self.recorded is not None:
             self.recorded.update(terms())
@@ -93,32 +93,32 @@ class CriterionMeter:
     def _try(self, terms: Callable[[], Mapping[str, Tensor]], size: int) -> Mapping[str, Tensor]:
         try:
             found = terms()
-        except Exception as error:  # whatever the criterion of a user raises
+        except Exception as error:  # a custom criterion may raise anything
             self._works[size] = False
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            rank_zero_warn(f"the criterion is not measured in evaluation batches of {size} images ({reason})")
+            rank_zero_warn(f"the criterion is not evaluated on batches of {size} images in validation/test ({reason})")
             return {}
         self._works[size] = True
         return found
 
 
 def with_total(terms: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Terms and, where there are several, their sum.
+    """Return the terms, with their sum added if there are several.
 
     Args:
-        terms: Name to scalar.
-        name: The name of the sum; a single term that has it is the sum.
+        terms: Mapping from names to scalars.
+        name: Name of the sum. If a term already has this name, the terms are returned unchanged.
     """
     return dict(terms) if name in terms or not terms else {**terms, name: reduce(torch.add, terms.values())}
 
 
 def has_untrained_part(logits: Tensor, loss: Tensor, parameters: Iterable[Tensor]) -> bool:
-    """Whether logits depend on trainable parameters that the loss does not reach.
+    """Return whether logits depend on trainable parameters that the loss does not depend on.
 
     Args:
-        logits: `(B, K)`, with their graph.
-        loss: A scalar, with its graph.
-        parameters: All parameters that may train.
+        logits: Logits `(B, K)` with their autograd graph.
+        loss: Scalar loss with its autograd graph.
+        parameters: All parameters; frozen ones are ignored.
 
     Example:
         >>> body, head = torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)

@@ -26,58 +26,61 @@ from lkd.types import Batch, Normalization, Outputs, Probe
 
 
 class DistillModule(EvaluatedDistillation):
-    """Train a student with labels and with a teacher's answers.
+    """Train a student with labels and with a frozen teacher.
 
-    The loss is `hard_weight * cross-entropy + distill_weight * criterion`. The teacher is frozen, always in eval
-    mode, and neither in the optimizer nor in checkpoints nor in DDP's synchronisation. The student is `self.model`
-    (and `self.student`), so a checkpoint's weights serve as another run's teacher.
+    The loss is `hard_weight * cross-entropy + distill_weight * criterion`. The teacher is frozen, always in eval mode,
+    and excluded from the optimizer, the checkpoint and DDP synchronization. The student is stored as `self.model`, with
+    `self.student` as an alias, so a checkpoint of this module can provide the teacher of another run.
 
-    With a weight of 0, what only that part of the loss would reach (the classifier, where features alone are compared;
-    the criterion's adapters) has a gradient of 0 rather than none, in one process as in several: weight decay goes on.
+    If a weight is 0, parameters that only this part of the loss would train (the classifier if only features are
+    compared, or the adapters of the criterion) receive a gradient of 0 instead of None, with one process as in DDP.
+    Weight decay still applies to them.
 
-    To shard a student too large for one device, override `configure_model`: first `super().configure_model()`, then
-    PyTorch's `fully_shard(self.model, mesh=self.device_mesh["data_parallel"])`; with Lightning's
-    `ModelParallelStrategy(data_parallel_size, 1)`. The teacher stays whole in every process.
+    To shard a student that does not fit on one device, override `configure_model`: call `super().configure_model()`,
+    then PyTorch's `fully_shard(self.model, mesh=self.device_mesh["data_parallel"])`, and train with Lightning's
+    `ModelParallelStrategy(data_parallel_size, 1)`. The teacher is not sharded.
 
-    To write a method of one's own, override `distill_loss`, or write a `DistillLoss` and pass it as `criterion`.
+    To implement a new method, override `distill_loss`, or write a `DistillLoss` and pass it as `criterion`.
 
-    Beside `ClassificationModule`'s curves:
+    Logged metrics, in addition to those of `ClassificationModule`:
 
-    - `train/hard` and `train/<criterion>`: the terms of the loss, multiplied by `hard_weight` and `distill_weight`;
-    - `val/<criterion>`: the criterion in eval mode on the validation images, multiplied by `distill_weight` as in
-      training. Where it has several terms, each has a curve (`val/<criterion>_<term>`) and `val/<criterion>` is their
-      sum; the sum of a `WeightedSum` is `val/distill`. `validates_criterion` tells which criteria have no such curve.
-      In several processes, an image that fills up the last batch counts twice here, but in no other metric;
-    - `val/teacher_acc`, and `val/agreement`: the share of images for which student and teacher choose the same class.
+    - `train/hard` and `train/<criterion>`: the terms of the loss, multiplied by `hard_weight` and `distill_weight`.
+    - `val/<criterion>`: the criterion on the validation images, with the networks in eval mode, multiplied by
+      `distill_weight` as in training. If it has several terms, each is logged as `val/<criterion>_<term>`, and
+      `val/<criterion>` is their sum; the sum of a `WeightedSum` is `val/distill`. `validates_criterion` describes which
+      criteria are not evaluated. On several processes, samples that pad the last batch count twice in this metric, but
+      in no other.
+    - `val/teacher_acc`: the accuracy of the teacher.
+    - `val/agreement`: the fraction of images for which student and teacher predict the same class.
 
-    The loss may leave a part of the student untrained that its logits depend on: its classifier where `hard_weight` is
-    0 and the criterion compares features. Then no metric of the logits is logged, neither accuracy nor cross-entropy
-    nor agreement, and the best checkpoint is the one with the lowest `val/<criterion>`. `lkd.callbacks.KNN` and
-    `LinearProbe` measure the features.
+    The loss may leave a part of the student untrained that its logits depend on, such as the classifier if
+    `hard_weight` is 0 and the criterion compares features. In this case no metric of the logits is logged (accuracy,
+    cross-entropy, agreement), and the best checkpoint is the one with the lowest `val/<criterion>`. Use
+    `lkd.callbacks.KNN` or `LinearProbe` to evaluate the features.
 
-    In validation the teacher's logits are computed once where the data tells that its images do not change, and up to
-    256 MiB of them are remembered. A criterion that reads the teacher's features costs a pass of the teacher over the
-    validation images each time, as does validation on a GPU that makes the batches itself.
+    In validation, the teacher's logits are computed once if the data module guarantees that its images do not change,
+    and up to 256 MiB of them are held in memory. A criterion that reads the teacher's features requires a teacher
+    forward pass over the validation images in each epoch, as does validation with batches assembled on the GPU.
 
     Args:
-        student: The network in training; returns logits `(B, K)`.
-        teacher: The network to imitate; returns logits `(B, K)`. None, for criteria that ask none (`TfKD`, `USKD`).
-        criterion: What the student imitates; None: `KD(temperature=4.0)`.
-        teacher_ckpt: File with the teacher's weights: anything that `lkd.models.load_weights` reads. None: the
-            teacher is taken as it is.
-        student_ckpt: File with weights for the student to start from.
+        student: Network to train; returns logits `(B, K)`.
+        teacher: Network to imitate; returns logits `(B, K)`. `None` for criteria without a teacher (`TfKD`, `USKD`).
+        criterion: Distillation loss. `None` uses `KD(temperature=4.0)`.
+        teacher_ckpt: File with the weights of the teacher, in any format that `lkd.models.load_weights` supports.
+            `None` uses the teacher as given.
+        student_ckpt: File with initial weights of the student.
         distill_weight: Weight of the criterion, at least 0.
-        hard_weight: Weight of the cross-entropy with the labels, at least 0; 0: labels are not used.
-        teacher_normalization: How the teacher wants its images normalised, if not as the datamodule does it.
-        optimizer: Makes the optimizer from the parameters that train (the student's and the criterion's).
-        lr_scheduler: Makes the learning rate's schedule from the optimizer; None: constant. `lkd.schedules` has
-            schedules that follow the length of the run.
-        label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
-        lr_scheduler_interval: Whether the schedule is stepped after each `epoch` or each optimizer `step`.
+        hard_weight: Weight of the cross-entropy with the labels, at least 0; with 0, labels are not used.
+        teacher_normalization: Normalization of the teacher's input, if it differs from that of the data module.
+        optimizer: Function that creates the optimizer from the trainable parameters of student and criterion.
+        lr_scheduler: Function that creates the learning rate scheduler from the optimizer. `None` keeps the learning
+            rate constant. `lkd.schedules` provides schedules that adapt to the length of the run.
+        label_smoothing: Label smoothing factor, in [0, 1).
+        lr_scheduler_interval: Whether the scheduler steps after each `epoch` or each optimizer `step`.
 
     Raises:
-        ValueError: If a weight is negative or both are 0, the criterion needs a teacher and there is none, or a file's
-            weights do not fit.
+        ValueError: If a weight is negative or both are 0, if the criterion requires a teacher and there is none, or if
+            the weights in a file do not match the network.
 
     References:
         Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531).
@@ -85,10 +88,10 @@ class DistillModule(EvaluatedDistillation):
 
     network_names: tuple[str, ...] = ("student", "teacher")
     saves_teacher: ClassVar[bool] = False
-    """Whether checkpoints hold the teacher, and processes share its statistics: for one that changes."""
+    """Whether the teacher changes, and is therefore saved in checkpoints and synchronized between processes."""
     teacher: nn.Module | None
     recall: Callable[[Batch, Callable[[Batch], Outputs]], Outputs] | None = None
-    """Stands between training and `teacher_outputs`, its second argument: for a callback that keeps answers."""
+    """Called in training instead of `teacher_outputs`, which is its second argument; set by the teacher cache."""
 
     def __init__(
         self,
@@ -108,9 +111,9 @@ class DistillModule(EvaluatedDistillation):
         super().__init__(student, optimizer, lr_scheduler, label_smoothing, student_ckpt, lr_scheduler_interval)
         for name, weight in (("distill_weight", distill_weight), ("hard_weight", hard_weight)):
             if not 0 <= weight < math.inf:
-                raise ValueError(f"{name} must not be negative, got {weight}; take a finite number from 0 on")
+                raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
         if distill_weight == hard_weight == 0:
-            raise ValueError("distill_weight and hard_weight are both 0, so there is nothing to learn; set one of them")
+            raise ValueError("distill_weight and hard_weight are both 0; set at least one of them above 0")
         self.criterion = criterion if criterion is not None else KD(temperature=4.0)
         check_criterion(type(self).__name__, self.criterion)
         self.teacher = _load_teacher(teacher, teacher_ckpt)
@@ -118,8 +121,8 @@ class DistillModule(EvaluatedDistillation):
             self.network_names = ("student",)
         if self.distill_name in RESERVED:
             raise ValueError(
-                f"the criterion {type(self.criterion).__name__} would be logged as {self.distill_name!r}, the name of "
-                "another curve; call the class otherwise"
+                f"the criterion {type(self.criterion).__name__} would be logged as {self.distill_name!r}, which is "
+                "reserved for another logged value; rename the class"
             )
         self.distill_weight, self.hard_weight = distill_weight, hard_weight
         self.teacher_normalization = teacher_normalization
@@ -133,18 +136,18 @@ class DistillModule(EvaluatedDistillation):
 
     @property
     def student(self) -> nn.Module:
-        """The network in training."""
+        """Student network."""
         return self.model
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Keep the teacher out of the module's tree: what walks it (DDP, averaging, `unfreeze`) is not to meet it."""
+        """Keep the teacher out of the module tree, so that DDP, weight averaging, `unfreeze` etc. do not see it."""
         if name == RUNNING_HOOK or (name == "teacher" and not self.saves_teacher):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistillModule:
-        """Move and cast the teacher, and what normalises its images, with the module."""
+        """Move and cast the teacher and its input normalization together with the module."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.teacher is not None and not self.saves_teacher:
             self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -157,12 +160,11 @@ class DistillModule(EvaluatedDistillation):
             self.teacher.requires_grad_(False).eval()
         elif self.asks_teacher:
             raise ValueError(
-                f"the criterion {type(self.criterion).__name__} compares the student with a teacher, and there is "
-                "none; give a teacher"
+                f"the criterion {type(self.criterion).__name__} requires a teacher, but there is none; set `teacher`"
             )
 
     def train(self, mode: bool = True) -> DistillModule:
-        """Set the mode of everything but the teacher, which stays in eval."""
+        """Set training or eval mode, except for the teacher, which stays in eval mode."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
@@ -170,7 +172,7 @@ class DistillModule(EvaluatedDistillation):
 
     @property
     def asks_teacher(self) -> bool:
-        """Whether the loss reads the teacher's answers."""
+        """Whether the loss reads the teacher's outputs."""
         return self.criterion.needs_teacher or self._is_overridden
 
     @property
@@ -181,7 +183,7 @@ class DistillModule(EvaluatedDistillation):
         return [name for name in methods if getattr(type(self), name) is not getattr(DistillModule, name)]
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's logits `(B, K)`; the weighted terms `hard` and those of the criterion."""
+        """Compute the student's logits `(B, K)` and the weighted terms: `hard` and those of the criterion."""
         student = self.student_outputs(batch)
         terms = {}
         if self.hard_weight:
@@ -191,7 +193,7 @@ class DistillModule(EvaluatedDistillation):
             teacher = NO_ANSWER
             if self.asks_teacher:
                 with torch.no_grad():  # not inference_mode: its tensors cannot be saved for backward
-                    teacher = self._teacher_answer(batch)
+                    teacher = self._recalled_outputs(batch)
                 self.watch("teacher", teacher.logits)
             terms |= self._weighted_terms(student, teacher, batch)
         self._reach_all(terms, student.logits)
@@ -201,18 +203,18 @@ class DistillModule(EvaluatedDistillation):
         loss = self.distill_loss(student, teacher, batch)
         return {name: self.distill_weight * term for name, term in named_terms(self.distill_name, loss).items()}
 
-    def _teacher_answer(self, batch: Batch) -> Outputs:
+    def _recalled_outputs(self, batch: Batch) -> Outputs:
         return self.teacher_outputs(batch) if self.recall is None else self.recall(batch, self.teacher_outputs)
 
     @property
     def teacher_changes(self) -> bool:
-        """Whether the teacher is not frozen."""
+        """Whether the teacher changes during training."""
         parameters = () if self.teacher is None else self.teacher.parameters()
         return self.saves_teacher or any(parameter.requires_grad for parameter in parameters)
 
     @property
     def teacher_version(self) -> int:
-        """A number that rises whenever the teacher's weights or statistics are changed in place."""
+        """Counter that increases whenever the teacher's parameters or buffers are modified in place."""
         if self.teacher is None:
             return 0
         tensors = chain(self.teacher.parameters(), self.teacher.buffers())
@@ -220,28 +222,28 @@ class DistillModule(EvaluatedDistillation):
 
     @property
     def not_to_be_kept(self) -> str:
-        """Why the teacher's answers to an image cannot be kept as logits; empty if they can."""
+        """Reason why the teacher's outputs cannot be cached as logits; empty if they can."""
         name = type(self).__name__
         if self.teacher is None or not self.asks_teacher:
-            return "the loss asks no teacher"
+            return "the loss does not use a teacher"
         if self.teacher_changes:
-            return f"the teacher of {name} changes"
+            return f"the teacher of {name} changes during training"
         if own := self._overrides("teacher_outputs", "teacher_input", "losses"):
-            return f"{name} makes them in its own way ({own[0]})"
+            return f"{name} overrides {own[0]}"
         if self.criterion.teacher_layers:
             layers = ", ".join(self.criterion.teacher_layers)
-            return f"the criterion {type(self.criterion).__name__} reads the teacher's layers {layers}, not only logits"
+            return f"the criterion {type(self.criterion).__name__} reads the teacher layers {layers}, not only logits"
         return ""
 
     def _reach_all(self, terms: dict[str, Tensor], *logits: Tensor) -> None:
-        """Give what a weight of 0 leaves out a gradient of 0: DDP waits for every parameter's.
+        """Give parameters that a weight of 0 excludes a gradient of 0, since DDP waits for all gradients.
 
-        One process does it too, or weight decay and momentum would move there other parameters than in several.
+        A single process does the same; otherwise weight decay and momentum would act on fewer parameters than in DDP.
         """
         if not terms:
             raise ValueError(
-                "distill_weight and hard_weight are both 0 in this step, so there is nothing to learn; let a Schedule "
-                "begin above 0, or keep the other weight above 0 meanwhile"
+                "distill_weight and hard_weight are both 0 in this step; start the Schedule above 0, or keep the other "
+                "weight above 0"
             )
         silent = [] if self.hard_weight else list(logits)
         silent += [] if self.distill_weight else list(self.criterion.parameters())
@@ -253,36 +255,36 @@ class DistillModule(EvaluatedDistillation):
         name = type(self.criterion).__name__
         if self.criterion.needs_index and batch.index is None:
             raise ValueError(
-                f"criterion {name} needs sample indices; this datamodule's batches have none: let them be "
-                "(input, target, index), with the sample's position in the data set"
+                f"the criterion {name} requires sample indices, but the batches have none; return (input, target, "
+                "index), where index is the position of each sample in the dataset"
             )
         if self.criterion.num_views > 1 and batch.views != self.criterion.num_views:
             raise ValueError(
-                f"criterion {name} reads {self.criterion.num_views} views of each image, and this datamodule's batches "
-                f"have {batch.views}: set its `views`, as the method's file in configs/methods/ does"
+                f"the criterion {name} requires {self.criterion.num_views} views of each image, but the batches have "
+                f"{batch.views}; set `views` of the data module, as in the overlay of the method in configs/methods/"
             )
 
     def distill_loss(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
-        """Compare student and teacher; by default the criterion does it.
+        """Compute the distillation loss; by default, this calls the criterion.
 
         Args:
-            student: What the student answered.
-            teacher: What the teacher answered, without gradient.
-            batch: The batch that both saw.
+            student: Outputs of the student.
+            teacher: Outputs of the teacher, without gradient.
+            batch: The batch.
 
         Returns:
-            A scalar, or named scalars that are added.
+            A scalar, or a mapping from names to scalars, which are summed.
         """
         loss: Tensor | dict[str, Tensor] = self.criterion(student, teacher, batch)
         return loss
 
     @property
     def distill_name(self) -> str:
-        """What the distillation's term is called in logs."""
+        """Name of the distillation loss in logs."""
         return "distill" if self._is_overridden else self.criterion.name
 
     def student_outputs(self, batch: Batch) -> Outputs:
-        """What the student says of a batch, in training; override it for one whose answer is made otherwise.
+        """Compute the outputs of the student in training; override this to change how they are computed.
 
         Args:
             batch: One batch.
@@ -290,53 +292,54 @@ class DistillModule(EvaluatedDistillation):
         return self.student_taps(batch.input)
 
     def teacher_outputs(self, batch: Batch) -> Outputs:
-        """What the teacher says of a batch; override it for several teachers, or one that changes.
+        """Compute the outputs of the teacher; override this for several teachers or a changing one.
 
         Args:
-            batch: One batch, normalised for the student.
+            batch: One batch, normalized for the student.
         """
         if self.teacher_taps is None:
-            raise ValueError(f"{type(self).__name__} has no teacher; override teacher_outputs, or give one")
+            raise ValueError(f"{type(self).__name__} has no teacher; set `teacher`, or override teacher_outputs")
         return self.teacher_taps(self.teacher_input(batch.input))
 
     def teacher_input(self, input: Any) -> Any:
-        """The student's input, normalised as the teacher wants it.
+        """Convert the student's input to the normalization of the teacher.
 
         Raises:
-            ValueError: If that needs a data module's mean and std, and no Trainer has brought one yet.
+            ValueError: If this requires the mean and std of a data module, but no Trainer has attached one yet.
         """
         if self.teacher_scale is not None:
             return input * self.teacher_scale + self.teacher_shift
         if self.teacher_normalization is not None:
             raise ValueError(
-                "teacher_normalization needs the mean and std of a data module, which a Trainer brings; without one, "
-                "override teacher_input, or leave teacher_normalization out and normalise as the teacher wants it"
+                "teacher_normalization requires the mean and std of a data module, which are available within a "
+                "Trainer; otherwise override teacher_input, or omit teacher_normalization and normalize the input for "
+                "the teacher yourself"
             )
         return input
 
     def configure_model(self) -> None:
-        """Build for callbacks that copy the module before `setup` is called: Lightning's weight averaging."""
+        """Build the criterion before callbacks such as Lightning's weight averaging copy the module."""
         if not self._built and (example := self.example_input()) is not None:
             self.build(example)
 
     @property
     def only_labels(self) -> bool:
-        """Whether the criterion has no weight."""
+        """Whether the labels are the only training signal, because `distill_weight` is 0."""
         return not self.distill_weight
 
     def setup(self, stage: str) -> None:
-        """Check that networks, criterion and data fit before anything runs."""
+        """Check that networks, criterion and data match, before the run starts."""
         if self.teacher_normalization is not None:
             self._renormalize(self.teacher_normalization)
         super().setup(stage)
         self._remembered, self.recall, self._criterion_meter = RememberedLogits(), None, CriterionMeter()
         if not self._built and self.criterion.needs_build and self.example_input() is None:
             raise ValueError(
-                f"{type(self.criterion).__name__} builds its adapters from the shape of the input, which is not known; "
-                "use a datamodule with `input_shape` or `example_input`, or set the module's `example_input_array`"
+                f"{type(self.criterion).__name__} builds its adapters from the input shape, which is unknown; use a "
+                "data module with `input_shape` or `example_input`, or set `example_input_array` of the module"
             )
         self._check_hidden()
-        _ = self.trains_logits  # found out here, before a strategy shards the weights
+        _ = self.trains_logits  # determined here, before a strategy shards the weights
 
     def _check_hidden(self) -> None:
         if self.teacher is None or self.saves_teacher:
@@ -345,20 +348,20 @@ class DistillModule(EvaluatedDistillation):
         for name, tensor in chain(self.named_parameters(), self.named_buffers()):
             if id(tensor) in hidden:
                 raise ValueError(
-                    f"{name} is the teacher's, and would get into training and checkpoints; what shall train needs a "
-                    "copy (copy.deepcopy), what shall only be read goes into a tuple, where PyTorch does not find it"
+                    f"{name} belongs to the teacher, but would be trained and saved in checkpoints; use copy.deepcopy "
+                    "to train a copy, or store the layer in a tuple, which PyTorch does not register, to only read it"
                 )
 
     def _renormalize(self, teacher: Normalization) -> None:
         mean, std = self._data_attribute("mean"), self._data_attribute("std")
         if mean is None or std is None:
             raise ValueError(
-                "teacher_normalization needs to know how the data is normalised; use a datamodule with `mean` and `std`"
+                "teacher_normalization requires the normalization of the data; use a data module with `mean` and `std`"
             )
         if len(mean) != len(teacher.mean):
             raise ValueError(
-                f"teacher_normalization has {len(teacher.mean)} channels, the data has {len(mean)}; give one mean and "
-                "one std per channel"
+                f"teacher_normalization has {len(teacher.mean)} channels, but the data has {len(mean)}; set one mean "
+                "and one std per channel"
             )
         data_mean, data_std, teacher_mean, teacher_std = (
             torch.tensor(values, device=device_of(self.model)).view(1, -1, 1, 1)
@@ -368,7 +371,7 @@ class DistillModule(EvaluatedDistillation):
         self.teacher_shift = (data_mean - teacher_mean) / teacher_std
 
     def build(self, example: Any) -> None:
-        """Check both networks on a blank input, and let the criterion build its adapters."""
+        """Check both networks with a blank input, and build the adapters of the criterion."""
         student = self.probe("student", self.student_taps, example)
         teacher = Probe(nn.Identity(), NO_ANSWER)
         if self.teacher_taps is not None:
@@ -378,7 +381,7 @@ class DistillModule(EvaluatedDistillation):
         self.build_criterion(student, teacher)
 
     def build_criterion(self, *probes: Probe) -> None:
-        """Let the criterion make its adapters, the first time."""
+        """Build the adapters of the criterion, unless they have been built already."""
         if self._built:
             return
         for part in self.criterion.modules():
@@ -387,14 +390,14 @@ class DistillModule(EvaluatedDistillation):
                     setattr(part, name, self._data_attribute(name))
         if self._awaits_checkpoint:
             return
-        with torch.device(device_of(self.model)):  # wherever tensors are made by default at this moment
+        with torch.device(device_of(self.model)):  # overrides the current default device
             self.criterion.build(*probes)
         self._ddp_params_and_buffers_to_ignore = buffers_same_everywhere(self)
         self._built = True
 
     @property
     def _awaits_checkpoint(self) -> bool:
-        """Whether, in a test, only a checkpoint can tell how many images there are: no training images are opened."""
+        """Whether only a checkpoint can provide the number of training images, since testing does not open them."""
         unknown = any(getattr(part, "num_samples", 0) is None for part in self.criterion.modules())
         return unknown and self._trainer is not None and not self._trainer.training
 
@@ -402,12 +405,12 @@ class DistillModule(EvaluatedDistillation):
         ours, theirs = (probe.outputs.logits.shape[1] for probe in (student, teacher))
         if ours != theirs and compared:
             raise ValueError(
-                f"the student has {ours} classes, the teacher {theirs}; {type(self.criterion).__name__} compares their "
-                "logits and needs the same classes in both: set the same num_classes"
+                f"the student has {ours} classes, but the teacher has {theirs}; {type(self.criterion).__name__} "
+                "compares logits, so num_classes must be the same in both"
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """As in `ClassificationModule`; where the logits are not trained, a schedule does not wait for `val/loss`."""
+        """Create optimizer and scheduler; if the logits are not trained, monitor the criterion, not `val/loss`."""
         made = super().configure_optimizers()
         schedule = made.get("lr_scheduler") if isinstance(made, dict) else None
         if isinstance(schedule, dict) and schedule.get("monitor") == "val/loss" and not self.trains_logits:
@@ -419,5 +422,5 @@ def _load_teacher(teacher: nn.Module | None, path: str | None) -> nn.Module | No
     if path is None:
         return teacher
     if teacher is None:
-        raise ValueError(f"teacher_ckpt {path!r} has weights for a teacher, but there is none; give a teacher")
+        raise ValueError(f"teacher_ckpt is set to {path!r}, but there is no teacher; set `teacher` as well")
     return load_weights(teacher, path)

@@ -1,4 +1,4 @@
-"""A network with classifiers behind its shallow stages."""
+"""Training a network with early exits: classifiers attached to its shallow stages."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ from lkd.types import Batch, Outputs
 
 
 class EarlyExitModule(DistillModule):
-    """Train a network with exits behind its shallow stages, measure each of them, and let one answer.
+    """Train a network with early exits, evaluate each exit, and predict with a selected one.
 
-    Beside `DistillModule`'s curves: `val/acc_exit1`, `val/acc_exit2`, ..., from shallow to deep; `val/acc` is that of
-    what answers, which `exit` chooses, in `lkd test` and `lkd predict` too. The network is still run to its end: what
-    an exit saves is not saved here.
+    Logged metrics, in addition to those of `DistillModule`: `val/acc_exit1`, `val/acc_exit2`, ..., from shallow to
+    deep. `val/acc` is the accuracy of the exit selected by `exit`, which `lkd test` and `lkd predict` use as well. The
+    whole network is always run, so selecting an exit does not save computation here.
 
     Args:
-        student: The network in training; returns logits `(B, K)`.
-        criterion: Makes the exits, and what they learn; None: `BYOT()`.
-        student_ckpt: File with weights to start from: anything that `lkd.models.load_weights` reads.
-        exit: Which exit answers, from 1, in all but training; None: the network itself.
+        student: Network to train; returns logits `(B, K)`.
+        criterion: Criterion that builds and trains the exits. `None` uses `BYOT()`.
+        student_ckpt: File with initial weights, in any format that `lkd.models.load_weights` supports.
+        exit: Number of the exit, from 1, that provides the logits outside training. `None` uses the network's own
+            classifier.
         distill_weight: Weight of the criterion, at least 0.
-        hard_weight: Weight of the network's own cross-entropy with the labels, at least 0.
-        optimizer: Makes the optimizer from the parameters that train (the network's and the exits').
-        lr_scheduler: Makes the learning rate's schedule from the optimizer; None: constant. `lkd.schedules` has
-            schedules that follow the length of the run.
-        label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
-        lr_scheduler_interval: Whether the schedule is stepped after each `epoch` or each optimizer `step`.
+        hard_weight: Weight of the cross-entropy of the network's own classifier with the labels, at least 0.
+        optimizer: Function that creates the optimizer from the trainable parameters of the network and its exits.
+        lr_scheduler: Function that creates the learning rate scheduler from the optimizer. `None` keeps the learning
+            rate constant. `lkd.schedules` provides schedules that adapt to the length of the run.
+        label_smoothing: Label smoothing factor, in [0, 1).
+        lr_scheduler_interval: Whether the scheduler steps after each `epoch` or each optimizer `step`.
 
     Raises:
-        ValueError: If there is no such exit, a weight is negative, or the file's weights do not fit.
+        ValueError: If the exit does not exist, a weight is negative, or the weights in the file do not match the
+            network.
     """
 
     def __init__(
@@ -68,30 +70,30 @@ class EarlyExitModule(DistillModule):
         )
         num_exits = len(self.criterion.student_layers) - 1
         if exit is not None and not 1 <= exit <= num_exits:
-            raise ValueError(f"exit must be one of 1 to {num_exits}, or null for the network itself, got {exit}")
+            raise ValueError(f"exit must be between 1 and {num_exits}, or null for the final classifier, got {exit}")
         self.exit = exit
         for metrics in self.metrics.values():
             for number in range(1, num_exits + 1):
                 cast("nn.ModuleDict", metrics)[f"acc_exit{number}"] = Accuracy()
 
     def exit_logits(self, input: Any) -> list[Tensor]:
-        """Logits `(B, K)` of each exit, from shallow to deep, and, last, of the network itself.
+        """Compute the logits `(B, K)` of each exit, from shallow to deep, followed by those of the network itself.
 
         Args:
-            input: What the network takes.
+            input: Input of the network.
         """
         return self._exit_logits(self.student_taps(input))
 
     def _exit_logits(self, student: Outputs) -> list[Tensor]:
         exits = cast("BYOT", self.criterion).exit_outputs(student)
-        return [*(answer.logits for answer in exits), student.logits]
+        return [*(outputs.logits for outputs in exits), student.logits]
 
     def forward(self, input: Any) -> Tensor:
-        """Logits `(B, K)` of the exit that answers."""
+        """Compute the logits `(B, K)` of the selected exit."""
         return super().forward(input) if self.exit is None else self.exit_logits(input)[self.exit - 1]
 
     def update_metrics(self, metrics: MutableMapping[str, Metric], batch: Batch) -> Tensor:
-        """Measure what answers, all exits, and the criterion on one batch."""
+        """Evaluate the selected exit, all exits and the criterion on one batch."""
         student = self.student_taps(batch.input)
         *exits, own = self._exit_logits(student)
         logits = own if self.exit is None else exits[self.exit - 1]

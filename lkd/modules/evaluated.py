@@ -1,4 +1,4 @@
-"""Measuring a network in validation and test."""
+"""Evaluation of a network in validation and test."""
 
 from __future__ import annotations
 
@@ -15,88 +15,88 @@ from lkd.types import IGNORE_INDEX, Batch
 
 
 def mean_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy with the labels, the mean over the images that have one.
+    """Compute the cross-entropy with the labels, averaged over the labelled images.
 
     Args:
-        logits: `(B, K)`.
-        target: `(B,)`; `IGNORE_INDEX` where there is no label.
-        label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
+        logits: Logits `(B, K)`.
+        target: Class indices `(B,)`; `IGNORE_INDEX` for images without a label.
+        label_smoothing: Label smoothing factor, in [0, 1).
 
     Returns:
-        A scalar in nats; 0 if no image has a label.
+        Scalar loss in nats; 0 if no image has a label.
     """
     total = cross_entropies(logits, target, label_smoothing, "sum")
     return total / (target != IGNORE_INDEX).sum().clamp(min=1)
 
 
 class EvaluatedModule(RecordedModule):
-    """The part of a `ClassificationModule` that measures it, with one set of metrics for validation and one for test.
+    """Evaluation logic of `ClassificationModule`, with separate metrics for validation and test.
 
     Attributes:
-        metrics: Stage (`val`, `test`) to name to metric.
+        metrics: Mapping from stage (`val`, `test`) to a mapping from names to metrics.
     """
 
     metrics: nn.ModuleDict
     logit_metrics: tuple[str, ...] = ("loss", "acc")
-    """Metrics of the logits: they are not logged where the loss does not train the logits."""
+    """Names of the metrics of the logits, which are not logged if the loss does not train the logits."""
 
     def make_metrics(self) -> dict[str, Metric]:
-        """Name to metric, for each of the stages `val` and `test`."""
+        """Create the metrics of one stage, by name; called for `val` and for `test`."""
         return {"loss": WeightedMean(), "acc": Accuracy()}
 
     def stage_metrics(self, stage: str) -> dict[str, Metric]:
-        """The metrics of `val` or `test`, by name."""
+        """Return the metrics of a stage, `val` or `test`, by name."""
         return dict(cast("nn.ModuleDict", self.metrics[stage]).items())  # type: ignore[arg-type]
 
     @property
     def trains_logits(self) -> bool:
-        """Whether the loss trains all that the logits depend on; otherwise nothing is logged of them."""
+        """Whether the loss trains all parameters that the logits depend on; if not, their metrics are not logged."""
         return True
 
     @property
     def main_metric(self) -> str | None:
-        """The metric that tells best how good the network in training is, by its name without the stage."""
+        """Name, without the stage, of the metric that best describes the quality of the trained network."""
         return "acc"
 
     def is_loss(self, curve: str) -> bool:
-        """Whether lower values of a curve are better.
+        """Return whether lower values of a logged metric are better.
 
         Args:
-            curve: Its name, such as `val/loss`.
+            curve: Name of the metric, such as `val/loss`.
         """
         return "loss" in curve or curve.partition("/")[2] == "hard"
 
     def update_metrics(self, metrics: MutableMapping[str, Metric], batch: Batch) -> Tensor:
-        """Measure one batch of validation or test. Metrics that are not updated are not logged.
+        """Update the metrics with one validation or test batch. Metrics without an update are not logged.
 
         Args:
-            metrics: One stage's metrics by name, as `make_metrics` made them; new ones may be added.
+            metrics: Metrics of the stage by name, as created by `make_metrics`; new ones may be added.
             batch: One batch.
 
         Returns:
-            The logits `(B, K)` of the network in training.
+            Logits `(B, K)` of the trained network.
         """
         logits: Tensor = self(batch.input)
         self.measure(metrics, logits, batch.target)
         return logits
 
     def measure(self, metrics: Mapping[str, Metric], logits: Tensor, target: Tensor) -> None:
-        """Update `loss` and `acc`.
+        """Update the metrics `loss` and `acc`.
 
         Args:
-            metrics: One stage's metrics.
-            logits: `(B, K)`.
-            target: `(B,)`; `IGNORE_INDEX` where there is no label.
+            metrics: Metrics of the stage by name.
+            logits: Logits `(B, K)`.
+            target: Class indices `(B,)`; `IGNORE_INDEX` for images without a label.
         """
         metrics["loss"].update(mean_cross_entropy(logits, target), weight=(target != IGNORE_INDEX).sum())
         metrics["acc"].update(logits, target)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Measure one batch."""
+        """Evaluate one validation batch."""
         self._evaluate("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Measure one batch."""
+        """Evaluate one test batch."""
         self._evaluate("test", batch)
 
     def _evaluate(self, stage: str, batch: Any) -> None:
@@ -111,12 +111,12 @@ class EvaluatedModule(RecordedModule):
             self.log(f"{stage}/{name}", metric, prog_bar=stage == "val" and name == self.main_metric)
 
     def _can_replay(self, batch: Batch) -> bool:
-        """Whether a graph may measure a batch: all metrics exist."""
+        """Whether a captured graph may evaluate a batch, which requires that all metrics exist."""
         return True
 
     def _adopt(self, stage: str, metrics: Mapping[str, Metric]) -> None:
-        """Keep metrics that were created in `update_metrics`."""
+        """Register metrics that were created in `update_metrics`."""
         own = cast("nn.ModuleDict", self.metrics[stage])
         for name in metrics.keys() - own.keys():
             own[name] = metrics[name]
-            self._metric_attributes = None  # Lightning has looked for metrics before
+            self._metric_attributes = None  # Lightning caches the metrics that it has found

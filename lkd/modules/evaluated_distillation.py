@@ -1,4 +1,4 @@
-"""Measuring a distillation in validation and test."""
+"""Evaluation of student, teacher and criterion in validation and test."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from lkd.modules.meter import Accuracy
 from lkd.types import IGNORE_INDEX, Batch, Normalization, Outputs
 
 NO_ANSWER = Outputs(torch.empty(0), {})
-"""What a criterion that asks no teacher is given as the teacher's outputs."""
+"""Empty teacher outputs for criteria that do not use a teacher."""
 _BLANK = 4
-"""Images in the batch that a loss is tried with."""
+"""Number of images in the blank batch on which a loss is tested."""
 
 
 class EvaluatedDistillation(ClassificationModule):
-    """The part of a `DistillModule` that measures student, teacher and criterion."""
+    """Evaluation logic of `DistillModule`, for student, teacher and criterion."""
 
     logit_metrics: tuple[str, ...] = ("loss", "acc", "agreement")
     criterion: DistillLoss
@@ -49,59 +49,59 @@ class EvaluatedDistillation(ClassificationModule):
     _built: bool = False
     _criterion_meter: CriterionMeter
     _remembered: RememberedLogits
-    _has_untrained_part: bool | None = None  # None: not known yet
+    _has_untrained_part: bool | None = None  # None: not determined yet
 
     @property
     @abstractmethod
     def asks_teacher(self) -> bool:
-        """Whether the loss reads the teacher's answers."""
+        """Whether the loss reads the teacher's outputs."""
 
     @property
     @abstractmethod
     def teacher_changes(self) -> bool:
-        """Whether the teacher is not frozen."""
+        """Whether the teacher changes during training."""
 
     @property
     @abstractmethod
     def teacher_version(self) -> int:
-        """A number that rises whenever the teacher's weights or statistics are changed in place."""
+        """Counter that increases whenever the teacher's parameters or buffers are modified in place."""
 
     @property
     @abstractmethod
     def distill_name(self) -> str:
-        """What the distillation's term is called in logs."""
+        """Name of the distillation loss in logs."""
 
     @abstractmethod
     def teacher_outputs(self, batch: Batch) -> Outputs:
-        """What the teacher says of a batch.
+        """Compute the outputs of the teacher.
 
         Args:
-            batch: One batch, normalised for the student.
+            batch: One batch, normalized for the student.
         """
 
     @abstractmethod
     def _weighted_terms(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """The weighted terms of the criterion."""
+        """Compute the weighted terms of the criterion."""
 
     @abstractmethod
     def _overrides(self, *methods: str) -> list[str]:
-        """Those of some methods that a subclass of `DistillModule` overrides."""
+        """Return which of the given methods are overridden in a subclass of `DistillModule`."""
 
     @abstractmethod
     def _renormalize(self, teacher: Normalization) -> None:
-        """Find out how the teacher's images are made from the student's."""
+        """Compute the conversion of the student's input to the normalization of the teacher."""
 
     def make_metrics(self) -> dict[str, Metric]:
-        """Those of `ClassificationModule`, the teacher's accuracy, and the agreement with it."""
+        """Create the metrics of `ClassificationModule`, the teacher's accuracy, and the agreement of both networks."""
         return {**super().make_metrics(), "teacher_acc": Accuracy(), "agreement": Accuracy()}
 
     @property
     def validates_criterion(self) -> bool:
-        """Whether the criterion is measured in validation and test.
+        """Whether the criterion is evaluated in validation and test.
 
-        It is not if it needs what evaluation batches lack: several views of an image, positions among the training
-        images (`CRD`, whose memories have no others), or a teacher. Batches of another size than the one that a
-        criterion is made for (`SemCKD`) are left out.
+        It is not evaluated if `distill_weight` is 0, or if it requires something that evaluation batches lack: several
+        views of an image, indices of training images (`CRD`, whose memory banks hold only these), or a teacher. For
+        criteria with a fixed batch size (`SemCKD`), batches of another size are skipped.
         """
         lacks = self.criterion.num_views > 1 or self.criterion.needs_index
         has_teacher = not self.asks_teacher or "teacher" in self.network_names
@@ -109,21 +109,24 @@ class EvaluatedDistillation(ClassificationModule):
 
     @property
     def criterion_curve(self) -> str:
-        """The name of the whole distillation loss among the metrics."""
+        """Name of the total distillation loss among the metrics."""
         return self.distill_name or SUM
 
     @property
     def main_metric(self) -> str | None:
-        """`acc`; where the loss does not train the logits, the distillation loss; None if that is not measured."""
+        """Name of the main metric: `acc`, or the distillation loss if the logits are not trained.
+
+        None if the logits are not trained and the distillation loss is not evaluated.
+        """
         if self.trains_logits:
             return "acc"
         return self.criterion_curve if self.validates_criterion else None
 
     def is_loss(self, curve: str) -> bool:
-        """Whether lower values of a curve are better: of a loss, and of the criterion's terms.
+        """Return whether lower values of a logged metric are better, as for losses and the terms of the criterion.
 
         Args:
-            curve: Its name, such as `val/kd`.
+            curve: Name of the metric, such as `val/kd`.
         """
         sums = [part for part in self.criterion.modules() if isinstance(part, WeightedSum)]
         terms = [self.criterion_curve, *(name for part in sums for name in part.criteria)]
@@ -132,11 +135,11 @@ class EvaluatedDistillation(ClassificationModule):
 
     @property
     def trains_logits(self) -> bool:
-        """Whether the loss trains all that the logits depend on.
+        """Whether the loss trains all parameters that the logits depend on.
 
-        This is found out once in a run, before it starts: a `Schedule` may begin with labels that do not count. With a
-        `hard_weight` of 0, a blank batch runs through student, teacher and criterion, with gradients. It is True while
-        no input is known to try it with, and for a loss of your own (`losses`, `training_values` or `training_step`).
+        This is determined once per run, before it starts, since a `Schedule` may change `hard_weight` later. If
+        `hard_weight` is 0, a blank batch is passed through student, teacher and criterion, with gradients. The value is
+        True if no example input is known, and for overridden losses (`losses`, `training_values` or `training_step`).
         """
         if self._has_untrained_part is not None:
             return not self._has_untrained_part
@@ -146,11 +149,11 @@ class EvaluatedDistillation(ClassificationModule):
         return not found
 
     def teardown(self, stage: str) -> None:
-        """Let the next run find out anew whether the loss trains the logits."""
+        """Reset `trains_logits`, which is determined again for the next run."""
         self._has_untrained_part = None
 
     def _try_loss(self) -> bool | None:
-        """Whether a part that the logits depend on is not trained; None if there is no input to try it with."""
+        """Return whether a part that the logits depend on is not trained; None if no example input is known."""
         example = self.example_input()
         own = [getattr(type(self), name).__module__ for name in ("losses", "training_values", "training_step")]
         if example is None or not all(name.startswith("lkd.") for name in own):
@@ -170,23 +173,23 @@ class EvaluatedDistillation(ClassificationModule):
             ):
                 logits = self.update_metrics(deepcopy(self.stage_metrics("val")), self._blank_batch(example))
                 return has_untrained_part(logits, torch.stack(list(terms.values())).sum(), self.parameters())
-        except Exception as error:  # whatever the criterion of a user raises
+        except Exception as error:  # a custom criterion may raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            rank_zero_warn(f"it is not known whether the loss trains the logits, so val/acc is logged ({reason})")
+            rank_zero_warn(f"cannot determine whether the loss trains the logits, so val/acc is logged ({reason})")
             return False
         finally:
             self._criterion_meter.recorded = None
-            self.student_taps.clear()  # features with their graph: the module could not be copied
+            self.student_taps.clear()  # features with a graph would prevent copying the module
 
     def _blank_batch(self, example: Any) -> Batch:
-        """Some copies of an input, with labels and positions: criteria may compare images with each other."""
+        """Create a batch of copies of an input, with labels and indices; criteria may compare images of a batch."""
         views = self.criterion.num_views
         images = tree_map_only(Tensor, lambda leaf: torch.cat([leaf] * views * _BLANK), example)
         zeros = torch.zeros(views * _BLANK, dtype=torch.int64, device=device_of(self.model))
         return Batch(images, zeros, zeros, views)
 
     def _evaluate(self, stage: str, batch: Any) -> None:
-        """Measure one batch; what a criterion draws at random is not taken from the training."""
+        """Evaluate one batch, without advancing the random number generators of training."""
         with self._isolated() if self.validates_criterion else nullcontext():
             super()._evaluate(stage, batch)
 
@@ -197,7 +200,7 @@ class EvaluatedDistillation(ClassificationModule):
         return not self.validates_criterion or self._criterion_meter.is_tried(len(batch.target))
 
     def update_metrics(self, metrics: MutableMapping[str, Metric], batch: Batch) -> Tensor:
-        """Measure student, teacher and criterion on one batch."""
+        """Evaluate student, teacher and criterion on one batch."""
         self.student_taps.clear()
         logits = super().update_metrics(metrics, batch)
         teacher = NO_ANSWER
@@ -219,33 +222,33 @@ class EvaluatedDistillation(ClassificationModule):
     def measure_criterion(
         self, metrics: MutableMapping[str, Metric], batch: Batch, terms: Callable[[], dict[str, Tensor]]
     ) -> None:
-        """Measure the criterion on one batch, unless it cannot be: see `validates_criterion`.
+        """Evaluate the criterion on one batch, if possible (see `validates_criterion`).
 
         Args:
-            metrics: One stage's metrics by name, which those of the terms are added to.
+            metrics: Metrics of the stage by name; metrics of the terms are added to it.
             batch: The batch.
-            terms: Computes the weighted terms from the outputs of networks in eval mode.
+            terms: Function that computes the weighted terms from the outputs of the networks in eval mode.
         """
-        is_tried_out = self._criterion_meter.recorded is not None
+        is_trial = self._criterion_meter.recorded is not None
         size = len(batch.target)
         sizes = {getattr(part, "batch_size", None) for part in self.criterion.modules()} - {None}
-        if is_tried_out or (self.validates_criterion and sizes <= {size}):
+        if is_trial or (self.validates_criterion and sizes <= {size}):
             weight = (batch.target != IGNORE_INDEX).sum() if self.criterion.skips_unlabelled else size
             self._criterion_meter.update(metrics, lambda: with_total(terms(), self.criterion_curve), size, weight)
 
     def _evaluated_teacher(self, batch: Batch) -> Outputs:
-        """The teacher's outputs for a batch of evaluation.
+        """Return the teacher's outputs for an evaluation batch.
 
-        The validation images are the same in every epoch, and so are a frozen teacher's logits.
+        Validation images are the same in each epoch, so the logits of a frozen teacher are computed once and reused.
         """
         index, trainer = batch.index, self._trainer
         if (
             trainer is None
             or trainer.state.fn != TrainerFn.FITTING
             or len(trainer.num_val_batches) != 1
-            or batch.version is None  # not lkd's data: it may differ from epoch to epoch
+            or batch.version is None  # data from outside lkd may differ between epochs
             or index is None
-            or not index.is_cpu  # to look at it would make the host wait for a GPU, which asks the teacher sooner
+            or not index.is_cpu  # reading it would synchronize with the GPU; running the teacher is faster
             or self.teacher_changes
             or self._overrides("teacher_outputs", "teacher_input")
             or (self.criterion.teacher_layers and self.validates_criterion)
@@ -255,7 +258,7 @@ class EvaluatedDistillation(ClassificationModule):
         return self._remembered.outputs(name, lambda: self.teacher_outputs(batch))
 
     def on_validation_epoch_end(self) -> None:
-        """Before the first epoch, say how good the teacher is."""
+        """Before the first epoch, print the teacher's accuracy, and warn if it is near chance."""
         super().on_validation_epoch_end()
         metric = self.stage_metrics("val")["teacher_acc"]
         if not self.trainer.sanity_checking or not metric.update_called:
@@ -263,10 +266,9 @@ class EvaluatedDistillation(ClassificationModule):
         acc = float(metric.compute())
         chance = 1 / self._num_classes
         images = images_measured(self.trainer, "val")
-        self.print(f"The teacher's accuracy on {images}: {acc:.2%}")
+        self.print(f"Teacher accuracy on {images}: {acc:.2%}")
         if acc - chance < 0.1 * (1 - chance):
             rank_zero_warn(
-                f"the teacher's accuracy on {images} is {acc:.2%}, near chance ({chance:.2%}): "
-                "its weights may be untrained (teacher_ckpt), its classes in another order, or its images normalised "
-                "otherwise (teacher_normalization)"
+                f"the teacher's accuracy on {images} is {acc:.2%}, which is near chance ({chance:.2%}); check its "
+                "weights (teacher_ckpt), the order of its classes and its input normalization (teacher_normalization)"
             )

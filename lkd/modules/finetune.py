@@ -1,4 +1,4 @@
-"""Training a pretrained network on classes of one's own."""
+"""Fine-tuning of a pretrained network on new classes."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from lkd.schedules.relative import Interval
 
 
 class FineTuneModule(ClassificationModule):
-    """Train the head of a pretrained network, and the layers before it more slowly or not at all.
+    """Fine-tune a pretrained network, with a lower learning rate for the backbone or a frozen backbone.
 
-    The head is the network's last linear layer; the backbone is everything else. Frozen layers have no gradient and
-    stay in eval mode, so that their BatchNorm keeps its statistics. (Lightning's `BaseFinetuning` normalises with those
-    of the batch.)
+    The head is the last linear layer of the network; the backbone is everything else. Frozen layers have no gradient
+    and stay in eval mode, so that their BatchNorm uses its running statistics. (With Lightning's `BaseFinetuning`, it
+    uses those of the batch.)
 
     Args:
-        model: The network, usually with pretrained weights and a new head; returns logits `(B, K)`.
-        frozen: Layers that do not train: names, as `lkd layers` lists them, or groups such as `@stage1`. What a layer
-            contains is frozen with it.
-        backbone_lr_factor: Learning rate of the backbone, as a multiple of the head's, at least 0; 0: the backbone is
-            frozen.
-        optimizer: Makes the optimizer from two groups of parameters, head and backbone; its learning rate is that of
-            the head.
-        lr_scheduler: Makes the learning rate's schedule from the optimizer; None: constant.
-        label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
-        model_ckpt: File with weights to start from: anything that `lkd.models.load_weights` reads.
-        lr_scheduler_interval: Whether the schedule is stepped after each `epoch` or each optimizer `step`.
+        model: Network to train, usually with pretrained weights and a new head; returns logits `(B, K)`.
+        frozen: Layers to freeze: names, as listed by `lkd layers`, or groups such as `@stage1`. Submodules of a frozen
+            layer are frozen as well.
+        backbone_lr_factor: Learning rate of the backbone as a multiple of the head's, at least 0. With 0 the backbone
+            is frozen.
+        optimizer: Function that creates the optimizer from two parameter groups, head and backbone. Its learning rate
+            is that of the head.
+        lr_scheduler: Function that creates the learning rate scheduler from the optimizer. `None` keeps the learning
+            rate constant.
+        label_smoothing: Label smoothing factor, in [0, 1).
+        model_ckpt: File with initial weights, in any format that `lkd.models.load_weights` supports.
+        lr_scheduler_interval: Whether the scheduler steps after each `epoch` or each optimizer `step`.
 
     Raises:
-        ValueError: If the network has no linear layer, or no layer of a name; nothing is left to train; a number is out
-            of range; or the file's weights do not fit.
+        ValueError: If the network has no linear layer, a layer to freeze does not exist, no trainable parameters
+            remain, a number is out of range, or the weights in the file do not match the network.
     """
 
-    _frozen: tuple[nn.Module, ...] = ()  # a tuple, in which PyTorch looks for no layers
+    _frozen: tuple[nn.Module, ...] = ()  # a tuple, since PyTorch does not register layers in tuples
 
     def __init__(
         self,
@@ -55,25 +56,25 @@ class FineTuneModule(ClassificationModule):
     ) -> None:
         super().__init__(model, optimizer, lr_scheduler, label_smoothing, model_ckpt, lr_scheduler_interval)
         if not 0 <= backbone_lr_factor < float("inf"):
-            raise ValueError(f"backbone_lr_factor must be a finite number from 0 on, got {backbone_lr_factor}")
+            raise ValueError(f"backbone_lr_factor must be a finite number of at least 0, got {backbone_lr_factor}")
         self.backbone_lr_factor = backbone_lr_factor
         self.head = feature_layers(self.model).head
         if not self.head:
             raise ValueError(f"{type(self.model).__name__} has no linear layer to fine-tune; use ClassificationModule")
         self._frozen = self._freeze(frozen or [])
         if not any(parameter.requires_grad for parameter in self.parameters()):
-            raise ValueError(f"frozen {frozen} leaves nothing to train; leave out the head, {self.head}")
-        for layer in self._frozen:  # the others keep the modes that they have
+            raise ValueError(f"frozen={frozen} leaves no trainable parameters; do not freeze the head, {self.head}")
+        for layer in self._frozen:  # the other layers keep their modes
             layer.training = False
 
     def _freeze(self, names: list[str]) -> tuple[nn.Module, ...]:
-        """Takes the gradient from frozen layers; returns them with all layers in them."""
+        """Freeze the parameters of the named layers, and return these layers and all their submodules."""
         layers = dict(self.model.named_modules())
         found: list[nn.Module] = []
         for name in resolve_layers(self.model, names):
             if name not in layers or not name:
                 near = difflib.get_close_matches(name, layers, n=3) or [name for name in layers if "." not in name][1:9]
-                raise ValueError(f"there is no layer {name!r} to freeze; the nearest are {', '.join(near)}")
+                raise ValueError(f"cannot freeze {name!r}: no such layer; closest matches: {', '.join(near)}")
             found += layers[name].modules()
         if not self.backbone_lr_factor:
             head = set(layers[self.head].modules())
@@ -84,14 +85,14 @@ class FineTuneModule(ClassificationModule):
         return tuple(found)
 
     def train(self, mode: bool = True) -> FineTuneModule:
-        """Set the mode of everything but the frozen layers, which stay in eval mode."""
+        """Set training or eval mode, except for the frozen layers, which stay in eval mode."""
         super().train(mode)
         for layer in self._frozen:
             layer.training = False
         return self
 
     def make_optimizer(self) -> Optimizer:
-        """The optimizer of two groups of parameters, `head` and `backbone`, each with its learning rate."""
+        """Create the optimizer with two parameter groups, `head` and `backbone`, each with its own learning rate."""
         head = list(self.model.get_submodule(self.head).parameters())
         others = set(self.parameters()) - set(head)
         groups: list[dict[str, Any]] = [
@@ -105,17 +106,17 @@ class FineTuneModule(ClassificationModule):
         return optimizer
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer and the schedule.
+        """Create the optimizer and the scheduler.
 
         Raises:
-            ValueError: If the schedule makes the learning rates of head and backbone equal.
+            ValueError: If the scheduler makes the learning rates of head and backbone equal.
         """
         made = super().configure_optimizers()
         optimizer: Any = made["optimizer"] if isinstance(made, dict) else made
         rates = [group["lr"] for group in optimizer.param_groups]
         if len(rates) == 2 and rates[0] == rates[1] != 0 and self.backbone_lr_factor != 1:
             raise ValueError(
-                "the schedule sets one learning rate for head and backbone, whatever backbone_lr_factor is; give it a "
-                "rate for each, as in max_lr: [0.1, 0.01]"
+                "the scheduler sets the same learning rate for head and backbone and thus overrides "
+                "backbone_lr_factor; set one rate for each, as in max_lr: [0.1, 0.01]"
             )
         return made

@@ -1,4 +1,4 @@
-"""Means of curves without waiting for the device in every step."""
+"""Averages of logged values that do not synchronize with the device in each step."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ _TOGETHER = 64
 
 
 class Meter:
-    """Sums named scalars on their device; reads them out, once in a while, as means.
+    """Sum of named scalars on their device, read out occasionally as means.
 
-    It also remembers, on the device, the first step at which each of them was not finite.
+    The meter also records, on the device, the first step at which each value was not finite.
     """
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
-        self._waiting: list[tuple[int, Tensor]] = []  # steps that are not summed yet
+        self._waiting: list[tuple[int, Tensor]] = []  # steps not yet summed
         self._sums: Tensor | None = None
         self._first_bad: Tensor | None = None
         self._count = 0
 
     def update(self, values: Mapping[str, Tensor], step: int) -> None:
-        """Add one step's values.
+        """Add the values of one step.
 
         Args:
-            values: Scalars on one device. Where the names are others than in the step before, as when a weight
-                rises from 0, it starts again.
-            step: The step's number, for the error if one of them is not finite.
+            values: Scalars on one device. If the names differ from those of the previous step, as when a weight
+                increases from 0, the meter restarts.
+            step: Number of the step, used to report values that are not finite.
         """
         self.add(tuple(values), torch.stack([value.detach().float() for value in values.values()]), step)
 
     def add(self, names: tuple[str, ...], row: Tensor, step: int) -> None:
-        """Add one step's values that are in one tensor already.
+        """Add the values of one step, given as a single tensor.
 
         Args:
-            names: Their names, as the keys in `update`.
-            row: The values `(C,)`, float32; kept, so not to be changed afterwards.
-            step: The step's number.
+            names: Names of the values, like the keys in `update`.
+            row: Values `(C,)`, float32. The tensor is stored and must not be modified afterwards.
+            step: Number of the step.
         """
         if self._names != names:
             self._names, self._waiting, self._sums, self._first_bad, self._count = names, [], None, None, 0
@@ -52,7 +52,7 @@ class Meter:
             self._sum()
 
     def _sum(self) -> None:
-        """Sum what waits: once for many steps, as each operation takes as long for one number as for a hundred."""
+        """Sum the pending steps in one go, since an operation takes as long for one number as for a hundred."""
         if not self._waiting:
             return
         steps, values = zip(*self._waiting, strict=True)
@@ -64,10 +64,10 @@ class Meter:
         self._count, self._waiting = self._count + len(steps), []
 
     def state(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """What has been summed in all processes, as it is: for a checkpoint.
+        """Return the state of the meters of all processes, for a checkpoint.
 
         Args:
-            gather: As for `first_bad`.
+            gather: As in `first_bad`.
         """
         steps, values = zip(*self._waiting, strict=True) if self._waiting else ((), ())
         tensors = {"waiting": torch.stack(values) if values else None, "sums": self._sums, "first_bad": self._first_bad}
@@ -79,12 +79,12 @@ class Meter:
         }
 
     def restore(self, state: Mapping[str, Any], rank: int, device: torch.device) -> None:
-        """Go on from a `state`.
+        """Restore the meter from a `state`.
 
         Args:
-            state: What `state` has returned.
-            rank: Which process this is; where there were fewer, it begins as their last.
-            device: Where steps are made.
+            state: Return value of `state`.
+            rank: Rank of this process. If the state is of fewer processes, the last one is used.
+            device: Device on which the steps run.
         """
         waiting, sums, first_bad = (
             None if part is None else part[min(rank, len(part) - 1)].to(device)
@@ -95,10 +95,11 @@ class Meter:
         self._sums, self._first_bad = sums, first_bad
 
     def first_bad(self, gather: Callable[[Tensor], Tensor]) -> dict[str, int]:
-        """Name to the first step at which it was not finite, for those that were not.
+        """Return the first step at which each value was not finite, by name; finite values are omitted.
 
         Args:
-            gather: Brings a tensor of all processes together: `(...)` to `(world, ...)` or, alone, unchanged.
+            gather: Function that gathers a tensor `(...)` from all processes as `(world, ...)`, or returns it unchanged
+                if there is only one process.
         """
         self._sum()
         if self._first_bad is None:
@@ -107,10 +108,10 @@ class Meter:
         return {name: int(step) for name, step in zip(self._names, steps, strict=True) if step != torch.inf}
 
     def means(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Name to mean over the steps and processes since the last reading; starts again.
+        """Return the means over the steps since the last call and over the processes, by name, and reset the meter.
 
         Args:
-            gather: As for `first_bad`.
+            gather: As in `first_bad`.
         """
         self._sum()
         if self._sums is None:
@@ -122,15 +123,15 @@ class Meter:
 
 
 def _of_all(part: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
-    """`(...)` as `(world, ...)`, on the CPU."""
+    """Gather a tensor `(...)` as `(world, ...)` on the CPU."""
     return gather(part).reshape(-1, *part.shape).cpu()
 
 
 class WeightedMean(Metric):
-    """Mean of values, each with its weight; 0 if nothing weighs, and not finite if a value is not.
+    """Weighted mean of scalars: 0 if the total weight is 0, and not finite if a value is not finite.
 
-    torchmetrics' `MeanMetric` looks for NaN in every step, which waits for the device; told not to (up to 1.9), it
-    forgets the weights.
+    torchmetrics' `MeanMetric` checks for NaN in each step, which synchronizes with the device. If this check is
+    disabled, it ignores the weights (up to version 1.9).
     """
 
     full_state_update = False
@@ -146,21 +147,21 @@ class WeightedMean(Metric):
         """Add a value.
 
         Args:
-            value: A scalar.
-            weight: A scalar, at least 0.
+            value: Scalar.
+            weight: Weight of the value, at least 0.
         """
         self.total += value * weight
         self.weight += weight
 
     def compute(self) -> Tensor:
-        """The mean so far."""
+        """Return the weighted mean."""
         return self.total / torch.where(self.weight > 0, self.weight, 1)
 
 
 class Accuracy(Metric):
-    """Share of samples whose largest logit, or given class, is the target; those without a label do not count.
+    """Fraction of labelled samples that are classified correctly.
 
-    torchmetrics' `MulticlassAccuracy` selects the samples that have a label, which waits for the device to count them.
+    torchmetrics' `MulticlassAccuracy` selects the labelled samples, which synchronizes with the device to count them.
     """
 
     full_state_update = False
@@ -176,8 +177,8 @@ class Accuracy(Metric):
         """Add samples.
 
         Args:
-            predictions: Logits `(B, K)`, or classes `(B,)`.
-            target: `(B,)`; `IGNORE_INDEX` where there is no label.
+            predictions: Logits `(B, K)` or class indices `(B,)`.
+            target: Class indices `(B,)`; `IGNORE_INDEX` for samples without a label.
         """
         classes = predictions.argmax(1) if predictions.dim() > target.dim() else predictions
         labelled = target != IGNORE_INDEX
@@ -185,5 +186,5 @@ class Accuracy(Metric):
         self.total += labelled.sum()
 
     def compute(self) -> Tensor:
-        """The share so far; 0 if no sample has a label."""
+        """Return the accuracy, in [0, 1]; 0 if no sample has a label."""
         return self.correct / self.total.clamp(min=1)

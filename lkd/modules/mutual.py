@@ -1,4 +1,4 @@
-"""Several students that learn from one another."""
+"""Deep mutual learning: several students that learn from each other."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lkd.types import Batch, Outputs, Probe
 
 
 class Mutual(CompositeLoss):
-    """A criterion between all students: a copy of it for each and each of its peers, as adapters differ.
+    """A criterion applied to each ordered pair of students, with a copy, and thus separate adapters, for each pair.
 
     Args:
-        criterion: What compares two of them.
-        students: All of them.
+        criterion: Criterion that compares two students.
+        students: All students.
     """
 
     def __init__(self, criterion: DistillLoss, students: list[nn.Module]) -> None:
@@ -42,97 +42,98 @@ class Mutual(CompositeLoss):
 
     @property
     def name(self) -> str:
-        """The criterion's."""
+        """Name of the criterion."""
         return self.parts[0].name
 
     @property
     def parts(self) -> list[DistillLoss]:
-        """The copies."""
+        """Copies of the criterion, one per pair."""
         return list(self.criteria)  # type: ignore[arg-type]
 
     def layers_of(self, student: int) -> tuple[str, ...]:
-        """The layers of one student that are read: in what it says of itself, and as a peer.
+        """Return the layers of one student that are read, as student or as peer.
 
         Args:
-            student: Its number, from 0.
+            student: Index of the student, from 0.
         """
         own = [copy.student_layers for copy, pair in self._copies() if pair[0] == student]
         as_peer = [copy.teacher_layers for copy, pair in self._copies() if pair[1] == student]
         return tuple(dict.fromkeys(layer for layers in (*own, *as_peer) for layer in layers))
 
     def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """The copies have found their layers already."""
+        """Do nothing: the layers of the copies are resolved in the constructor."""
 
     def build(self, *probes: Probe) -> None:
         """Build each copy.
 
         Args:
-            probes: All students and what they say of a blank input.
+            probes: All students and their outputs for a blank input.
         """
         for copy, (own, peer) in self._copies():
-            student, teacher = _answers(copy, probes[own].outputs, probes[peer].outputs)
+            student, teacher = _outputs_for(copy, probes[own].outputs, probes[peer].outputs)
             copy.build(probes[own]._replace(outputs=student), probes[peer]._replace(outputs=teacher))
 
-    def forward(self, answers: list[Outputs], student: int, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
-        """The mean of one student's terms over its peers.
+    def forward(self, outputs: list[Outputs], student: int, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
+        """Compute the terms of one student, averaged over its peers.
 
         Args:
-            answers: What all students say.
-            student: The student's number, from 0.
-            batch: The batch that all of them saw.
+            outputs: Outputs of all students.
+            student: Index of the student, from 0.
+            batch: The batch.
         """
         terms: dict[str, Tensor] = {}
         for copy, (own, peer) in self._copies():
             if own == student:
-                for key, term in named_terms("", copy(*_answers(copy, answers[own], answers[peer]), batch)).items():
+                for key, term in named_terms("", copy(*_outputs_for(copy, outputs[own], outputs[peer]), batch)).items():
                     terms[key] = terms[key] + term if key in terms else term
-        return {key: term / (len(answers) - 1) for key, term in terms.items()}
+        return {key: term / (len(outputs) - 1) for key, term in terms.items()}
 
     def _copies(self) -> list[tuple[DistillLoss, tuple[int, int]]]:
         return list(zip(self.parts, self.students, strict=True))
 
 
-def _answers(criterion: DistillLoss, own: Outputs, peer: Outputs) -> tuple[Outputs, Outputs]:
-    """What a criterion is given of two students: the layers that it named; of the peer, without gradient."""
+def _outputs_for(criterion: DistillLoss, own: Outputs, peer: Outputs) -> tuple[Outputs, Outputs]:
+    """Select the features that a criterion reads from the outputs of two students, and detach those of the peer."""
     student = Outputs(own.logits, {layer: own.features[layer] for layer in criterion.student_layers})
     teacher = Outputs(peer.logits, {layer: peer.features[layer] for layer in criterion.teacher_layers})
     return student, tree_map_only(Tensor, Tensor.detach, teacher)
 
 
 class MutualModule(DistillModule):
-    r"""Deep mutual learning: students that are trained at once, each with the labels and with what its peers say.
+    r"""Deep mutual learning: train several students jointly, each with the labels and with the outputs of its peers.
 
     $$ L_i = \text{hard\_weight} \cdot \mathrm{CE}(z_i, y)
        + \text{distill\_weight} \cdot \frac{1}{M - 1} \sum_{j \neq i} \mathrm{criterion}(z_i, z_j) $$
 
-    and the loss is the sum over the M students; a peer's answers are taken as they are, without gradient. All students
-    are in the checkpoint; the first is `model`, so that a checkpoint's weights serve as another run's teacher, and the
-    one that chooses the best checkpoint.
+    The loss is the sum of $L_i$ over the M students. The outputs of the peers are detached. All students are saved in
+    the checkpoint. The first one is stored as `model`: a checkpoint of this module can provide it as the teacher of
+    another run, and its metrics determine the best checkpoint.
 
-    Curves of the first student are called as those of a `DistillModule`, the others' have a number behind: `val/acc`,
-    `val/acc_2`, `train/kd_2`, ...
+    Metrics of the first student are named as in `DistillModule`; those of the others have their number as a suffix:
+    `val/acc`, `val/acc_2`, `train/kd_2`, ...
 
     Args:
-        students: The networks, two or more; each returns logits `(B, K)`. They may differ.
-        criterion: What a student imitates of a peer; each pair has its own copy. None: `KD(temperature=1.0)`.
+        students: Networks to train, at least two; each returns logits `(B, K)`. Their architectures may differ.
+        criterion: Distillation loss between a student and a peer; each pair has its own copy. `None` uses
+            `KD(temperature=1.0)`.
         distill_weight: Weight of the criterion, at least 0.
         hard_weight: Weight of the cross-entropy with the labels, at least 0.
-        optimizer: Makes the optimizer from the parameters that train, all students' and the criteria's.
-        lr_scheduler: Makes the learning rate's schedule from the optimizer; None: constant. `lkd.schedules` has
-            schedules that follow the length of the run.
-        label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
-        lr_scheduler_interval: Whether the schedule is stepped after each `epoch` or each optimizer `step`.
+        optimizer: Function that creates the optimizer from the trainable parameters of all students and criteria.
+        lr_scheduler: Function that creates the learning rate scheduler from the optimizer. `None` keeps the learning
+            rate constant. `lkd.schedules` provides schedules that adapt to the length of the run.
+        label_smoothing: Label smoothing factor, in [0, 1).
+        lr_scheduler_interval: Whether the scheduler steps after each `epoch` or each optimizer `step`.
 
     Raises:
-        ValueError: If there are fewer than two students, a weight is negative, or, before training, the students have
-            different classes.
+        ValueError: If there are fewer than two students or a weight is negative. Before training, if the students have
+            different numbers of classes.
 
     References:
-        Zhang, Xiang, Hospedales, Lu: Deep Mutual Learning, CVPR 2018 (arXiv 1706.00384). They update one student after
-        the other, each from its peers' newest answers; here all are updated at once, from the same forward pass, as in
-        their equations but not in their algorithm 1: it costs half, for two students, and lets them share an optimizer.
-        The mean over the peers is the paper's; the authors' code adds the peers' divergences without dividing by
-        M - 1, which `distill_weight` M - 1 gives here.
+        Zhang, Xiang, Hospedales, Lu: Deep Mutual Learning, CVPR 2018 (arXiv 1706.00384). The authors update the
+        students one after the other, each with the latest outputs of its peers (algorithm 1). Here all students are
+        updated at once from the same forward pass, as in the equations of the paper, which halves the cost for two
+        students and allows a shared optimizer. The mean over the peers follows the paper; the authors' code sums the
+        divergences without dividing by M - 1, which corresponds to `distill_weight` M - 1 here.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class MutualModule(DistillModule):
         lr_scheduler_interval: Interval = "epoch",
     ) -> None:
         if len(students) < 2:
-            raise ValueError(f"MutualModule needs at least two students, got {len(students)}")
+            raise ValueError(f"MutualModule requires at least two students, got {len(students)}")
         mutual = Mutual(criterion if criterion is not None else KD(temperature=1.0), students)
         super().__init__(
             students[0],
@@ -170,41 +171,41 @@ class MutualModule(DistillModule):
 
     @property
     def asks_teacher(self) -> bool:
-        """There is none: the peers are the teachers."""
+        """Always False: the peers take the place of a teacher."""
         return False
 
     def build(self, example: Any) -> None:
-        """Check the students on a blank input, and let the criterion build its adapters."""
+        """Check the students with a blank input, and build the adapters of the criterion."""
         named = zip(self.network_names, self.taps, strict=True)
         probes = [self.probe(name, taps, example) for name, taps in named]
         classes = [probe.outputs.logits.shape[1] for probe in probes]
         if self.criterion.reads_logits and self.distill_weight and len(set(classes)) > 1:
             raise ValueError(
-                f"the students have {', '.join(map(str, classes))} classes, and their logits are compared: set the "
-                "same num_classes"
+                f"the students have {', '.join(map(str, classes))} classes, but the criterion compares their logits; "
+                "num_classes must be the same for all students"
             )
         self.build_criterion(*probes)
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The first student's logits `(B, K)`; the weighted terms of all students."""
+        """Compute the first student's logits `(B, K)` and the weighted terms of all students."""
         self._check_batch(batch)
-        answers = [taps(batch.input) for taps in self.taps]
+        outputs = [taps(batch.input) for taps in self.taps]
         terms = {}
-        for number, answer in enumerate(answers):
-            self.watch(self.network_names[number], answer.logits)
+        for number, own in enumerate(outputs):
+            self.watch(self.network_names[number], own.logits)
             if self.hard_weight:
-                terms[f"hard{_suffix(number)}"] = self.hard_weight * self._labels_loss(answer.logits, batch)
+                terms[f"hard{_suffix(number)}"] = self.hard_weight * self._labels_loss(own.logits, batch)
             if self.distill_weight:
-                terms |= _numbered(self._terms_of(answers, number, batch), number)
-        self._reach_all(terms, *(answer.logits for answer in answers))
-        return answers[0].logits, terms
+                terms |= _numbered(self._terms_of(outputs, number, batch), number)
+        self._reach_all(terms, *(own.logits for own in outputs))
+        return outputs[0].logits, terms
 
-    def _terms_of(self, answers: list[Outputs], student: int, batch: Batch) -> dict[str, Tensor]:
-        terms = named_terms(self.distill_name, self.criterion(answers, student, batch))
+    def _terms_of(self, outputs: list[Outputs], student: int, batch: Batch) -> dict[str, Tensor]:
+        terms = named_terms(self.distill_name, self.criterion(outputs, student, batch))
         return {name: self.distill_weight * term for name, term in terms.items()}
 
     def update_metrics(self, metrics: MutableMapping[str, Metric], batch: Batch) -> Tensor:
-        """Measure all students on one batch, and the criterion of each."""
+        """Evaluate all students and the criterion of each on one batch."""
         self.student_taps.clear()
         logits = ClassificationModule.update_metrics(self, metrics, batch)
         peers = [taps(batch.input) for taps in self.taps[1:]]
@@ -212,10 +213,10 @@ class MutualModule(DistillModule):
             metrics[f"acc_{number}"].update(peer.logits, batch.target)
 
         def terms() -> dict[str, Tensor]:
-            answers = [self.student_taps.outputs(logits), *peers]
+            outputs = [self.student_taps.outputs(logits), *peers]
             found: dict[str, Tensor] = {}
-            for number in range(len(answers)):
-                own = with_total(self._terms_of(answers, number, batch), self.criterion_curve)
+            for number in range(len(outputs)):
+                own = with_total(self._terms_of(outputs, number, batch), self.criterion_curve)
                 found |= _numbered(own, number)
             return found
 

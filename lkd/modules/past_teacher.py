@@ -1,4 +1,4 @@
-"""A student that learns from its own past."""
+"""Self-distillation from a past or averaged copy of the student."""
 
 from __future__ import annotations
 
@@ -21,46 +21,47 @@ from lkd.schedules.relative import Interval
 
 
 class PastTeacherModule(DistillModule):
-    r"""Train a student whose teacher is what it was: at the end of the last epoch, or on average over the last steps.
+    r"""Train a student with its own past as teacher: its weights after the previous epoch, or their moving average.
 
-    The teacher is a frozen copy of the student, in eval mode. It begins as the student begins, and learns nothing
-    itself: without `ema_decay` it is refreshed between epochs (progressive self-knowledge distillation); with
-    `ema_decay` d it follows after every step (mean teacher),
+    The teacher is a copy of the student that is frozen, in eval mode, and starts with the same weights. Without
+    `ema_decay` it is replaced by the current student at the start of each epoch (progressive self-knowledge
+    distillation). With `ema_decay` d it is an exponential moving average that is updated after step n (mean teacher):
 
     $$ \theta' \leftarrow d_n \theta' + (1 - d_n) \theta, \quad d_n = \min(d, 1 - 1 / (n + 1)) $$
 
-    at the n-th step, BatchNorm's statistics like the weights. As it cannot be had otherwise, it is in the checkpoint,
-    and goes on from there. Neither the optimizer nor DDP's gradients know it; DDP gives all processes the statistics of
-    the first.
+    BatchNorm statistics are averaged like the weights. The teacher is saved in the checkpoint and restored from it,
+    since it cannot be recomputed. It is excluded from the optimizer and from DDP's gradients; DDP broadcasts the
+    BatchNorm statistics of rank 0.
 
-    The first teacher knows nothing: let `distill_weight` grow from 0, by `lkd.callbacks.Schedule`. A criterion that
-    computes something from the teacher's weights once (`OFD`: its margins) does so from that first teacher, and keeps
-    it: it belongs to a teacher that is trained, in a `DistillModule`.
+    The first teacher is untrained, so increase `distill_weight` from 0 with `lkd.callbacks.Schedule`. Do not use
+    criteria that precompute values from the teacher's weights, such as the margins of `OFD`: the values of the
+    untrained first teacher would be used throughout. They require a trained teacher in a `DistillModule`.
 
     Args:
-        student: The network in training; returns logits `(B, K)`.
-        criterion: What the student imitates; None: `KD(temperature=1.0)`.
-        student_ckpt: File with weights to start from: anything that `lkd.models.load_weights` reads.
-        ema_decay: How much of the average stays in a step, in [0, 1); None: the teacher is the student at the end of
-            the epoch before.
+        student: Network to train; returns logits `(B, K)`.
+        criterion: Distillation loss. `None` uses `KD(temperature=1.0)`.
+        student_ckpt: File with initial weights, in any format that `lkd.models.load_weights` supports.
+        ema_decay: Decay of the moving average per step, in [0, 1). `None` uses the student after the previous epoch.
         distill_weight: Weight of the criterion, at least 0.
-        hard_weight: Weight of the cross-entropy with the labels, at least 0; 0: labels are not used.
-        optimizer: Makes the optimizer from the parameters that train (the student's and the criterion's).
-        lr_scheduler: Makes the learning rate's schedule from the optimizer; None: constant. `lkd.schedules` has
-            schedules that follow the length of the run.
-        label_smoothing: Share of the target's probability spread over all classes, in [0, 1).
-        lr_scheduler_interval: Whether the schedule is stepped after each `epoch` or each optimizer `step`.
+        hard_weight: Weight of the cross-entropy with the labels, at least 0; with 0, labels are not used.
+        optimizer: Function that creates the optimizer from the trainable parameters of student and criterion.
+        lr_scheduler: Function that creates the learning rate scheduler from the optimizer. `None` keeps the learning
+            rate constant. `lkd.schedules` provides schedules that adapt to the length of the run.
+        label_smoothing: Label smoothing factor, in [0, 1).
+        lr_scheduler_interval: Whether the scheduler steps after each `epoch` or each optimizer `step`.
 
     Raises:
-        ValueError: If `ema_decay` is out of range, a weight is negative, or the file's weights do not fit.
+        ValueError: If `ema_decay` is out of range, a weight is negative, or the weights in the file do not match the
+            network.
 
     References:
         Kim et al.: Self-Knowledge Distillation with Progressive Refinement of Targets, ICCV 2021 (arXiv 2006.12000).
-        The target of the paper, (1 - a) y + a p with the past prediction p, has the gradient of `hard_weight` 1 - a and
-        `distill_weight` a with KD at temperature 1. In the authors' code p is what the student said in training, of the
-        image as it was augmented in the last epoch, and the first epoch's p is the label.
+        The target of the paper, (1 - a) y + a p with the past prediction p, has the same gradient as `hard_weight`
+        1 - a and `distill_weight` a with KD at temperature 1. In the authors' code, p is the prediction that the
+        student made during the previous epoch, in training mode and for the image as augmented then; in the first
+        epoch, p is the label.
         Tarvainen, Valpola: Mean teachers are better role models, NeurIPS 2017 (arXiv 1703.01780). Their teacher runs in
-        training mode, and sees the image with another noise.
+        training mode and sees the image with different noise.
     """
 
     saves_teacher = True
@@ -79,7 +80,7 @@ class PastTeacherModule(DistillModule):
         lr_scheduler_interval: Interval = "epoch",
     ) -> None:
         if ema_decay is not None and not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay must be at least 0 and less than 1, got {ema_decay}; 0.999 is usual")
+            raise ValueError(f"ema_decay must be at least 0 and less than 1, got {ema_decay}; a typical value is 0.999")
         super().__init__(
             student,
             deepcopy(student),
@@ -93,10 +94,10 @@ class PastTeacherModule(DistillModule):
             lr_scheduler_interval=lr_scheduler_interval,
         )
         self.ema_decay = ema_decay
-        self._follow(0.0)  # student_ckpt, if any, has changed the student
+        self._follow(0.0)  # student_ckpt may have changed the student
 
     def on_train_epoch_start(self) -> None:
-        """Without an average, the teacher is the student as it is now; the checkpoint of an epoch has that epoch's."""
+        """Without `ema_decay`, copy the student to the teacher; the checkpoint of an epoch holds its own teacher."""
         if self.ema_decay is None:
             self._follow(0.0)
 
@@ -107,10 +108,10 @@ class PastTeacherModule(DistillModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Step, and let the average follow."""
+        """Perform the optimizer step, then update the moving average."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.ema_decay is not None:
-            self._follow(min(self.ema_decay, 1 - 1 / (self.global_step + 2)))  # this step is not yet counted
+            self._follow(min(self.ema_decay, 1 - 1 / (self.global_step + 2)))  # global_step excludes this step
 
     @torch.no_grad()
     def _follow(self, decay: float) -> None:
@@ -125,5 +126,5 @@ class PastTeacherModule(DistillModule):
                 own.copy_(new)
 
     def on_validation_epoch_end(self) -> None:
-        """Before the first epoch the teacher is as bad as the student, which is no reason to warn."""
+        """Skip the warning about the teacher's accuracy, which is near chance before the first epoch."""
         ClassificationModule.on_validation_epoch_end(self)

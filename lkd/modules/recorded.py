@@ -1,4 +1,4 @@
-"""What a module records of its run beside its own arguments: the seed."""
+"""Recording of the seed in loggers and checkpoints."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lkd.modules.replay import ReplayableModule
 
 
 def global_seed() -> dict[str, int]:
-    """The seed of `seed_everything`, by the name of that setting; empty if it was not called."""
+    """Return the seed as `{"seed_everything": seed}`, or an empty dict if `seed_everything` was not called."""
     seed = os.environ.get("PL_GLOBAL_SEED")
     return {} if seed is None else {"seed_everything": int(seed)}
 
 
 def inner_arguments(kind: type) -> list[str]:
-    """Return the arguments that constructors of a class's bases take, and that the class itself does not.
+    """Return the constructor arguments of the base classes that the class itself does not accept.
 
-    As hyperparameters they would be passed to the class when it is loaded from a checkpoint.
+    If saved as hyperparameters, they would be passed to the class when it is loaded from a checkpoint.
     """
     makers = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
     signatures = [inspect.signature(maker).parameters for maker in makers if inspect.isfunction(maker)]
@@ -40,5 +40,5 @@ class RecordedModule(ReplayableModule):
 
     @property
     def hparams_initial(self) -> AttributeDict:
-        """The hyperparameters that loggers record: those of `save_hyperparameters`, and the seed."""
+        """Hyperparameters that loggers record: those of `save_hyperparameters` and the seed."""
         return AttributeDict({**global_seed(), **super().hparams_initial})

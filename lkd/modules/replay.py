@@ -1,4 +1,4 @@
-"""Modules whose training steps a captured graph can take."""
+"""Modules whose training steps can be replayed from a captured graph."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lkd.types import Batch
 
 
 class EvalReplay(Protocol):
-    """Measures validation batches: `lkd.callbacks.eval_graph.EvalGraph`."""
+    """Evaluation of validation batches by a captured graph; implemented by `lkd.callbacks.eval_graph.EvalGraph`."""
 
     def update(self, metrics: MutableMapping[str, Metric], batch: Batch) -> bool:
-        """Measure one batch as `update_metrics` does; whether that was done."""
+        """Update the metrics as `update_metrics` does, and return whether this was possible."""
 
 
 class StepReplay(Protocol):
-    """Takes whole training steps: `lkd.callbacks.step_graph.StepGraph`."""
+    """Execution of whole training steps by a captured graph; implemented by `lkd.callbacks.step_graph.StepGraph`."""
 
     def prepare(self, batch: Batch) -> bool:
-        """Get ready for a batch; whether its step is to be taken by `run`."""
+        """Prepare for a batch, and return whether `run` should execute its step."""
 
     def run(self, batch: Batch) -> tuple[tuple[str, ...], Tensor]:
-        """Take a step; the names and values `(C,)` of what `training_values` computes."""
+        """Execute a step, and return the names and values `(C,)` that `training_values` computes."""
 
 
 class ReplayableModule(L.LightningModule):
@@ -40,14 +40,14 @@ class ReplayableModule(L.LightningModule):
     """
 
     step_graph: StepReplay | None = None
-    """Takes training steps in place of `training_values`, `backward` and the optimizer: for a callback (`Speed`)."""
+    """Executes training steps instead of `training_values`, `backward` and the optimizer; set by `Speed`."""
     eval_graph: EvalReplay | None = None
-    """Measures validation batches in place of `update_metrics`, where it can: for a callback (`Speed`)."""
+    """Evaluates validation batches instead of `update_metrics` where possible; set by `Speed`."""
     _replays = False  # whether the current step is a replay of `step_graph`
 
     @abstractmethod
     def unpack(self, batch: Any) -> Batch:
-        """Convert what the data module gave to a `Batch`.
+        """Convert a batch from the data module to a `Batch`.
 
         Args:
             batch: One batch.
@@ -55,28 +55,28 @@ class ReplayableModule(L.LightningModule):
 
     @abstractmethod
     def training_values(self, batch: Batch) -> dict[str, Tensor]:
-        """Compute the loss and everything else that is logged of a training step.
+        """Compute the loss and all other logged values of a training step.
 
         Args:
             batch: One batch.
 
         Returns:
-            Name to scalar: `loss`, with its gradient, comes first.
+            A mapping from names to scalars. `loss`, which carries the gradient, comes first.
         """
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Get the graph of the step ready, where there is one: all callbacks have prepared the step by now."""
-        self._replays = False  # to capture, `prepare` takes ordinary steps
+        """Prepare the step graph, if there is one; at this point all callbacks have prepared the step."""
+        self._replays = False  # `prepare` runs ordinary steps to capture the graph
         if self.step_graph is not None:
             self._replays = self.step_graph.prepare(self.unpack(batch))
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Compute the gradients, unless a graph has done it already."""
+        """Compute the gradients, unless a graph has already computed them."""
         if not self._replays:
             super().backward(loss, *args, **kwargs)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Clear the gradients, unless a graph has done it already."""
+        """Clear the gradients, unless a graph has already cleared them."""
         if not self._replays:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
@@ -87,7 +87,7 @@ class ReplayableModule(L.LightningModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Update the weights; where a graph does it, only run the step."""
+        """Update the weights; if a graph updates them, only run the step."""
         if self._replays and optimizer_closure is not None:
             optimizer_closure()
         else:

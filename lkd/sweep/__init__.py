@@ -45,7 +45,9 @@ def main(args: Sequence[str]) -> None:
         import optuna
         import optuna_integration  # noqa: F401
     except ImportError as error:
-        raise ValueError("lkd sweep requires Optuna, which is not installed; pip install 'lkd[sweep]'") from error
+        raise ValueError(
+            "lkd sweep requires Optuna, which is not installed; pip install 'lightning-kd[sweep]'"
+        ) from error
     from lkd.sweep.options import read_options
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -152,5 +152,5 @@ def test_damaged_file_is_refused_by_the_trainer(tmp_path) -> None:
     path = tmp_path / "a.ckpt"
     torch.save({"a": torch.arange(4000.0)}, path)
     os.truncate(path, 5000)
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="is corrupt"):
         AtomicCheckpointIO().load_checkpoint(path)

@@ -254,8 +254,8 @@ def test_mistakes_are_answered():
 
     fails("batch_size must be 1 or more, got 0", batch_size=0)
     fails("mean has 3 values, but images have 1 channels", mean=(0.5, 0.5, 0.5))
-    fails("as many means as stds, got 1 and 2", std=(0.5, 0.5))
-    fails("positive stds", std=(0.0,))
+    fails("mean and std must have the same length, got 1 and 2", std=(0.5, 0.5))
+    fails("std must be positive", std=(0.0,))
     fails("the train split of Given has no images", train=[])
     fails("the test split of Given has no images", setup="test", train=[])
     fails("val_size must be a fraction between 0 and 1 .* below the 30 images with a label, got 40", val_size=40)

@@ -269,7 +269,7 @@ def test_criteria_that_need_indices_and_kept_answers_are_refused(tiny, trainer) 
     _shards("a", (8, 8))
     module = DistillModule(tiny(seed=1), tiny(seed=2), CRD(num_samples=16, num_negatives=2, feat_dim=4))
     data = WebDatasetDataModule("a", **PLAIN, train_size=16)
-    with pytest.raises(ValueError, match="criterion CRD needs sample indices; this datamodule's batches have none"):
+    with pytest.raises(ValueError, match="criterion CRD requires sample indices, but the batches have none"):
         trainer(max_epochs=1).fit(module, data)
     module = DistillModule(tiny(seed=1), tiny(seed=2))
     with pytest.raises(ValueError, match="except WebDatasetDataModule, a stream"):

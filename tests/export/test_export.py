@@ -317,7 +317,7 @@ def test_a_data_modules_hooks_are_kept(distill) -> None:
     ("args", "words"),
     [
         ([], "lkd export requires a checkpoint or the folder of a run as its first argument; see 'lkd export --help'"),
-        (["nowhere"], "there is no nowhere; give a checkpoint, or the folder of a run or of runs"),
+        (["nowhere"], "nowhere does not exist; give the path of a checkpoint or of a folder of runs"),
         (
             ["RUN", "--format", "onx"],
             "--format must be safetensors, torch, onnx, or several of them separated by commas, got 'onx'",
@@ -336,7 +336,7 @@ def test_mistakes_get_one_sentence(run, answer, args, words) -> None:
 def test_a_missing_extra_is_named(run, answer, monkeypatch) -> None:
     monkeypatch.setattr("lkd.export.files.find_spec", lambda name: None if name == "onnxscript" else name)
     assert answer(run, "--output", "out") == (
-        "--format onnx requires onnxscript, which is not installed; pip install 'lkd[onnx]', or use "
+        "--format onnx requires onnxscript, which is not installed; pip install 'lightning-kd[onnx]', or use "
         "--format safetensors,torch"
     )
     assert not Path("out").exists()
@@ -459,7 +459,7 @@ def test_a_network_with_more_outputs_than_the_data_has_classes(tmp_path, monkeyp
     sizes = "--data.init_args.batch_size=4", "--data.init_args.val_size=4", "--data.init_args.num_workers=0"
     kinds = "--model=lkd.ClassificationModule", "--data=lkd.ImageFolderDataModule"
     run = fit(tmp_path / "runs", *kinds, *network, *images, *sizes)
-    said = "the model has 10 outputs and the data 4 classes, so no image belongs to one of the outputs from 4 on; set "
+    said = "the model has 10 outputs, but the data has only 4 classes; set num_classes to 4"
     assert len([one for one in recwarn if said in str(one.message)]) == 1
 
     best = Path(run, "checkpoints/best.ckpt")

@@ -64,7 +64,7 @@ def test_stem_without_stride_stays() -> None:
 
 @pytest.mark.parametrize("name", ["vit_b_32", "swin_t", "convnext_tiny"])
 def test_patches_cannot_be_adapted(name: str) -> None:
-    message = rf"{name} cuts images into patches of .* leave small_images out"
+    message = rf"{name} splits images into patches of .* omit small_images"
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         torchvision_model(name, num_classes=2, small_images=True)
 
@@ -115,7 +115,9 @@ def refused(*args: object) -> None:
     raise ConnectionRefusedError(111, "Connection refused")
 
 
-@pytest.mark.parametrize(("connect", "reason"), [(hang, "does not answer within 1 s"), (refused, "Connection refused")])
+@pytest.mark.parametrize(
+    ("connect", "reason"), [(hang, "no response from .* within 1 s"), (refused, "Connection refused")]
+)
 def test_offline_fails_at_once(
     connect: Callable[..., None], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,9 +169,9 @@ def test_interrupted_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(FileNotFoundError, match=r"\(no route to host\); get https://\S+\.pth elsewhere") as error:
+    with pytest.raises(FileNotFoundError, match=r"\(no route to host\); download https://\S+\.pth on another") as error:
         torchvision_model("resnet18", num_classes=10, weights="IMAGENET1K_V1")
-    assert f"put it at {tmp_path}/hub/checkpoints/resnet18-f37072fd.pth" in str(error.value)
+    assert f"copy it to {tmp_path}/hub/checkpoints/resnet18-f37072fd.pth" in str(error.value)
 
     monkeypatch.setattr(timm, "create_model", refuse)
     with pytest.raises(FileNotFoundError, match=r"resnet18 .* \(no route to host\); copy .* pretrained to false"):
@@ -186,9 +188,9 @@ def test_timm() -> None:
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, 5)
     assert seen == [(32, 32)]
     assert network.training
-    with pytest.raises(ValueError, match="test_vit cuts images into patches of 16x16"):
+    with pytest.raises(ValueError, match="test_vit splits images into patches of 16x16"):
         timm_model("test_vit", num_classes=5, small_images=True)
-    with pytest.raises(ValueError, match=r"repvgg_a0 does not take images of 32x32 even with its stem adapted \(The"):
+    with pytest.raises(ValueError, match=r"repvgg_a0 does not accept images of 32x32 even with an adapted stem \(The"):
         timm_model("repvgg_a0", num_classes=5, small_images=True)
 
 
@@ -199,33 +201,33 @@ def test_timm_transformers_for_small_images() -> None:
     assert network.training
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, 5)  # not a tuple of both heads' logits
     assert timm_model("test_vit", num_classes=0, img_size=32)(torch.rand(2, 3, 32, 32)).shape == (2, 64)
-    with pytest.raises(ValueError, match=r"timm's resnet18 takes no img_size and no patch_size .*; leave it out"):
+    with pytest.raises(ValueError, match=r"timm's resnet18 does not support img_size and patch_size .*; omit this"):
         timm_model("resnet18", num_classes=5, img_size=32, patch_size=4)
 
 
 @pytest.mark.parametrize(
     ("factory", "name", "options", "message"),
     [
-        (torchvision_model, "resnt18", {}, "torchvision has no network 'resnt18'; nearest names: resnet18"),
+        (torchvision_model, "resnt18", {}, "torchvision has no network 'resnt18'; closest matches: resnet18"),
         (torchvision_model, "fcn_resnet50", {}, "torchvision has no network 'fcn_resnet50'"),
         (
             torchvision_model,
             "resnet50",
             {"weights": "IMAGENET1K_V3"},
-            "torchvision's resnet50 has no weights 'IMAGENET1K_V3'; nearest names: IMAGENET1K_V2",
+            "torchvision's resnet50 has no weights 'IMAGENET1K_V3'; closest matches: IMAGENET1K_V2",
         ),
-        (timm_model, "resnt18", {}, "timm has no network 'resnt18'; nearest names: resnet18"),
+        (timm_model, "resnt18", {}, "timm has no network 'resnt18'; closest matches: resnet18"),
         (
             timm_model,
             "resnet18.a7_in1k",
             {},
-            "timm has no trained weights 'resnet18.a7_in1k'; .*resnet18.a1_in1k",
+            "timm has no pretrained weights 'resnet18.a7_in1k'; .*resnet18.a1_in1k",
         ),
         (
             timm_model,
             "botnet50ts_256",
             {"pretrained": True},
-            "timm has no trained weights .*; nearest names: none",
+            "timm has no pretrained weights .*; closest matches: none",
         ),
     ],
 )
@@ -236,5 +238,5 @@ def test_unknown_names(factory: object, name: str, options: dict[str, object], m
 
 def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match=r"needs timm, which is not installed; pip install 'lkd\[timm\]'"):
+    with pytest.raises(ValueError, match=r"requires timm, which is not installed; pip install 'lkd\[timm\]'"):
         timm_model("resnet18", num_classes=10)

@@ -44,10 +44,10 @@ def test_small_gray_images_and_gradients(shortcut: str) -> None:
     [
         ({"depth": 21}, r"must be 6n \+ 2 .* got 21"),
         ({"depth": 2}, r"must be 6n \+ 2 .* got 2"),
-        ({"num_filters": (16, 32, 64)}, r"must be 4 numbers .* got \[16, 32, 64\]"),
+        ({"num_filters": (16, 32, 64)}, r"must have 4 elements .* got \[16, 32, 64\]"),
         ({"num_classes": 0}, r"must be at least 1, got \[4, 4, 8, 16\], 0 and 3"),
         ({"shortcut": "C"}, r"'A' .* or 'B' .* got 'C'"),
-        ({"num_filters": (16, 8, 8, 8), "shortcut": "A"}, r"can only add channels, .* 16 to 8; let"),
+        ({"num_filters": (16, 8, 8, 8), "shortcut": "A"}, r"cannot reduce the number of channels, .* 16 to 8; use"),
     ],
 )
 def test_mistakes(changes: dict[str, object], message: str) -> None:

@@ -202,14 +202,14 @@ def test_training_goes_on_from_a_checkpoint(distill, resume) -> None:
 
 
 def test_mistakes(distill, data, trainer) -> None:
-    with pytest.raises(ValueError, match=r"DOTModule needs the optimizer lkd.DOT, got SGD; set the module"):
+    with pytest.raises(ValueError, match=r"DOTModule requires the optimizer lkd.DOT, got SGD; set `optimizer`"):
         trainer().fit(distill(DOTModule), data)
     with pytest.raises(ValueError, match="cannot clip gradients by value"):
         trainer(gradient_clip_val=1.0, gradient_clip_algorithm="value").fit(distill(DOTModule, optimizer=_dot), data)
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\), got 0.95 and 0.075"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\), got momentum 0.95 and delta 0.075"):
         DOT([_weight()], momentum=0.95)
     for lr in (-1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=f"lr must not be negative, got {lr}; take a finite number"):
+        with pytest.raises(ValueError, match=f"lr must be a finite number of at least 0, got {lr}"):
             DOT([_weight()], lr=lr)
 
 

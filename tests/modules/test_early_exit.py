@@ -105,7 +105,7 @@ def test_exits_come_back(tiny, resume) -> None:
 
 
 def test_mistakes(tiny, data, trainer) -> None:
-    with pytest.raises(ValueError, match="exit must be one of 1 to 2, or null for the network itself, got 3"):
+    with pytest.raises(ValueError, match="exit must be between 1 and 2, or null for the final classifier, got 3"):
         EarlyExitModule(tiny(), exit=3)
     with pytest.raises(ValueError, match=r"kd_weight must be between 0 and 1, got 1\.5"):
         BYOT(kd_weight=1.5)

@@ -133,8 +133,10 @@ class Fragile(DistillLoss):
 def test_a_criterion_that_fails_in_evaluation_ends_no_run(distill, data, trainer, recwarn) -> None:
     module, engine = distill(criterion=Fragile()), trainer(max_epochs=2)
     engine.fit(module, data)
-    warned = [str(warning.message) for warning in recwarn if "not measured" in str(warning.message)]
-    assert warned == ["the criterion is not measured in evaluation batches of 8 images (IndexError: no such row)"]
+    warned = [str(warning.message) for warning in recwarn if "not evaluated" in str(warning.message)]
+    assert warned == [
+        "the criterion is not evaluated on batches of 8 images in validation/test (IndexError: no such row)"
+    ]
     module.eval()
     with torch.no_grad():
         wanted = module.losses(next(iter(data.val_dataloader())))[1]["fragile"]
@@ -221,7 +223,7 @@ def test_whether_the_loss_trains_the_logits(distill, tiny, data, trainer, name: 
     else:
         engine.fit(module, data)
     assert module.trains_logits is trains
-    warned = any("not known whether" in str(warning.message) for warning in recwarn)
+    warned = any("cannot determine whether" in str(warning.message) for warning in recwarn)
     assert warned == (name == "what cannot be tried")
 
 
@@ -266,7 +268,7 @@ def test_names_that_are_taken(distill) -> None:
     class Agreement(KD):
         pass
 
-    with pytest.raises(ValueError, match="would be logged as 'agreement', the name of another curve"):
+    with pytest.raises(ValueError, match="would be logged as 'agreement', which is reserved"):
         distill(criterion=Agreement())
     with pytest.raises(ValueError, match=r"must not be named \['distill'\]"):
         WeightedSum({"distill": KD()})

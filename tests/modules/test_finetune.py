@@ -81,10 +81,10 @@ def test_steps_are_those_of_a_plain_loop(tiny, data, trainer) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"frozen": ["layr1"]}, "there is no layer 'layr1' to freeze; the nearest are layer1"),
-        ({"frozen": ["@stem"], "model": torchvision_model("resnet18", 4)}, "no layer 'layer1:input' to freeze"),
-        ({"frozen": ["fc"], "backbone_lr_factor": 0.0}, "leaves nothing to train; leave out the head, fc"),
-        ({"backbone_lr_factor": -1.0}, "backbone_lr_factor must be a finite number from 0 on, got -1.0"),
+        ({"frozen": ["layr1"]}, "cannot freeze 'layr1': no such layer; closest matches: layer1"),
+        ({"frozen": ["@stem"], "model": torchvision_model("resnet18", 4)}, "cannot freeze 'layer1:input': no such"),
+        ({"frozen": ["fc"], "backbone_lr_factor": 0.0}, "leaves no trainable parameters; do not freeze the head, fc"),
+        ({"backbone_lr_factor": -1.0}, "backbone_lr_factor must be a finite number of at least 0, got -1.0"),
         ({"model": nn.Conv2d(3, 4, 1)}, "Conv2d has no linear layer to fine-tune; use ClassificationModule"),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_schedule_that_ignores_the_factor_is_refused(tiny) -> None:
     def cycle(max_lr):
         return FineTuneModule(tiny(), lr_scheduler=lambda optimizer: OneCycleLR(optimizer, max_lr, total_steps=10))
 
-    with pytest.raises(ValueError, match=r"one learning rate for head and backbone.* max_lr: \[0.1, 0.01\]"):
+    with pytest.raises(ValueError, match=r"same learning rate for head and backbone.* max_lr: \[0.1, 0.01\]"):
         cycle(0.1).configure_optimizers()
     assert cycle([0.1, 0.01]).configure_optimizers()
 

@@ -98,7 +98,7 @@ def test_a_network_learns_from_mixed_images(mix, views, workers, tiny, trainer) 
 
 
 def test_a_student_of_two_views_mixed_apart_is_refused(distill, trainer) -> None:
-    with pytest.raises(ValueError, match="mixes each with another partner: leave its `mix` out"):
+    with pytest.raises(ValueError, match="mixes each view with a different partner; remove its `mix`"):
         trainer().fit(distill(NoisyStudentModule), mixing(views=StrongView()))
 
 

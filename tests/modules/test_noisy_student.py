@@ -80,7 +80,7 @@ def test_the_teachers_normalisation_is_its_own(tiny) -> None:
 
 @pytest.mark.parametrize(("views", "number"), [(None, 1), (RotatedViews(), 4)])
 def test_other_numbers_of_views_are_refused(distill, trainer, views, number: int) -> None:
-    with pytest.raises(ValueError, match=rf"weak and a strong one, .* batches have {number}: set its `views`"):
+    with pytest.raises(ValueError, match=rf"weak and a strong one, .* batches have {number}; set `views`"):
         trainer().fit(distill(NoisyStudentModule), images(views=views))
 
 

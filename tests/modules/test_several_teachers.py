@@ -66,9 +66,9 @@ def test_ensemble_is_the_mean(tiny) -> None:
 def test_mistakes_in_an_ensemble(tiny) -> None:
     with pytest.raises(ValueError, match="at least one network"):
         Ensemble([])
-    with pytest.raises(ValueError, match=r"2 networks needs as many weights, all greater than 0, got \[1.0\]"):
+    with pytest.raises(ValueError, match=r"one weight greater than 0 for each of its 2 networks, got \[1.0\]"):
         Ensemble([tiny(), tiny()], [1.0])
-    with pytest.raises(ValueError, match=r"the same classes, got \[4, 5\]"):
+    with pytest.raises(ValueError, match=r"the same number of classes, got \[4, 5\]"):
         Ensemble([tiny(), tiny(num_classes=5)])(_batch().input)
 
 

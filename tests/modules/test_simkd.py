@@ -154,10 +154,10 @@ def test_beside_other_criteria(distill, data, trainer) -> None:
 
 
 def test_mistakes(distill, tiny, data, trainer) -> None:
-    with pytest.raises(ValueError, match=r"SimKDModule's student answers .* SimKD keeps, got KD; set criterion to"):
+    with pytest.raises(ValueError, match=r"SimKDModule requires the criterion lkd\.losses\.SimKD, got KD; change"):
         trainer().fit(distill(SimKDModule), data)
     module = distill(SimKDModule, criterion=SimKD(), teacher=tiny(num_classes=3))
-    with pytest.raises(ValueError, match=r"the data has 4 classes, the teacher's classifier, .* only 3; take"):
+    with pytest.raises(ValueError, match=r"the data has 4 classes, but the teacher's classifier, .* only 3; use"):
         trainer().fit(module, data)
 
 

@@ -112,13 +112,13 @@ def test_criterion_must_not_register_the_teacher(distill, data, trainer, tiny) -
     with pytest.raises(ValueError, match=r"criterion\.head\.weight is the teacher's.*copy\.deepcopy.*tuple"):
         trainer().fit(distill(criterion=Keeps()), data)
     network = tiny()
-    with pytest.raises(ValueError, match=r"model\.conv1\.weight is the teacher's"):
+    with pytest.raises(ValueError, match=r"model\.conv1\.weight belongs to the teacher"):
         trainer().fit(DistillModule(network, network), data)
 
 
 def test_normalization_outside_a_trainer_is_no_silent_matter(distill) -> None:
     module = distill(teacher_normalization=Normalization((0.1,) * 3, (0.4,) * 3))
-    with pytest.raises(ValueError, match=r"teacher_normalization needs the mean and std of a data module"):
+    with pytest.raises(ValueError, match=r"teacher_normalization requires the mean and std of a data module"):
         module.losses(Batch(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])))
 
 

@@ -49,17 +49,17 @@ class Apart(nn.Module):
 
 
 def test_tensors_on_several_devices_are_reported_as_such(pretended, trainer, data) -> None:
-    with pytest.raises(ValueError, match=r"are on several devices \(cpu, pretended:0\); move the network to one"):
+    with pytest.raises(ValueError, match=r"are on different devices \(cpu, pretended:0\); move them to the same"):
         trainer(max_epochs=1).fit(ClassificationModule(Apart()), data)
 
 
 def test_several_types_are_reported_as_such(trainer, data, tiny) -> None:
-    with pytest.raises(ValueError, match=r"are of several types \(float32, float64\); convert the network with"):
+    with pytest.raises(ValueError, match=r"have different dtypes \(float32, float64\); convert the network with"):
         trainer(max_epochs=1).fit(ClassificationModule(tiny().double()), data)
 
 
 def test_wrong_channels_are_still_the_datas(trainer, data, tiny) -> None:
-    with pytest.raises(ValueError, match="give the network the data's number of channels"):
+    with pytest.raises(ValueError, match=r"the number of channels .* must be the same in network and data"):
         trainer(max_epochs=1).fit(ClassificationModule(tiny(in_channels=1)), data)
 
 

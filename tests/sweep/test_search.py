@@ -153,7 +153,7 @@ def test_without_optuna_it_says_what_to_install(sweep, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     code, said = sweep()
     assert code == 2
-    assert "pip install 'lkd[sweep]'" in said
+    assert "pip install 'lightning-kd[sweep]'" in said
 
 
 def test_a_trial_whose_best_another_curve_chooses_is_refused(sweep) -> None:
