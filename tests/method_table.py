@@ -106,13 +106,13 @@ def note() -> str:
     skipping = ", ".join(f"`{name}`" for name, kind in criteria if kind.skips_unlabelled in (True, None))
     return (
         '"Value and gradient" means that both equal those of the original implementation in float64 '
-        "(`tests/test_parity.py`); all other methods are tested against their formula. Where originals differ, or differ "
-        'from the paper, the class says so.\n\nSeveral processes: "as one" means that the gradient is, up to rounding, '
-        "that of one process with all samples (`tests/losses/test_processes.py`); otherwise the column says what a process "
-        "computes from its own samples. BatchNorm uses the statistics of each process unless "
-        "`--trainer.sync_batchnorm true` synchronizes them. If samples have no label, the supervised loss and terms of "
-        f"{skipping} are means over the labelled samples of each process, and equal those of one process only if all "
-        "processes have the same number of them."
+        "(`tests/test_parity.py`); all other methods are tested against their formula. Where originals differ, or "
+        "differ from the paper, the class says so.\n\n"
+        'Several processes: "as one" means that the gradient is, up to rounding, that of one process with all samples '
+        "(`tests/losses/test_processes.py`); otherwise the column says what a process computes from its own samples. "
+        "BatchNorm uses the statistics of each process unless `--trainer.sync_batchnorm true` synchronizes them. If "
+        f"samples have no label, the supervised loss and terms of {skipping} are means over the labelled samples of "
+        "each process, and equal those of one process only if all processes have the same number of them."
     )
 
 

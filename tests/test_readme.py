@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,9 @@ def test_chains(chain: list[str], reader: None, short: None) -> None:
         assert main(["fit", "--config=digits/kd", *SHORT]) == 0
     for command in chain:
         words = shlex.split(command, comments=True)[1:]
-        arguments = [path for word in words for path in (sorted(glob(word)) if "*" in word else [word])]
+        arguments = [
+            path for word in words for path in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
+        ]
         assert main([*arguments, *few.get(arguments[0], [])]) == 0
 
 
