@@ -58,7 +58,7 @@ def _help_or_version(args: Sequence[str]) -> str | None:
     Raises:
         ValueError: If there is no such command or class.
     """
-    if not args or args[0] in ("-h", "--help"):
+    if not args or args[0] in ("-h", "--help", "help"):
         return HELP
     command, options = args[0], args[1:]
     if command == "--version":

@@ -84,7 +84,8 @@ class EpochLines(LightningProgressBar):
         metrics: dict[str, Any] = {**self.get_metrics(trainer, pl_module)}
         parts = [f"{name} {float(value):.4g}" for name, value in metrics.items() if name != "v_num"]
         parts.append(str(timedelta(seconds=round(time.monotonic() - self._epoch_start))))
-        if left := _time_left(trainer, *self._start):
+        is_last = trainer.current_epoch + 1 == trainer.max_epochs
+        if not is_last and (left := _time_left(trainer, *self._start)):
             parts.append(f"{left} left")
         last = trainer.max_epochs
         epoch = f"epoch {trainer.current_epoch + 1}" + (f" of {last}" if last is not None and last > 0 else "")

@@ -74,6 +74,8 @@ def prepare(args: Sequence[str]) -> Prepared:
             content = read_checkpoint(path, whole=args[0] == "fit")
             if given.resume:
                 _say(f"resuming from {path}, after {content['epoch']} epochs and {content['global_step']} steps")
+        if args[0] != "fit" and str(path) != given.ckpt_path:
+            _say(f"checkpoint {path}")
         rest.append(f"--ckpt_path={path}")
     resumes = given.resume and given.ckpt_path is not None
     return Prepared([args[0], *(f"--config={path}" for path in configs), *rest], name, resumes)
@@ -112,6 +114,9 @@ def _find_checkpoint(name: str, root: Path, run: str) -> Path:
         return in_folder(Path(name), "best")
     if name in _NEWEST:
         return newest_checkpoint(root / run, name)
+    near = [str(path) for path in Path(name).parent.glob("*") if path.is_dir()]
+    if nearest := difflib.get_close_matches(str(Path(name)), near, n=1, cutoff=0.7):
+        raise FileNotFoundError(f"there is no checkpoint {name!r}; did you mean {nearest[0]!r}?")
     hint = _near(root) or f"; runs save their checkpoints in {root}/<name>/version_<n>/checkpoints/"
     raise FileNotFoundError(f"there is no checkpoint {name!r}{hint}")
 

@@ -24,6 +24,8 @@ SECTIONS = {
 }
 """Class of each config section that has no `class_path`."""
 _ENDS = {"lkd.modules": "Module", "lkd.datamodules": "DataModule"}  # suffixes of the classes that a setting can name
+OF_CLASSES = tuple(_HOMES)
+"""Settings that name a class."""
 _BASES = ("Optimizer", "LRScheduler")  # abstract
 _NETWORKS = ("student", "teacher", "students", "model")
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from docstring_parser import parse
 
+from lkd.cli.catalogue import OF_CLASSES, homes_of, summaries
+
 _WIDTH = 80
 _LONGEST = 60  # default values with more characters are not shown
 
@@ -41,6 +43,9 @@ def _found(path: str, homes: Sequence[str]) -> Any:
     for module in modules:
         if hasattr(module, name):
             return getattr(module, name)
+    for setting in () if above else OF_CLASSES:
+        if any(name in summaries(home) for home in homes_of(setting) if home.startswith("lkd.")):
+            raise ValueError(f"{name} is not one of these classes; see lkd fit --{setting}.help {name}")
     nearest = difflib.get_close_matches(name, [known for module in modules for known in dir(module)], n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "give an import path such as lkd.DistillModule"
     where = " or ".join(module.__name__ for module in modules)

@@ -22,7 +22,7 @@ _SECTIONS = {
     "trainer": ("max_epochs", "max_steps", "devices", "accelerator", "precision", "strategy", "logger", "callbacks"),
 }
 """Sections of settings that users may expect at the top level."""
-_USUAL = {
+USUAL = {
     "seed": "seed_everything",
     "epochs": "trainer.max_epochs",
     "gpus": "trainer.devices",
@@ -121,8 +121,8 @@ def _check_option(command: str, option: str) -> None:
 def _hint(option: str) -> str:
     """Return a hint for an unknown setting: its full name, or the setting with the most similar name."""
     top, _, own = option.partition(".")
-    if top in _USUAL:
-        return f"; use --{_USUAL[top]}"
+    if top in USUAL:
+        return f"; use --{USUAL[top]}"
     for section, names in _SECTIONS.items():
         if top in names:
             own = own.removeprefix("init_args.")

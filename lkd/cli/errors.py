@@ -15,6 +15,7 @@ from torch import nn
 
 from lkd.callbacks import BestCheckpoint, LastCheckpoint, Speed, TeacherCache
 from lkd.callbacks.monitored import no_curve
+from lkd.cli.early_checks import USUAL
 
 CALLBACKS: dict[str, type[L.Callback]] = {
     "checkpoint": BestCheckpoint,
@@ -127,6 +128,8 @@ def _unknown_setting(classes: list[str], reason: str) -> str | None:
         return f"{setting!r} is set for a network without class_path; give class_path and init_args in a --config"
     if setting == "teacher_ckpt" and inspect.isclass(_find(kind)) and issubclass(_find(kind), L.LightningModule):
         return f"{kind} has no teacher and therefore no 'teacher_ckpt'; use --model lkd.DistillModule, with a student"
+    if setting in USUAL:
+        return f"{kind} has no setting {setting!r}; use --{USUAL[setting]}"
     return f"{kind} has no setting {setting!r}{_nearest(setting, _settings(_find(kind)))}"
 
 
