@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.setenv("LKD_CACHE", "")
     assert cache_folder("images") == Path("/x/lkd/images")
+    monkeypatch.setattr("lkd.io.tensor_cache.user_cache_path", lambda *_, **__: Path("~/.cache/lkd"))
+    assert cache_folder("images") == Path(tempfile.gettempdir()) / "lkd/images"
     monkeypatch.setenv("LKD_CACHE", "/mine")
     assert cache_folder("images") == Path("/mine/images")
 

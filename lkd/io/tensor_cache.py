@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,7 +28,7 @@ os.umask(_UMASK)  # it can only be read by setting it; done at import, before ot
 
 
 def cache_folder(kind: str) -> Path:
-    """Return the cache folder of a kind: below `$LKD_CACHE`, else `$XDG_CACHE_HOME/lkd`, else `~/.cache/lkd`.
+    """Return the cache folder of a kind: below `$LKD_CACHE`, else in the user's cache folder (on Linux `~/.cache/lkd`).
 
     For users without a home directory, it is below the folder for temporary files.
 
@@ -36,12 +37,8 @@ def cache_folder(kind: str) -> Path:
     """
     if own := os.environ.get("LKD_CACHE"):
         return Path(own) / kind
-    if home := os.environ.get("XDG_CACHE_HOME"):
-        return Path(home) / "lkd" / kind
-    try:
-        return Path.home() / ".cache" / "lkd" / kind
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / "lkd" / kind
+    folder = user_cache_path("lkd", appauthor=False)
+    return (folder if folder.is_absolute() else Path(tempfile.gettempdir()) / "lkd") / kind  # '~' without a home
 
 
 def fingerprint(*parts: object) -> str:
@@ -93,7 +90,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows does not open folders
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(handle)
     except OSError:  # some systems cannot sync a folder

@@ -41,13 +41,8 @@ def main(args: Sequence[str]) -> None:
         ValueError: If the search cannot start, or its trials fail repeatedly in the same way.
         SystemExit: After Ctrl-C or SIGTERM.
     """
-    try:
-        import optuna
-        import optuna_integration  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "lkd sweep requires Optuna, which is not installed; pip install 'lightning-kd[sweep]'"
-        ) from error
+    import optuna
+
     from lkd.sweep.options import read_options
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -49,7 +49,7 @@ def test_features_alone(capfd, monkeypatch) -> None:
     assert points["val/backbonekd"] == pytest.approx([sum(pair) for pair in zip(*terms, strict=True)], rel=1e-5)
     features = {f"{stage}/{name}_acc" for stage in ("val", "final") for name in ("knn", "probe")}
     assert {name for name in points if name.endswith("acc")} == {"val/teacher_acc", *features}
-    assert f"student, last (val/knn_acc)   │ {points['final/knn_acc'][0]:.2%}" in shown
+    assert f"student (last), val/knn_acc   │ {points['final/knn_acc'][0]:.2%}" in shown
     assert not {"val/acc", "val/loss", "val/agreement", "train/acc"} & set(points)
     assert "the best checkpoint is the one with the lowest val/backbonekd" in shown
     assert "distillation loss (val/backbonekd)" in shown

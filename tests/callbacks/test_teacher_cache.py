@@ -198,7 +198,7 @@ def test_what_was_made_from_something_else_is_not_used(run, capfd, what: str, ch
     (new,) = {file.parent for file in files()} - {kept}
     for file in files():  # even under the right name
         (new / "0.safetensors").write_bytes((kept / file.name).read_bytes())
-    with pytest.warns(UserWarning, match=f"made from another .*{what}"):
+    with pytest.warns(UserWarning, match=f"created with different inputs: .*{what}"):
         assert run(epochs=1, **change)[2] >= 64
 
 

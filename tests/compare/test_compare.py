@@ -362,7 +362,7 @@ def test_class_names_are_those_of_the_training(runs, tmp_path, recwarn) -> None:
 
 def test_mistakes(answer, runs) -> None:
     assert "requires runs, or networks in a --config" in answer()
-    assert "there is no runs/digits/nothing" in answer("runs/digits/nothing")
+    assert "runs/digits/nothing does not exist" in answer("runs/digits/nothing")
     kd = str(runs / "digits" / "kd")
     assert "each run must have a unique name" in answer(kd, kd)
     assert "write NAME=PLACE" in answer(f"={kd}")

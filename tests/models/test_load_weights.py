@@ -170,7 +170,7 @@ def test_layers_whose_names_begin_with_the_heads_are_not_dropped(tmp_path: Path)
 def test_no_head_to_drop(tmp_path: Path) -> None:
     network = nn.Conv2d(3, 3, 1)
     torch.save(network.state_dict(), tmp_path / "conv.pth")
-    with pytest.raises(ValueError, match="Conv2d has no linear layer"):
+    with pytest.raises(ValueError, match="requires a linear layer, but Conv2d has none"):
         load_weights(network, tmp_path / "conv.pth", drop_head=True)
 
 

@@ -85,5 +85,5 @@ def test_other_numbers_of_views_are_refused(distill, trainer, views, number: int
 
 
 def test_a_criterion_that_compares_views_has_no_place_here(distill, trainer) -> None:
-    with pytest.raises(ValueError, match="criterion MLKD reads 2 views of each image"):
+    with pytest.raises(ValueError, match="criterion MLKD requires 2 views of each image"):
         trainer().fit(distill(NoisyStudentModule, criterion=MLKD()), images())

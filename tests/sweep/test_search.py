@@ -149,11 +149,12 @@ def test_mistakes_are_found_before_any_trial(sweep, args: list[str], said: str) 
     assert not list(Path("runs").rglob("trial_*")) if Path("runs").exists() else True
 
 
-def test_without_optuna_it_says_what_to_install(sweep, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    code, said = sweep()
-    assert code == 2
-    assert "pip install 'lightning-kd[sweep]'" in said
+@pytest.mark.parametrize(("command", "name"), [("sweep", "optuna"), ("compare", "matplotlib")])
+def test_without_optional_packages_it_says_what_to_install(command: str, name: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("lkd.cli.main.find_spec", lambda each: None if each == name else each)
+    assert main([command, "runs"]) == 2
+    said = f"lkd {command} requires {name}, which is not installed; pip install 'lightning-kd[{command}]'"
+    assert said in capsys.readouterr().err
 
 
 def test_a_trial_whose_best_another_curve_chooses_is_refused(sweep) -> None:
