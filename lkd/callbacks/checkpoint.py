@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lkd._compat import validates_in_epoch
 from lkd.callbacks.stop import StopSignal
 from lkd.checkpoints.io import AtomicCheckpointIO
 from lkd.io.safe_load import read_torch
@@ -324,7 +325,7 @@ def _was_validated(trainer: L.Trainer) -> bool:
     """Return whether the last batch was followed by a validation within the epoch."""
     engine: Any = trainer
     every, batches = engine.val_check_batch, _loop(trainer).batch_progress
-    if every in (None, float("inf")) or not _loop(trainer)._should_check_val_epoch():
+    if every in (None, float("inf")) or not validates_in_epoch(_loop(trainer)):
         return False
     counted = batches.total if engine.check_val_every_n_epoch is None else batches.current
     return bool(counted.started % every == 0)

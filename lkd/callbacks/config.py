@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+from lkd._compat import write_event
 from lkd.callbacks.record import run_folder
 from lkd.io.yaml import load_yaml
 
@@ -78,7 +79,7 @@ class SaveConfig(SaveConfigCallback):
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger):
                 start = Event(step=self._step, session_log=SessionLog(status=SessionLog.START))
-                logger.experiment._get_file_writer().add_event(start, self._step)
+                write_event(logger, start, self._step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Save the config next to the checkpoints, since not every logger has a folder for each run."""

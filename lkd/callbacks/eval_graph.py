@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
 from lkd import devices
+from lkd._compat import default_states, set_update_count, tree_map_only, update_count
 from lkd.callbacks.graph_constants import constants_of, numbers_of
 from lkd.devices.capture import Capture, copy_into, signature
 from lkd.types import Batch
@@ -90,8 +90,7 @@ class EvalGraph:
         copy_into(captured.batch, batch)
         captured.replay()
         for metric in captured.updated:  # as torchmetrics does in an update
-            metric._update_count += 1
-            metric._computed = None
+            set_update_count(metric, update_count(metric) + 1)
         return True
 
     def _fix_states(self) -> None:
@@ -104,7 +103,7 @@ class EvalGraph:
 
     def _try(self, metrics: MutableMapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> None:
         """Capture an update if there is no graph for this shape, and check the graph."""
-        counts = {metric: metric._update_count for metric in metrics.values()}
+        counts = {metric: update_count(metric) for metric in metrics.values()}
         device = batch.target.device
         random = devices.rng_states(device)
         try:
@@ -117,7 +116,7 @@ class EvalGraph:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         devices.set_rng_states(device, random)
         for metric, count in counts.items():
-            metric._update_count = count
+            set_update_count(metric, count)
         self._checked.add(name)
         if reason:
             self._is_possible, self._graphs = False, {}
@@ -126,14 +125,16 @@ class EvalGraph:
     def _capture(self, metrics: MutableMapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> None:
         if not self._states:
             self._states = [
-                (metric, state, getattr(metric, state)) for metric in metrics.values() for state in metric._defaults
+                (metric, state, getattr(metric, state))
+                for metric in metrics.values()
+                for state in default_states(metric)
             ]
         if kept := [type(metric).__name__ for metric, _, state in self._states if not isinstance(state, Tensor)]:
             raise TypeError(f"{kept[0]} keeps its state in lists")
         self._fix_states()
         before = [state.clone() for _, _, state in self._states]
         static = tree_map_only(Tensor, torch.clone, batch)
-        counts = {metric: metric._update_count for metric in metrics.values()}
+        counts = {metric: update_count(metric) for metric in metrics.values()}
 
         def update() -> None:
             self.module.update_metrics(metrics, static)
@@ -141,7 +142,7 @@ class EvalGraph:
 
         try:
             self.capture.warm_up(update)
-            updated = [metric for metric, count in counts.items() if metric._update_count > count]
+            updated = [metric for metric, count in counts.items() if update_count(metric) > count]
             _, replay = self.capture.capture(update)
         finally:
             self._fix_states()

@@ -12,10 +12,9 @@ import torch
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from lkd import devices
+from lkd._compat import AnyBatchNorm, has_forward_hooks, remove_compiled_call, tree_map
 from lkd.callbacks.eval_graph import EvalGraph
 from lkd.callbacks.monitor import fitting, network_size
 from lkd.callbacks.optimizers import count_on_device, count_on_host, fuse
@@ -146,8 +145,8 @@ class Speed(L.Callback):
         if not self.fold_teacher or taps is None or taps.layers or module.teacher_changes or not _is_image(example):
             return
         layers = list(module.teacher.modules())
-        read = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-        if read or not any(isinstance(layer, _BatchNorm) for layer in layers):
+        read = any(has_forward_hooks(layer) for layer in layers)
+        if read or not any(isinstance(layer, AnyBatchNorm) for layer in layers):
             return
         generator = torch.Generator().manual_seed(0)
         noise = fitting(torch.randn((2, *example.shape[1:]), generator=generator), module.teacher)
@@ -219,7 +218,7 @@ class Speed(L.Callback):
 
     def _uncompile(self) -> None:
         for network in self._compiled:
-            network._compiled_call_impl = None
+            remove_compiled_call(network)
         self._compiled = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:

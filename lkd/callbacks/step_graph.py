@@ -13,9 +13,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from torch.utils._pytree import tree_map_only
 
 from lkd import devices
+from lkd._compat import detects_anomalies, tree_map_only
 from lkd.callbacks.graph_check import Outcome, disagreement
 from lkd.callbacks.graph_constants import (
     Watched,
@@ -330,7 +330,7 @@ def obstacle(trainer: L.Trainer, module: Any) -> str:
         return "float16 gradient scaling runs on the host"
     if len(trainer.optimizers) != 1 or not module.automatic_optimization:
         return "several optimizers or manual optimization"
-    if trainer._detect_anomaly:
+    if detects_anomalies(trainer):
         return "detect_anomaly checks each operation"
     if own := [name for name in _OF_MODULE if name in vars(module) or not _is_known(type(module), name)]:
         return f"{type(module).__name__} overrides {own[0]}"

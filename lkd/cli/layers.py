@@ -11,8 +11,8 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from lkd._compat import tree_map
 from lkd.callbacks.monitor import fitting
 from lkd.cli.arguments import prepare
 from lkd.cli.lightning_cli import LkdCLI

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jsonargparse._typehints as typehints
 import lightning as L
 import torch
 import yaml
 from jsonargparse import get_loader, set_loader
-from jsonargparse._util import NestedArg, import_object
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -20,8 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils._pytree import tree_leaves
 
+from lkd._compat import changed_parser, import_class, nested_value, tree_leaves
 from lkd.callbacks import (
     EpochLines,
     FitReport,
@@ -75,21 +72,13 @@ class LkdCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse `args` with lkd's YAML loader, and without Lightning's warning that `sys.argv` is ignored."""
-        changes: dict[str, Callable[..., Any]] = {
-            "discard_init_args_on_class_path_change": _discard,
-            "parse_value_or_config": _keep_null,
-        }
-        own = {name: getattr(typehints, name) for name in changes}
         read = get_loader("yaml")
         set_loader("yaml", lambda text: load_yaml(text, read), (yaml.YAMLError,))
-        for name, change in changes.items():
-            setattr(typehints, name, partial(change, own[name]))
         try:
-            self.config = parser.parse_args(args)
+            with changed_parser(discard_init_args_on_class_path_change=_discard, parse_value_or_config=_keep_null):
+                self.config = parser.parse_args(args)
         finally:
             set_loader("yaml", read, (yaml.YAMLError,))
-            for name, function in own.items():
-                setattr(typehints, name, function)
 
     def _parse_ckpt_path(self) -> None:
         """Keep the settings of the config; Lightning would override them by the hyperparameters of the checkpoint."""
@@ -206,7 +195,7 @@ def _discard(keep: Callable[..., None], parser: Any, old: Any, new: Any) -> None
     """
     keep(parser, old, new)
     if old and "init_args" in old and old["class_path"] != new["class_path"]:
-        kind = import_object(old["class_path"])
+        kind = import_class(old["class_path"])
         if isinstance(kind, type) and issubclass(kind, (Optimizer, LRScheduler, DistillLoss)):
             for name in list(vars(old["init_args"])):
                 old["init_args"].pop(name)
@@ -219,8 +208,9 @@ def _keep_null(parse: Callable[..., Any], value: Any, **settings: Any) -> Any:
     argument that accepts a string or null interprets as a string.
     """
     parsed, path = parse(value, **settings)
-    is_nested = isinstance(parsed, NestedArg) and "." in parsed.key
-    return (value if is_nested and None in tree_leaves(parsed.val) else parsed), path
+    nested = nested_value(parsed)
+    has_null = nested is not None and "." in nested[0] and None in tree_leaves(nested[1])
+    return (value if has_null else parsed), path
 
 
 def _callbacks(command: str, logged: bool) -> list[L.Callback]:

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from lkd._compat import parser_of
 from lkd.callbacks import BestCheckpoint
 from lkd.checkpoints.find import read_checkpoint
 from lkd.checkpoints.io import damage_of
@@ -207,7 +208,7 @@ def _resolved(args: Sequence[str]) -> tuple[dict[str, Any], str]:
     """
     prepared, name, _ = prepare(["fit", *args])
     cli = copy_context().run(_Settings, prepared, name)
-    settings: dict[str, Any] = yaml.safe_load(cli._parser("fit").dump(cli.config["fit"], skip_none=False))
+    settings: dict[str, Any] = yaml.safe_load(parser_of(cli, "fit").dump(cli.config["fit"], skip_none=False))
     trainer, checkpoint = settings["trainer"], settings.get("checkpoint", {})
     if trainer["enable_checkpointing"] is False or trainer["fast_dev_run"] or not checkpoint.get("save_top_k", 1):
         raise ValueError(

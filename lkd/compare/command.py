@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import nn
 
+from lkd._compat import destinations_of
 from lkd.cli.config_files import find_config
 from lkd.compare.comparison import Comparison, compare, place_of
 from lkd.compare.groups import methods_of
@@ -76,7 +77,7 @@ def _parsed(args: Sequence[str]) -> Any:
     parser.add_argument("--output", type=str, default="runs/compare")
     parser.add_argument("--members", action="store_true")
     args = list(_with_found_configs(args))
-    _check_keys(args, {action.dest.partition(".")[0] for action in parser._actions})
+    _check_keys(args, destinations_of(parser))
     config = parser.parse_args(args)
     if not config.runs and not config.networks:
         raise ValueError("lkd compare requires runs, or networks in a --config; see 'lkd compare --help'")

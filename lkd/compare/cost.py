@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.benchmark import Measurement, Timer
 
+from lkd._compat import tree_leaves, tree_map
 from lkd.callbacks.monitor import network_size
 from lkd.features.layers import evaluating
 

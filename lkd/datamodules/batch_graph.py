@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lkd._compat import tree_leaves, tree_map_only
 from lkd.datamodules.dataset import ImageDataset
 from lkd.devices.capture import Capture
 from lkd.types import Batch

@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import TensorDataset
 
+from lkd._compat import AnyBatchNorm
 from lkd.datamodules.extra import ExtraImages
 from lkd.io.tensor_cache import cache_folder, fingerprint, load_tensors, save_tensors
 from lkd.types import Normalization
@@ -44,7 +44,7 @@ def total_variation(image: Tensor) -> Tensor:
     )
 
 
-def statistics_distance(input: Tensor, norm: _BatchNorm) -> Tensor:
+def statistics_distance(input: Tensor, norm: AnyBatchNorm) -> Tensor:
     r"""Compare a batch with BatchNorm statistics: $\lVert\mu-\hat\mu\rVert_2 + \lVert\sigma^2-\hat\sigma^2\rVert_2$.
 
     Args:
@@ -239,9 +239,9 @@ def _check_fit(network: nn.Module, blank: Tensor, num_classes: int) -> None:
         )
 
 
-def _norms(network: nn.Module) -> list[_BatchNorm]:
+def _norms(network: nn.Module) -> list[AnyBatchNorm]:
     """Return the BatchNorm layers with running statistics."""
-    return [part for part in network.modules() if isinstance(part, _BatchNorm) and part.running_var is not None]
+    return [part for part in network.modules() if isinstance(part, AnyBatchNorm) and part.running_var is not None]
 
 
 class _Statistics:
@@ -259,7 +259,7 @@ class _Statistics:
             hook.remove()
 
     def _take(self, norm: nn.Module, inputs: Sequence[Tensor]) -> None:
-        self._distances.append(statistics_distance(inputs[0], cast("_BatchNorm", norm)))
+        self._distances.append(statistics_distance(inputs[0], cast("AnyBatchNorm", norm)))
 
     def distance(self) -> Tensor:
         """Return the sum over the layers of the last forward pass."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lkd._compat import cpu_has_amx, cpu_has_avx512_bf16
 from lkd.devices.capture import Capture, CudaCapture
 
 
@@ -54,7 +55,7 @@ def has_bf16_units(gpu: bool) -> bool:
     Args:
         gpu: Whether to check the current CUDA device instead of the CPU.
     """
-    return torch.cuda.get_device_capability() >= (8, 0) if gpu else torch.cpu._is_avx512_bf16_supported()
+    return torch.cuda.get_device_capability() >= (8, 0) if gpu else cpu_has_avx512_bf16()
 
 
 def compiles_well(device: torch.device) -> bool:
@@ -63,7 +64,7 @@ def compiles_well(device: torch.device) -> bool:
     Args:
         device: Any device.
     """
-    return is_gpu(device) or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
+    return is_gpu(device) or (device.type == "cpu" and cpu_has_amx())
 
 
 def breaks_channels_last(network: nn.Module, device: torch.device) -> bool:

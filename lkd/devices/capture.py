@@ -7,7 +7,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves
+
+from lkd._compat import copy_tensors, tree_flatten, tree_leaves
 
 T = TypeVar("T")
 
@@ -88,7 +89,7 @@ class Snapshot:
     def restore(self) -> None:
         """Copy the saved values back into the tensors."""
         with torch.no_grad():
-            torch._foreach_copy_(self.tensors, self.copies)
+            copy_tensors(self.tensors, self.copies)
 
 
 def flat(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lkd.__about__ import __version__
+from lkd._compat import options_of
 from lkd.cli.arguments import check_option
 from lkd.export.card import CARD, card
 from lkd.export.files import INT8_FILE, METADATA, WRITERS, Network, as_json, check_formats, write_int8
@@ -131,7 +132,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true")
     given, rest = parser.parse_known_args(list(args[1:]))
     for arg in rest:
-        check_option("export", arg, [action.option_strings[0] for action in parser._actions])
+        check_option("export", arg, options_of(parser))
     formats = list(dict.fromkeys(chain.from_iterable(text.split(",") for text in given.format))) or list(WRITERS)
     if rest and not rest[0].startswith("-"):
         raise ValueError(

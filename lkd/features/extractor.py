@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from lkd._compat import AnyDropout, tree_leaves, tree_map
 from lkd.features.layers import evaluating, resolve_layers, uncompiled
 from lkd.types import Outputs, Probe
 
@@ -115,7 +114,7 @@ class FeatureTaps:
         finally:
             versions, self._versions = self._versions, None
             self._copied = frozenset(self.layers)
-        if not any(isinstance(module, _DropoutNd) and module.inplace for module in self.network.modules()):
+        if not any(isinstance(module, AnyDropout) and module.inplace for module in self.network.modules()):
             self._copied = frozenset(
                 name for name, feature in outputs.features.items() if _version(feature) != versions[name]
             )

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lkd._compat import wrapped_by_compile
+
 GROUPS = "@stem, @stages, @stage1, @stage2, ..., @last_stage, @preacts, @preact1, ..., @norms, @map, @pooled, @head"
 
 
@@ -46,7 +48,7 @@ def uncompiled(network: nn.Module) -> nn.Module:
     Args:
         network: Any module; returned as is if it is not compiled.
     """
-    inner = getattr(network, "_orig_mod", network)
+    inner = wrapped_by_compile(network)
     return inner if isinstance(inner, nn.Module) else network
 
 

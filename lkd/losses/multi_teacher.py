@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from lkd._compat import tree_map
 from lkd.losses._labels import labelled_mean, own_class
 from lkd.losses._precision import full_precision
 from lkd.losses._shapes import check_shapes

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lkd._compat import AnyBatchNorm
 from lkd.features.layers import resolve_layers
 from lkd.losses._adapters import pooled_to
 from lkd.losses._connectors import ConnectedLoss, LayerWeights
@@ -142,7 +143,7 @@ def _margin_of(network: nn.Module, name: str, channels: int) -> Tensor:
     """Return the margins `(C,)` of one of the teacher's BatchNorm layers, in float32 as in the authors' code."""
     norm = dict(network.named_modules()).get(name)
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or weight is None or bias is None:
+    if not isinstance(norm, AnyBatchNorm) or weight is None or bias is None:
         found = "does not exist" if norm is None else f"is {type(norm).__name__}"
         raise ValueError(
             f"OFD computes margins from the weight and bias of a BatchNorm, but the teacher's {name!r} {found}; "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from lkd import devices
+from lkd._compat import AnyBatchNorm
 from lkd.features.extractor import logits_of
 
 _TOLERANCE = 1e-3
@@ -74,7 +75,7 @@ def _batch_norms(network: Any) -> int:
         called = [network.get_submodule(str(node.target)) for node in network.graph.nodes if node.op == "call_module"]
     else:
         called = list(network.modules())
-    return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in called)
+    return sum(isinstance(module, AnyBatchNorm) for module in called)
 
 
 def join_activations(network: torch.fx.GraphModule) -> int:

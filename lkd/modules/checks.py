@@ -8,7 +8,8 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from lkd._compat import tree_leaves
 
 
 def mismatch(network: nn.Module, example: Any) -> str:

@@ -15,10 +15,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from lkd.__about__ import __version__
+from lkd._compat import tree_leaves
 from lkd.features.extractor import FeatureTaps, logits_of
 from lkd.features.layers import device_of
 from lkd.losses._labels import cross_entropies

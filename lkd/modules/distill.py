@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from lkd._compat import modifications
 from lkd.features.extractor import FeatureTaps
 from lkd.features.layers import device_of
 from lkd.losses import KD, DistillLoss, named_terms
@@ -218,7 +219,7 @@ class DistillModule(EvaluatedDistillation):
         if self.teacher is None:
             return 0
         tensors = chain(self.teacher.parameters(), self.teacher.buffers())
-        return sum(tensor._version for tensor in tensors if not tensor.is_inference())
+        return sum(modifications(tensor) for tensor in tensors if not tensor.is_inference())
 
     @property
     def not_to_be_kept(self) -> str:

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
 from lkd import devices
+from lkd._compat import tree_map_only
 from lkd.datamodules.limits import images_measured
 from lkd.features.extractor import FeatureTaps
 from lkd.features.layers import device_of, evaluating

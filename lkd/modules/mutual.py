@@ -10,9 +10,9 @@ from typing import Any, cast
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
+from lkd._compat import tree_map_only
 from lkd.features.extractor import FeatureTaps
 from lkd.losses import KD, CompositeLoss, DistillLoss, named_terms
 from lkd.modules.classification import ClassificationModule

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lkd._compat import last_milestone, parts_of
 from lkd.schedules.relative import Interval, RunSchedule, count
 
 _FAILS = "PyTorch then stops the run with an error"
@@ -96,7 +97,7 @@ def fit_schedules(trainer: L.Trainer) -> None:
     for config in trainer.lr_scheduler_configs:
         schedule, interval = config.scheduler, cast("Interval", config.interval)
         length, other = (run.step, run.epoch) if interval == "step" else (run.epoch, run.step)
-        for part in getattr(schedule, "_schedulers", ()):  # of SequentialLR and ChainedScheduler
+        for part in parts_of(schedule):  # of SequentialLR and ChainedScheduler
             if isinstance(part, RunSchedule) and part.total is None:
                 name = type(part).__name__
                 raise ValueError(f"{name} cannot follow the length of the run inside another schedule; pass total")
@@ -131,7 +132,7 @@ def _span(schedule: Any) -> _Span | None:
     """Return the fixed length of a schedule; `None` if it has none."""
     match schedule:
         case lr_scheduler.SequentialLR():
-            begin, last = schedule._milestones[-1], _span(schedule._schedulers[-1])
+            begin, last = last_milestone(schedule), _span(parts_of(schedule)[-1])
             return last and last._replace(
                 setting=f"a total length (up to {last.setting} of its last part) of", length=begin + last.length
             )

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lkd._compat import options_of
 from lkd.cli.arguments import check_option
 
 SAMPLERS = ("tpe", "random", "grid")
@@ -69,7 +70,7 @@ def read_options(args: Sequence[str]) -> Options:
         given, rest = parser.parse_known_args(list(args))
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
-    space, fit = _separated(rest, [action.option_strings[0] for action in parser._actions])
+    space, fit = _separated(rest, options_of(parser))
     _one_of("--sampler", given.sampler, SAMPLERS)
     _one_of("--pruner", given.pruner, PRUNERS)
     if not re.fullmatch(r"\w[\w.-]*", given.study) or given.study.startswith("version_"):

@@ -18,6 +18,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from lkd._compat import trial_id
 from lkd.callbacks.checkpoint import locked
 from lkd.sweep.fitting import Outcome, Plan
 from lkd.sweep.options import Options
@@ -167,7 +168,7 @@ class Study:
             return None
         if lock is None and not forced:  # no locks here, so its process may be running
             return None
-        trial = Trial(self._study(left.number), left._trial_id)
+        trial = Trial(self._study(left.number), trial_id(left))
         claim = Claim(trial, suggest(trial, self.space), True, lock)
         if left.number in self._options.give_up:
             self.finish(claim, Outcome(TrialState.FAIL, reason="marked as failed by --give_up"))
@@ -179,16 +180,16 @@ class Study:
         study_id = self._storage.get_study_id_from_name(self.name)
         # created together with its place, so other processes always see to whom it is assigned
         new = create_trial(state=TrialState.RUNNING, user_attrs={_PLACE: self._place})
-        trial_id = self._storage.create_new_trial(study_id, template_trial=new)
-        number = self._storage.get_trial(trial_id).number
+        new_id = self._storage.create_new_trial(study_id, template_trial=new)
+        number = self._storage.get_trial(new_id).number
         lock = locked(self.trial_folder(number))
-        trial = Trial(self._study(number), trial_id)
+        trial = Trial(self._study(number), new_id)
         return Claim(trial, suggest(trial, self.space), False, lock)
 
     def finish(self, claim: Claim, outcome: Outcome) -> None:
         """Store the result of a trial, and release it."""
         trial = claim.trial
-        if self._storage.get_trial(trial._trial_id).state.is_finished():  # taken over while this process was running
+        if self._storage.get_trial(trial_id(trial)).state.is_finished():  # taken over while this process was running
             print(f"trial {trial.number} was already finished by another process, whose value is kept", flush=True)
         else:
             if outcome.reason:

@@ -1,0 +1,165 @@
+"""Private parts of other libraries, with the reason why lkd uses them. `tests/test_compat.py` fails if one changes."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm  # there is no public base class of BatchNorm layers
+from torch.nn.modules.dropout import _DropoutNd as AnyDropout  # nor of dropout layers
+from torch.optim.lr_scheduler import LRScheduler, SequentialLR
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only  # documented by torch.export only
+
+if TYPE_CHECKING:
+    import lightning as L
+    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from optuna.trial import BaseTrial, FrozenTrial, Trial
+    from tensorboard.compat.proto.event_pb2 import Event
+    from torchmetrics import Metric
+
+__all__ = ["AnyBatchNorm", "AnyDropout", "tree_flatten", "tree_leaves", "tree_map", "tree_map_only"]
+
+
+# PyTorch
+
+
+def copy_tensors(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors with one kernel for many; there is no public function for it."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def cpu_has_avx512_bf16() -> bool:
+    """Return whether the CPU multiplies bfloat16 vectors; `torch.cpu` reports it in private functions only."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def cpu_has_amx() -> bool:
+    """Return whether the CPU has matrix units (AMX)."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def modifications(tensor: Tensor) -> int:
+    """Return the counter that increases when a tensor is modified in place; autograd uses it for the same purpose."""
+    return tensor._version
+
+
+def wrapped_by_compile(network: nn.Module) -> Any:
+    """Return the network that `torch.compile(network)` wraps; any other network unchanged."""
+    return getattr(network, "_orig_mod", network)
+
+
+def remove_compiled_call(network: nn.Module) -> None:
+    """Undo `network.compile()`; PyTorch offers no inverse."""
+    network._compiled_call_impl = None
+
+
+def has_forward_hooks(layer: nn.Module) -> bool:
+    """Return whether a layer has forward hooks."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def parts_of(schedule: Any) -> Sequence[LRScheduler]:
+    """Return the parts of a `SequentialLR` or `ChainedScheduler`; none for other schedules."""
+    parts: Sequence[LRScheduler] = getattr(schedule, "_schedulers", ())
+    return parts
+
+
+def last_milestone(schedule: SequentialLR) -> int:
+    """Return the step at which the last part of a schedule begins."""
+    return schedule._milestones[-1]
+
+
+# Lightning, torchmetrics, TensorBoard, Optuna
+
+
+def detects_anomalies(trainer: L.Trainer) -> bool:
+    """Return the trainer's `detect_anomaly`, which it has no public attribute for."""
+    return bool(trainer._detect_anomaly)
+
+
+def validates_in_epoch(loop: Any) -> bool:
+    """Return whether the epoch of a training loop includes validation."""
+    return bool(loop._should_check_val_epoch())
+
+
+def parser_of(cli: LightningCLI, command: str) -> Any:
+    """Return the parser of a subcommand."""
+    return cli._parser(command)
+
+
+def write_event(logger: TensorBoardLogger, event: Event, step: int) -> None:
+    """Write an event, such as one that marks a restart, after which TensorBoard drops later points of the first run."""
+    logger.experiment._get_file_writer().add_event(event, step)
+
+
+def default_states(metric: Metric) -> Mapping[str, Any]:
+    """Return the states of a metric, and their values after a reset."""
+    return metric._defaults
+
+
+def update_count(metric: Metric) -> int:
+    """Return how often a metric was updated since the last reset."""
+    return metric._update_count
+
+
+def set_update_count(metric: Metric, count: int) -> None:
+    """Set how often a metric was updated, and discard its computed value; a replayed update does neither."""
+    metric._update_count, metric._computed = count, None
+
+
+def trial_id(trial: BaseTrial | FrozenTrial | Trial) -> int:
+    """Return the ID of a trial in its storage, which differs from its number."""
+    number: int = trial._trial_id  # type: ignore[union-attr]
+    return number
+
+
+# argparse and jsonargparse
+
+
+def options_of(parser: ArgumentParser) -> list[str]:
+    """Return the first name of each option or positional argument of a parser."""
+    return [(action.option_strings or [action.dest])[0] for action in parser._actions]
+
+
+def destinations_of(parser: ArgumentParser) -> set[str]:
+    """Return the top-level keys that a parser sets."""
+    return {action.dest.partition(".")[0] for action in parser._actions}
+
+
+@contextmanager
+def changed_parser(**changes: Callable[..., Any]) -> Iterator[None]:
+    """Replace functions of jsonargparse that decide how settings of nested classes are merged and passed on.
+
+    Args:
+        changes: Function by the name of the one that it replaces, which it receives as its first argument.
+    """
+    from jsonargparse import _typehints as typehints
+
+    own = {name: getattr(typehints, name) for name in changes}
+    for name, change in changes.items():
+        setattr(typehints, name, partial(change, own[name]))
+    try:
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(typehints, name, function)
+
+
+def nested_value(parsed: Any) -> tuple[str, Any] | None:
+    """Return key and value that jsonargparse passes to a nested class; `None` for other values."""
+    from jsonargparse._util import NestedArg
+
+    return (parsed.key, parsed.val) if isinstance(parsed, NestedArg) else None
+
+
+def import_class(path: str) -> Any:
+    """Import a class or function by its path, like jsonargparse."""
+    from jsonargparse._util import import_object
+
+    return import_object(path)
