@@ -14,7 +14,7 @@ import lkd
 PACKAGE = Path(lkd.__file__).parent
 LEVEL = {
     "__about__": 0,
-    "_compat": 0,
+    "_compat": -1,
     "_moved": 0,
     "types": 0,
     "io": 0,
@@ -98,7 +98,7 @@ def test_few_files_lie_at_the_top() -> None:
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= 500
+    assert len(text.splitlines()) <= 400
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             doc = node.body[0]

@@ -5,25 +5,26 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lkd import devices
 from lkd.datamodules.batch_graph import BatchGraph
-from lkd.datamodules.dataset import ImageDataset, without_labels
+from lkd.datamodules.dataset import ImageDataset
 from lkd.datamodules.decoding import resident
 from lkd.datamodules.draws import SUBSET, permutation
 from lkd.datamodules.extra import ExtraImages
 from lkd.datamodules.files import ImageFiles, few
+from lkd.datamodules.labels import check_sizes, choose_labelled, read_targets
 from lkd.datamodules.limits import is_limited
+from lkd.datamodules.loader import Loader, identity
 from lkd.datamodules.sampler import EpochSampler
 from lkd.datamodules.sources import ImageSource, join
-from lkd.datamodules.split import of_each_class, stratified
+from lkd.datamodules.split import stratified
 from lkd.datamodules.transforms.base import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
 from lkd.datamodules.transforms.mixing import Mix
 from lkd.datamodules.transforms.views import Views
@@ -109,7 +110,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         extra: ExtraImages | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(batch_size, label_size, labels_per_class)
+        check_sizes(batch_size, label_size, labels_per_class)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.val_size = val_size
@@ -200,7 +201,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             held_out[stratified(known, self.val_size, self.split_seed)] = True
         val_target = None if val is None else self._targets("val", val)
         augment = self.default_augment() if self.augment is None else self.augment
-        labelled = self._labelled(target, ~held_out & usable)
+        labelled = choose_labelled(target, ~held_out & usable, self.label_size, self.labels_per_class, self.split_seed)
         kept = target.masked_fill(~held_out & ~labelled, IGNORE_INDEX)
         chosen = labelled if self.drop_unlabelled else ~held_out & usable
         decoded = divide(augment)[0] is None  # otherwise a random crop needs the full-size image
@@ -265,21 +266,6 @@ class ImageDataModule(L.LightningDataModule, ABC):
         processes = self.trainer.world_size if self.trainer else 1
         return max(1, (os.cpu_count() or 1) // processes) if self.num_workers is None else self.num_workers
 
-    def _labelled(self, target: Tensor, training: Tensor) -> Tensor:
-        """Return which training images keep their label `(N,)`, bool."""
-        labelled = torch.zeros_like(training)
-        if self.label_size == 0:
-            return labelled
-        if self.label_size == 1 and self.labels_per_class is None:
-            return training & (target != IGNORE_INDEX)
-        position = training.nonzero().squeeze(1)
-        if self.labels_per_class is not None:
-            chosen = of_each_class(target[position], self.labels_per_class, self.split_seed)
-        else:
-            chosen = stratified(target[position], self.label_size, self.split_seed, "label_size", ("labelled",))
-        labelled[position[chosen]] = True
-        return labelled
-
     def _open(self, split: Split) -> tuple[ImageSource, Tensor]:
         source = self.make_dataset(split)
         if source is None:
@@ -287,29 +273,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return source, self._targets(split, source)
 
     def _targets(self, split: str, source: ImageSource) -> Tensor:
-        """Return the class of every image, without reading the images if the source has `targets`."""
-        where = f"the {split} split of {type(self).__name__}"
-        if len(source) == 0:
-            raise ValueError(f"{where} has no images")
-        found: Any
-        if isinstance(source, TensorDataset):
-            image, found = source.tensors
-            if image.dtype != torch.uint8 or image.dim() != 4:
-                got = f"{image.dtype} {tuple(image.shape)}"
-                raise TypeError(f"{where} must have uint8 images (N, C, H, W), got {got}")
-        elif hasattr(source, "targets"):
-            found = source.targets
-        else:
-            found = [source[i][1] for i in range(len(source))]
-        target = torch.as_tensor(found).to(torch.int64)
-        wrong = target[((target < 0) | (target >= self.num_classes)) & (target != IGNORE_INDEX)]
-        if len(wrong):
-            raise ValueError(
-                f"{where} has {len(wrong)} of {len(target)} labels outside the {self.num_classes} classes 0 to "
-                f"{self.num_classes - 1}, such as {int(wrong[0])}; correct the labels or num_classes, or use "
-                f"{IGNORE_INDEX} for images without a label"
-            )
-        return target
+        return read_targets(source, self.num_classes, f"the {split} split of {type(self).__name__}")
 
     def _wrap(
         self,
@@ -357,12 +321,12 @@ class ImageDataModule(L.LightningDataModule, ABC):
         workers = self.num_workers
         if workers is None:
             workers = 0 if isinstance(dataset.source, TensorDataset) else min(4, os.cpu_count() or 1)
-        loader = _Loader(
+        loader = Loader(
             dataset,
             batch_size=self.batch_size,  # as a keyword, because Lightning passes it again for predict
             sampler=sampler,
             num_workers=workers,
-            collate_fn=_identity,
+            collate_fn=identity,
             pin_memory=devices.pins_memory() and dataset.index.is_cpu,
             persistent_workers=workers > 0 and not plain,
             generator=torch.Generator(),  # draws the workers' seeds, so that the global generator is not advanced
@@ -423,67 +387,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return self._loader("test", padded=False)
 
 
-def _check_sizes(batch_size: int, label_size: int | float, labels_per_class: int | None) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    if labels_per_class is not None and label_size != 1:
-        raise ValueError(
-            f"label_size {label_size} and labels_per_class {labels_per_class} cannot be combined; set only one of them"
-        )
-
-
-class _Loader(DataLoader[Batch]):
-    """Create whole batches without workers, and resume an epoch at the batch where it was interrupted.
-
-    Workers start when the first batch is requested. Lightning creates the iterator of a resumed run before it calls
-    `set_epoch`; workers that started then would read the first epoch again.
-    """
-
-    trainer: L.Trainer | None = None
-    """Trainer that knows the position in a resumed epoch. It may restore it after the loader is created."""
-    graph: BatchGraph | None = None
-    """Graph that creates full batches on a GPU, if used."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return an empty state. Its presence enables mid-epoch resume; Lightning counts the batches."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Ignore the state, which is empty."""
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        begin = _batches_seen(self.trainer)
-        size, sampler, dataset = self.batch_size or 0, self.sampler, self.dataset
-        if isinstance(sampler, EpochSampler):
-            sampler.begin = begin * size
-        # For predict, Lightning replaces the batch sampler by one that records indices; users may change the others.
-        own = type(self.batch_sampler) is BatchSampler and self.collate_fn is _identity
-        direct = own and size and not (self.num_workers or self.pin_memory)
-        if not (direct and type(sampler) is EpochSampler and type(dataset) is ImageDataset):
-            yield from super().__iter__()
-            return
-        epoch, dealt = sampler.epoch, sampler.deal()
-        # All positions of the epoch are copied at once: a copy per batch would synchronize with the GPU.
-        places = torch.split(dealt[0].to(dataset.index.device), size)
-        for position, padding in zip(places, torch.split(dealt[1], size), strict=True):
-            if len(position) == size or not self.drop_last:
-                take = dataset.take if self.graph is None or padding.any() else self.graph.take
-                yield without_labels(take(epoch, position), padding)
-
-
-def _batches_seen(trainer: L.Trainer | None) -> int:
-    """Return the number of batches of the current epoch that a resumed run has already processed."""
-    loop: Any = getattr(trainer, "fit_loop", None)
-    if loop is None or not loop.restarting or loop.epoch_loop.batch_progress.is_last_batch:
-        return 0
-    return int(loop.epoch_loop.batch_progress.current.processed)
-
-
 def _gpu(trainer: L.Trainer | None) -> torch.device | None:
     """Return the GPU of this process, or `None` if it has none."""
     device = getattr(getattr(trainer, "strategy", None), "root_device", None)
     return device if device is not None and devices.is_gpu(device) else None
-
-
-def _identity(batch: Any) -> Any:
-    return batch

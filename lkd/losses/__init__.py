@@ -3,10 +3,11 @@
 from lkd.losses.ab import AB
 from lkd.losses.at import AT
 from lkd.losses.backbonekd import BackboneKD
-from lkd.losses.base import CompositeLoss, DistillLoss, WeightedSum, named_terms
+from lkd.losses.base import DistillLoss, named_terms
 from lkd.losses.byot import BYOT
 from lkd.losses.catkd import CATKD
 from lkd.losses.cc import CC
+from lkd.losses.composite import CompositeLoss, WeightedSum
 from lkd.losses.crd import CRD
 from lkd.losses.cskd import CSKD
 from lkd.losses.ctkd import CTKD, InstanceCTKD

@@ -7,7 +7,8 @@ from torch import Tensor
 from lkd.losses._checks import check_classes, check_positive
 from lkd.losses._precision import wide
 from lkd.losses._shapes import check_shapes
-from lkd.losses.base import CompositeLoss, DistillLoss
+from lkd.losses.base import DistillLoss
+from lkd.losses.composite import CompositeLoss
 from lkd.losses.multi_teacher import MultiTeacher
 from lkd.types import Batch, Outputs
 

@@ -14,7 +14,8 @@ from lkd._compat import tree_map
 from lkd.losses._labels import labelled_mean, own_class
 from lkd.losses._precision import full_precision
 from lkd.losses._shapes import check_shapes
-from lkd.losses.base import CompositeLoss, DistillLoss, named_terms
+from lkd.losses.base import DistillLoss, named_terms
+from lkd.losses.composite import CompositeLoss
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 _MEMBERS = "members"

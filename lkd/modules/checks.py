@@ -1,7 +1,9 @@
-"""Checks that a network matches its data."""
+"""Checks that a network matches its data, and that training stays finite."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import lightning as L
@@ -10,6 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lkd._compat import tree_leaves
+from lkd.types import Probe
+
+LOGITS = " logits"
+"""End of the names of values that are logits, not terms of the loss."""
 
 
 def mismatch(network: nn.Module, example: Any) -> str:
@@ -47,3 +53,77 @@ def warn_of_unused_outputs(trainer: L.Trainer | None, name: str, num_outputs: in
         f"{num_classes:,}, unless you want to keep a pretrained classifier"
     )
     return True
+
+
+def check_same_classes(criterion: str, student: Probe, teacher: Probe) -> None:
+    """Check that student and teacher have the same number of logits.
+
+    Args:
+        criterion: Name of the criterion that compares them.
+        student: The student and its outputs for one input.
+        teacher: The teacher and its outputs for one input.
+
+    Raises:
+        ValueError: If the numbers differ.
+    """
+    ours, theirs = (probe.outputs.logits.shape[1] for probe in (student, teacher))
+    if ours != theirs:
+        raise ValueError(
+            f"the student has {ours} classes, but the teacher has {theirs}; {criterion} "
+            "compares logits, so num_classes must be the same in both"
+        )
+
+
+def check_saved_by(checkpoint: Mapping[str, Any], kind: type) -> None:
+    """Check that a checkpoint was saved by a class or one of its bases.
+
+    Raises:
+        ValueError: If it was saved by another class.
+    """
+    saved_by = str(checkpoint.get("hyper_parameters", {}).get("_class_path", kind.__name__))
+    if saved_by.rpartition(".")[2] not in {base.__name__ for base in kind.__mro__}:
+        raise ValueError(
+            f"this checkpoint was saved by {saved_by}, not by {kind.__name__}; "
+            "LightningModule.load_from_checkpoint(path) selects the right class"
+        )
+
+
+def check_not_shared(module: nn.Module, teacher: nn.Module) -> None:
+    """Check that a module has no parameter or buffer of its teacher, which would be trained and saved.
+
+    Raises:
+        ValueError: If it has one.
+    """
+    hidden = {id(tensor) for tensor in chain(teacher.parameters(), teacher.buffers())}
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if id(tensor) in hidden:
+            raise ValueError(
+                f"{name} belongs to the teacher, but would be trained and saved in checkpoints; use copy.deepcopy to "
+                "train a copy, or store the layer in a tuple, which PyTorch does not register, to only read it"
+            )
+
+
+def check_finite(first_bad: dict[str, int]) -> None:
+    """Check that the training loss is finite.
+
+    Args:
+        first_bad: First step at which each term, the loss and the logits of each network were not finite; empty if all
+            were.
+
+    Raises:
+        ValueError: If the loss was not finite; the message names the terms and networks to blame.
+    """
+    if "loss" not in first_bad:
+        return
+    step = first_bad["loss"]
+    names = [name for name, bad_step in first_bad.items() if bad_step <= step]
+    terms = [name for name in names if name != "loss" and not name.endswith(LOGITS)]
+    networks = [name for name in names if name.endswith(LOGITS)]
+    blame = f"{' and '.join(networks)} not finite at that step" if networks else "all logits finite at that step"
+    remedy = (
+        "check its weights, input normalization and precision; if its logits are cached, "
+        "--teacher_cache.dtype bfloat16 has a larger range"
+        if any(name.startswith("teacher") for name in networks)
+        else "lower the learning rate, clip gradients (--trainer.gradient_clip_val 1) or use a higher precision"
+    )
+    raise ValueError(f"the loss is not finite from step {step} on (terms: {', '.join(terms)}; {blame}); {remedy}")

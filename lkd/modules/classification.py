@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from functools import reduce
 from typing import Any, cast
 
-import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -18,45 +16,23 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import Metric
 
 from lkd.__about__ import __version__
-from lkd._compat import tree_leaves
 from lkd.features.extractor import FeatureTaps, logits_of
 from lkd.features.layers import device_of
 from lkd.losses._labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
-from lkd.modules.checks import mismatch, warn_of_unused_outputs
+from lkd.modules.checks import LOGITS, check_finite, check_saved_by, mismatch, warn_of_unused_outputs
 from lkd.modules.evaluated import EvaluatedModule, mean_cross_entropy
+from lkd.modules.hyperparameters import is_plain, is_safe, name_default
 from lkd.modules.meter import Meter
 from lkd.modules.recorded import global_seed, inner_arguments
 from lkd.schedules.relative import Interval
 from lkd.schedules.run import fit_schedules, with_schedule
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
 
-_LOGITS = " logits"
 RUNNING_HOOK = "_current_fx_name"
 FROM_DATA = ("num_samples", "batch_size", "train_index")
 """Attributes of a criterion that are filled in from the data module if they are None."""
-
-
-def _is_plain(value: Any) -> bool:
-    return all(type(leaf) in (bool, int, float, str, type(None)) for leaf in tree_leaves(value))
-
-
-def _is_safe(example: Any) -> bool:
-    """Return whether a value contains only tensors, strings and containers, which `weights_only` loading can read."""
-    if type(example) in (dict, list, tuple):
-        return all(_is_safe(part) for part in (example.values() if type(example) is dict else example))
-    return type(example) in (Tensor, str)
-
-
-def _name_default(kind: type[L.LightningModule]) -> None:
-    """Make the default optimizer of a class picklable, as strategies that spawn processes require.
-
-    The default is a lambda, which the command line can print and override. Pickle looks it up by its name, `<lambda>`.
-    """
-    optimizer = inspect.signature(kind).parameters.get("optimizer")
-    if optimizer is not None and getattr(optimizer.default, "__name__", "") == "<lambda>":
-        setattr(kind, "<lambda>", optimizer.default)
 
 
 class ClassificationModule(EvaluatedModule):
@@ -113,7 +89,7 @@ class ClassificationModule(EvaluatedModule):
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
-        _name_default(cls)
+        name_default(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, bypassing `nn.Module`'s checks for the one that Lightning sets 40 times per step."""
@@ -124,7 +100,7 @@ class ClassificationModule(EvaluatedModule):
 
     def _set_hparams(self, hp: Any) -> None:
         """Store only plain values as hyperparameters, since networks would be pickled into checkpoints."""
-        super()._set_hparams({name: value for name, value in self._to_hparams_dict(hp).items() if _is_plain(value)})
+        super()._set_hparams({name: value for name, value in self._to_hparams_dict(hp).items() if is_plain(value)})
 
     def unpack(self, batch: Any) -> Batch:
         """Convert a batch from the data module to a `Batch`; override this to support other formats.
@@ -229,7 +205,7 @@ class ClassificationModule(EvaluatedModule):
             network: Name of the network.
             logits: Its logits in this step.
         """
-        self._watched[f"{network}{_LOGITS}"] = logits.detach().float().mean()
+        self._watched[f"{network}{LOGITS}"] = logits.detach().float().mean()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log training metrics every `log_every_n_steps` optimizer steps, and at least once per epoch."""
@@ -242,7 +218,7 @@ class ClassificationModule(EvaluatedModule):
     def on_validation_epoch_start(self) -> None:
         """Raise an error if the training loss is not finite, before a checkpoint is saved."""
         if not self.trainer.sanity_checking:
-            self._check_finite(self._meter.first_bad(self._gather))
+            check_finite(self._meter.first_bad(self._gather))
 
     def on_validation_epoch_end(self) -> None:
         """Raise an error if the validation loss is not finite, as after a divergence in the last training steps."""
@@ -250,19 +226,19 @@ class ClassificationModule(EvaluatedModule):
             return
         total = cast("Tensor", self.stage_metrics("val")["loss"].total)
         if not self._gather(total).isfinite().all():
-            names = "loss", "val/loss", f"{self.network_names[0]}{_LOGITS}"
-            self._check_finite(dict.fromkeys(names, self.global_step))
+            names = "loss", "val/loss", f"{self.network_names[0]}{LOGITS}"
+            check_finite(dict.fromkeys(names, self.global_step))
 
     def on_train_epoch_end(self) -> None:
         """Raise an error if the training loss is not finite; needed for runs without validation."""
-        self._check_finite(self._meter.first_bad(self._gather))
+        check_finite(self._meter.first_bad(self._gather))
 
     def _gather(self, tensor: Tensor) -> Tensor:
         """Gather a tensor `(...)` from all processes as `(world, ...)`; a single process returns it unchanged."""
         return cast("Tensor", self.all_gather(tensor))
 
     def _log_training(self) -> None:
-        self._check_finite(self._meter.first_bad(self._gather))
+        check_finite(self._meter.first_bad(self._gather))
         means = self._meter.means(self._gather)
         if not means:  # a custom training_step does its own logging
             return
@@ -270,29 +246,13 @@ class ClassificationModule(EvaluatedModule):
         acc = means.pop("correct answers") / max(means.pop("labelled images"), 1e-9)
         if self.trains_logits:
             means["acc"] = acc
-        curves = {f"train/{name}": mean for name, mean in means.items() if not name.endswith(_LOGITS)}
+        curves = {f"train/{name}": mean for name, mean in means.items() if not name.endswith(LOGITS)}
         # Not with `self.log`: Lightning would copy the progress bar's values from the device in every following step.
         shown = ("train/loss", "train/acc")
         self.trainer.progress_bar_metrics.update({name: mean for name, mean in curves.items() if name in shown})
         self.trainer.callback_metrics.update({name: torch.tensor(mean) for name, mean in curves.items()})
         for logger in self.loggers:
             logger.log_metrics(curves, step=self.global_step - 1)  # as Lightning numbers the steps
-
-    def _check_finite(self, first_bad: dict[str, int]) -> None:
-        if "loss" not in first_bad:
-            return
-        step = first_bad["loss"]
-        names = [name for name, bad_step in first_bad.items() if bad_step <= step]
-        terms = [name for name in names if name != "loss" and not name.endswith(_LOGITS)]
-        networks = [name for name in names if name.endswith(_LOGITS)]
-        blame = f"{' and '.join(networks)} not finite at that step" if networks else "all logits finite at that step"
-        remedy = (
-            "check its weights, input normalization and precision; if its logits are cached, "
-            "--teacher_cache.dtype bfloat16 has a larger range"
-            if any(name.startswith("teacher") for name in networks)
-            else "lower the learning rate, clip gradients (--trainer.gradient_clip_val 1) or use a higher precision"
-        )
-        raise ValueError(f"the loss is not finite from step {step} on (terms: {', '.join(terms)}; {blame}); {remedy}")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Predict the logits `(B, K)` of one batch."""
@@ -413,7 +373,7 @@ class ClassificationModule(EvaluatedModule):
             "version": __version__,
             **global_seed(),
             "input_shape": None if shape is None else tuple(shape),
-            "example_input": move_data_to_device(example, "cpu") if _is_safe(example) else None,
+            "example_input": move_data_to_device(example, "cpu") if is_safe(example) else None,
             "class_names": list(self.class_names),
             "meter": self._meter.state(self._gather),
             **facts,
@@ -421,12 +381,7 @@ class ClassificationModule(EvaluatedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build what depends on the data before the weights are loaded; within a Trainer, also check the weights."""
-        made_by = str(checkpoint.get("hyper_parameters", {}).get("_class_path", type(self).__name__))
-        if made_by.rpartition(".")[2] not in {kind.__name__ for kind in type(self).__mro__}:
-            raise ValueError(
-                f"this checkpoint was saved by {made_by}, not by {type(self).__name__}; "
-                "LightningModule.load_from_checkpoint(path) selects the right class"
-            )
+        check_saved_by(checkpoint, type(self))
         self._kept_facts = dict(checkpoint.get("lkd", {}))
         if "meter" in self._kept_facts and self._trainer is not None:
             self._meter.restore(self._kept_facts.pop("meter"), self.global_rank, self.trainer.strategy.root_device)
@@ -441,4 +396,4 @@ class ClassificationModule(EvaluatedModule):
             )
 
 
-_name_default(ClassificationModule)
+name_default(ClassificationModule)

@@ -19,9 +19,11 @@ from lkd.features.layers import device_of
 from lkd.losses import KD, DistillLoss, named_terms
 from lkd.losses.base import RESERVED, buffers_same_everywhere, check_criterion
 from lkd.models import load_weights
+from lkd.modules.checks import check_not_shared, check_same_classes
 from lkd.modules.classification import FROM_DATA, RUNNING_HOOK
 from lkd.modules.criterion_meter import CriterionMeter, RememberedLogits
 from lkd.modules.evaluated_distillation import NO_ANSWER, EvaluatedDistillation
+from lkd.modules.normalization import renormalization
 from lkd.schedules.relative import Interval
 from lkd.types import Batch, Normalization, Outputs, Probe
 
@@ -331,7 +333,10 @@ class DistillModule(EvaluatedDistillation):
     def setup(self, stage: str) -> None:
         """Check that networks, criterion and data match, before the run starts."""
         if self.teacher_normalization is not None:
-            self._renormalize(self.teacher_normalization)
+            mean, std = self._data_attribute("mean"), self._data_attribute("std")
+            self.teacher_scale, self.teacher_shift = renormalization(
+                mean, std, self.teacher_normalization, device_of(self.model)
+            )
         super().setup(stage)
         self._remembered, self.recall, self._criterion_meter = RememberedLogits(), None, CriterionMeter()
         if not self._built and self.criterion.needs_build and self.example_input() is None:
@@ -339,37 +344,9 @@ class DistillModule(EvaluatedDistillation):
                 f"{type(self.criterion).__name__} builds its adapters from the input shape, which is unknown; use a "
                 "data module with `input_shape` or `example_input`, or set `example_input_array` of the module"
             )
-        self._check_hidden()
+        if self.teacher is not None and not self.saves_teacher:
+            check_not_shared(self, self.teacher)
         _ = self.trains_logits  # determined here, before a strategy shards the weights
-
-    def _check_hidden(self) -> None:
-        if self.teacher is None or self.saves_teacher:
-            return
-        hidden = {id(tensor) for tensor in chain(self.teacher.parameters(), self.teacher.buffers())}
-        for name, tensor in chain(self.named_parameters(), self.named_buffers()):
-            if id(tensor) in hidden:
-                raise ValueError(
-                    f"{name} belongs to the teacher, but would be trained and saved in checkpoints; use copy.deepcopy "
-                    "to train a copy, or store the layer in a tuple, which PyTorch does not register, to only read it"
-                )
-
-    def _renormalize(self, teacher: Normalization) -> None:
-        mean, std = self._data_attribute("mean"), self._data_attribute("std")
-        if mean is None or std is None:
-            raise ValueError(
-                "teacher_normalization requires the normalization of the data; use a data module with `mean` and `std`"
-            )
-        if len(mean) != len(teacher.mean):
-            raise ValueError(
-                f"teacher_normalization has {len(teacher.mean)} channels, but the data has {len(mean)}; set one mean "
-                "and one std per channel"
-            )
-        data_mean, data_std, teacher_mean, teacher_std = (
-            torch.tensor(values, device=device_of(self.model)).view(1, -1, 1, 1)
-            for values in (mean, std, teacher.mean, teacher.std)
-        )
-        self.teacher_scale = data_std / teacher_std
-        self.teacher_shift = (data_mean - teacher_mean) / teacher_std
 
     def build(self, example: Any) -> None:
         """Check both networks with a blank input, and build the adapters of the criterion."""
@@ -378,7 +355,8 @@ class DistillModule(EvaluatedDistillation):
         if self.teacher_taps is not None:
             compared = bool(self.criterion.reads_logits and self.distill_weight)
             teacher = self.probe("teacher", self.teacher_taps, example, is_classifier=compared)
-            self._check_classes(student, teacher, compared)
+            if compared:
+                check_same_classes(type(self.criterion).__name__, student, teacher)
         self.build_criterion(student, teacher)
 
     def build_criterion(self, *probes: Probe) -> None:
@@ -402,14 +380,6 @@ class DistillModule(EvaluatedDistillation):
         unknown = any(getattr(part, "num_samples", 0) is None for part in self.criterion.modules())
         return unknown and self._trainer is not None and not self._trainer.training
 
-    def _check_classes(self, student: Probe, teacher: Probe, compared: bool) -> None:
-        ours, theirs = (probe.outputs.logits.shape[1] for probe in (student, teacher))
-        if ours != theirs and compared:
-            raise ValueError(
-                f"the student has {ours} classes, but the teacher has {theirs}; {type(self.criterion).__name__} "
-                "compares logits, so num_classes must be the same in both"
-            )
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Create optimizer and scheduler; if the logits are not trained, monitor the criterion, not `val/loss`."""
         made = super().configure_optimizers()
@@ -420,8 +390,8 @@ class DistillModule(EvaluatedDistillation):
 
 
 def _load_teacher(teacher: nn.Module | None, path: str | None) -> nn.Module | None:
-    if path is None:
+    if path is None or teacher is None:
+        if path is not None:
+            raise ValueError(f"teacher_ckpt is set to {path!r}, but there is no teacher; set `teacher` as well")
         return teacher
-    if teacher is None:
-        raise ValueError(f"teacher_ckpt is set to {path!r}, but there is no teacher; set `teacher` as well")
     return load_weights(teacher, path)

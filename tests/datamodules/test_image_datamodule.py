@@ -258,7 +258,7 @@ def test_mistakes_are_answered():
     fails("std must be positive", std=(0.0,))
     fails("the train split of Given has no images", train=[])
     fails("the test split of Given has no images", setup="test", train=[])
-    fails("val_size must be a fraction between 0 and 1 .* below the 30 images with a label, got 40", val_size=40)
+    fails("val_size must be a fraction between 0 and 1, or a number of images below 30 ", val_size=40)
     fails("val_size 2 leaves no validation image of class 2", val_size=2)
     fails("RandomResizedCrop must be the first transform in augment", augment=[RandomCrop(1), RandomResizedCrop()])
     fails("CenterCrop must be the first transform in augment", augment=[RandomResizedCrop(), CenterCrop()])
