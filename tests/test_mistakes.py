@@ -394,6 +394,13 @@ def test_an_accelerator_that_is_not_there(fit, monkeypatch) -> None:
     assert fit("--trainer.accelerator=gpu") == f"no gpu found on this machine; {remedy}"
 
 
+def test_a_network_without_its_number_of_classes(answer) -> None:
+    Path("flowers/a").mkdir(parents=True)
+    says = answer("fit", "--config=data/folder", "--config=finetune/resnet18", "--data.init_args.root=flowers")
+    setting = "--model.init_args.model.init_args.num_classes"
+    assert says.endswith(f"lkd.models.torchvision_model requires a value for num_classes; set {setting}")
+
+
 def test_a_schedule_without_epochs(fit) -> None:
     Path("schedule.yaml").write_text(
         "trainer: {callbacks: [{class_path: lkd.callbacks.Schedule, init_args: {attribute: hard_weight, epochs: 0}}]}"

@@ -173,6 +173,9 @@ def _nearest_class(name: str, where: str) -> str:
 def _other(where: str, classes: list[str], reason: str, value: str | None) -> str:
     if found := re.search(r"the following arguments are required: (.*)", reason):
         own = re.search(r"class_path='(.*?)'", value or "")
+        if len(classes) > 1:  # a class inside of another one
+            setting = f"{where.replace('.', '.init_args.')}.init_args.{found[1]}"
+            return f"{classes[-1]} requires a value for {found[1]}; set --{setting}"
         return f"{own[1] if own else classes[-1] if classes else 'lkd'} requires values for {found[1]}"
     reason = re.sub(r"Expected an? (?:<class '([\w.]+)'>|typing\.)", r"expected \1", reason)
     reason = re.sub(r"\. Got value: ", ", got ", reason)
