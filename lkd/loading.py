@@ -49,19 +49,6 @@ class Answer(nn.Module):
         return logits
 
 
-class _Rebuilt(LkdCLI):
-    """A CLI that builds the module and data module of a run without running a subcommand."""
-
-    def _set_seed(self) -> None:
-        """Do nothing, to preserve the random state of the caller."""
-
-    def instantiate_trainer(self, **_: Any) -> Any:
-        """Return None, since no trainer is needed."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-
 def find_checkpoint(place: str) -> Path:
     """Find a checkpoint by its path or by the folder of its run.
 
@@ -96,7 +83,8 @@ def load_trained(place: str, *settings: str) -> Trained:
         ValueError: If the file is not a checkpoint, or does not match the config.
     """
     path = find_checkpoint(place)
-    cli = _Rebuilt(*prepare(["test", f"--config={config_of(path)}", f"--ckpt_path={path}", *settings]))
+    prepared = prepare(["test", f"--config={config_of(path)}", f"--ckpt_path={path}", *settings])
+    cli = LkdCLI(*prepared, until="built")
     checkpoint = dict(read_checkpoint(path))
     module = cli.model
     module.on_load_checkpoint(checkpoint)

@@ -20,7 +20,7 @@ import lkd
 from lkd.__main__ import main
 from lkd.cli.arguments import prepare
 from lkd.cli.config_files import configs_folder, find_config
-from lkd.cli.layers import _ConfigReader
+from lkd.cli.lightning_cli import LkdCLI
 
 SHORT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
@@ -370,7 +370,7 @@ def test_null_is_no_text(setting: tuple[str, str], joint: str) -> None:
     args = ["fit", "--config", "pairs/digits", "--model=lkd.DistillModule"]
     given = f"--model.init_args.{name}{joint}{value}".split(" ", maxsplit=joint.count(" "))
     args += ["--model.init_args.criterion=lkd.losses.BackboneKD", *given]
-    model = _ConfigReader(*prepare(args)).config["fit"].model.init_args
+    model = LkdCLI(*prepare(args), until="parsed", needs_data=False).config["fit"].model.init_args
     assert model.criterion.init_args.teacher_pooled_layer is None
     assert model.criterion.init_args.student_pooled_layer == "@pooled"
     assert model.teacher is not None

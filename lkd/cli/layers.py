@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor, nn
 
 from lkd._compat import tree_map
@@ -24,21 +23,6 @@ _KEY = "settings"  # prefix of error messages about a setting
 _NOTE = """\
 A group name (@stages: all of @stage1, @stage2, ...) selects the corresponding layers of any network that defines the
 group. The suffix :input selects the input of a layer instead of its output."""
-
-
-class _ConfigReader(LkdCLI):
-    """Parse the settings of a run without instantiating them, because a criterion may name layers that do not exist."""
-
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the arguments of `lkd fit`, with an optional data module."""
-        self.datamodule_class = None  # Lightning then does not require one
-        super().add_core_arguments_to_parser(parser)
-
-    def instantiate_classes(self) -> None:
-        """Skip the instantiation."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
 
 
 def main(args: Sequence[str]) -> None:
@@ -87,7 +71,8 @@ def _input_size(args: Sequence[str]) -> tuple[list[int], list[str]]:
 
 def _read_config(args: Sequence[str], with_data: bool) -> tuple[dict[str, nn.Module], Any]:
     """Return the networks of a run by name, and a blank input with the shape of its data, if that is known."""
-    config = _ConfigReader(*prepare(["fit", *args])).config["fit"]
+    # A criterion may name layers that do not exist, so nothing is instantiated.
+    config = LkdCLI(*prepare(["fit", *args]), until="parsed", needs_data=False).config["fit"]
     model = config["model"].get("init_args", {})
     settings = {name: model.get(name) for name in ("student", "teacher", "model")}
     settings |= {f"student {number}": given for number, given in enumerate(model.get("students") or (), start=1)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -18,7 +18,7 @@ from rich.console import Console
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lkd._compat import changed_parser, import_class, nested_value, tree_leaves
+from lkd._compat import changed_parser, import_class, nested_value, parser_of, tree_leaves
 from lkd.callbacks import (
     EpochLines,
     FitReport,
@@ -48,10 +48,21 @@ class LkdCLI(LightningCLI):
         args: Arguments after `lkd`.
         name: Name of the run, which is also its folder below `runs/`.
         resumes: Whether to require that the checkpoint is from a run with the same settings.
+        until: Last stage: `parsed` (settings only), `built` (module and data module, without a trainer), `ready` (with
+            a trainer), or `run`. The first two leave the random state of the process unchanged.
+        needs_data: Whether a data module is required.
     """
 
-    def __init__(self, args: Sequence[str], name: str, resumes: bool = False) -> None:
+    def __init__(
+        self,
+        args: Sequence[str],
+        name: str,
+        resumes: bool = False,
+        until: Literal["parsed", "built", "ready", "run"] = "run",
+        needs_data: bool = True,
+    ) -> None:
         self.args, self.run_name, self.resumes = list(args), name, resumes
+        self._until, self._needs_data = until, needs_data
         self._folder = RunFolder()
         quiet = {"exit_on_error": False, "allow_abbrev": False}
         with self._folder:
@@ -106,9 +117,24 @@ class LkdCLI(LightningCLI):
             own["teacher_ckpt"] = None
             rank_zero_warn(f"teacher weights {path} not found; evaluating the student without its teacher")
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the arguments of module, data module and trainer."""
+        if not self._needs_data:
+            self.datamodule_class = None  # Lightning then does not require one
+        super().add_core_arguments_to_parser(parser)
+
+    def _set_seed(self) -> None:
+        if self._until in ("ready", "run"):
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        """Instantiate module, data module and trainer, unless only the settings are parsed."""
+        if self._until != "parsed":
+            super().instantiate_classes()
+
     def after_instantiate_classes(self) -> None:
         """Exclude a teacher whose weights are missing from the evaluation."""
-        if self.alone:
+        if self.alone and self._until != "parsed":
             self.model.network_names = ("student",)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -117,7 +143,16 @@ class LkdCLI(LightningCLI):
             parser.add_lightning_class_args(kind, section)
         parser.add_argument("--name", type=str | None, help="Name of the run, which is saved in runs/NAME/version_N.")
 
+    def resolved(self) -> dict[str, Any]:
+        """Return the settings of the subcommand as plain values."""
+        command = str(self.subcommand)
+        text = parser_of(self, command).dump(self.config[command], skip_none=False)
+        settings: dict[str, Any] = yaml.safe_load(text)
+        return settings
+
     def _run_subcommand(self, subcommand: str) -> None:
+        if self._until != "run":
+            return
         try:
             super()._run_subcommand(subcommand)
         except RuntimeError as error:
@@ -127,8 +162,9 @@ class LkdCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Create the trainer, with lkd's callbacks and, for `fit`, a TensorBoard logger unless the config sets one."""
-        fit = self.subcommand == "fit"
-        config = self._get(self.config_init, "trainer")
+        if self._until == "built":
+            return cast("L.Trainer", None)
+        fit, config = self.subcommand == "fit", self._get(self.config_init, "trainer")
         if fit:
             root = config.get("default_root_dir") or "runs"
             logger = self._run_logger(root, not config.get("fast_dev_run"))

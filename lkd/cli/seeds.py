@@ -20,7 +20,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from lkd._compat import parser_of
 from lkd.callbacks import BestCheckpoint
 from lkd.checkpoints.find import read_checkpoint
 from lkd.checkpoints.io import damage_of
@@ -107,22 +106,6 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-class _Settings(LkdCLI):
-    """Parse the settings of a run without instantiating or running it."""
-
-    def _set_seed(self) -> None:
-        """Skip seeding; the random state of this process is unchanged."""
-
-    def instantiate_classes(self) -> None:
-        """Skip the instantiation."""
-
-    def after_instantiate_classes(self) -> None:
-        """Skip the changes of instantiated classes."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Skip the run."""
-
-
 def fit_seeds(args: Sequence[str], debug: bool = False) -> int:
     """Train one run per seed, and print the mean and standard deviation of their results.
 
@@ -207,8 +190,8 @@ def _resolved(args: Sequence[str]) -> tuple[dict[str, Any], str]:
         ValueError: If the runs would not save their best checkpoints in their own folders.
     """
     prepared, name, _ = prepare(["fit", *args])
-    cli = copy_context().run(_Settings, prepared, name)
-    settings: dict[str, Any] = yaml.safe_load(parser_of(cli, "fit").dump(cli.config["fit"], skip_none=False))
+    cli = copy_context().run(LkdCLI, prepared, name, until="parsed")
+    settings = cli.resolved()
     trainer, checkpoint = settings["trainer"], settings.get("checkpoint", {})
     if trainer["enable_checkpointing"] is False or trainer["fast_dev_run"] or not checkpoint.get("save_top_k", 1):
         raise ValueError(

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import optuna
-import yaml
 from lightning.pytorch.callbacks import ProgressBar
 from optuna.trial import TrialState
 
@@ -68,21 +67,11 @@ class _Fit(LkdCLI):
         self,
         args: Sequence[str],
         name: str,
-        until: Literal["parsed", "built", "trained"] = "trained",
+        until: Literal["parsed", "ready", "run"] = "run",
         callbacks: Sequence[L.Callback] = (),
     ) -> None:
-        self._until, self._callbacks = until, callbacks
-        super().__init__(args, name)
-
-    def instantiate_classes(self) -> None:
-        """Instantiate the classes, unless only the settings are parsed."""
-        if self._until != "parsed":
-            super().instantiate_classes()
-
-    def after_instantiate_classes(self) -> None:
-        """Finish the instantiation, unless only the settings are parsed."""
-        if self._until != "parsed":
-            super().after_instantiate_classes()
+        self._callbacks = callbacks
+        super().__init__(args, name, until=until)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Create the trainer of a trial."""
@@ -93,15 +82,6 @@ class _Fit(LkdCLI):
         own: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         own[:] = [*self._callbacks, *(callback for callback in own if not isinstance(callback, ProgressBar))]
         return trainer
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        if self._until == "trained":
-            super()._run_subcommand(subcommand)
-
-    def resolved(self) -> dict[str, Any]:
-        """Return the settings as plain values."""
-        settings: dict[str, Any] = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False))
-        return settings
 
 
 class Settings:
@@ -143,7 +123,7 @@ def planned(config: dict[str, Any], args: Sequence[str]) -> Plan:
         ValueError: If a sweep does not support the settings.
     """
     prepared = prepare(["fit", *args])
-    fit = copy_context().run(_Fit, prepared.args, prepared.name, "built")
+    fit = copy_context().run(_Fit, prepared.args, prepared.name, "ready")
     trainer = fit.trainer
     if trainer.world_size > 1:
         raise ValueError(
@@ -219,7 +199,7 @@ def train(args: Sequence[str], name: str, folder: Path, callbacks: Sequence[L.Ca
     with (folder / LOG).open("a", buffering=1, encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             own = [*callbacks, _SameMetric()]
-            fit = copy_context().run(_Fit, prepare(["fit", *args, *resumed]).args, name, "trained", own)
+            fit = copy_context().run(_Fit, prepare(["fit", *args, *resumed]).args, name, "run", own)
             best = _best(fit.trainer)
             if best is None or best.best_model_score is None:
                 return Outcome(TrialState.FAIL, reason="no value was measured")
