@@ -185,6 +185,6 @@ def test_what_a_logger_refuses_is_one_sentence(capsys, monkeypatch) -> None:
         raise UsageError("No API key configured.")
 
     monkeypatch.delenv("LKD_DEBUG", raising=False)
-    monkeypatch.setattr("lkd.cli.lightning_cli.LkdCLI", refuses)
+    monkeypatch.setattr("lkd.cli.main.LkdCLI", refuses)
     assert main(FIT) == 2
     assert capsys.readouterr().err == "lkd: error: No API key configured.\n"

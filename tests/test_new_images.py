@@ -85,7 +85,7 @@ def test_images_need_a_checkpoint_and_data_that_tells_how_it_prepares_them(capsy
     Path("new").mkdir()
     Image.new("RGB", (8, 8)).save("new/a.png")
     assert main(["predict", "--images", "new", "--config=digits/teacher", *CPU]) == 2
-    assert "lkd predict needs a checkpoint" in capsys.readouterr().err
+    assert "lkd predict requires a checkpoint" in capsys.readouterr().err
     with pytest.raises(TypeError, match="the preprocessing of LightningDataModule is unknown"):
         lkd.datamodules.NewImages("new", lkd.datamodules.base.L.LightningDataModule())
 

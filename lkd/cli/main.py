@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from contextvars import copy_context
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import yaml
@@ -29,7 +29,7 @@ from lkd.cli.processes import LostProcessError, bound_to_parent, speaker
 _MISTAKES = (ArgumentError, MisconfigurationException, OSError, TypeError, ValueError, yaml.YAMLError)
 
 _PAGE = ("jinja2", "matplotlib", "scipy")
-_REQUIRED = {"compare": _PAGE, "sweep": (*_PAGE, "optuna", "optuna_integration")}
+_REQUIRED = {"compare": _PAGE, "sweep": (*_PAGE, "optuna", "optuna-integration")}
 """Packages of optional dependencies by the command that requires them."""
 
 
@@ -82,12 +82,20 @@ def _check_installed(command: str) -> None:
     Raises:
         ValueError: If one is missing.
     """
-    missing = [name for name in _REQUIRED.get(command, ()) if find_spec(name) is None]
+    missing = [name for name in _REQUIRED.get(command, ()) if not _is_installed(name)]
     if missing:
         raise ValueError(
             f"lkd {command} requires {' and '.join(missing)}, which is not installed; "
             f"pip install 'lightning-kd[{command}]'"
         )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _is_a_loggers(error: Exception) -> bool:

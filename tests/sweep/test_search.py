@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import lightning as L
@@ -151,7 +152,12 @@ def test_mistakes_are_found_before_any_trial(sweep, args: list[str], said: str) 
 
 @pytest.mark.parametrize(("command", "name"), [("sweep", "optuna"), ("compare", "matplotlib")])
 def test_without_optional_packages_it_says_what_to_install(command: str, name: str, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("lkd.cli.main.find_spec", lambda each: None if each == name else each)
+    def found(each: str) -> str:
+        if each == name:
+            raise PackageNotFoundError(each)
+        return each
+
+    monkeypatch.setattr("lkd.cli.main.distribution", found)
     assert main([command, "runs"]) == 2
     said = f"lkd {command} requires {name}, which is not installed; pip install 'lightning-kd[{command}]'"
     assert said in capsys.readouterr().err
