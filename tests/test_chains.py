@@ -23,7 +23,7 @@ def fit(capsys):
     def run(*arguments: str) -> tuple[str, str]:
         assert main(["fit", *arguments, *SHORT]) == 0
         shown = capsys.readouterr().out
-        return tuple(re.search(rf"{label}\D*([\d.]+%)", shown)[1] for label in ("Teacher accuracy", "best "))
+        return tuple(re.search(rf"{label}\D*([\d.]+%)", shown)[1] for label in ("Teacher accuracy", r"\(best\)"))
 
     return run
 

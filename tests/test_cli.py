@@ -137,7 +137,7 @@ def test_student_is_measured_without_its_teacher(capsys, recwarn) -> None:
     shown = capsys.readouterr().out
     assert "test/acc" in shown
     assert "teacher" not in shown
-    assert [str(warning.message) for warning in recwarn if "measured alone" in str(warning.message)]
+    assert [str(warning.message) for warning in recwarn if "without its teacher" in str(warning.message)]
 
 
 def test_predictions(run: Path, capsys) -> None:
