@@ -407,7 +407,7 @@ def test_a_folder_stands_for_its_best(capsys) -> None:
         assert "test/acc" in capsys.readouterr().out
     Path("nothing").mkdir()
     assert main(["test", "--ckpt_path=nothing"]) == 2
-    assert "no run in nothing has left a best.ckpt" in capsys.readouterr().err
+    assert "no run in nothing has a best.ckpt" in capsys.readouterr().err
 
 
 def test_a_line_per_epoch_in_a_file(capfd) -> None:
