@@ -85,7 +85,7 @@ def test_the_least_loss_is_best(sweep) -> None:
     assert code == 0
     assert "minimizing val/loss" in said
     least = min(float(row["value"]) for row in table())
-    assert f"val/loss {least:.5g}" in said.split("best: ")[1]
+    assert f"val/loss {least:.5g}" in said.split("Best: ")[1]
 
 
 def test_a_failed_trial_is_recorded_and_the_search_goes_on(sweep) -> None:
