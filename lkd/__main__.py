@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after `lkd`. `None` uses those of this process.
 
     Returns:
-        Exit code: 0 on success, 2 after a user error, 141 if the output is no longer read, or that of the command
-        (`lkd.cli.main.run`).
+        Exit code: 0 on success, 2 after a user error, 141 if the reader of the output has closed it, or the exit code
+        of the command (`lkd.cli.main.run`).
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:

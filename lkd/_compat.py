@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm  # there is no public base class of BatchNorm layers
-from torch.nn.modules.dropout import _DropoutNd as AnyDropout  # nor of dropout layers
+from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm  # BatchNorm layers have no public base class
+from torch.nn.modules.dropout import _DropoutNd as AnyDropout  # dropout layers have no public base class
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only  # documented by torch.export only
 
@@ -30,7 +30,7 @@ __all__ = ["AnyBatchNorm", "AnyDropout", "tree_flatten", "tree_leaves", "tree_ma
 
 
 def copy_tensors(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy tensors with one kernel for many; there is no public function for it."""
+    """Copy many tensors in one operation, for which PyTorch has no public function."""
     torch._foreach_copy_(list(targets), list(sources))
 
 

@@ -79,7 +79,7 @@ def load_trained(place: str, *settings: str) -> Trained:
         The module with the weights of the checkpoint, its data module, the config, and the checkpoint.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint, or no config next to it.
+        FileNotFoundError: If the checkpoint, or a config next to it, does not exist.
         ValueError: If the file is not a checkpoint, or does not match the config.
     """
     path = find_checkpoint(place)

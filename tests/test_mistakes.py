@@ -154,7 +154,7 @@ def test_missing_files(answer, fit) -> None:
     assert "there is no config 'digits/kdd.yaml'; similar configs provided by lkd: digits/kd.yaml" in answer(
         "fit", "--config", "digits/kdd.yaml"
     )
-    assert "there is no checkpoint 'best.ckpt'" in fit("--ckpt_path=best.ckpt")
+    assert "checkpoint 'best.ckpt' does not exist" in fit("--ckpt_path=best.ckpt")
     assert "weights file not found: teacher.pth" in fit("--model.init_args.teacher_ckpt=teacher.pth")
     assert "lkd:digits_resnet8" in fit("--model.init_args.teacher_ckpt=lkd:digits")
     assert "no run in runs/digits/kd has a last.ckpt" in fit("--ckpt_path=last")

@@ -102,7 +102,7 @@ class EvalGraph:
                 setattr(metric, name, static)
 
     def _try(self, metrics: MutableMapping[str, Metric], batch: Batch, name: tuple[Any, ...]) -> None:
-        """Capture an update if there is no graph for this shape, and check the graph."""
+        """Capture an update for a new batch shape, and compare the graph with an ordinary update."""
         counts = {metric: update_count(metric) for metric in metrics.values()}
         device = batch.target.device
         random = devices.rng_states(device)

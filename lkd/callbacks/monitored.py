@@ -22,7 +22,7 @@ class MonitorCheck(L.Callback):
 
     The check runs after the sanity check, which logs the same metrics as any validation. It covers the monitors of
     `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau`, except training metrics (`train/...`), which are not
-    logged yet. If there is no sanity check, or if a custom callback or module may log metrics later, the check runs
+    logged yet. Without a sanity check, or if a custom callback or module may log metrics later, the check runs
     after the first validation. A callback that does not log its metrics in every validation lists their names in an
     attribute `curves`.
 

@@ -60,7 +60,7 @@ class StepGraph:
         capture: Capture implementation of the device.
 
     Attributes:
-        obstacle: Why the step is no longer captured; empty while it is.
+        obstacle: Reason why training continues without a graph; empty while graphs are used.
         captures: Number of captures so far.
     """
 
@@ -314,7 +314,7 @@ class StepGraph:
 
 
 def obstacle(trainer: L.Trainer, module: Any) -> str:
-    """Return why the step of a run cannot be captured as a graph; empty if there is no known obstacle.
+    """Return the reason why the step of a run cannot be captured as a graph; empty if none is known.
 
     Args:
         trainer: Trainer with its optimizers.

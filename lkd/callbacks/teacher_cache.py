@@ -239,7 +239,7 @@ class TeacherCache(L.Callback):
         self._is_checked = True
 
     def _open(self, trainer: L.Trainer, batch: Batch, logits: Tensor) -> bool:
-        """Create the memory that all processes fill in this epoch; return False if there is no space for it."""
+        """Create the memory that all processes fill in this epoch; return False if it does not fit."""
         views = len(logits) // len(batch.target) * batch.views
         example = torch.zeros(1, views, logits.shape[1])
         rows, like = len(_images(trainer)), self.storage.pack(example)

@@ -22,7 +22,7 @@ def in_folder(folder: Path, name: str) -> Path:
         name: `best` or `last`.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
+        FileNotFoundError: If no run in the folder has this checkpoint.
     """
     own = folder / "checkpoints" / f"{name}.ckpt"
     return own if own.is_file() else newest_checkpoint(folder, name)
@@ -36,7 +36,7 @@ def newest_checkpoint(folder: Path, name: str) -> Path:
         name: `best` for the best of the saved checkpoints, or `last` for the newest one that is not corrupt.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
+        FileNotFoundError: If no run in the folder has this checkpoint.
         ValueError: If all checkpoints are corrupt.
     """
     found = checkpoints_of(folder, name)

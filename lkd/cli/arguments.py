@@ -116,9 +116,9 @@ def _find_checkpoint(name: str, root: Path, run: str) -> Path:
         return newest_checkpoint(root / run, name)
     near = [str(path) for path in Path(name).parent.glob("*") if path.is_dir()]
     if nearest := difflib.get_close_matches(str(Path(name)), near, n=1, cutoff=0.7):
-        raise FileNotFoundError(f"there is no checkpoint {name!r}; did you mean {nearest[0]!r}?")
+        raise FileNotFoundError(f"checkpoint {name!r} does not exist; did you mean {nearest[0]!r}?")
     hint = _near(root) or f"; runs save their checkpoints in {root}/<name>/version_<n>/checkpoints/"
-    raise FileNotFoundError(f"there is no checkpoint {name!r}{hint}")
+    raise FileNotFoundError(f"checkpoint {name!r} does not exist{hint}")
 
 
 def _near(root: Path) -> str:
