@@ -1,7 +1,7 @@
 """Check lkd on a GPU, and time `lkd fit` and bare PyTorch loops there.
 
-    python -m benchmarks.gpu --check [--jobs 8] [--minutes 4] [--only WORD ...] [--out FILE]
-    python -m benchmarks.gpu --speed [--images FOLDER] [--teacher FILE] [--minutes 5] [--only WORD ...] [--out FILE]
+    python -m benchmarks.gpu --check [--jobs 8] [--minutes 4] [--only PATTERN ...] [--out FILE]
+    python -m benchmarks.gpu --speed [--images FOLDER] [--teacher FILE] [--minutes 5] [--only PATTERN ...] [--out FILE]
     python -m benchmarks.gpu --full --images FOLDER --teacher FILE [--epochs 240] [--seconds 480] [-- FLAGS OF LKD FIT]
 
 `--check` trains with every overlay of configs/methods and compares the GPU with the CPU, runs with and without a CUDA
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_report import Report, check_summary
-from benchmarks.gpu_speed import Bench
+from benchmarks.gpu_speed import Bench, matches
 from benchmarks.gpu_workers import Job, Workers
 
 ROOT = Path(__file__).parent.parent
@@ -112,7 +112,9 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="Markdown file")
     parser.add_argument("--failures", type=Path, help="file for tracebacks (default: print them)")
     parser.add_argument("--minutes", type=float, help="time limit of --check (default 4) and of --speed (default 5)")
-    parser.add_argument("--only", nargs="*", default=[""], help="checks and rows whose name has one of these words")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="checks and rows whose name matches one of these patterns"
+    )
     parser.add_argument(
         "--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)), help="parallel processes"
     )
@@ -184,7 +186,7 @@ def run(options: argparse.Namespace, report: Report, folder: Path) -> bool:
             has_passed &= Bench(options, context, folder, about, report).run(deadline)
         else:
             jobs = check_jobs(options.device, options.reduced) if part == "check" else [full_job(options, folder)]
-            chosen = [job for job in jobs if part == "full" or any(word in job.name for word in options.only)]
+            chosen = [job for job in jobs if part == "full" or matches(job.name, options.only)]
             has_passed &= Workers(context, f"{folder}/{part}", options.jobs, report, deadline).run(chosen)
         begin = time.monotonic()
     return has_passed

@@ -34,6 +34,11 @@ FASTEST = f"{EAGER}, CUDA graph, compiled, teacher folded"
 CACHE = "--teacher_cache.versions=1"
 
 
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether one of the regular expressions is found in a name."""
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
 @dataclass
 class GpuRow(Row):
     """Timed loop on a GPU; see `Row`.
@@ -245,7 +250,7 @@ class Bench:
         """Return the first row and the selected rows."""
         first, *others = self.rows()
         chosen = [row for row in others if row.reduced or not self.options.reduced]
-        chosen = [row for row in chosen if any(word in row.name for word in self.options.only)]
+        chosen = [row for row in chosen if matches(row.name, self.options.only)]
         if self.options.trainer:
             arguments = {"adapter": str(Path(self.options.trainer).resolve()), **self._plain()}
             chosen.append(GpuRow(self.options.trainer, "benchmarks.loops:own", arguments, flops=first.flops))
