@@ -292,10 +292,11 @@ def full(device: str, settings: list[str], seconds: int) -> Checks:
         text = command("fit", *settings, *trained_on(device), limit, "--trainer.enable_progress_bar=false")
         wall = time.monotonic() - start
         (best,) = Path("runs").rglob("best.ckpt")
-        accuracies = [value for _, value in curves(best.parent.parent)["val/acc"]]
+        found = curves(best.parent.parent)
+        accuracies, epochs = [value for _, value in found["val/acc"]], int(found["epoch"][-1][1]) + 1
         (accuracy,) = re.findall(r"test/acc\W+([\d.]+)", command("test", f"--ckpt_path={best}"))
         return (
-            f"{len(accuracies)} epochs in {wall:.0f} s, {wall / len(accuracies):.2f} s per epoch; validation accuracy "
+            f"{epochs} epochs in {wall:.0f} s, {wall / epochs:.2f} s per epoch; validation accuracy "
             f"{max(accuracies):.2%} (best), {accuracies[-1]:.2%} (last); test accuracy {float(accuracy):.2%} (best "
             f"checkpoint); {step_of(text)}"
         )
