@@ -232,10 +232,8 @@ class Bench:
         yield lkd("graph", no_compile)
         at_hand = f"{EAGER}, CUDA graph, logits at hand"
         yield lkd("graph, cached logits", no_compile, CACHE, bare=at_hand, reduced=True)
-        yield lkd("defaults", bare=FASTEST, group=1)
         at_hand = f"{EAGER}, CUDA graph, compiled, logits at hand"
         yield lkd("graph, compiled, cached logits", compiled, CACHE, bare=at_hand, group=1)
-        yield lkd("graph off", no_graph, bare=COMPILED, group=1)
         yield lkd("reduce-overhead, graph off", no_graph, "--speed.compile=reduce-overhead", bare=FASTEST, group=1)
         yield lkd("graph, compiled", compiled, bare=FASTEST, group=1)
         yield lkd("compiled, graph off", no_graph, compiled, bare=COMPILED, group=1)

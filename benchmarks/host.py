@@ -3,8 +3,8 @@
     python -m benchmarks.host [--steps 2000] [--out FILE]
 
 `lkd fit` trains tiny networks with TensorBoard, progress bar, metrics and checkpoints. Replays of the captured step and
-of the captured batch are replaced with no-ops, so only the Python code of lkd and Lightning remains. A GPU waits for
-the host only if its step takes less time than this.
+of the captured batch are replaced with no-ops, so only the Python code of lkd and Lightning remains. Lightning alone is
+timed, too. A GPU waits for the host only if its step takes less time than this.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import repeat
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,7 +59,13 @@ class Hollow:
 
 
 class Clock(L.Callback):
-    """Time steps in rounds, first without and then with a profiler, and stop the run."""
+    """Time steps in rounds, first without and then with a profiler, and stop the run.
+
+    Attributes:
+        rounds: Seconds per step in each round of the latest run.
+        profile: Profile of one more round of each run.
+        steps: Number of steps of ten rounds.
+    """
 
     rounds: ClassVar[list[float]] = []
     profile: ClassVar[cProfile.Profile] = cProfile.Profile()
@@ -85,6 +92,47 @@ class Clock(L.Callback):
             Clock.profile.disable()
             trainer.should_stop = True
         self._since = time.perf_counter()
+
+
+class Empty(L.LightningModule):
+    """A module whose training step does nothing, as in a replay that takes no time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return a loss without computing anything."""
+        return self.weight
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Do nothing."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
+        """Run the step only."""
+        closure()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Create an optimizer that is never used."""
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def lightning_alone() -> list[float]:
+    """Time `Empty` in a Trainer without logger, progress bar and checkpoints; return the seconds per step."""
+    Clock.rounds = []
+    settings: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing"), False)
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[Clock()], enable_model_summary=False, **settings)
+    trainer.fit(Empty(), repeat(torch.zeros(1), 100 + 12 * Clock.steps // 10))
+    return Clock.rounds
+
+
+def spread(seconds: list[float]) -> str:
+    """Describe the median and range of times per step, in milliseconds."""
+    times = [1e3 * value for value in seconds]
+    return f"{statistics.median(times):.2f} ms ({min(times):.2f} to {max(times):.2f})"
 
 
 def shares(profile: cProfile.Profile) -> dict[str, float]:
@@ -120,12 +168,12 @@ def main() -> None:
         os.chdir(here)
     if code:
         raise SystemExit(code)
-    times = [1e3 * seconds for seconds in Clock.rounds]
+    times = Clock.rounds
     parts = ", ".join(f"{name} {share:.0%}" for name, share in shares(Clock.profile).items() if share >= 0.01)
     lines = [
-        f"Host time per step: {statistics.median(times):.2f} ms ({min(times):.2f} to {max(times):.2f}, "
-        f"n = {len(times)} rounds of {options.steps // 10} steps), with TensorBoard, progress bar, metrics and "
-        "checkpoints.",
+        f"Host time per step: {spread(times)}, with TensorBoard, progress bar, metrics and checkpoints.",
+        f"Lightning alone: {spread(lightning_alone())}, with an empty training step and no callbacks.",
+        f"Medians and ranges of {len(times)} rounds of {options.steps // 10} steps.",
         f"Self time by package, according to the profiler: {parts}.",
         machine(),
     ]

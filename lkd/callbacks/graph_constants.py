@@ -69,13 +69,22 @@ class Watched:
     """
 
     def __init__(self, owners: Iterable[tuple[dict[str, Any], Callable[[str], bool]]]) -> None:
-        self._values = [
-            (owner, name, plain(value)) for owner, counts in owners for name, value in owner.items() if counts(name)
-        ]
+        watched = [(owner, name, value) for owner, counts in owners for name, value in owner.items() if counts(name)]
+        self._values = [(owner, name, value) for owner, name, value in watched if not _can_change(value)]
+        self._others = [(owner, name, plain(value)) for owner, name, value in watched if _can_change(value)]
 
     def are_as_before(self) -> bool:
         """Return whether all numbers still exist and are unchanged."""
-        return all(plain(owner.get(name)) == value for owner, name, value in self._values)
+        for owner, name, value in self._values:
+            found = owner.get(name)
+            if found is not value and plain(found) != plain(value):
+                return False
+        return all(plain(owner.get(name)) == value for owner, name, value in self._others)
+
+
+def _can_change(value: Any) -> bool:
+    """Return whether an object may change its numbers and still be the same object."""
+    return isinstance(value, (list, tuple, dict, Tensor))
 
 
 def attributes_of(part: nn.Module, public: bool = False) -> tuple[dict[str, Any], Callable[[str], bool]]:

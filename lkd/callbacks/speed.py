@@ -30,9 +30,6 @@ GraphMode = Literal["auto", "off"]
 _LONG = 2000
 """Number of steps that amortizes compilation on a CPU with matrix units; compilation takes up to a minute."""
 
-_LONG_ON_GPU = 30_000
-"""Number of steps that amortizes compilation on a GPU: 30 s, for 1 ms per step (ResNet-56 to ResNet-20, H100)."""
-
 _MALLOPT = {-4: 0, -1: 2**31 - 1, -2: 2**26}
 """From malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD."""
 
@@ -67,10 +64,10 @@ class Speed(L.Callback):
             sharded weights.
         fold_teacher: Whether to fold the frozen teacher's batch norms into its convolutions if only its logits are
             read.
-        compile: Mode of `torch.compile` for student and teacher in training. `auto` selects `default` for runs that are
-            long enough to amortize the compilation: at least 2,000 steps on a CPU with matrix units (AMX), or at least
-            30,000 steps on a GPU if the step is a CUDA graph. Without a CUDA graph, compilation gains almost nothing on
-            a GPU. If compilation fails, the network runs uncompiled.
+        compile: Mode of `torch.compile` for student and teacher in training. `auto` selects `default` on a CPU with
+            matrix units (AMX) for runs of at least 2,000 steps, which amortize the compilation, and `off` elsewhere: on
+            a GPU, compilation gained nothing with a CUDA graph or without (benchmarks/gpu.md). If compilation fails,
+            the network runs uncompiled.
         keep_memory: Whether, on a CPU, the process keeps freed memory for later steps (glibc's `mallopt`, in effect
             until the process ends). Otherwise most memory is returned to the system after each step and allocated again
             page by page, filled with zeros, which takes a fifth of the time. Peak memory is the same.
@@ -187,10 +184,7 @@ class Speed(L.Callback):
         device = trainer.strategy.root_device
         if not devices.compiles_well(device):
             return None, " (no gain on this device)"
-        gpu = devices.is_gpu(device)
-        if gpu and self._no_graph:
-            return None, " (little gain without a graph)"
-        if (steps := trainer.estimated_stepping_batches) < (_LONG_ON_GPU if gpu else _LONG):
+        if (steps := trainer.estimated_stepping_batches) < _LONG:
             return None, f" (not worthwhile for {steps:,} steps)"
         return "default", ""
 

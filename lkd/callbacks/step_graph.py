@@ -77,21 +77,24 @@ class StepGraph:
         self._watched = Watched([])
         self._state_of_cache: Any = None
         self._constants: tuple[Any, ...] = ()
+        self._parameters: list[Tensor] = []
         self._places: list[int] = []
         self._is_looked_at = False
         self._captures_in_a_row = 0
-        self._rates: list[Tensor | None] = self._make_rates()
+        self._rates = self._make_rates()
         self._is_fresh = trainer.global_step == 0 or not (self._optimizer.state or trainer.ckpt_path)
         self._has_foreign_code = has_foreign_code(module)
         self._check_due: Literal["", "in the next step", "in this epoch"] = ""
 
     def _make_rates(self) -> list[Tensor | None]:
         """Return a learning-rate tensor for each parameter group of a fused optimizer, and `None` for others."""
+        groups = self._optimizer.param_groups
+        self._filled = [group["lr"] for group in groups]
         return [
             torch.full((), float(group["lr"]), dtype=self.capture.scalar, device=_device(self._optimizer))
             if group.get("fused") and not isinstance(group["lr"], Tensor)
             else None
-            for group in self._optimizer.param_groups
+            for group in groups
         ]
 
     def look_again(self) -> None:
@@ -155,7 +158,7 @@ class StepGraph:
         return not is_moved and self._watched.are_as_before() and self._cache_state() == self._state_of_cache
 
     def _addresses(self) -> list[int]:
-        return [parameter.data_ptr() for parameter in self.module.parameters()]
+        return [parameter.data_ptr() for parameter in self._parameters]
 
     def run(self, batch: Batch) -> tuple[tuple[str, ...], Tensor]:
         """Replay the step.
@@ -166,9 +169,10 @@ class StepGraph:
         Returns:
             Names and values `(C,)` of loss, terms and counts, loss first. Each replay overwrites the values.
         """
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            if rate is not None:
+        for number, (group, rate) in enumerate(zip(self._optimizer.param_groups, self._rates, strict=True)):
+            if rate is not None and group["lr"] != self._filled[number]:
                 rate.fill_(group["lr"])
+                self._filled[number] = group["lr"]
         copy_into(self._batch, batch)
         self._replay()  # type: ignore[misc]
         return self._names, self._row  # type: ignore[return-value]
@@ -227,7 +231,9 @@ class StepGraph:
             self._give_up(reason)
             return
         self._watched, self._state_of_cache = self._watch(), self._cache_state()
-        self._constants, self._is_looked_at, self._places = constants_of(self.module), True, self._addresses()
+        self._constants, self._is_looked_at = constants_of(self.module), True
+        self._parameters = list(self.module.parameters())  # walking the module tree in each step would take long
+        self._places = self._addresses()
         self._check_due = "in the next step" if self._has_foreign_code else ""
 
     def _give_up(self, reason: str) -> None:

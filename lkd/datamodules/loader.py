@@ -48,10 +48,13 @@ class Loader(DataLoader[Batch]):
         epoch, dealt = sampler.epoch, sampler.deal()
         # All positions of the epoch are copied at once: a copy per batch would synchronize with the GPU.
         places = torch.split(dealt[0].to(dataset.index.device), size)
+        has_padding = bool(dealt[1].any())
         for position, padding in zip(places, torch.split(dealt[1], size), strict=True):
             if len(position) == size or not self.drop_last:
-                take = dataset.take if self.graph is None or padding.any() else self.graph.take
-                yield without_labels(take(epoch, position), padding)
+                is_padded = has_padding and bool(padding.any())
+                take = dataset.take if self.graph is None or is_padded else self.graph.take
+                batch = take(epoch, position)
+                yield without_labels(batch, padding) if is_padded else batch
 
 
 def _batches_seen(trainer: L.Trainer | None) -> int:

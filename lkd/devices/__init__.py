@@ -59,12 +59,12 @@ def has_bf16_units(gpu: bool) -> bool:
 
 
 def compiles_well(device: torch.device) -> bool:
-    """Whether `torch.compile` is worth its compilation time: on a GPU, and on a CPU with matrix units (AMX).
+    """Whether `torch.compile` is known to be worth its compilation time, as on a CPU with matrix units (AMX).
 
     Args:
         device: Any device.
     """
-    return is_gpu(device) or (device.type == "cpu" and cpu_has_amx())
+    return device.type == "cpu" and cpu_has_amx()
 
 
 def breaks_channels_last(network: nn.Module, device: torch.device) -> bool:
