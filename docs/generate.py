@@ -172,7 +172,7 @@ def _names(package: str) -> list[str]:
     if package == "lkd":
         return ["lkd.types.Batch", "lkd.types.Mixed", "lkd.types.Normalization", "lkd.types.Outputs", "lkd.types.Probe"]
     if package == "lkd.features":
-        return ["lkd.features.extractor.FeatureTaps", "lkd.features.layers.resolve_layers"]
+        return ["lkd.features.extractor.FeatureExtractor", "lkd.features.layers.resolve_layers"]
     names = getattr(module, "__all__", ["export"])
     return [f"{package}.{name}" for name in names if name != "main"]
 

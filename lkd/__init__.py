@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lkd.__about__ import __version__
-from lkd._moved import add_former_modules
+from lkd._moved import add_former_modules, renamed
 
 if TYPE_CHECKING:
     from lkd.datamodules import (
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         TinyImageNetDataModule,
         WebDatasetDataModule,
     )
-    from lkd.features.extractor import FeatureTaps
+    from lkd.features.extractor import FeatureExtractor
     from lkd.losses import DistillLoss
     from lkd.modules import (
         DOT,
@@ -69,7 +69,8 @@ _HOMES = {
         "PastTeacherModule",
         "SimKDModule",
     ),
-    "lkd.features.extractor": ("FeatureTaps",),
+    "lkd.features.extractor": ("FeatureExtractor",),
+    "lkd.loading": ("load_run",),
     "lkd.types": ("Batch", "Mixed", "Normalization", "Outputs", "Probe"),
 }
 
@@ -85,7 +86,7 @@ __all__ = [
     "DistillModule",
     "EarlyExitModule",
     "FashionMNISTDataModule",
-    "FeatureTaps",
+    "FeatureExtractor",
     "FineTuneModule",
     "ImageDataModule",
     "ImageFolderDataModule",
@@ -135,7 +136,7 @@ def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(home), name)
-    raise AttributeError(f"module 'lkd' has no attribute {name!r}")
+    return renamed("lkd", name)
 
 
 def __dir__() -> list[str]:

@@ -1,14 +1,15 @@
-"""Former module names, which saved configs and checkpoints may contain. They are removed in the next release."""
+"""Former names, which programs, saved configs and checkpoints may contain. They are removed in the next release."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any, TypeVar
 
 MOVED = {
     "lkd.answers": ("lkd.callbacks.logit_table",),
@@ -58,6 +59,78 @@ MOVED = {
     "lkd.untrusted": ("lkd.io.safe_load",),
 }
 """Name of each former module, and of those that replaced it."""
+
+RENAMED = {
+    "lkd": {"FeatureTaps": "FeatureExtractor"},
+    "lkd.compare.predictions": {"Answers": "Predictions", "ask": "predict"},
+    "lkd.features.extractor": {"FeatureTaps": "FeatureExtractor"},
+    "lkd.loading": {"load_trained": "load_run"},
+}
+"""Former and new names of objects, by module."""
+
+RENAMED_CONFIGS = {"trainer/kept_answers": "trainer/teacher_cache"}
+"""Former and new names of configs."""
+
+T = TypeVar("T")
+
+
+def renamed(module: str, name: str) -> Any:
+    """Return an object by its former name, for `__getattr__` of a module.
+
+    Args:
+        module: Name of the module.
+        name: Name that the module does not have.
+
+    Raises:
+        AttributeError: If it is not a former name, either.
+    """
+    new = RENAMED[module].get(name)
+    if new is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    _warn(f"{module}.{name}", new)
+    return getattr(import_module(module), new)
+
+
+def former_members(**names: str) -> Callable[[type[T]], type[T]]:
+    """Keep former names of members of a class. Subclasses may override members by these names, too.
+
+    Args:
+        names: New name of each former name.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        for old, new in names.items():
+            setattr(cls, old, _former_member(cls, old, new))
+        init_subclass = cls.__init_subclass__.__func__  # type: ignore[attr-defined]
+
+        def rename_overrides(subclass: type[T], /, **kwargs: Any) -> None:
+            for old, new in names.items():
+                if old in vars(subclass):
+                    _warn(f"{subclass.__name__}.{old}", new, level=4)
+                    setattr(subclass, new, vars(subclass)[old])
+                    delattr(subclass, old)
+            init_subclass(subclass, **kwargs)
+
+        cls.__init_subclass__ = classmethod(rename_overrides)  # type: ignore[assignment]
+        return cls
+
+    return decorate
+
+
+def _former_member(cls: type, old: str, new: str) -> property:
+    def read(self: Any) -> Any:
+        _warn(f"{cls.__name__}.{old}", new, level=4)
+        return getattr(self, new)
+
+    def write(self: Any, value: Any) -> None:
+        _warn(f"{cls.__name__}.{old}", new, level=4)
+        setattr(self, new, value)
+
+    return property(read, write)
+
+
+def _warn(old: str, new: str, level: int = 4) -> None:
+    warnings.warn(f"{old} is deprecated; use {new}", DeprecationWarning, stacklevel=level)
 
 
 class _Moved(ModuleType):

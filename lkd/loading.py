@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import lightning as L
 from torch import Tensor, nn
 
+from lkd._moved import renamed
 from lkd.checkpoints.find import config_of, in_folder, read_checkpoint
 from lkd.cli.arguments import prepare
 from lkd.cli.lightning_cli import LkdCLI
@@ -32,7 +33,7 @@ class Trained(NamedTuple):
     data: L.LightningDataModule
 
 
-class Answer(nn.Module):
+class ModuleLogits(nn.Module):
     """Wrapper for modules whose logits are not those of their network alone, such as `SimKDModule`.
 
     Args:
@@ -67,7 +68,7 @@ def find_checkpoint(place: str) -> Path:
     return in_folder(path, "best")
 
 
-def load_trained(place: str, *settings: str) -> Trained:
+def load_run(place: str, *settings: str) -> Trained:
     """Rebuild a trained module and its data module from the config and checkpoint of a run.
 
     Args:
@@ -99,8 +100,13 @@ def network_of(module: ClassificationModule) -> nn.Module:
         module: Trained module.
 
     Returns:
-        The network of the module if it computes the logits `(B, K)` alone, otherwise the module wrapped in `Answer`.
+        The network of the module if it computes the logits `(B, K)` alone, otherwise a `ModuleLogits`.
     """
     alone = type(module).forward is ClassificationModule.forward
     alone = alone or (isinstance(module, EarlyExitModule) and module.exit is None)
-    return module.model if alone else Answer(module)
+    return module.model if alone else ModuleLogits(module)
+
+
+def __getattr__(name: str) -> Any:
+    """Provide former names."""
+    return renamed(__name__, name)

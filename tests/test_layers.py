@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lkd import FeatureTaps
+from lkd import FeatureExtractor
 from lkd.features.layers import feature_layers, resolve_layers
 from lkd.models import layer_names, resnet8, timm_model, torchvision_model, vgg8
 from tests.models.test_benchmark import REFERENCE, layers, without_numbers
@@ -30,7 +30,7 @@ class Mixed(nn.Module):
 def test_shapes_are_what_taps_return(example: Tensor | None) -> None:
     network = resnet8(num_classes=10, in_channels=1)
     found = layer_names(network, example)
-    probe = FeatureTaps(network, list(found)).probe(torch.zeros(1, 1, 32, 32) if example is None else example)
+    probe = FeatureExtractor(network, list(found)).probe(torch.zeros(1, 1, 32, 32) if example is None else example)
     assert found == {name: tuple(feature.shape) for name, feature in probe.outputs.features.items()}
     assert set(found) == {name for name, _ in network.named_modules() if name}
     assert found["layer2"] == ((1, 32, 16, 16) if example is None else (2, 32, 8, 8))
@@ -81,7 +81,7 @@ def test_groups_are_the_benchmark_s(name: str) -> None:
     if norms := REFERENCE[name].get("bn_before_relu"):
         assert resolve_layers(network, ["@norms"]) == tuple(norm.partition(":")[0] for norm in norms)
     head, pooling = resolve_layers(network, ["@head", "@map"])
-    outputs = FeatureTaps(network.eval(), [f"{head}:input", pooling])(torch.empty(2, 3, 32, 32, device="meta"))
+    outputs = FeatureExtractor(network.eval(), [f"{head}:input", pooling])(torch.empty(2, 3, 32, 32, device="meta"))
     pooled, image = outputs.features.values()
     assert pooled.shape == image.shape[:2]
 
@@ -124,7 +124,7 @@ def test_groups_of_timm_s_networks(name: str) -> None:
     layers = feature_layers(network)
     assert (layers.stages[:1], len(layers.stages)) == (((first,) if first else ()), number)
     names = [layer for layer in (*layers.stages, layers.stem, layers.map) if layer]
-    features = FeatureTaps(network, names)(torch.empty(2, 3, 224, 224, device="meta")).features
+    features = FeatureExtractor(network, names)(torch.empty(2, 3, 224, 224, device="meta")).features
     for layer, shape in ((layers.stem, stem), (layers.map, pooling)):
         assert (tuple(features[layer].shape[1:]) if layer else None) == shape
     sizes = [features[layer].shape[2] for layer in layers.stages]
@@ -156,7 +156,7 @@ def test_sums_of_timm_s_resnets(name: str, act: str | None, norm: str | None) ->
 def test_an_activation_behind_the_sum() -> None:
     network = timm_model("resnet10t", num_classes=10).eval()
     layers = ["@preact4", "@stage4"]
-    before, after = FeatureTaps(network, layers)(torch.randn(2, 3, 64, 64)).features.values()
+    before, after = FeatureExtractor(network, layers)(torch.randn(2, 3, 64, 64)).features.values()
     assert before.min() < 0
     torch.testing.assert_close(after, before.relu())
 

@@ -9,7 +9,8 @@ import pytest
 from jsonargparse import ArgumentParser
 
 import lkd.losses
-from lkd._moved import MOVED
+from lkd._moved import MOVED, RENAMED
+from lkd.cli.config_files import find_config, is_config
 
 
 @pytest.mark.parametrize("old", MOVED)
@@ -24,8 +25,8 @@ def test_former_modules_lead_to_the_new_ones(old: str) -> None:
 
 
 def test_former_modules_are_attributes_of_their_package() -> None:
-    with pytest.warns(DeprecationWarning, match="import FeatureTaps from lkd.features.extractor"):
-        assert lkd.taps.FeatureTaps is lkd.FeatureTaps
+    with pytest.warns(DeprecationWarning, match="import FeatureExtractor from lkd.features.extractor"):
+        assert lkd.taps.FeatureExtractor is lkd.FeatureExtractor
 
 
 def test_a_config_may_name_a_former_module() -> None:
@@ -45,3 +46,46 @@ def test_other_names_are_not_found() -> None:
         assert not hasattr(former, "__file__")
         with pytest.raises(AttributeError, match=r"module 'lkd\.losses\.logit_target' has no attribute 'KD'"):
             _ = former.KD
+
+
+@pytest.mark.parametrize(("module", "old"), [(module, old) for module, names in RENAMED.items() for old in names])
+def test_former_names_of_objects(module: str, old: str) -> None:
+    owner, new = importlib.import_module(module), RENAMED[module][old]
+    with pytest.warns(DeprecationWarning, match=f"{module}.{old} is deprecated; use {new}"):
+        assert getattr(owner, old) is getattr(owner, new)
+
+
+def test_former_names_of_members(distill) -> None:
+    module = distill()
+    for old, new in (
+        ("student_taps", "student_extractor"),
+        ("asks_teacher", "uses_teacher"),
+        ("recall", "teacher_cache"),
+    ):
+        with pytest.warns(DeprecationWarning, match=f"{old} is deprecated; use {new}"):
+            assert getattr(module, old) is getattr(module, new)
+    with pytest.warns(DeprecationWarning, match="DistillLoss.locate is deprecated; use resolve_layers"):
+        module.criterion.locate(module.student, module.teacher)
+    with pytest.warns(DeprecationWarning, match="recall is deprecated"):
+        module.recall = module.teacher_outputs
+    assert module.teacher_cache == module.teacher_outputs
+
+
+def test_overrides_of_former_members(distill) -> None:
+    with pytest.warns(DeprecationWarning, match="Own.locate is deprecated; use resolve_layers"):
+
+        class Own(lkd.losses.KD):
+            def locate(self, student, teacher) -> None:
+                self.seen = student
+
+    criterion = Own()
+    student = distill(criterion=criterion).student
+    assert criterion.seen is student
+
+
+def test_former_names_of_configs() -> None:
+    assert is_config("trainer/kept_answers")
+    with pytest.warns(
+        FutureWarning, match=r"the config trainer/kept_answers\.yaml is deprecated; use trainer/teacher_cache"
+    ):
+        assert find_config("trainer/kept_answers.yaml") == find_config("trainer/teacher_cache")

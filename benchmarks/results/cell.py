@@ -27,7 +27,7 @@ from lkd.cli.lightning_cli import LkdCLI
 from lkd.cli.main import run
 from lkd.io.tensor_cache import fingerprint, replacing
 from lkd.io.yaml import load_yaml
-from lkd.loading import Answer, network_of
+from lkd.loading import ModuleLogits, network_of
 
 
 def train(cell: Cell, store: Store, data: Path | None) -> None:
@@ -147,7 +147,7 @@ def _keep_weights(network: nn.Module, target: Path) -> str | None:
     Returns:
         The hash of the file; `None` if the network cannot predict on its own, in which case nothing is written.
     """
-    if isinstance(network, Answer):
+    if isinstance(network, ModuleLogits):
         return None
     state = {name: part.half() if part.is_floating_point() else part for name, part in network.state_dict().items()}
     with replacing(target) as path:

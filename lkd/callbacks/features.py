@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import LBFGS
 
 from lkd import devices
-from lkd.features.extractor import FeatureTaps
+from lkd.features.extractor import FeatureExtractor
 from lkd.types import IGNORE_INDEX
 
 _CHUNK = 1024
@@ -82,12 +82,12 @@ class FeatureEvaluation(L.Callback):
                 f"{type(self).__name__} requires the training images without augmentation; add a method "
                 "plain_train_dataloader to the data module that returns a data loader of these images"
             )
-        taps = self._taps(pl_module)
+        extractor = self._extractor(pl_module)
         try:
             if (example := pl_module.example_input()) is not None:
-                _pooled(self.layer, taps.probe(example).outputs.features)
+                _pooled(self.layer, extractor.probe(example).outputs.features)
         finally:
-            taps.remove()
+            extractor.remove()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Evaluate the features, except in the sanity check and in the epochs between two evaluations."""
@@ -120,25 +120,25 @@ class FeatureEvaluation(L.Callback):
 
     def _features(self, trainer: L.Trainer, module: Any, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
         """Return float32 features `(N, D)` and classes `(N,)` of the labelled images from all processes."""
-        taps = self._taps(module)
+        extractor = self._extractor(module)
         features, targets = [], []
         try:
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 for raw in batches:
                     batch = module.unpack(trainer.strategy.batch_to_device(raw))
-                    found = taps(batch.input).features
+                    found = extractor(batch.input).features
                     features.append(_pooled(self.layer, found).float())
                     targets.append(batch.target)
         finally:
-            taps.remove()
+            extractor.remove()
         feature, target = (
             module.all_gather(torch.cat(parts)).reshape(-1, *parts[0].shape[1:]) for parts in (features, targets)
         )
         labelled = target != IGNORE_INDEX
         return feature[labelled], target[labelled]
 
-    def _taps(self, module: Any) -> FeatureTaps:
-        return FeatureTaps(getattr(module, module.network_names[0]), [self.layer])
+    def _extractor(self, module: Any) -> FeatureExtractor:
+        return FeatureExtractor(getattr(module, module.network_names[0]), [self.layer])
 
 
 def _pooled(name: str, features: Any) -> Tensor:

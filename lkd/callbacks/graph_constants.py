@@ -28,7 +28,7 @@ def constants_of(module: Any) -> tuple[Any, ...]:
     layers = [layer for network in networks for layer in network.modules()]
     tensors = chain.from_iterable(chain(network.parameters(), network.buffers()) for network in networks)
     places = [(id(tensor), tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
-    return [numbers_of(layer) for layer in layers], places, id(getattr(module, "teacher_taps", None))
+    return [numbers_of(layer) for layer in layers], places, id(getattr(module, "teacher_extractor", None))
 
 
 def plain(value: Any) -> Any:

@@ -58,7 +58,7 @@ class Storage:
         return everywhere.scatter(-1, stored[1].long(), values[..., :-1])
 
 
-class Answers:
+class LogitTable:
     """Table of stored logits with one row per image.
 
     Args:

@@ -20,7 +20,7 @@ from lkd.callbacks.monitor import fitting, network_size
 from lkd.callbacks.optimizers import count_on_device, count_on_host, fuse
 from lkd.callbacks.step_graph import StepGraph, obstacle
 from lkd.datamodules import ImageDataModule
-from lkd.features.extractor import FeatureTaps, logits_of
+from lkd.features.extractor import FeatureExtractor, logits_of
 from lkd.features.layers import evaluating
 from lkd.models.fusion import fold_batch_norms
 
@@ -94,7 +94,7 @@ class Speed(L.Callback):
         self.channels_last, self.fold_teacher, self.compile = channels_last, fold_teacher, compile
         self.keep_memory, self.fuse_optimizer = keep_memory, fuse_optimizer
         self._compiled: list[nn.Module] = []
-        self._own_taps: FeatureTaps | None = None
+        self._own_extractor: FeatureExtractor | None = None
         self._version = 0  # teacher version at the time of folding
         self._applied: list[str] = []
         self._no_graph = ""
@@ -138,8 +138,14 @@ class Speed(L.Callback):
         self._compile(trainer, pl_module)
 
     def _fold(self, trainer: L.Trainer, module: Any) -> None:
-        taps, example = getattr(module, "teacher_taps", None), module.example_input()
-        if not self.fold_teacher or taps is None or taps.layers or module.teacher_changes or not _is_image(example):
+        extractor, example = getattr(module, "teacher_extractor", None), module.example_input()
+        if (
+            not self.fold_teacher
+            or extractor is None
+            or extractor.layers
+            or module.teacher_changes
+            or not _is_image(example)
+        ):
             return
         layers = list(module.teacher.modules())
         read = any(has_forward_hooks(layer) for layer in layers)
@@ -150,11 +156,11 @@ class Speed(L.Callback):
         join = devices.is_gpu(trainer.strategy.root_device) and self._mode(trainer, example)[0] is None
         low = torch.bfloat16 if str(trainer.precision) == "bf16-mixed" else None
         try:
-            module.teacher_taps = FeatureTaps(fold_batch_norms(module.teacher, noise, low, join))
+            module.teacher_extractor = FeatureExtractor(fold_batch_norms(module.teacher, noise, low, join))
         except ValueError as error:
             self._applied.append(f"teacher batch norms not folded ({error})")
         else:
-            self._own_taps, self._version = taps, module.teacher_version
+            self._own_extractor, self._version = extractor, module.teacher_version
             self._applied.append("teacher batch norms folded")
 
     def _compile(self, trainer: L.Trainer, module: Any) -> None:
@@ -162,8 +168,8 @@ class Speed(L.Callback):
         if mode is None:
             self._applied.append(f"torch.compile off{reason}")
             return
-        taps = getattr(module, "teacher_taps", None)
-        networks = [module.model, *([] if taps is None or module.saves_teacher else [taps.network])]
+        extractor = getattr(module, "teacher_extractor", None)
+        networks = [module.model, *([] if extractor is None or module.saves_teacher else [extractor.network])]
         for network in networks:
             network.compile(mode=mode)
         self._compiled = networks
@@ -280,8 +286,8 @@ class Speed(L.Callback):
         """Recheck the constants of the graph, and use the original teacher if it has changed since it was folded."""
         if self._step_graph is not None:
             self._step_graph.look_again()
-        if self._own_taps is not None and pl_module.teacher_version != self._version:
-            pl_module.teacher_taps, self._own_taps = self._own_taps, None
+        if self._own_extractor is not None and pl_module.teacher_version != self._version:
+            pl_module.teacher_extractor, self._own_extractor = self._own_extractor, None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Disable compiled networks in validation, as other batch sizes and modes would cause recompilation."""
@@ -304,8 +310,8 @@ class Speed(L.Callback):
         if self._compiled:
             torch.compiler.set_stance("default")
         self._uncompile()
-        if self._own_taps is not None:
-            pl_module.teacher_taps, self._own_taps = self._own_taps, None
+        if self._own_extractor is not None:
+            pl_module.teacher_extractor, self._own_extractor = self._own_extractor, None
         if "channels last" in self._applied:
             for name in pl_module.network_names:
                 _lay_out(getattr(pl_module, name), torch.contiguous_format)

@@ -202,14 +202,14 @@ class StepGraph:
 
     def _cache_state(self) -> Any:
         """Return whether the teacher's cached logits are read or written, and where."""
-        return getattr(getattr(self.module, "recall", None), "state", None)
+        return getattr(getattr(self.module, "teacher_cache", None), "state", None)
 
     def _try_capture(self, batch: Batch) -> None:
         self._captures_in_a_row += 1
         if self._captures_in_a_row > _MANY:
             self._give_up("Python values that the step reads change in every step")
             return
-        if reason := getattr(getattr(self.module, "recall", None), "obstacle", ""):
+        if reason := getattr(getattr(self.module, "teacher_cache", None), "obstacle", ""):
             self._give_up(reason)
             return
         device = _device(self._optimizer)

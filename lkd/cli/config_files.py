@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lkd._moved import RENAMED_CONFIGS
 from lkd.io.yaml import load_yaml
 
 KEYS = (
@@ -50,6 +52,9 @@ def find_config(name: str) -> Path:
     """
     folder = configs_folder()
     own = name.removeprefix("configs/")
+    if new := RENAMED_CONFIGS.get(own.removesuffix(".yaml")):
+        warnings.warn(f"the config {name} is deprecated; use {new}", FutureWarning, stacklevel=2)
+        own = new
     for path in (Path(name), folder / own, folder / f"{own}.yaml"):
         if path.is_file():
             read_config(path)
@@ -62,6 +67,7 @@ def find_config(name: str) -> Path:
 def is_config(name: str) -> bool:
     """Return whether a config file of this name exists."""
     folder, own = configs_folder(), name.removeprefix("configs/")
+    own = RENAMED_CONFIGS.get(own.removesuffix(".yaml"), own)
     return any(path.is_file() for path in (Path(name), folder / own, folder / f"{own}.yaml"))
 
 

@@ -15,7 +15,7 @@ from lkd._compat import tree_map
 from lkd.callbacks.monitor import fitting
 from lkd.cli.arguments import prepare
 from lkd.cli.lightning_cli import LkdCLI
-from lkd.features.extractor import FeatureTaps
+from lkd.features.extractor import FeatureExtractor
 from lkd.features.layers import FeatureLayers, blank_image, feature_layers, layer_names
 
 _T = TypeVar("_T")
@@ -117,7 +117,7 @@ def _listing(name: str, network: nn.Module, example: Any) -> Iterator[str]:
     try:
         shapes = layer_names(network, example)
         inputs = [layer for layer in groups if layer.endswith(":input") and layer.removesuffix(":input") in shapes]
-        features = FeatureTaps(network, inputs).probe(example).outputs.features
+        features = FeatureExtractor(network, inputs).probe(example).outputs.features
     except Exception as error:  # a forward pass may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         kind = "an image" if _is_image(example) else "an input"

@@ -24,7 +24,7 @@ from lkd.compare.groups import methods_of
 from lkd.compare.predictions import Candidate, statistics_of
 from lkd.compare.tables import tables
 from lkd.io.yaml import load_yaml
-from lkd.loading import Trained, load_trained, network_of
+from lkd.loading import Trained, load_run, network_of
 from lkd.modules import DistillModule
 from lkd.types import Normalization
 
@@ -46,7 +46,7 @@ def main(args: Sequence[str]) -> None:
         ValueError: If there is nothing to compare, or the networks do not fit the data.
     """
     given = _parsed(args)
-    runs = {name: load_trained(place) for name, place in _named(given.runs).items()}
+    runs = {name: load_run(place) for name, place in _named(given.runs).items()}
     candidates, data, teacher = _chosen(given, runs)
     folder = _new_folder(Path(given.output))  # before the work, in case the folder is not writable
     how = given.split, given.batch_sizes, given.accelerator, given.seconds

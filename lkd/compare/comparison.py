@@ -15,7 +15,7 @@ from lkd.compare.cost import costs
 from lkd.compare.groups import groups_of, method_difference
 from lkd.compare.measurements import Measurements
 from lkd.compare.metrics import difference, measure
-from lkd.compare.predictions import Answers, Candidate, Split, ask
+from lkd.compare.predictions import Candidate, Predictions, Split, predict
 from lkd.compare.tables import tables
 
 
@@ -63,34 +63,36 @@ def compare(
         raise ValueError(f"the teacher must be one of the networks {', '.join(names)}, got {teacher!r}")
     if not batch_sizes:
         raise ValueError("batch_sizes must contain at least one batch size, got none")
-    answers = ask(candidates, data, split, teacher, accelerator, progress=progress)
-    reference = None if teacher is None else answers.logits[teacher]
+    predictions = predict(candidates, data, split, teacher, accelerator, progress=progress)
+    reference = None if teacher is None else predictions.logits[teacher]
     figures = {
-        name: measure(logits, answers.target, None if name == teacher else reference)
-        for name, logits in answers.logits.items()
+        name: measure(logits, predictions.target, None if name == teacher else reference)
+        for name, logits in predictions.logits.items()
     }
-    cost = costs({one.name: one.network for one in candidates}, answers.example, batch_sizes, answers.device, seconds)
+    cost = costs(
+        {one.name: one.network for one in candidates}, predictions.example, batch_sizes, predictions.device, seconds
+    )
     pairs = [
-        difference(one, other, answers.logits[one], answers.logits[other], answers.target)
+        difference(one, other, predictions.logits[one], predictions.logits[other], predictions.target)
         for one, other in combinations(names, 2)
     ]
     groups = groups_of({one.name: one.group for one in candidates}, figures)
-    classes = next(iter(answers.logits.values())).shape[1]
+    classes = next(iter(predictions.logits.values())).shape[1]
     given = getattr(data, "class_names", None)
     found = [] if given is None else [str(name) for name in given]
     class_names = [found[one] if one < len(found) else str(one) for one in range(classes)]
-    facts = _facts(candidates, data, split, answers)
+    facts = _facts(candidates, data, split, predictions)
     between = [method_difference(*pair) for pair in combinations(groups, 2)]
-    return Comparison(figures, cost, pairs, groups, between, teacher, facts, answers, class_names, data)
+    return Comparison(figures, cost, pairs, groups, between, teacher, facts, predictions, class_names, data)
 
 
 def _facts(
-    candidates: Sequence[Candidate], data: L.LightningDataModule, split: Split, answers: Answers
+    candidates: Sequence[Candidate], data: L.LightningDataModule, split: Split, predictions: Predictions
 ) -> dict[str, str]:
-    device = answers.device
+    device = predictions.device
     where = f"{device.type}, {platform.machine()}" if device.type == "cpu" else devices.name_of(device)
     return {
-        "data": f"{place_of(data)}, {split} split, {len(answers.target):,} images",
+        "data": f"{place_of(data)}, {split} split, {len(predictions.target):,} images",
         "device": f"{where}, float32, {torch.get_num_threads()} thread(s)",
         "versions": f"lkd {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         **{f"network {one.name}": one.source for one in candidates if one.source},

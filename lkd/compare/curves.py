@@ -45,7 +45,7 @@ def write_curves(found: Comparison, folder: Path, plots: Sequence[Plot]) -> None
             writer.add_text(f"compare/{table.title}", "\n".join(table.markdown()))
         for plot in plots:
             writer.add_figure(f"compare/{plot.title}", plot.figure)
-        for name, disputed in found.answers.disputed.items():
+        for name, disputed in found.predictions.disputed.items():
             if len(disputed.image):
                 images = make_grid(shown(disputed.image, found.data), nrow=6)
                 writer.add_image(f"compare/disputed by {name}", images)

@@ -12,7 +12,7 @@ import lightning as L
 from lkd.compare.cost import Cost
 from lkd.compare.groups import Group, MethodDifference, Spread
 from lkd.compare.metrics import Difference, Figures, Share
-from lkd.compare.predictions import Answers
+from lkd.compare.predictions import Predictions
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Measurements:
         method_differences: Difference of each pair of groups, with Welch's t-test over the seeds.
         teacher: Name of the network with which the others are compared; None if there is no teacher.
         facts: Descriptions of the data, the device, the versions and the networks.
-        answers: Logits of the networks, labels, and images with different predictions.
+        predictions: Logits of the networks, labels, and images with different predictions.
         class_names: Names of the classes.
         data: The data module.
     """
@@ -39,7 +39,7 @@ class Measurements:
     method_differences: list[MethodDifference]
     teacher: str | None
     facts: dict[str, str]
-    answers: Answers
+    predictions: Predictions
     class_names: Sequence[str]
     data: L.LightningDataModule
 

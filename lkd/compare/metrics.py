@@ -141,23 +141,23 @@ def measure(logits: Tensor, target: Tensor, teacher: Tensor | None = None) -> Fi
     known = target != IGNORE_INDEX
     if not known.any():
         raise ValueError("none of the images has a label, so the accuracy is undefined; use a labelled split")
-    answers, labels = logits[known].double(), target[known]
-    right = answers.argmax(1) == labels
-    scaled = cross_fitted(answers, labels)
-    classes = answers.shape[1]
+    known_logits, labels = logits[known].double(), target[known]
+    right = known_logits.argmax(1) == labels
+    scaled = cross_fitted(known_logits, labels)
+    classes = known_logits.shape[1]
     per_class = [Share(int(right[labels == one].sum()), int((labels == one).sum())) for one in range(classes)]
     return Figures(
         top1=_share(right),
-        top5=_share((answers.topk(5).indices == labels[:, None]).any(1)) if classes > 5 else None,
-        nll=float(cross_entropy(answers, labels)),
-        ece=calibration_error(answers, labels),
-        temperature=fitted_temperature(answers, labels),
+        top5=_share((known_logits.topk(5).indices == labels[:, None]).any(1)) if classes > 5 else None,
+        nll=float(cross_entropy(known_logits, labels)),
+        ece=calibration_error(known_logits, labels),
+        temperature=fitted_temperature(known_logits, labels),
         scaled_nll=float(cross_entropy(scaled, labels)),
         scaled_ece=calibration_error(scaled, labels),
         agreement=None if teacher is None else _share(logits.argmax(1) == teacher.argmax(1)),
         kl=None if teacher is None else float(divergences(logits, teacher).mean()),
         per_class=per_class,
-        reliability=reliability(answers, labels),
+        reliability=reliability(known_logits, labels),
         scaled_reliability=reliability(scaled, labels),
     )
 
@@ -259,7 +259,7 @@ def difference(first: str, second: str, ours: Tensor, theirs: Tensor, target: Te
         McNemar: Note on the sampling error of the difference between correlated proportions, 1947.
     """
     known = target != IGNORE_INDEX
-    right, other = ((answers.argmax(1) == target)[known] for answers in (ours, theirs))
+    right, other = ((known_logits.argmax(1) == target)[known] for known_logits in (ours, theirs))
     gained, lost, total = int((right & ~other).sum()), int((other & ~right).sum()), int(known.sum())
     # The difference in a bootstrap sample depends only on these two counts.
     shares = [gained / total, lost / total, 1 - (gained + lost) / total]

@@ -41,16 +41,16 @@ def page(found: Comparison, plots: Sequence[Plot]) -> str:
         found=found,
         tables=tables(found),
         plots=[(plot.title, plot.note, as_svg(plot.figure)) for plot in plots],
-        disputed={name: list(_pictures(found, name)) for name in found.figures if name in found.answers.disputed},
+        disputed={name: list(_pictures(found, name)) for name in found.figures if name in found.predictions.disputed},
     )
 
 
 def _pictures(found: Comparison, name: str) -> Iterator[_Picture]:
-    disputed, answers, names = found.answers.disputed[name], found.answers, found.class_names
+    disputed, predictions, names = found.predictions.disputed[name], found.predictions, found.class_names
     for image, position in zip(shown(disputed.image, found.data), disputed.position.tolist(), strict=True):
-        label = int(answers.target[position])
-        theirs = _choice(answers.logits[str(found.teacher)][position])
-        ours = _choice(answers.logits[name][position])
+        label = int(predictions.target[position])
+        theirs = _choice(predictions.logits[str(found.teacher)][position])
+        ours = _choice(predictions.logits[name][position])
         right = {theirs[0]: "teacher", ours[0]: "network"}.get(label, "neither")
         teacher, network = (f"{names[chosen]} {100 * sure:.0f}%" for chosen, sure in (theirs, ours))
         truth = names[label] if label >= 0 else "no label"

@@ -168,10 +168,10 @@ def _classes(found: Comparison) -> Figure:
 
 def _confusions(found: Comparison) -> Figure:
     names = [name for name in found.figures if name != found.teacher]
-    known = found.answers.target != IGNORE_INDEX
-    target = found.answers.target[known]
-    teacher = confusion(found.answers.logits[str(found.teacher)][known], target)
-    gaps = {name: 100 * (confusion(found.answers.logits[name][known], target) - teacher).numpy() for name in names}
+    known = found.predictions.target != IGNORE_INDEX
+    target = found.predictions.target[known]
+    teacher = confusion(found.predictions.logits[str(found.teacher)][known], target)
+    gaps = {name: 100 * (confusion(found.predictions.logits[name][known], target) - teacher).numpy() for name in names}
     widest = max(0.1, *(float(np.abs(gap).max()) for gap in gaps.values()))
     figure, axes = _panels(len(names), 4.8 if len(names) == 1 else 4.0, 3.8, 3)
     ticks = range(len(found.class_names))

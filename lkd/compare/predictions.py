@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lkd._moved import renamed
 from lkd.compare.metrics import divergences
 from lkd.features.extractor import logits_of
 from lkd.modules import ClassificationModule
@@ -55,7 +56,7 @@ class Disputed:
 
 
 @dataclass
-class Answers:
+class Predictions:
     """Predictions of the networks.
 
     Attributes:
@@ -167,7 +168,7 @@ def _on_cpu(input: Any) -> Any:
     return L.pytorch.utilities.move_data_to_device(input, torch.device("cpu"))
 
 
-def ask(
+def predict(
     candidates: Sequence[Candidate],
     data: L.LightningDataModule,
     split: Split = "test",
@@ -175,7 +176,7 @@ def ask(
     accelerator: str = "auto",
     shown: int = 12,
     progress: bool = False,
-) -> Answers:
+) -> Predictions:
     """Compute the predictions of all networks for all images of a split, on one device, in float32.
 
     Args:
@@ -212,4 +213,9 @@ def ask(
         raise ValueError(f"{type(data).__name__} has no images in its {split} split; choose another one with --split")
     logits = {name: torch.cat(parts) for name, parts in predictor.logits.items()}
     device = trainer.strategy.root_device
-    return Answers(logits, torch.cat(predictor.target), device, predictor.disputed, predictor.example)
+    return Predictions(logits, torch.cat(predictor.target), device, predictor.disputed, predictor.example)
+
+
+def __getattr__(name: str) -> Any:
+    """Provide former names."""
+    return renamed(__name__, name)

@@ -23,7 +23,7 @@ from lkd.export.card import CARD, card
 from lkd.export.files import INT8_FILE, METADATA, WRITERS, Network, as_json, check_formats, write_int8
 from lkd.export.images import batches, preprocessing, test_loader, training_images
 from lkd.export.measure import Checked, compare
-from lkd.loading import Trained, find_checkpoint, load_trained
+from lkd.loading import Trained, find_checkpoint, load_run
 from lkd.types import Batch
 
 TOLERANCE = 1e-4
@@ -88,7 +88,7 @@ def export(
     path = find_checkpoint(place)
     folder = Path(output) if output else _beside(path)
     _check_output(folder, overwrite)
-    trained = load_trained(str(path), *settings)
+    trained = load_run(str(path), *settings)
     metrics = _tested(trained)
     with _atomic_folder(folder) as written:
         loader = test_loader(trained.data, images)

@@ -37,7 +37,7 @@ def card(
     """
     settings = _plain(dict(trained.config.as_dict()))
     model, data = settings["model"], settings["data"]
-    own, name = _network(model), type(network.answering).__name__
+    own, name = _network(model), type(network.classifier).__name__
     if network.prefix:
         name = type(trained.module).__name__
     files = [one.file for one in checked]

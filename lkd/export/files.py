@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 
 from lkd.features.extractor import logits_of
-from lkd.loading import Answer, network_of
+from lkd.loading import ModuleLogits, network_of
 from lkd.modules import ClassificationModule
 
 Run: TypeAlias = Callable[[Tensor], Tensor]
@@ -45,12 +45,12 @@ class Network:
     def __init__(self, module: ClassificationModule, example: Tensor) -> None:
         # Two images, because torch.export specializes a batch size of one; blank, because the file contains them.
         self.blank = torch.zeros(2, *example.shape[1:], dtype=example.dtype)
-        self.answering = network_of(module)
+        self.classifier = network_of(module)
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
         """Return the logits `(B, K)`."""
-        return logits_of(self.answering(image))
+        return logits_of(self.classifier(image))
 
     @cached_property
     def num_outputs(self) -> int:
@@ -60,7 +60,7 @@ class Network:
     @property
     def prefix(self) -> str:
         """Prefix of the weight names, which is removed in the files so that they match those in the checkpoint."""
-        return "module." if isinstance(self.answering, Answer) else ""
+        return "module." if isinstance(self.classifier, ModuleLogits) else ""
 
     @cached_property
     def program(self) -> ExportedProgram:
@@ -69,7 +69,7 @@ class Network:
         Raises:
             ValueError: If the network cannot be traced.
         """
-        network = self.answering
+        network = self.classifier
         traced = copy(network)  # the same weights and names, but returns only the logits
         traced.forward = lambda image: logits_of(network.forward(image))
         with torch.no_grad(), _quiet():
@@ -87,7 +87,7 @@ class Network:
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         """State dict of the network; if the module computes the logits itself, only the tensors that it reads."""
-        state: dict[str, Tensor] = self.answering.state_dict()
+        state: dict[str, Tensor] = self.classifier.state_dict()
         if self.prefix:
             state = {name: tensor for name, tensor in state.items() if name in self._read}
         # Copies, because safetensors does not allow shared tensors.
@@ -96,7 +96,7 @@ class Network:
     @property
     def num_parameters(self) -> int:
         """Number of exported parameters."""
-        found = dict(self.answering.named_parameters())
+        found = dict(self.classifier.named_parameters())
         return sum(found[name].numel() for name in found if name.removeprefix(self.prefix) in self.weights)
 
     @property
@@ -118,10 +118,10 @@ def write_safetensors(network: Network, path: Path, metadata: str) -> Run:
         Function that runs the network with the weights of the file, and NaN or 0 for all others.
     """
     path.write_bytes(save(network.weights, {"format": "pt", METADATA: metadata}))  # save_file sets mode 0600
-    answering, state = network.answering, network.answering.state_dict()
+    classifier, state = network.classifier, network.classifier.state_dict()
     gone = {n: torch.full_like(t, torch.nan if t.is_floating_point() else 0) for n, t in state.items()}
     loaded = {f"{network.prefix}{name}": tensor for name, tensor in load_file(path).items()}
-    return lambda image: logits_of(functional_call(answering, {**gone, **loaded}, (image,), tie_weights=False))
+    return lambda image: logits_of(functional_call(classifier, {**gone, **loaded}, (image,), tie_weights=False))
 
 
 def write_torch(network: Network, path: Path, metadata: str) -> Run:
@@ -146,7 +146,7 @@ def write_onnx(network: Network, path: Path, metadata: str) -> Run:
                 verbose=False,
             )
         except Exception as error:  # such as an operation that ONNX does not support
-            name = type(network.answering).__name__
+            name = type(network.classifier).__name__
             raise ValueError(f"PyTorch cannot export {name} as ONNX ({_reason(error)}); use --format torch") from error
         if model is None:
             raise ValueError("torch.onnx.export returned no program; use --format torch")

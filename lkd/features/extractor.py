@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lkd._compat import AnyDropout, tree_leaves, tree_map
+from lkd._moved import renamed
 from lkd.features.layers import evaluating, resolve_layers, uncompiled
 from lkd.types import Outputs, Probe
 
 _INPUT = ":input"
 
 
-class FeatureTaps:
+class FeatureExtractor:
     """Run a network and collect the outputs of selected layers.
 
     This object is not a module and adds nothing to a state dict. If a layer is called several times in a forward pass,
@@ -35,7 +36,7 @@ class FeatureTaps:
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 2))
-        >>> outputs = FeatureTaps(network, ["0", "2:input"])(torch.zeros(5, 4))
+        >>> outputs = FeatureExtractor(network, ["0", "2:input"])(torch.zeros(5, 4))
         >>> outputs.logits.shape, {name: tuple(feature.shape) for name, feature in outputs.features.items()}
         (torch.Size([5, 2]), {'0': (5, 3), '2:input': (5, 3)})
     """
@@ -171,3 +172,8 @@ def _clone(leaf: Any) -> Any:
 
 def _version(feature: Any) -> list[int]:
     return [leaf._version for leaf in tree_leaves(feature) if isinstance(leaf, Tensor)]
+
+
+def __getattr__(name: str) -> Any:
+    """Provide former names."""
+    return renamed(__name__, name)

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from lkd._moved import former_members
 from lkd.features.layers import resolve_layers
 from lkd.losses._checks import check_dims
 from lkd.types import Batch, Outputs, Probe
@@ -21,6 +22,7 @@ _PLAIN = (bool, int, float, str, tuple, dict)
 """Types of settings that `repr` shows."""
 
 
+@former_members(locate="resolve_layers")
 class DistillLoss(nn.Module, ABC):
     """Base class of distillation criteria.
 
@@ -104,7 +106,7 @@ class DistillLoss(nn.Module, ABC):
         names = [name for name in inspect.signature(type(self)).parameters if isinstance(vars(self).get(name), _PLAIN)]
         return ", ".join(f"{name}={vars(self)[name]!r}" for name in names)
 
-    def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
+    def resolve_layers(self, student: nn.Module, teacher: nn.Module | None) -> None:
         """Replace `@stages` and similar names in `student_layers` and `teacher_layers` by actual layer names.
 
         Args:

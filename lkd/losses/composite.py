@@ -84,10 +84,10 @@ class CompositeLoss(DistillLoss):
         """Largest number of views that a part reads."""
         return max(part.num_views for part in self.parts)
 
-    def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
+    def resolve_layers(self, student: nn.Module, teacher: nn.Module | None) -> None:
         """Resolve the layers of the parts, some of which, such as `MultiTeacher`, read other layers than they name."""
         for part in self.parts:
-            part.locate(student, teacher)
+            part.resolve_layers(student, teacher)
         self.student_layers = tuple(layer for part in self.parts for layer in part.student_layers)
         self.teacher_layers = tuple(layer for part in self.parts for layer in part.teacher_layers)
 

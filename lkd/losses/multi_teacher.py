@@ -164,7 +164,7 @@ class MultiTeacher(CompositeLoss):
         """Value of the inner criterion; None with learned weights, as the term `mixture` reads labels."""
         return None if self.weighting == "learned" else self.parts[0].skips_unlabelled
 
-    def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
+    def resolve_layers(self, student: nn.Module, teacher: nn.Module | None) -> None:
         """Copy the criterion for each teacher and resolve the layer names of the copies."""
         members = list(getattr(teacher, _MEMBERS, ()))
         if len(members) < 2:
@@ -179,7 +179,7 @@ class MultiTeacher(CompositeLoss):
         shares = torch.tensor(self.weights or [1.0] * len(members))
         self.register_buffer("shares", shares / shares.sum(), persistent=False)
         for part, member in zip(self.parts, members, strict=True):
-            part.locate(student, member)
+            part.resolve_layers(student, member)
         self.student_layers = tuple(layer for part in self.parts for layer in part.student_layers)
         self.teacher_layers = tuple(
             _layer(number, layer) for number, part in enumerate(self.parts) for layer in ("", *part.teacher_layers)

@@ -16,7 +16,7 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import Metric
 
 from lkd.__about__ import __version__
-from lkd.features.extractor import FeatureTaps, logits_of
+from lkd.features.extractor import FeatureExtractor, logits_of
 from lkd.features.layers import device_of
 from lkd.losses._labels import cross_entropies
 from lkd.models import load_weights
@@ -326,14 +326,14 @@ class ClassificationModule(EvaluatedModule):
         Raises:
             ValueError: If a network fails on the input or has fewer classes than the data.
         """
-        self.probe("model", FeatureTaps(self.model), example)
+        self.probe("model", FeatureExtractor(self.model), example)
 
-    def probe(self, name: str, taps: FeatureTaps, example: Any, is_classifier: bool = True) -> Probe:
+    def probe(self, name: str, extractor: FeatureExtractor, example: Any, is_classifier: bool = True) -> Probe:
         """Run a blank input through one network and check its outputs.
 
         Args:
             name: Name of the network in error messages.
-            taps: The network and the layers whose features are read.
+            extractor: The network and the layers whose features are read.
             example: One blank input.
             is_classifier: Whether the logits must cover the classes of the data.
 
@@ -344,11 +344,11 @@ class ClassificationModule(EvaluatedModule):
             ValueError: If the network fails on the input or has fewer classes than the data.
         """
         try:
-            probe = taps.probe(example)
+            probe = extractor.probe(example)
         except RuntimeError as error:
             shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
             reason = str(error).splitlines()[0]
-            remedy = mismatch(taps.network, example) or (
+            remedy = mismatch(extractor.network, example) or (
                 "the number of channels (in_channels) and the image size must be the same in network and data"
             )
             raise ValueError(f"the {name} does not accept inputs of shape {shape}: {reason}; {remedy}") from error

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from lkd._compat import modifications
-from lkd.features.extractor import FeatureTaps
+from lkd._moved import former_members
+from lkd.features.extractor import FeatureExtractor
 from lkd.features.layers import device_of
 from lkd.losses import KD, DistillLoss, named_terms
 from lkd.losses.base import RESERVED, buffers_same_everywhere, check_criterion
@@ -28,6 +29,7 @@ from lkd.schedules.relative import Interval
 from lkd.types import Batch, Normalization, Outputs, Probe
 
 
+@former_members(not_to_be_kept="cache_obstacle", recall="teacher_cache")
 class DistillModule(EvaluatedDistillation):
     """Train a student with labels and with a frozen teacher.
 
@@ -93,7 +95,7 @@ class DistillModule(EvaluatedDistillation):
     saves_teacher: ClassVar[bool] = False
     """Whether the teacher changes, and is therefore saved in checkpoints and synchronized between processes."""
     teacher: nn.Module | None
-    recall: Callable[[Batch, Callable[[Batch], Outputs]], Outputs] | None = None
+    teacher_cache: Callable[[Batch, Callable[[Batch], Outputs]], Outputs] | None = None
     """Called in training instead of `teacher_outputs`, which is its second argument; set by the teacher cache."""
 
     def __init__(
@@ -129,9 +131,11 @@ class DistillModule(EvaluatedDistillation):
             )
         self.distill_weight, self.hard_weight = distill_weight, hard_weight
         self.teacher_normalization = teacher_normalization
-        self.criterion.locate(self.student, self.teacher)
-        self.student_taps = FeatureTaps(self.student, self.criterion.student_layers)
-        self.teacher_taps = None if self.teacher is None else FeatureTaps(self.teacher, self.criterion.teacher_layers)
+        self.criterion.resolve_layers(self.student, self.teacher)
+        self.student_extractor = FeatureExtractor(self.student, self.criterion.student_layers)
+        self.teacher_extractor = (
+            None if self.teacher is None else FeatureExtractor(self.teacher, self.criterion.teacher_layers)
+        )
         self.teacher_scale: Tensor | None = None
         self.teacher_shift: Tensor | None = None
         self._criterion_meter = CriterionMeter()
@@ -161,7 +165,7 @@ class DistillModule(EvaluatedDistillation):
     def _freeze_teacher(self) -> None:
         if self.teacher is not None:
             self.teacher.requires_grad_(False).eval()
-        elif self.asks_teacher:
+        elif self.uses_teacher:
             raise ValueError(
                 f"the criterion {type(self.criterion).__name__} requires a teacher, but there is none; set `teacher`"
             )
@@ -174,7 +178,7 @@ class DistillModule(EvaluatedDistillation):
         return self
 
     @property
-    def asks_teacher(self) -> bool:
+    def uses_teacher(self) -> bool:
         """Whether the loss reads the teacher's outputs."""
         return self.criterion.needs_teacher or self._is_overridden
 
@@ -194,9 +198,9 @@ class DistillModule(EvaluatedDistillation):
         if self.distill_weight:
             self._check_batch(batch)
             teacher = NO_ANSWER
-            if self.asks_teacher:
+            if self.uses_teacher:
                 with torch.no_grad():  # not inference_mode: its tensors cannot be saved for backward
-                    teacher = self._recalled_outputs(batch)
+                    teacher = self._cached_outputs(batch)
                 self.watch("teacher", teacher.logits)
             terms |= self._weighted_terms(student, teacher, batch)
         self._reach_all(terms, student.logits)
@@ -206,8 +210,10 @@ class DistillModule(EvaluatedDistillation):
         loss = self.distill_loss(student, teacher, batch)
         return {name: self.distill_weight * term for name, term in named_terms(self.distill_name, loss).items()}
 
-    def _recalled_outputs(self, batch: Batch) -> Outputs:
-        return self.teacher_outputs(batch) if self.recall is None else self.recall(batch, self.teacher_outputs)
+    def _cached_outputs(self, batch: Batch) -> Outputs:
+        if self.teacher_cache is None:
+            return self.teacher_outputs(batch)
+        return self.teacher_cache(batch, self.teacher_outputs)
 
     @property
     def teacher_changes(self) -> bool:
@@ -224,10 +230,10 @@ class DistillModule(EvaluatedDistillation):
         return sum(modifications(tensor) for tensor in tensors if not tensor.is_inference())
 
     @property
-    def not_to_be_kept(self) -> str:
+    def cache_obstacle(self) -> str:
         """Reason why the teacher's outputs cannot be cached as logits; empty if they can."""
         name = type(self).__name__
-        if self.teacher is None or not self.asks_teacher:
+        if self.teacher is None or not self.uses_teacher:
             return "the loss does not use a teacher"
         if self.teacher_changes:
             return f"the teacher of {name} changes during training"
@@ -292,7 +298,7 @@ class DistillModule(EvaluatedDistillation):
         Args:
             batch: One batch.
         """
-        return self.student_taps(batch.input)
+        return self.student_extractor(batch.input)
 
     def teacher_outputs(self, batch: Batch) -> Outputs:
         """Compute the outputs of the teacher; override this for several teachers or a changing one.
@@ -300,9 +306,9 @@ class DistillModule(EvaluatedDistillation):
         Args:
             batch: One batch, normalized for the student.
         """
-        if self.teacher_taps is None:
+        if self.teacher_extractor is None:
             raise ValueError(f"{type(self).__name__} has no teacher; set `teacher`, or override teacher_outputs")
-        return self.teacher_taps(self.teacher_input(batch.input))
+        return self.teacher_extractor(self.teacher_input(batch.input))
 
     def teacher_input(self, input: Any) -> Any:
         """Convert the student's input to the normalization of the teacher.
@@ -338,7 +344,7 @@ class DistillModule(EvaluatedDistillation):
                 mean, std, self.teacher_normalization, device_of(self.model)
             )
         super().setup(stage)
-        self._remembered, self.recall, self._criterion_meter = RememberedLogits(), None, CriterionMeter()
+        self._remembered, self.teacher_cache, self._criterion_meter = RememberedLogits(), None, CriterionMeter()
         if not self._built and self.criterion.needs_build and self.example_input() is None:
             raise ValueError(
                 f"{type(self.criterion).__name__} builds its adapters from the input shape, which is unknown; use a "
@@ -350,11 +356,11 @@ class DistillModule(EvaluatedDistillation):
 
     def build(self, example: Any) -> None:
         """Check both networks with a blank input, and build the adapters of the criterion."""
-        student = self.probe("student", self.student_taps, example)
+        student = self.probe("student", self.student_extractor, example)
         teacher = Probe(nn.Identity(), NO_ANSWER)
-        if self.teacher_taps is not None:
+        if self.teacher_extractor is not None:
             compared = bool(self.criterion.reads_logits and self.distill_weight)
-            teacher = self.probe("teacher", self.teacher_taps, example, is_classifier=compared)
+            teacher = self.probe("teacher", self.teacher_extractor, example, is_classifier=compared)
             if compared:
                 check_same_classes(type(self.criterion).__name__, student, teacher)
         self.build_criterion(student, teacher)

@@ -82,7 +82,7 @@ class EarlyExitModule(DistillModule):
         Args:
             input: Input of the network.
         """
-        return self._exit_logits(self.student_taps(input))
+        return self._exit_logits(self.student_extractor(input))
 
     def _exit_logits(self, student: Outputs) -> list[Tensor]:
         exits = cast("BYOT", self.criterion).exit_outputs(student)
@@ -94,7 +94,7 @@ class EarlyExitModule(DistillModule):
 
     def update_metrics(self, metrics: MutableMapping[str, Metric], batch: Batch) -> Tensor:
         """Evaluate the selected exit, all exits and the criterion on one batch."""
-        student = self.student_taps(batch.input)
+        student = self.student_extractor(batch.input)
         *exits, own = self._exit_logits(student)
         logits = own if self.exit is None else exits[self.exit - 1]
         self.measure(metrics, logits, batch.target)

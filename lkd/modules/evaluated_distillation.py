@@ -16,8 +16,9 @@ from torchmetrics import Metric
 
 from lkd import devices
 from lkd._compat import tree_map_only
+from lkd._moved import former_members
 from lkd.datamodules.limits import images_measured
-from lkd.features.extractor import FeatureTaps
+from lkd.features.extractor import FeatureExtractor
 from lkd.features.layers import device_of, evaluating
 from lkd.losses import DistillLoss, WeightedSum
 from lkd.losses.base import SUM
@@ -37,6 +38,7 @@ _BLANK = 4
 """Number of images in the blank batch on which a loss is tested."""
 
 
+@former_members(asks_teacher="uses_teacher", student_taps="student_extractor", teacher_taps="teacher_extractor")
 class EvaluatedDistillation(ClassificationModule):
     """Evaluation logic of `DistillModule`, for student, teacher and criterion."""
 
@@ -44,7 +46,7 @@ class EvaluatedDistillation(ClassificationModule):
     criterion: DistillLoss
     distill_weight: float
     hard_weight: float
-    student_taps: FeatureTaps
+    student_extractor: FeatureExtractor
     teacher_normalization: Normalization | None
     _built: bool = False
     _criterion_meter: CriterionMeter
@@ -53,7 +55,7 @@ class EvaluatedDistillation(ClassificationModule):
 
     @property
     @abstractmethod
-    def asks_teacher(self) -> bool:
+    def uses_teacher(self) -> bool:
         """Whether the loss reads the teacher's outputs."""
 
     @property
@@ -104,7 +106,7 @@ class EvaluatedDistillation(ClassificationModule):
         criteria with a fixed batch size (`SemCKD`), batches of another size are skipped.
         """
         lacks = self.criterion.num_views > 1 or self.criterion.needs_index
-        has_teacher = not self.asks_teacher or "teacher" in self.network_names
+        has_teacher = not self.uses_teacher or "teacher" in self.network_names
         return bool(self.distill_weight) and has_teacher and not (lacks and not self._overrides("distill_loss"))
 
     @property
@@ -179,7 +181,7 @@ class EvaluatedDistillation(ClassificationModule):
             return False
         finally:
             self._criterion_meter.recorded = None
-            self.student_taps.clear()  # features with a graph would prevent copying the module
+            self.student_extractor.clear()  # features with a graph would prevent copying the module
 
     def _blank_batch(self, example: Any) -> Batch:
         """Create a batch of copies of an input, with labels and indices; criteria may compare images of a batch."""
@@ -201,14 +203,14 @@ class EvaluatedDistillation(ClassificationModule):
 
     def update_metrics(self, metrics: MutableMapping[str, Metric], batch: Batch) -> Tensor:
         """Evaluate student, teacher and criterion on one batch."""
-        self.student_taps.clear()
+        self.student_extractor.clear()
         logits = super().update_metrics(metrics, batch)
         teacher = NO_ANSWER
         if "teacher" in self.network_names:
             teacher = self._evaluated_teacher(batch)
             self._compare(metrics, logits, teacher.logits, batch.target)
         self.measure_criterion(
-            metrics, batch, lambda: self._weighted_terms(self.student_taps.outputs(logits), teacher, batch)
+            metrics, batch, lambda: self._weighted_terms(self.student_extractor.outputs(logits), teacher, batch)
         )
         return logits
 

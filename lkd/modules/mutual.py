@@ -13,7 +13,8 @@ from torch.optim import SGD
 from torchmetrics import Metric
 
 from lkd._compat import tree_map_only
-from lkd.features.extractor import FeatureTaps
+from lkd._moved import former_members
+from lkd.features.extractor import FeatureExtractor
 from lkd.losses import KD, CompositeLoss, DistillLoss, named_terms
 from lkd.modules.classification import ClassificationModule
 from lkd.modules.criterion_meter import with_total
@@ -36,7 +37,7 @@ class Mutual(CompositeLoss):
         self.students = list(permutations(range(len(students)), 2))
         copies = [criterion, *(deepcopy(criterion) for _ in self.students[1:])]
         for copy, (own, peer) in zip(copies, self.students, strict=True):
-            copy.locate(students[own], students[peer])
+            copy.resolve_layers(students[own], students[peer])
         self.criteria = nn.ModuleList(copies)
         self.student_layers = self.layers_of(0)
 
@@ -60,7 +61,7 @@ class Mutual(CompositeLoss):
         as_peer = [copy.teacher_layers for copy, pair in self._copies() if pair[1] == student]
         return tuple(dict.fromkeys(layer for layers in (*own, *as_peer) for layer in layers))
 
-    def locate(self, student: nn.Module, teacher: nn.Module | None) -> None:
+    def resolve_layers(self, student: nn.Module, teacher: nn.Module | None) -> None:
         """Do nothing: the layers of the copies are resolved in the constructor."""
 
     def build(self, *probes: Probe) -> None:
@@ -99,6 +100,7 @@ def _outputs_for(criterion: DistillLoss, own: Outputs, peer: Outputs) -> tuple[O
     return student, tree_map_only(Tensor, Tensor.detach, teacher)
 
 
+@former_members(taps="extractors")
 class MutualModule(DistillModule):
     r"""Deep mutual learning: train several students jointly, each with the labels and with the outputs of its peers.
 
@@ -160,24 +162,24 @@ class MutualModule(DistillModule):
             label_smoothing=label_smoothing,
             lr_scheduler_interval=lr_scheduler_interval,
         )
-        self.taps = [self.student_taps]
+        self.extractors = [self.student_extractor]
         for number, student in enumerate(students[1:], 2):
             self.add_module(f"student_{number}", student)
             self.network_names += (f"student_{number}",)
-            self.taps.append(FeatureTaps(student, mutual.layers_of(number - 1)))
+            self.extractors.append(FeatureExtractor(student, mutual.layers_of(number - 1)))
             self.logit_metrics += (f"acc_{number}",)
             for metrics in self.metrics.values():
                 cast("nn.ModuleDict", metrics)[f"acc_{number}"] = Accuracy()
 
     @property
-    def asks_teacher(self) -> bool:
+    def uses_teacher(self) -> bool:
         """Always False: the peers take the place of a teacher."""
         return False
 
     def build(self, example: Any) -> None:
         """Check the students with a blank input, and build the adapters of the criterion."""
-        named = zip(self.network_names, self.taps, strict=True)
-        probes = [self.probe(name, taps, example) for name, taps in named]
+        named = zip(self.network_names, self.extractors, strict=True)
+        probes = [self.probe(name, extractor, example) for name, extractor in named]
         classes = [probe.outputs.logits.shape[1] for probe in probes]
         if self.criterion.reads_logits and self.distill_weight and len(set(classes)) > 1:
             raise ValueError(
@@ -189,7 +191,7 @@ class MutualModule(DistillModule):
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the first student's logits `(B, K)` and the weighted terms of all students."""
         self._check_batch(batch)
-        outputs = [taps(batch.input) for taps in self.taps]
+        outputs = [extractor(batch.input) for extractor in self.extractors]
         terms = {}
         for number, own in enumerate(outputs):
             self.watch(self.network_names[number], own.logits)
@@ -206,14 +208,14 @@ class MutualModule(DistillModule):
 
     def update_metrics(self, metrics: MutableMapping[str, Metric], batch: Batch) -> Tensor:
         """Evaluate all students and the criterion of each on one batch."""
-        self.student_taps.clear()
+        self.student_extractor.clear()
         logits = ClassificationModule.update_metrics(self, metrics, batch)
-        peers = [taps(batch.input) for taps in self.taps[1:]]
+        peers = [extractor(batch.input) for extractor in self.extractors[1:]]
         for number, peer in enumerate(peers, 2):
             metrics[f"acc_{number}"].update(peer.logits, batch.target)
 
         def terms() -> dict[str, Tensor]:
-            outputs = [self.student_taps.outputs(logits), *peers]
+            outputs = [self.student_extractor.outputs(logits), *peers]
             found: dict[str, Tensor] = {}
             for number in range(len(outputs)):
                 own = with_total(self._terms_of(outputs, number, batch), self.criterion_curve)

@@ -103,7 +103,7 @@ def test_the_same_but_for_rounding(distill, fit) -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     after = lean.teacher.state_dict().values()
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
-    assert lean.teacher_taps.network is lean.teacher
+    assert lean.teacher_extractor.network is lean.teacher
 
 
 @pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
@@ -182,7 +182,7 @@ def test_hooks_of_an_instance_are_heard(distill, fit, data, trainer) -> None:
 def test_a_teacher_changed_meanwhile_is_asked_itself(distill, data, trainer) -> None:
     class Change(L.Callback):
         def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-            folded.append(pl_module.teacher_taps.network is not pl_module.teacher)
+            folded.append(pl_module.teacher_extractor.network is not pl_module.teacher)
             pl_module.teacher.conv1.weight.mul_(2)
 
     folded: list[bool] = []

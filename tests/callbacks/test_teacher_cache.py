@@ -1,4 +1,4 @@
-"""Kept answers: the numbers that are read are the teacher's, and nothing else is ever read."""
+"""Kept table: the numbers that are read are the teacher's, and nothing else is ever read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from lkd import Batch, DistillModule, NoisyStudentModule, Normalization, Outputs, PastTeacherModule, SyntheticDataModule
 from lkd.callbacks import TeacherCache
-from lkd.callbacks.logit_table import Answers, Storage
+from lkd.callbacks.logit_table import LogitTable, Storage
 from lkd.datamodules import Mixup, RandomCrop, RandomHorizontalFlip, RotatedViews
 from lkd.losses import AT, KD, TfKD
 
-SAMPLE = 16  # images of which the teacher is asked although its answers are kept, once for a version
+SAMPLE = 16  # images of which the teacher is asked although its table are kept, once for a version
 NUM_TRAIN = 80  # five batches of 16, or with batches of 24, three and a rest
 
 
@@ -66,7 +66,7 @@ def images(**settings: Any) -> SyntheticDataModule:
 
 @pytest.fixture
 def run(tiny, trainer) -> Callable[..., tuple[DistillModule, Heard, int]]:
-    """Trains with kept answers; what the student became, what it heard, and for how many images the teacher was asked.
+    """Trains with kept table; what the student became, what it heard, and for how many images the teacher was asked.
 
     Without validation: what is asked there is not counted.
     """
@@ -253,13 +253,13 @@ def test_top_k_keeps_the_largest_and_the_mass_of_the_rest() -> None:
 
 def test_rows_that_were_replaced_are_not_yet_seen() -> None:
     storage = Storage(torch.float32)
-    answers = Answers(storage, (torch.zeros(3, 1, 2),), torch.tensor([4, 0, 2]), 2, torch.device("cpu"))
-    answers.write(torch.tensor([2, 4]), torch.ones(2, 2))
-    assert answers.seen.tolist() == [True, False, True]
-    assert answers.load((torch.full((3, 1, 2), 5.0),))
-    assert not answers.seen.any()
-    assert answers.read(torch.tensor([0, 2])).tolist() == [[5, 5], [5, 5]]
-    assert not answers.load((torch.zeros(3, 1, 4),))
+    table = LogitTable(storage, (torch.zeros(3, 1, 2),), torch.tensor([4, 0, 2]), 2, torch.device("cpu"))
+    table.write(torch.tensor([2, 4]), torch.ones(2, 2))
+    assert table.seen.tolist() == [True, False, True]
+    assert table.load((torch.full((3, 1, 2), 5.0),))
+    assert not table.seen.any()
+    assert table.read(torch.tensor([0, 2])).tolist() == [[5, 5], [5, 5]]
+    assert not table.load((torch.zeros(3, 1, 4),))
 
 
 class _FourViews(KD):
@@ -293,7 +293,7 @@ def test_a_run_that_fails_leaves_nothing_behind(tiny, trainer) -> None:
     run = trainer(callbacks=[TeacherCache(versions=2), Stop()], limit_val_batches=0)
     with pytest.raises(RuntimeError, match="stop"):
         run.fit(module, data)
-    assert module.recall is None
+    assert module.teacher_cache is None
     assert data.datasets["train"].replay is None
     assert not list(Path().rglob(".filling*"))
 
@@ -431,7 +431,7 @@ def test_a_folder_that_cannot_be_written(run, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"cannot cache .*; set teacher_cache.folder to a writable folder"):
         module, _, asked = run(folder=str(tmp_path / "file"))
     assert asked == 3 * NUM_TRAIN
-    assert module.recall is None
+    assert module.teacher_cache is None
 
 
 def test_switched_off_nothing_is_replayed(run) -> None:

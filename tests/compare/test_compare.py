@@ -23,7 +23,7 @@ from lkd.compare import Candidate, compare, write
 from lkd.compare.groups import methods_of
 from lkd.compare.predictions import statistics_of
 from lkd.compare.tables import tables
-from lkd.loading import Answer, load_trained, network_of
+from lkd.loading import ModuleLogits, load_run, network_of
 from lkd.models import load_weights, resnet8
 from lkd.types import Normalization
 
@@ -83,7 +83,7 @@ def test_runs_are_compared(runs, capsys) -> None:
     assert list(found["networks"]) == ["teacher", "kd", "alone"]
     assert found["teacher"] == "teacher"
     teacher = _digits(load_weights(resnet8(num_classes=10, in_channels=1), "lkd:digits_resnet8"))
-    kd, alone = (_digits(network_of(load_trained(str(runs / "digits" / name)).module)) for name in ("kd", "student"))
+    kd, alone = (_digits(network_of(load_run(str(runs / "digits" / name)).module)) for name in ("kd", "student"))
     for name, (probabilities, target) in {"teacher": teacher, "kd": kd, "alone": alone}.items():
         figures = found["networks"][name]["figures"]
         accuracy = accuracy_score(target, probabilities.argmax(1))
@@ -192,7 +192,7 @@ def test_networks_are_given_back_as_they_were(tiny, data) -> None:
 def test_exits_that_do_not_answer_cost_nothing(tiny) -> None:
     student = tiny()
     assert network_of(EarlyExitModule(student)) is student
-    assert isinstance(network_of(EarlyExitModule(student, exit=1)), Answer)
+    assert isinstance(network_of(EarlyExitModule(student, exit=1)), ModuleLogits)
 
 
 def test_a_dict_is_not_normalised_otherwise_in_silence(tiny, data) -> None:
@@ -341,7 +341,7 @@ def test_runs_that_differ_only_by_seed_are_one_method(runs, tmp_path, capsys, mo
     assert page.count("<details>") == 3
     assert "All 15 pairs of trained networks" in page
     assert "compares two trained networks on these images, not two methods" in page
-    trained = load_trained(str(kd))
+    trained = load_run(str(kd))
     with pytest.warns(UserWarning, match="again has the same settings and seed as kd, so it does not count"):
         assert methods_of({"kd": trained, "again": trained}) == {}
 

@@ -30,7 +30,7 @@ from lkd.export.images import batches, preprocessing, training_images
 from lkd.export.images import test_loader as loader_of_some
 from lkd.export.measure import Checked
 from lkd.export.snippets import preparation, use
-from lkd.loading import load_trained
+from lkd.loading import load_run
 from lkd.types import IGNORE_INDEX
 
 QUICK = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.enable_progress_bar=false")
@@ -108,7 +108,7 @@ def answer(capsys, monkeypatch):
 
 def digits(run: str):
     """All test images `(359, 1, 8, 8)`, and the checkpoint's logits."""
-    trained = load_trained(run)
+    trained = load_run(run)
     trained.data.setup("test")
     image = torch.cat([batch.input for batch in trained.data.test_dataloader()])
     with torch.no_grad():
@@ -357,7 +357,7 @@ def test_modules_that_answer_in_their_own_way(tmp_path, method, settings, own_na
     assert max(one.difference for one in done.files) <= 1e-4
     with safe_open("out/model.safetensors", "pt") as file:
         names = set(file.keys())
-    checkpoint = set(load_trained(run).checkpoint["state_dict"])
+    checkpoint = set(load_run(run).checkpoint["state_dict"])
     own = {name.removeprefix("model.") for name in checkpoint if name.startswith("model.")}
     assert names == own if own_names else names < checkpoint
     assert not [name for name in names if name.startswith(("metrics", "teacher"))]

@@ -24,7 +24,7 @@ def _answers(layers: tuple[str, ...], widths: tuple[int, ...] = WIDTHS) -> Outpu
 
 def _built(criterion: DistillLoss, network: nn.Module) -> tuple[DistillLoss, Outputs]:
     """The criterion, whose student and teacher are the same network."""
-    criterion.locate(network, network)
+    criterion.resolve_layers(network, network)
     answers = _answers(criterion.student_layers, WIDTHS[: len(criterion.student_layers)])
     criterion.build(Probe(network, answers), Probe(network, answers))
     return criterion, answers

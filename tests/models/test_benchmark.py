@@ -13,7 +13,7 @@ import torchvision
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
-from lkd import FeatureTaps, models
+from lkd import FeatureExtractor, models
 from lkd.models import load_weights
 
 OWN = Path(__file__).parents[1] / "reference" / "models.json"
@@ -131,7 +131,7 @@ def test_published_checkpoints_load(name: str, tmp_path: Path) -> None:
 def test_logits_and_features(name: str) -> None:
     network = filled(name)
     features, sums = layers(network)
-    outputs = FeatureTaps(network, [*features, "flatten", *sums])(reference_image())
+    outputs = FeatureExtractor(network, [*features, "flatten", *sums])(reference_image())
     expected = REFERENCE[name]["strong"]
     assert_relatively_equal(outputs.logits, torch.tensor(expected["logits"], dtype=torch.float64))
     numbers = [*expected["feats"], expected["pooled_feat"], *(expected.get("preact_feats") or [])]
@@ -146,7 +146,7 @@ def test_logits_and_features(name: str) -> None:
 def test_shapes_of_the_features(name: str) -> None:
     network = without_numbers(name).eval()
     features, sums = layers(network)
-    outputs = FeatureTaps(network, [*features, "flatten", *sums])(torch.empty(2, 3, 32, 32, device="meta"))
+    outputs = FeatureExtractor(network, [*features, "flatten", *sums])(torch.empty(2, 3, 32, 32, device="meta"))
     assert outputs.logits.shape == (2, 100)
     shown = [tuple(outputs.features[layer].shape[1:]) for layer in [*features, "flatten"]]
     assert shown == shapes(name.lower())
@@ -180,8 +180,8 @@ def test_equals_torchvision(name: str, size: int) -> None:
     weights = zip(other.state_dict(), network.state_dict().values(), strict=True)
     other.double().eval().load_state_dict(dict(weights), assign=True)
     features = layers(network)[0][-len(stages) :]
-    ours = FeatureTaps(network, features)(reference_image(size))
-    theirs = FeatureTaps(other, stages)(reference_image(size))
+    ours = FeatureExtractor(network, features)(reference_image(size))
+    theirs = FeatureExtractor(other, stages)(reference_image(size))
     assert_relatively_equal(ours.logits, theirs.logits)
     for feature, stage in zip(features, stages, strict=True):
         assert_relatively_equal(ours.features[feature], theirs.features[stage])
@@ -192,7 +192,7 @@ def test_shuffled_pre_activations() -> None:
     """ShuffleV2 shuffles behind the ReLU: the features are the rectified sums in another order."""
     network = filled("ShuffleV2")
     features, sums = layers(network)
-    outputs = FeatureTaps(network, [*features, *sums])(reference_image(16)).features
+    outputs = FeatureExtractor(network, [*features, *sums])(reference_image(16)).features
     for feature, preact in zip(features[1:], sums[1:], strict=True):
         assert (outputs[preact] < 0).any()
         left, right = outputs[preact].relu().chunk(2, dim=1)
@@ -204,7 +204,7 @@ def test_training_on_gray_images(name: str) -> None:
     torch.manual_seed(0)
     network = getattr(models, name)(num_classes=5, in_channels=1)
     features, sums = layers(network)
-    outputs = FeatureTaps(network, [*features, *sums])(torch.rand(4, 1, 8, 8))
+    outputs = FeatureExtractor(network, [*features, *sums])(torch.rand(4, 1, 8, 8))
     assert outputs.logits.shape == (4, 5)
     outputs.logits.square().sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())

@@ -125,7 +125,7 @@ def test_deepcopy_has_its_own_teacher_and_taps(distill, data, trainer) -> None:
     trainer(max_epochs=1).fit(other, data)
     assert _equal(_state(module), before)
     assert other.teacher is not module.teacher
-    assert other.teacher_taps.network is other.teacher
+    assert other.teacher_extractor.network is other.teacher
     assert not [name for name in other.state_dict() if "teacher" in name]
     assert not any(part.training for part in other.teacher.modules())
 
@@ -668,7 +668,7 @@ def test_groups_of_layers_are_found(distill) -> None:
     module = distill(criterion=criterion)
     assert module.criterion.student_layers == ("layer1", "layer2", "layer3", "layer3")
     assert criterion.criteria["at"].teacher_layers == ("layer1", "layer2", "layer3")
-    assert module.student_taps.layers == ("layer1", "layer2", "layer3")
+    assert module.student_extractor.layers == ("layer1", "layer2", "layer3")
 
 
 def test_agreement_counts_labelled_images_alone(distill) -> None:

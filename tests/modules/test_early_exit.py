@@ -33,7 +33,7 @@ def test_loss_is_the_paper_s(tiny, batch) -> None:
     criterion = BYOT(temperature=2.0, kd_weight=0.4, hint_weight=0.1)
     module = _built(tiny(), criterion=criterion, hard_weight=0.5, distill_weight=2.0).eval()
     logits, terms = module.losses(batch)
-    outputs = module.student_taps(batch.input)
+    outputs = module.student_extractor(batch.input)
     deepest, target = outputs.features["layer3"].mean((2, 3)), batch.target[:5]
     hard = soft = hint = 0.0
     for leave, layer in zip(criterion.exits, ("layer1", "layer2"), strict=True):

@@ -166,7 +166,7 @@ def test_learned_weights_go_to_the_right_teacher_not_to_the_nearest() -> None:
     right, student = F.one_hot(target, 4) * 4.0, torch.zeros(8, 4, requires_grad=True)
     answers = Outputs(torch.zeros(8, 4), {"members.0": student.detach(), "members.1": right})
     criterion = MultiTeacher(KD(), "learned")
-    criterion.locate(nn.Identity(), Ensemble([nn.Identity(), nn.Identity()]))
+    criterion.resolve_layers(nn.Identity(), Ensemble([nn.Identity(), nn.Identity()]))
     criterion.theta = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([criterion.theta], lr=0.5)
     for _ in range(20):

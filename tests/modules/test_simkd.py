@@ -147,7 +147,7 @@ def test_beside_other_criteria(distill, data, trainer) -> None:
     image = torch.randn(5, 3, 8, 8)
     _, terms = module.eval().losses(Batch(image, torch.zeros(5, dtype=torch.int64)))
     teacher = module.teacher(image)
-    expected = KD()(module.student_outputs(Batch(image, torch.zeros(5))), module.teacher_taps(image), None)
+    expected = KD()(module.student_outputs(Batch(image, torch.zeros(5))), module.teacher_extractor(image), None)
     torch.testing.assert_close(terms["kd"], expected)
     assert set(terms) == {"hard", "simkd", "kd"}
     assert teacher.shape == module(image).shape
@@ -170,5 +170,5 @@ def test_maps_of_other_sizes(distill, trainer) -> None:
     image = torch.randn(2, 3, 8, 8)
     answer = module.eval().student_outputs(Batch(image, torch.zeros(2)))
     projected = answer.features["layer2:projected"]
-    assert projected.shape == module.teacher_taps(image).features[criterion.teacher_layers[0]].shape
+    assert projected.shape == module.teacher_extractor(image).features[criterion.teacher_layers[0]].shape
     assert answer.features["layer2"].shape[2] == 2 * projected.shape[2]

@@ -23,7 +23,7 @@ class _Teachers(nn.Module):
 
 def _several(criterion: Any, **settings: Any) -> MultiTeacher:
     several = MultiTeacher(criterion, **settings)
-    several.locate(nn.Identity(), _Teachers())
+    several.resolve_layers(nn.Identity(), _Teachers())
     return several
 
 

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from lkd import FeatureTaps
+from lkd import FeatureExtractor
 from lkd.models import resnet8
 
 LAYERS = ["layer1.0.bn1", "layer1.0.bn2", "layer1.0.relu", "layer1", "layer2:input", "avgpool"]
@@ -36,10 +36,10 @@ def _by_hand(network: nn.Module, image: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("probed", [False, True])
 def test_features_are_what_the_layers_returned(network: nn.Module, probed: bool) -> None:
     image = torch.randn(2, 3, 32, 32)
-    taps = FeatureTaps(network, LAYERS)
+    extractor = FeatureExtractor(network, LAYERS)
     if probed:
-        taps.probe(torch.zeros(1, 3, 32, 32))
-    outputs = taps(image)
+        extractor.probe(torch.zeros(1, 3, 32, 32))
+    outputs = extractor(image)
     expected = _by_hand(network, image)
     assert list(outputs.features) == LAYERS
     for name in LAYERS:
@@ -51,7 +51,7 @@ def test_probe_leaves_modes_and_statistics(network: nn.Module) -> None:
     network.train()
     network.layer2.eval()
     before = copy.deepcopy(network.state_dict())
-    FeatureTaps(network, ["layer1"]).probe(torch.randn(1, 3, 32, 32))
+    FeatureExtractor(network, ["layer1"]).probe(torch.randn(1, 3, 32, 32))
     assert network.training
     assert network.layer3.training
     assert not network.layer2.training
@@ -61,7 +61,7 @@ def test_probe_leaves_modes_and_statistics(network: nn.Module) -> None:
 
 
 def test_gradient_flows_through_features(network: nn.Module) -> None:
-    outputs = FeatureTaps(network, ["layer1"])(torch.randn(2, 3, 32, 32))
+    outputs = FeatureExtractor(network, ["layer1"])(torch.randn(2, 3, 32, 32))
     outputs.features["layer1"].square().sum().backward()
     assert network.conv1.weight.grad.abs().sum() > 0
     assert network.layer2[0].conv1.weight.grad is None
@@ -69,42 +69,42 @@ def test_gradient_flows_through_features(network: nn.Module) -> None:
 
 def test_dropout_in_place_behind_a_tapped_layer() -> None:
     network = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5, inplace=True), nn.Linear(64, 2))
-    taps = FeatureTaps(network, ["0"])
-    taps.probe(torch.zeros(1, 4))
+    extractor = FeatureExtractor(network, ["0"])
+    extractor.probe(torch.zeros(1, 4))
     image = torch.randn(3, 4)
     network.train()
-    torch.testing.assert_close(taps(image).features["0"], network[0](image))
+    torch.testing.assert_close(extractor(image).features["0"], network[0](image))
 
 
 def test_adds_nothing_to_the_state_dict() -> None:
     network = resnet8(num_classes=10)
     keys = list(network.state_dict())
-    FeatureTaps(network, ["layer1"])
+    FeatureExtractor(network, ["layer1"])
     assert list(network.state_dict()) == keys
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda taps: pickle.loads(pickle.dumps(taps))])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda extractor: pickle.loads(pickle.dumps(extractor))])
 def test_copies_read_their_own_network(how) -> None:
-    taps = FeatureTaps(resnet8(num_classes=10).eval(), ["layer1"])
-    other = how(taps)
+    extractor = FeatureExtractor(resnet8(num_classes=10).eval(), ["layer1"])
+    other = how(extractor)
     nn.init.zeros_(other.network.conv1.weight)
     image = torch.randn(2, 3, 16, 16)
-    assert not torch.equal(taps(image).features["layer1"], other(image).features["layer1"])
+    assert not torch.equal(extractor(image).features["layer1"], other(image).features["layer1"])
     torch.testing.assert_close(other(image).logits, other.network(image))
 
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_compiles_as_one_graph(network: nn.Module, in_place: bool) -> None:
-    taps = FeatureTaps(network, LAYERS)
+    extractor = FeatureExtractor(network, LAYERS)
     image = torch.randn(2, 3, 32, 32)
-    eager = taps(image)
+    eager = extractor(image)
     if in_place:
         keys = list(network.state_dict())
         network.compile(fullgraph=True, backend="aot_eager")
-        compiled = taps(image)
+        compiled = extractor(image)
         assert list(network.state_dict()) == keys
     else:
-        compiled = torch.compile(taps, fullgraph=True, backend="aot_eager")(image)
+        compiled = torch.compile(extractor, fullgraph=True, backend="aot_eager")(image)
     for name in LAYERS:
         torch.testing.assert_close(compiled.features[name], eager.features[name], msg=name)
 
@@ -115,15 +115,15 @@ def test_names_are_those_of_the_network_inside(network: nn.Module, prefix: str) 
     compiled = torch.compile(network, backend="eager")
     layers = [f"{prefix}layer1", f"{prefix}layer2:input", "@last_stage", "@pooled"]
     image = torch.randn(2, 3, 32, 32)
-    taps = FeatureTaps(compiled, layers)
-    assert taps.layers == (*layers[:2], "layer4", "fc:input")
-    assert taps.probe(image).network is network
+    extractor = FeatureExtractor(compiled, layers)
+    assert extractor.layers == (*layers[:2], "layer4", "fc:input")
+    assert extractor.probe(image).network is network
     expected = _by_hand(network, image)
-    features = taps(image).features
+    features = extractor(image).features
     for name in layers[:2]:
         torch.testing.assert_close(features[name], expected[name.removeprefix("_orig_mod.")])
     with pytest.raises(ValueError, match="ResNet has no layer 'layer9'; nearest names: layer"):
-        FeatureTaps(compiled, ["layer9"])
+        FeatureExtractor(compiled, ["layer9"])
 
 
 class _Scaled(nn.Module):
@@ -143,18 +143,18 @@ class _ByKeyword(nn.Module):
 
 def test_input_that_is_given_by_keyword() -> None:
     image = torch.randn(3, 4)
-    for taps in (FeatureTaps(_ByKeyword(), ["fc:input"]), FeatureTaps(_ByKeyword(), ["@pooled"])):
-        assert torch.equal(taps(image).features["fc:input"], image)
+    for extractor in (FeatureExtractor(_ByKeyword(), ["fc:input"]), FeatureExtractor(_ByKeyword(), ["@pooled"])):
+        assert torch.equal(extractor(image).features["fc:input"], image)
 
 
 def test_input_of_a_layer_with_more_arguments() -> None:
-    taps, image = FeatureTaps(_ByKeyword(), ["scaled:input"]), torch.randn(3, 4)
-    assert torch.equal(taps(image).features["scaled:input"], taps.network.fc(image))
+    extractor, image = FeatureExtractor(_ByKeyword(), ["scaled:input"]), torch.randn(3, 4)
+    assert torch.equal(extractor(image).features["scaled:input"], extractor.network.fc(image))
 
 
 def test_unknown_layer_gets_the_nearest_names() -> None:
     with pytest.raises(ValueError, match=r"CIFARResNet has no layer 'layre2'; nearest names: layer2"):
-        FeatureTaps(resnet8(num_classes=10), ["layre2"])
+        FeatureExtractor(resnet8(num_classes=10), ["layre2"])
 
 
 def test_layer_that_is_not_reached() -> None:
@@ -162,12 +162,12 @@ def test_layer_that_is_not_reached() -> None:
     network.spare = nn.Linear(1, 1)
     network.forward = lambda input: network[0](input)
     with pytest.raises(ValueError, match=r"did not reach the layers \['spare'\]"):
-        FeatureTaps(network, ["spare"])(torch.zeros(1, 4))
-    taps = FeatureTaps(network, ["0"])
-    taps(torch.zeros(1, 4))
+        FeatureExtractor(network, ["spare"])(torch.zeros(1, 4))
+    extractor = FeatureExtractor(network, ["0"])
+    extractor(torch.zeros(1, 4))
     network.forward = lambda input: input  # it was reached by the batch before, whose feature is not this one's
     with pytest.raises(ValueError, match=r"did not reach the layers \['0'\]"):
-        taps(torch.zeros(1, 4))
+        extractor(torch.zeros(1, 4))
 
 
 class _Answer(nn.Module):
@@ -183,6 +183,6 @@ class _Answer(nn.Module):
 
 def test_logits_of_other_networks() -> None:
     for kind in (dict, object):
-        assert torch.equal(FeatureTaps(_Answer(kind))(torch.ones(2, 3)).logits, torch.ones(2, 3))
+        assert torch.equal(FeatureExtractor(_Answer(kind))(torch.ones(2, 3)).logits, torch.ones(2, 3))
     with pytest.raises(TypeError, match="must return logits"):
-        FeatureTaps(_Answer(list))(torch.ones(2, 3))
+        FeatureExtractor(_Answer(list))(torch.ones(2, 3))
