@@ -26,6 +26,7 @@ from lkd.callbacks.graph_constants import (
     plain,
 )
 from lkd.devices.capture import Capture, Snapshot, copy_into, flat, signature
+from lkd.modules.meter import LOSS, ValueName
 from lkd.types import Batch
 
 _WITHIN_STEP = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
@@ -71,7 +72,7 @@ class StepGraph:
         self._optimizer = trainer.optimizers[0]
         self._replay: Callable[[], Any] | None = None
         self._row: Tensor | None = None
-        self._names: tuple[str, ...] = ()
+        self._names: tuple[ValueName, ...] = ()
         self._batch: Batch | None = None
         self._signature: tuple[Any, ...] = ()
         self._watched = Watched([])
@@ -160,7 +161,7 @@ class StepGraph:
     def _addresses(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self._parameters]
 
-    def run(self, batch: Batch) -> tuple[tuple[str, ...], Tensor]:
+    def run(self, batch: Batch) -> tuple[tuple[ValueName, ...], Tensor]:
         """Replay the step.
 
         Args:
@@ -283,7 +284,7 @@ class StepGraph:
         with trainer.precision_plugin.train_step_context():
             values = module.training_values(self._batch)
         optimizer.zero_grad()
-        module.backward(values["loss"])
+        module.backward(values[LOSS])
         module.configure_gradient_clipping(
             optimizer,
             trainer.gradient_clip_val,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -12,10 +13,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lkd._compat import tree_leaves
-from lkd.types import Probe
-
-LOGITS = " logits"
-"""End of the names of values that are logits, not terms of the loss."""
+from lkd.losses import DistillLoss
+from lkd.modules.meter import LOSS, ValueName
+from lkd.types import Batch, Probe
 
 
 def mismatch(network: nn.Module, example: Any) -> str:
@@ -53,6 +53,38 @@ def warn_of_unused_outputs(trainer: L.Trainer | None, name: str, num_outputs: in
         f"{num_classes:,}, unless you want to keep a pretrained classifier"
     )
     return True
+
+
+def check_weights(distill_weight: float, hard_weight: float) -> None:
+    """Check the weights of the criterion and of the cross-entropy.
+
+    Raises:
+        ValueError: If a weight is negative or not finite, or if both are 0.
+    """
+    for name, weight in (("distill_weight", distill_weight), ("hard_weight", hard_weight)):
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
+    if distill_weight == hard_weight == 0:
+        raise ValueError("distill_weight and hard_weight are both 0; set at least one of them above 0")
+
+
+def check_batch(criterion: DistillLoss, batch: Batch) -> None:
+    """Check that a training batch contains the indices and views that a criterion requires.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    name = type(criterion).__name__
+    if criterion.needs_index and batch.index is None:
+        raise ValueError(
+            f"the criterion {name} requires sample indices, but the batches have none; return (input, target, "
+            "index), where index is the position of each sample in the dataset"
+        )
+    if criterion.num_views > 1 and batch.views != criterion.num_views:
+        raise ValueError(
+            f"the criterion {name} requires {criterion.num_views} views of each image, but the batches have "
+            f"{batch.views}; set `views` of the data module, as in the overlay of the method in configs/methods/"
+        )
 
 
 def check_same_classes(criterion: str, student: Probe, teacher: Probe) -> None:
@@ -103,7 +135,7 @@ def check_not_shared(module: nn.Module, teacher: nn.Module) -> None:
             )
 
 
-def check_finite(first_bad: dict[str, int]) -> None:
+def check_finite(first_bad: dict[ValueName, int]) -> None:
     """Check that the training loss is finite.
 
     Args:
@@ -113,12 +145,12 @@ def check_finite(first_bad: dict[str, int]) -> None:
     Raises:
         ValueError: If the loss was not finite; the message names the terms and networks to blame.
     """
-    if "loss" not in first_bad:
+    if LOSS not in first_bad:
         return
-    step = first_bad["loss"]
-    names = [name for name, bad_step in first_bad.items() if bad_step <= step]
-    terms = [name for name in names if name != "loss" and not name.endswith(LOGITS)]
-    networks = [name for name in names if name.endswith(LOGITS)]
+    step = first_bad[LOSS]
+    values = [value for value, bad_step in first_bad.items() if bad_step <= step]
+    terms = [value.name for value in values if value.kind == "term"]
+    networks = [f"{value.name} logits" for value in values if value.kind == "logits"]
     blame = f"{' and '.join(networks)} not finite at that step" if networks else "all logits finite at that step"
     remedy = (
         "check its weights, input normalization and precision; if its logits are cached, "

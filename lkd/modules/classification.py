@@ -21,10 +21,10 @@ from lkd.features.layers import device_of
 from lkd.losses._labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
-from lkd.modules.checks import LOGITS, check_finite, check_saved_by, mismatch, warn_of_unused_outputs
+from lkd.modules.checks import check_finite, check_saved_by, mismatch, warn_of_unused_outputs
 from lkd.modules.evaluated import EvaluatedModule, mean_cross_entropy
 from lkd.modules.hyperparameters import is_plain, is_safe, name_default
-from lkd.modules.meter import Meter
+from lkd.modules.meter import CORRECT, LABELLED, LOSS, Meter, ValueName
 from lkd.modules.recorded import global_seed, inner_arguments
 from lkd.schedules.relative import Interval
 from lkd.schedules.run import fit_schedules, with_schedule
@@ -84,7 +84,7 @@ class ClassificationModule(EvaluatedModule):
         self.lr_scheduler_interval = lr_scheduler_interval
         self._meter = Meter()
         self._kept_facts: dict[str, Any] = {}  # properties of the data, from a checkpoint
-        self._watched: dict[str, Tensor] = {}
+        self._watched: dict[ValueName, Tensor] = {}
         self.flushes = 0
 
     def __init_subclass__(cls, **settings: Any) -> None:
@@ -178,25 +178,26 @@ class ClassificationModule(EvaluatedModule):
             return row[0]
         values = self.training_values(batch)
         self._meter.update(values, self.global_step)
-        return values["loss"]
+        return values[LOSS]
 
-    def training_values(self, batch: Batch) -> dict[str, Tensor]:
+    def training_values(self, batch: Batch) -> dict[ValueName, Tensor]:
         """Compute the loss and all other logged values of a training step.
 
         Args:
             batch: One batch.
 
         Returns:
-            A mapping from names to scalars. `loss`, which carries the gradient, comes first.
+            A mapping from names to scalars. The loss, which carries the gradient, comes first.
         """
         logits, terms = self.losses(batch)
         loss = reduce(torch.add, terms.values())
         self.watch(self.network_names[0], logits)
+        named = {ValueName("term", name): term for name, term in terms.items()}
         counts = {
-            "correct answers": (logits.argmax(1) == batch.target).sum(),
-            "labelled images": (batch.target != IGNORE_INDEX).sum(),
+            CORRECT: (logits.argmax(1) == batch.target).sum(),
+            LABELLED: (batch.target != IGNORE_INDEX).sum(),
         }
-        return {"loss": loss, **terms, **counts, **self._watched}
+        return {LOSS: loss, **named, **counts, **self._watched}
 
     def watch(self, network: str, logits: Tensor) -> None:
         """Track whether the logits of a network are finite, so that an error message can name the source of NaNs.
@@ -205,7 +206,7 @@ class ClassificationModule(EvaluatedModule):
             network: Name of the network.
             logits: Its logits in this step.
         """
-        self._watched[f"{network}{LOGITS}"] = logits.detach().float().mean()
+        self._watched[ValueName("logits", network)] = logits.detach().float().mean()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log training metrics every `log_every_n_steps` optimizer steps, and at least once per epoch."""
@@ -226,7 +227,7 @@ class ClassificationModule(EvaluatedModule):
             return
         total = cast("Tensor", self.stage_metrics("val")["loss"].total)
         if not self._gather(total).isfinite().all():
-            names = "loss", "val/loss", f"{self.network_names[0]}{LOGITS}"
+            names = LOSS, ValueName("term", "val/loss"), ValueName("logits", self.network_names[0])
             check_finite(dict.fromkeys(names, self.global_step))
 
     def on_train_epoch_end(self) -> None:
@@ -243,10 +244,10 @@ class ClassificationModule(EvaluatedModule):
         if not means:  # a custom training_step does its own logging
             return
         self.flushes += 1
-        acc = means.pop("correct answers") / max(means.pop("labelled images"), 1e-9)
+        terms = {value.name: mean for value, mean in means.items() if value.kind == "term"}
+        curves = {f"train/{name}": mean for name, mean in {"loss": means[LOSS], **terms}.items()}
         if self.trains_logits:
-            means["acc"] = acc
-        curves = {f"train/{name}": mean for name, mean in means.items() if not name.endswith(LOGITS)}
+            curves["train/acc"] = means[CORRECT] / max(means[LABELLED], 1e-9)
         # Not with `self.log`: Lightning would copy the progress bar's values from the device in every following step.
         shown = ("train/loss", "train/acc")
         self.trainer.progress_bar_metrics.update({name: mean for name, mean in curves.items() if name in shown})

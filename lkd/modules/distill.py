@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, ClassVar
@@ -20,11 +19,11 @@ from lkd.features.layers import device_of
 from lkd.losses import KD, DistillLoss, named_terms
 from lkd.losses.base import RESERVED, buffers_same_everywhere, check_criterion
 from lkd.models import load_weights
-from lkd.modules.checks import check_not_shared, check_same_classes
+from lkd.modules.checks import check_batch, check_not_shared, check_same_classes, check_weights
 from lkd.modules.classification import FROM_DATA, RUNNING_HOOK
 from lkd.modules.criterion_meter import CriterionMeter, RememberedLogits
-from lkd.modules.evaluated_distillation import NO_ANSWER, EvaluatedDistillation
-from lkd.modules.normalization import renormalization
+from lkd.modules.evaluated_distillation import NO_OUTPUTS, EvaluatedDistillation
+from lkd.modules.normalization import InputNormalizer
 from lkd.schedules.relative import Interval
 from lkd.types import Batch, Normalization, Outputs, Probe
 
@@ -37,35 +36,11 @@ class DistillModule(EvaluatedDistillation):
     and excluded from the optimizer, the checkpoint and DDP synchronization. The student is stored as `self.model`, with
     `self.student` as an alias, so a checkpoint of this module can provide the teacher of another run.
 
-    If a weight is 0, parameters that only this part of the loss would train (the classifier if only features are
-    compared, or the adapters of the criterion) receive a gradient of 0 instead of None, with one process as in DDP.
-    Weight decay still applies to them.
-
-    To shard a student that does not fit on one device, override `configure_model`: call `super().configure_model()`,
-    then PyTorch's `fully_shard(self.model, mesh=self.device_mesh["data_parallel"])`, and train with Lightning's
-    `ModelParallelStrategy(data_parallel_size, 1)`. The teacher is not sharded.
-
     To implement a new method, override `distill_loss`, or write a `DistillLoss` and pass it as `criterion`.
 
-    Logged metrics, in addition to those of `ClassificationModule`:
-
-    - `train/hard` and `train/<criterion>`: the terms of the loss, multiplied by `hard_weight` and `distill_weight`.
-    - `val/<criterion>`: the criterion on the validation images, with the networks in eval mode, multiplied by
-      `distill_weight` as in training. If it has several terms, each is logged as `val/<criterion>_<term>`, and
-      `val/<criterion>` is their sum; the sum of a `WeightedSum` is `val/distill`. `validates_criterion` describes which
-      criteria are not evaluated. On several processes, samples that pad the last batch count twice in this metric, but
-      in no other.
-    - `val/teacher_acc`: the accuracy of the teacher.
-    - `val/agreement`: the fraction of images for which student and teacher predict the same class.
-
-    The loss may leave a part of the student untrained that its logits depend on, such as the classifier if
-    `hard_weight` is 0 and the criterion compares features. In this case no metric of the logits is logged (accuracy,
-    cross-entropy, agreement), and the best checkpoint is the one with the lowest `val/<criterion>`. Use
-    `lkd.callbacks.KNN` or `LinearProbe` to evaluate the features.
-
-    In validation, the teacher's logits are computed once if the data module guarantees that its images do not change,
-    and up to 256 MiB of them are held in memory. A criterion that reads the teacher's features requires a teacher
-    forward pass over the validation images in each epoch, as does validation with batches assembled on the GPU.
+    Logged metrics, in addition to those of `ClassificationModule`: the weighted terms `train/hard` and
+    `train/<criterion>`, `val/<criterion>`, `val/teacher_acc`, and `val/agreement`, the fraction of images for which
+    student and teacher predict the same class (see "Curves" in the documentation).
 
     Args:
         student: Network to train; returns logits `(B, K)`.
@@ -114,11 +89,7 @@ class DistillModule(EvaluatedDistillation):
         lr_scheduler_interval: Interval = "epoch",
     ) -> None:
         super().__init__(student, optimizer, lr_scheduler, label_smoothing, student_ckpt, lr_scheduler_interval)
-        for name, weight in (("distill_weight", distill_weight), ("hard_weight", hard_weight)):
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
-        if distill_weight == hard_weight == 0:
-            raise ValueError("distill_weight and hard_weight are both 0; set at least one of them above 0")
+        check_weights(distill_weight, hard_weight)
         self.criterion = criterion if criterion is not None else KD(temperature=4.0)
         check_criterion(type(self).__name__, self.criterion)
         self.teacher = _load_teacher(teacher, teacher_ckpt)
@@ -136,10 +107,67 @@ class DistillModule(EvaluatedDistillation):
         self.teacher_extractor = (
             None if self.teacher is None else FeatureExtractor(self.teacher, self.criterion.teacher_layers)
         )
-        self.teacher_scale: Tensor | None = None
-        self.teacher_shift: Tensor | None = None
+        self._normalizer: InputNormalizer | None = None
         self._criterion_meter = CriterionMeter()
         self._freeze_teacher()
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the student's logits `(B, K)` and the weighted terms: `hard` and those of the criterion."""
+        student = self.student_outputs(batch)
+        terms = {}
+        if self.hard_weight:
+            terms["hard"] = self.hard_weight * self._labels_loss(student.logits, batch)
+        if self.distill_weight:
+            check_batch(self.criterion, batch)
+            teacher = NO_OUTPUTS
+            if self.uses_teacher:
+                with torch.no_grad():  # not inference_mode: its tensors cannot be saved for backward
+                    teacher = self._cached_outputs(batch)
+                self.watch("teacher", teacher.logits)
+            terms |= self._weighted_terms(student, teacher, batch)
+        self._reach_all(terms, student.logits)
+        return student.logits, terms
+
+    def student_outputs(self, batch: Batch) -> Outputs:
+        """Compute the outputs of the student in training; override this to change how they are computed.
+
+        Args:
+            batch: One batch.
+        """
+        return self.student_extractor(batch.input)
+
+    def teacher_outputs(self, batch: Batch) -> Outputs:
+        """Compute the outputs of the teacher; override this for several teachers or a changing one.
+
+        Args:
+            batch: One batch, normalized for the student.
+        """
+        if self.teacher_extractor is None:
+            raise ValueError(f"{type(self).__name__} has no teacher; set `teacher`, or override teacher_outputs")
+        return self.teacher_extractor(self.teacher_input(batch.input))
+
+    def _cached_outputs(self, batch: Batch) -> Outputs:
+        if self.teacher_cache is None:
+            return self.teacher_outputs(batch)
+        return self.teacher_cache(batch, self.teacher_outputs)
+
+    def distill_loss(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """Compute the distillation loss; by default, this calls the criterion.
+
+        Args:
+            student: Outputs of the student.
+            teacher: Outputs of the teacher, without gradient.
+            batch: The batch.
+
+        Returns:
+            A scalar, or a mapping from names to scalars, which are summed.
+        """
+        loss: Tensor | dict[str, Tensor] = self.criterion(student, teacher, batch)
+        return loss
+
+    def _weighted_terms(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        loss = self.distill_loss(student, teacher, batch)
+        return {name: self.distill_weight * term for name, term in named_terms(self.distill_name, loss).items()}
 
     @property
     def student(self) -> nn.Module:
@@ -158,8 +186,8 @@ class DistillModule(EvaluatedDistillation):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.teacher is not None and not self.saves_teacher:
             self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.teacher_scale is not None and self.teacher_shift is not None:
-            self.teacher_scale, self.teacher_shift = fn(self.teacher_scale), fn(self.teacher_shift)
+        if self._normalizer is not None:
+            self._normalizer.apply(fn)
         return self
 
     def _freeze_teacher(self) -> None:
@@ -188,32 +216,6 @@ class DistillModule(EvaluatedDistillation):
 
     def _overrides(self, *methods: str) -> list[str]:
         return [name for name in methods if getattr(type(self), name) is not getattr(DistillModule, name)]
-
-    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the student's logits `(B, K)` and the weighted terms: `hard` and those of the criterion."""
-        student = self.student_outputs(batch)
-        terms = {}
-        if self.hard_weight:
-            terms["hard"] = self.hard_weight * self._labels_loss(student.logits, batch)
-        if self.distill_weight:
-            self._check_batch(batch)
-            teacher = NO_ANSWER
-            if self.uses_teacher:
-                with torch.no_grad():  # not inference_mode: its tensors cannot be saved for backward
-                    teacher = self._cached_outputs(batch)
-                self.watch("teacher", teacher.logits)
-            terms |= self._weighted_terms(student, teacher, batch)
-        self._reach_all(terms, student.logits)
-        return student.logits, terms
-
-    def _weighted_terms(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        loss = self.distill_loss(student, teacher, batch)
-        return {name: self.distill_weight * term for name, term in named_terms(self.distill_name, loss).items()}
-
-    def _cached_outputs(self, batch: Batch) -> Outputs:
-        if self.teacher_cache is None:
-            return self.teacher_outputs(batch)
-        return self.teacher_cache(batch, self.teacher_outputs)
 
     @property
     def teacher_changes(self) -> bool:
@@ -260,55 +262,10 @@ class DistillModule(EvaluatedDistillation):
             first = next(iter(terms))
             terms[first] = terms[first] + 0 * torch.stack([tensor.float().sum() for tensor in silent]).sum()
 
-    def _check_batch(self, batch: Batch) -> None:
-        name = type(self.criterion).__name__
-        if self.criterion.needs_index and batch.index is None:
-            raise ValueError(
-                f"the criterion {name} requires sample indices, but the batches have none; return (input, target, "
-                "index), where index is the position of each sample in the dataset"
-            )
-        if self.criterion.num_views > 1 and batch.views != self.criterion.num_views:
-            raise ValueError(
-                f"the criterion {name} requires {self.criterion.num_views} views of each image, but the batches have "
-                f"{batch.views}; set `views` of the data module, as in the overlay of the method in configs/methods/"
-            )
-
-    def distill_loss(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
-        """Compute the distillation loss; by default, this calls the criterion.
-
-        Args:
-            student: Outputs of the student.
-            teacher: Outputs of the teacher, without gradient.
-            batch: The batch.
-
-        Returns:
-            A scalar, or a mapping from names to scalars, which are summed.
-        """
-        loss: Tensor | dict[str, Tensor] = self.criterion(student, teacher, batch)
-        return loss
-
     @property
     def distill_name(self) -> str:
         """Name of the distillation loss in logs."""
         return "distill" if self._is_overridden else self.criterion.name
-
-    def student_outputs(self, batch: Batch) -> Outputs:
-        """Compute the outputs of the student in training; override this to change how they are computed.
-
-        Args:
-            batch: One batch.
-        """
-        return self.student_extractor(batch.input)
-
-    def teacher_outputs(self, batch: Batch) -> Outputs:
-        """Compute the outputs of the teacher; override this for several teachers or a changing one.
-
-        Args:
-            batch: One batch, normalized for the student.
-        """
-        if self.teacher_extractor is None:
-            raise ValueError(f"{type(self).__name__} has no teacher; set `teacher`, or override teacher_outputs")
-        return self.teacher_extractor(self.teacher_input(batch.input))
 
     def teacher_input(self, input: Any) -> Any:
         """Convert the student's input to the normalization of the teacher.
@@ -316,8 +273,8 @@ class DistillModule(EvaluatedDistillation):
         Raises:
             ValueError: If this requires the mean and std of a data module, but no Trainer has attached one yet.
         """
-        if self.teacher_scale is not None:
-            return input * self.teacher_scale + self.teacher_shift
+        if self._normalizer is not None:
+            return self._normalizer(input)
         if self.teacher_normalization is not None:
             raise ValueError(
                 "teacher_normalization requires the mean and std of a data module, which are available within a "
@@ -325,6 +282,11 @@ class DistillModule(EvaluatedDistillation):
                 "the teacher yourself"
             )
         return input
+
+    def _set_normalizer(self) -> None:
+        if self.teacher_normalization is not None:
+            mean, std = self._data_attribute("mean"), self._data_attribute("std")
+            self._normalizer = InputNormalizer(mean, std, self.teacher_normalization, device_of(self.model))
 
     def configure_model(self) -> None:
         """Build the criterion before callbacks such as Lightning's weight averaging copy the module."""
@@ -338,11 +300,7 @@ class DistillModule(EvaluatedDistillation):
 
     def setup(self, stage: str) -> None:
         """Check that networks, criterion and data match, before the run starts."""
-        if self.teacher_normalization is not None:
-            mean, std = self._data_attribute("mean"), self._data_attribute("std")
-            self.teacher_scale, self.teacher_shift = renormalization(
-                mean, std, self.teacher_normalization, device_of(self.model)
-            )
+        self._set_normalizer()
         super().setup(stage)
         self._remembered, self.teacher_cache, self._criterion_meter = RememberedLogits(), None, CriterionMeter()
         if not self._built and self.criterion.needs_build and self.example_input() is None:
@@ -357,7 +315,7 @@ class DistillModule(EvaluatedDistillation):
     def build(self, example: Any) -> None:
         """Check both networks with a blank input, and build the adapters of the criterion."""
         student = self.probe("student", self.student_extractor, example)
-        teacher = Probe(nn.Identity(), NO_ANSWER)
+        teacher = Probe(nn.Identity(), NO_OUTPUTS)
         if self.teacher_extractor is not None:
             compared = bool(self.criterion.reads_logits and self.distill_weight)
             teacher = self.probe("teacher", self.teacher_extractor, example, is_classifier=compared)

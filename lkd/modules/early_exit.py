@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 from lkd.losses import BYOT
 from lkd.modules.distill import DistillModule
-from lkd.modules.evaluated_distillation import NO_ANSWER
+from lkd.modules.evaluated_distillation import NO_OUTPUTS
 from lkd.modules.meter import Accuracy
 from lkd.schedules.relative import Interval
 from lkd.types import Batch, Outputs
@@ -100,5 +100,5 @@ class EarlyExitModule(DistillModule):
         self.measure(metrics, logits, batch.target)
         for number, exit_logits in enumerate(exits, 1):
             metrics[f"acc_exit{number}"].update(exit_logits, batch.target)
-        self.measure_criterion(metrics, batch, lambda: self._weighted_terms(student, NO_ANSWER, batch))
+        self.measure_criterion(metrics, batch, lambda: self._weighted_terms(student, NO_OUTPUTS, batch))
         return logits

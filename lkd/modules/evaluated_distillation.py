@@ -32,7 +32,7 @@ from lkd.modules.criterion_meter import (
 from lkd.modules.meter import Accuracy
 from lkd.types import IGNORE_INDEX, Batch, Normalization, Outputs
 
-NO_ANSWER = Outputs(torch.empty(0), {})
+NO_OUTPUTS = Outputs(torch.empty(0), {})
 """Empty teacher outputs for criteria that do not use a teacher."""
 _BLANK = 4
 """Number of images in the blank batch on which a loss is tested."""
@@ -90,8 +90,8 @@ class EvaluatedDistillation(ClassificationModule):
         """Return which of the given methods are overridden in a subclass of `DistillModule`."""
 
     @abstractmethod
-    def _renormalize(self, teacher: Normalization) -> None:
-        """Compute the conversion of the student's input to the normalization of the teacher."""
+    def _set_normalizer(self) -> None:
+        """Set the conversion of the student's input to the normalization of the teacher, if they differ."""
 
     def make_metrics(self) -> dict[str, Metric]:
         """Create the metrics of `ClassificationModule`, the teacher's accuracy, and the agreement of both networks."""
@@ -160,8 +160,7 @@ class EvaluatedDistillation(ClassificationModule):
         own = [getattr(type(self), name).__module__ for name in ("losses", "training_values", "training_step")]
         if example is None or not all(name.startswith("lkd.") for name in own):
             return None if example is None else False
-        if self.teacher_normalization is not None:
-            self._renormalize(self.teacher_normalization)
+        self._set_normalizer()
         self.configure_model()
         if self.criterion.needs_build and not self._built:
             return None
@@ -205,7 +204,7 @@ class EvaluatedDistillation(ClassificationModule):
         """Evaluate student, teacher and criterion on one batch."""
         self.student_extractor.clear()
         logits = super().update_metrics(metrics, batch)
-        teacher = NO_ANSWER
+        teacher = NO_OUTPUTS
         if "teacher" in self.network_names:
             teacher = self._evaluated_teacher(batch)
             self._compare(metrics, logits, teacher.logits, batch.target)

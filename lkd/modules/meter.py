@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,23 @@ from lkd.types import IGNORE_INDEX
 _TOGETHER = 64
 
 
+class ValueName(NamedTuple):
+    """Name of a value that each training step computes.
+
+    Attributes:
+        kind: The loss, one of its terms, a count of images, or the mean logit of a network.
+        name: Name of the term, the count or the network; empty for the loss.
+    """
+
+    kind: Literal["loss", "term", "count", "logits"]
+    name: str = ""
+
+
+LOSS = ValueName("loss")
+CORRECT = ValueName("count", "correct")
+LABELLED = ValueName("count", "labelled")
+
+
 class Meter:
     """Sum of named scalars on their device, read out occasionally as means.
 
@@ -21,13 +38,13 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self._names: tuple[str, ...] = ()
+        self._names: tuple[ValueName, ...] = ()
         self._waiting: list[tuple[int, Tensor]] = []  # steps not yet summed
         self._sums: Tensor | None = None
         self._first_bad: Tensor | None = None
         self._count = 0
 
-    def update(self, values: Mapping[str, Tensor], step: int) -> None:
+    def update(self, values: Mapping[ValueName, Tensor], step: int) -> None:
         """Add the values of one step.
 
         Args:
@@ -37,7 +54,7 @@ class Meter:
         """
         self.add(tuple(values), torch.stack([value.detach().float() for value in values.values()]), step)
 
-    def add(self, names: tuple[str, ...], row: Tensor, step: int) -> None:
+    def add(self, names: tuple[ValueName, ...], row: Tensor, step: int) -> None:
         """Add the values of one step, given as a single tensor.
 
         Args:
@@ -72,7 +89,7 @@ class Meter:
         steps, values = zip(*self._waiting, strict=True) if self._waiting else ((), ())
         tensors = {"waiting": torch.stack(values) if values else None, "sums": self._sums, "first_bad": self._first_bad}
         return {
-            "names": list(self._names),
+            "names": [tuple(name) for name in self._names],
             "steps": list(steps),
             "count": self._count,
             **{name: None if part is None else _of_all(part, gather) for name, part in tensors.items()},
@@ -86,15 +103,18 @@ class Meter:
             rank: Rank of this process. If the state is of fewer processes, the last one is used.
             device: Device on which the steps run.
         """
+        if any(isinstance(name, str) for name in state["names"]):
+            return  # a checkpoint of lkd 0.1: the mean starts again
         waiting, sums, first_bad = (
             None if part is None else part[min(rank, len(part) - 1)].to(device)
             for part in (state["waiting"], state["sums"], state["first_bad"])
         )
-        self._names, self._count = tuple(state["names"]), int(state["count"])
+        self._names = tuple(ValueName(*name) for name in state["names"])
+        self._count = int(state["count"])
         self._waiting = [] if waiting is None else list(zip(state["steps"], waiting.unbind(), strict=True))
         self._sums, self._first_bad = sums, first_bad
 
-    def first_bad(self, gather: Callable[[Tensor], Tensor]) -> dict[str, int]:
+    def first_bad(self, gather: Callable[[Tensor], Tensor]) -> dict[ValueName, int]:
         """Return the first step at which each value was not finite, by name; finite values are omitted.
 
         Args:
@@ -107,7 +127,7 @@ class Meter:
         steps = gather(self._first_bad).view(-1, len(self._names)).amin(0).tolist()
         return {name: int(step) for name, step in zip(self._names, steps, strict=True) if step != torch.inf}
 
-    def means(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def means(self, gather: Callable[[Tensor], Tensor]) -> dict[ValueName, float]:
         """Return the means over the steps since the last call and over the processes, by name, and reset the meter.
 
         Args:

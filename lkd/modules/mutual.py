@@ -16,6 +16,7 @@ from lkd._compat import tree_map_only
 from lkd._moved import former_members
 from lkd.features.extractor import FeatureExtractor
 from lkd.losses import KD, CompositeLoss, DistillLoss, named_terms
+from lkd.modules.checks import check_batch
 from lkd.modules.classification import ClassificationModule
 from lkd.modules.criterion_meter import with_total
 from lkd.modules.distill import DistillModule
@@ -190,8 +191,8 @@ class MutualModule(DistillModule):
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the first student's logits `(B, K)` and the weighted terms of all students."""
-        self._check_batch(batch)
-        outputs = [extractor(batch.input) for extractor in self.extractors]
+        check_batch(self.criterion, batch)
+        outputs: list[Outputs] = [extractor(batch.input) for extractor in self.extractors]
         terms = {}
         for number, own in enumerate(outputs):
             self.watch(self.network_names[number], own.logits)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from lkd.modules.meter import ValueName
 from lkd.types import Batch
 
 
@@ -28,7 +29,7 @@ class StepReplay(Protocol):
     def prepare(self, batch: Batch) -> bool:
         """Prepare for a batch, and return whether `run` should execute its step."""
 
-    def run(self, batch: Batch) -> tuple[tuple[str, ...], Tensor]:
+    def run(self, batch: Batch) -> tuple[tuple[ValueName, ...], Tensor]:
         """Execute a step, and return the names and values `(C,)` that `training_values` computes."""
 
 
@@ -54,14 +55,14 @@ class ReplayableModule(L.LightningModule):
         """
 
     @abstractmethod
-    def training_values(self, batch: Batch) -> dict[str, Tensor]:
+    def training_values(self, batch: Batch) -> dict[ValueName, Tensor]:
         """Compute the loss and all other logged values of a training step.
 
         Args:
             batch: One batch.
 
         Returns:
-            A mapping from names to scalars. `loss`, which carries the gradient, comes first.
+            A mapping from names to scalars. The loss, which carries the gradient, comes first.
         """
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -97,9 +99,10 @@ def test_teacher_goes_where_the_module_goes(distill, data, trainer) -> None:
     trainer(max_epochs=1).fit(module, data)
     module.double()
     assert {tensor.dtype for tensor in module.teacher.parameters()} == {torch.float64}
-    assert module.teacher_scale.dtype == module.teacher_shift.dtype == torch.float64
+    assert module.teacher_input(torch.zeros(1, 3, 2, 2, dtype=torch.float64)).dtype == torch.float64
+    assert module._normalizer.scale.dtype == module._normalizer.shift.dtype == torch.float64
     module.to("meta")
-    assert {tensor.device.type for tensor in (*module.teacher.buffers(), module.teacher_scale)} == {"meta"}
+    assert {tensor.device.type for tensor in (*module.teacher.buffers(), module._normalizer.scale)} == {"meta"}
 
 
 class Keeps(Hint):
@@ -157,3 +160,16 @@ def test_a_teacher_that_was_changed_in_place_is_asked_again(distill, trainer, da
         trainer(max_epochs=2, limit_train_batches=1, callbacks=[change]).fit(distill(kind), data)
     assert once.curves == always.curves
     assert once.curves[0] != once.curves[1]
+
+
+class Asks(L.Callback):
+    def setup(self, trainer: L.Trainer, pl_module, stage: str) -> None:
+        self.trains_logits = pl_module.trains_logits
+
+
+def test_the_loss_is_tried_before_the_module_is_set_up(distill, data, trainer) -> None:
+    module, asks = distill(hard_weight=0.0, teacher_normalization=Normalization((0.1,) * 3, (0.4,) * 3)), Asks()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="cannot determine whether the loss trains the logits")
+        trainer(max_epochs=1, callbacks=[asks]).fit(module, data)
+    assert asks.trains_logits
