@@ -6,19 +6,16 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torchvision
 from torch.utils.data import TensorDataset
 
 from lkd.datamodules.base import ImageDataModule, Split
-from lkd.datamodules.extra import ExtraImages
 from lkd.datamodules.files import class_folders, few, read_tree, split_folder
 from lkd.datamodules.sources import ImageSource
 from lkd.datamodules.transforms.base import BatchTransform, ImageTransform, RandomCrop, RandomHorizontalFlip
-from lkd.datamodules.transforms.mixing import Mix
-from lkd.datamodules.transforms.views import Views
 
 _CIFAR100_CLASSES = """
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
@@ -41,29 +38,7 @@ class ArchiveDataModule(ImageDataModule):
     Args:
         root: Folder of the dataset.
         download: Whether to download the dataset if it is missing.
-        batch_size: Number of images per batch in each process.
-        num_workers: Number of processes that load images; by default 0 for images in memory, otherwise up to 4.
-        val_size: Fraction (below 1) or number of training images held out for validation, stratified by class; 0 for
-            none.
-        label_size: Fraction (below 1) or number of training images that keep their label, stratified by class; 1.0 for
-            all, 0 for none.
-        drop_unlabelled: Exclude training images without a label. Otherwise they remain and are supervised by the
-            teacher alone.
-        split_seed: Seed of the splits above. It is independent of the run's seed, so that teacher and students use the
-            same split.
-        seed: Seed of the order and the augmentation; by default the seed of the run.
-        augment: Augmentation of training images; by default the usual one for the dataset, `[]` for none.
-        mean: Mean of each channel for pixels in [0, 1]; by default that of the dataset.
-        std: Standard deviation of each channel; by default that of the dataset.
-        views: Views of each training image in a batch; by default a single one.
-        mix: Mixing of each training image with another one (`Mixup`, `CutMix`); by default none.
-        resident_limit: Maximum size in bytes of a dataset that is decoded once and held in memory instead of being
-            decoded in every epoch; 0 disables this.
-        unreadable: What to do with image files that cannot be read: `fail` raises an error when such a file is
-            encountered; `skip` excludes these files before training, and the other images keep their index.
-        labels_per_class: Number of training images per class that keep their label; an alternative to `label_size`.
-        extra: Additional training images from another source (`UnlabelledFolder`, `DeepInversion`). With `label_size` 0
-            and `drop_unlabelled`, they replace those of the dataset.
+        kwargs: Arguments of `ImageDataModule`.
 
     Attributes:
         title: Name of the dataset.
@@ -73,30 +48,8 @@ class ArchiveDataModule(ImageDataModule):
     title: ClassVar[str]
     archives: ClassVar[str]
 
-    def __init__(
-        self,
-        root: str = "data",
-        download: bool = True,
-        batch_size: int = 128,
-        num_workers: int | None = None,
-        val_size: int | float = 0.1,
-        label_size: int | float = 1.0,
-        drop_unlabelled: bool = False,
-        split_seed: int = 0,
-        seed: int | None = None,
-        augment: list[ImageTransform | BatchTransform] | None = None,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        views: Views | None = None,
-        mix: Mix | None = None,
-        resident_limit: int = 4 * 2**30,
-        unreadable: Literal["fail", "skip"] = "fail",
-        labels_per_class: int | None = None,
-        extra: ExtraImages | None = None,
-    ) -> None:
-        own = (batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed)
-        rest = (views, mix, resident_limit, unreadable, labels_per_class, extra)
-        super().__init__(*own, seed, augment, mean, std, *rest)
+    def __init__(self, root: str = "data", download: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.root = root
         self.download = download
 

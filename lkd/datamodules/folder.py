@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lkd.datamodules.base import ImageDataModule, Split
 from lkd.datamodules.decoding import say
-from lkd.datamodules.extra import ExtraImages
 from lkd.datamodules.files import ImageFiles, class_folders, is_flat, read_tree, split_folder
 from lkd.datamodules.split import stratified
 from lkd.datamodules.transforms.base import (
@@ -20,8 +19,6 @@ from lkd.datamodules.transforms.base import (
     RandomHorizontalFlip,
     RandomResizedCrop,
 )
-from lkd.datamodules.transforms.mixing import Mix
-from lkd.datamodules.transforms.views import Views
 from lkd.io.refused import shown
 
 IMAGENET_STATISTICS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -41,37 +38,18 @@ class ImageFolderDataModule(ImageDataModule):
     the test set and `val_size` of the rest the validation set. The split depends on the file names and on `split_seed`,
     and the sizes of its parts are printed.
 
+    By default, `mean` and `std` are those of ImageNet, and images are augmented by `RandomResizedCrop` and
+    `RandomHorizontalFlip`.
+
     Args:
         root: Folder of the dataset.
         image_size: Height and width to which images are resized.
         in_channels: 3 for color, 1 for grayscale.
         crop_ratio: Fraction of the shorter side that the center crop covers in evaluation; images that already have
             the size are not cropped.
-        batch_size: Number of images per batch in each process.
-        num_workers: Number of processes that load images; by default up to 4.
-        val_size: Fraction (below 1) or number of training images held out for validation, stratified by class; 0 for
-            none.
-        label_size: Fraction (below 1) or number of training images that keep their label, stratified by class; 1.0 for
-            all, 0 for none.
-        drop_unlabelled: Exclude training images without a label. Otherwise they remain and are supervised by the
-            teacher alone.
-        split_seed: Seed of the splits above. It is independent of the run's seed, so that teacher and students use the
-            same split.
-        seed: Seed of the order and the augmentation; by default the seed of the run.
-        augment: Augmentation of training images; by default RandomResizedCrop and RandomHorizontalFlip.
-        mean: Mean of each channel for pixels in [0, 1]; by default that of ImageNet.
-        std: Standard deviation of each channel; by default that of ImageNet.
-        views: Views of each training image in a batch; by default a single one.
-        mix: Mixing of each training image with another one (`Mixup`, `CutMix`); by default none.
-        resident_limit: Maximum size in bytes of a dataset that is decoded once and held in memory instead of being
-            decoded in every epoch; 0 disables this.
-        unreadable: What to do with image files that cannot be read: `fail` raises an error when such a file is
-            encountered; `skip` excludes these files before training, and the other images keep their index.
-        labels_per_class: Number of training images per class that keep their label; an alternative to `label_size`.
-        extra: Additional training images from another source (`UnlabelledFolder`, `DeepInversion`). With `label_size` 0
-            and `drop_unlabelled`, they replace those of the dataset.
         test_size: Fraction (below 1) or number of the images in `root/<class>/` that form the test set, stratified by
             class; 0 for none.
+        kwargs: Arguments of `ImageDataModule`.
     """
 
     def __init__(
@@ -80,31 +58,14 @@ class ImageFolderDataModule(ImageDataModule):
         image_size: int = 224,
         in_channels: Literal[1, 3] = 3,
         crop_ratio: float = 0.875,
-        batch_size: int = 128,
-        num_workers: int | None = None,
-        val_size: int | float = 0.1,
-        label_size: int | float = 1.0,
-        drop_unlabelled: bool = False,
-        split_seed: int = 0,
-        seed: int | None = None,
-        augment: list[ImageTransform | BatchTransform] | None = None,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        views: Views | None = None,
-        mix: Mix | None = None,
-        resident_limit: int = 4 * 2**30,
-        unreadable: Literal["fail", "skip"] = "fail",
-        labels_per_class: int | None = None,
-        extra: ExtraImages | None = None,
         test_size: int | float = 0.2,
+        **kwargs: Any,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be 1 or more, got {image_size}")
         self.mean, self.std = IMAGENET_STATISTICS[in_channels]
         self.input_shape = (in_channels, image_size, image_size)
-        own = (batch_size, num_workers, val_size, label_size, drop_unlabelled, split_seed)
-        rest = (views, mix, resident_limit, unreadable, labels_per_class, extra)
-        super().__init__(*own, seed, augment, mean, std, *rest)
+        super().__init__(**kwargs)
         self.root, self.test_size = root, test_size
         self._is_reported = False
         self.resize = CenterCrop(crop_ratio)
@@ -150,35 +111,7 @@ class ImageFolderDataModule(ImageDataModule):
 class ImageNetDataModule(ImageFolderDataModule):
     """ImageNet (ILSVRC 2012), unpacked to `root/train/<class>/` and `root/val/<class>/`; the latter is the test set.
 
-    Args:
-        root: Folder of the dataset.
-        image_size: Height and width to which images are resized.
-        in_channels: 3 for color, 1 for grayscale.
-        crop_ratio: Fraction of the shorter side that the center crop covers in evaluation.
-        batch_size: Number of images per batch in each process.
-        num_workers: Number of processes that load images; by default up to 4.
-        val_size: Fraction (below 1) or number of training images held out for validation, stratified by class; 0 for
-            none.
-        label_size: Fraction (below 1) or number of training images that keep their label, stratified by class; 1.0 for
-            all, 0 for none.
-        drop_unlabelled: Exclude training images without a label. Otherwise they remain and are supervised by the
-            teacher alone.
-        split_seed: Seed of the splits above. It is independent of the run's seed, so that teacher and students use the
-            same split.
-        seed: Seed of the order and the augmentation; by default the seed of the run.
-        augment: Augmentation of training images; by default RandomResizedCrop and RandomHorizontalFlip.
-        mean: Mean of each channel for pixels in [0, 1].
-        std: Standard deviation of each channel.
-        views: Views of each training image in a batch; by default a single one.
-        mix: Mixing of each training image with another one (`Mixup`, `CutMix`); by default none.
-        resident_limit: Maximum size in bytes of a dataset that is decoded once and held in memory instead of being
-            decoded in every epoch; 0 disables this.
-        unreadable: What to do with image files that cannot be read: `fail` raises an error when such a file is
-            encountered; `skip` excludes these files before training, and the other images keep their index.
-        labels_per_class: Number of training images per class that keep their label; an alternative to `label_size`.
-        extra: Additional training images from another source (`UnlabelledFolder`, `DeepInversion`). With `label_size` 0
-            and `drop_unlabelled`, they replace those of the dataset.
-        test_size: Not used, because ImageNet has a test set.
+    `test_size` is not used, because ImageNet has a test set.
 
     References:
         Russakovsky et al.: ImageNet large scale visual recognition challenge (2014), arXiv:1409.0575.
