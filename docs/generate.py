@@ -15,8 +15,8 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parent.parent
 
-from lkd.cli import class_help
 from lkd.cli.catalogue import SECTIONS, homes_of, summaries
+from lkd.cli.class_help import settings
 from lkd.cli.help import HELP, OWN_HELP, SETTINGS, settings_help
 from tests import method_table
 
@@ -201,15 +201,9 @@ def _settings_table(path: str, prefix: str) -> str:
     home, _, name = path.rpartition(".")
     rows = ["| Setting | Type | Default | |", "|---|---|---|---|"]
     kind = getattr(importlib.import_module(home), name)
-    texts = class_help._descriptions(kind)
-    for one in class_help._parameters(kind):
-        default = class_help._default(one).removeprefix(" = ").strip(" ()")
-        cells = (
-            f"`{prefix}{one.name}`",
-            f"`{class_help._type(one)}`",
-            default and f"`{default}`",
-            texts.get(one.name, ""),
-        )
+    for one in settings(kind):
+        default = one.default and f"`{one.default}`"
+        cells = (f"`{prefix}{one.name}`", f"`{one.type}`", default, one.description)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
 

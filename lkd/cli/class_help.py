@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from textwrap import fill
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from docstring_parser import parse
 
@@ -16,6 +16,22 @@ from lkd.cli.catalogue import OF_CLASSES, homes_of, summaries
 
 _WIDTH = 80
 _LONGEST = 60  # default values with more characters are not shown
+
+
+class Setting(NamedTuple):
+    """Argument of a class or function.
+
+    Attributes:
+        name: Its name.
+        type: Its type annotation.
+        default: Its default value, `required` if it has none, or empty if the default value is a function.
+        description: Its description in the docstring.
+    """
+
+    name: str
+    type: str
+    default: str
+    description: str
 
 
 def class_help(path: str, homes: Sequence[str]) -> str:
@@ -30,11 +46,21 @@ def class_help(path: str, homes: Sequence[str]) -> str:
     """
     kind = _found(path, homes)
     lines = [f"{_path(kind)}", "", *_paragraph(parse(inspect.getdoc(kind) or "").short_description or "", ""), ""]
-    described = _descriptions(kind)
-    for parameter in _parameters(kind):
-        lines.append(f"  {parameter.name}: {_type(parameter)}{_default(parameter)}")
-        lines += _paragraph(described.get(parameter.name, ""), "      ")
+    for one in settings(kind):
+        default = {"required": " (required)", "": ""}.get(one.default, f" = {one.default}")
+        lines.append(f"  {one.name}: {one.type}{default}")
+        lines += _paragraph(one.description, "      ")
     return "\n".join(lines) + "\n"
+
+
+def settings(kind: Any) -> list[Setting]:
+    """Return the arguments of a class or function, including those that it forwards to a base class.
+
+    Args:
+        kind: A class or function.
+    """
+    texts = _descriptions(kind)
+    return [Setting(one.name, _type(one), _default(one), texts.get(one.name, "")) for one in _parameters(kind)]
 
 
 def _found(path: str, homes: Sequence[str]) -> Any:
@@ -104,11 +130,11 @@ def _type(parameter: inspect.Parameter) -> str:
 
 def _default(parameter: inspect.Parameter) -> str:
     if parameter.default is parameter.empty:
-        return " (required)"
+        return "required"
     if callable(parameter.default):
         return ""
     text = repr(parameter.default)
-    return f" = {text}" if len(text) <= _LONGEST else " = ..."
+    return text if len(text) <= _LONGEST else "..."
 
 
 def _paragraph(text: str, indent: str) -> list[str]:
