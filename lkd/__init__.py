@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         WebDatasetDataModule,
     )
     from lkd.features.extractor import FeatureExtractor
+    from lkd.loading import load_run
     from lkd.losses import DistillLoss
     from lkd.modules import (
         DOT,
@@ -106,6 +107,7 @@ __all__ = [
     "TinyImageNetDataModule",
     "WebDatasetDataModule",
     "__version__",
+    "load_run",
 ]
 
 

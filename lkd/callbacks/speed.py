@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from lkd import devices
 from lkd._compat import AnyBatchNorm, has_forward_hooks, remove_compiled_call, tree_map
 from lkd.callbacks.eval_graph import EvalGraph
+from lkd.callbacks.graph_obstacles import obstacle
 from lkd.callbacks.monitor import fitting, network_size
 from lkd.callbacks.optimizers import count_on_device, count_on_host, fuse
-from lkd.callbacks.step_graph import StepGraph, obstacle
+from lkd.callbacks.step_graph import StepGraph
 from lkd.datamodules import ImageDataModule
 from lkd.features.extractor import FeatureExtractor, logits_of
 from lkd.features.layers import evaluating
