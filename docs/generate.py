@@ -170,7 +170,8 @@ def _names(package: str) -> list[str]:
     """The public names of a package; those of `lkd` itself that no other package has."""
     module: ModuleType = importlib.import_module(package)
     if package == "lkd":
-        return ["lkd.types.Batch", "lkd.types.Mixed", "lkd.types.Normalization", "lkd.types.Outputs", "lkd.types.Probe"]
+        types = [f"lkd.types.{name}" for name in ("Batch", "Mixed", "Normalization", "Outputs", "Probe")]
+        return ["lkd.loading.load_run", "lkd.loading.Trained", *types]
     if package == "lkd.features":
         return ["lkd.features.extractor.FeatureExtractor", "lkd.features.layers.resolve_layers"]
     names = getattr(module, "__all__", ["export"])

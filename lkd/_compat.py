@@ -78,6 +78,58 @@ def last_milestone(schedule: SequentialLR) -> int:
 # Lightning, torchmetrics, TensorBoard, Optuna
 
 
+class ModuleHooks:
+    """Mixin of LightningModules that calls public methods where Lightning and PyTorch call private ones."""
+
+    def saved_hyperparameters(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the hyperparameters that checkpoints store, given the arguments of the constructor."""
+        return values
+
+    def apply_to_others(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply a function that moves or casts tensors to those that are not in the module tree."""
+
+    def _set_hparams(self, hp: Any) -> None:
+        super()._set_hparams(self.saved_hyperparameters(self._to_hparams_dict(hp)))  # type: ignore[misc, attr-defined]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self.apply_to_others(fn)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Bypass the checks of `nn.Module` for an attribute that Lightning sets 40 times in each step."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+
+def apply_to_tensors(network: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Apply a function to all parameters and buffers, as `nn.Module.to` does."""
+    network._apply(fn)  # type: ignore[no-untyped-call]
+
+
+class CLIHooks:
+    """Mixin of a `LightningCLI` that calls public methods where Lightning calls private ones."""
+
+    def seed(self, seed_everything: Callable[[], None]) -> None:
+        """Seed the random number generators by calling a function."""
+        seed_everything()
+
+    def run_command(self, run: Callable[[], None]) -> None:
+        """Run the subcommand by calling a function."""
+        run()
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the settings of the config; Lightning would override them by the hyperparameters of the checkpoint."""
+
+    def _set_seed(self) -> None:
+        self.seed(super()._set_seed)  # type: ignore[misc]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.run_command(partial(super()._run_subcommand, subcommand))  # type: ignore[misc]
+
+
 def detects_anomalies(trainer: L.Trainer) -> bool:
     """Return the trainer's `detect_anomaly`, which it has no public attribute for."""
     return bool(trainer._detect_anomaly)

@@ -180,6 +180,7 @@ def test_endurance(tmp_path: Path) -> None:
 def test_the_hosts_share_of_a_step(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.host", "--steps", "50", "--out", str(tmp_path / "host.md")]
     subprocess.run(command, cwd=FOLDER.parent, check=True, capture_output=True)
-    first, second, *_ = (tmp_path / "host.md").read_text().split("\n\n")
+    first, alone, _, shares, *_ = (tmp_path / "host.md").read_text().split("\n\n")
     assert float(re.match(r"Host time per step: ([\d.]+) ms \(", first)[1]) > 0
-    assert "lightning" in second
+    assert float(re.match(r"Lightning alone: ([\d.]+) ms \(", alone)[1]) > 0
+    assert "lightning" in shares

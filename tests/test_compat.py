@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
+import inspect
+import pkgutil
 from pathlib import Path
 
 import jsonargparse
@@ -11,6 +14,8 @@ import lightning as L
 import optuna
 import pytest
 import torch
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -179,3 +184,55 @@ def test_functions_of_the_parser_are_replaced_for_a_while() -> None:
     parser.parse_args(args)
     assert len(seen) == count
     assert _compat.import_class(f"{home}Part") is Part
+
+
+def _classes() -> list[type]:
+    names = [module.name for module in pkgutil.walk_packages(lkd.__path__, "lkd.") if "__main__" not in module.name]
+    members = [value for name in names for value in vars(importlib.import_module(name)).values()]
+    return [value for value in dict.fromkeys(filter(inspect.isclass, members)) if value.__module__.startswith("lkd.")]
+
+
+def test_only_compat_overrides_private_methods() -> None:
+    for kind in _classes():
+        private = [name for name in vars(kind) if name.startswith("_") and not name.startswith("__")]
+        for base in kind.__mro__[1:]:
+            library = base.__module__.partition(".")[0]
+            overridden = set(private) & set(vars(base)) if library in LIBRARIES else set()
+            assert kind.__module__ == "lkd._compat" or not overridden - {"_abc_impl"}, f"{kind}: {overridden}"
+
+
+class Hooked(_compat.ModuleHooks, L.LightningModule):
+    def __init__(self, width: int, secret: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.other = (torch.zeros(width),)
+
+    def saved_hyperparameters(self, values: dict[str, int]) -> dict[str, int]:
+        return {"width": values["width"]}
+
+    def apply_to_others(self, fn) -> None:
+        self.other = (fn(self.other[0]),)
+
+
+def test_private_methods_of_modules_call_hooks() -> None:
+    module = Hooked(2, secret=3)
+    assert dict(module.hparams) == {"width": 2}
+    assert module.double() is module
+    assert module.other[0].dtype == torch.float64
+    assert "_current_fx_name" in inspect.getsource(L.pytorch.trainer.call)
+
+
+def test_private_methods_of_the_cli_call_hooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    class CLI(_compat.CLIHooks, LightningCLI):
+        def seed(self, seed_everything) -> None:
+            called.append("seed")
+
+        def run_command(self, run) -> None:
+            called.append("run")
+
+    monkeypatch.chdir(tmp_path)
+    torch.save({"hyper_parameters": {"_class_path": "a.B"}}, "some.ckpt")
+    CLI(BoringModel, args=["fit", "--ckpt_path", "some.ckpt"])
+    assert called == ["seed", "run"]

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lkd._compat import changed_parser, import_class, nested_value, parser_of, tree_leaves
+from lkd._compat import CLIHooks, changed_parser, import_class, nested_value, parser_of, tree_leaves
 from lkd.callbacks import (
     EpochLines,
     FitReport,
@@ -41,7 +41,7 @@ from lkd.io.yaml import load_yaml
 from lkd.losses import DistillLoss
 
 
-class LkdCLI(LightningCLI):
+class LkdCLI(CLIHooks, LightningCLI):
     """Lightning CLI for `lkd fit`, `validate`, `test` and `predict`.
 
     Args:
@@ -91,9 +91,6 @@ class LkdCLI(LightningCLI):
         finally:
             set_loader("yaml", read, (yaml.YAMLError,))
 
-    def _parse_ckpt_path(self) -> None:
-        """Keep the settings of the config; Lightning would override them by the hyperparameters of the checkpoint."""
-
     def before_instantiate_classes(self) -> None:
         """Resolve weights that are given as the folder of a run, and check that there are weights to evaluate."""
         config = self.config[self.subcommand]
@@ -123,9 +120,10 @@ class LkdCLI(LightningCLI):
             self.datamodule_class = None  # Lightning then does not require one
         super().add_core_arguments_to_parser(parser)
 
-    def _set_seed(self) -> None:
+    def seed(self, seed_everything: Callable[[], None]) -> None:
+        """Seed the random number generators, unless no trainer is created."""
         if self._until in ("ready", "run"):
-            super()._set_seed()
+            seed_everything()
 
     def instantiate_classes(self) -> None:
         """Instantiate module, data module and trainer, unless only the settings are parsed."""
@@ -150,11 +148,12 @@ class LkdCLI(LightningCLI):
         settings: dict[str, Any] = yaml.safe_load(text)
         return settings
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_command(self, run: Callable[[], None]) -> None:
+        """Run the subcommand, and explain the loss of another process."""
         if self._until != "run":
             return
         try:
-            super()._run_subcommand(subcommand)
+            run()
         except RuntimeError as error:
             if reason := lost(error, self.trainer):
                 raise LostProcessError(f"{reason}, so the run cannot continue") from error

@@ -30,7 +30,6 @@ from lkd.schedules.relative import Interval
 from lkd.schedules.run import fit_schedules, with_schedule
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
 
-RUNNING_HOOK = "_current_fx_name"
 FROM_DATA = ("num_samples", "batch_size", "train_index")
 """Attributes of a criterion that are filled in from the data module if they are None."""
 
@@ -91,16 +90,9 @@ class ClassificationModule(EvaluatedModule):
         super().__init_subclass__(**settings)
         name_default(cls)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute, bypassing `nn.Module`'s checks for the one that Lightning sets 40 times per step."""
-        if name == RUNNING_HOOK:
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
-
-    def _set_hparams(self, hp: Any) -> None:
-        """Store only plain values as hyperparameters, since networks would be pickled into checkpoints."""
-        super()._set_hparams({name: value for name, value in self._to_hparams_dict(hp).items() if is_plain(value)})
+    def saved_hyperparameters(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return only plain values, since networks would be pickled into checkpoints."""
+        return {name: value for name, value in values.items() if is_plain(value)}
 
     def unpack(self, batch: Any) -> Batch:
         """Convert a batch from the data module to a `Batch`; override this to support other formats.

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from lkd._compat import modifications
+from lkd._compat import apply_to_tensors, modifications
 from lkd._moved import former_members
 from lkd.features.extractor import FeatureExtractor
 from lkd.features.layers import device_of
@@ -20,7 +20,7 @@ from lkd.losses import KD, DistillLoss, named_terms
 from lkd.losses.base import RESERVED, buffers_same_everywhere, check_criterion
 from lkd.models import load_weights
 from lkd.modules.checks import check_batch, check_not_shared, check_same_classes, check_weights
-from lkd.modules.classification import FROM_DATA, RUNNING_HOOK
+from lkd.modules.classification import FROM_DATA
 from lkd.modules.criterion_meter import CriterionMeter, RememberedLogits
 from lkd.modules.evaluated_distillation import NO_OUTPUTS, EvaluatedDistillation
 from lkd.modules.normalization import InputNormalizer
@@ -176,19 +176,17 @@ class DistillModule(EvaluatedDistillation):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep the teacher out of the module tree, so that DDP, weight averaging, `unfreeze` etc. do not see it."""
-        if name == RUNNING_HOOK or (name == "teacher" and not self.saves_teacher):
+        if name == "teacher" and not self.saves_teacher:
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistillModule:
+    def apply_to_others(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move and cast the teacher and its input normalization together with the module."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.teacher is not None and not self.saves_teacher:
-            self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            apply_to_tensors(self.teacher, fn)
         if self._normalizer is not None:
             self._normalizer.apply(fn)
-        return self
 
     def _freeze_teacher(self) -> None:
         if self.teacher is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from lkd._compat import ModuleHooks
 from lkd.modules.meter import ValueName
 from lkd.types import Batch
 
@@ -33,7 +34,7 @@ class StepReplay(Protocol):
         """Execute a step, and return the names and values `(C,)` that `training_values` computes."""
 
 
-class ReplayableModule(L.LightningModule):
+class ReplayableModule(ModuleHooks, L.LightningModule):
     """A LightningModule whose training steps and validation batches can be replays of captured graphs.
 
     Lightning's automatic optimization stays in charge. In a step that is a replay, `training_step` runs the graph. The
