@@ -89,10 +89,13 @@ class SaveConfig(SaveConfigCallback):
         folder = run_folder(trainer)  # called in all processes, as it is broadcast
         if not trainer.is_global_zero:
             return
-        get_filesystem(folder).makedirs(folder, exist_ok=True)
-        path = f"{folder}/{self.config_filename}"
-        self.parser.save(self.config, path, skip_none=False, overwrite=True)
-        self.save_config(trainer, pl_module, "fit")
+        files, text = get_filesystem(folder), self.parser.dump(self.config, skip_none=False)
+        files.makedirs(folder, exist_ok=True)
+        with files.open(f"{folder}/{self.config_filename}", "w", encoding="utf-8") as file:
+            file.write(text)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()))
 
     def _compare(self, path: Path) -> None:
         changes = [change for change in _changed(path, self.parser, self.config) if not change[0].startswith(_FREE)]
@@ -107,13 +110,6 @@ class SaveConfig(SaveConfigCallback):
             more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
             held = "; optimizer and schedule keep their original values" if _is_held(changes) else ""
             rank_zero_warn(f"this run was started with other settings: {', '.join(differences[:4])}{more}{held}")
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Log the config as text in TensorBoard."""
-        config = self.parser.dump(self.config, skip_none=False)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("config", "\n".join(f"    {line}" for line in config.splitlines()))
 
 
 def check_same_run(checkpoint: Path, parser: Any, config: Any) -> None:

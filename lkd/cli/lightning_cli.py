@@ -65,6 +65,9 @@ class LkdCLI(CLIHooks, LightningCLI):
         self._until, self._needs_data = until, needs_data
         self._folder = RunFolder()
         quiet = {"exit_on_error": False, "allow_abbrev": False}
+        command = self.args[0]
+        chosen = {command: self.subcommands()[command]}
+        self.subcommands = lambda: chosen  # type: ignore[method-assign]  # each further parser would take 0.1 s
         with self._folder:
             super().__init__(
                 model_class=L.LightningModule,
@@ -77,7 +80,7 @@ class LkdCLI(CLIHooks, LightningCLI):
                 trainer_defaults={"num_sanity_val_steps": -1, "enable_model_summary": False},
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
-                parser_kwargs={**quiet, **{command: dict(quiet) for command in self.subcommands()}},
+                parser_kwargs={**quiet, command: quiet.copy()},
                 args=self.args,
             )
 
