@@ -135,7 +135,7 @@ def test_what_has_changed_is_said(run: Path, recwarn, how: str) -> None:
     assert main(["fit", *which, "--trainer.max_epochs=3", "--trainer.logger=false"]) == 0
     said = [str(warning.message) for warning in recwarn if "was started with" in str(warning.message)]
     assert said == [
-        f"this run was started with torch 1.0 (now {now}) and other training images; "
+        f"this run was started with torch 1.0 (now {now}) and different training images; "
         "results may not be bitwise identical"
     ]
 

@@ -90,8 +90,8 @@ def test_other_settings_are_told(fit, recwarn) -> None:
     others = ["--model.init_args.optimizer.init_args.lr=0.0001", "--seed_everything=7"]
     assert fit(*others, how="--ckpt_path=last")[0] == 0
     assert _told(recwarn) == [
-        "this run was started with other settings: seed_everything 0 (now 7), model.init_args.optimizer.init_args.lr "
-        "0.1 (now 0.0001); optimizer and schedule keep their original values"
+        "this run was started with different settings: seed_everything 0 (now 7), model.init_args.optimizer.init_args."
+        "lr 0.1 (now 0.0001); optimizer and schedule keep their original values"
     ]
 
 
@@ -110,7 +110,7 @@ def test_another_run_is_not_resumed(fit, setting: str, said: str) -> None:
     before, points = (RUN / "config.yaml").read_text(), curves(RUN)
     code, text = fit(f"--{setting}")
     assert code == 2
-    assert f"--resume found {RUN}/checkpoints/last.ckpt, whose run has other settings: " in text
+    assert f"--resume found {RUN}/checkpoints/last.ckpt, whose run has different settings: " in text
     assert said in text
     assert "set a different --name" in text
     assert (RUN / "config.yaml").read_text() == before

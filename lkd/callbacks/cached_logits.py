@@ -65,7 +65,7 @@ class LogitFiles:
         for file in self.root.glob("*/0.safetensors"):
             other = made_from(file) or {}
             differ.append([name for name, value in self.inputs.items() if other.get(name) != value])
-        return f"; another cache there differs in {' and '.join(sorted(differ, key=len)[0])}" if differ else ""
+        return f"; another cache in this folder differs in {' and '.join(sorted(differ, key=len)[0])}" if differ else ""
 
 
 @dataclass
@@ -115,7 +115,7 @@ class CachedLogits:
 
     @property
     def state(self) -> tuple[bool, int]:
-        """Whether logits are written, and in which memory they are. A change makes a graph of the step invalid."""
+        """Whether logits are written, and which table holds them. A change invalidates a graph of the step."""
         return self._memory is not None, id(self._table)
 
     @property

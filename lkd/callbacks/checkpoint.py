@@ -33,7 +33,7 @@ class BestCheckpoint(ModelCheckpoint):
     Args:
         monitor: Name of the monitored metric. `None` keeps the most recent checkpoint. If the loss does not train the
             logits, as with features alone, `val/acc` is replaced by the distillation loss (`val/<criterion>`), or by
-            `None` if that is not measured.
+            `None` if that is not evaluated.
         mode: Whether the `min` or the `max` of the metric is best. `auto` selects `min` for losses and for the terms of
             a criterion, and `max` for all other metrics.
         save_top_k: Number of best checkpoints to keep; -1 keeps all.
@@ -171,7 +171,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._is_own = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == self.path.resolve()
         if trainer.is_global_zero:
             self._lock = locked(self.path.parent)
-            for left in self.path.parent.glob(".*.ckpt.*"):  # of a process that was killed while writing
+            for left in self.path.parent.glob(".*.ckpt.*"):  # left by a process that was killed while writing
                 left.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -281,8 +281,8 @@ class LastCheckpoint(ModelCheckpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the logged metrics and, in `last.ckpt`, the exact position of the run.
 
-        Schedules and other callbacks may depend on the metrics. Batches and epochs that are ready but have not started
-        are left to the resumed run.
+        Schedules and other callbacks may depend on the metrics. Batches and epochs that Lightning counts as ready
+        but not as started are counted again by the resumed run.
         """
         metrics = {name: metric.detach().cpu() for name, metric in trainer.callback_metrics.items()}
         checkpoint["callbacks"][self.state_key]["metrics"] = metrics

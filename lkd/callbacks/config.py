@@ -109,7 +109,7 @@ class SaveConfig(SaveConfigCallback):
         if differences:
             more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
             held = "; optimizer and schedule keep their original values" if _is_held(changes) else ""
-            rank_zero_warn(f"this run was started with other settings: {', '.join(differences[:4])}{more}{held}")
+            rank_zero_warn(f"this run was started with different settings: {', '.join(differences[:4])}{more}{held}")
 
 
 def check_same_run(checkpoint: Path, parser: Any, config: Any) -> None:
@@ -135,7 +135,7 @@ def check_same_run(checkpoint: Path, parser: Any, config: Any) -> None:
     if changes:
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         raise ValueError(
-            f"--resume found {checkpoint}, whose run has other settings: {', '.join(changes[:3])}{more}; omit "
+            f"--resume found {checkpoint}, whose run has different settings: {', '.join(changes[:3])}{more}; omit "
             f"--resume, set a different --name, or continue that run anyway with --ckpt_path {checkpoint}"
         )
 

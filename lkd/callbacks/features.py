@@ -41,7 +41,7 @@ class FeatureEvaluation(L.Callback):
 
     Raises:
         ValueError: If `every_n_epochs` is less than 1, if the network has no such layer, or if its features have
-            another shape.
+            a different shape.
         TypeError: If the data module has no `plain_train_dataloader`.
     """
 

@@ -167,7 +167,7 @@ def _begun(places: Iterable[Path]) -> Mapping[str, Any] | None:
 
 
 def _differences(begun: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the differences as text, such as `torch 2.13.0 (now 2.14.1)` and `other training images`."""
+    """Yield the differences as text, such as `torch 2.13.0 (now 2.14.1)` and `different training images`."""
     if begun is None:
         return
     for part in ("versions", "devices"):
@@ -177,4 +177,4 @@ def _differences(begun: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Ite
                 yield f"{name} {before[name]} (now {value})"
     contents = {record.get("images", {}).get("contents", _UNKNOWN) for record in (begun, now)}
     if _UNKNOWN not in contents and len(contents) > 1:
-        yield "other training images"
+        yield "different training images"

@@ -71,7 +71,7 @@ class Speed(L.Callback):
             the network runs uncompiled.
         keep_memory: Whether, on a CPU, the process keeps freed memory for later steps (glibc's `mallopt`, in effect
             until the process ends). Otherwise most memory is returned to the system after each step and allocated again
-            page by page, filled with zeros, which takes a fifth of the time. Peak memory is the same.
+            page by page, filled with zeros, which takes a fifth of the step time. Peak memory is the same.
         fuse_optimizer: Whether to use the fused implementation of SGD, Adam and AdamW, unless an implementation is
             selected explicitly, or fp16 gradient scaling or sharded weights are used.
         graph: `auto` runs the whole training step as one CUDA graph, which is checked against the ordinary step before
@@ -135,7 +135,7 @@ class Speed(L.Callback):
             self._data.uses_graphs = not self._no_graph
         self._fold(trainer, pl_module)
         if self.keep_memory and trainer.strategy.root_device.type == "cpu" and _keep_memory():
-            self._applied.append("freed memory kept")
+            self._applied.append("freed memory reused")
         self._compile(trainer, pl_module)
 
     def _fold(self, trainer: L.Trainer, module: Any) -> None:
@@ -279,7 +279,7 @@ class Speed(L.Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Mark the beginning of a step for the CUDA graphs of `torch.compile`, which may then reuse their outputs."""
+        """Mark the beginning of a step for the CUDA graphs of `torch.compile`, which may then reuse their memory."""
         if self._compiled and self.compile == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 

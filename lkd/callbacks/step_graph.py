@@ -204,7 +204,7 @@ class StepGraph:
             return
         device = _device(self._optimizer)
         if any(tensor.device != device for tensor in self._state()):
-            self._give_up(f"{type(self._optimizer).__name__} or the module has state on another device")
+            self._give_up(f"{type(self._optimizer).__name__} or the module has state on a different device")
             return
         random, before = devices.rng_states(device), Snapshot(self._state())
         buffers = dict(self.module.named_buffers())

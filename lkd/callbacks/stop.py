@@ -45,7 +45,7 @@ class StopSignal:
         if number == signal.SIGINT:
             if self.received is not None:
                 raise KeyboardInterrupt
-            os.write(2, _WAIT)  # print may have been interrupted in another print
+            os.write(2, _WAIT)  # the signal may have interrupted a print, which is not reentrant
         if self._requeue is None or self.received != self._requeue:  # SLURM sends both before the time limit
             self.received = number
 

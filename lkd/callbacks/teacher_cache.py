@@ -104,11 +104,11 @@ class TeacherCache(L.Callback):
             logits.end_epoch()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Print how many forward passes of the teacher were saved."""
+        """Print how many forward passes of the teacher were avoided."""
         if logits := self._active(pl_module):
             counts = logits.counts
             computed, saved = counts.computed * trainer.world_size + counts.missing, counts.read * trainer.world_size
-            pl_module.print(f"Teacher cache: {computed:,} forward passes computed, {saved:,} saved")
+            pl_module.print(f"Teacher cache: {computed:,} forward passes computed, {saved:,} avoided")
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Detach the cache from the module, and restore random augmentations in the dataset."""

@@ -280,7 +280,7 @@ Export a trained network for use without lkd. CHECKPOINT is a file, the folder
 of a run, or the folder of all runs of one name (best checkpoint of the newest
 run). Each file is loaded again and evaluated on the test images: if any logit
 differs from that of the checkpoint by more than 1e-4, lkd reports an error and
-exports nothing. The folder also has preprocessing.json, whose content is
+exports nothing. The folder also contains preprocessing.json, whose content is
 embedded in each file, and a model card, README.md, with code to use the files.
 
   lkd export runs/digits/kd

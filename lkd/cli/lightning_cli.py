@@ -186,7 +186,7 @@ class LkdCLI(CLIHooks, LightningCLI):
         for section in () if kept else ("checkpoint", "last_checkpoint"):
             self._parser(self.subcommand).callback_keys.remove(section)
         self.trainer_defaults["callbacks"] = _callbacks(str(self.subcommand), logged)
-        forks = any(word in str(config.get("strategy")) for word in ("fork", "notebook"))  # CUDA must stay untouched
+        forks = any(word in str(config.get("strategy")) for word in ("fork", "notebook"))  # must not initialize CUDA
         if fit and config.get("precision") is None and not config.get("plugins") and not forks:
             config["precision"] = kwargs["precision"] = self._precision(config)
         if fit and config.get("benchmark") is None and not config.get("deterministic"):

@@ -185,7 +185,7 @@ def predict(
         split: `test`, or `val` for the validation images.
         teacher: Name of the network with which the others are compared.
         accelerator: Device, as in `lightning.Trainer`.
-        shown: Number of images to keep, for each network, of those on which it disagrees with the teacher.
+        shown: Maximum number of stored images per network on which network and teacher disagree.
         progress: Whether to show a progress bar.
 
     Returns:

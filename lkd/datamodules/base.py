@@ -37,7 +37,7 @@ Split = Literal["train", "val", "test"]
 class ImageDataModule(L.LightningDataModule, ABC):
     """Base class of data modules with images for training, validation and test.
 
-    Subclasses set the attributes below and override `make_dataset`. Validation images are held out of the training
+    Subclasses set the attributes below and override `make_dataset`. Validation images are held out from the training
     images, unless `make_dataset("val")` returns some. Order and augmentation are a function of (seed, epoch, index of
     the image), independent of the batch size and the number of workers and processes. If the trainer limits the number
     of validation or test batches, they contain a random subset, which depends only on `split_seed` and is hence the
@@ -54,8 +54,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
             none.
         label_size: Fraction (below 1) or number of training images that keep their label, stratified by class; 1.0 for
             all, 0 for none.
-        drop_unlabelled: Exclude training images without a label. Otherwise they remain and are supervised by the
-            teacher alone.
+        drop_unlabelled: Whether to exclude training images without a label. Otherwise they remain and are supervised by
+            the teacher alone.
         split_seed: Seed of the splits above. It is independent of the run's seed, so that teacher and students use the
             same split.
         seed: Seed of the order and the augmentation; by default the seed of the run.
@@ -76,7 +76,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         num_classes: Number of classes.
         class_names: Names of the classes; by default their numbers.
         input_shape: Channels, height and width of an image.
-        resize: Deterministic transform of images of another size to `input_shape`.
+        resize: Deterministic transform of images of a different size to `input_shape`.
         datasets: Datasets of the splits, after `setup`.
         uses_graphs: Whether training batches on a GPU are created by replaying a graph; the next batch then overwrites
             them. `Speed` sets it if training steps are graphs.
@@ -139,7 +139,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             split: "train", "val" or "test".
 
         Returns:
-            Dataset of (image, class), see `ImageSource`. `None` for "val" holds validation images out of "train".
+            Dataset of (image, class), see `ImageSource`. If `None` for "val", validation images are split from "train".
         """
 
     def default_augment(self) -> list[ImageTransform | BatchTransform]:
@@ -298,7 +298,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch to a device. A batch on the device is returned at once, as Lightning's check takes 0.1 ms."""
+        """Move a batch to a device. A batch already there is returned at once, as Lightning's check takes 0.1 ms."""
         if isinstance(batch, Batch) and getattr(batch.input, "device", None) == device:
             return batch
         if self.trainer is None:

@@ -352,7 +352,7 @@ def without_labels(batch: Batch, padding: Tensor) -> Batch:
 
     Args:
         batch: A batch.
-        padding: Which samples only fill up the batch `(B,)`, bool, on the CPU.
+        padding: Which samples only pad the batch `(B,)`, bool, on the CPU.
     """
     if not padding.any():  # always the case in training
         return batch

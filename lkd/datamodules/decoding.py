@@ -25,7 +25,7 @@ from lkd.datamodules.sources import Resident
 from lkd.datamodules.transforms.base import CenterCrop
 from lkd.io.tensor_cache import cache_folder, fingerprint, load_tensors, map_tensors, save_tensors
 
-_FORMAT = 1  # increase when the same files result in other pixels
+_FORMAT = 1  # increase when the same files result in different pixels
 _PIECE = 2**20  # bytes decoded at a time
 _PATIENCE = 1.0  # seconds before worker processes are started
 _Piece = TypeVar("_Piece")
@@ -97,7 +97,7 @@ def _decoded(dataset: ImageDataset, num_workers: int) -> Tensor:
     pieces = dataset.index.split(max(1, _PIECE // math.prod(dataset.shape)))  # type: ignore[no-untyped-call]
     read = in_pieces(partial(_images, dataset), pieces, num_workers, "decoding images")
     for index, part in zip(pieces, read, strict=True):
-        image[index.numpy()] = part.numpy()  # not with PyTorch's threads, on which a forked process would hang
+        image[index.numpy()] = part.numpy()  # not by PyTorch, whose threads would make a forked process hang
     return torch.from_numpy(image)
 
 

@@ -18,7 +18,7 @@ VIEW = 2**20
 """Offset between the streams of one view of an image and the next."""
 
 MIX = 2**19
-"""Offset within a view of the streams that mix the image with another one; its transforms use the streams before."""
+"""Offset within a view of the streams that mix the image with another one; its transforms use earlier streams."""
 
 _WORD = 0xFFFFFFFF
 _PIECE = 2**16  # indices hashed at a time, to fit into a processor cache

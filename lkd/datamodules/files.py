@@ -20,7 +20,7 @@ from lkd.io.tensor_cache import fingerprint
 from lkd.types import IGNORE_INDEX
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-"""Accepted formats, whatever the file name. For some others Pillow starts a program, such as Ghostscript for EPS."""
+"""Accepted formats, regardless of file name. For some others, Pillow starts a program, such as Ghostscript for EPS."""
 
 
 class ImageFiles(Dataset[tuple[Image.Image, int]]):
@@ -153,7 +153,7 @@ def read_tree(folder: Path, class_names: Sequence[str]) -> ImageFiles:
 
     Raises:
         FileNotFoundError: If the folder is missing or a class has no images.
-        ValueError: If the folder has other classes.
+        ValueError: If the folder has different classes.
     """
     found = set(class_folders(folder))
     if found != set(class_names):
@@ -245,7 +245,7 @@ def split_folder(root: Path, split: str) -> Path | None:
     """Return the folder of a split in `root`; without `test`, `val` is the test set.
 
     Returns:
-        `root/train`, `root/test` or `root/val`; `None` if validation images are to be held out of the training images.
+        `root/train`, `root/test` or `root/val`; `None` if validation images are split from the training images.
     """
     has_test = (root / "test").is_dir()
     if split == "val":

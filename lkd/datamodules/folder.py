@@ -32,7 +32,7 @@ class ImageFolderDataModule(ImageDataModule):
     """Image folders `root/train/<class>/` and `root/test/<class>/`; classes are the sorted folder names.
 
     If `root/val/<class>/` exists as well, it is used for validation. Without `root/test`, it is the test set, and
-    validation images are held out of the training images.
+    validation images are held out from the training images.
 
     Images may also be in `root/<class>/`. They are then split at random, stratified by class: `test_size` of them form
     the test set and `val_size` of the rest the validation set. The split depends on the file names and on `split_seed`,

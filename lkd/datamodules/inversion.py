@@ -20,7 +20,7 @@ from lkd.datamodules.extra import ExtraImages
 from lkd.io.tensor_cache import cache_folder, fingerprint, load_tensors, save_tensors
 from lkd.types import Normalization
 
-_FORMAT = 1  # increase when the same settings result in other images
+_FORMAT = 1  # increase when the same settings result in different images
 
 
 def total_variation(image: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Key(int):
     Args:
         epoch: Epoch, which together with the sample determines the augmentation.
         position: Position in the dataset, below 2^39.
-        padding: Whether the sample only fills up the share of a process and must not be counted.
+        padding: Whether the sample only pads the share of a process and must not be counted.
     """
 
     def __new__(cls, epoch: int, position: int, padding: bool = False) -> Key:
@@ -48,7 +48,7 @@ class EpochSampler(DistributedSampler[int]):
     """Distribute the samples of an epoch among processes, in an order that is a function of (seed, epoch).
 
     It is a `DistributedSampler`, so Lightning does not replace it and calls `set_epoch`. If the samples cannot be
-    divided evenly, a shuffled order continues with its first samples; any other order is filled up with keys marked as
+    divided evenly, a shuffled order continues with its first samples; any other order is extended with keys marked as
     padding.
 
     Args:

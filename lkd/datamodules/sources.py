@@ -17,7 +17,7 @@ from lkd.io.tensor_cache import fingerprint, map_tensors
 class ImageSource(Protocol):
     """Map-style dataset of (image, class), where the image is a PIL image, a uint8 array or a uint8 tensor.
 
-    A source in memory is best a `TensorDataset(images, classes)` with images `(N, C, H, W)`, uint8: a batch is then one
+    For images in memory, use a `TensorDataset(images, classes)` with images `(N, C, H, W)`, uint8: a batch is then one
     indexing operation. Other sources are read once if they fit into memory (`resident_limit`), so an image must be the
     same each time it is read.
     """
@@ -116,6 +116,6 @@ def source_fingerprint(source: ImageSource) -> str:
     undecoded = original(source)
     if len(parts(undecoded)) > 1:
         return fingerprint(*map(source_fingerprint, parts(undecoded)))
-    if type(undecoded) is ImageFiles:  # a subclass may return other pixels
+    if type(undecoded) is ImageFiles:  # a subclass may return different pixels
         return undecoded.fingerprint()
     return fingerprint(*source.tensors) if isinstance(source, TensorDataset) else uuid.uuid4().hex

@@ -20,7 +20,7 @@ from lkd.io.tensor_cache import cache_folder, fingerprint, replacing
 if TYPE_CHECKING:
     from lkd.datamodules.dataset import ImageDataset
 
-_FORMAT = 1  # increase when the same files may give another result
+_FORMAT = 1  # increase when the same files may give a different result
 _PIECE = 64  # images read at a time
 
 

@@ -78,7 +78,7 @@ class WebDatasetDataModule(L.LightningDataModule):
 
     Attributes:
         input_shape: Channels, height and width of an image.
-        resize: Deterministic transform of images of another size to `input_shape`.
+        resize: Deterministic transform of images of a different size to `input_shape`.
     """
 
     def __init__(
@@ -140,7 +140,8 @@ class WebDatasetDataModule(L.LightningDataModule):
         shards, steps = self._of("train"), self.train_size // (self.batch_size * processes)
         if len(shards) < processes:
             raise ValueError(
-                f"each of {processes} processes needs its own training shard, got {len(shards)}; use more, smaller ones"
+                f"each of {processes} processes needs its own training shard, got {len(shards)}; split the data into more "
+                "shards"
             )
         if steps == 0:
             raise ValueError(

@@ -50,7 +50,7 @@ def _resize(data: ImageDataModule | WebDatasetDataModule) -> dict[str, Any]:
     if type(data.resize) is not CenterCrop:
         return {"by": repr(data.resize)}
     return {
-        "unless": "the image has the size already",
+        "unless": "the image already has this size",
         "cover": [round(side / data.resize.ratio) for side in data.input_shape[1:]],
         "interpolation": "bilinear, with antialiasing, as Pillow's",
         "crop": "centre",
@@ -110,7 +110,7 @@ def batches(loader: DataLoader[Any], data: L.LightningDataModule, module: Classi
 def training_images(data: L.LightningDataModule, module: ClassificationModule) -> Iterator[Tensor]:
     """Yield training images with the preprocessing of inference: resized, but not augmented or mixed.
 
-    For other data modules than lkd's, the batches of the training loader are used.
+    For data modules other than lkd's, the batches of the training loader are used.
 
     Args:
         data: Data module of the run.

@@ -1,4 +1,4 @@
-"""Layers of a network that can be tapped, and the layers that distillation methods refer to."""
+"""Layers of a network whose outputs can be extracted, and the layers that distillation methods refer to."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _group(network: nn.Module, layers: FeatureLayers, name: str) -> tuple[str, .
 
 
 def layer_names(network: nn.Module, example: Any = None) -> dict[str, tuple[int, ...]]:
-    """List the layers that can be tapped, with the shapes of their outputs.
+    """List the layers whose outputs can be extracted, with the shapes of these outputs.
 
     The network is run once, in eval mode and without gradients; its training modes and statistics are preserved.
 

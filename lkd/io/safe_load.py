@@ -26,7 +26,7 @@ def _plain_dtype(code: object, *_: object) -> np.dtype[Any]:
     """Create a NumPy dtype, restricted to single numbers: an item of another type may be declared gigabytes in size."""
     dtype = np.dtype(code) if isinstance(code, str) and len(code) <= 3 else None
     if dtype is None or dtype.char not in _NUMBERS:
-        raise UntrustedError(f"it contains the NumPy type {shown(code)}, which is not a type of single numbers")
+        raise UntrustedError(f"it contains the NumPy type {shown(code)}, which is not a scalar type")
     return dtype
 
 
@@ -74,7 +74,7 @@ def _check_zip(file: IO[bytes]) -> None:
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise UntrustedError("its content is compressed, which torch.save never does")
+            raise UntrustedError("its content is compressed, but torch.save never compresses")
         names = {entry.filename.lower() for entry in entries}
         whole = sum(entry.file_size for entry in entries) <= size and len(names) == len(entries)
         # With data before the first or after the last file, two readers may disagree about the content of an archive.

@@ -28,7 +28,7 @@ os.umask(_UMASK)  # it can only be read by setting it; done at import, before ot
 
 
 def cache_folder(kind: str) -> Path:
-    """Return the cache folder of a kind: below `$LKD_CACHE`, else in the user's cache folder (on Linux `~/.cache/lkd`).
+    """Return the cache folder of a kind: below `$LKD_CACHE`, or in the user's cache folder (`~/.cache/lkd` on Linux).
 
     For users without a home directory, it is below the folder for temporary files.
 

@@ -78,7 +78,7 @@ def cc_loss(
 @check_shapes(student_feature="B C *", teacher_feature="B C *")
 @full_precision
 def cc_neighbour_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-    r"""Product of the feature differences of samples that are adjacent in the batch.
+    r"""Product of the absolute differences between student and teacher for samples that are adjacent in the batch.
 
     $$ \frac{1}{B - 1} \sum_{i < B} \sum_c d_{ic} \, d_{i+1,c}, \quad d = |x_s - x_t| $$
 
@@ -124,8 +124,9 @@ class CC(DistillLoss):
             training, if `form` is `neighbours`, `feat_dim` is `None` and the feature shapes differ.
 
     References:
-        Peng et al.: Correlation Congruence for Knowledge Distillation, ICCV 2019 (arXiv 1904.01802). The authors use
-        the weight 0.003. The results of the CIFAR-100 benchmark are those of `form: neighbours` with the weight 0.02.
+        Peng et al.: Correlation Congruence for Knowledge Distillation, ICCV 2019 (arXiv 1904.01802). The results of the
+        CIFAR-100 benchmark are those of `form: neighbours` with the weight 0.02. torchdistill's configuration for
+        ImageNet has the weight 0.003, for its own variant of the kernel form (see `cc_loss`).
     """
 
     reads_logits = False

@@ -31,6 +31,9 @@ def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
     Returns:
         Scalar loss in nats (float32 for half-precision inputs).
 
+    Raises:
+        ValueError: If there are fewer than 2 classes.
+
     References:
         Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022 (arXiv 2203.08679).
     """
@@ -121,7 +124,7 @@ class DKD(DistillLoss):
         alpha: Weight of the target-class term.
         beta: Weight of the non-target-class term. The authors use, on CIFAR-100, 2 for resnet56 -> resnet20 and
             resnet110 -> resnet32, 6 between wide ResNets and for the teacher vgg13, and 8 for other pairs; on ImageNet,
-            0.5 for ResNet-34 -> ResNet-18.
+            0.5 for ResNet-34 -> ResNet-18 and 2 for ResNet-50 -> MobileNet.
         temperature: Softmax temperature, greater than 0; 4 for CIFAR, 1 for ImageNet.
 
     Raises:

@@ -48,7 +48,8 @@ class LogitStandardization(CompositeLoss):
     unchanged. Terms are logged under the name of the criterion.
 
     Args:
-        criterion: Criterion that compares logits. The paper uses KD with temperature 2, DKD, CTKD and MLKD.
+        criterion: Criterion that compares logits. The paper uses KD, CTKD, DKD and MLKD. The default temperature of the
+            authors' code is 2 (for MLKD, the first of its temperatures).
         eps: Constant added to the standard deviation, greater than 0.
 
     Raises:

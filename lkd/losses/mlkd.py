@@ -161,8 +161,8 @@ class MLKD(DistillLoss):
     selecting images and classes. Second, the strong view enters only the instance level, without a mask, and is
     replaced by the weak view from the fourth temperature on. In both forms, the masks are computed from the weak view.
 
-    Inside `LogitStandardization`, all three levels read standardized logits; the authors of that method standardize
-    only the logits of the instance level.
+    Inside `LogitStandardization`, all three levels and the masks read standardized logits; the authors of that method
+    standardize only the logits of the instance level.
 
     Args:
         form: `code` or `paper`.

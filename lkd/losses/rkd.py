@@ -100,8 +100,9 @@ def rkd_angle_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
 class RKD(DistillLoss):
     """Relational KD: match pairwise distances and angles.
 
-    The loss compares distances and angles between the samples of a batch (`rkd_distance_loss`, `rkd_angle_loss`). It is
-    invariant to the scale of the features, and the angle term also to rotations. Feature sizes may differ.
+    The loss compares distances and angles between the samples of a batch (`rkd_distance_loss`, `rkd_angle_loss`). Both
+    terms are invariant to translation, rotation, reflection and uniform scaling of the features of either network.
+    Feature sizes may differ.
 
     Args:
         student_layers: Student layers whose features are compared; the losses are summed.

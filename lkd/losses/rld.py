@@ -70,6 +70,9 @@ def rld_loss(
     Returns:
         Scalar loss in nats (float32 for half-precision inputs).
 
+    Raises:
+        ValueError: If there are fewer than 2 classes.
+
     References:
         Sun et al.: Knowledge Distillation with Refined Logits, ICCV 2025 (arXiv 2408.07703).
     """
@@ -94,11 +97,13 @@ class RLD(DistillLoss):
         confidence_temperature: Softmax temperature of the sample-confidence term, greater than 0.
 
     Raises:
-        ValueError: If a weight is negative or a temperature is not greater than 0.
+        ValueError: If a weight is negative or a temperature is not greater than 0. In `forward`, if there are fewer
+            than 2 classes.
 
     References:
         Sun et al.: Knowledge Distillation with Refined Logits, ICCV 2025 (arXiv 2408.07703). The defaults are those of
-        the authors' command for CIFAR-100. For ImageNet, the authors use `beta` 0.5 and both temperatures 1.
+        the authors' command for CIFAR-100. For ImageNet, the authors set both temperatures to 1 and `beta` to
+        0.5 (ResNet-34 -> ResNet-18) or 2 (ResNet-50 -> MobileNet).
     """
 
     skips_unlabelled = True

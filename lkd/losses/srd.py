@@ -65,7 +65,9 @@ class SRD(DistillLoss):
 
     References:
         Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024
-        (arXiv 2303.11098). The authors use exponent 4 on ImageNet; the default of their code is 1.
+        (arXiv 2303.11098). The defaults are those of the authors' code for ImageNet, which multiplies the divergence
+        by temperature² with the temperature fixed at 1. In torchdistill, the default exponent is 1, and the factor is
+        absent.
     """
 
     compares_samples = True

@@ -143,7 +143,7 @@ def check_finite(first_bad: dict[ValueName, int]) -> None:
             were.
 
     Raises:
-        ValueError: If the loss was not finite; the message names the terms and networks to blame.
+        ValueError: If the loss was not finite; the message names the responsible terms and networks.
     """
     if LOSS not in first_bad:
         return

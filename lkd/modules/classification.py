@@ -103,7 +103,7 @@ class ClassificationModule(EvaluatedModule):
             batch: A `Batch`, `(input, target)`, `(input, target, index)`, or a dict with these keys.
 
         Raises:
-            TypeError: If the batch has another format.
+            TypeError: If the batch has a different format.
         """
         if isinstance(batch, Batch):
             return batch
@@ -300,7 +300,7 @@ class ClassificationModule(EvaluatedModule):
         return move_data_to_device(example, device_of(self.model))
 
     def _data_attribute(self, name: str) -> Any | None:
-        """Return a property of the data module, or else of the checkpoint: testing does not open the training data."""
+        """Return a property of the data module, or else of the checkpoint, as testing opens no training data."""
         found = getattr(getattr(self._trainer, "datamodule", None), name, None)
         return self._kept_facts.get(name) if found is None else found
 

@@ -1,4 +1,4 @@
-"""Evaluation of a criterion in validation and test, and a check whether a loss trains the logits."""
+"""Evaluation of a criterion in validation and test, and a check of whether a loss trains the logits."""
 
 from __future__ import annotations
 

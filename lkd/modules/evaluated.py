@@ -50,7 +50,7 @@ class EvaluatedModule(RecordedModule):
 
     @property
     def trains_logits(self) -> bool:
-        """Whether the loss trains all parameters that the logits depend on; if not, their metrics are not logged."""
+        """Whether the loss trains all parameters that the logits depend on; if not, `logit_metrics` are not logged."""
         return True
 
     @property

@@ -103,7 +103,7 @@ class EvaluatedDistillation(ClassificationModule):
 
         It is not evaluated if `distill_weight` is 0, or if it requires something that evaluation batches lack: several
         views of an image, indices of training images (`CRD`, whose memory banks hold only these), or a teacher. For
-        criteria with a fixed batch size (`SemCKD`), batches of another size are skipped.
+        criteria with a fixed batch size (`SemCKD`), batches of a different size are skipped.
         """
         lacks = self.criterion.num_views > 1 or self.criterion.needs_index
         has_teacher = not self.uses_teacher or "teacher" in self.network_names

@@ -100,11 +100,11 @@ class Meter:
 
         Args:
             state: Return value of `state`.
-            rank: Rank of this process. If the state is of fewer processes, the last one is used.
+            rank: Rank of this process. If the state has fewer processes, that of the last one is used.
             device: Device on which the steps run.
         """
         if any(isinstance(name, str) for name in state["names"]):
-            return  # a checkpoint of lkd 0.1: the mean starts again
+            return  # a checkpoint of lkd 0.1: the mean is reset
         waiting, sums, first_bad = (
             None if part is None else part[min(rank, len(part) - 1)].to(device)
             for part in (state["waiting"], state["sums"], state["first_bad"])

@@ -29,7 +29,7 @@ class NoisyStudentModule(DistillModule):
     The arguments are those of `DistillModule`.
 
     Raises:
-        ValueError: As in `DistillModule`, or if training batches have another number of views or mixed images.
+        ValueError: As in `DistillModule`, or if training batches have a different number of views or mixed images.
 
     References:
         Xie, Luong, Hovy, Le: Self-training with Noisy Student improves ImageNet classification, CVPR 2020

@@ -1,4 +1,4 @@
-"""Inputs of a teacher that was trained with another normalization than the student."""
+"""Inputs of a teacher that was trained with a different normalization than the student."""
 
 from __future__ import annotations
 

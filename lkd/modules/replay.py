@@ -37,8 +37,8 @@ class StepReplay(Protocol):
 class ReplayableModule(ModuleHooks, L.LightningModule):
     """A LightningModule whose training steps and validation batches can be replays of captured graphs.
 
-    Lightning's automatic optimization stays in charge. In a step that is a replay, `training_step` runs the graph. The
-    graph includes the backward pass and the optimizer's update, so the hooks for these do nothing.
+    Lightning's automatic optimization remains in use. In a replayed step, `training_step` runs the graph. The graph
+    includes the backward pass and the optimizer's update, so the hooks for these do nothing.
     """
 
     step_graph: StepReplay | None = None
@@ -89,7 +89,7 @@ class ReplayableModule(ModuleHooks, L.LightningModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Update the weights; if a graph updates them, only run the step."""
+        """Update the weights; if a graph updates them, only call the closure, which runs the graph."""
         if self._replays and optimizer_closure is not None:
             optimizer_closure()
         else:

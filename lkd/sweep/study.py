@@ -178,7 +178,7 @@ class Study:
 
     def _begun(self) -> Claim:
         study_id = self._storage.get_study_id_from_name(self.name)
-        # created together with its place, so other processes always see to whom it is assigned
+        # created together with its place, so other processes always see to which one it is assigned
         new = create_trial(state=TrialState.RUNNING, user_attrs={_PLACE: self._place})
         new_id = self._storage.create_new_trial(study_id, template_trial=new)
         number = self._storage.get_trial(new_id).number
@@ -190,7 +190,7 @@ class Study:
         """Store the result of a trial, and release it."""
         trial = claim.trial
         if self._storage.get_trial(trial_id(trial)).state.is_finished():  # taken over while this process was running
-            print(f"trial {trial.number} was already finished by another process, whose value is kept", flush=True)
+            print(f"trial {trial.number} was already finished by another process; its value is kept", flush=True)
         else:
             if outcome.reason:
                 trial.set_user_attr(REASON, outcome.reason)

@@ -193,7 +193,7 @@ def test_what_was_made_from_something_else_is_not_used(run, capfd, what: str, ch
     _, _, asked = run(epochs=1, **change)
     assert asked >= 64
     said = capfd.readouterr().out
-    assert re.search(rf"0 of 2 variants found .*another cache there differs in .*{what}", said), said
+    assert re.search(rf"0 of 2 variants found .*another cache in this folder differs in .*{what}", said), said
     (kept,) = {file.parent for file in files()} - {max(files(), key=lambda f: f.stat().st_mtime_ns).parent}
     (new,) = {file.parent for file in files()} - {kept}
     for file in files():  # even under the right name
@@ -366,7 +366,7 @@ def test_two_processes_fill_one_file() -> None:
             [*command, "--trainer.accelerator=cpu", *settings], capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-2000:]
-        said.append(re.findall(r"Teacher cache: ([\d,]+) forward passes computed, ([\d,]+) saved", done.stdout))
+        said.append(re.findall(r"Teacher cache: ([\d,]+) forward passes computed, ([\d,]+) avoided", done.stdout))
     total = 1150
     batches = total // 2 // 32 * 64, total // 64 * 64  # what an epoch shows
     (first,), (second,), (third,) = said

@@ -506,7 +506,7 @@ def test_an_optimizer_that_counts_its_steps_on_the_host(train, distill) -> None:
         return distill(optimizer=lambda p: torch.optim.Adagrad(p, lr=1e-2))
 
     usual, _ = train("cpu", module=module)
-    with pytest.warns(UserWarning, match="Adagrad or the module has state on another device"):
+    with pytest.warns(UserWarning, match="Adagrad or the module has state on a different device"):
         found, _ = train(NAME, module=module)
     assert not differences(usual["weights"], found["weights"])
 

@@ -76,7 +76,7 @@ class Cutout(BatchTransform):
         """Fill the square around the pixel chosen by the first two draws.
 
         Raises:
-            ValueError: If `fill` has another number of channels.
+            ValueError: If `fill` has a different number of channels.
         """
         top, left = ((draws[:, i] * image.shape[2 + i]).long() - self.size // 2 for i in (0, 1))
         side = torch.full_like(top, self.size)
@@ -121,7 +121,7 @@ class RandomErasing(BatchTransform):
         """Fill the rectangle chosen by `box`.
 
         Raises:
-            ValueError: If `fill` has another number of channels.
+            ValueError: If `fill` has a different number of channels.
         """
         box = self.box(image.shape[2], image.shape[3], draws)
         return _filled("RandomErasing", image, inside_boxes(image, *box), self.fill)

@@ -22,8 +22,7 @@ class View:
 
     Args:
         index: Positions of the images in the source `(B,)`, int64.
-        number: Which augmentation of the images; 0 is the one without `Views`, and each number has its own random
-            numbers.
+        number: Number of the augmentation; 0 is the one without `Views`, and each has its own random numbers.
         augment: Transforms of this view; `None`: those of the dataset, then `then`. Ignored for number 0.
         then: Transforms after those of the dataset.
         turns: Number of counterclockwise rotations by 90 degrees.
@@ -78,13 +77,13 @@ class Views(ABC):
         """
 
     def check(self, shape: tuple[int, int, int]) -> None:  # noqa: B027  # most views support any shape
-        """Check that views can be made of images.
+        """Check that the views support images of a given shape.
 
         Args:
             shape: Channels, height and width.
 
         Raises:
-            ValueError: If they cannot.
+            ValueError: If they do not.
         """
 
 
