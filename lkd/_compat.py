@@ -59,6 +59,16 @@ def remove_compiled_call(network: nn.Module) -> None:
     network._compiled_call_impl = None
 
 
+def parameter_slots(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Return each parameter with the dict in which its layer registers it and its name there."""
+    return [
+        (layer._parameters, name, parameter)
+        for layer in module.modules()
+        for name, parameter in layer._parameters.items()
+        if parameter is not None
+    ]
+
+
 def has_forward_hooks(layer: nn.Module) -> bool:
     """Return whether a layer has forward hooks."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
@@ -93,7 +103,8 @@ class ModuleHooks:
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[misc]
-        self.apply_to_others(fn)
+        if recurse:
+            self.apply_to_others(fn)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -62,14 +62,15 @@ MOVED = {
 
 RENAMED = {
     "lkd": {"FeatureTaps": "FeatureExtractor"},
+    "lkd.callbacks.logit_table": {"Answers": "LogitTable"},
     "lkd.compare.predictions": {"Answers": "Predictions", "ask": "predict"},
     "lkd.features.extractor": {"FeatureTaps": "FeatureExtractor"},
-    "lkd.loading": {"load_trained": "load_run"},
+    "lkd.loading": {"Answer": "ModuleLogits", "load_trained": "load_run"},
 }
 """Former and new names of objects, by module."""
 
 RENAMED_CONFIGS = {"trainer/kept_answers": "trainer/teacher_cache"}
-"""Former and new names of configs."""
+"""Former and new names of configs. The former files remain, since the name of a run is derived from them."""
 
 T = TypeVar("T")
 
@@ -100,16 +101,14 @@ def former_members(**names: str) -> Callable[[type[T]], type[T]]:
 
     def decorate(cls: type[T]) -> type[T]:
         for old, new in names.items():
-            setattr(cls, old, _former_member(cls, old, new))
-        init_subclass = cls.__init_subclass__.__func__  # type: ignore[attr-defined]
+            setattr(cls, old, _FormerMember(cls.__name__, old, new))
+        init_subclass = getattr(cls.__init_subclass__, "__func__", None)
 
         def rename_overrides(subclass: type[T], /, **kwargs: Any) -> None:
             for old, new in names.items():
-                if old in vars(subclass):
-                    _warn(f"{subclass.__name__}.{old}", new, level=4)
-                    setattr(subclass, new, vars(subclass)[old])
-                    delattr(subclass, old)
-            init_subclass(subclass, **kwargs)
+                _adopt(subclass, cls, old, new)
+            if init_subclass is not None:
+                init_subclass(subclass, **kwargs)
 
         cls.__init_subclass__ = classmethod(rename_overrides)  # type: ignore[assignment]
         return cls
@@ -117,16 +116,36 @@ def former_members(**names: str) -> Callable[[type[T]], type[T]]:
     return decorate
 
 
-def _former_member(cls: type, old: str, new: str) -> property:
-    def read(self: Any) -> Any:
-        _warn(f"{cls.__name__}.{old}", new, level=4)
-        return getattr(self, new)
+def _adopt(subclass: type, base: type, old: str, new: str) -> None:
+    """Let a subclass that overrides a member of a base class by its former name override it by the new name, too."""
+    for owner in subclass.__mro__[: subclass.__mro__.index(base)]:
+        if new in vars(owner):
+            return
+        if old in vars(owner):
+            _warn(f"{owner.__name__}.{old}", new, level=4)
+            setattr(subclass, new, vars(owner)[old])
+            return
 
-    def write(self: Any, value: Any) -> None:
-        _warn(f"{cls.__name__}.{old}", new, level=4)
-        setattr(self, new, value)
 
-    return property(read, write)
+class _FormerMember:
+    """Descriptor that gives access to a member by its former name."""
+
+    def __init__(self, owner: str, old: str, new: str) -> None:
+        self.owner, self.old, self.new = owner, old, new
+
+    def __get__(self, instance: Any, kind: type) -> Any:
+        _warn(f"{self.owner}.{self.old}", self.new, level=3)
+        if instance is None:
+            return getattr(kind, self.new)
+        overriding = [
+            owner for owner in type(instance).__mro__ if not isinstance(vars(owner).get(self.old, self), type(self))
+        ]
+        # If a subclass overrides the former name, only its `super().old` leads here.
+        return getattr(super(overriding[-1], instance) if overriding else instance, self.new)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        _warn(f"{self.owner}.{self.old}", self.new, level=3)
+        setattr(instance, self.new, value)
 
 
 def _warn(old: str, new: str, level: int = 4) -> None:

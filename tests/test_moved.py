@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 import lkd.losses
 from lkd._moved import MOVED, RENAMED
-from lkd.cli.config_files import find_config, is_config
+from lkd.cli.config_files import find_config, read_config
 
 
 @pytest.mark.parametrize("old", MOVED)
@@ -71,21 +71,71 @@ def test_former_names_of_members(distill) -> None:
     assert module.teacher_cache == module.teacher_outputs
 
 
-def test_overrides_of_former_members(distill) -> None:
-    with pytest.warns(DeprecationWarning, match="Own.locate is deprecated; use resolve_layers"):
+def _own(*bases: type) -> type:
+    class Own(*bases):
+        def locate(self, student, teacher) -> None:
+            super().locate(student, teacher)
+            self.seen = student
 
-        class Own(lkd.losses.KD):
-            def locate(self, student, teacher) -> None:
-                self.seen = student
+    return Own
+
+
+class Mixin:
+    def locate(self, student, teacher) -> None:
+        super().locate(student, teacher)
+        self.seen = student
+
+
+@pytest.mark.filterwarnings("ignore:DistillLoss.locate:DeprecationWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: _own(lkd.losses.AT),
+        lambda: _own(_own(lkd.losses.AT)),
+        lambda: type("Inherits", (_own(lkd.losses.AT),), {}),
+        lambda: type("Mixed", (Mixin, lkd.losses.AT), {}),
+    ],
+    ids=["override", "two overrides", "inherited", "mixin"],
+)
+def test_overrides_of_former_members(distill, make) -> None:
+    with pytest.warns(DeprecationWarning, match=r"(Own|Mixin)\.locate is deprecated; use resolve_layers"):
+        criterion = make()(["@stages"], ["@stages"])
+    student = distill(criterion=criterion).student
+    assert criterion.seen is student
+    assert criterion.student_layers == ("layer1", "layer2", "layer3")
+
+
+def test_overridden_properties(distill) -> None:
+    with pytest.warns(DeprecationWarning, match="Own.not_to_be_kept is deprecated; use cache_obstacle"):
+
+        class Own(lkd.DistillModule):
+            @property
+            def not_to_be_kept(self) -> str:
+                return super().not_to_be_kept or "never"
+
+    module = distill()
+    with pytest.warns(DeprecationWarning, match="DistillModule.not_to_be_kept is deprecated"):
+        assert Own(module.student, module.teacher).cache_obstacle == "never"
+
+
+def test_both_names_may_be_defined(distill) -> None:
+    class Own(lkd.losses.KD):
+        def resolve_layers(self, student, teacher) -> None:
+            self.seen = student
+
+        def locate(self, student, teacher) -> None:
+            self.resolve_layers(student, teacher)
 
     criterion = Own()
     student = distill(criterion=criterion).student
     assert criterion.seen is student
+    with pytest.warns(DeprecationWarning, match="DistillLoss.locate is deprecated"):
+        assert lkd.losses.KD.locate is lkd.losses.KD.resolve_layers
 
 
 def test_former_names_of_configs() -> None:
-    assert is_config("trainer/kept_answers")
     with pytest.warns(
         FutureWarning, match=r"the config trainer/kept_answers\.yaml is deprecated; use trainer/teacher_cache"
     ):
-        assert find_config("trainer/kept_answers.yaml") == find_config("trainer/teacher_cache")
+        former = read_config(find_config("trainer/kept_answers.yaml"))
+    assert former == read_config(find_config("trainer/teacher_cache"))

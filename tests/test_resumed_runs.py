@@ -83,7 +83,7 @@ def test_another_process_is_refused_before_it_changes_anything(fit, monkeypatch)
 
 
 def _told(warned) -> list[str]:
-    return [str(warning.message) for warning in warned if "started with other settings" in str(warning.message)]
+    return [str(warning.message) for warning in warned if "started with different settings" in str(warning.message)]
 
 
 def test_other_settings_are_told(fit, recwarn) -> None:

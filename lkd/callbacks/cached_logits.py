@@ -90,11 +90,16 @@ class CachedLogits:
         files: The cached files.
         storage: Storage format of the logits.
         variants: Number of augmented variants of each image.
+
+    Attributes:
+        counts: Numbers of images so far.
+        is_active: Whether logits are cached; False once there is no space for them.
     """
 
     def __init__(self, trainer: L.Trainer, module: Any, files: LogitFiles, storage: Storage, variants: int) -> None:
         self.trainer, self.module, self.files, self.storage, self.variants = trainer, module, files, storage, variants
         self.counts = Counts()
+        self.is_active = True
         self._table: LogitTable | None = None  # logits of this epoch's variant, once they are read or written
         self._memory: SharedRows | None = None  # shared with other processes, while logits are written
         self._on_device: LogitTable | None = None  # one table for all variants: a graph reads it by address
@@ -264,7 +269,7 @@ class CachedLogits:
             rank_zero_warn(
                 f"cannot cache the teacher's logits in {self.files.folder}; each step computes them: {reason}"
             )
-            self.module.teacher_cache = None
+            self.is_active, self.module.teacher_cache = False, None
             return False
         self._memory = SharedRows(rows, like, file)
         self._table = self._new_table(self._memory.stored, logits.shape[1])

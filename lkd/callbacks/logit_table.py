@@ -7,9 +7,12 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lkd._moved import renamed
 
 
 @dataclass(frozen=True)
@@ -196,3 +199,8 @@ def _row_bytes(row: Tensor) -> int:
 
 def _padded(size: int) -> int:
     return -(-size // 64) * 64
+
+
+def __getattr__(name: str) -> Any:
+    """Provide former names."""
+    return renamed(__name__, name)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from lkd import devices
-from lkd._compat import tree_map_only
+from lkd._compat import parameter_slots, tree_map_only
 from lkd.callbacks.graph_check import Outcome, disagreement
 from lkd.callbacks.graph_constants import (
     Watched,
@@ -25,7 +25,7 @@ from lkd.callbacks.graph_constants import (
 )
 from lkd.callbacks.graph_obstacles import has_foreign_code
 from lkd.devices.capture import Capture, Snapshot, copy_into, flat, signature
-from lkd.modules.meter import LOSS, ValueName
+from lkd.modules.meter import LOSS, ValueName, named
 from lkd.types import Batch
 
 _MANY = 3
@@ -67,7 +67,7 @@ class StepGraph:
         self._watched = Watched([])
         self._state_of_cache: Any = None
         self._constants: tuple[Any, ...] = ()
-        self._parameters: list[Tensor] = []
+        self._slots: list[tuple[dict[str, Any], str, Tensor]] = []
         self._places: list[int] = []
         self._is_looked_at = False
         self._captures_in_a_row = 0
@@ -148,7 +148,8 @@ class StepGraph:
         return not is_moved and self._watched.are_as_before() and self._cache_state() == self._state_of_cache
 
     def _addresses(self) -> list[int]:
-        return [parameter.data_ptr() for parameter in self._parameters]
+        """Return the address of each parameter; 0 for one that was replaced since the capture."""
+        return [own.data_ptr() if slots.get(name) is own else 0 for slots, name, own in self._slots]
 
     def run(self, batch: Batch) -> tuple[tuple[ValueName, ...], Tensor]:
         """Replay the step.
@@ -160,9 +161,10 @@ class StepGraph:
             Names and values `(C,)` of loss, terms and counts, loss first. Each replay overwrites the values.
         """
         for number, (group, rate) in enumerate(zip(self._optimizer.param_groups, self._rates, strict=True)):
-            if rate is not None and group["lr"] != self._filled[number]:
-                rate.fill_(group["lr"])
-                self._filled[number] = group["lr"]
+            new = group["lr"]
+            if rate is not None and (isinstance(new, Tensor) or new != self._filled[number]):
+                rate.fill_(new)
+                self._filled[number] = new
         copy_into(self._batch, batch)
         self._replay()  # type: ignore[misc]
         return self._names, self._row  # type: ignore[return-value]
@@ -222,7 +224,7 @@ class StepGraph:
             return
         self._watched, self._state_of_cache = self._watch(), self._cache_state()
         self._constants, self._is_looked_at = constants_of(self.module), True
-        self._parameters = list(self.module.parameters())  # walking the module tree in each step would take long
+        self._slots = parameter_slots(self.module)  # walking through the module tree in each step would take long
         self._places = self._addresses()
         self._check_due = "in the next step" if self._has_foreign_code else ""
 
@@ -271,7 +273,7 @@ class StepGraph:
         trainer, module, optimizer = self.trainer, self.module, self._optimizer
         buffers = {name: buffer for name, buffer in module.named_buffers() if buffer is not None}
         with trainer.precision_plugin.train_step_context():
-            values = module.training_values(self._batch)
+            values = named(module.training_values(self._batch))
         optimizer.zero_grad()
         module.backward(values[LOSS])
         module.configure_gradient_clipping(

@@ -79,33 +79,34 @@ class TeacherCache(L.Callback):
         self._logits = CachedLogits(trainer, pl_module, files, self.storage, self.versions)
         pl_module.teacher_cache = self._logits
 
-    def _active(self, module: Any) -> CachedLogits | None:
-        """Return the cached logits, unless caching has failed."""
-        return self._logits if self._logits is not None and module.teacher_cache is self._logits else None
+    @property
+    def _active(self) -> CachedLogits | None:
+        """The cached logits, unless caching has failed."""
+        return self._logits if self._logits is not None and self._logits.is_active else None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Load the cached logits of this epoch's variant."""
-        if logits := self._active(pl_module):
+        if logits := self._active:
             logits.begin_epoch()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Check that the cached logits belong to the images of the epoch."""
-        if logits := self._active(pl_module):
+        if logits := self._active:
             logits.begin_step(pl_module.unpack(batch))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the images whose logits were computed and those whose logits were read."""
-        if logits := self._active(pl_module):
+        if logits := self._active:
             logits.end_step(pl_module.unpack(batch))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Save the logits that were computed in this epoch."""
-        if logits := self._active(pl_module):
+        if logits := self._active:
             logits.end_epoch()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Print how many forward passes of the teacher were avoided."""
-        if logits := self._active(pl_module):
+        if logits := self._active:
             counts = logits.counts
             computed, saved = counts.computed * trainer.world_size + counts.missing, counts.read * trainer.world_size
             pl_module.print(f"Teacher cache: {computed:,} forward passes computed, {saved:,} avoided")

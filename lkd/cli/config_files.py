@@ -54,7 +54,6 @@ def find_config(name: str) -> Path:
     own = name.removeprefix("configs/")
     if new := RENAMED_CONFIGS.get(own.removesuffix(".yaml")):
         warnings.warn(f"the config {name} is deprecated; use {new}", FutureWarning, stacklevel=2)
-        own = new
     for path in (Path(name), folder / own, folder / f"{own}.yaml"):
         if path.is_file():
             read_config(path)
@@ -67,7 +66,6 @@ def find_config(name: str) -> Path:
 def is_config(name: str) -> bool:
     """Return whether a config file of this name exists."""
     folder, own = configs_folder(), name.removeprefix("configs/")
-    own = RENAMED_CONFIGS.get(own.removesuffix(".yaml"), own)
     return any(path.is_file() for path in (Path(name), folder / own, folder / f"{own}.yaml"))
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import lightning as L
 
+from lkd._moved import former_members
 from lkd.compare.cost import Cost
 from lkd.compare.groups import Group, MethodDifference, Spread
 from lkd.compare.metrics import Difference, Figures, Share
 from lkd.compare.predictions import Predictions
 
 
+@former_members(answers="predictions")
 @dataclass
 class Measurements:
     """Measurements of several networks.

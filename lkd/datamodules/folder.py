@@ -58,6 +58,7 @@ class ImageFolderDataModule(ImageDataModule):
         image_size: int = 224,
         in_channels: Literal[1, 3] = 3,
         crop_ratio: float = 0.875,
+        *,
         test_size: int | float = 0.2,
         **kwargs: Any,
     ) -> None:

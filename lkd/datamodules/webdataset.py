@@ -140,8 +140,8 @@ class WebDatasetDataModule(L.LightningDataModule):
         shards, steps = self._of("train"), self.train_size // (self.batch_size * processes)
         if len(shards) < processes:
             raise ValueError(
-                f"each of {processes} processes needs its own training shard, got {len(shards)}; split the data into more "
-                "shards"
+                f"each of {processes} processes needs its own training shard, got {len(shards)}; split the data into "
+                "more shards"
             )
         if steps == 0:
             raise ValueError(

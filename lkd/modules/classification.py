@@ -24,7 +24,7 @@ from lkd.models.weights import misfit
 from lkd.modules.checks import check_finite, check_saved_by, mismatch, warn_of_unused_outputs
 from lkd.modules.evaluated import EvaluatedModule, mean_cross_entropy
 from lkd.modules.hyperparameters import is_plain, is_safe, name_default
-from lkd.modules.meter import CORRECT, LABELLED, LOSS, Meter, ValueName
+from lkd.modules.meter import CORRECT, LABELLED, LOSS, Meter, ValueName, named
 from lkd.modules.recorded import global_seed, inner_arguments
 from lkd.schedules.relative import Interval
 from lkd.schedules.run import fit_schedules, with_schedule
@@ -168,7 +168,7 @@ class ClassificationModule(EvaluatedModule):
             row = row.clone()
             self._meter.add(names, row, self.global_step)
             return row[0]
-        values = self.training_values(batch)
+        values = named(self.training_values(batch))
         self._meter.update(values, self.global_step)
         return values[LOSS]
 
@@ -238,7 +238,7 @@ class ClassificationModule(EvaluatedModule):
         self.flushes += 1
         terms = {value.name: mean for value, mean in means.items() if value.kind == "term"}
         curves = {f"train/{name}": mean for name, mean in {"loss": means[LOSS], **terms}.items()}
-        if self.trains_logits:
+        if self.trains_logits and LABELLED in means:
             curves["train/acc"] = means[CORRECT] / max(means[LABELLED], 1e-9)
         # Not with `self.log`: Lightning would copy the progress bar's values from the device in every following step.
         shown = ("train/loss", "train/acc")

@@ -31,6 +31,14 @@ CORRECT = ValueName("count", "correct")
 LABELLED = ValueName("count", "labelled")
 
 
+def named(values: Mapping[ValueName, Tensor] | Mapping[str, Tensor]) -> dict[ValueName, Tensor]:
+    """Return the values of a step with typed names; in custom modules, strings name the loss and its terms."""
+    return {
+        key if isinstance(key, ValueName) else LOSS if key == "loss" else ValueName("term", key): value
+        for key, value in values.items()
+    }
+
+
 class Meter:
     """Sum of named scalars on their device, read out occasionally as means.
 

@@ -164,7 +164,7 @@ def test_networks_of_others_with_a_normalization_of_their_own(tmp_path) -> None:
 def test_disputed_images_are_those_that_differ_the_most(tiny, data, tmp_path) -> None:
     networks = {name: tiny(seed) for name, seed in (("teacher", 1), ("student", 2))}
     found = compare([Candidate(*each) for each in networks.items()], data, "teacher", seconds=0.01, accelerator="cpu")
-    disputed, (theirs, ours) = found.answers.disputed["student"], found.answers.logits.values()
+    disputed, (theirs, ours) = found.predictions.disputed["student"], found.predictions.logits.values()
     divergence = (theirs.softmax(1) * (theirs.log_softmax(1) - ours.log_softmax(1))).sum(1)
     differs = theirs.argmax(1) != ours.argmax(1)
     wanted = divergence.masked_fill(~differs, -1).topk(min(12, int(differs.sum())))
