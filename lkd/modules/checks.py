@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lkd._compat import tree_leaves
+from lkd.features.extractor import FeatureExtractor
 from lkd.losses import DistillLoss
 from lkd.modules.meter import LOSS, ValueName
 from lkd.types import Batch, Probe
@@ -32,6 +33,48 @@ def mismatch(network: nn.Module, example: Any) -> str:
             "set the compute precision with --trainer.precision"
         )
     return ""
+
+
+def probe_network(name: str, extractor: FeatureExtractor, example: Any) -> Probe:
+    """Run a blank input through a network and check the shape of its logits.
+
+    Args:
+        name: Name of the network in error messages.
+        extractor: The network and the layers whose features are read.
+        example: One blank input.
+
+    Returns:
+        The network and its outputs.
+
+    Raises:
+        ValueError: If the network fails on the input or does not return logits.
+    """
+    try:
+        probe = extractor.probe(example)
+    except RuntimeError as error:
+        shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        reason = str(error).splitlines()[0]
+        remedy = mismatch(extractor.network, example) or (
+            "the number of channels (in_channels) and the image size must be the same in network and data"
+        )
+        raise ValueError(f"the {name} does not accept inputs of shape {shape}: {reason}; {remedy}") from error
+    shape = tuple(probe.outputs.logits.shape)
+    if len(shape) != 2:
+        raise ValueError(f"the {name} must return logits of shape (batch, classes), got {shape} for one input")
+    return probe
+
+
+def check_covers_classes(name: str, num_outputs: int, num_classes: int | None) -> None:
+    """Check that a network has an output for each class of the data.
+
+    Raises:
+        ValueError: If it has fewer.
+    """
+    if num_classes is not None and num_classes > num_outputs:
+        raise ValueError(
+            f"the data has {num_classes} classes, but the {name} has only {num_outputs}; "
+            f"set num_classes of the network to {num_classes}"
+        )
 
 
 def warn_of_unused_outputs(trainer: L.Trainer | None, name: str, num_outputs: int, num_classes: int | None) -> bool:

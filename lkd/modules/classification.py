@@ -21,11 +21,18 @@ from lkd.features.layers import device_of
 from lkd.losses._labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
-from lkd.modules.checks import check_finite, check_saved_by, mismatch, warn_of_unused_outputs
+from lkd.modules.checks import (
+    check_covers_classes,
+    check_finite,
+    check_saved_by,
+    probe_network,
+    warn_of_unused_outputs,
+)
 from lkd.modules.evaluated import EvaluatedModule, mean_cross_entropy
 from lkd.modules.hyperparameters import is_plain, is_safe, name_default
 from lkd.modules.meter import CORRECT, LABELLED, LOSS, Meter, ValueName, named
 from lkd.modules.recorded import global_seed, inner_arguments
+from lkd.modules.training_curves import curves_of, is_due, log_curves
 from lkd.schedules.relative import Interval
 from lkd.schedules.run import fit_schedules, with_schedule
 from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
@@ -202,10 +209,7 @@ class ClassificationModule(EvaluatedModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log training metrics every `log_every_n_steps` optimizer steps, and at least once per epoch."""
-        every = cast("int", self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        last, summed = self.trainer.is_last_batch, self.trainer.accumulate_grad_batches
-        seen, rest = divmod(batch_idx + 1, summed)
-        if every and ((last and seen < every) or (not rest and seen % every == 0)):
+        if is_due(self.trainer, batch_idx):
             self._log_training()
 
     def on_validation_epoch_start(self) -> None:
@@ -236,16 +240,7 @@ class ClassificationModule(EvaluatedModule):
         if not means:  # a custom training_step does its own logging
             return
         self.flushes += 1
-        terms = {value.name: mean for value, mean in means.items() if value.kind == "term"}
-        curves = {f"train/{name}": mean for name, mean in {"loss": means[LOSS], **terms}.items()}
-        if self.trains_logits and LABELLED in means:
-            curves["train/acc"] = means[CORRECT] / max(means[LABELLED], 1e-9)
-        # Not with `self.log`: Lightning would copy the progress bar's values from the device in every following step.
-        shown = ("train/loss", "train/acc")
-        self.trainer.progress_bar_metrics.update({name: mean for name, mean in curves.items() if name in shown})
-        self.trainer.callback_metrics.update({name: torch.tensor(mean) for name, mean in curves.items()})
-        for logger in self.loggers:
-            logger.log_metrics(curves, step=self.global_step - 1)  # as Lightning numbers the steps
+        log_curves(self, curves_of(means, self.trains_logits))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Predict the logits `(B, K)` of one batch."""
@@ -336,24 +331,10 @@ class ClassificationModule(EvaluatedModule):
         Raises:
             ValueError: If the network fails on the input or has fewer classes than the data.
         """
-        try:
-            probe = extractor.probe(example)
-        except RuntimeError as error:
-            shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
-            reason = str(error).splitlines()[0]
-            remedy = mismatch(extractor.network, example) or (
-                "the number of channels (in_channels) and the image size must be the same in network and data"
-            )
-            raise ValueError(f"the {name} does not accept inputs of shape {shape}: {reason}; {remedy}") from error
-        shape = tuple(probe.outputs.logits.shape)
-        if len(shape) != 2:
-            raise ValueError(f"the {name} must return logits of shape (batch, classes), got {shape} for one input")
-        num_classes, in_data = shape[1], self._data_attribute("num_classes")
-        if is_classifier and in_data is not None and in_data > num_classes:
-            raise ValueError(
-                f"the data has {in_data} classes, but the {name} has only {num_classes}; "
-                f"set num_classes of the network to {in_data}"
-            )
+        probe = probe_network(name, extractor, example)
+        num_classes, in_data = probe.outputs.logits.shape[1], self._data_attribute("num_classes")
+        if is_classifier:
+            check_covers_classes(name, num_classes, in_data)
         if name == self.network_names[0] and not self._is_warned:
             self._is_warned = warn_of_unused_outputs(self._trainer, name, num_classes, in_data)
         return probe
