@@ -22,6 +22,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -99,6 +100,15 @@ def full_job(options: argparse.Namespace, folder: Path) -> Job:
     return Job(name, "benchmarks.gpu_checks:full", arguments, True, "full", options.seconds + PATIENCE)
 
 
+def pattern(text: str) -> str:
+    """Return a regular expression, for `argparse`, which reports an invalid one."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from error
+    return text
+
+
 def parsed(args: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; `flags` are the arguments after `--`."""
     args = list(args)
@@ -113,7 +123,7 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--failures", type=Path, help="file for tracebacks (default: print them)")
     parser.add_argument("--minutes", type=float, help="time limit of --check (default 4) and of --speed (default 5)")
     parser.add_argument(
-        "--only", nargs="*", default=[""], help="checks and rows whose name matches one of these patterns"
+        "--only", nargs="*", type=pattern, default=[""], help="checks and rows whose name matches one of these patterns"
     )
     parser.add_argument(
         "--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)), help="parallel processes"
@@ -127,6 +137,9 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=480, help="time limit of a complete run")
     options = parser.parse_args(args[:end])
     options.flags = args[end + 1 :]
+    for path in filter(None, (options.images, options.teacher)):
+        if not Path(path).exists():
+            parser.error(f"{path} does not exist")
     options.parts = [part for part in ("check", "speed", "full") if getattr(options, part)]
     if not options.parts:
         parser.error("choose --check, --speed or --full")

@@ -93,7 +93,7 @@ class CachedLogits:
 
     Attributes:
         counts: Numbers of images so far.
-        is_active: Whether logits are cached; False once there is no space for them.
+        is_active: Whether the run caches logits. It becomes False if they do not fit on the disk.
     """
 
     def __init__(self, trainer: L.Trainer, module: Any, files: LogitFiles, storage: Storage, variants: int) -> None:
@@ -213,7 +213,8 @@ class CachedLogits:
             try:
                 is_saved = self._complete_and_save(table.num_classes, memory)
             except Exception as error:  # any error is only reported, since the other processes are waiting
-                rank_zero_warn(f"failed to cache variant {self.variant} of the teacher's logits: {error}")
+                reason = f"{type(error).__name__}: {error}"
+                rank_zero_warn(f"failed to cache variant {self.variant} of the teacher's logits ({reason})")
         if self.trainer.strategy.broadcast(is_saved):
             self._verified.add(self.variant)
         self._table = self._memory = None

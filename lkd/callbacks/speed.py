@@ -67,8 +67,8 @@ class Speed(L.Callback):
             read.
         compile: Mode of `torch.compile` for student and teacher in training. `auto` selects `default` on a CPU with
             matrix units (AMX) for runs of at least 2,000 steps, which amortize the compilation, and `off` elsewhere: on
-            a GPU, compilation gained nothing with a CUDA graph or without (benchmarks/gpu.md). If compilation fails,
-            the network runs uncompiled.
+            a GPU, compilation gained nothing in the measured runs (benchmarks/gpu.md). If compilation fails, the
+            network runs uncompiled.
         keep_memory: Whether, on a CPU, the process keeps freed memory for later steps (glibc's `mallopt`, in effect
             until the process ends). Otherwise most memory is returned to the system after each step and allocated again
             page by page, filled with zeros, which takes a fifth of the step time. Peak memory is the same.

@@ -58,7 +58,8 @@ def find_config(name: str) -> Path:
         if path.is_file():
             read_config(path)
             return path
-    known = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.yaml"))
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*.yaml")}
+    known = sorted(names - {f"{former}.yaml" for former in RENAMED_CONFIGS})
     nearest = difflib.get_close_matches(own, known, n=3, cutoff=0.4) or known
     raise FileNotFoundError(f"there is no config {name!r}; similar configs provided by lkd: {', '.join(nearest)}")
 
