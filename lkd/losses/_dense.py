@@ -1,0 +1,74 @@
+"""Dense prediction: maps of logits or features, and the labels of their pixels."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lkd.losses._checks import check_dims
+from lkd.losses.base import DistillLoss
+from lkd.types import Outputs
+
+
+def enlarged(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Interpolate the smaller of two maps to the size of the larger one (bilinear, `align_corners=False`).
+
+    Args:
+        student: Student map `(B, C, H, W)`.
+        teacher: Teacher map `(B, D, H', W')`.
+
+    Returns:
+        Both maps with max(H, H') rows and max(W, W') columns.
+    """
+    height, width = (max(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    return interpolated(student, (height, width)), interpolated(teacher, (height, width))
+
+
+def interpolated(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Interpolate a map to `size` (bilinear, `align_corners=False`); return it unchanged if it has that size.
+
+    Args:
+        values: Map `(B, C, H, W)`.
+        size: Rows and columns.
+
+    Returns:
+        Map `(B, C, *size)`.
+    """
+    if values.shape[2:] == size:
+        return values
+    return F.interpolate(values, size, mode="bilinear", align_corners=False)
+
+
+def resized_labels(target: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize masks to `size` by nearest neighbor; the source of row i is floor(i * H / size[0]).
+
+    Args:
+        target: Class of each pixel `(B, H, W)`, int64, or `IGNORE_INDEX`.
+        size: Rows and columns.
+
+    Returns:
+        Masks `(B, *size)`, int64.
+    """
+    if target.shape[1:] == size:
+        return target
+    return F.interpolate(target.unsqueeze(1).double(), size, mode="nearest").squeeze(1).to(target.dtype)
+
+
+def maps(criterion: DistillLoss, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+    """Return the maps that a criterion compares: the features of its layers, or the logits if it has no layers.
+
+    Args:
+        criterion: Criterion with as many `student_layers` as `teacher_layers`, or none.
+        student: Outputs of the student.
+        teacher: Outputs of the teacher.
+
+    Returns:
+        Pairs of maps `(B, C, H, W)` and `(B, D, H', W')`.
+
+    Raises:
+        ValueError: If the numbers of layers differ, or if a feature or the logits are not a map.
+    """
+    if criterion.student_layers or criterion.teacher_layers:
+        return criterion.pairs(student, teacher, dims=4)
+    check_dims(type(criterion).__name__, 4, student=student.logits, teacher=teacher.logits)
+    return [(student.logits, teacher.logits)]
