@@ -335,15 +335,10 @@ def test_own_classes_in_the_current_folder(tmp_path) -> None:
         import lightning as L, own
         module = L.LightningModule.load_from_checkpoint("runs/digits/kd/version_0/checkpoints/best.ckpt")
         print(type(module) is own.Mine, type(module.criterion) is own.Gap, module.stretch)
-        lkd_type = own.DistillModule
-        try:
-            lkd_type.load_from_checkpoint("runs/digits/kd/version_0/checkpoints/best.ckpt")
-        except ValueError as error:
-            print(error)
+        print(type(own.DistillModule.load_from_checkpoint("runs/digits/kd/version_0/checkpoints/best.ckpt")).__name__)
     """
     shown = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    assert shown.stdout.startswith("True True 3")
-    assert "this checkpoint was saved by own.Mine, not by DistillModule" in shown.stdout
+    assert shown.stdout.split() == ["True", "True", "3.0", "Mine"]  # a base class loads the class that was saved
 
 
 def test_names_of_runs() -> None:

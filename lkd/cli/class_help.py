@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from textwrap import fill
 from types import ModuleType
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from docstring_parser import parse
 
 from lkd.cli.catalogue import OF_CLASSES, homes_of, summaries
+from lkd.modules.hyperparameters import arguments_of
 
 _WIDTH = 80
 _LONGEST = 60  # default values with more characters are not shown
@@ -93,24 +94,10 @@ def _path(kind: Any) -> str:
     return f"{home}.{kind.__name__}"
 
 
-def _makers(kind: Any) -> Iterator[Any]:
-    """Yield the constructor of a class, and those of its bases as long as `**kwargs` are forwarded to them."""
-    bases = kind.__mro__ if inspect.isclass(kind) else (kind,)
-    for base in bases:
-        maker = vars(base).get("__init__") if inspect.isclass(base) else base
-        if inspect.isfunction(maker):
-            yield maker
-            if not any(one.kind == one.VAR_KEYWORD for one in inspect.signature(maker).parameters.values()):
-                return
-
-
 def _parameters(kind: Any) -> list[inspect.Parameter]:
-    found: dict[str, inspect.Parameter] = {}
-    for maker in _makers(kind):
-        for name, parameter in inspect.signature(maker).parameters.items():
-            if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                found.setdefault(name, parameter)
-    return list(found.values())
+    if inspect.isclass(kind):
+        return list(arguments_of(kind).values())
+    return list(inspect.signature(kind).parameters.values())
 
 
 def _descriptions(kind: Any) -> dict[str, str]:

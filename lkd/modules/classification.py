@@ -29,9 +29,9 @@ from lkd.modules.checks import (
     warn_of_unused_outputs,
 )
 from lkd.modules.evaluated import EvaluatedModule, mean_cross_entropy
-from lkd.modules.hyperparameters import is_plain, is_safe, name_default
+from lkd.modules.hyperparameters import inner_arguments, is_plain, is_safe, name_default
 from lkd.modules.meter import CORRECT, LABELLED, LOSS, Meter, ValueName, named
-from lkd.modules.recorded import global_seed, inner_arguments
+from lkd.modules.recorded import global_seed
 from lkd.modules.training_curves import curves_of, is_due, log_curves
 from lkd.schedules.relative import Interval
 from lkd.schedules.run import fit_schedules, with_schedule
@@ -66,6 +66,8 @@ class ClassificationModule(EvaluatedModule):
 
     network_names: tuple[str, ...] = ("model",)
     """Names of the attributes that hold networks, starting with the trained one."""
+    replaced_arguments: tuple[str, ...] = ()
+    """Arguments of the base class that the constructor sets itself, so `**kwargs` must not contain them."""
     _is_warned = False  # about outputs without a class
 
     def __init__(

@@ -7,10 +7,8 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import SGD
 
 from lkd._compat import apply_to_tensors, modifications
 from lkd._moved import former_members
@@ -24,7 +22,6 @@ from lkd.modules.classification import FROM_DATA
 from lkd.modules.criterion_meter import CriterionMeter, RememberedLogits
 from lkd.modules.evaluated_distillation import NO_OUTPUTS, EvaluatedDistillation
 from lkd.modules.normalization import InputNormalizer
-from lkd.schedules.relative import Interval
 from lkd.types import Batch, Normalization, Outputs, Probe
 
 
@@ -52,11 +49,8 @@ class DistillModule(EvaluatedDistillation):
         distill_weight: Weight of the criterion, at least 0.
         hard_weight: Weight of the cross-entropy with the labels, at least 0; with 0, labels are not used.
         teacher_normalization: Normalization of the teacher's input, if it differs from that of the data module.
-        optimizer: Function that creates the optimizer from the trainable parameters of student and criterion.
-        lr_scheduler: Function that creates the learning rate scheduler from the optimizer. `None` keeps the learning
-            rate constant. `lkd.schedules` provides schedules that adapt to the length of the run.
-        label_smoothing: Label smoothing factor, in [0, 1).
-        lr_scheduler_interval: Whether the scheduler steps after each `epoch` or each optimizer `step`.
+        kwargs: Arguments of `ClassificationModule`, except `model` and `model_ckpt`. The optimizer receives the
+            trainable parameters of student and criterion.
 
     Raises:
         ValueError: If a weight is negative or both are 0, if the criterion requires a teacher and there is none, or if
@@ -67,6 +61,7 @@ class DistillModule(EvaluatedDistillation):
     """
 
     network_names: tuple[str, ...] = ("student", "teacher")
+    replaced_arguments: tuple[str, ...] = ("model", "model_ckpt")
     saves_teacher: ClassVar[bool] = False
     """Whether the teacher changes, and is therefore saved in checkpoints and synchronized between processes."""
     teacher: nn.Module | None
@@ -83,12 +78,9 @@ class DistillModule(EvaluatedDistillation):
         distill_weight: float = 0.9,
         hard_weight: float = 0.1,
         teacher_normalization: Normalization | None = None,
-        optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4),
-        lr_scheduler: LRSchedulerCallable | None = None,
-        label_smoothing: float = 0.0,
-        lr_scheduler_interval: Interval = "epoch",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(student, optimizer, lr_scheduler, label_smoothing, student_ckpt, lr_scheduler_interval)
+        super().__init__(student, model_ckpt=student_ckpt, **kwargs)
         check_weights(distill_weight, hard_weight)
         self.criterion = criterion if criterion is not None else KD(temperature=4.0)
         check_criterion(type(self).__name__, self.criterion)

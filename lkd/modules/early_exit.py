@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any, cast
 
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim import SGD
 from torchmetrics import Metric
 
 from lkd.losses import BYOT
 from lkd.modules.distill import DistillModule
 from lkd.modules.evaluated_distillation import NO_OUTPUTS
 from lkd.modules.meter import Accuracy
-from lkd.schedules.relative import Interval
 from lkd.types import Batch, Outputs
 
 
@@ -33,16 +30,15 @@ class EarlyExitModule(DistillModule):
             classifier.
         distill_weight: Weight of the criterion, at least 0.
         hard_weight: Weight of the cross-entropy of the network's own classifier with the labels, at least 0.
-        optimizer: Function that creates the optimizer from the trainable parameters of the network and its exits.
-        lr_scheduler: Function that creates the learning rate scheduler from the optimizer. `None` keeps the learning
-            rate constant. `lkd.schedules` provides schedules that adapt to the length of the run.
-        label_smoothing: Label smoothing factor, in [0, 1).
-        lr_scheduler_interval: Whether the scheduler steps after each `epoch` or each optimizer `step`.
+        kwargs: Arguments of `ClassificationModule`, except `model` and `model_ckpt`. The optimizer receives the
+            trainable parameters of the network and its exits.
 
     Raises:
         ValueError: If the exit does not exist, a weight is negative, or the weights in the file do not match the
             network.
     """
+
+    replaced_arguments = ("teacher", "teacher_ckpt", "teacher_normalization")
 
     def __init__(
         self,
@@ -52,21 +48,18 @@ class EarlyExitModule(DistillModule):
         exit: int | None = None,
         distill_weight: float = 1.0,
         hard_weight: float = 1.0,
-        optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4),
-        lr_scheduler: LRSchedulerCallable | None = None,
-        label_smoothing: float = 0.0,
-        lr_scheduler_interval: Interval = "epoch",
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             student,
+            teacher=None,
             criterion=criterion if criterion is not None else BYOT(),
             student_ckpt=student_ckpt,
             distill_weight=distill_weight,
             hard_weight=hard_weight,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            label_smoothing=label_smoothing,
-            lr_scheduler_interval=lr_scheduler_interval,
+            teacher_ckpt=None,
+            teacher_normalization=None,
+            **kwargs,
         )
         num_exits = len(self.criterion.student_layers) - 1
         if exit is not None and not 1 <= exit <= num_exits:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import SGD, Optimizer
 
 from lkd.features.layers import feature_layers, resolve_layers
 from lkd.modules.classification import ClassificationModule
-from lkd.schedules.relative import Interval
 
 
 class FineTuneModule(ClassificationModule):
@@ -30,11 +29,7 @@ class FineTuneModule(ClassificationModule):
             is frozen.
         optimizer: Function that creates the optimizer from two parameter groups, head and backbone. Its learning rate
             is that of the head.
-        lr_scheduler: Function that creates the learning rate scheduler from the optimizer. `None` keeps the learning
-            rate constant.
-        label_smoothing: Label smoothing factor, in [0, 1).
-        model_ckpt: File with initial weights, in any format that `lkd.models.load_weights` supports.
-        lr_scheduler_interval: Whether the scheduler steps after each `epoch` or each optimizer `step`.
+        kwargs: Arguments of `ClassificationModule`.
 
     Raises:
         ValueError: If the network has no linear layer, a layer to freeze does not exist, no trainable parameters
@@ -49,12 +44,9 @@ class FineTuneModule(ClassificationModule):
         frozen: list[str] | None = None,
         backbone_lr_factor: float = 0.1,
         optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4),
-        lr_scheduler: LRSchedulerCallable | None = None,
-        label_smoothing: float = 0.0,
-        model_ckpt: str | None = None,
-        lr_scheduler_interval: Interval = "epoch",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(model, optimizer, lr_scheduler, label_smoothing, model_ckpt, lr_scheduler_interval)
+        super().__init__(model, optimizer, **kwargs)
         if not 0 <= backbone_lr_factor < float("inf"):
             raise ValueError(f"backbone_lr_factor must be a finite number of at least 0, got {backbone_lr_factor}")
         self.backbone_lr_factor = backbone_lr_factor

@@ -7,9 +7,7 @@ from copy import deepcopy
 from itertools import permutations
 from typing import Any, cast
 
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim import SGD
 from torchmetrics import Metric
 
 from lkd._compat import tree_map_only
@@ -21,7 +19,6 @@ from lkd.modules.classification import ClassificationModule
 from lkd.modules.criterion_meter import with_total
 from lkd.modules.distill import DistillModule
 from lkd.modules.meter import Accuracy
-from lkd.schedules.relative import Interval
 from lkd.types import Batch, Outputs, Probe
 
 
@@ -121,11 +118,8 @@ class MutualModule(DistillModule):
             `KD(temperature=1.0)`.
         distill_weight: Weight of the criterion, at least 0.
         hard_weight: Weight of the cross-entropy with the labels, at least 0.
-        optimizer: Function that creates the optimizer from the trainable parameters of all students and criteria.
-        lr_scheduler: Function that creates the learning rate scheduler from the optimizer. `None` keeps the learning
-            rate constant. `lkd.schedules` provides schedules that adapt to the length of the run.
-        label_smoothing: Label smoothing factor, in [0, 1).
-        lr_scheduler_interval: Whether the scheduler steps after each `epoch` or each optimizer `step`.
+        kwargs: Arguments of `ClassificationModule`, except `model` and `model_ckpt`. The optimizer receives the
+            trainable parameters of all students and criteria.
 
     Raises:
         ValueError: If there are fewer than two students or a weight is negative. Before training, if the students have
@@ -139,29 +133,29 @@ class MutualModule(DistillModule):
         divergences without dividing by M - 1, which corresponds to `distill_weight` M - 1 here.
     """
 
+    replaced_arguments = ("student", "student_ckpt", "teacher", "teacher_ckpt", "teacher_normalization")
+
     def __init__(
         self,
         students: list[nn.Module],
         criterion: DistillLoss | None = None,
         distill_weight: float = 1.0,
         hard_weight: float = 1.0,
-        optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4),
-        lr_scheduler: LRSchedulerCallable | None = None,
-        label_smoothing: float = 0.0,
-        lr_scheduler_interval: Interval = "epoch",
+        **kwargs: Any,
     ) -> None:
         if len(students) < 2:
             raise ValueError(f"MutualModule requires at least two students, got {len(students)}")
         mutual = Mutual(criterion if criterion is not None else KD(temperature=1.0), students)
         super().__init__(
             students[0],
+            teacher=None,
             criterion=mutual,
             distill_weight=distill_weight,
             hard_weight=hard_weight,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            label_smoothing=label_smoothing,
-            lr_scheduler_interval=lr_scheduler_interval,
+            teacher_ckpt=None,
+            student_ckpt=None,
+            teacher_normalization=None,
+            **kwargs,
         )
         self.extractors = [self.student_extractor]
         for number, student in enumerate(students[1:], 2):

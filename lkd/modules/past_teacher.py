@@ -8,16 +8,14 @@ from itertools import chain
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lkd.losses import KD, DistillLoss
 from lkd.modules.classification import ClassificationModule
 from lkd.modules.distill import DistillModule
-from lkd.schedules.relative import Interval
 
 
 class PastTeacherModule(DistillModule):
@@ -44,11 +42,8 @@ class PastTeacherModule(DistillModule):
         ema_decay: Decay of the moving average per step, in [0, 1). `None` uses the student after the previous epoch.
         distill_weight: Weight of the criterion, at least 0.
         hard_weight: Weight of the cross-entropy with the labels, at least 0; with 0, labels are not used.
-        optimizer: Function that creates the optimizer from the trainable parameters of student and criterion.
-        lr_scheduler: Function that creates the learning rate scheduler from the optimizer. `None` keeps the learning
-            rate constant. `lkd.schedules` provides schedules that adapt to the length of the run.
-        label_smoothing: Label smoothing factor, in [0, 1).
-        lr_scheduler_interval: Whether the scheduler steps after each `epoch` or each optimizer `step`.
+        kwargs: Arguments of `ClassificationModule`, except `model` and `model_ckpt`. The optimizer receives the
+            trainable parameters of student and criterion.
 
     Raises:
         ValueError: If `ema_decay` is out of range, a weight is negative, or the weights in the file do not match the
@@ -65,6 +60,7 @@ class PastTeacherModule(DistillModule):
     """
 
     saves_teacher = True
+    replaced_arguments = ("teacher", "teacher_ckpt", "teacher_normalization")
 
     def __init__(
         self,
@@ -74,24 +70,20 @@ class PastTeacherModule(DistillModule):
         ema_decay: float | None = None,
         distill_weight: float = 0.5,
         hard_weight: float = 0.5,
-        optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4),
-        lr_scheduler: LRSchedulerCallable | None = None,
-        label_smoothing: float = 0.0,
-        lr_scheduler_interval: Interval = "epoch",
+        **kwargs: Any,
     ) -> None:
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and less than 1, got {ema_decay}; a typical value is 0.999")
         super().__init__(
             student,
-            deepcopy(student),
-            criterion if criterion is not None else KD(temperature=1.0),
+            teacher=deepcopy(student),
+            criterion=criterion if criterion is not None else KD(temperature=1.0),
             student_ckpt=student_ckpt,
             distill_weight=distill_weight,
             hard_weight=hard_weight,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            label_smoothing=label_smoothing,
-            lr_scheduler_interval=lr_scheduler_interval,
+            teacher_ckpt=None,
+            teacher_normalization=None,
+            **kwargs,
         )
         self.ema_decay = ema_decay
         self._follow(0.0)  # student_ckpt may have changed the student
