@@ -82,7 +82,8 @@ def _check_names(app: Sphinx, error: Exception | None) -> None:
     """Fail if the reference lacks a public name."""
     if error is None and app.builder.name == "html":
         documented = app.env.get_domain("py").objects  # type: ignore[attr-defined]
-        if missing := sorted(set(generate.public_names()) - set(documented)):
+        names = generate.public_names()
+        if missing := sorted(name for name in names if name not in documented or not generate.is_described(name)):
             raise SphinxError(f"public names without documentation: {', '.join(missing)}")
 
 

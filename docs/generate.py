@@ -53,6 +53,15 @@ def public_names() -> list[str]:
     return [name for package in PACKAGES for name in _names(package)]
 
 
+def is_described(name: str) -> bool:
+    """Return whether a public class or function has a docstring of its own, rather than that of a base class."""
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute)
+    if inspect.isclass(found):
+        return bool(vars(found).get("__doc__"))
+    return not inspect.isroutine(found) or bool(found.__doc__)
+
+
 def _pages() -> Iterator[tuple[str, str]]:
     yield from _method_pages()
     yield from _reference_pages()

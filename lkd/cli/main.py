@@ -85,8 +85,8 @@ def _check_installed(command: str) -> None:
     missing = [name for name in _REQUIRED.get(command, ()) if not _is_installed(name)]
     if missing:
         raise ValueError(
-            f"lkd {command} requires {' and '.join(missing)}, which is not installed; "
-            f"pip install 'lightning-kd[{command}]'"
+            f"lkd {command} requires {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+            f"installed; pip install 'lightning-kd[{command}]'"
         )
 
 

@@ -244,6 +244,6 @@ def _print(done: Export) -> None:
     if INT8_FILE in sizes:
         points = 100 * (done.files[-1].accuracy - first.expected_accuracy)
         share = sizes[INT8_FILE] / sizes[WRITERS["onnx"][0]]
-        lines.append(f"8-bit ONNX: {points:+.2f} pp accuracy, {share:.2f} times the size of float32 ONNX")
+        lines.append(f"8-bit ONNX: {points:+.2f} pp accuracy, {share:.0%} of the size of float32 ONNX")
     for line in [*lines, f"Export:     {done.folder}", f"Model card: {done.folder / CARD}"]:
         console.print(line, highlight=False, markup=False)

@@ -187,7 +187,7 @@ def _compared(checked: Sequence[Checked]) -> Iterator[str]:
         if one.file == INT8_FILE:
             yield (
                 f"With 8 bits, the accuracy changes by {100 * (one.accuracy - one.expected_accuracy):+.2f} percentage "
-                f"points, and the file has {one.size / sizes[WRITERS['onnx'][0]]:.2f} times the size of float32 ONNX."
+                f"points, and the file has {one.size / sizes[WRITERS['onnx'][0]]:.0%} of the size of float32 ONNX."
             )
 
 

@@ -234,8 +234,8 @@ def check_formats(formats: Iterable[str], int8: bool) -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None] if "onnx" in formats else []
     if missing:
         raise ValueError(
-            f"--format onnx requires {' and '.join(missing)}, which is not installed; "
-            "pip install 'lightning-kd[onnx]', or use --format safetensors,torch"
+            f"--format onnx requires {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+            "installed; pip install 'lightning-kd[onnx]', or use --format safetensors,torch"
         )
 
 

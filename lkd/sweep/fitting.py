@@ -202,7 +202,7 @@ def train(args: Sequence[str], name: str, folder: Path, callbacks: Sequence[L.Ca
             fit = copy_context().run(_Fit, prepare(["fit", *args, *resumed]).args, name, "run", own)
             best = _best(fit.trainer)
             if best is None or best.best_model_score is None:
-                return Outcome(TrialState.FAIL, reason="no value was measured")
+                return Outcome(TrialState.FAIL, reason="the monitored metric was not logged")
             return Outcome(TrialState.COMPLETE, float(best.best_model_score))
         except optuna.TrialPruned as error:
             return Outcome(TrialState.PRUNED, reason=str(error))

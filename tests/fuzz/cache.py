@@ -15,7 +15,7 @@ from lkd.io.tensor_cache import load_tensors, made_from, save_tensors
 from tests.fuzz.mutate import mutate
 from tests.fuzz.weights import _lying
 
-REFUSALS = ()  # a damaged file is made anew, and never ends a run
+REFUSALS = ()  # a damaged file is rebuilt, and never ends a run
 MEMORY = 2**28
 _FROM = {"teacher": "a", "seed": "0"}
 
@@ -66,7 +66,7 @@ class Fuzz:
     def read(self, path: Path) -> str:
         """Read it: what comes is what was kept, or nothing."""
         if path.suffix == ".json":
-            return "made anew" if _kept(path, 10) is None else "accepted"
+            return "rebuilt" if _kept(path, 10) is None else "accepted"
         made_from(path)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -75,7 +75,7 @@ class Fuzz:
             (warning,) = said
             if "\n" in str(warning.message):
                 raise SystemError("a warning of several lines")
-            return "made anew"
+            return "rebuilt"
         if not all(torch.equal(found[name], self.tensors[name]) for name in self.tensors):
             raise SystemError("other numbers than were kept")
         return "accepted"

@@ -23,7 +23,7 @@ SECONDS = 60.0  # by the clock, which a hang must not stop; a busy machine may t
 _MEMORY = "/dev/shm"
 _START = 300.0  # seconds, to import and to prepare
 _ADDRESS_SPACE = 6 * 2**30  # bytes above what the process has when it starts
-_PLAIN = ("accepted", "accepted, some left out", "made anew")
+_PLAIN = ("accepted", "accepted, some left out", "rebuilt")
 
 
 @dataclass
