@@ -95,7 +95,7 @@ class BestCheckpoint(ModelCheckpoint):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Report which metric is monitored instead of the accuracy."""
         super().on_fit_start(trainer, pl_module)
-        if self.monitor != self.asked_monitor:
+        if self.monitor != self.asked_monitor and not getattr(pl_module, "trains_logits", True):
             best = f"the one with the lowest {self.monitor}" if self.monitor else "the most recent one"
             pl_module.print(f"The loss does not train the logits, so the best checkpoint is {best}.")
 

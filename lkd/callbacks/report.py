@@ -109,11 +109,19 @@ def _main_metric(module: Any) -> str | None:
     return name
 
 
+def _score_title(module: Any) -> str | None:
+    """Return the title of the main metric if it is a score, such as the accuracy; `None` if it is a loss."""
+    task, name = getattr(module, "task", None), _main_metric(module)
+    if task is not None:
+        return str(task.metric_title) if name == task.metric else None
+    return "accuracy" if name == "acc" else None
+
+
 def _figures(trainer: L.Trainer, module: Any) -> dict[str, float]:
     """Return the student's main validation metric, the teacher's accuracy, and feature metrics, if measured."""
     measured, best, name = trainer.callback_metrics, _best_checkpoint(trainer), _main_metric(module)
     figures = {
-        "teacher_acc": measured.get("val/teacher_acc") if name == "acc" else None,
+        f"teacher_{name}": measured.get(f"val/teacher_{name}"),
         f"best_{name}": best.best_model_score if best and best.monitor == f"val/{name}" else None,
         f"last_{name}": measured.get(f"val/{name}"),
         **{curve.removeprefix("val/"): measured.get(curve) for curve in _feature_curves(trainer)},
@@ -137,16 +145,16 @@ def _best_checkpoint(trainer: L.Trainer) -> ModelCheckpoint | None:
 
 def _table(module: Any, figures: dict[str, float], images: str) -> Table:
     network, name = module.network_names[0], _main_metric(module)
-    is_accuracy = name == "acc"
-    table = Table("", f"accuracy on {images}" if is_accuracy else f"distillation loss (val/{name}) on {images}")
-    rows = {"teacher": "teacher_acc", f"{network} (best)": f"best_{name}", f"{network} (last)": f"last_{name}"}
+    title = _score_title(module)
+    table = Table("", f"{title} on {images}" if title else f"distillation loss (val/{name}) on {images}")
+    rows = {"teacher": f"teacher_{name}", f"{network} (best)": f"best_{name}", f"{network} (last)": f"last_{name}"}
     for label, row in rows.items():
         if row in figures:
-            table.add_row(label, f"{figures[row]:.2%}" if is_accuracy else f"{figures[row]:.4g}")
+            table.add_row(label, f"{figures[row]:.2%}" if title else f"{figures[row]:.4g}")
     for row in sorted({*figures} - {*rows.values()}):  # metrics of evaluated features
         table.add_row(f"{network} (last), val/{row}", f"{figures[row]:.2%}")
-    if {"teacher_acc", "best_acc"} <= set(figures):
-        gap = figures["best_acc"] - figures["teacher_acc"]
+    if {f"teacher_{name}", f"best_{name}"} <= set(figures):
+        gap = figures[f"best_{name}"] - figures[f"teacher_{name}"]
         table.add_row("gap to teacher", f"{100 * gap:+.2f} pp")
     return table
 

@@ -92,12 +92,12 @@ class TeacherCache(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Check that the cached logits belong to the images of the epoch."""
         if logits := self._active:
-            logits.begin_step(pl_module.unpack(batch))
+            logits.begin_step(pl_module.read(batch))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the images whose logits were computed and those whose logits were read."""
         if logits := self._active:
-            logits.end_step(pl_module.unpack(batch))
+            logits.end_step(pl_module.read(batch))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Save the logits that were computed in this epoch."""

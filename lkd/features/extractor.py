@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,10 +26,12 @@ class FeatureExtractor:
     its last output is returned. Features that the network later modifies in place are returned unmodified.
 
     Args:
-        network: Any module whose output is a tensor of logits, or contains them as `.logits` or `["logits"]`.
+        network: Any module.
         layers: Layer names as in `network.named_modules()`. The suffix `:input` selects the input of the layer (its
             first argument). `@stages` and similar names stand for the layers of the respective network; see
             `lkd.features.layers.resolve_layers`.
+        read: Function that returns the logits in the output of the network, such as `Task.logits`. By default, the
+            output is a tensor of logits, or contains them as `.logits` or `["logits"]`.
 
     Raises:
         ValueError: If the network has no layer of that name.
@@ -41,8 +43,10 @@ class FeatureExtractor:
         (torch.Size([5, 2]), {'0': (5, 3), '2:input': (5, 3)})
     """
 
-    def __init__(self, network: nn.Module, layers: Sequence[str] = ()) -> None:
-        self.network = network
+    def __init__(
+        self, network: nn.Module, layers: Sequence[str] = (), read: Callable[[Any], Tensor] | None = None
+    ) -> None:
+        self.network, self._read = network, read or logits_of
         self.layers = tuple(dict.fromkeys(resolve_layers(network, layers)))
         self._features: dict[str, Any] = {}
         self._copied = frozenset(self.layers)
@@ -69,7 +73,7 @@ class FeatureExtractor:
             ValueError: If the forward pass did not reach a layer.
         """
         self.clear()
-        return self.outputs(logits_of(self.network(input)))
+        return self.outputs(self._read(self.network(input)))
 
     def clear(self) -> None:
         """Discard the features of the last forward pass."""

@@ -32,6 +32,7 @@ from lkd.losses.nst import NST
 from lkd.losses.ofakd import OFAKD
 from lkd.losses.ofd import OFD
 from lkd.losses.pad import PAD
+from lkd.losses.perpixel import PerPixel
 from lkd.losses.pkt import PKT
 from lkd.losses.reviewkd import ReviewKD
 from lkd.losses.rkd import RKD
@@ -97,6 +98,7 @@ __all__ = [
     "LogitMSE",
     "LogitStandardization",
     "MultiTeacher",
+    "PerPixel",
     "ReviewKD",
     "SemCKD",
     "SimKD",

@@ -74,18 +74,18 @@ def labelled_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: floa
     return labelled_mean(cross_entropies(logits, target, label_smoothing), target)
 
 
-@check_shapes(logits="B K", target="B")
+@check_shapes(logits=("B K", "B K H W"), target=("B", "B H W"))
 def cross_entropies(logits: Tensor, target: Tensor, label_smoothing: float = 0.0, reduction: str = "none") -> Tensor:
-    """Cross-entropy of each sample; 0 for samples without a label.
+    """Cross-entropy of each sample or pixel; 0 for those without a label.
 
     Args:
-        logits: Logits `(B, K)`.
-        target: Class indices `(B,)`, or `IGNORE_INDEX`.
+        logits: Logits `(B, K)` or `(B, K, H, W)`.
+        target: Class indices `(B,)` or `(B, H, W)`, or `IGNORE_INDEX`.
         label_smoothing: Label smoothing in [0, 1).
         reduction: `none` or `sum`.
 
     Returns:
-        Cross-entropies in nats `(B,)`, or their sum (float32 for half-precision inputs).
+        Cross-entropies in nats, in the shape of the target, or their sum (float32 for half-precision inputs).
 
     Raises:
         ValueError: If a label is out of range (on the CPU; on a GPU, a device-side assertion fails).
@@ -96,6 +96,21 @@ def cross_entropies(logits: Tensor, target: Tensor, label_smoothing: float = 0.0
         )
     except IndexError as error:
         raise label_error(logits.shape[1], error) from error
+
+
+def mean_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy averaged over the labelled samples or pixels, computed as a sum.
+
+    Args:
+        logits: Logits `(B, K)` or `(B, K, H, W)`.
+        target: Class indices `(B,)` or `(B, H, W)`; `IGNORE_INDEX` where there is no label.
+        label_smoothing: Label smoothing factor, in [0, 1).
+
+    Returns:
+        Scalar loss in nats; 0 if there are no labels.
+    """
+    total = cross_entropies(logits, target, label_smoothing, "sum")
+    return total / (target != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def others(values: Tensor, own: Tensor) -> Tensor:

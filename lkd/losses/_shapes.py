@@ -121,4 +121,6 @@ def _check(owner: str, name: str, shape: torch.Size, shapes: Sequence[_Shape], s
     wanted = " or ".join(map(str, shapes)) + (f" with {', '.join(found)}" if found else "")
     same_rank = len(shape) in {len(form.dims) for form in shapes}
     remedy = "make the shapes agree" if same_rank else "reshape it"
+    if len(shape) == 4 and name.endswith("_logits"):
+        remedy = "to apply the criterion to each pixel, use lkd.losses.PerPixel"
     raise ValueError(f"{owner} expects {name} of shape {wanted}, got {tuple(shape)}; {remedy}")

@@ -16,9 +16,8 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import Metric
 
 from lkd.__about__ import __version__
-from lkd.features.extractor import FeatureExtractor, logits_of
+from lkd.features.extractor import FeatureExtractor
 from lkd.features.layers import device_of
-from lkd.losses._labels import cross_entropies
 from lkd.models import load_weights
 from lkd.models.weights import misfit
 from lkd.modules.checks import (
@@ -28,14 +27,15 @@ from lkd.modules.checks import (
     probe_network,
     warn_of_unused_outputs,
 )
-from lkd.modules.evaluated import EvaluatedModule, mean_cross_entropy
+from lkd.modules.evaluated import EvaluatedModule
 from lkd.modules.hyperparameters import inner_arguments, is_plain, is_safe, name_default
 from lkd.modules.meter import CORRECT, LABELLED, LOSS, Meter, ValueName, named
 from lkd.modules.recorded import global_seed
 from lkd.modules.training_curves import curves_of, is_due, log_curves
 from lkd.schedules.relative import Interval
 from lkd.schedules.run import fit_schedules, with_schedule
-from lkd.types import IGNORE_INDEX, Batch, Mixed, Probe
+from lkd.tasks import Classification, Task
+from lkd.types import Batch, Mixed, Probe
 
 FROM_DATA = ("num_samples", "batch_size", "train_index")
 """Attributes of a criterion that are filled in from the data module if they are None."""
@@ -56,6 +56,7 @@ class ClassificationModule(EvaluatedModule):
         label_smoothing: Label smoothing factor, in [0, 1).
         model_ckpt: File with initial weights, in any format that `lkd.models.load_weights` supports.
         lr_scheduler_interval: Whether the scheduler steps after each `epoch` or each optimizer `step`.
+        task: What the network returns, and how it is supervised and evaluated. `None` uses `Classification()`.
 
     Attributes:
         flushes: Number of times training metrics were read from the device and logged.
@@ -78,6 +79,7 @@ class ClassificationModule(EvaluatedModule):
         label_smoothing: float = 0.0,
         model_ckpt: str | None = None,
         lr_scheduler_interval: Interval = "epoch",
+        task: Task | None = None,
     ) -> None:
         super().__init__()
         # Under the CLI these are the values of the config, from which load_from_checkpoint rebuilds the module.
@@ -86,6 +88,9 @@ class ClassificationModule(EvaluatedModule):
             raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {label_smoothing}")
         self.model = load_weights(model, model_ckpt) if model_ckpt else model
         self.label_smoothing = label_smoothing
+        self.task = task if task is not None else Classification()
+        self.task_metrics = tuple(self.task.metrics())
+        self.logit_metrics = (*self.logit_metrics, *self.task_metrics)
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict(self.make_metrics()) for stage in ("val", "test")})
         self._make_optimizer = optimizer
         self._make_lr_scheduler = lr_scheduler
@@ -125,9 +130,17 @@ class ClassificationModule(EvaluatedModule):
             f"override {type(self).__name__}.unpack to support other formats"
         )
 
+    def read(self, batch: Any) -> Batch:
+        """Convert a batch from the data module to one that the task understands: `unpack`, then `Task.prepare`.
+
+        Args:
+            batch: A batch in any format that `unpack` supports.
+        """
+        return self.task.prepare(self.unpack(batch))
+
     def forward(self, input: Any) -> Tensor:
-        """Compute the logits `(B, K)` of the trained network."""
-        return logits_of(self.model(input))
+        """Compute the logits of the trained network: `(B, K)`, or as the task defines them."""
+        return self.task.logits(self.model(input))
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the terms of the loss for one batch.
@@ -148,11 +161,11 @@ class ClassificationModule(EvaluatedModule):
         return self.hard_loss(logits, batch.target, batch.mixed)
 
     def hard_loss(self, logits: Tensor, target: Tensor, mixed: Mixed | None = None) -> Tensor:
-        """Compute the cross-entropy with the labels, averaged over the labelled images.
+        """Compute the supervised loss of the task: for classification, the mean cross-entropy of the labelled images.
 
         Args:
-            logits: Logits `(B, K)`.
-            target: Class indices `(B,)`; `IGNORE_INDEX` for images without a label.
+            logits: Output of the network.
+            target: Targets, `IGNORE_INDEX` where there is no label.
             mixed: Partners of mixed images and their weights. The labels of an image and of its partner, if it has one,
                 are weighted accordingly.
 
@@ -162,16 +175,11 @@ class ClassificationModule(EvaluatedModule):
         Raises:
             ValueError: If a label is out of range. This is checked on the CPU; a GPU raises a device-side assertion.
         """
-        if mixed is None:
-            return mean_cross_entropy(logits, target, self.label_smoothing)
-        labelled = target != IGNORE_INDEX
-        own = cross_entropies(logits, target, self.label_smoothing)
-        other = cross_entropies(logits, mixed.target, self.label_smoothing) * labelled
-        return (mixed.weight * own + (1 - mixed.weight) * other).sum() / labelled.sum().clamp(min=1)
+        return self.task.loss(logits, target, self.label_smoothing, mixed)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute the loss of one batch: the sum of the terms of `losses`."""
-        batch = self.unpack(batch)
+        batch = self.read(batch)
         if self.step_graph is not None and self._replays:
             names, row = self.step_graph.run(batch)
             row = row.clone()
@@ -194,10 +202,8 @@ class ClassificationModule(EvaluatedModule):
         loss = reduce(torch.add, terms.values())
         self.watch(self.network_names[0], logits)
         named = {ValueName("term", name): term for name, term in terms.items()}
-        counts = {
-            CORRECT: (logits.argmax(1) == batch.target).sum(),
-            LABELLED: (batch.target != IGNORE_INDEX).sum(),
-        }
+        correct = self.task.correct(logits, batch.target)
+        counts = {} if correct is None else {CORRECT: correct, LABELLED: self.task.labelled(batch.target)}
         return {LOSS: loss, **named, **counts, **self._watched}
 
     def watch(self, network: str, logits: Tensor) -> None:
@@ -245,8 +251,8 @@ class ClassificationModule(EvaluatedModule):
         log_curves(self, curves_of(means, self.trains_logits))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Predict the logits `(B, K)` of one batch."""
-        logits: Tensor = self(self.unpack(batch).input)
+        """Predict the logits of one batch."""
+        logits: Tensor = self(self.read(batch).input)
         return logits
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -316,7 +322,7 @@ class ClassificationModule(EvaluatedModule):
         Raises:
             ValueError: If a network fails on the input or has fewer classes than the data.
         """
-        self.probe("model", FeatureExtractor(self.model), example)
+        self.probe("model", FeatureExtractor(self.model, read=self.task.logits), example)
 
     def probe(self, name: str, extractor: FeatureExtractor, example: Any, is_classifier: bool = True) -> Probe:
         """Run a blank input through one network and check its outputs.
@@ -334,6 +340,9 @@ class ClassificationModule(EvaluatedModule):
             ValueError: If the network fails on the input or has fewer classes than the data.
         """
         probe = probe_network(name, extractor, example)
+        self.task.check(name, probe.outputs.logits)
+        if not self.task.has_classes:
+            return probe
         num_classes, in_data = probe.outputs.logits.shape[1], self._data_attribute("num_classes")
         if is_classifier:
             check_covers_classes(name, num_classes, in_data)

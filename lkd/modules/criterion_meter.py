@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from lkd.modules.meter import WeightedMean
+from lkd.tasks.metrics import WeightedMean
 from lkd.types import Outputs
 
 _LIMIT = 2**28

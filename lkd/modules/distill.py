@@ -95,9 +95,11 @@ class DistillModule(EvaluatedDistillation):
         self.distill_weight, self.hard_weight = distill_weight, hard_weight
         self.teacher_normalization = teacher_normalization
         self.criterion.resolve_layers(self.student, self.teacher)
-        self.student_extractor = FeatureExtractor(self.student, self.criterion.student_layers)
+        self.student_extractor = FeatureExtractor(self.student, self.criterion.student_layers, self.task.logits)
         self.teacher_extractor = (
-            None if self.teacher is None else FeatureExtractor(self.teacher, self.criterion.teacher_layers)
+            None
+            if self.teacher is None
+            else FeatureExtractor(self.teacher, self.criterion.teacher_layers, self.task.logits)
         )
         self._normalizer: InputNormalizer | None = None
         self._criterion_meter = CriterionMeter()
@@ -231,6 +233,8 @@ class DistillModule(EvaluatedDistillation):
             return f"the teacher of {name} changes during training"
         if own := self._overrides("teacher_outputs", "teacher_input", "losses"):
             return f"{name} overrides {own[0]}"
+        if not self.task.caches_logits:
+            return f"the teacher's outputs for {type(self.task).__name__} are too large to be cached for all images"
         if self.criterion.teacher_layers:
             layers = ", ".join(self.criterion.teacher_layers)
             return f"the criterion {type(self.criterion).__name__} reads the teacher layers {layers}, not only logits"

@@ -11,7 +11,6 @@ from torchmetrics import Metric
 from lkd.losses import BYOT
 from lkd.modules.distill import DistillModule
 from lkd.modules.evaluated_distillation import NO_OUTPUTS
-from lkd.modules.meter import Accuracy
 from lkd.types import Batch, Outputs
 
 
@@ -67,7 +66,8 @@ class EarlyExitModule(DistillModule):
         self.exit = exit
         for metrics in self.metrics.values():
             for number in range(1, num_exits + 1):
-                cast("nn.ModuleDict", metrics)[f"acc_exit{number}"] = Accuracy()
+                own = {f"{name}_exit{number}": metric for name, metric in self.task.metrics().items()}
+                cast("nn.ModuleDict", metrics).update(own)
 
     def exit_logits(self, input: Any) -> list[Tensor]:
         """Compute the logits `(B, K)` of each exit, from shallow to deep, followed by those of the network itself.
@@ -92,6 +92,7 @@ class EarlyExitModule(DistillModule):
         logits = own if self.exit is None else exits[self.exit - 1]
         self.measure(metrics, logits, batch.target)
         for number, exit_logits in enumerate(exits, 1):
-            metrics[f"acc_exit{number}"].update(exit_logits, batch.target)
+            of_exit = {name: metrics[f"{name}_exit{number}"] for name in self.task_metrics}
+            self.task.update(of_exit, exit_logits, batch.target)
         self.measure_criterion(metrics, batch, lambda: self._weighted_terms(student, NO_OUTPUTS, batch))
         return logits

@@ -8,25 +8,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lkd.losses._labels import cross_entropies
-from lkd.modules.meter import Accuracy, WeightedMean
 from lkd.modules.recorded import RecordedModule
-from lkd.types import IGNORE_INDEX, Batch
-
-
-def mean_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Compute the cross-entropy with the labels, averaged over the labelled images.
-
-    Args:
-        logits: Logits `(B, K)`.
-        target: Class indices `(B,)`; `IGNORE_INDEX` for images without a label.
-        label_smoothing: Label smoothing factor, in [0, 1).
-
-    Returns:
-        Scalar loss in nats; 0 if no image has a label.
-    """
-    total = cross_entropies(logits, target, label_smoothing, "sum")
-    return total / (target != IGNORE_INDEX).sum().clamp(min=1)
+from lkd.tasks.base import Task
+from lkd.tasks.metrics import WeightedMean
+from lkd.types import Batch
 
 
 class EvaluatedModule(RecordedModule):
@@ -36,13 +21,16 @@ class EvaluatedModule(RecordedModule):
         metrics: Mapping from stage (`val`, `test`) to a mapping from names to metrics.
     """
 
+    task: Task
     metrics: nn.ModuleDict
-    logit_metrics: tuple[str, ...] = ("loss", "acc")
+    task_metrics: tuple[str, ...]
+    """Names of the metrics of the task."""
+    logit_metrics: tuple[str, ...] = ("loss",)
     """Names of the metrics of the logits, which are not logged if the loss does not train the logits."""
 
     def make_metrics(self) -> dict[str, Metric]:
         """Create the metrics of one stage, by name; called for `val` and for `test`."""
-        return {"loss": WeightedMean(), "acc": Accuracy()}
+        return {"loss": WeightedMean(), **self.task.metrics()}
 
     def stage_metrics(self, stage: str) -> dict[str, Metric]:
         """Return the metrics of a stage, `val` or `test`, by name."""
@@ -56,7 +44,7 @@ class EvaluatedModule(RecordedModule):
     @property
     def main_metric(self) -> str | None:
         """Name, without the stage, of the metric that best describes the quality of the trained network."""
-        return "acc"
+        return self.task.metric
 
     def is_loss(self, curve: str) -> bool:
         """Return whether lower values of a logged metric are better.
@@ -81,15 +69,15 @@ class EvaluatedModule(RecordedModule):
         return logits
 
     def measure(self, metrics: Mapping[str, Metric], logits: Tensor, target: Tensor) -> None:
-        """Update the metrics `loss` and `acc`.
+        """Update the supervised loss and the metrics of the task.
 
         Args:
             metrics: Metrics of the stage by name.
-            logits: Logits `(B, K)`.
-            target: Class indices `(B,)`; `IGNORE_INDEX` for images without a label.
+            logits: Output of the network.
+            target: Targets, `IGNORE_INDEX` where there is no label.
         """
-        metrics["loss"].update(mean_cross_entropy(logits, target), weight=(target != IGNORE_INDEX).sum())
-        metrics["acc"].update(logits, target)
+        metrics["loss"].update(self.task.loss(logits, target), weight=self.task.labelled(target))
+        self.task.update({name: metrics[name] for name in self.task_metrics}, logits, target)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluate one validation batch."""
@@ -100,7 +88,7 @@ class EvaluatedModule(RecordedModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, stage: str, batch: Any) -> None:
-        metrics, batch = self.stage_metrics(stage), self.unpack(batch)
+        metrics, batch = self.stage_metrics(stage), self.read(batch)
         graph = self.eval_graph if stage == "val" and self._can_replay(batch) else None
         if graph is None or not graph.update(metrics, batch):
             self.update_metrics(metrics, batch)

@@ -29,8 +29,8 @@ from lkd.modules.criterion_meter import (
     has_untrained_part,
     with_total,
 )
-from lkd.modules.meter import Accuracy
-from lkd.types import IGNORE_INDEX, Batch, Normalization, Outputs
+from lkd.tasks.metrics import Accuracy
+from lkd.types import Batch, Normalization, Outputs
 
 NO_OUTPUTS = Outputs(torch.empty(0), {})
 """Empty teacher outputs for criteria that do not use a teacher."""
@@ -42,7 +42,7 @@ _BLANK = 4
 class EvaluatedDistillation(ClassificationModule):
     """Evaluation logic of `DistillModule`, for student, teacher and criterion."""
 
-    logit_metrics: tuple[str, ...] = ("loss", "acc", "agreement")
+    logit_metrics: tuple[str, ...] = ("loss", "agreement")
     criterion: DistillLoss
     distill_weight: float
     hard_weight: float
@@ -95,7 +95,8 @@ class EvaluatedDistillation(ClassificationModule):
 
     def make_metrics(self) -> dict[str, Metric]:
         """Create the metrics of `ClassificationModule`, the teacher's accuracy, and the agreement of both networks."""
-        return {**super().make_metrics(), "teacher_acc": Accuracy(), "agreement": Accuracy()}
+        teacher = {f"teacher_{name}": metric for name, metric in self.task.metrics().items()}
+        return {**super().make_metrics(), **teacher, "agreement": Accuracy()}
 
     @property
     def validates_criterion(self) -> bool:
@@ -121,7 +122,7 @@ class EvaluatedDistillation(ClassificationModule):
         None if the logits are not trained and the distillation loss is not evaluated.
         """
         if self.trains_logits:
-            return "acc"
+            return self.task.metric
         return self.criterion_curve if self.validates_criterion else None
 
     def is_loss(self, curve: str) -> bool:
@@ -176,7 +177,9 @@ class EvaluatedDistillation(ClassificationModule):
                 return has_untrained_part(logits, torch.stack(list(terms.values())).sum(), self.parameters())
         except Exception as error:  # a custom criterion may raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            rank_zero_warn(f"cannot determine whether the loss trains the logits, so val/acc is logged ({reason})")
+            rank_zero_warn(
+                f"cannot determine whether the loss trains the logits, so val/{self.task.metric} is logged ({reason})"
+            )
             return False
         finally:
             self._criterion_meter.recorded = None
@@ -186,8 +189,10 @@ class EvaluatedDistillation(ClassificationModule):
         """Create a batch of copies of an input, with labels and indices; criteria may compare images of a batch."""
         views = self.criterion.num_views
         images = tree_map_only(Tensor, lambda leaf: torch.cat([leaf] * views * _BLANK), example)
-        zeros = torch.zeros(views * _BLANK, dtype=torch.int64, device=device_of(self.model))
-        return Batch(images, zeros, zeros, views)
+        with torch.no_grad():
+            target = self.task.blank_target(self(images))
+        index = torch.zeros(views * _BLANK, dtype=torch.int64, device=device_of(self.model))
+        return Batch(images, target, index, views)
 
     def _evaluate(self, stage: str, batch: Any) -> None:
         """Evaluate one batch, without advancing the random number generators of training."""
@@ -214,11 +219,13 @@ class EvaluatedDistillation(ClassificationModule):
         return logits
 
     def _compare(self, metrics: Mapping[str, Metric], student: Tensor, teacher: Tensor, target: Tensor) -> None:
-        if teacher.shape[1] == student.shape[1]:
-            choice = teacher.argmax(1)
-            metrics["teacher_acc"].update(choice, target)
-            metrics["agreement"].update(student, choice.masked_fill(target == IGNORE_INDEX, IGNORE_INDEX))
-            self._num_classes = teacher.shape[1]
+        if self.task.has_classes and teacher.shape[1] != student.shape[1]:
+            return
+        self.task.update({name: metrics[f"teacher_{name}"] for name in self.task_metrics}, teacher, target)
+        self._num_classes = teacher.shape[1]
+        ours, theirs = self.task.choice(student, target), self.task.choice(teacher, target)
+        if ours is not None and theirs is not None:
+            metrics["agreement"].update(ours, theirs)
 
     def measure_criterion(
         self, metrics: MutableMapping[str, Metric], batch: Batch, terms: Callable[[], dict[str, Tensor]]
@@ -234,7 +241,7 @@ class EvaluatedDistillation(ClassificationModule):
         size = len(batch.target)
         sizes = {getattr(part, "batch_size", None) for part in self.criterion.modules()} - {None}
         if is_trial or (self.validates_criterion and sizes <= {size}):
-            weight = (batch.target != IGNORE_INDEX).sum() if self.criterion.skips_unlabelled else size
+            weight = self.task.labelled(batch.target) if self.criterion.skips_unlabelled else size
             self._criterion_meter.update(metrics, lambda: with_total(terms(), self.criterion_curve), size, weight)
 
     def _evaluated_teacher(self, batch: Batch) -> Outputs:
@@ -261,15 +268,16 @@ class EvaluatedDistillation(ClassificationModule):
     def on_validation_epoch_end(self) -> None:
         """Before the first epoch, print the teacher's accuracy, and warn if it is near chance."""
         super().on_validation_epoch_end()
-        metric = self.stage_metrics("val")["teacher_acc"]
+        metric = self.stage_metrics("val")[f"teacher_{self.task.metric}"]
         if not self.trainer.sanity_checking or not metric.update_called:
             return
-        acc = float(metric.compute())
+        score = float(metric.compute())
         chance = 1 / self._num_classes
         images = images_measured(self.trainer, "val")
-        self.print(f"Teacher accuracy on {images}: {acc:.2%}")
-        if acc - chance < 0.1 * (1 - chance):
+        self.print(f"Teacher {self.task.metric_title} on {images}: {score:.2%}")
+        if self.task.has_classes and score - chance < 0.1 * (1 - chance):
             rank_zero_warn(
-                f"the teacher's accuracy on {images} is {acc:.2%}, which is near chance ({chance:.2%}); check its "
-                "weights (teacher_ckpt), the order of its classes and its input normalization (teacher_normalization)"
+                f"the teacher's {self.task.metric_title} on {images} is {score:.2%}, which is near chance "
+                f"({chance:.2%}); check its weights (teacher_ckpt), the order of its classes and its input "
+                "normalization (teacher_normalization)"
             )

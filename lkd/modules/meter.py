@@ -7,9 +7,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-
-from lkd.types import IGNORE_INDEX
 
 _TOGETHER = 64
 
@@ -153,66 +150,3 @@ class Meter:
 def _of_all(part: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
     """Gather a tensor `(...)` as `(world, ...)` on the CPU."""
     return gather(part).reshape(-1, *part.shape).cpu()
-
-
-class WeightedMean(Metric):
-    """Weighted mean of scalars: 0 if the total weight is 0, and not finite if a value is not finite.
-
-    torchmetrics' `MeanMetric` checks for NaN in each step, which synchronizes with the device. If this check is
-    disabled, it ignores the weights (up to version 1.9).
-    """
-
-    full_state_update = False
-    total: Tensor
-    weight: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("total", "weight"):
-            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
-
-    def update(self, value: Tensor, weight: Tensor) -> None:
-        """Add a value.
-
-        Args:
-            value: Scalar.
-            weight: Weight of the value, at least 0.
-        """
-        self.total += value * weight
-        self.weight += weight
-
-    def compute(self) -> Tensor:
-        """Return the weighted mean."""
-        return self.total / torch.where(self.weight > 0, self.weight, 1)
-
-
-class Accuracy(Metric):
-    """Fraction of labelled samples that are classified correctly.
-
-    torchmetrics' `MulticlassAccuracy` selects the labelled samples, which synchronizes with the device to count them.
-    """
-
-    full_state_update = False
-    correct: Tensor
-    total: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("correct", "total"):
-            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, predictions: Tensor, target: Tensor) -> None:
-        """Add samples.
-
-        Args:
-            predictions: Logits `(B, K)` or class indices `(B,)`.
-            target: Class indices `(B,)`; `IGNORE_INDEX` for samples without a label.
-        """
-        classes = predictions.argmax(1) if predictions.dim() > target.dim() else predictions
-        labelled = target != IGNORE_INDEX
-        self.correct += ((classes == target) & labelled).sum()
-        self.total += labelled.sum()
-
-    def compute(self) -> Tensor:
-        """Return the accuracy, in [0, 1]; 0 if no sample has a label."""
-        return self.correct / self.total.clamp(min=1)

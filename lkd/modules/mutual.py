@@ -18,7 +18,6 @@ from lkd.modules.checks import check_batch
 from lkd.modules.classification import ClassificationModule
 from lkd.modules.criterion_meter import with_total
 from lkd.modules.distill import DistillModule
-from lkd.modules.meter import Accuracy
 from lkd.types import Batch, Outputs, Probe
 
 
@@ -161,10 +160,11 @@ class MutualModule(DistillModule):
         for number, student in enumerate(students[1:], 2):
             self.add_module(f"student_{number}", student)
             self.network_names += (f"student_{number}",)
-            self.extractors.append(FeatureExtractor(student, mutual.layers_of(number - 1)))
-            self.logit_metrics += (f"acc_{number}",)
+            self.extractors.append(FeatureExtractor(student, mutual.layers_of(number - 1), self.task.logits))
+            names = {f"{name}_{number}": metric for name, metric in self.task.metrics().items()}
+            self.logit_metrics += tuple(names)
             for metrics in self.metrics.values():
-                cast("nn.ModuleDict", metrics)[f"acc_{number}"] = Accuracy()
+                cast("nn.ModuleDict", metrics).update(deepcopy(names))
 
     @property
     def uses_teacher(self) -> bool:
@@ -207,7 +207,8 @@ class MutualModule(DistillModule):
         logits = ClassificationModule.update_metrics(self, metrics, batch)
         peers = [extractor(batch.input) for extractor in self.extractors[1:]]
         for number, peer in enumerate(peers, 2):
-            metrics[f"acc_{number}"].update(peer.logits, batch.target)
+            own = {name: metrics[f"{name}_{number}"] for name in self.task_metrics}
+            self.task.update(own, peer.logits, batch.target)
 
         def terms() -> dict[str, Tensor]:
             outputs = [self.student_extractor.outputs(logits), *peers]

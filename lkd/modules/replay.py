@@ -48,8 +48,8 @@ class ReplayableModule(ModuleHooks, L.LightningModule):
     _replays = False  # whether the current step is a replay of `step_graph`
 
     @abstractmethod
-    def unpack(self, batch: Any) -> Batch:
-        """Convert a batch from the data module to a `Batch`.
+    def read(self, batch: Any) -> Batch:
+        """Convert a batch from the data module to a `Batch` that the task understands.
 
         Args:
             batch: One batch.
@@ -70,7 +70,7 @@ class ReplayableModule(ModuleHooks, L.LightningModule):
         """Prepare the step graph, if there is one; at this point all callbacks have prepared the step."""
         self._replays = False  # `prepare` runs ordinary steps to capture the graph
         if self.step_graph is not None:
-            self._replays = self.step_graph.prepare(self.unpack(batch))
+            self._replays = self.step_graph.prepare(self.read(batch))
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute the gradients, unless a graph has already computed them."""

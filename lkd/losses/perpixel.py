@@ -1,0 +1,128 @@
+"""Logit criteria applied to the pixels of maps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lkd.losses._dense import enlarged, resized_labels
+from lkd.losses.base import DistillLoss, named_terms
+from lkd.losses.composite import CompositeLoss
+from lkd.types import IGNORE_INDEX, Batch, Outputs
+
+
+class PerPixel(CompositeLoss):
+    """A logit criterion applied to dense predictions: each pixel is a sample.
+
+    Logits `(B, K, H, W)` become `(B * H * W, K)`. If the maps of student and teacher differ in size, the smaller one is
+    interpolated to the size of the larger one (bilinear, `align_corners=False`); masks are resized by nearest neighbor.
+
+    Pixels with the label `IGNORE_INDEX` are excluded, without synchronizing with the device:
+
+    - Criteria that are a mean over samples average over the labelled pixels only.
+    - Criteria that compare samples with each other, or have terms of both kinds, receive the labelled pixels in random
+      order, from which the places of the ignored pixels are filled. With at most as many `max_pixels` as labelled
+      pixels, this is a random sample without replacement.
+
+    Args:
+        criterion: Criterion of logits, such as `KD`, `DKD`, `NKD` or `DIST`.
+        max_pixels: Number of pixels that are sampled at random from the labelled pixels of the batch, for criteria that
+            compare all pairs of samples. `None` uses all pixels.
+
+    Raises:
+        ValueError: If the criterion reads features, sample indices or several views, or `max_pixels` is less than 2.
+
+    References:
+        Liu et al.: Structured Knowledge Distillation for Semantic Segmentation, CVPR 2019 (arXiv 1903.04197), for KD.
+        The authors' code and most others distill the ignored pixels as well.
+    """
+
+    def __init__(self, criterion: DistillLoss, max_pixels: int | None = None) -> None:
+        super().__init__([criterion])
+        name = type(criterion).__name__
+        if criterion.student_layers or criterion.teacher_layers or not criterion.reads_logits:
+            raise ValueError(f"PerPixel applies criteria of logits, but {name} reads features; use it without PerPixel")
+        if criterion.needs_index or criterion.num_views > 1:
+            raise ValueError(
+                f"PerPixel cannot apply {name}, which reads sample indices or views; use another criterion"
+            )
+        if max_pixels is not None and max_pixels < 2:
+            raise ValueError(f"max_pixels must be at least 2, or null for all pixels, got {max_pixels}")
+        self.criterion, self.max_pixels = criterion, max_pixels
+
+    @property
+    def name(self) -> str:
+        """Name of the inner criterion."""
+        return self.criterion.name
+
+    @property
+    def parts(self) -> list[DistillLoss]:
+        """The inner criterion."""
+        return [self.criterion]
+
+    @property
+    def skips_unlabelled(self) -> bool:  # type: ignore[override]
+        """Always True: ignored pixels are excluded."""
+        return True
+
+    def uniform(self, labelled: Tensor) -> Tensor:
+        """Draw the random numbers that order the labelled pixels.
+
+        Args:
+            labelled: Which pixels have a label `(N,)`, bool.
+
+        Returns:
+            Uniform random numbers in [0, 1) `(N,)`.
+        """
+        return torch.rand(labelled.shape, device=labelled.device)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Apply the criterion to the labelled pixels."""
+        ours = student.logits
+        theirs = teacher.logits if self.criterion.needs_teacher else ours.detach()
+        if ours.ndim != 4 or theirs.ndim != 4:
+            raise ValueError(
+                f"PerPixel reads logits (B, K, H, W), got {tuple(ours.shape)} and {tuple(theirs.shape)}; use the "
+                "criterion without PerPixel"
+            )
+        ours, theirs = enlarged(ours, theirs)
+        target = resized_labels(batch.target, (ours.shape[2], ours.shape[3])).flatten()
+        ours, theirs = _rows(ours), _rows(theirs)
+        fills = self.criterion.compares_samples or self.criterion.skips_unlabelled is None
+        if fills or self.max_pixels is not None:
+            chosen = self._sample(target != IGNORE_INDEX)
+            ours, theirs, target = ours[chosen], theirs[chosen], target[chosen]
+        if fills or self.criterion.skips_unlabelled:
+            has_labels = (target != IGNORE_INDEX).any()
+            return {name: term * has_labels for name, term in self._terms(ours, theirs, target).items()}
+        return self._mean_over_labelled(ours, theirs, target)
+
+    def _sample(self, labelled: Tensor) -> Tensor:
+        """Return the positions of labelled pixels in random order, repeated from the first one if there are too few."""
+        order = (self.uniform(labelled) + 2 * ~labelled).argsort()  # labelled pixels first
+        size = len(labelled) if self.max_pixels is None else min(self.max_pixels, len(labelled))
+        return order[torch.arange(size, device=order.device) % labelled.sum().clamp(min=1)]
+
+    def _terms(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
+        loss = self.criterion(Outputs(student, {}), Outputs(teacher, {}), Batch(None, target))
+        return named_terms("", loss)
+
+    def _mean_over_labelled(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Average a criterion over the labelled pixels.
+
+        The logits of ignored pixels are set to 0, and their loss, which is that of a single such pixel, is subtracted.
+        """
+        ignored = target == IGNORE_INDEX
+        ours, theirs = (logits.masked_fill(ignored[:, None], 0) for logits in (student, teacher))
+        everything = self._terms(ours, theirs, target)
+        blank = self._terms(
+            torch.zeros_like(ours[:1]), torch.zeros_like(theirs[:1]), torch.full_like(target[:1], IGNORE_INDEX)
+        )
+        removed = ignored.sum()
+        kept = (len(target) - removed).clamp(min=1)
+        return {name: (len(target) * term - removed * blank[name]) / kept for name, term in everything.items()}
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Return maps `(B, K, H, W)` as `(B * H * W, K)`."""
+    return logits.permute(0, 2, 3, 1).flatten(0, 2)

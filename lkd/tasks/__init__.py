@@ -1,0 +1,7 @@
+"""Tasks: what a network returns, how it is supervised, and how it is evaluated."""
+
+from lkd.tasks.base import Task
+from lkd.tasks.classification import Classification
+from lkd.tasks.segmentation import SemanticSegmentation
+
+__all__ = ["Classification", "SemanticSegmentation", "Task"]

@@ -1,0 +1,132 @@
+"""Base class of tasks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torchmetrics import Metric
+
+from lkd.types import Batch, Mixed
+
+
+class Task(ABC):
+    """What a network returns, how it is supervised, and how it is evaluated.
+
+    A task holds settings only; weights, metrics and batches belong to the module that uses it. To support a task of
+    your own, override the abstract methods, and `metric` if its main metric is not an accuracy. `Batch.target` may be
+    any tensor that the methods below understand.
+    """
+
+    metric: ClassVar[str] = "acc"
+    """Name of the main metric, of which higher values are better; logged as `val/<metric>`."""
+
+    metric_title: ClassVar[str] = "accuracy"
+    """Main metric in reports."""
+
+    has_classes: ClassVar[bool] = True
+    """Whether the outputs are scores of the data's classes, in dimension 1."""
+
+    caches_logits: ClassVar[bool] = False
+    """Whether the teacher's outputs `(B, K)` are small enough to be cached for all training samples."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Convert a batch from the data module, for example its label for ignored pixels.
+
+        Args:
+            batch: Batch as the data module returns it.
+
+        Returns:
+            Batch whose missing labels are `IGNORE_INDEX`.
+        """
+        return batch
+
+    @abstractmethod
+    def logits(self, output: Any) -> Tensor:
+        """Return the predictions in the output of a network, for example the logits `(B, K)`.
+
+        Args:
+            output: What the network returned.
+
+        Raises:
+            TypeError: If the output has another format.
+        """
+
+    @abstractmethod
+    def check(self, name: str, logits: Tensor) -> None:
+        """Check the output of a network for one blank input.
+
+        Args:
+            name: Name of the network in the error message.
+            logits: Its output, as returned by `logits`.
+
+        Raises:
+            ValueError: If it does not fit the task.
+        """
+
+    @abstractmethod
+    def blank_target(self, logits: Tensor) -> Tensor:
+        """Return valid targets for a batch of blank inputs.
+
+        Args:
+            logits: Output of the network for the inputs.
+        """
+
+    @abstractmethod
+    def loss(self, logits: Tensor, target: Tensor, label_smoothing: float = 0.0, mixed: Mixed | None = None) -> Tensor:
+        """Compute the supervised loss, averaged over what is labelled.
+
+        Args:
+            logits: Output of the network.
+            target: Targets, `IGNORE_INDEX` where there is no label.
+            label_smoothing: Label smoothing factor, in [0, 1).
+            mixed: Partners of mixed images and their weights, if the images are mixed.
+
+        Returns:
+            Scalar loss.
+        """
+
+    @abstractmethod
+    def labelled(self, target: Tensor) -> Tensor:
+        """Return the number of labelled elements, which weights the validation loss.
+
+        Args:
+            target: Targets of a batch.
+        """
+
+    def correct(self, logits: Tensor, target: Tensor) -> Tensor | None:
+        """Return the number of correct elements, from which `train/acc` is computed; `None` if there is no such number.
+
+        Args:
+            logits: Output of the network.
+            target: Targets of a batch.
+        """
+        return None
+
+    @abstractmethod
+    def metrics(self) -> dict[str, Metric]:
+        """Create the metrics of one network, by name, including `metric`."""
+
+    @abstractmethod
+    def update(self, metrics: Mapping[str, Metric], logits: Tensor, target: Tensor) -> None:
+        """Update metrics with a batch. It must not synchronize with the device.
+
+        Args:
+            metrics: Some or all of `metrics()`, by name.
+            logits: Output of the network.
+            target: Targets of the batch.
+        """
+
+    def choice(self, logits: Tensor, target: Tensor) -> Tensor | None:
+        """Return a network's predictions as targets, for the agreement of two networks; `None` if it is not defined.
+
+        Args:
+            logits: Output of the network.
+            target: Targets of the batch, which determine the shape and the elements that count.
+
+        Returns:
+            Predictions in the shape of `target`, with `IGNORE_INDEX` where there is no label.
+        """
+        return None

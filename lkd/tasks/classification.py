@@ -1,0 +1,69 @@
+"""Image classification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lkd.features.extractor import logits_of
+from lkd.losses._labels import cross_entropies, mean_cross_entropy
+from lkd.tasks.base import Task
+from lkd.tasks.metrics import Accuracy
+from lkd.types import IGNORE_INDEX, Mixed
+
+
+class Classification(Task):
+    """One class per input: networks return logits `(B, K)`, targets are class indices `(B,)`."""
+
+    caches_logits = True
+
+    def logits(self, output: Any) -> Tensor:
+        """Return the logits `(B, K)`: the output itself, `.logits` or `["logits"]`."""
+        return logits_of(output)
+
+    def check(self, name: str, logits: Tensor) -> None:
+        """Check that a network returns logits `(B, K)`."""
+        if logits.ndim != 2:
+            shape = tuple(logits.shape)
+            raise ValueError(f"the {name} must return logits of shape (batch, classes), got {shape} for one input")
+
+    def blank_target(self, logits: Tensor) -> Tensor:
+        """Return class 0 for each input `(B,)`."""
+        return torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+
+    def loss(self, logits: Tensor, target: Tensor, label_smoothing: float = 0.0, mixed: Mixed | None = None) -> Tensor:
+        """Compute the cross-entropy, averaged over the labelled images.
+
+        The labels of a mixed image and of its partner, if it has one, are weighted accordingly.
+        """
+        if mixed is None:
+            return mean_cross_entropy(logits, target, label_smoothing)
+        labelled = target != IGNORE_INDEX
+        own = cross_entropies(logits, target, label_smoothing)
+        other = cross_entropies(logits, mixed.target, label_smoothing) * labelled
+        return (mixed.weight * own + (1 - mixed.weight) * other).sum() / labelled.sum().clamp(min=1)
+
+    def labelled(self, target: Tensor) -> Tensor:
+        """Return the number of images with a label."""
+        return (target != IGNORE_INDEX).sum()
+
+    def correct(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the number of images that are classified correctly."""
+        return (logits.argmax(1) == target).sum()
+
+    def metrics(self) -> dict[str, Metric]:
+        """Create the accuracy, `acc`."""
+        return {"acc": Accuracy()}
+
+    def update(self, metrics: Mapping[str, Metric], logits: Tensor, target: Tensor) -> None:
+        """Update the accuracy."""
+        for metric in metrics.values():
+            metric.update(logits, target)
+
+    def choice(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the predicted class of each image `(B,)`."""
+        return logits.argmax(1).masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)

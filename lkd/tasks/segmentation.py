@@ -1,0 +1,119 @@
+"""Semantic segmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lkd.losses._dense import interpolated
+from lkd.losses._labels import mean_cross_entropy
+from lkd.tasks.base import Task
+from lkd.tasks.metrics import Accuracy, MeanIoU
+from lkd.types import IGNORE_INDEX, Batch, Mixed
+
+
+class SemanticSegmentation(Task):
+    """One class per pixel: networks return logits `(B, K, h, w)`, targets are masks `(B, H, W)`.
+
+    Networks may return a smaller map than the mask; the logits are then interpolated to its size (bilinear,
+    `align_corners=False`) for the loss and the metrics. Logged metrics: `val/miou` (mean intersection over union) and
+    `val/acc` (pixel accuracy).
+
+    Args:
+        num_classes: Number of classes, at least 2.
+        ignore_index: Label of pixels that are excluded from the loss and the metrics.
+
+    Raises:
+        ValueError: If there are fewer than 2 classes.
+    """
+
+    metric = "miou"
+    metric_title = "mean IoU"
+
+    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+        if num_classes < 2:
+            raise ValueError(f"SemanticSegmentation: num_classes must be at least 2, got {num_classes}")
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Convert masks to int64, with `IGNORE_INDEX` where they are `ignore_index`.
+
+        Raises:
+            ValueError: If the images are mixed, or the masks do not have the shape `(B, H, W)`.
+        """
+        if batch.mixed is not None:
+            raise ValueError("masks cannot be mixed; remove `mix` of the data module")
+        if batch.target.ndim != 3:
+            raise ValueError(
+                "SemanticSegmentation requires masks of shape (batch, height, width), got "
+                f"{tuple(batch.target.shape)}; use a data module that returns masks, or another task"
+            )
+        target = batch.target.long()
+        return batch._replace(target=target.masked_fill(target == self.ignore_index, IGNORE_INDEX))
+
+    def logits(self, output: Any) -> Tensor:
+        """Return the logits `(B, K, h, w)`: the output itself, `.logits`, `["logits"]` or `["out"]`.
+
+        Raises:
+            TypeError: If the output contains no logits.
+        """
+        if isinstance(output, Mapping):
+            output = output.get("logits", output.get("out"))
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                "a segmentation network must return logits (a tensor, `.logits`, `['logits']` or `['out']`), got "
+                f"{type(output).__name__}"
+            )
+        return logits
+
+    def check(self, name: str, logits: Tensor) -> None:
+        """Check that a network returns a map with one channel per class."""
+        shape = tuple(logits.shape)
+        if logits.ndim != 4:
+            raise ValueError(
+                f"the {name} must return logits of shape (batch, classes, height, width), got {shape} for one input"
+            )
+        if shape[1] != self.num_classes:
+            raise ValueError(
+                f"the {name} returns {shape[1]} classes, but the task has {self.num_classes}; set num_classes of the "
+                "network, or of the task, to the number of classes of the data"
+            )
+
+    def blank_target(self, logits: Tensor) -> Tensor:
+        """Return class 0 for each pixel `(B, h, w)`."""
+        return torch.zeros_like(logits[:, 0], dtype=torch.int64)
+
+    def loss(self, logits: Tensor, target: Tensor, label_smoothing: float = 0.0, mixed: Mixed | None = None) -> Tensor:
+        """Compute the cross-entropy, averaged over the labelled pixels of the batch."""
+        return mean_cross_entropy(_enlarged(logits, target), target, label_smoothing)
+
+    def labelled(self, target: Tensor) -> Tensor:
+        """Return the number of labelled pixels."""
+        return (target != IGNORE_INDEX).sum()
+
+    def correct(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the number of pixels that are classified correctly."""
+        return (_enlarged(logits, target).argmax(1) == target).sum()
+
+    def metrics(self) -> dict[str, Metric]:
+        """Create the mean IoU and the pixel accuracy."""
+        return {"miou": MeanIoU(self.num_classes), "acc": Accuracy()}
+
+    def update(self, metrics: Mapping[str, Metric], logits: Tensor, target: Tensor) -> None:
+        """Update the metrics with a batch."""
+        classes = _enlarged(logits, target).argmax(1)
+        for metric in metrics.values():
+            metric.update(classes, target)
+
+    def choice(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the predicted class of each pixel `(B, H, W)`."""
+        return _enlarged(logits, target).argmax(1).masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
+
+
+def _enlarged(logits: Tensor, target: Tensor) -> Tensor:
+    return interpolated(logits, (target.shape[1], target.shape[2]))

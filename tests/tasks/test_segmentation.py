@@ -1,0 +1,173 @@
+"""Semantic segmentation: loss, metrics, training, and what is refused."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
+
+from lkd import ClassificationModule, DistillModule
+from lkd.losses import DIST, KD, PerPixel
+from lkd.tasks import SemanticSegmentation
+from lkd.tasks.metrics import MeanIoU
+from lkd.types import IGNORE_INDEX, Batch
+
+CLASSES = 4
+TASK = SemanticSegmentation(CLASSES)
+
+
+class Net(nn.Module):
+    """A network whose map has half the size of its input, in a dict as torchvision returns it."""
+
+    def __init__(self, width: int, seed: int = 0, num_classes: int = CLASSES) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.head = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, input: Tensor) -> dict[str, Tensor]:
+        return {"out": self.head(self.body(input))}
+
+
+def _data(size: int = 24) -> TensorDataset:
+    """Images whose quadrants have the class's brightness; a border of each mask is ignored."""
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.randint(CLASSES, (size, 2, 2), generator=generator, dtype=torch.uint8)
+    mask = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    image = mask[:, None].float() - 1.5 + 0.3 * torch.randn(size, 3, 16, 16, generator=generator)
+    mask[:, :2] = 255
+    return TensorDataset(image, mask)
+
+
+def _loader(size: int = 24) -> DataLoader:
+    return DataLoader(_data(size), batch_size=8)
+
+
+def _distill(criterion=None, **settings) -> DistillModule:
+    settings.setdefault("task", TASK)
+    return DistillModule(Net(4), Net(8, 1), criterion or PerPixel(KD(2.0)), **settings)
+
+
+def test_metrics_are_those_of_torchmetrics() -> None:
+    generator = torch.Generator().manual_seed(0)
+    metric, seen = MeanIoU(6), []
+    for _ in range(3):
+        logits = torch.randn(2, 6, 9, 7, generator=generator)
+        target = torch.randint(4, (2, 9, 7), generator=generator)  # two classes occur in predictions only
+        target[torch.rand(target.shape, generator=generator) < 0.2] = IGNORE_INDEX
+        metric.update(logits, target)
+        seen.append((logits, target))
+    logits, target = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    settings = {"num_classes": 6, "ignore_index": IGNORE_INDEX}
+    assert metric.compute() == multiclass_jaccard_index(logits, target, average="macro", **settings)
+    torch.testing.assert_close(
+        metric.per_class().float(), multiclass_jaccard_index(logits, target, average="none", **settings)
+    )
+
+
+def test_loss_is_the_mean_over_labelled_pixels() -> None:
+    image, mask = _data().tensors
+    batch = TASK.prepare(Batch(image, mask))
+    logits = Net(4)(image)["out"]
+    large = F.interpolate(logits, (16, 16), mode="bilinear", align_corners=False)
+    expected = F.cross_entropy(large, mask.long(), ignore_index=255)
+    torch.testing.assert_close(TASK.loss(logits, batch.target), expected)
+    assert TASK.labelled(batch.target) == (mask != 255).sum()
+
+
+def test_a_student_learns(tmp_path, trainer) -> None:
+    """Teacher first, then a student from teacher and labels; all metrics are logged, and a checkpoint restores it."""
+    teacher = ClassificationModule(Net(16, 1), task=TASK)
+    trainer(max_epochs=30).fit(teacher, _loader(), _loader())
+    module = DistillModule(Net(8), teacher.model, PerPixel(KD(2.0)), task=TASK)
+    fit = trainer(max_epochs=30)
+    fit.fit(module, _loader(), _loader())
+    metrics = fit.callback_metrics
+    assert metrics["val/miou"] > 0.9
+    assert metrics["val/teacher_miou"] > 0.9
+    assert metrics["val/agreement"] > 0.9
+    assert {"val/loss", "val/acc", "val/teacher_acc", "val/kd", "train/hard", "train/kd", "train/acc"} <= set(metrics)
+    image, mask = _data().tensors
+    module.eval()
+    logits = F.interpolate(module(image), (16, 16), mode="bilinear", align_corners=False)
+    settings = {"num_classes": CLASSES, "ignore_index": 255}
+    expected = multiclass_jaccard_index(logits, mask.long(), average="macro", **settings)
+    torch.testing.assert_close(metrics["val/miou"], expected)
+    accuracy = multiclass_accuracy(logits, mask.long(), average="micro", **settings)
+    torch.testing.assert_close(metrics["val/acc"], accuracy)
+    fit.save_checkpoint(tmp_path / "student.ckpt")
+    loaded = DistillModule.load_from_checkpoint(
+        tmp_path / "student.ckpt", student=Net(8, 5), teacher=teacher.model, criterion=PerPixel(KD(2.0)), task=TASK
+    )
+    torch.testing.assert_close(loaded.eval()(image), module(image), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("criterion", [PerPixel(KD(2.0)), PerPixel(DIST(), max_pixels=50)])
+def test_ignored_pixels_change_nothing(criterion) -> None:
+    """Neither loss nor gradient depend on the teacher's and student's logits where the mask is ignored."""
+    losses = []
+    for value in (0.0, 100.0):
+        torch.manual_seed(0)
+        student, teacher = torch.randn(2, 2, CLASSES, 8, 8)
+        target = torch.zeros(2, 8, 8, dtype=torch.int64)
+        target[:, :3] = 255
+        student[:, 0, :3], teacher[:, 1, :3] = value, value
+        batch = TASK.prepare(Batch(None, target))
+        torch.manual_seed(1)
+        outputs = (type("O", (), {"logits": logits}) for logits in (student, teacher))
+        terms = criterion(*outputs, batch)
+        losses.append(torch.stack(list(terms.values())).sum())
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (lambda: _distill(KD()), "expects student_logits of shape .* use lkd.losses.PerPixel"),
+        (lambda: _distill(task=SemanticSegmentation(5)), "student returns 4 classes, but the task has 5"),
+        (lambda: ClassificationModule(nn.Flatten(), task=TASK), r"must return logits of shape \(batch, classes, height"),
+        (lambda: ClassificationModule(Net(4)), r"must return logits \(a tensor"),
+    ],
+)
+def test_what_does_not_fit_is_reported(module, message, trainer) -> None:
+    made = module()
+    made.example_input_array = torch.zeros(1, 3, 16, 16)
+    with pytest.raises((ValueError, TypeError), match=message):
+        trainer().fit(made, _loader(), _loader())
+
+
+def test_targets_that_are_no_masks(trainer) -> None:
+    data = TensorDataset(torch.zeros(4, 3, 16, 16), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"requires masks of shape \(batch, height, width\), got \(2,\)"):
+        trainer().fit(_distill(), DataLoader(data, batch_size=2))
+
+
+def test_labels_out_of_range(trainer) -> None:
+    image, mask = _data().tensors
+    data = TensorDataset(image, mask.clamp(max=200) + 1)
+    with pytest.raises(ValueError, match=r"a label is out of range .*0\.\.3"):
+        trainer().fit(_distill(), DataLoader(data, batch_size=8))
+
+
+def test_the_teachers_maps_are_not_cached() -> None:
+    assert "too large to be cached" in _distill().cache_obstacle
+
+
+def test_resumed_training_is_the_same(tmp_path, trainer) -> None:
+    whole, half, rest = (_distill(PerPixel(DIST(), max_pixels=64)) for _ in range(3))
+    L.seed_everything(3)
+    trainer(max_epochs=4).fit(whole, _loader())
+    L.seed_everything(3)
+    begun = trainer(max_epochs=2)
+    begun.fit(half, _loader())
+    begun.save_checkpoint(tmp_path / "half.ckpt")
+    state = torch.get_rng_state()  # Lightning does not save it; lkd's command line does
+    resumed = trainer(max_epochs=4)
+    torch.set_rng_state(state)
+    resumed.fit(rest, _loader(), ckpt_path=tmp_path / "half.ckpt")
+    for ours, theirs in zip(whole.state_dict().values(), rest.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
