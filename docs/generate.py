@@ -25,6 +25,7 @@ PACKAGES = {
     "lkd.losses": "Losses",
     "lkd.functional": "Losses as functions",
     "lkd.modules": "Modules",
+    "lkd.tasks": "Tasks",
     "lkd.datamodules": "Data modules",
     "lkd.models": "Networks",
     "lkd.callbacks": "Callbacks",

@@ -26,17 +26,18 @@ LEVEL = {
     "losses": 2,
     "models": 2,
     "datamodules": 2,
+    "tasks": 3,
     "functional": 3,
-    "modules": 3,
-    "callbacks": 4,
-    "cli": 5,
-    "loading": 5,
-    "compare": 5,
-    "export": 5,
-    "sweep": 5,
-    "__main__": 6,
+    "modules": 4,
+    "callbacks": 5,
+    "cli": 6,
+    "loading": 6,
+    "compare": 6,
+    "export": 6,
+    "sweep": 6,
+    "__main__": 7,
 }
-TOP = 5
+TOP = 6
 """Level of the packages that may import each other: the commands build on the command line."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -11,6 +11,7 @@ _HOMES = {
     "model": ("lkd.modules",),
     "data": ("lkd.datamodules",),
     "criterion": ("lkd.losses",),
+    "task": ("lkd.tasks",),
     "callbacks": ("lkd.callbacks",),
     "optimizer": ("torch.optim",),
     "lr_scheduler": ("lkd.schedules", "torch.optim.lr_scheduler"),

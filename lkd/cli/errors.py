@@ -152,6 +152,7 @@ def _unknown_class(classes: list[str], reason: str, where: str) -> str | None:
 
 _HOMES = {
     "criterion": ("lkd.losses",),
+    "task": ("lkd.tasks",),
     "optimizer": ("torch.optim",),
     "lr_scheduler": ("torch.optim.lr_scheduler",),
     "callbacks": ("lkd.callbacks", "lightning.pytorch.callbacks"),
