@@ -78,7 +78,7 @@ def test_commands(command: str, reader: None, short: None) -> None:
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) == 16
-    assert len(CHAINS) == 11
+    assert len(CHAINS) == 12
 
 
 @pytest.mark.parametrize("chain", CHAINS)

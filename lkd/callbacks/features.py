@@ -16,6 +16,7 @@ from torch.optim import LBFGS
 
 from lkd import devices
 from lkd.features.extractor import FeatureExtractor
+from lkd.tasks.classification import check_is_classification
 from lkd.types import IGNORE_INDEX
 
 _CHUNK = 1024
@@ -77,6 +78,7 @@ class FeatureEvaluation(L.Callback):
         """Check the layer and the data module."""
         if stage not in ("fit", "validate"):
             return
+        check_is_classification(pl_module, type(self).__name__)
         if not hasattr(trainer.datamodule, "plain_train_dataloader"):  # type: ignore[attr-defined]
             raise TypeError(
                 f"{type(self).__name__} requires the training images without augmentation; add a method "

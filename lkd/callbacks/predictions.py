@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lkd.datamodules import NewImages
+from lkd.tasks.classification import check_is_classification
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -27,6 +28,12 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.path = Path(path)
         self._rows: list[tuple[int | None, int, str, float]] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Check the task before the first prediction."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "predict":
+            check_is_classification(pl_module, "lkd predict")
 
     def write_on_batch_end(
         self,

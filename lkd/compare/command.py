@@ -26,6 +26,7 @@ from lkd.compare.tables import tables
 from lkd.io.yaml import load_yaml
 from lkd.loading import Trained, load_run, network_of
 from lkd.modules import DistillModule
+from lkd.tasks.classification import check_is_classification
 from lkd.types import Normalization
 
 _TEACHER = "teacher"
@@ -47,6 +48,8 @@ def main(args: Sequence[str]) -> None:
     """
     given = _parsed(args)
     runs = {name: load_run(place) for name, place in _named(given.runs).items()}
+    for trained in runs.values():
+        check_is_classification(trained.module, "lkd compare")
     candidates, data, teacher = _chosen(given, runs)
     folder = _new_folder(Path(given.output))  # before the work, in case the folder is not writable
     how = given.split, given.batch_sizes, given.accelerator, given.seconds

@@ -24,6 +24,7 @@ from lkd.export.files import INT8_FILE, METADATA, WRITERS, Network, as_json, che
 from lkd.export.images import batches, preprocessing, test_loader, training_images
 from lkd.export.measure import Checked, compare
 from lkd.loading import Trained, find_checkpoint, load_run
+from lkd.tasks.classification import check_is_classification
 from lkd.types import Batch
 
 TOLERANCE = 1e-4
@@ -89,6 +90,7 @@ def export(
     folder = Path(output) if output else _beside(path)
     _check_output(folder, overwrite)
     trained = load_run(str(path), *settings)
+    check_is_classification(trained.module, "lkd export")
     metrics = _tested(trained)
     with _atomic_folder(folder) as written:
         loader = test_loader(trained.data, images)

@@ -67,3 +67,20 @@ class Classification(Task):
     def choice(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the predicted class of each image `(B,)`."""
         return logits.argmax(1).masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
+
+
+def check_is_classification(module: Any, user: str) -> None:
+    """Check that the task of a module is classification, for commands and callbacks that read logits `(B, K)`.
+
+    Args:
+        module: A module; one without a task is assumed to be a classifier.
+        user: What supports only classification, for the error message.
+
+    Raises:
+        ValueError: If it is another task.
+    """
+    task = getattr(module, "task", None)
+    if not isinstance(task, Classification | None):
+        raise ValueError(
+            f"{user} supports classification only, but the task is {type(task).__name__}; `lkd test` evaluates it"
+        )

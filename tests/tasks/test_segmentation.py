@@ -129,7 +129,7 @@ def test_ignored_pixels_change_nothing(criterion) -> None:
     [
         (lambda: _distill(KD()), "expects student_logits of shape .* use lkd.losses.PerPixel"),
         (lambda: _distill(task=SemanticSegmentation(5)), "student returns 4 classes, but the task has 5"),
-        (lambda: ClassificationModule(nn.Flatten(), task=TASK), r"must return logits of shape \(batch, classes, height"),
+        (lambda: ClassificationModule(nn.Flatten(), task=TASK), r"logits of shape \(batch, classes, height"),
         (lambda: ClassificationModule(Net(4)), r"must return logits \(a tensor"),
     ],
 )

@@ -1,0 +1,46 @@
+"""A task of one's own, from the guide: what works with it, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lkd.__main__ import main
+
+GUIDE = Path(__file__).parents[2] / "docs/pages/extending/task.md"
+RUN = "runs/depth_teacher/version_0/checkpoints/best.ckpt"
+
+
+@pytest.fixture
+def trained(monkeypatch) -> None:
+    """A teacher trained for an epoch as in the guide."""
+    monkeypatch.syspath_prepend(Path.cwd())
+    for text in re.findall(r"^```(?:python|yaml)\n(.*?)^```$", GUIDE.read_text(), re.MULTILINE | re.DOTALL):
+        Path(re.match(r"# (\S+)", text)[1]).write_text(text)
+    assert main(["fit", "--config=depth_teacher.yaml", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]) == 0
+
+
+def test_what_a_task_of_ones_own_supports(trained, capfd) -> None:
+    checkpoint = torch.load(RUN, weights_only=True)
+    (best,) = [state for name, state in checkpoint["callbacks"].items() if "'monitor': 'val/delta1'" in name]
+    assert 0 < float(best["best_model_score"]) <= 1
+    config = yaml.safe_load(Path("runs/depth_teacher/version_0/config.yaml").read_text())
+    assert config["model"]["init_args"]["task"] == {"class_path": "depth.Depth", "init_args": {"threshold": 1.25}}
+    for command, name in (
+        (["compare", "runs/depth_teacher"], "lkd compare"),
+        (["export", "runs/depth_teacher"], "lkd export"),
+        (["predict", f"--ckpt_path={RUN}", "--data=depth.RoomDataModule"], "lkd predict"),
+    ):
+        capfd.readouterr()
+        assert main(command) != 0
+        assert f"{name} supports classification only, but the task is Depth" in capfd.readouterr().err
+
+
+def test_a_callback_for_classification(trained, capfd) -> None:
+    knn = ["--trainer.callbacks+=lkd.callbacks.KNN", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    assert main(["fit", "--config=depth_teacher.yaml", *knn]) != 0
+    assert "KNN supports classification only, but the task is Depth" in capfd.readouterr().err
