@@ -1,4 +1,4 @@
-"""Lightning data modules for image classification."""
+"""Lightning data modules."""
 
 from lkd.datamodules.archives import (
     ArchiveDataModule,
@@ -18,6 +18,8 @@ from lkd.datamodules.folder import ImageFolderDataModule, ImageNetDataModule
 from lkd.datamodules.inversion import DeepInversion
 from lkd.datamodules.new_images import NewImages
 from lkd.datamodules.sampler import EpochSampler, Key
+from lkd.datamodules.segmentation import SegmentationDataModule
+from lkd.datamodules.shapes import SyntheticSegmentationDataModule
 from lkd.datamodules.sources import ImageSource
 from lkd.datamodules.synthetic import SyntheticDataModule
 from lkd.datamodules.tiny_imagenet import TinyImageNetDataModule
@@ -71,9 +73,11 @@ __all__ = [
     "RotatedViews",
     "STL10DataModule",
     "SVHNDataModule",
+    "SegmentationDataModule",
     "Split",
     "StrongView",
     "SyntheticDataModule",
+    "SyntheticSegmentationDataModule",
     "TinyImageNetDataModule",
     "TrivialAugment",
     "UnlabelledFolder",

@@ -330,12 +330,39 @@ class ImageDataset(Dataset[Batch]):
         Returns:
             Images `(B, C, H, W)`, float32.
         """
+        return self.normalized(self.augmented(image, epoch, index))
+
+    def augmented(self, image: Tensor, epoch: Tensor, index: Tensor) -> Tensor:
+        """Augment images, on their device.
+
+        Args:
+            image: Images `(B, C, H, W)`, uint8.
+            epoch: Epoch of each image `(B,)`, int64.
+            index: Positions in the source `(B,)`, int64.
+
+        Returns:
+            Images `(B, C, H, W)`, uint8.
+        """
         if self.augment:
             lengths = [transform.num_draws for transform in self.augment]
             drawn = successive if self.stored is None else self._draws
             draws = drawn(self.seed, epoch, index, self.number * VIEW, sum(lengths) // 4)
             for transform, own in zip(self.augment, draws.split(lengths, 1), strict=True):  # type: ignore[no-untyped-call]
-                image = transform(image, own)
+                image = self.transformed(image, transform, own)
+        return image
+
+    def transformed(self, image: Tensor, transform: BatchTransform, draws: Tensor) -> Tensor:
+        """Apply one transform of the augmentation.
+
+        Args:
+            image: Images `(B, C, H, W)`, uint8.
+            transform: The transform.
+            draws: Random numbers of each image `(B, num_draws)`.
+        """
+        return transform(image, draws)
+
+    def normalized(self, image: Tensor) -> Tensor:
+        """Normalize images `(B, C, H, W)`, uint8; returns float32."""
         # Three correctly rounded operations give the same bits on every device.
         level, mean, std = (level.to(image.device) for level in self._levels)
         return image.to(torch.float32).div_(level).sub_(mean).div_(std)
@@ -357,6 +384,7 @@ def without_labels(batch: Batch, padding: Tensor) -> Batch:
     if not padding.any():  # always the case in training
         return batch
     unlabelled = padding.to(batch.target.device).repeat(batch.views)
+    unlabelled = unlabelled.view(-1, *[1] * (batch.target.ndim - 1))
     return batch._replace(target=batch.target.masked_fill(unlabelled, IGNORE_INDEX))
 
 

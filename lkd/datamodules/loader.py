@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from lkd.datamodules.batch_graph import BatchGraph
 from lkd.datamodules.dataset import ImageDataset, without_labels
+from lkd.datamodules.masks import MaskDataset
 from lkd.datamodules.sampler import EpochSampler
 from lkd.types import Batch
 
@@ -42,7 +43,8 @@ class Loader(DataLoader[Batch]):
         # For predict, Lightning replaces the batch sampler by one that records indices; users may change the others.
         own = type(self.batch_sampler) is BatchSampler and self.collate_fn is identity
         direct = own and size and not (self.num_workers or self.pin_memory)
-        if not (direct and type(sampler) is EpochSampler and type(dataset) is ImageDataset):
+        known = type(dataset) in (ImageDataset, MaskDataset)  # a user's class may read single samples only
+        if not (direct and type(sampler) is EpochSampler and known and isinstance(dataset, ImageDataset)):
             yield from super().__iter__()
             return
         epoch, dealt = sampler.epoch, sampler.deal()

@@ -1,4 +1,4 @@
-"""Networks for image classification, and loading of trained weights."""
+"""Networks for classification and segmentation, and loading of trained weights."""
 
 from lkd.features.layers import layer_names
 from lkd.models.ensemble import Ensemble
@@ -18,6 +18,7 @@ from lkd.models.resnet import (
     resnet110,
 )
 from lkd.models.shufflenet import ShuffleNetV1, ShuffleNetV2, shufflev1, shufflev2
+from lkd.models.unet import UNet
 from lkd.models.vgg import VGG, vgg8, vgg11, vgg13, vgg16, vgg19
 from lkd.models.weights import load_weights
 from lkd.models.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
@@ -30,6 +31,7 @@ __all__ = [
     "MobileNetV2",
     "ShuffleNetV1",
     "ShuffleNetV2",
+    "UNet",
     "WideResNet",
     "layer_names",
     "load_weights",

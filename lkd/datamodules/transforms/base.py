@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,12 @@ class BatchTransform(ABC):
 
     Attributes:
         num_draws: Number of random numbers per image; a multiple of 4.
+        moves_pixels: Whether it moves pixels without changing their values, apart from filling with 0. It then
+            applies to masks as well.
     """
 
     num_draws: int = 4
+    moves_pixels: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
@@ -116,6 +119,7 @@ class RandomCrop(BatchTransform):
     """
 
     padding: int = 4
+    moves_pixels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.padding < 0:
@@ -143,6 +147,7 @@ class RandomHorizontalFlip(BatchTransform):
     """
 
     p: float = 0.5
+    moves_pixels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.p <= 1:

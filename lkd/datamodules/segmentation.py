@@ -1,0 +1,102 @@
+"""Base class of data modules with images and masks."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from lkd.datamodules.base import ImageDataModule, Split
+from lkd.datamodules.masks import IGNORED, MaskDataset
+from lkd.datamodules.sources import ImageSource
+from lkd.datamodules.transforms.base import Augmentation, RandomHorizontalFlip, divide
+from lkd.datamodules.transforms.mixing import Mix
+from lkd.datamodules.transforms.views import Views
+from lkd.types import Normalization
+
+
+class SegmentationDataModule(ImageDataModule):
+    """Base class of data modules with images and masks in memory.
+
+    Subclasses set the attributes of `ImageDataModule` and override `make_masks`. Pixels with the label 255 have no
+    class; their target is `IGNORE_INDEX`. Random crops and flips move image and mask alike; all other transforms change
+    only the image. `label_size` chooses whole images.
+
+    Args:
+        kwargs: Arguments of `ImageDataModule`, except `views`, `mix` and `extra`.
+
+    Raises:
+        ValueError: If `views`, `mix` or `extra` is set, or images and masks do not fit together.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        if given := [name for name in ("views", "mix", "extra") if kwargs.get(name) is not None]:
+            raise ValueError(f"{type(self).__name__} does not support {given[0]}: it would not apply to the masks")
+        super().__init__(**kwargs)
+
+    @abstractmethod
+    def make_masks(self, split: Split) -> tuple[Tensor, Tensor] | None:
+        """Return the images and masks of a split.
+
+        Args:
+            split: "train", "val" or "test".
+
+        Returns:
+            Images `(N, C, H, W)` and masks `(N, H, W)`, uint8. If `None` for "val", validation images are split from
+            "train".
+        """
+
+    def default_augment(self) -> list[Any]:
+        """Return random horizontal flips."""
+        return [RandomHorizontalFlip()]
+
+    def make_dataset(self, split: Split) -> TensorDataset | None:
+        """Join images and masks to one tensor; see `ImageDataModule.make_dataset`."""
+        made = self.make_masks(split)
+        if made is None:
+            return None
+        image, mask = made
+        self._check(image, mask, split)
+        return TensorDataset(torch.cat((image, IGNORED - mask[:, None]), 1), torch.zeros(len(image), dtype=torch.int64))
+
+    def _check(self, image: Tensor, mask: Tensor, split: Split) -> None:
+        where = f"the {split} split of {type(self).__name__}"
+        if mask.shape != (len(image), *image.shape[2:]) or {image.dtype, mask.dtype} != {torch.uint8}:
+            raise ValueError(
+                f"{where} must have uint8 images (N, C, H, W) and uint8 masks (N, H, W), got {image.dtype} "
+                f"{tuple(image.shape)} and {mask.dtype} {tuple(mask.shape)}"
+            )
+        wrong = (mask >= self.num_classes) & (mask != IGNORED)
+        if wrong.any():
+            first = int(wrong.flatten(1).any(1).nonzero()[0])
+            label = int(mask[wrong][0])
+            raise ValueError(
+                f"mask {first} of {where} contains the label {label}, but there are {self.num_classes} classes, 0 to "
+                f"{self.num_classes - 1}; correct the mask or num_classes, or use {IGNORED} for pixels without a class"
+            )
+
+    def _wrap(
+        self,
+        source: ImageSource,
+        target: Tensor,
+        chosen: Tensor | None = None,
+        augment: Augmentation = (),
+        views: Views | None = None,
+        mix: Mix | None = None,
+    ) -> MaskDataset:
+        first, changes = divide(augment)
+        if first is not None:
+            raise ValueError(f"{type(first).__name__} would not apply to the masks; remove it from augment")
+        channels, height, width = self.input_shape
+        return MaskDataset(
+            source,
+            target,
+            torch.arange(len(target)) if chosen is None else chosen.nonzero().squeeze(1),
+            (channels + 1, height, width),
+            Normalization(self.mean, self.std),
+            self.resize,
+            changes,
+        )
