@@ -30,6 +30,7 @@ from lkd.losses.nst import nst_loss
 from lkd.losses.ofakd import ofa_loss
 from lkd.losses.ofd import ofd_loss, ofd_margin
 from lkd.losses.pad import pad_loss
+from lkd.losses.pkd import pkd_loss
 from lkd.losses.pkt import pkt_loss
 from lkd.losses.reviewkd import hcl_loss
 from lkd.losses.rkd import rkd_angle_loss, rkd_distance_loss
@@ -83,6 +84,7 @@ __all__ = [
     "ofd_loss",
     "ofd_margin",
     "pad_loss",
+    "pkd_loss",
     "pkt_loss",
     "rkd_angle_loss",
     "rkd_distance_loss",

@@ -32,6 +32,7 @@ from lkd.losses.nst import NST
 from lkd.losses.ofakd import OFAKD
 from lkd.losses.ofd import OFD
 from lkd.losses.pad import PAD
+from lkd.losses.pkd import PKD
 from lkd.losses.pkt import PKT
 from lkd.losses.reviewkd import ReviewKD
 from lkd.losses.rkd import RKD
@@ -74,6 +75,7 @@ __all__ = [
     "OFAKD",
     "OFD",
     "PAD",
+    "PKD",
     "PKT",
     "RKD",
     "RLD",

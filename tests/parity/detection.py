@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lkd.losses import AT, MGD, FitNet
+from lkd.losses import AT, MGD, PKD, FitNet
 from tests.parity.tools import Hyper, Values, built, layers, terms
 
 
@@ -26,6 +26,13 @@ def _parameters(inputs: Values, **names: str) -> Values:
         if kind == "params":
             given[f"{names[part]}.{rest}"] = value
     return given
+
+
+def _pkd(inputs: Values, hyper: Hyper) -> Values:
+    named = _named(inputs)
+    criterion = built(PKD(*layers(named), resize_student=bool(hyper["resize_student"])), named)
+    loss = terms(criterion, named)["loss"]
+    return {"loss": loss, "loss.crosskd": loss}
 
 
 def _mgd(inputs: Values, hyper: Hyper) -> Values:
@@ -51,6 +58,7 @@ def _at(inputs: Values, hyper: Hyper) -> Values:
 
 
 METHODS: dict[str, Callable[[Values, Hyper], Values]] = {
+    "pkd": _pkd,
     "mgd_dense": _mgd,
     "fitnet_dense": _fitnet,
     "at_dense": _at,
