@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lkd.losses import AT, MGD, PKD, FitNet
+import torch
+
+from lkd import Batch
+from lkd.losses import AT, FGD, MGD, PKD, FitNet
 from tests.parity.tools import Hyper, Values, built, layers, terms
 
 
@@ -23,7 +26,7 @@ def _parameters(inputs: Values, **names: str) -> Values:
     for key, value in inputs.items():
         kind, _, name = key.partition(".")
         part, _, rest = name.partition(".")
-        if kind == "params":
+        if kind == "params" and part in names:
             given[f"{names[part]}.{rest}"] = value
     return given
 
@@ -57,7 +60,30 @@ def _at(inputs: Values, hyper: Hyper) -> Values:
     return {"loss": loss, "loss.mmrazor": loss}
 
 
+def _fgd(inputs: Values, hyper: Hyper) -> Values:
+    """The bias before the softmax, which changes nothing, is left out."""
+    named = _named(inputs)
+    parts = {"align": "aligners.0"}
+    for network in ("student", "teacher"):
+        parts |= {f"channel_add_conv_{network[0]}": f"{network}_blocks.0.transform"}
+    given = _parameters(inputs, **parts)
+    for network in ("student", "teacher"):
+        given[f"{network}_blocks.0.scores.weight"] = inputs[f"params.conv_mask_{network[0]}.weight"]
+    height, width = (int(size) for size in hyper["image_size"])
+    images = [torch.zeros(3, height, width)] * len(inputs["student"])
+    boxes = [{"boxes": inputs[f"boxes.{number}"]} for number in range(len(images))]
+    weights = {"foreground": "alpha", "background": "beta", "attention": "gamma", "relation": "lambda"}
+
+    def found(**weights: float) -> Values:
+        criterion = FGD(*layers(named), **weights, temperature=hyper["temperature"])
+        return terms(built(criterion, named), named, batch=Batch(images, boxes), **given)
+
+    published = found(**{f"{name}_weight": hyper[key] for name, key in weights.items()})
+    return {**found(**{f"{name}_weight": 1.0 for name in weights}), "loss": published["loss"]}
+
+
 METHODS: dict[str, Callable[[Values, Hyper], Values]] = {
+    "fgd": _fgd,
     "pkd": _pkd,
     "mgd_dense": _mgd,
     "fitnet_dense": _fitnet,

@@ -1,11 +1,44 @@
 """Criteria of detectors' features and heads."""
 
-from lkd.losses import PKD
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lkd import Batch
+from lkd.losses import FGD, PKD
 from tests.losses.cases.base import FeatureCase
 
 LAYERS = (["a", "b"], ["c", "d"])
 
+
+class _Boxed(FGD):
+    """Each image has two boxes, in or outside of the image, or around it, by its position in the data set."""
+
+    BOXES = (
+        [[4.0, 4.0, 20.0, 12.0], [8.0, 2.0, 16.0, 30.0]],
+        [[-3.0, -3.0, 40.0, 33.0], [1.0, 1.0, 2.0, 2.0]],
+        [[30.0, 10.0, 32.0, 11.5], [50.0, 50.0, 60.0, 60.0]],
+        [[50.0, 50.0, 60.0, 60.0], [50.0, 50.0, 60.0, 60.0]],
+    )
+
+    def boxes(self, batch: Batch) -> tuple[list[Tensor], tuple[int, int]]:
+        return list(torch.tensor(self.BOXES)[batch.index % 4]), (32, 32)
+
+
 CASES = {
+    "FGD": FeatureCase(
+        lambda: FGD(*LAYERS),
+        student={"a": (4, 8, 8), "b": (6, 4, 4)},
+        teacher={"c": (4, 8, 8), "d": (5, 6, 4)},
+        batch_mean=True,
+    ),
+    "FGD-boxes": FeatureCase(
+        lambda: _Boxed(*LAYERS, temperature=0.8),
+        student={"a": (4, 8, 8), "b": (6, 4, 4)},
+        teacher={"c": (4, 8, 8), "d": (5, 6, 4)},
+        batch_mean=True,
+    ),
     "PKD": FeatureCase(
         lambda: PKD(*LAYERS),
         student={"a": (4, 8, 8), "b": (6, 4, 4)},
