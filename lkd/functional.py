@@ -14,6 +14,7 @@ from lkd.losses.deit import deit_loss
 from lkd.losses.dist import dist_loss
 from lkd.losses.distplus import channel_relation_loss, spatial_relation_loss
 from lkd.losses.dkd import dkd_loss, nckd_loss, tckd_loss
+from lkd.losses.fbkd import fbkd_feature_loss
 from lkd.losses.fgd import fgd_attention_loss, fgd_feature_loss, fgd_masks
 from lkd.losses.fsp import fsp_loss, fsp_matrix
 from lkd.losses.ft import ft_loss
@@ -63,6 +64,7 @@ __all__ = [
     "deit_loss",
     "dist_loss",
     "dkd_loss",
+    "fbkd_feature_loss",
     "feature_matching_loss",
     "fgd_attention_loss",
     "fgd_feature_loss",

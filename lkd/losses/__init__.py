@@ -15,6 +15,7 @@ from lkd.losses.deit import DeiT
 from lkd.losses.dist import DIST
 from lkd.losses.distplus import DISTPlus
 from lkd.losses.dkd import DKD
+from lkd.losses.fbkd import FBKD
 from lkd.losses.fgd import FGD
 from lkd.losses.fitnet import FitNet
 from lkd.losses.fsp import FSP
@@ -63,6 +64,7 @@ __all__ = [
     "CTKD",
     "DIST",
     "DKD",
+    "FBKD",
     "FGD",
     "FSP",
     "FT",

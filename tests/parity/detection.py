@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from lkd import Batch
-from lkd.losses import AT, FGD, MGD, PKD, FitNet
+from lkd.losses import AT, FBKD, FGD, MGD, PKD, FitNet
 from tests.parity.tools import Hyper, Values, built, layers, terms
 
 
@@ -60,6 +60,42 @@ def _at(inputs: Values, hyper: Hyper) -> Values:
     return {"loss": loss, "loss.mmrazor": loss}
 
 
+def _fbkd(inputs: Values, hyper: Hyper) -> Values:
+    """mmrazor pools twice, which is to pool by twice the size; a term by itself has the weight 1."""
+    named = _named(inputs)
+    parts = {
+        "student.channel_wise_adaptation": "channel",
+        "student.spatial_wise_adaptation": "spatial",
+        "student.adaptation_layers": "feature",
+        "student.non_local_adaptation": "nonlocal_map",
+    }
+    for network in ("student", "teacher"):
+        block = f"{network}.{network}_non_local"
+        names = {"g.conv": "values", "theta.conv": "theta", "phi.conv": "phi", "conv_out.conv": "out"}
+        parts |= {f"{block}.{part}": f"{network}_block.{own}" for part, own in names.items()}
+        parts |= {f"{block}.conv_out.bn.weight": f"{network}_block.gain"}
+        parts |= {f"{block}.conv_out.bn.bias": f"{network}_block.bias"}
+    given = {}
+    for part, own in parts.items():
+        prefix = f"params.{part}"
+        given |= {f"levels.0.{own}{key.removeprefix(prefix)}": inputs[key] for key in inputs if key.startswith(prefix)}
+    names = ("feature", "channel", "spatial", "nonlocal")
+
+    def found(pool: int, weights: dict[str, float]) -> Values:
+        settings = {"temperature": hyper["spatial_temperature"], "reduction": int(hyper["reduction"]), "pool": pool}
+        criterion = FBKD(*layers(named), **{f"{name}_weight": weights[name] for name in names}, **settings)
+        return terms(built(criterion, named), named, **given)
+
+    pool, published = int(hyper["pool"] or 1), {name: hyper[f"{name}_weight"] for name in names}
+    one = dict.fromkeys(names, 1.0)
+    return {
+        **found(pool, one),
+        "loss": found(pool, published)["loss"],
+        "loss.mmrazor": found(2 * pool, published)["loss"],
+        "nonlocal.mmrazor": found(2 * pool, one)["nonlocal"],
+    }
+
+
 def _fgd(inputs: Values, hyper: Hyper) -> Values:
     """The bias before the softmax, which changes nothing, is left out."""
     named = _named(inputs)
@@ -83,6 +119,7 @@ def _fgd(inputs: Values, hyper: Hyper) -> Values:
 
 
 METHODS: dict[str, Callable[[Values, Hyper], Values]] = {
+    "fbkd": _fbkd,
     "fgd": _fgd,
     "pkd": _pkd,
     "mgd_dense": _mgd,

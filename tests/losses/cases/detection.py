@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lkd import Batch
-from lkd.losses import FGD, PKD
+from lkd.losses import FBKD, FGD, PKD
 from tests.losses.cases.base import FeatureCase
 
 LAYERS = (["a", "b"], ["c", "d"])
@@ -27,6 +27,11 @@ class _Boxed(FGD):
 
 
 CASES = {
+    "FBKD": FeatureCase(
+        lambda: FBKD(*LAYERS, feature_weight=1e-3, nonlocal_weight=1e-3, reduction=[4, 2], pool=[4, 1]),
+        student={"a": (4, 8, 8), "b": (6, 4, 4)},
+        teacher={"c": (4, 8, 8), "d": (5, 6, 4)},
+    ),
     "FGD": FeatureCase(
         lambda: FGD(*LAYERS),
         student={"a": (4, 8, 8), "b": (6, 4, 4)},
