@@ -22,6 +22,7 @@ from lkd.losses.ickd import ickd_loss
 from lkd.losses.kd import kd_loss
 from lkd.losses.kdsvd import kdsvd_loss
 from lkd.losses.kta import affinity_loss, kta_loss
+from lkd.losses.ld import ld_loss
 from lkd.losses.logit_mse import logit_mse_loss
 from lkd.losses.logit_standardization import standardize
 from lkd.losses.mgd import mgd_loss
@@ -77,6 +78,7 @@ __all__ = [
     "kd_loss",
     "kdsvd_loss",
     "kta_loss",
+    "ld_loss",
     "logit_mse_loss",
     "mgd_loss",
     "mixture_loss",

@@ -24,6 +24,7 @@ from lkd.losses.ickd import ICKD
 from lkd.losses.kd import KD
 from lkd.losses.kdsvd import KDSVD
 from lkd.losses.kta import KTA
+from lkd.losses.ld import LD
 from lkd.losses.logit_mse import LogitMSE
 from lkd.losses.logit_standardization import LogitStandardization
 from lkd.losses.mgd import MGD
@@ -72,6 +73,7 @@ __all__ = [
     "KD",
     "KDSVD",
     "KTA",
+    "LD",
     "MGD",
     "MLKD",
     "NKD",

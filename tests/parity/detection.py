@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from lkd import Batch
-from lkd.losses import AT, FBKD, FGD, MGD, PKD, FitNet
+from lkd.losses import AT, FBKD, FGD, LD, MGD, PKD, FitNet
 from tests.parity.tools import Hyper, Values, built, layers, terms
 
 
@@ -118,9 +118,23 @@ def _fgd(inputs: Values, hyper: Hyper) -> Values:
     return {**found(**{f"{name}_weight": 1.0 for name in weights}), "loss": published["loss"]}
 
 
+def _ld(inputs: Values, hyper: Hyper) -> Values:
+    """The fixture has rows, and the weights themselves; CrossKD's sum over the bins has a constant in the divisor."""
+    named = {
+        "student_features.0": inputs["student"].T[None, :, :, None],
+        "student_features.1": inputs["weight"].logit()[None, None, :, None],
+        "teacher_features.0": inputs["teacher"].T[None, :, :, None],
+    }
+    criterion = LD(["a"], ["c"], ["b"], temperature=hyper["temperature"], avg_factor=hyper["avg_factor"])
+    loss = terms(built(criterion, named), named)["loss"]
+    factor = (hyper["reg_max"] + 1) * hyper["avg_factor"] / (hyper["avg_factor"] + torch.finfo(torch.float32).eps)
+    return {"loss": loss, "weighted": hyper["weight"] * loss, "loss.crosskd_sum": factor * loss}
+
+
 METHODS: dict[str, Callable[[Values, Hyper], Values]] = {
     "fbkd": _fbkd,
     "fgd": _fgd,
+    "ld": _ld,
     "pkd": _pkd,
     "mgd_dense": _mgd,
     "fitnet_dense": _fitnet,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lkd import Batch
-from lkd.losses import FBKD, FGD, PKD
+from lkd.losses import FBKD, FGD, LD, PKD
 from tests.losses.cases.base import FeatureCase
 
 LAYERS = (["a", "b"], ["c", "d"])
@@ -42,6 +42,18 @@ CASES = {
         lambda: _Boxed(*LAYERS, temperature=0.8),
         student={"a": (4, 8, 8), "b": (6, 4, 4)},
         teacher={"c": (4, 8, 8), "d": (5, 6, 4)},
+        batch_mean=True,
+    ),
+    "LD": FeatureCase(
+        lambda: LD(["a", "b"], ["c", "d"], ["p", "q"]),
+        student={"a": (4 * 3, 8, 8), "b": (4 * 5, 4, 4), "p": (3, 8, 8), "q": (3, 4, 4)},
+        teacher={"c": (4 * 3, 8, 8), "d": (4 * 5, 4, 4)},
+        batch_mean=True,
+    ),
+    "LD-sizes": FeatureCase(
+        lambda: LD(["a"], ["c"], ["p"], temperature=1.0, avg_factor=16.0),
+        student={"a": (4 * 3, 4, 8), "p": (3, 2, 2)},
+        teacher={"c": (4 * 3, 8, 6)},
         batch_mean=True,
     ),
     "PKD": FeatureCase(
