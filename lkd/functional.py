@@ -9,6 +9,7 @@ from lkd.losses.backbonekd import feature_matching_loss
 from lkd.losses.catkd import catkd_loss, class_activation_maps
 from lkd.losses.cc import cc_loss, cc_neighbour_loss
 from lkd.losses.crd import crd_loss
+from lkd.losses.crosskd import crosskd_aligned, crosskd_box_loss, crosskd_class_loss
 from lkd.losses.cskd import cskd_loss
 from lkd.losses.deit import deit_loss
 from lkd.losses.dist import dist_loss
@@ -61,6 +62,9 @@ __all__ = [
     "channel_relation_loss",
     "class_activation_maps",
     "crd_loss",
+    "crosskd_aligned",
+    "crosskd_box_loss",
+    "crosskd_class_loss",
     "cskd_loss",
     "deit_loss",
     "dist_loss",

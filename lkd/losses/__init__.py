@@ -9,6 +9,7 @@ from lkd.losses.catkd import CATKD
 from lkd.losses.cc import CC
 from lkd.losses.composite import CompositeLoss, WeightedSum
 from lkd.losses.crd import CRD
+from lkd.losses.crosskd import CrossKD
 from lkd.losses.cskd import CSKD
 from lkd.losses.ctkd import CTKD, InstanceCTKD
 from lkd.losses.deit import DeiT
@@ -97,6 +98,7 @@ __all__ = [
     "WTTM",
     "BackboneKD",
     "CompositeLoss",
+    "CrossKD",
     "DISTPlus",
     "DeiT",
     "DistillLoss",

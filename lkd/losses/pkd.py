@@ -16,9 +16,41 @@ from lkd.losses.base import DistillLoss, total
 from lkd.types import Batch, Outputs, Probe
 
 
-def _standardized(feature: Tensor, eps: float) -> Tensor:
-    """Return a map whose channels have mean 0 and standard deviation 1 over batch and pixels."""
+def moments(owner: str, feature: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the unbiased standard deviation and the mean of each channel over batch and pixels.
+
+    Args:
+        owner: Name of the function that calls this one, for the error message.
+        feature: Feature map `(B, C, H, W)`.
+
+    Returns:
+        Standard deviations and means `(1, C, 1, 1)`.
+
+    Raises:
+        ValueError: If a channel has a single value.
+    """
+    values = feature[:, 0].numel()
+    if values < 2:
+        raise ValueError(f"{owner} requires at least 2 values in each channel, got {values}; use larger maps")
     std, mean = torch.std_mean(feature, dim=(0, 2, 3), keepdim=True)
+    return std, mean
+
+
+def standardized(owner: str, feature: Tensor, eps: float) -> Tensor:
+    """Standardize the channels of a map: mean 0 and standard deviation 1 over batch and pixels.
+
+    Args:
+        owner: Name of the function that calls this one, for the error message.
+        feature: Feature map `(B, C, H, W)`.
+        eps: Constant added to the standard deviations.
+
+    Returns:
+        Feature map `(B, C, H, W)`.
+
+    Raises:
+        ValueError: If a channel has a single value.
+    """
+    std, mean = moments(owner, feature)
     return (feature - mean) / (std + eps)
 
 
@@ -53,10 +85,8 @@ def pkd_loss(student_feature: Tensor, teacher_feature: Tensor, eps: float = 1e-6
         >>> pkd_loss(5 * feature + 1, feature).item() < 1e-6
         True
     """
-    values = student_feature[:, 0].numel()
-    if values < 2:
-        raise ValueError(f"pkd_loss requires at least 2 values in each channel, got {values}; use larger maps")
-    return F.mse_loss(_standardized(student_feature, eps), _standardized(teacher_feature, eps)) / 2
+    student, teacher = (standardized("pkd_loss", feature, eps) for feature in (student_feature, teacher_feature))
+    return F.mse_loss(student, teacher) / 2
 
 
 class PKD(DistillLoss):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from lkd import Batch
+from lkd import functional as KF
 from lkd.losses import AT, FBKD, FGD, LD, MGD, PKD, FitNet
 from tests.parity.tools import Hyper, Values, built, layers, terms
 
@@ -131,7 +133,24 @@ def _ld(inputs: Values, hyper: Hyper) -> Values:
     return {"loss": loss, "weighted": hyper["weight"] * loss, "loss.crosskd_sum": factor * loss}
 
 
+def _crosskd(inputs: Values, hyper: Hyper) -> Values:
+    """What the heads predict is given, and which positions count."""
+
+    def rows(name: str) -> Tensor:
+        return inputs[name].movedim(1, 3).flatten(0, 2)
+
+    weight = inputs["label_weights"].flatten()
+    logits = rows("student_cls"), rows("teacher_cls")
+    quality = logits[1].amax(1).sigmoid() * (weight != 0)
+    cls = KF.crosskd_class_loss(*logits, weight, hyper["beta"], hyper["avg_factor"])
+    reg = KF.crosskd_box_loss(rows("student_reg"), rows("teacher_reg"), quality, hyper["temperature"])
+    aligned = KF.crosskd_aligned(inputs["student_feature"], inputs["teacher_feature"])
+    terms = {"cls": hyper["cls_weight"] * cls, "reg": hyper["reg_weight"] * reg}
+    return {**terms, "loss": terms["cls"] + terms["reg"], "aligned": aligned}
+
+
 METHODS: dict[str, Callable[[Values, Hyper], Values]] = {
+    "crosskd": _crosskd,
     "fbkd": _fbkd,
     "fgd": _fgd,
     "ld": _ld,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lkd import Batch
-from lkd.losses import FBKD, FGD, LD, PKD
+from lkd.losses import FBKD, FGD, LD, PKD, CrossKD
 from tests.losses.cases.base import FeatureCase
 
 LAYERS = (["a", "b"], ["c", "d"])
@@ -26,7 +26,34 @@ class _Boxed(FGD):
         return list(torch.tensor(self.BOXES)[batch.index % 4]), (32, 32)
 
 
+def _heads() -> nn.Module:
+    """A detector's heads: one for classes, one for boxes."""
+    network = nn.Module()
+    network.norm = nn.Sequential(nn.Conv2d(5, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+    network.classes = nn.Sequential(network.norm, nn.Conv2d(6, 3, 1)).eval()
+    network.boxes = nn.Conv2d(5, 4 * 4, 3, padding=1)
+    return network
+
+
 CASES = {
+    "CrossKD": FeatureCase(
+        lambda: CrossKD(*LAYERS, "classes", teacher_box_head="boxes"),
+        student={"a": (5, 8, 8), "b": (6, 4, 4)},
+        teacher={"c": (5, 8, 8), "d": (5, 6, 4)},
+        teacher_network=_heads,
+    ),
+    "CrossKD-branches": FeatureCase(
+        lambda: CrossKD(["a"], ["c"], "classes", ["b"], ["d"], "boxes", beta=2.0, temperature=2.0),
+        student={"a": (5, 8, 8), "b": (5, 8, 8)},
+        teacher={"c": (5, 8, 8), "d": (5, 8, 8)},
+        teacher_network=_heads,
+    ),
+    "CrossKD-classes": FeatureCase(
+        lambda: CrossKD(["a"], ["c"], "classes"),
+        student={"a": (4, 8, 8)},
+        teacher={"c": (5, 8, 8)},
+        teacher_network=_heads,
+    ),
     "FBKD": FeatureCase(
         lambda: FBKD(*LAYERS, feature_weight=1e-3, nonlocal_weight=1e-3, reduction=[4, 2], pool=[4, 1]),
         student={"a": (4, 8, 8), "b": (6, 4, 4)},
