@@ -108,10 +108,15 @@ def _method_page(name: str, kind: type, text: dict[str, object]) -> str:
         f"**Idea.** {text['idea']}",
         "| | |\n|---|---|\n" + "\n".join(f"| {label} | {value} |" for label, value in _facts(name, kind).items()),
         "## Use it",
-        f"```console\n{_command(overlays[0])}\n```",
-        f"`configs/{overlays[0]}.yaml`:",
-        f"```yaml\n{(ROOT / 'configs' / f'{overlays[0]}.yaml').read_text()}```",
     ]
+    if overlays:
+        lines += [
+            f"```console\n{_command(overlays[0])}\n```",
+            f"`configs/{overlays[0]}.yaml`:",
+            f"```yaml\n{(ROOT / 'configs' / f'{overlays[0]}.yaml').read_text()}```",
+        ]
+    else:
+        lines.append(f"From Python: `lkd.DistillModule(student, teacher, criterion=lkd.losses.{name}(...))`.")
     if others := [f"`{overlay}`" for overlay in overlays[1:]]:
         lines.append(f"Other configs: {', '.join(others)}.")
     if text["differences"]:

@@ -9,17 +9,21 @@ from lkd.losses.backbonekd import feature_matching_loss
 from lkd.losses.catkd import catkd_loss, class_activation_maps
 from lkd.losses.cc import cc_loss, cc_neighbour_loss
 from lkd.losses.crd import crd_loss
+from lkd.losses.crosskd import crosskd_aligned, crosskd_box_loss, crosskd_class_loss
 from lkd.losses.cskd import cskd_loss
 from lkd.losses.deit import deit_loss
 from lkd.losses.dist import dist_loss
 from lkd.losses.distplus import channel_relation_loss, spatial_relation_loss
 from lkd.losses.dkd import dkd_loss, nckd_loss, tckd_loss
+from lkd.losses.fbkd import fbkd_feature_loss
+from lkd.losses.fgd import fgd_attention_loss, fgd_feature_loss, fgd_masks
 from lkd.losses.fsp import fsp_loss, fsp_matrix
 from lkd.losses.ft import ft_loss
 from lkd.losses.ickd import ickd_loss
 from lkd.losses.kd import kd_loss
 from lkd.losses.kdsvd import kdsvd_loss
 from lkd.losses.kta import affinity_loss, kta_loss
+from lkd.losses.ld import ld_loss
 from lkd.losses.logit_mse import logit_mse_loss
 from lkd.losses.logit_standardization import standardize
 from lkd.losses.mgd import mgd_loss
@@ -30,6 +34,7 @@ from lkd.losses.nst import nst_loss
 from lkd.losses.ofakd import ofa_loss
 from lkd.losses.ofd import ofd_loss, ofd_margin
 from lkd.losses.pad import pad_loss
+from lkd.losses.pkd import pkd_loss
 from lkd.losses.pkt import pkt_loss
 from lkd.losses.reviewkd import hcl_loss
 from lkd.losses.rkd import rkd_angle_loss, rkd_distance_loss
@@ -57,11 +62,18 @@ __all__ = [
     "channel_relation_loss",
     "class_activation_maps",
     "crd_loss",
+    "crosskd_aligned",
+    "crosskd_box_loss",
+    "crosskd_class_loss",
     "cskd_loss",
     "deit_loss",
     "dist_loss",
     "dkd_loss",
+    "fbkd_feature_loss",
     "feature_matching_loss",
+    "fgd_attention_loss",
+    "fgd_feature_loss",
+    "fgd_masks",
     "fsp_loss",
     "fsp_matrix",
     "ft_loss",
@@ -70,6 +82,7 @@ __all__ = [
     "kd_loss",
     "kdsvd_loss",
     "kta_loss",
+    "ld_loss",
     "logit_mse_loss",
     "mgd_loss",
     "mixture_loss",
@@ -83,6 +96,7 @@ __all__ = [
     "ofd_loss",
     "ofd_margin",
     "pad_loss",
+    "pkd_loss",
     "pkt_loss",
     "rkd_angle_loss",
     "rkd_distance_loss",

@@ -19,7 +19,7 @@ PARITY_OF = {"logit_std_kd": "LogitStandardization", "ctkd_global": "CTKD", "pad
 PARITY_OF |= {"ofa": "OFAKD", "deit_hard": "DeiT"}
 TRAINED = {"SimKDModule": "tests/modules/test_simkd.py", "DOTModule": "tests/modules/test_dot.py"}
 """Modules to the files whose `test_module_is_a_plain_loop` trains them beside the original's loop, written out."""
-COMPARED = {"OFAKD": "`ofa_loss`", "DeiT": "hard"} | dict.fromkeys(TRAINED, "a training")
+COMPARED = {"OFAKD": "`ofa_loss`", "DeiT": "hard", "CrossKD": "its functions"} | dict.fromkeys(TRAINED, "a training")
 """What is compared, where it is not the whole method."""
 
 
@@ -61,7 +61,8 @@ def reads(kind: type) -> str:
     words += ["sample indices"] if kind.needs_index is True else []
     words += [f"{kind.num_views} views"] if isinstance(kind.num_views, int) and kind.num_views > 1 else []
     words += ["no teacher"] if kind.needs_teacher is False else []
-    return ", ".join(dict.fromkeys(words)) or "what its criterion reads"
+    unknown = "named layers" if "student_layers" in parameters else "what its criterion reads"
+    return ", ".join(dict.fromkeys(words)) or unknown
 
 
 def configs(name: str) -> list[str]:

@@ -14,6 +14,10 @@ from tests.method_table import TRAINED, configs, equal, methods, paper, table
 ROOT = Path(__file__).parent.parent
 
 
+DENSE = {"CrossKD", "FBKD", "FGD", "LD", "PKD"}
+"""Methods of dense prediction without an overlay: no task in lkd trains a detector or segments images yet."""
+
+
 def test_every_method_has_a_row_and_a_text() -> None:
     texts = yaml.safe_load((ROOT / "docs/methods.yaml").read_text())
     assert set(texts) == set(methods())
@@ -24,7 +28,7 @@ def test_every_method_has_a_row_and_a_text() -> None:
 
 @pytest.mark.parametrize("name", methods())
 def test_every_method_has_config_and_paper(name: str) -> None:
-    assert configs(name), f"no file in configs/ names {name}"
+    assert name in DENSE or configs(name), f"no file in configs/ names {name}"
     assert paper(methods()[name])
 
 

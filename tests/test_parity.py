@@ -14,12 +14,26 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.parity import adaptation, boundary, feature, flow, head, logit, masked, regression, relation, review, views
+from tests.parity import (
+    adaptation,
+    boundary,
+    detection,
+    feature,
+    flow,
+    head,
+    logit,
+    masked,
+    regression,
+    relation,
+    review,
+    views,
+)
 
 FOLDER = Path(os.environ.get("LKD_FIXTURES", Path(__file__).parent / "reference"))
 METHODS = {
     **adaptation.METHODS,
     **boundary.METHODS,
+    **detection.METHODS,
     **feature.METHODS,
     **flow.METHODS,
     **head.METHODS,

@@ -9,12 +9,15 @@ from lkd.losses.catkd import CATKD
 from lkd.losses.cc import CC
 from lkd.losses.composite import CompositeLoss, WeightedSum
 from lkd.losses.crd import CRD
+from lkd.losses.crosskd import CrossKD
 from lkd.losses.cskd import CSKD
 from lkd.losses.ctkd import CTKD, InstanceCTKD
 from lkd.losses.deit import DeiT
 from lkd.losses.dist import DIST
 from lkd.losses.distplus import DISTPlus
 from lkd.losses.dkd import DKD
+from lkd.losses.fbkd import FBKD
+from lkd.losses.fgd import FGD
 from lkd.losses.fitnet import FitNet
 from lkd.losses.fsp import FSP
 from lkd.losses.ft import FT
@@ -22,6 +25,7 @@ from lkd.losses.ickd import ICKD
 from lkd.losses.kd import KD
 from lkd.losses.kdsvd import KDSVD
 from lkd.losses.kta import KTA
+from lkd.losses.ld import LD
 from lkd.losses.logit_mse import LogitMSE
 from lkd.losses.logit_standardization import LogitStandardization
 from lkd.losses.mgd import MGD
@@ -33,6 +37,7 @@ from lkd.losses.ofakd import OFAKD
 from lkd.losses.ofd import OFD
 from lkd.losses.pad import PAD
 from lkd.losses.perpixel import PerPixel
+from lkd.losses.pkd import PKD
 from lkd.losses.pkt import PKT
 from lkd.losses.reviewkd import ReviewKD
 from lkd.losses.rkd import RKD
@@ -62,12 +67,15 @@ __all__ = [
     "CTKD",
     "DIST",
     "DKD",
+    "FBKD",
+    "FGD",
     "FSP",
     "FT",
     "ICKD",
     "KD",
     "KDSVD",
     "KTA",
+    "LD",
     "MGD",
     "MLKD",
     "NKD",
@@ -75,6 +83,7 @@ __all__ = [
     "OFAKD",
     "OFD",
     "PAD",
+    "PKD",
     "PKT",
     "RKD",
     "RLD",
@@ -90,6 +99,7 @@ __all__ = [
     "WTTM",
     "BackboneKD",
     "CompositeLoss",
+    "CrossKD",
     "DISTPlus",
     "DeiT",
     "DistillLoss",

@@ -42,6 +42,16 @@ def pooled_to(feature: Tensor, size: tuple[int, int], pooling: Pooling = "mean")
     return F.adaptive_avg_pool2d(feature, size) if pooling == "mean" else F.adaptive_max_pool2d(feature, size)
 
 
+def aligner(in_channels: int, out_channels: int) -> nn.Module:
+    """Create a 1x1 convolution where the numbers of channels differ, and the identity where they are equal.
+
+    Args:
+        in_channels: Number of channels of the student's feature.
+        out_channels: Number of channels of the teacher's feature.
+    """
+    return nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+
 def projection(in_channels: int, out_channels: int) -> nn.Sequential:
     """Create a 1x1 convolution without bias, followed by BatchNorm.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -93,3 +94,21 @@ def check_dims(owner: str, dims: int, **features: Tensor) -> None:
             raise ValueError(
                 f"{owner} reads {forms[dims]}, but the {name} layer returns {tuple(feature.shape)}; use another layer"
             )
+
+
+def layer_list(name: str, layers: Sequence[str]) -> tuple[str, ...]:
+    """Check that layers are given as a list.
+
+    Args:
+        name: Name of the argument, for the error message.
+        layers: Layer names.
+
+    Returns:
+        The names as a tuple.
+
+    Raises:
+        TypeError: If they are a single string.
+    """
+    if isinstance(layers, str):
+        raise TypeError(f"{name} must be a list of layer names, got {layers!r}; use [{layers!r}]")
+    return tuple(layers)

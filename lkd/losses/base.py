@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lkd._moved import former_members
 from lkd.features.layers import resolve_layers
-from lkd.losses._checks import check_dims
+from lkd.losses._checks import check_dims, layer_list
 from lkd.types import Batch, Outputs, Probe
 
 RESERVED = ("hard", "loss", "acc", "teacher_acc", "agreement")
@@ -90,11 +90,8 @@ class DistillLoss(nn.Module, ABC):
 
     def __init__(self, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()) -> None:
         super().__init__()
-        for name, layers in (("student_layers", student_layers), ("teacher_layers", teacher_layers)):
-            if isinstance(layers, str):
-                raise TypeError(f"{name} must be a list of layer names, got {layers!r}; use [{layers!r}]")
-        self.student_layers = tuple(student_layers)
-        self.teacher_layers = tuple(teacher_layers)
+        self.student_layers = layer_list("student_layers", student_layers)
+        self.teacher_layers = layer_list("teacher_layers", teacher_layers)
 
     @property
     def name(self) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
+from lkd.losses._dense import interpolated
 from lkd.losses._precision import mse
 from lkd.losses.base import DistillLoss, total
 from lkd.types import Batch, Outputs, Probe
@@ -35,39 +37,56 @@ class FitNet(DistillLoss):
 
     $$ \frac{1}{BCHW} \lVert r(F_s) - F_t \rVert^2 $$
 
-    The regressor r, a convolution with BatchNorm and ReLU, is trained with the student. The convolution is 3x3 with
-    stride 2 if the student's map is twice as large as the teacher's, transposed if it is half as large, and otherwise
-    has the kernel size that yields the size of the teacher's map.
+    The regressor r is trained with the student. By default, it is a convolution with BatchNorm and ReLU. The
+    convolution is 3x3 with stride 2 if the student's map is twice as large as the teacher's, transposed if it is half
+    as large, and otherwise has the kernel size that yields the size of the teacher's map. For dense prediction, where
+    images have various sizes, `regressor="conv"` is a 1x1 convolution without bias, after the student's map is
+    interpolated to the size of the teacher's.
 
     Args:
         student_layers: Student layers whose feature maps are compared; the losses are summed.
         teacher_layers: Teacher layers, one for each student layer.
+        regressor: `conv_bn_relu` or `conv`.
 
     Raises:
-        ValueError: At the start of training, if a layer does not return a feature map, or if the student's map is
-            smaller than the teacher's and not exactly half as large.
+        ValueError: If `regressor` is neither of the two. At the start of training, if a layer does not return a feature
+            map, or if the student's map is smaller than the teacher's and not exactly half as large for `conv_bn_relu`.
 
     References:
         Romero et al.: FitNets: Hints for Thin Deep Nets, ICLR 2015 (arXiv 1412.6550). The paper uses half the squared
         norm and trains the hint layers before the rest of the network. The regressor and the mean over all elements
         follow the CIFAR-100 benchmark (Tian et al., arXiv 1910.10699), which uses the second stage and the weight 100,
-        together with the cross-entropy.
+        together with the cross-entropy. The 1x1 convolution follows a benchmark of segmentation (Yang et al., arXiv
+        2204.06986), which uses the last feature map and the weight 10 on Cityscapes.
     """
 
     reads_logits = False
 
     def __init__(
-        self, student_layers: Sequence[str] = ("@stage2",), teacher_layers: Sequence[str] = ("@stage2",)
+        self,
+        student_layers: Sequence[str] = ("@stage2",),
+        teacher_layers: Sequence[str] = ("@stage2",),
+        regressor: Literal["conv_bn_relu", "conv"] = "conv_bn_relu",
     ) -> None:
         super().__init__(student_layers, teacher_layers)
+        if regressor not in ("conv_bn_relu", "conv"):
+            raise ValueError(f"regressor must be 'conv_bn_relu' or 'conv', got {regressor!r}")
+        self.regressor = regressor
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Create the regressors."""
         pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
-        self.regressors = nn.ModuleList(_regressor(ours, theirs) for ours, theirs in pairs)
+        if self.regressor == "conv":
+            channels = [(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs]
+            self.regressors = nn.ModuleList(nn.Conv2d(*pair, kernel_size=1, bias=False) for pair in channels)
+        else:
+            self.regressors = nn.ModuleList(_regressor(ours, theirs) for ours, theirs in pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the mean squared error between regressed and teacher features, summed over the layers."""
-        pairs = zip(self.regressors, self.pairs(student, teacher), strict=True)
-        losses = [mse(regressor(ours), theirs) for regressor, (ours, theirs) in pairs]
+        losses = []
+        for regress, (ours, theirs) in zip(self.regressors, self.pairs(student, teacher), strict=True):
+            height, width = theirs.shape[2:]
+            own = interpolated(ours, (height, width)) if self.regressor == "conv" else ours
+            losses.append(mse(regress(own), theirs))
         return total(losses)

@@ -146,6 +146,17 @@ def test_mgd_masks_whole_channels_anew_each_step() -> None:
     assert not torch.equal(*masked)
 
 
+def test_mgd_masks_whole_pixels() -> None:
+    student, teacher = _answers(_features(8, 5, 20, 20), _features(8, 5, 20, 20, seed=1))
+    criterion = _built(MGD(["a"], ["c"], mask_ratio=0.65, mask="pixels"), student, teacher)
+    seen: list[Tensor] = []
+    criterion.generators[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    criterion(student, teacher, BATCH)
+    masked = seen[0] == 0
+    assert torch.equal(masked.any(1), masked.all(1))
+    assert masked.double().mean().item() == pytest.approx(0.65, abs=0.03)
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -157,6 +168,8 @@ def test_mgd_masks_whole_channels_anew_each_step() -> None:
         (lambda: SRD(exponent=0.5), "exponent must be at least 1, got 0.5"),
         (lambda: SRD(temperature=0.0), "temperature must be greater than 0, got 0.0"),
         (lambda: MGD(mask_ratio=1.0), "mask_ratio must be at least 0 and less than 1, got 1.0"),
+        (lambda: MGD(mask="rows"), "mask must be 'channels' or 'pixels', got 'rows'"),
+        (lambda: FitNet(regressor="linear"), "regressor must be 'conv_bn_relu' or 'conv', got 'linear'"),
         (lambda: KTA(q=0.0), "q must be at least 1, got 0.0"),
         (lambda: KTA(affinity_weight=-1.0), "affinity_weight must not be negative, got -1.0"),
     ],

@@ -56,15 +56,21 @@ def _tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.rand(shape) < 0.5 if name == "masked" else torch.rand(shape) + 0.5
 
 
+SETTINGS: dict[str, Any] = {"image_sizes": [(8, 8), (8, 8)], "size": (4, 4)}
+"""Arguments without a default that are not tensors."""
+
+
 def _call(function: Callable[..., Any], shapes: dict[str, Any]) -> Tensor:
     """The function's value for tensors of the shapes; a list of shapes makes a list of tensors."""
-    result: Tensor = function(
+    settings = SETTINGS.keys() & inspect.signature(function).parameters.keys()
+    result: Tensor | tuple[Tensor, ...] = function(
+        **{name: SETTINGS[name] for name in settings},
         **{
             name: [_tensor(name, one) for one in shape] if isinstance(shape, list) else _tensor(name, shape)
             for name, shape in shapes.items()
-        }
+        },
     )
-    return result
+    return result if isinstance(result, Tensor) else torch.stack(result)
 
 
 def _correct(function: Callable[..., Any]) -> Iterator[tuple[dict[str, Shape], dict[str, Any]]]:

@@ -62,8 +62,16 @@ def built(
     return criterion.double().train()
 
 
-def terms(criterion: DistillLoss, inputs: Values, index: Tensor | None = None, **parameters: Tensor) -> Values:
+def terms(
+    criterion: DistillLoss,
+    inputs: Values,
+    index: Tensor | None = None,
+    batch: Batch | None = None,
+    **parameters: Tensor,
+) -> Values:
     """A built criterion's terms, and their sum as `loss`, with its parameters as given: name in `named_parameters()`.
+
+    The batch is made from the fixture's labels and the index, unless it is given.
 
     Raises:
         KeyError: If it has no such parameter, or one that is not given.
@@ -72,6 +80,6 @@ def terms(criterion: DistillLoss, inputs: Values, index: Tensor | None = None, *
     if names != set(parameters):
         raise KeyError(f"parameters are {sorted(names)}, given are {sorted(parameters)}")
     student, teacher = outputs(criterion, inputs)
-    batch = Batch(None, inputs.get("target"), index)
+    batch = batch or Batch(None, inputs.get("target"), index)
     found = named_terms("", functional_call(criterion, parameters, (student, teacher, batch)))
     return {**found, "loss": torch.stack(list(found.values())).sum()}

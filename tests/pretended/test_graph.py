@@ -26,7 +26,7 @@ from lkd.datamodules.transforms.color import ColorJitter
 from lkd.datamodules.transforms.erasing import Cutout, RandomErasing
 from lkd.datamodules.transforms.mixing import CutMix, Mixup
 from lkd.datamodules.transforms.views import ClassPartner, RotatedViews
-from lkd.losses import DistillLoss
+from lkd.losses import FBKD, FGD, LD, MGD, PKD, CrossKD, DistillLoss
 from lkd.schedules import CosineDecay
 from lkd.types import IGNORE_INDEX
 from tests.pretended.device import NAME
@@ -173,6 +173,32 @@ def test_several_groups_of_parameters(agree, distill) -> None:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     assert agree(module=lambda: distill(Groups)).captures == 1
+
+
+class Boxed(FGD):
+    """Each image has a box, which depends on its position in the data set."""
+
+    def boxes(self, batch: Batch) -> tuple[list[Tensor], tuple[int, int]]:
+        corner = batch.index.remainder(5).float()
+        return list(torch.stack([corner, corner / 2, corner + 2, corner + 3], 1)[:, None]), (8, 8)
+
+
+LAYERS = (["layer1", "layer2"], ["layer1", "layer2"])
+DETECTION: dict[str, Callable[[], DistillLoss]] = {
+    "CrossKD": lambda: CrossKD(["layer1"], ["layer1"], "layer2", teacher_box_head="layer2"),
+    "FBKD": lambda: FBKD(*LAYERS),
+    "FGD": lambda: FGD(*LAYERS),
+    "FGD-boxes": lambda: Boxed(*LAYERS),
+    "LD": lambda: LD(["layer1"], ["layer1"], ["layer2"]),
+    "MGD": lambda: MGD(*LAYERS, mask_ratio=0.65, mask="pixels"),
+    "PKD": lambda: PKD(*LAYERS),
+}
+
+
+@pytest.mark.parametrize("name", DETECTION)
+def test_criteria_of_detectors(name: str, agree, distill) -> None:
+    """They have no overlay, which tests/pretended/test_methods.py would train."""
+    assert agree(module=lambda: distill(criterion=DETECTION[name](), distill_weight=0.01)).captures == 1
 
 
 def test_clipped_gradients(agree) -> None:

@@ -3,6 +3,7 @@
 from tests.losses.cases import (
     adaptation,
     boundary,
+    detection,
     feature,
     flow,
     head,
@@ -18,6 +19,7 @@ from tests.losses.cases.base import FeatureCase
 CASES: dict[str, FeatureCase] = {
     **adaptation.CASES,
     **boundary.CASES,
+    **detection.CASES,
     **feature.CASES,
     **flow.CASES,
     **head.CASES,

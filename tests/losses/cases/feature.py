@@ -22,6 +22,12 @@ CASES = {
         teacher={"c": (5, 4, 4), "d": (7, 4, 4)},
         batch_mean=True,
     ),
+    "FitNet-conv": FeatureCase(
+        lambda: FitNet(*LAYERS, regressor="conv"),
+        student={"a": (4, 8, 8), "b": (6, 4, 4)},
+        teacher={"c": (5, 4, 4), "d": (7, 8, 6)},
+        batch_mean=True,
+    ),
     "NST": FeatureCase(
         lambda: NST(*LAYERS),
         student={"a": (4, 8, 8), "b": (6, 4, 4)},
