@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms.v2 import functional as TF
 
+from lkd.datamodules.batches import joined, without_labels
 from lkd.datamodules.classes import ClassIndex
 from lkd.datamodules.draws import IMAGE, VIEW, Draws, successive, uniform
 from lkd.datamodules.files import ImageBytes, ImageFiles
@@ -22,7 +23,7 @@ from lkd.datamodules.transforms.mixing import Mix
 from lkd.datamodules.transforms.views import View, Views
 from lkd.io.refused import said, shown
 from lkd.io.tensor_cache import fingerprint
-from lkd.types import IGNORE_INDEX, Batch, Mixed, Normalization
+from lkd.types import Batch, Normalization
 
 _TRIES = 10
 _MODES = {1: "L", 3: "RGB"}
@@ -158,7 +159,7 @@ class ImageDataset(Dataset[Batch]):
         """
         if self.views is None:
             return self.batch(version, index)
-        return _joined(self._view_batches(self.views.plan(self.seed, version, index, self._classes), version))
+        return joined(self._view_batches(self.views.plan(self.seed, version, index, self._classes), version))
 
     def _view_batches(self, views: Sequence[View], version: Tensor) -> list[Batch]:
         """Create one batch per view; views of the same augmented images share it."""
@@ -366,34 +367,6 @@ class ImageDataset(Dataset[Batch]):
         # Three correctly rounded operations give the same bits on every device.
         level, mean, std = (level.to(image.device) for level in self._levels)
         return image.to(torch.float32).div_(level).sub_(mean).div_(std)
-
-
-def _joined(views: Sequence[Batch]) -> Batch:
-    parts = [(view.input, view.target, view.index, view.version) for view in views]
-    image, target, index, version = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Batch(image, target, index, len(views), version, _joined_mixed(views))
-
-
-def without_labels(batch: Batch, padding: Tensor) -> Batch:
-    """Remove the labels of padding samples.
-
-    Args:
-        batch: A batch.
-        padding: Which samples only pad the batch `(B,)`, bool, on the CPU.
-    """
-    if not padding.any():  # always the case in training
-        return batch
-    unlabelled = padding.to(batch.target.device).repeat(batch.views)
-    unlabelled = unlabelled.view(-1, *[1] * (batch.target.ndim - 1))
-    return batch._replace(target=batch.target.masked_fill(unlabelled, IGNORE_INDEX))
-
-
-def _joined_mixed(views: Sequence[Batch]) -> Mixed | None:
-    if all(view.mixed is None for view in views):
-        return None
-    parts = [view.mixed or Mixed.none(view.target) for view in views]
-    target, weight = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Mixed(target, weight)
 
 
 def _reason(error: Exception) -> str:

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from lkd.datamodules.batch_graph import BatchGraph
-from lkd.datamodules.dataset import ImageDataset, without_labels
+from lkd.datamodules.batches import without_labels
+from lkd.datamodules.dataset import ImageDataset
 from lkd.datamodules.masks import MaskDataset
 from lkd.datamodules.sampler import EpochSampler
 from lkd.types import Batch
