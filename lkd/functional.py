@@ -10,6 +10,7 @@ from lkd.losses.catkd import catkd_loss, class_activation_maps
 from lkd.losses.cc import cc_loss, cc_neighbour_loss
 from lkd.losses.crd import crd_loss
 from lkd.losses.cskd import cskd_loss
+from lkd.losses.cwd import cwd_loss
 from lkd.losses.deit import deit_loss
 from lkd.losses.dist import dist_loss
 from lkd.losses.distplus import channel_relation_loss, spatial_relation_loss
@@ -58,6 +59,7 @@ __all__ = [
     "class_activation_maps",
     "crd_loss",
     "cskd_loss",
+    "cwd_loss",
     "deit_loss",
     "dist_loss",
     "dkd_loss",

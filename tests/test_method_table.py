@@ -22,9 +22,13 @@ def test_every_method_has_a_row_and_a_text() -> None:
     assert [row.split("`")[1] for row in rows] == sorted(methods(), key=str.lower)
 
 
+DENSE = {"CWD"}
+"""Criteria of dense prediction, which have no overlay until there is a task of segmentation that runs it."""
+
+
 @pytest.mark.parametrize("name", methods())
 def test_every_method_has_config_and_paper(name: str) -> None:
-    assert configs(name), f"no file in configs/ names {name}"
+    assert configs(name) or name in DENSE, f"no file in configs/ names {name}"
     assert paper(methods()[name])
 
 

@@ -14,7 +14,20 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.parity import adaptation, boundary, feature, flow, head, logit, masked, regression, relation, review, views
+from tests.parity import (
+    adaptation,
+    boundary,
+    feature,
+    flow,
+    head,
+    logit,
+    masked,
+    regression,
+    relation,
+    review,
+    segmentation,
+    views,
+)
 
 FOLDER = Path(os.environ.get("LKD_FIXTURES", Path(__file__).parent / "reference"))
 METHODS = {
@@ -28,6 +41,7 @@ METHODS = {
     **regression.METHODS,
     **relation.METHODS,
     **review.METHODS,
+    **segmentation.METHODS,
     **views.METHODS,
 }
 

@@ -11,6 +11,7 @@ from lkd.losses.composite import CompositeLoss, WeightedSum
 from lkd.losses.crd import CRD
 from lkd.losses.cskd import CSKD
 from lkd.losses.ctkd import CTKD, InstanceCTKD
+from lkd.losses.cwd import CWD
 from lkd.losses.deit import DeiT
 from lkd.losses.dist import DIST
 from lkd.losses.distplus import DISTPlus
@@ -60,6 +61,7 @@ __all__ = [
     "CRD",
     "CSKD",
     "CTKD",
+    "CWD",
     "DIST",
     "DKD",
     "FSP",

@@ -112,3 +112,15 @@ def normalized_linear(in_features: int, out_features: int, eps: float = 1e-5, af
     return nn.Sequential(
         nn.Linear(in_features, out_features, bias=False), nn.BatchNorm1d(out_features, eps=eps, affine=affine)
     )
+
+
+def aligners(pairs: Iterable[tuple[Tensor, Tensor]]) -> nn.ModuleList:
+    """Create a 1x1 convolution without bias for each pair whose numbers of channels differ, and identities otherwise.
+
+    Args:
+        pairs: Student features `(B, C, H, W)` and teacher features `(B, D, H', W')`.
+    """
+    return nn.ModuleList(
+        nn.Identity() if ours.shape[1] == theirs.shape[1] else nn.Conv2d(ours.shape[1], theirs.shape[1], 1, bias=False)
+        for ours, theirs in pairs
+    )

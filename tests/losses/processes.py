@@ -68,7 +68,8 @@ def _data(case: FeatureCase, labels: str) -> tuple[Outputs, Outputs, Batch]:
     """All images; with few labels, the first ones have none, so that processes have different numbers of them."""
     batch = case.batch()
     if labels == "few":
-        batch = batch._replace(target=batch.target.masked_fill(batch.index < 3, IGNORE_INDEX))
+        first = (batch.index < 3).nonzero().flatten()
+        batch = batch._replace(target=batch.target.index_fill(0, first, IGNORE_INDEX))
     student, teacher = (changed(outputs, Tensor.double) for outputs in case.answers())
     return student, teacher, batch
 

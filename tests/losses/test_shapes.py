@@ -58,11 +58,13 @@ def _tensor(name: str, shape: tuple[int, ...]) -> Tensor:
 
 def _call(function: Callable[..., Any], shapes: dict[str, Any]) -> Tensor:
     """The function's value for tensors of the shapes; a list of shapes makes a list of tensors."""
+    required = {"num_classes"} & set(inspect.signature(function).parameters)
     result: Tensor = function(
+        **dict.fromkeys(required, SIZES["K"]),
         **{
             name: [_tensor(name, one) for one in shape] if isinstance(shape, list) else _tensor(name, shape)
             for name, shape in shapes.items()
-        }
+        },
     )
     return result
 
@@ -126,8 +128,12 @@ def test_criteria_refuse_other_logits(name: str) -> None:
 
     if torch.equal(compared(teacher.logits), compared(2 * teacher.logits)):
         return  # it reads other layers
-    for wrong in (teacher.logits[:, :1], teacher.logits[:, :, None, None].expand(-1, -1, 2, 2)):
-        with pytest.raises(ValueError, match=r"\w+ expects \w+ of shape|requires at least 2 classes"):
+    is_map = teacher.logits.dim() == 4
+    other = teacher.logits.mean((2, 3)) if is_map else teacher.logits[:, :, None, None].expand(-1, -1, 2, 2)
+    for wrong in (teacher.logits[:, :1], other):
+        with pytest.raises(
+            ValueError, match=r"\w+ expects \w+ of shape|requires at least 2 classes|reads feature maps"
+        ):
             compared(wrong)
 
 

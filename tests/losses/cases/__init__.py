@@ -11,6 +11,7 @@ from tests.losses.cases import (
     regression,
     relation,
     review,
+    segmentation,
     views,
 )
 from tests.losses.cases.base import FeatureCase
@@ -26,5 +27,6 @@ CASES: dict[str, FeatureCase] = {
     **regression.CASES,
     **relation.CASES,
     **review.CASES,
+    **segmentation.CASES,
     **views.CASES,
 }

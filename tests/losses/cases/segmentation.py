@@ -1,0 +1,74 @@
+"""Criteria of dense prediction: the logits are maps, and the target is a mask of classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lkd import Batch, Outputs
+from lkd.losses import CWD
+from lkd.types import IGNORE_INDEX
+from tests.losses.cases.base import SAMPLES, FeatureCase
+
+
+@dataclass(frozen=True)
+class SegmentationCase(FeatureCase):
+    """A criterion that reads maps of logits, or masks.
+
+    Attributes:
+        logits: Rows and columns of both networks' logits.
+        teacher_logits: The same for the teacher, where it differs.
+        mask: Rows and columns of the masks. One row in four has no label.
+    """
+
+    logits: tuple[int, int] = (4, 6)
+    teacher_logits: tuple[int, int] | None = None
+    mask: tuple[int, int] = (8, 12)
+
+    def of(self, classes: int, shrink: int) -> FeatureCase:
+        """The same with so many classes, and with maps and masks smaller by a factor."""
+
+        def smaller(size: tuple[int, int]) -> tuple[int, int]:
+            return max(size[0] // shrink, 1), max(size[1] // shrink, 1)
+
+        case = super().of(classes, shrink)
+        other = self.teacher_logits and smaller(self.teacher_logits)
+        return replace(case, logits=smaller(self.logits), teacher_logits=other, mask=smaller(self.mask))
+
+    def answers(self, samples: int = SAMPLES, size: float = 1.0, seed: int = 0) -> tuple[Outputs, Outputs]:
+        """What student and teacher say of a batch of that many images; features as behind a ReLU."""
+        both = super().answers(samples, size, seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+
+        def logits(rows: int, columns: int) -> Tensor:
+            return 3 * size * torch.randn(samples, self.classes, rows, columns, generator=generator)
+
+        student, teacher = (
+            outputs._replace(logits=logits(*(own or self.logits)))
+            for outputs, own in zip(both, (self.logits, self.teacher_logits), strict=True)
+        )
+        return student, teacher
+
+    def batch(self, samples: int = SAMPLES) -> Batch:
+        """The masks and the positions of that many images."""
+        rows, columns = self.mask
+        place = torch.arange(rows).view(-1, 1) // 2 + torch.arange(columns) // 3
+        target = (place + torch.arange(samples).view(-1, 1, 1)) % self.classes
+        target[:, 3::4] = IGNORE_INDEX
+        return Batch(None, target, torch.arange(samples))
+
+
+LAYERS = (["a", "b"], ["c", "d"])
+
+CASES: dict[str, FeatureCase] = {
+    "CWD": SegmentationCase(CWD, zero_at_equality=True, batch_mean=True),
+    "CWD-features": SegmentationCase(
+        lambda: CWD(*LAYERS, temperature=1.0),
+        student={"a": (4, 4, 6), "b": (6, 4, 4)},
+        teacher={"c": (4, 4, 6), "d": (7, 8, 4)},
+        batch_mean=True,
+    ),
+    "CWD-sizes": SegmentationCase(CWD, teacher_logits=(6, 4), zero_at_equality=True, batch_mean=True),
+}
