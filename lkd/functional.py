@@ -18,6 +18,7 @@ from lkd.losses.dkd import dkd_loss, nckd_loss, tckd_loss
 from lkd.losses.fsp import fsp_loss, fsp_matrix
 from lkd.losses.ft import ft_loss
 from lkd.losses.ickd import ickd_loss
+from lkd.losses.ifvd import ifvd_loss
 from lkd.losses.kd import kd_loss
 from lkd.losses.kdsvd import kdsvd_loss
 from lkd.losses.kta import affinity_loss, kta_loss
@@ -37,6 +38,7 @@ from lkd.losses.rkd import rkd_angle_loss, rkd_distance_loss
 from lkd.losses.rld import rld_loss
 from lkd.losses.semckd import semckd_attention, semckd_loss
 from lkd.losses.skd import skd_direction_loss, skd_instance_loss
+from lkd.losses.skds import skds_loss
 from lkd.losses.sp import sp_loss
 from lkd.losses.srd import srd_loss
 from lkd.losses.srrl import srrl_loss
@@ -69,6 +71,7 @@ __all__ = [
     "ft_loss",
     "hcl_loss",
     "ickd_loss",
+    "ifvd_loss",
     "kd_loss",
     "kdsvd_loss",
     "kta_loss",
@@ -93,6 +96,7 @@ __all__ = [
     "semckd_loss",
     "skd_direction_loss",
     "skd_instance_loss",
+    "skds_loss",
     "sp_loss",
     "spatial_relation_loss",
     "srd_loss",

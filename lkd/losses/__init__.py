@@ -20,6 +20,7 @@ from lkd.losses.fitnet import FitNet
 from lkd.losses.fsp import FSP
 from lkd.losses.ft import FT
 from lkd.losses.ickd import ICKD
+from lkd.losses.ifvd import IFVD
 from lkd.losses.kd import KD
 from lkd.losses.kdsvd import KDSVD
 from lkd.losses.kta import KTA
@@ -41,6 +42,7 @@ from lkd.losses.rld import RLD
 from lkd.losses.semckd import SemCKD
 from lkd.losses.simkd import SimKD
 from lkd.losses.skd import SKD
+from lkd.losses.skds import SKDS
 from lkd.losses.sp import SP
 from lkd.losses.srd import SRD
 from lkd.losses.srrl import SRRL
@@ -67,6 +69,7 @@ __all__ = [
     "FSP",
     "FT",
     "ICKD",
+    "IFVD",
     "KD",
     "KDSVD",
     "KTA",
@@ -81,6 +84,7 @@ __all__ = [
     "RKD",
     "RLD",
     "SKD",
+    "SKDS",
     "SP",
     "SRD",
     "SRRL",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lkd import Batch, Outputs
-from lkd.losses import CWD
+from lkd.losses import CWD, IFVD, SKDS
 from lkd.types import IGNORE_INDEX
 from tests.losses.cases.base import SAMPLES, FeatureCase
 
@@ -61,6 +61,9 @@ class SegmentationCase(FeatureCase):
 
 
 LAYERS = (["a", "b"], ["c", "d"])
+STUDENT = {"a": (4, 8, 8), "b": (6, 4, 6)}
+EQUAL = {"c": (4, 8, 8), "d": (6, 4, 6)}
+OTHER = {"c": (5, 8, 4), "d": (7, 6, 8)}
 
 CASES: dict[str, FeatureCase] = {
     "CWD": SegmentationCase(CWD, zero_at_equality=True, batch_mean=True),
@@ -71,4 +74,21 @@ CASES: dict[str, FeatureCase] = {
         batch_mean=True,
     ),
     "CWD-sizes": SegmentationCase(CWD, teacher_logits=(6, 4), zero_at_equality=True, batch_mean=True),
+    "IFVD": SegmentationCase(
+        lambda: IFVD(*LAYERS),
+        student=STUDENT,
+        teacher=EQUAL,
+        zero_at_equality=True,
+        batch_mean=True,
+        reads_target=True,
+    ),
+    "IFVD-sizes": SegmentationCase(
+        lambda: IFVD(*LAYERS), student=STUDENT, teacher=OTHER, batch_mean=True, reads_target=True
+    ),
+    "SKDS": SegmentationCase(
+        lambda: SKDS(*LAYERS), student=STUDENT, teacher=EQUAL, zero_at_equality=True, batch_mean=True
+    ),
+    "SKDS-pixels": SegmentationCase(
+        lambda: SKDS(*LAYERS, pool_scale=None), student=STUDENT, teacher=OTHER, batch_mean=True
+    ),
 }
