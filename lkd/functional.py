@@ -8,6 +8,8 @@ from lkd.losses.at import at_loss
 from lkd.losses.backbonekd import feature_matching_loss
 from lkd.losses.catkd import catkd_loss, class_activation_maps
 from lkd.losses.cc import cc_loss, cc_neighbour_loss
+from lkd.losses.cirkd import cirkd_batch_loss, cirkd_memory_loss
+from lkd.losses.cirkd_channel import cirkd_channel_loss, cirkd_channel_memory_loss
 from lkd.losses.crd import crd_loss
 from lkd.losses.cskd import cskd_loss
 from lkd.losses.cwd import cwd_loss
@@ -58,6 +60,10 @@ __all__ = [
     "cc_loss",
     "cc_neighbour_loss",
     "channel_relation_loss",
+    "cirkd_batch_loss",
+    "cirkd_channel_loss",
+    "cirkd_channel_memory_loss",
+    "cirkd_memory_loss",
     "class_activation_maps",
     "crd_loss",
     "cskd_loss",

@@ -7,6 +7,8 @@ from lkd.losses.base import DistillLoss, named_terms
 from lkd.losses.byot import BYOT
 from lkd.losses.catkd import CATKD
 from lkd.losses.cc import CC
+from lkd.losses.cirkd import CIRKD
+from lkd.losses.cirkd_channel import CIRKDChannel
 from lkd.losses.composite import CompositeLoss, WeightedSum
 from lkd.losses.crd import CRD
 from lkd.losses.cskd import CSKD
@@ -60,6 +62,7 @@ __all__ = [
     "BYOT",
     "CATKD",
     "CC",
+    "CIRKD",
     "CRD",
     "CSKD",
     "CTKD",
@@ -95,6 +98,7 @@ __all__ = [
     "WSLD",
     "WTTM",
     "BackboneKD",
+    "CIRKDChannel",
     "CompositeLoss",
     "DISTPlus",
     "DeiT",

@@ -61,6 +61,18 @@ def projections(pairs: Iterable[tuple[Tensor, Tensor]]) -> nn.ModuleList:
     return nn.ModuleList(projection(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs)
 
 
+def projection_head(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Create two 1x1 convolutions without bias, with BatchNorm and ReLU in between.
+
+    Args:
+        in_channels: Number of channels of the student's feature.
+        out_channels: Number of inner channels, and of channels of the teacher's feature.
+    """
+    return nn.Sequential(
+        *projection(in_channels, out_channels), nn.ReLU(), nn.Conv2d(out_channels, out_channels, 1, bias=False)
+    )
+
+
 def bottleneck(in_channels: int, inner_channels: int, out_channels: int) -> nn.Sequential:
     """Create 1x1, 3x3 and 1x1 convolutions without bias, with BatchNorm and ReLU in between.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lkd import functional as KF
-from lkd.losses import CWD, IFVD, SKDS, DistillLoss
+from lkd.losses import CIRKD, CWD, IFVD, SKDS, CIRKDChannel, DistillLoss
 from lkd.types import IGNORE_INDEX
 from tests.parity.tools import Hyper, Values, built, terms
 
@@ -59,4 +60,94 @@ def _ifvd(inputs: Values, hyper: Hyper) -> Values:
     return dict.fromkeys(("loss", "loss.cirkd", "loss.cwd_repo"), loss)
 
 
-METHODS: dict[str, Callable[[Values, Hyper], Values]] = {"cwd": _cwd, "skds": _skds, "ifvd": _ifvd}
+def _head(inputs: Values) -> Values:
+    """The parameters of the projection head."""
+    names = [name for name in inputs if name.startswith("params.project_head.")]
+    return {name.replace("params.project_head", "projection_head"): inputs[name] for name in names}
+
+
+def _cirkd_minibatch(inputs: Values, hyper: Hyper) -> Values:
+    criterion = CIRKD("student", "teacher", 1.0, 0.0, 0.0, hyper["temperature"])
+    return dict.fromkeys(("loss", "loss.dist_kd"), _terms(criterion, inputs)["loss"])
+
+
+class _GivenCIRKD(CIRKD):
+    """With the rows and pixels drawn as in the fixture; the authors store any of the image's pixels for a class."""
+
+    given: Values
+
+    def draw_rows(self, memory: Tensor, count: int) -> Tensor:
+        return self.given["pixel_index" if memory is self.pixel_memory else "region_index"]
+
+    def draw_pixels(self, masks: Tensor) -> Tensor:
+        index = torch.zeros(*masks.shape[:2], self.pixels_per_image, dtype=torch.int64)
+        for name, drawn in self.given.items():
+            if name.startswith("enqueue_index."):
+                image, number = map(int, name.split(".")[1:])
+                index[image, number, : len(drawn)] = drawn
+        return index
+
+
+def _cirkd_memory(inputs: Values, hyper: Hyper) -> Values:
+    """Also what the authors store, as if these were the pixels that lkd draws."""
+    queues = {name: inputs[f"{name}_queue"] for name in ("pixel", "region")}
+    sizes = tuple(queue.shape[1] for queue in queues.values())
+    stored = min(int(hyper["pixel_update_freq"]), sizes[0])
+    criterion = _GivenCIRKD(
+        *("student", "teacher", 0.0, 1.0, 1.0, hyper["temperature"], hyper["kd_temperature"]),
+        memory_size=sizes,
+        pixels_per_image=stored,
+    )
+    criterion.given = inputs
+    classes = int(hyper["classes"])
+    logits = inputs["student"].new_zeros(1, classes, 1, 1)
+    given = {**_as_features(inputs), "student_logits": logits, "target": _target(inputs, classes)}
+    built(criterion, given)
+    for name, queue in queues.items():
+        getattr(criterion, f"{name}_memory").copy_(queue)
+        getattr(criterion, f"{name}_pointer").copy_(inputs[f"{name}_pointer"])
+    values = terms(criterion, given, **_head(inputs))
+    for name in queues:
+        values |= {f"{name}_queue": getattr(criterion, f"{name}_memory")}
+        values |= {f"{name}_pointer": getattr(criterion, f"{name}_pointer")}
+    return values
+
+
+class _GivenChannel(CIRKDChannel):
+    """With the channels and rows drawn as in the fixture."""
+
+    given: Values
+
+    def draw_rows(self) -> Tensor:
+        return self.given["channel_index"]
+
+    def draw_channels(self, num_channels: int) -> Tensor:
+        return self.given["enqueue_index"]
+
+
+def _cirkd_channel(inputs: Values, hyper: Hyper) -> Values:
+    queue = inputs["channel_queue"]
+    settings = {"temperature": hyper["temperature"], "kd_temperature": hyper["kd_temperature"]}
+    criterion = _GivenChannel(
+        *("student", "teacher", 1.0, 1.0, 1.0),
+        **settings,
+        memory_size=len(queue),
+        channels_per_step=len(inputs["enqueue_index"]),
+    )
+    criterion.given = inputs
+    features = _as_features(inputs)
+    built(criterion, features).memory[0] = queue
+    criterion.pointer.copy_(inputs["channel_pointer"])
+    parts = terms(criterion, features, **_head(inputs))
+    queues = {"channel_queue": criterion.memory[0], "channel_pointer": criterion.pointer}
+    return {"loss": parts["batch"], "memory": parts["memory"], "mse": parts["mse"], **queues}
+
+
+METHODS: dict[str, Callable[[Values, Hyper], Values]] = {
+    "cwd": _cwd,
+    "skds": _skds,
+    "ifvd": _ifvd,
+    "cirkd_minibatch": _cirkd_minibatch,
+    "cirkd_memory": _cirkd_memory,
+    "cirkdv2_channel": _cirkd_channel,
+}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lkd import Batch, Outputs
-from lkd.losses import CWD, IFVD, SKDS
+from lkd.losses import CIRKD, CWD, IFVD, SKDS, CIRKDChannel
 from lkd.types import IGNORE_INDEX
 from tests.losses.cases.base import SAMPLES, FeatureCase
 
@@ -65,7 +65,42 @@ STUDENT = {"a": (4, 8, 8), "b": (6, 4, 6)}
 EQUAL = {"c": (4, 8, 8), "d": (6, 4, 6)}
 OTHER = {"c": (5, 8, 4), "d": (7, 6, 8)}
 
+
+def _cirkd(**settings: float) -> CIRKD:
+    return CIRKD("a", "c", memory_size=(30, 12), num_keys=(20, 10), pixels_per_image=3, **settings)
+
+
 CASES: dict[str, FeatureCase] = {
+    "CIRKD": SegmentationCase(
+        _cirkd,
+        student={"a": (4, 4, 6)},
+        teacher={"c": (6, 4, 6)},
+        memories=("region_memory", "region_pointer", "pixel_pointer"),
+        reads_target=True,
+    ),
+    "CIRKD-batch": SegmentationCase(
+        lambda: CIRKD("a", "c", pixel_weight=0.0, region_weight=0.0, pool_size=2),
+        student={"a": (4, 7, 6)},
+        teacher={"c": (4, 7, 6)},
+        zero_at_equality=True,
+    ),
+    "CIRKD-sizes": SegmentationCase(
+        lambda: _cirkd(batch_weight=0.5, pixel_weight=0.0, kd_temperature=2.0),
+        student={"a": (4, 4, 6)},
+        teacher={"c": (6, 8, 4)},
+        memories=("region_memory", "region_pointer"),
+        reads_target=True,
+    ),
+    "CIRKDChannel": SegmentationCase(
+        lambda: CIRKDChannel("a", "c", memory_size=60, num_keys=20, channels_per_step=12),
+        student={"a": (4, 8, 8)},
+        teacher={"c": (5, 8, 8)},
+    ),
+    "CIRKDChannel-sizes": SegmentationCase(
+        lambda: CIRKDChannel("a", "c", memory_size=60, num_keys=20, channels_per_step=12, pool_size=2),
+        student={"a": (4, 7, 8)},
+        teacher={"c": (5, 4, 10)},
+    ),
     "CWD": SegmentationCase(CWD, zero_at_equality=True, batch_mean=True),
     "CWD-features": SegmentationCase(
         lambda: CWD(*LAYERS, temperature=1.0),
