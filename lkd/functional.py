@@ -17,6 +17,7 @@ from lkd.losses.deit import deit_loss
 from lkd.losses.dist import dist_loss
 from lkd.losses.distplus import channel_relation_loss, spatial_relation_loss
 from lkd.losses.dkd import dkd_loss, nckd_loss, tckd_loss
+from lkd.losses.dsd import dsd_category_loss, dsd_pixel_loss
 from lkd.losses.fsp import fsp_loss, fsp_matrix
 from lkd.losses.ft import ft_loss
 from lkd.losses.ickd import ickd_loss
@@ -26,6 +27,7 @@ from lkd.losses.kdsvd import kdsvd_loss
 from lkd.losses.kta import affinity_loss, kta_loss
 from lkd.losses.logit_mse import logit_mse_loss
 from lkd.losses.logit_standardization import standardize
+from lkd.losses.maskd import maskd_diversity_loss, maskd_loss, maskd_masks
 from lkd.losses.mgd import mgd_loss
 from lkd.losses.mlkd import mlkd_batch_loss, mlkd_class_loss, mlkd_loss
 from lkd.losses.multi_teacher import mixture_loss, teacher_confidence
@@ -71,6 +73,8 @@ __all__ = [
     "deit_loss",
     "dist_loss",
     "dkd_loss",
+    "dsd_category_loss",
+    "dsd_pixel_loss",
     "feature_matching_loss",
     "fsp_loss",
     "fsp_matrix",
@@ -82,6 +86,9 @@ __all__ = [
     "kdsvd_loss",
     "kta_loss",
     "logit_mse_loss",
+    "maskd_diversity_loss",
+    "maskd_loss",
+    "maskd_masks",
     "mgd_loss",
     "mixture_loss",
     "mlkd_batch_loss",

@@ -22,7 +22,7 @@ def test_every_method_has_a_row_and_a_text() -> None:
     assert [row.split("`")[1] for row in rows] == sorted(methods(), key=str.lower)
 
 
-DENSE = {"CIRKD", "CIRKDChannel", "CWD", "IFVD", "SKDS"}
+DENSE = {"CIRKD", "CIRKDChannel", "CWD", "DSD", "IFVD", "MasKD", "SKDS"}
 """Criteria of dense prediction, which have no overlay until there is a task of segmentation that runs it."""
 
 

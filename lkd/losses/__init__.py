@@ -18,6 +18,7 @@ from lkd.losses.deit import DeiT
 from lkd.losses.dist import DIST
 from lkd.losses.distplus import DISTPlus
 from lkd.losses.dkd import DKD
+from lkd.losses.dsd import DSD
 from lkd.losses.fitnet import FitNet
 from lkd.losses.fsp import FSP
 from lkd.losses.ft import FT
@@ -28,6 +29,7 @@ from lkd.losses.kdsvd import KDSVD
 from lkd.losses.kta import KTA
 from lkd.losses.logit_mse import LogitMSE
 from lkd.losses.logit_standardization import LogitStandardization
+from lkd.losses.maskd import MasKD
 from lkd.losses.mgd import MGD
 from lkd.losses.mlkd import MLKD
 from lkd.losses.multi_teacher import MultiTeacher
@@ -69,6 +71,7 @@ __all__ = [
     "CWD",
     "DIST",
     "DKD",
+    "DSD",
     "FSP",
     "FT",
     "ICKD",
@@ -107,6 +110,7 @@ __all__ = [
     "InstanceCTKD",
     "LogitMSE",
     "LogitStandardization",
+    "MasKD",
     "MultiTeacher",
     "PerPixel",
     "ReviewKD",

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkd import functional as KF
-from lkd.losses import CIRKD, CWD, IFVD, SKDS, CIRKDChannel, DistillLoss
+from lkd.losses import CIRKD, CWD, DSD, IFVD, SKDS, CIRKDChannel, DistillLoss, MasKD
 from lkd.types import IGNORE_INDEX
 from tests.parity.tools import Hyper, Values, built, terms
 
@@ -143,6 +143,37 @@ def _cirkd_channel(inputs: Values, hyper: Hyper) -> Values:
     return {"loss": parts["batch"], "memory": parts["memory"], "mse": parts["mse"], **queues}
 
 
+def _dsd(inputs: Values, hyper: Hyper) -> Values:
+    """The last map is the logits."""
+    last = str(max(int(name.split(".")[1]) for name in inputs))
+    given = {}
+    for name, value in inputs.items():
+        network, number = name.split(".")
+        given[f"{network}_logits" if number == last else f"{network}_features.{number}"] = value
+    names = ([f"{network}.{number}" for number in range(int(last))] for network in ("student", "teacher"))
+    weights = hyper["pixel_weight"], hyper["category_weight"]
+    found = terms(built(DSD(*names, *weights), given), given)
+    return {"loss": found["loss"], "pixel": found["pixel"] / weights[0], "category": found["category"] / weights[1]}
+
+
+def _maskd(inputs: Values, hyper: Hyper) -> Values:
+    """In the fixture, the loss has a gradient for the tokens, too; the detection code's constants are other ones."""
+    student, teacher, tokens = (inputs[name] for name in ("student", "teacher", "params.mask_token"))
+    logits = {"student_logits": student, "teacher_logits": teacher}
+    criterion = built(MasKD(num_tokens=len(tokens)), logits)
+    found = terms(criterion, logits, **{"tokens.0": tokens})
+    masks = KF.maskd_masks(teacher, tokens)
+    loss = KF.maskd_loss(student, teacher, masks)
+    torch.testing.assert_close(found["map"], loss, rtol=1e-12, atol=0)
+    (own,) = torch.autograd.grad(found["map"], student, retain_graph=True)
+    assert torch.equal(own, torch.autograd.grad(loss, student, retain_graph=True)[0])
+    return {
+        "loss": loss,
+        "loss.detection": 2 * KF.maskd_loss(student, teacher, masks, eps=0.0),
+        "diversity": found["diversity"],
+    }
+
+
 METHODS: dict[str, Callable[[Values, Hyper], Values]] = {
     "cwd": _cwd,
     "skds": _skds,
@@ -150,4 +181,6 @@ METHODS: dict[str, Callable[[Values, Hyper], Values]] = {
     "cirkd_minibatch": _cirkd_minibatch,
     "cirkd_memory": _cirkd_memory,
     "cirkdv2_channel": _cirkd_channel,
+    "dsd": _dsd,
+    "maskd": _maskd,
 }

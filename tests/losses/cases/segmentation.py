@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lkd import Batch, Outputs
-from lkd.losses import CIRKD, CWD, IFVD, SKDS, CIRKDChannel
+from lkd.losses import CIRKD, CWD, DSD, IFVD, SKDS, CIRKDChannel, MasKD
 from lkd.types import IGNORE_INDEX
 from tests.losses.cases.base import SAMPLES, FeatureCase
 
@@ -109,6 +109,16 @@ CASES: dict[str, FeatureCase] = {
         batch_mean=True,
     ),
     "CWD-sizes": SegmentationCase(CWD, teacher_logits=(6, 4), zero_at_equality=True, batch_mean=True),
+    "DSD": SegmentationCase(
+        lambda: DSD(*LAYERS),
+        student={"a": (4, 4, 6), "b": (6, 4, 6)},
+        teacher={"c": (4, 4, 6), "d": (6, 4, 6)},
+        zero_at_equality=True,
+        batch_mean=True,
+    ),
+    "DSD-sizes": SegmentationCase(
+        lambda: DSD(*LAYERS), student=STUDENT, teacher=OTHER, teacher_logits=(5, 7), batch_mean=True
+    ),
     "IFVD": SegmentationCase(
         lambda: IFVD(*LAYERS),
         student=STUDENT,
@@ -119,6 +129,13 @@ CASES: dict[str, FeatureCase] = {
     ),
     "IFVD-sizes": SegmentationCase(
         lambda: IFVD(*LAYERS), student=STUDENT, teacher=OTHER, batch_mean=True, reads_target=True
+    ),
+    "MasKD": SegmentationCase(MasKD, batch_mean=True),
+    "MasKD-features": SegmentationCase(
+        lambda: MasKD(*LAYERS, num_tokens=3), student=STUDENT, teacher=OTHER, batch_mean=True
+    ),
+    "MasKD-frozen": SegmentationCase(
+        lambda: MasKD(learn_tokens=False), teacher_logits=(8, 4), zero_at_equality=True, batch_mean=True
     ),
     "SKDS": SegmentationCase(
         lambda: SKDS(*LAYERS), student=STUDENT, teacher=EQUAL, zero_at_equality=True, batch_mean=True
