@@ -237,8 +237,8 @@ class CIRKD(DistillLoss):
         ours, theirs = enlarged(ours, theirs)
         terms = {}
         if self.batch_weight:
-            pooled = (F.avg_pool2d(wide(values), self.pool_size, ceil_mode=True) for values in (ours, theirs))
-            terms["batch"] = self.batch_weight * cirkd_batch_loss(*pooled, self.temperature)
+            own, other = (F.avg_pool2d(wide(values), self.pool_size, ceil_mode=True) for values in (ours, theirs))
+            terms["batch"] = self.batch_weight * cirkd_batch_loss(own, other, self.temperature)
         if not any(self._weights):
             return terms
         target = resized_labels(batch.target, (ours.shape[2], ours.shape[3]))
@@ -293,7 +293,7 @@ class CIRKD(DistillLoss):
         if self.pixel_weight:
             index = self.draw_pixels(masks)
             rows = units.gather(2, index.flatten(1).unsqueeze(1).expand(-1, units.shape[1], -1))
-            rows = rows.unflatten(2, index.shape[1:]).movedim(1, -1)
+            rows = rows.mT.view(*index.shape, -1)
             count = masks.sum(2).clamp(max=index.shape[2])
             for image in zip(gathered(rows), gathered(count), strict=True):
                 enqueue(self.pixel_memory, self.pixel_pointer, *image)

@@ -191,7 +191,7 @@ class CIRKDChannel(DistillLoss):
         ours = self.projection_head(ours)
         if self.training:
             self._remember(_units(theirs.detach()).flatten(0, 1))
-        keys = self.memory[0, self.draw_rows()].unflatten(1, self.map_size)
+        keys = self.memory[0, self.draw_rows()].view(-1, *self.map_size)
         memory_loss = cirkd_channel_memory_loss(ours, theirs, keys, self.temperature, self.kd_temperature)
         return {
             "batch": self.batch_weight * cirkd_channel_loss(ours, theirs, self.temperature),

@@ -93,7 +93,7 @@ def dsd_category_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
         pooled = F.avg_pool2d(logits, 2, ceil_mode=True).flatten(2)
         probs = F.softmax(pooled / temperature, dim=2)
         grams.append(probs @ probs.mT)
-    return F.mse_loss(*grams)
+    return F.mse_loss(grams[0], grams[1])
 
 
 class DSD(DistillLoss):

@@ -35,7 +35,8 @@ def maskd_masks(teacher_map: Tensor, tokens: Tensor) -> Tensor:
         >>> maskd_masks(torch.zeros(1, 3, 1, 2), torch.ones(2, 3)).tolist()
         [[[[0.5, 0.5]], [[0.5, 0.5]]]]
     """
-    return (tokens @ teacher_map.flatten(2)).sigmoid().unflatten(2, teacher_map.shape[2:])
+    masks = torch.sigmoid(tokens @ teacher_map.flatten(2))
+    return masks.view(len(masks), len(tokens), *teacher_map.shape[2:])
 
 
 @check_shapes(student_map="B C H W", teacher_map="B C H W", masks="B N H W")
