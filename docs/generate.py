@@ -106,11 +106,14 @@ def _method_page(name: str, kind: type, text: dict[str, object]) -> str:
         method_table.paper(kind),
         f"**Idea.** {text['idea']}",
         "| | |\n|---|---|\n" + "\n".join(f"| {label} | {value} |" for label, value in _facts(name, kind).items()),
-        "## Use it",
-        f"```console\n{_command(overlays[0])}\n```",
-        f"`configs/{overlays[0]}.yaml`:",
-        f"```yaml\n{(ROOT / 'configs' / f'{overlays[0]}.yaml').read_text()}```",
     ]
+    if overlays:  # criteria of dense prediction have none
+        lines += [
+            "## Use it",
+            f"```console\n{_command(overlays[0])}\n```",
+            f"`configs/{overlays[0]}.yaml`:",
+            f"```yaml\n{(ROOT / 'configs' / f'{overlays[0]}.yaml').read_text()}```",
+        ]
     if others := [f"`{overlay}`" for overlay in overlays[1:]]:
         lines.append(f"Other configs: {', '.join(others)}.")
     if text["differences"]:
