@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lkd.losses._checks import check_dims
 from lkd.losses._labels import label_error
 from lkd.losses.base import DistillLoss
 from lkd.types import IGNORE_INDEX, Outputs
@@ -75,8 +74,30 @@ def maps(criterion: DistillLoss, student: Outputs, teacher: Outputs) -> list[tup
     """
     if criterion.student_layers or criterion.teacher_layers:
         return criterion.pairs(student, teacher, dims=4)
-    check_dims(type(criterion).__name__, 4, student=student.logits, teacher=teacher.logits)
-    return [(student.logits, teacher.logits)]
+    return [logit_maps(criterion, student, teacher)]
+
+
+def logit_maps(criterion: DistillLoss, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
+    """Return the logits of both networks.
+
+    Args:
+        criterion: Criterion, for the error message.
+        student: Outputs of the student.
+        teacher: Outputs of the teacher.
+
+    Returns:
+        Maps of logits `(B, K, H, W)`.
+
+    Raises:
+        ValueError: If the logits are not a map.
+    """
+    for name, outputs in (("student", student), ("teacher", teacher)):
+        if outputs.logits.ndim != 4:
+            raise ValueError(
+                f"{type(criterion).__name__} reads maps of logits (B, K, H, W), but the {name} returns "
+                f"{tuple(outputs.logits.shape)}; use a network for segmentation, or set layers that return feature maps"
+            )
+    return student.logits, teacher.logits
 
 
 def class_masks(target: Tensor, num_classes: int) -> Tensor:

@@ -8,8 +8,8 @@ from itertools import combinations
 import torch.nn.functional as F
 from torch import Tensor
 
-from lkd.losses._checks import check_dims, check_temperature, check_weights
-from lkd.losses._dense import enlarged, interpolated
+from lkd.losses._checks import check_temperature, check_weights
+from lkd.losses._dense import enlarged, interpolated, logit_maps
 from lkd.losses._precision import full_precision
 from lkd.losses._shapes import check_shapes
 from lkd.losses._unit_vectors import unit_vectors
@@ -143,8 +143,7 @@ class DSD(DistillLoss):
 
     def _maps(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
         """Return the pairs of maps: the features of the layers, and the logits."""
-        check_dims("DSD", 4, student=student.logits, teacher=teacher.logits)
-        return [*self.pairs(student, teacher, dims=4), (student.logits, teacher.logits)]
+        return [*self.pairs(student, teacher, dims=4), logit_maps(self, student, teacher)]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Compute the two terms."""

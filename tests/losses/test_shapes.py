@@ -132,7 +132,7 @@ def test_criteria_refuse_other_logits(name: str) -> None:
     other = teacher.logits.mean((2, 3)) if is_map else teacher.logits[:, :, None, None].expand(-1, -1, 2, 2)
     for wrong in (teacher.logits[:, :1], other):
         with pytest.raises(
-            ValueError, match=r"\w+ expects \w+ of shape|requires at least 2 classes|reads feature maps"
+            ValueError, match=r"\w+ expects \w+ of shape|requires at least 2 classes|reads maps of logits"
         ):
             compared(wrong)
 
