@@ -76,6 +76,7 @@ class CWD(DistillLoss):
     ) -> None:
         super().__init__(student_layers, teacher_layers)
         self.reads_logits = not (self.student_layers or self.teacher_layers)  # type: ignore[misc]  # the default's
+        self.needs_build = not self.reads_logits  # type: ignore[misc]  # the logits have no adapters
         self.temperature = check_temperature(temperature)
 
     def build(self, student: Probe, teacher: Probe) -> None:
