@@ -17,6 +17,7 @@ NO_METHOD = {"DistillLoss", "CompositeLoss", "PerPixel", "WeightedSum"}
 NO_METHOD |= {"ClassificationModule", "DistillModule", "EarlyExitModule", "FineTuneModule"}
 PARITY_OF = {"logit_std_kd": "LogitStandardization", "ctkd_global": "CTKD", "pad_l2": "PAD"}
 PARITY_OF |= {"ofa": "OFAKD", "deit_hard": "DeiT"}
+PARITY_OF |= {"cirkd_minibatch": "CIRKD", "cirkd_memory": "CIRKD", "cirkdv2_channel": "CIRKDChannel"}
 TRAINED = {"SimKDModule": "tests/modules/test_simkd.py", "DOTModule": "tests/modules/test_dot.py"}
 """Modules to the files whose `test_module_is_a_plain_loop` trains them beside the original's loop, written out."""
 COMPARED = {"OFAKD": "`ofa_loss`", "DeiT": "hard", "CrossKD": "its functions"} | dict.fromkeys(TRAINED, "a training")

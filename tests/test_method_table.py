@@ -14,7 +14,7 @@ from tests.method_table import TRAINED, configs, equal, methods, paper, table
 ROOT = Path(__file__).parent.parent
 
 
-DENSE = {"CrossKD", "FBKD", "FGD", "LD", "PKD"}
+DENSE = {"CIRKD", "CIRKDChannel", "CWD", "CrossKD", "DSD", "FBKD", "FGD", "IFVD", "LD", "MasKD", "PKD", "SKDS"}
 """Methods of dense prediction without an overlay: no task in lkd trains a detector or segments images yet."""
 
 

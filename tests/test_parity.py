@@ -27,6 +27,7 @@ from tests.parity import (
     regression,
     relation,
     review,
+    segmentation,
     views,
 )
 
@@ -44,6 +45,7 @@ METHODS = {
     **regression.METHODS,
     **relation.METHODS,
     **review.METHODS,
+    **segmentation.METHODS,
     **views.METHODS,
 }
 

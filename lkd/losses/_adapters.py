@@ -71,6 +71,18 @@ def projections(pairs: Iterable[tuple[Tensor, Tensor]]) -> nn.ModuleList:
     return nn.ModuleList(projection(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs)
 
 
+def projection_head(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Create two 1x1 convolutions without bias, with BatchNorm and ReLU in between.
+
+    Args:
+        in_channels: Number of channels of the student's feature.
+        out_channels: Number of inner channels, and of channels of the teacher's feature.
+    """
+    return nn.Sequential(
+        *projection(in_channels, out_channels), nn.ReLU(), nn.Conv2d(out_channels, out_channels, 1, bias=False)
+    )
+
+
 def bottleneck(in_channels: int, inner_channels: int, out_channels: int) -> nn.Sequential:
     """Create 1x1, 3x3 and 1x1 convolutions without bias, with BatchNorm and ReLU in between.
 
@@ -121,4 +133,16 @@ def normalized_linear(in_features: int, out_features: int, eps: float = 1e-5, af
     """
     return nn.Sequential(
         nn.Linear(in_features, out_features, bias=False), nn.BatchNorm1d(out_features, eps=eps, affine=affine)
+    )
+
+
+def aligners(pairs: Iterable[tuple[Tensor, Tensor]]) -> nn.ModuleList:
+    """Create a 1x1 convolution without bias for each pair whose numbers of channels differ, and identities otherwise.
+
+    Args:
+        pairs: Student features `(B, C, H, W)` and teacher features `(B, D, H', W')`.
+    """
+    return nn.ModuleList(
+        nn.Identity() if ours.shape[1] == theirs.shape[1] else nn.Conv2d(ours.shape[1], theirs.shape[1], 1, bias=False)
+        for ours, theirs in pairs
     )

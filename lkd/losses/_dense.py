@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lkd.losses._checks import check_dims
+from lkd.losses._labels import label_error
 from lkd.losses.base import DistillLoss
-from lkd.types import Outputs
+from lkd.types import IGNORE_INDEX, Outputs
 
 
 def enlarged(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,5 +74,49 @@ def maps(criterion: DistillLoss, student: Outputs, teacher: Outputs) -> list[tup
     """
     if criterion.student_layers or criterion.teacher_layers:
         return criterion.pairs(student, teacher, dims=4)
-    check_dims(type(criterion).__name__, 4, student=student.logits, teacher=teacher.logits)
-    return [(student.logits, teacher.logits)]
+    return [logit_maps(criterion, student, teacher)]
+
+
+def logit_maps(criterion: DistillLoss, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
+    """Return the logits of both networks.
+
+    Args:
+        criterion: Criterion, for the error message.
+        student: Outputs of the student.
+        teacher: Outputs of the teacher.
+
+    Returns:
+        Maps of logits `(B, K, H, W)`.
+
+    Raises:
+        ValueError: If the logits are not a map.
+    """
+    for name, outputs in (("student", student), ("teacher", teacher)):
+        if outputs.logits.ndim != 4:
+            raise ValueError(
+                f"{type(criterion).__name__} reads maps of logits (B, K, H, W), but the {name} returns "
+                f"{tuple(outputs.logits.shape)}; use a network for segmentation, or set layers that return feature maps"
+            )
+    return student.logits, teacher.logits
+
+
+def class_masks(target: Tensor, num_classes: int) -> Tensor:
+    """Return a mask for each class.
+
+    Args:
+        target: Class of each pixel `(B, H, W)`, int64, or `IGNORE_INDEX`.
+        num_classes: Number of classes K.
+
+    Returns:
+        Whether a pixel has a class `(B, K, H, W)`, bool; false for all classes if it has no label.
+
+    Raises:
+        ValueError: If a label is out of range (on the CPU; on a GPU, a device-side assertion fails).
+    """
+    labelled = (target != IGNORE_INDEX).unsqueeze(1)
+    own = target.unsqueeze(1).masked_fill(~labelled, 0)
+    masks = torch.zeros(len(target), num_classes, *target.shape[1:], dtype=torch.bool, device=target.device)
+    try:
+        return masks.scatter(1, own, labelled)
+    except (IndexError, RuntimeError) as error:  # a comparison would synchronize with the GPU
+        raise label_error(num_classes, error) from error

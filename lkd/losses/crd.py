@@ -6,11 +6,11 @@ import math
 from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lkd.losses._adapters import embedding
 from lkd.losses._checks import check_positive, check_temperature
+from lkd.losses._memory import gathered
 from lkd.losses._precision import full_precision, wide
 from lkd.losses._shapes import check_shapes
 from lkd.losses._unit_vectors import unit_vectors
@@ -63,16 +63,6 @@ def _similarity(anchor: Tensor, memory: Tensor, position: Tensor, temperature: f
     # Gathering K rows per sample would take B * K * D values, 0.5 GB for the paper's settings. The memory is cloned
     # because it is updated before the backward pass.
     return (anchor @ memory.clone().mT).gather(1, position) / temperature
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    """Concatenate detached tensors `(B, ...)` of all processes."""
-    tensor = tensor.detach()
-    if not (dist.is_available() and dist.is_initialized()):
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
 
 
 class CRD(DistillLoss):
@@ -203,7 +193,7 @@ class CRD(DistillLoss):
         )
         log_ratio = scores - self._normalization(scores.detach()).view(2, 1, 1)
         if self.training:
-            self._remember(*map(_gathered, (ours, theirs, index, target)))
+            self._remember(*map(gathered, (ours, theirs, index, target)))
         own, other = (crd_loss(ratio, self.is_drawn.sum(), self.eps) for ratio in log_ratio)
         return own + other
 
@@ -231,7 +221,7 @@ class CRD(DistillLoss):
         share = scores.new_full((), scores[0].numel()) / self.is_drawn.sum()
         estimate = scores.flatten(1).logsumexp(1) - share.log()
         if self.training:
-            every = _gathered(estimate.unsqueeze(0))
+            every = gathered(estimate.unsqueeze(0))
             estimate = every.logsumexp(0) - math.log(len(every))
         log_z = torch.where(self.log_z.isneginf(), estimate, wide(self.log_z))
         if self.training:

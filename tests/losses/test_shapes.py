@@ -56,7 +56,7 @@ def _tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.rand(shape) < 0.5 if name == "masked" else torch.rand(shape) + 0.5
 
 
-SETTINGS: dict[str, Any] = {"image_sizes": [(8, 8), (8, 8)], "size": (4, 4)}
+SETTINGS: dict[str, Any] = {"image_sizes": [(8, 8), (8, 8)], "size": (4, 4), "num_classes": SIZES["K"]}
 """Arguments without a default that are not tensors."""
 
 
@@ -132,8 +132,12 @@ def test_criteria_refuse_other_logits(name: str) -> None:
 
     if torch.equal(compared(teacher.logits), compared(2 * teacher.logits)):
         return  # it reads other layers
-    for wrong in (teacher.logits[:, :1], teacher.logits[:, :, None, None].expand(-1, -1, 2, 2)):
-        with pytest.raises(ValueError, match=r"\w+ expects \w+ of shape|requires at least 2 classes"):
+    is_map = teacher.logits.dim() == 4
+    other = teacher.logits.mean((2, 3)) if is_map else teacher.logits[:, :, None, None].expand(-1, -1, 2, 2)
+    for wrong in (teacher.logits[:, :1], other):
+        with pytest.raises(
+            ValueError, match=r"\w+ expects \w+ of shape|requires at least 2 classes|reads maps of logits"
+        ):
             compared(wrong)
 
 

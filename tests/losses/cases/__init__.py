@@ -12,6 +12,7 @@ from tests.losses.cases import (
     regression,
     relation,
     review,
+    segmentation,
     views,
 )
 from tests.losses.cases.base import FeatureCase
@@ -28,5 +29,6 @@ CASES: dict[str, FeatureCase] = {
     **regression.CASES,
     **relation.CASES,
     **review.CASES,
+    **segmentation.CASES,
     **views.CASES,
 }
