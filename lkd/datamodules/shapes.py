@@ -30,7 +30,7 @@ class SyntheticSegmentationDataModule(SegmentationDataModule):
 
     class_names = ("background", "disc", "square", "diamond", "cross")
 
-    def __init__(self, size: int = 32, train_size: int = 640, test_size: int = 128, **kwargs: Any) -> None:
+    def __init__(self, size: int = 32, train_size: int = 2000, test_size: int = 400, **kwargs: Any) -> None:
         self.num_classes, self.input_shape = len(self.class_names), (3, size, size)
         self.mean, self.std = (0.5,) * 3, (0.25,) * 3
         super().__init__(**kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lkd.losses._dense import enlarged, resized_labels
+from lkd.losses._dense import enlarged, logit_maps, resized_labels
 from lkd.losses.base import DistillLoss, named_terms
 from lkd.losses.composite import CompositeLoss
 from lkd.types import IGNORE_INDEX, Batch, Outputs
@@ -78,13 +78,9 @@ class PerPixel(CompositeLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Apply the criterion to the labelled pixels."""
-        ours = student.logits
-        theirs = teacher.logits if self.criterion.needs_teacher else ours.detach()
-        if ours.ndim != 4 or theirs.ndim != 4:
-            raise ValueError(
-                f"PerPixel reads logits (B, K, H, W), got {tuple(ours.shape)} and {tuple(theirs.shape)}; use the "
-                "criterion without PerPixel"
-            )
+        if not self.criterion.needs_teacher:
+            teacher = student._replace(logits=student.logits.detach())
+        ours, theirs = logit_maps(self, student, teacher)
         ours, theirs = enlarged(ours, theirs)
         target = resized_labels(batch.target, (ours.shape[2], ours.shape[3])).flatten()
         ours, theirs = _rows(ours), _rows(theirs)

@@ -14,7 +14,7 @@ from lkd import ClassificationModule, DistillModule
 from lkd.losses import DIST, KD, PerPixel
 from lkd.tasks import SemanticSegmentation
 from lkd.tasks.metrics import MeanIoU
-from lkd.types import IGNORE_INDEX, Batch
+from lkd.types import IGNORE_INDEX, Batch, Outputs
 
 CLASSES = 4
 TASK = SemanticSegmentation(CLASSES)
@@ -118,7 +118,7 @@ def test_ignored_pixels_change_nothing(criterion) -> None:
         student[:, 0, :3], teacher[:, 1, :3] = value, value
         batch = TASK.prepare(Batch(None, target))
         torch.manual_seed(1)
-        outputs = (type("O", (), {"logits": logits}) for logits in (student, teacher))
+        outputs = (Outputs(logits, {}) for logits in (student, teacher))
         terms = criterion(*outputs, batch)
         losses.append(torch.stack(list(terms.values())).sum())
     torch.testing.assert_close(*losses, rtol=0, atol=0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lkd import Batch, Outputs
-from lkd.losses import CIRKD, CWD, DSD, IFVD, SKDS, CIRKDChannel, MasKD
+from lkd.losses import CIRKD, CWD, DIST, DSD, IFVD, KD, SKDS, CIRKDChannel, MasKD, PerPixel
 from lkd.types import IGNORE_INDEX
 from tests.losses.cases.base import SAMPLES, FeatureCase
 
@@ -136,6 +136,17 @@ CASES: dict[str, FeatureCase] = {
     ),
     "MasKD-frozen": SegmentationCase(
         lambda: MasKD(learn_tokens=False), teacher_logits=(8, 4), zero_at_equality=True, batch_mean=True
+    ),
+    "PerPixel": SegmentationCase(
+        lambda: PerPixel(KD(2.0)),
+        teacher_logits=(6, 4),
+        mask=(7, 8),
+        zero_at_equality=True,
+        batch_mean=True,
+        reads_target=True,
+    ),
+    "PerPixel-pairs": SegmentationCase(
+        lambda: PerPixel(DIST(), max_pixels=40), mask=(7, 8), zero_at_equality=True, reads_target=True
     ),
     "SKDS": SegmentationCase(
         lambda: SKDS(*LAYERS), student=STUDENT, teacher=EQUAL, zero_at_equality=True, batch_mean=True
