@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import re
 import subprocess
 import sys
@@ -49,6 +50,22 @@ def test_help_does_not_wait_for_torch(option: str) -> None:
     code = f"import sys; from lkd.__main__ import main; main([{option!r}]); sys.exit('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert lkd.__version__ in answer.stdout
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_imports_leave_the_garbage_collector_as_it_was(is_enabled: bool, monkeypatch) -> None:
+    """Objects of a process that calls `main` stay collectable; those of a process of its own are only lkd's."""
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    monkeypatch.setattr("sys.argv", ["lkd", "layers"])
+    (gc.enable if is_enabled else gc.disable)()
+    try:
+        assert main(["layers"]) == 2
+        assert (frozen, gc.isenabled()) == ([], is_enabled)
+        assert main() == 2
+        assert (frozen, gc.isenabled()) == ([False], is_enabled)
+    finally:
+        gc.enable()
 
 
 def test_fit_leaves_all_that_is_needed(run: Path) -> None:
