@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lkd
+from benchmarks import warm
 from lkd.__main__ import main
 from lkd.cli.arguments import prepare
 from lkd.cli.config_files import configs_folder, find_config
@@ -308,15 +310,15 @@ def test_another_class_begins_with_its_own_defaults(how: str) -> None:
 
 
 def test_sigterm_is_no_success() -> None:
-    command = [sys.executable, "-m", "lkd", "fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = ["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1000"]
+    process = warm.Forked(warm.module, "lkd", *command)
     while not list(Path("runs").rglob("last.ckpt")):
         time.sleep(0.2)
-        assert process.poll() is None
-    process.terminate()
-    shown, _ = process.communicate(timeout=120)
-    assert process.returncode == 143
-    assert "resume with: lkd fit --ckpt_path runs/digits/kd/version_0/checkpoints/last.ckpt" in shown
+        assert process.is_alive
+    process.send(signal.SIGTERM)
+    done = process.wait(120)
+    assert done.code == 143
+    assert "resume with: lkd fit --ckpt_path runs/digits/kd/version_0/checkpoints/last.ckpt" in done.stdout
 
 
 def test_the_run_s_class_comes_back(run: Path) -> None:
@@ -358,8 +360,9 @@ def test_own_classes_in_the_current_folder(tmp_path) -> None:
         except ValueError as error:
             print(error)
     """
-    shown = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    assert shown.stdout.startswith("True True 3")
+    Path("load.py").write_text(textwrap.dedent(code))
+    shown = warm.Forked(warm.script, "load.py").wait()
+    assert shown.stdout.startswith("True True 3"), shown.stderr
     assert "this checkpoint was saved by own.Mine, not by DistillModule" in shown.stdout
 
 
