@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.warm import CONTEXT
+
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns about repeated steps in each resumed run
 _OWN = re.compile(r"images_per_s|/epoch_loop\.val_loop\.")
 """Values that differ between equal runs: throughput, and the batch counter of the last validation in a process."""
@@ -42,10 +44,8 @@ def live(args: Sequence[str], folder: Path, seconds: float | None = None, fault:
         seconds: Time after which the process is killed; `None` disables the limit.
         fault: `module:function,argument,...` to call in the process before the command.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lkd.cli.lightning_cli", "lkd.losses", "lkd.datamodules", "lkd.modules"])
     log = folder / "log.txt"
-    process = context.Process(target=_work, args=(list(args), folder, log, fault))
+    process = CONTEXT.Process(target=_work, args=(list(args), folder, log, fault))
     process.start()
     process.join(seconds)
     process.kill()  # no effect if the process has ended

@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
+START_METHOD = "spawn"
+"""How processes start. The time that a new one takes is part of the result; tests fork from a warm one instead."""
+
 
 class Pace:
     """Let a loop take the requested number of steps, and report their duration.
@@ -91,7 +94,7 @@ class Row:
 
     def __post_init__(self) -> None:
         start = time.perf_counter()
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START_METHOD)
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self.loop, self.arguments))
         self._process.start()

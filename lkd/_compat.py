@@ -134,6 +134,14 @@ class CLIHooks:
     def _parse_ckpt_path(self) -> None:
         """Keep the settings of the config; Lightning would override them by the hyperparameters of the checkpoint."""
 
+    def _dump_config(self) -> None:
+        """Store the settings for the checkpoints without validating them again, which takes four times as long."""
+        self.parser.dump = partial(self.parser.dump, skip_validation=True)  # type: ignore[attr-defined]
+        try:
+            super()._dump_config()  # type: ignore[misc]
+        finally:
+            del self.parser.dump  # type: ignore[attr-defined]
+
     def _set_seed(self) -> None:
         self.seed(super()._set_seed)  # type: ignore[misc]
 

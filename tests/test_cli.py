@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gc
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -17,6 +19,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lkd
+from benchmarks import warm
 from lkd.__main__ import main
 from lkd.cli.arguments import prepare
 from lkd.cli.config_files import configs_folder, find_config
@@ -49,6 +52,22 @@ def test_help_does_not_wait_for_torch(option: str) -> None:
     code = f"import sys; from lkd.__main__ import main; main([{option!r}]); sys.exit('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert lkd.__version__ in answer.stdout
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_imports_leave_the_garbage_collector_as_it_was(is_enabled: bool, monkeypatch) -> None:
+    """Objects of a process that calls `main` stay collectable; those of a process of its own are only lkd's."""
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    monkeypatch.setattr("sys.argv", ["lkd", "layers"])
+    (gc.enable if is_enabled else gc.disable)()
+    try:
+        assert main(["layers"]) == 2
+        assert (frozen, gc.isenabled()) == ([], is_enabled)
+        assert main() == 2
+        assert (frozen, gc.isenabled()) == ([False], is_enabled)
+    finally:
+        gc.enable()
 
 
 def test_fit_leaves_all_that_is_needed(run: Path) -> None:
@@ -291,15 +310,15 @@ def test_another_class_begins_with_its_own_defaults(how: str) -> None:
 
 
 def test_sigterm_is_no_success() -> None:
-    command = [sys.executable, "-m", "lkd", "fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = ["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1000"]
+    process = warm.Forked(warm.module, "lkd", *command)
     while not list(Path("runs").rglob("last.ckpt")):
         time.sleep(0.2)
-        assert process.poll() is None
-    process.terminate()
-    shown, _ = process.communicate(timeout=120)
-    assert process.returncode == 143
-    assert "resume with: lkd fit --ckpt_path runs/digits/kd/version_0/checkpoints/last.ckpt" in shown
+        assert process.is_alive
+    process.send(signal.SIGTERM)
+    done = process.wait(120)
+    assert done.code == 143
+    assert "resume with: lkd fit --ckpt_path runs/digits/kd/version_0/checkpoints/last.ckpt" in done.stdout
 
 
 def test_the_run_s_class_comes_back(run: Path) -> None:
@@ -337,8 +356,9 @@ def test_own_classes_in_the_current_folder(tmp_path) -> None:
         print(type(module) is own.Mine, type(module.criterion) is own.Gap, module.stretch)
         print(type(own.DistillModule.load_from_checkpoint("runs/digits/kd/version_0/checkpoints/best.ckpt")).__name__)
     """
-    shown = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    assert shown.stdout.split() == ["True", "True", "3.0", "Mine"]  # a base class loads the class that was saved
+    Path("load.py").write_text(textwrap.dedent(code))
+    shown = warm.Forked(warm.script, "load.py").wait()
+    assert shown.stdout.split() == ["True", "True", "3.0", "Mine"], shown.stderr  # a base class loads the saved class
 
 
 def test_names_of_runs() -> None:

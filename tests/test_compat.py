@@ -14,6 +14,7 @@ import lightning as L
 import optuna
 import pytest
 import torch
+import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -236,3 +237,20 @@ def test_private_methods_of_the_cli_call_hooks(tmp_path: Path, monkeypatch: pyte
     torch.save({"hyper_parameters": {"_class_path": "a.B"}}, "some.ckpt")
     CLI(BoringModel, args=["fit", "--ckpt_path", "some.ckpt"])
     assert called == ["seed", "run"]
+
+
+def test_settings_are_stored_without_a_second_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CLI(_compat.CLIHooks, LightningCLI):
+        pass
+
+    validated: list[bool] = []
+    cli = CLI(BoringModel, args=["--trainer.max_epochs=2"], run=False)
+    stored = cli.__dict__.pop("config_dump", None)
+    monkeypatch.setattr(cli.parser, "validate", lambda *_, **__: validated.append(True))
+    cli._dump_config()
+    assert not validated
+    assert cli.config_dump["trainer"]["max_epochs"] == 2
+    assert stored in (None, cli.config_dump)
+    text = cli.parser.dump(cli.config, skip_link_targets=False, skip_none=False)
+    assert validated
+    assert yaml.safe_load(text) == cli.config_dump

@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
-import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -22,6 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import warm
 from lkd import DigitsDataModule
 from lkd.models import CIFARResNet, load_weights, resnet8
 from tests.losses.processes import PROCESSES
@@ -119,11 +117,11 @@ def test_metrics_are_those_of_one_process() -> None:
     Path("watch.py").write_text(textwrap.dedent(WATCH))
     student = CIFARResNet(8, (4, 4, 8, 16), num_classes=10, in_channels=1).eval()
     torch.save(student.state_dict(), "student.pt")
-    command = [sys.executable, "-m", "lkd", "test", "--config", "digits/kd", "--trainer.precision=32-true"]
+    command = ["test", "--config", "digits/kd", "--trainer.precision=32-true"]
     settings = ["--trainer.accelerator=cpu", f"--trainer.devices={PROCESSES}", "--trainer.strategy=ddp"]
     weights = ["--model.init_args.student_ckpt=student.pt", "--trainer.callbacks+=watch.Watch"]
-    done = subprocess.run([*command, *settings, *weights], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    for done in warm.ranks(PROCESSES, warm.module, "lkd", *command, *settings, *weights):
+        assert done.code == 0, done.stderr[-2000:]
     expected = _metrics(student, load_weights(resnet8(num_classes=10, in_channels=1), "lkd:digits_resnet8").eval())
     for rank in range(PROCESSES):
         assert json.loads(Path(f"metrics{rank}.json").read_text()) == pytest.approx(expected, rel=1e-6)
@@ -147,11 +145,11 @@ def _metrics(student: nn.Module, teacher: nn.Module) -> dict[str, float]:
 
 
 def test_two_processes_predict_each_image_once() -> None:
-    command = [sys.executable, "-m", "lkd", "predict", "--config", "digits/teacher"]
+    command = ["predict", "--config", "digits/teacher"]
     settings = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
     weights = ["--model.init_args.model_ckpt=lkd:digits_resnet8", "--trainer.enable_progress_bar=false"]
-    done = subprocess.run([*command, *settings, *weights], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    for done in warm.ranks(2, warm.module, "lkd", *command, *settings, *weights):
+        assert done.code == 0, done.stderr[-2000:]
     shares = [list(csv.DictReader(Path(f"predictions.{rank}.csv").read_text().splitlines())) for rank in (0, 1)]
     assert [len(share) for share in shares] == [180, 179]
     assert len({row["index"] for share in shares for row in share}) == 359
@@ -281,23 +279,11 @@ SHARDED = """
 """
 
 
-def test_a_sharded_student_is_the_whole_one(monkeypatch) -> None:
+def test_a_sharded_student_is_the_whole_one() -> None:
     """FSDP2, which Lightning lets run on CPUs: saved, resumed, and equal to DDP's."""
     Path("sharded.py").write_text(textwrap.dedent(SHARDED))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    command = [sys.executable, "sharded.py"]
-    start = functools.partial(subprocess.Popen, command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    both = [start(env={**os.environ, "LOCAL_RANK": str(rank), "NODE_RANK": "0"}) for rank in range(2)]
-    try:
-        said = [process.communicate(timeout=120)[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], said
+    both = warm.ranks(2, warm.script, "sharded.py")
+    assert [done.code for done in both] == [0, 0], both
     ways = ("sharded", "resumed", "whole")
     states = [torch.load(f"{way}/epoch=1.ckpt", weights_only=True) for way in ways]
     sharded, resumed, whole = (state["state_dict"] for state in states)

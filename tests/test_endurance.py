@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import lightning as L
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks import warm
 from benchmarks.endurance import look
 from lkd.__main__ import main
 
@@ -53,13 +52,13 @@ def _after(seconds: float, wanted: int, runs: Path) -> list[float]:
 
 
 def test_curves_are_readable_while_they_are_written_and_after_a_kill(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lkd", *FIT, "--trainer.max_epochs=100000"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            first = _after(120, 5, tmp_path / "runs")
-            later = _after(60, len(first) + 5, tmp_path / "runs")
-        finally:
-            process.send_signal(signal.SIGKILL)
+    process = warm.Forked(warm.module, "lkd", *FIT, "--trainer.max_epochs=100000")
+    try:
+        first = _after(120, 5, tmp_path / "runs")
+        later = _after(60, len(first) + 5, tmp_path / "runs")
+    finally:
+        process.send(signal.SIGKILL)
+    assert process.wait().code == -signal.SIGKILL
     assert len(later) >= len(first) + 5 >= 10
     run = tmp_path / "runs/digits/kd/version_0"
     left = _losses(run)

@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.models import ResNet18_Weights, resnet18
 
 from lkd.__main__ import main
+from lkd.cli import seeds
 from lkd.cli.lightning_cli import LkdCLI
 
 ROOT = Path(__file__).parent.parent
@@ -61,10 +62,14 @@ def reader(monkeypatch) -> None:
 
 @pytest.fixture
 def short(monkeypatch) -> None:
-    """Lets commands train one epoch on the CPU, as they are: an argument added to them could hide a mistake."""
+    """Lets commands train one epoch on the CPU, as they are: an argument added to them could hide a mistake.
+
+    The runs of `--seeds` are trained in this process; tests/test_seeds.py has one in a process of its own.
+    """
     own = LkdCLI.instantiate_trainer
     settings = {"max_epochs": 1, "accelerator": "cpu"}
     monkeypatch.setattr(LkdCLI, "instantiate_trainer", lambda cli, **given: own(cli, **{**given, **settings}))
+    monkeypatch.setattr(seeds, "_fit", lambda args: main(["fit", *args]))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -16,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks import warm
 from lkd import ImageFolderDataModule, SyntheticDataModule
 from lkd.__main__ import main
 from lkd.callbacks import RunRecord
@@ -69,8 +69,8 @@ def _curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_another_process_gives_the_same_bits(run: Path) -> None:
     Path("everything.yaml").write_text(EVERYTHING)
-    done = subprocess.run([sys.executable, "-m", "lkd", "fit", *FIT], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = warm.Forked(warm.module, "lkd", "fit", *FIT).wait()
+    assert done.code == 0, done.stderr[-2000:]
     (again,) = Path().glob("runs/*/version_0")
     _same(run, again)
 

@@ -23,6 +23,7 @@ from benchmarks.results.__main__ import main
 from benchmarks.results.plan import STUDENT, TEACHER, Cell, cells, read_plan, rows
 from benchmarks.results.store import Store, steps
 from benchmarks.results.table import interval, summary
+from benchmarks.warm import CONTEXT
 from lkd import ClassificationModule, DigitsDataModule
 from lkd.cli.config_files import configs_folder
 
@@ -38,7 +39,6 @@ PLAN = {
         "trainer": {"max_epochs": 6, "accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0},
     },
 }
-CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def _command(args: Sequence[str], log: Path) -> None:
@@ -52,9 +52,6 @@ def _command(args: Sequence[str], log: Path) -> None:
 
 def started(plan: Path, store: Path, *args: str) -> multiprocessing.Process:
     """The command, in a process of its own."""
-    CONTEXT.set_forkserver_preload(
-        ["lkd.cli.lightning_cli", "lkd.losses", "lkd.datamodules", "lkd.modules", "benchmarks.results.cell"]
-    )
     process = CONTEXT.Process(target=_command, args=([str(plan), str(store), *args], plan.parent / "log.txt"))
     process.start()
     return process

@@ -89,7 +89,7 @@ class SaveConfig(SaveConfigCallback):
         folder = run_folder(trainer)  # called in all processes, as it is broadcast
         if not trainer.is_global_zero:
             return
-        files, text = get_filesystem(folder), self.parser.dump(self.config, skip_none=False)
+        files, text = get_filesystem(folder), self.parser.dump(self.config, skip_none=False, skip_validation=True)
         files.makedirs(folder, exist_ok=True)
         with files.open(f"{folder}/{self.config_filename}", "w", encoding="utf-8") as file:
             file.write(text)

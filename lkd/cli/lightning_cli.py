@@ -147,7 +147,7 @@ class LkdCLI(CLIHooks, LightningCLI):
     def resolved(self) -> dict[str, Any]:
         """Return the settings of the subcommand as plain values."""
         command = str(self.subcommand)
-        text = parser_of(self, command).dump(self.config[command], skip_none=False)
+        text = parser_of(self, command).dump(self.config[command], skip_none=False, skip_validation=True)
         settings: dict[str, Any] = yaml.safe_load(text)
         return settings
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
+from benchmarks import warm
 from lkd import ClassificationModule, DistillModule, PastTeacherModule, devices
 from lkd.__main__ import main
 from lkd.callbacks import Speed
@@ -223,10 +222,8 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(min(faults() for _ in range(3)))  # the least, as a busy system may take pages away meanwhile
 """
-    faults = [
-        int(subprocess.run([sys.executable, "-c", program, way], capture_output=True, text=True, check=True).stdout)
-        for way in ("keep", "return")
-    ]
+    Path("faults.py").write_text(program)
+    faults = [int(warm.Forked(warm.script, "faults.py", way).wait().stdout) for way in ("keep", "return")]
     assert 20 * faults[0] < faults[1]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from benchmarks import warm
 from lkd import Batch, DistillModule, NoisyStudentModule, Normalization, Outputs, PastTeacherModule, SyntheticDataModule
 from lkd.callbacks import TeacherCache
 from lkd.callbacks.logit_table import LogitTable, Storage
@@ -356,16 +355,14 @@ def test_several_views(tiny, trainer) -> None:
 
 def test_two_processes_fill_one_file() -> None:
     """What two processes write together, another two read, and one does too."""
-    command = [sys.executable, "-m", "lkd", "fit", "--config", "digits/kd", "--trainer.max_epochs=2"]
+    command = ["fit", "--config", "digits/kd", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
     command += ["--teacher_cache.versions=1", "--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"]
     command += ["--trainer.enable_checkpointing=false"]
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=32"]
     said = []
-    for settings in (two, two, ["--trainer.devices=1"]):
-        done = subprocess.run(
-            [*command, "--trainer.accelerator=cpu", *settings], capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+    for number, settings in ((2, two), (2, two), (1, ["--trainer.devices=1"])):
+        done, *others = warm.ranks(number, warm.module, "lkd", *command, *settings)
+        assert [process.code for process in (done, *others)] == [0] * number, done.stderr[-2000:]
         said.append(re.findall(r"Teacher cache: ([\d,]+) forward passes computed, ([\d,]+) avoided", done.stdout))
     total = 1150
     batches = total // 2 // 32 * 64, total // 64 * 64  # what an epoch shows

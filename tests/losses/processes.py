@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.warm import ranks
 from lkd import Batch, DistillLoss, Outputs
 from lkd.losses.base import buffers_same_everywhere
 from lkd.types import IGNORE_INDEX
@@ -129,9 +130,9 @@ def check(name: str, case: FeatureCase, rank: int) -> dict[str, Any]:
     return found
 
 
-def work(rank: int, folder: str) -> None:
+def work(folder: str) -> None:
     """What one process does: all cases, one after the other; a criterion that fails is named."""
-    os.environ |= {"MASTER_ADDR": "localhost"}
+    rank = int(os.environ["LOCAL_RANK"])
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", PROCESSES)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
@@ -146,4 +147,5 @@ def work(rank: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(work, (sys.argv[1],), nprocs=PROCESSES)
+    failed = [done.stderr for done in ranks(PROCESSES, work, sys.argv[1]) if done.code]
+    sys.exit("\n".join(failed) or None)

@@ -6,25 +6,21 @@ Two processes; `LKD_PROCESSES=4 pytest tests/losses/test_processes.py` takes fou
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.losses.processes import table
+from benchmarks.warm import ranks
+from tests.losses.processes import PROCESSES, table, work
 
-ROOT = Path(__file__).parents[2]
 EQUAL, DIFFERENT = 1e-10, 1e-3
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "tests.losses.processes", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in ranks(PROCESSES, work, str(folder)):
+        assert done.code == 0, done.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from benchmarks import warm
+
 SCRIPT = """
     import hashlib, json, sys
     import lightning as L
@@ -88,10 +87,10 @@ NAMES = ("mutual", "past", "average", "exits", "dot", *SILENT)
 
 
 def _run(folder: Path, devices: int, names: tuple[str, ...]) -> list[dict]:
-    command = [sys.executable, "train.py", str(devices), *names]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for done in warm.ranks(devices, warm.script, "train.py", str(devices), *names):
+            assert done.code == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{devices}_{rank}.json").read_text()) for rank in range(devices)]
 
 

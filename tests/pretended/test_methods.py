@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,6 +26,13 @@ NO_GRAPH = {"kdsvd": "the library that decomposes matrices looks at its results 
 """Overlays whose steps run without a graph, with the reason."""
 
 
+@pytest.fixture
+def _shallow(monkeypatch) -> None:
+    """Transformers have 4 blocks in place of 12; tests/test_configs.py trains the whole ones."""
+    monkeypatch.setattr("timm.create_model", partial(timm.create_model, depth=4))
+
+
+@pytest.mark.usefixtures("_shallow")
 @pytest.mark.parametrize("name", OVERLAYS["methods"])
 def test_a_methods_overlay(name: str, pretended, capfd, recwarn) -> None:
     Path("data").mkdir()
