@@ -17,7 +17,9 @@ from lkd.cli.config_files import configs_folder
 
 FOLDER = configs_folder()
 COMPLETE = sorted(
-    str(path.relative_to(FOLDER)) for folder in ("digits", "cifar10") for path in FOLDER.glob(f"{folder}/*.yaml")
+    str(path.relative_to(FOLDER))
+    for folder in ("digits", "cifar10", "shapes")
+    for path in FOLDER.glob(f"{folder}/*.yaml")
 )
 OVERLAYS = {
     kind: sorted(path.stem for path in (FOLDER / kind).glob("*.yaml"))
@@ -26,6 +28,7 @@ OVERLAYS = {
 VIEWS = [name for name in OVERLAYS["methods"] if "views:" in (FOLDER / "methods" / f"{name}.yaml").read_text()]
 BEFORE = {  # runs that a config goes on from
     "digits/takd.yaml": ["digits/assistant"],
+    "shapes/kd.yaml": ["shapes/teacher"],
     "digits/multi_teacher.yaml": ["digits/assistant"],
     "digits/born_again_ensemble.yaml": ["digits/born_again", "digits/born_again"],
 }
@@ -190,4 +193,4 @@ def test_every_overlay_is_run_above() -> None:
     assert set(OVERLAYS["pairs"]) >= set(PAIR_OF.values())
     folders = {path.parent.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml")}
     elsewhere = {"cluster", "loggers", "sweep"}  # tests/test_cluster.py, tests/test_loggers.py, tests/sweep
-    assert folders == {"digits", "cifar10", *OVERLAYS, *elsewhere}
+    assert folders == {"digits", "cifar10", "shapes", *OVERLAYS, *elsewhere}
