@@ -42,7 +42,7 @@ FROM_DATA = ("num_samples", "batch_size", "train_index")
 
 
 class ClassificationModule(EvaluatedModule):
-    """Train a classifier with labels.
+    """Train one network with labels; by default, a classifier.
 
     Batches are `Batch`, `(input, target)`, `(input, target, index)` or a dict with these keys. Override `unpack` to
     support other formats. Logged metrics: `train/loss`, `train/<term>` and `train/acc`, averaged over the steps since
