@@ -89,6 +89,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
     std: tuple[float, ...]
     resize: ImageTransform = CenterCrop()
     uses_graphs: bool = False
+    _dataset_class: type[ImageDataset] = ImageDataset
 
     def __init__(
         self,
@@ -285,11 +286,12 @@ class ImageDataModule(L.LightningDataModule, ABC):
         mix: Mix | None = None,
     ) -> ImageDataset:
         first, changes = divide(augment)
-        return ImageDataset(
+        channels, height, width = self.input_shape
+        return self._dataset_class(
             source,
             target,
             torch.arange(len(target)) if chosen is None else chosen.nonzero().squeeze(1),
-            self.input_shape,
+            (channels + self._dataset_class.extra_channels, height, width),
             Normalization(self.mean, self.std),
             first or self.resize,
             changes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -66,6 +67,9 @@ class ImageDataset(Dataset[Batch]):
         ValueError: If images that are read one by one should have a number of channels other than 1 or 3, or the views
             require images of another shape.
     """
+
+    extra_channels: ClassVar[int] = 0
+    """Number of channels of the stored images that are not passed to the network, such as a mask."""
 
     def __init__(
         self,

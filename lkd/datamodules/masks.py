@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ class MaskDataset(ImageDataset):
 
     The channel holds `255 - class`: transforms fill with 0, which then means `IGNORED`.
     """
+
+    extra_channels: ClassVar[int] = 1
 
     def transformed(self, image: Tensor, transform: BatchTransform, draws: Tensor) -> Tensor:
         """Apply a transform to images and masks if it moves pixels, otherwise to the images alone."""

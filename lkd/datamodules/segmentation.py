@@ -11,11 +11,7 @@ from torch.utils.data import TensorDataset
 
 from lkd.datamodules.base import ImageDataModule, Split
 from lkd.datamodules.masks import IGNORED, MaskDataset
-from lkd.datamodules.sources import ImageSource
-from lkd.datamodules.transforms.base import Augmentation, RandomHorizontalFlip, divide
-from lkd.datamodules.transforms.mixing import Mix
-from lkd.datamodules.transforms.views import Views
-from lkd.types import Normalization
+from lkd.datamodules.transforms.base import RandomHorizontalFlip, divide
 
 
 class SegmentationDataModule(ImageDataModule):
@@ -32,10 +28,15 @@ class SegmentationDataModule(ImageDataModule):
         ValueError: If `views`, `mix` or `extra` is set, or images and masks do not fit together.
     """
 
+    _dataset_class = MaskDataset
+
     def __init__(self, **kwargs: Any) -> None:
         if given := [name for name in ("views", "mix", "extra") if kwargs.get(name) is not None]:
             raise ValueError(f"{type(self).__name__} does not support {given[0]}: it would not apply to the masks")
         super().__init__(**kwargs)
+        first, _ = divide(self.augment or ())
+        if first is not None:
+            raise ValueError(f"{type(first).__name__} would not apply to the masks; remove it from augment")
 
     @abstractmethod
     def make_masks(self, split: Split) -> tuple[Tensor, Tensor] | None:
@@ -77,26 +78,3 @@ class SegmentationDataModule(ImageDataModule):
                 f"mask {first} of {where} contains the label {label}, but there are {self.num_classes} classes, 0 to "
                 f"{self.num_classes - 1}; correct the mask or num_classes, or use {IGNORED} for pixels without a class"
             )
-
-    def _wrap(
-        self,
-        source: ImageSource,
-        target: Tensor,
-        chosen: Tensor | None = None,
-        augment: Augmentation = (),
-        views: Views | None = None,
-        mix: Mix | None = None,
-    ) -> MaskDataset:
-        first, changes = divide(augment)
-        if first is not None:
-            raise ValueError(f"{type(first).__name__} would not apply to the masks; remove it from augment")
-        channels, height, width = self.input_shape
-        return MaskDataset(
-            source,
-            target,
-            torch.arange(len(target)) if chosen is None else chosen.nonzero().squeeze(1),
-            (channels + 1, height, width),
-            Normalization(self.mean, self.std),
-            self.resize,
-            changes,
-        )

@@ -103,7 +103,7 @@ def mean_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 
 
     Args:
         logits: Logits `(B, K)` or `(B, K, H, W)`.
-        target: Class indices `(B,)` or `(B, H, W)`; `IGNORE_INDEX` where there is no label.
+        target: Class indices `(B,)` or `(B, H, W)`; missing labels are `IGNORE_INDEX`.
         label_smoothing: Label smoothing factor, in [0, 1).
 
     Returns:

@@ -165,7 +165,7 @@ class ClassificationModule(EvaluatedModule):
 
         Args:
             logits: Output of the network.
-            target: Targets, `IGNORE_INDEX` where there is no label.
+            target: Targets; missing labels are `IGNORE_INDEX`.
             mixed: Partners of mixed images and their weights. The labels of an image and of its partner, if it has one,
                 are weighted accordingly.
 

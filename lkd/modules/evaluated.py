@@ -74,7 +74,7 @@ class EvaluatedModule(RecordedModule):
         Args:
             metrics: Metrics of the stage by name.
             logits: Output of the network.
-            target: Targets, `IGNORE_INDEX` where there is no label.
+            target: Targets; missing labels are `IGNORE_INDEX`.
         """
         metrics["loss"].update(self.task.loss(logits, target), weight=self.task.labelled(target))
         self.task.update({name: metrics[name] for name in self.task_metrics}, logits, target)

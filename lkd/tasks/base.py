@@ -80,7 +80,7 @@ class Task(ABC):
 
         Args:
             logits: Output of the network.
-            target: Targets, `IGNORE_INDEX` where there is no label.
+            target: Targets; missing labels are `IGNORE_INDEX`.
             label_smoothing: Label smoothing factor, in [0, 1).
             mixed: Partners of mixed images and their weights, if the images are mixed.
 
@@ -97,7 +97,7 @@ class Task(ABC):
         """
 
     def correct(self, logits: Tensor, target: Tensor) -> Tensor | None:
-        """Return the number of correct elements, from which `train/acc` is computed; `None` if there is no such number.
+        """Return the number of correct predictions, from which `train/acc` is computed; `None` disables `train/acc`.
 
         Args:
             logits: Output of the network.
@@ -127,6 +127,6 @@ class Task(ABC):
             target: Targets of the batch, which determine the shape and the elements that count.
 
         Returns:
-            Predictions in the shape of `target`, with `IGNORE_INDEX` where there is no label.
+            Predictions in the shape of `target`; elements without a label are `IGNORE_INDEX`.
         """
         return None

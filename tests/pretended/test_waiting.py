@@ -11,7 +11,8 @@ import pytest
 from lkd.__main__ import main
 from tests.pretended.device import NAME, waits
 
-KD = ["fit", "--config", "digits/kd", "--data.init_args.batch_size=16", f"--trainer.accelerator={NAME}"]
+KD = ["--config", "digits/kd"]
+SEGMENTATION = ["--config", "shapes/kd", "--model.init_args.teacher_ckpt=null"]
 SEEN: dict[str, Counter[str]] = {}
 
 
@@ -54,10 +55,11 @@ class Watch(L.Callback):
 @pytest.mark.parametrize(
     "settings",
     [
-        [],
-        ["--config", "methods/dkd_crd_at"],
-        ["--teacher_cache.versions=1"],
-        ["--data.init_args.mix=lkd.datamodules.Mixup"],
+        KD,
+        [*KD, "--config", "methods/dkd_crd_at"],
+        [*KD, "--teacher_cache.versions=1"],
+        [*KD, "--data.init_args.mix=lkd.datamodules.Mixup"],
+        SEGMENTATION,
     ],
     ids=str,
 )
@@ -65,7 +67,8 @@ def test_steps_do_not_wait(settings: list[str], graph: str, pretended) -> None:
     """With TensorBoard, progress bar, metrics, schedule and checkpoints, as `lkd fit` has them."""
     watched = ["--trainer.callbacks+=tests.pretended.test_waiting.Watch", "--trainer.log_every_n_steps=8"]
     short = ["--trainer.max_epochs=3", "--trainer.limit_train_batches=20", "--trainer.limit_val_batches=4"]
-    assert main([*KD, *settings, *watched, *short, "--trainer.precision=32-true", f"--speed.graph={graph}"]) == 0
+    there = ["--data.init_args.batch_size=16", f"--trainer.accelerator={NAME}", "--trainer.precision=32-true"]
+    assert main(["fit", *settings, *there, *watched, *short, f"--speed.graph={graph}"]) == 0
     steps, validation = SEEN["step"], SEEN["validation"]
     assert steps.pop("times") > 40
     assert validation.pop("times") >= 6

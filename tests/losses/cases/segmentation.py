@@ -28,7 +28,7 @@ class SegmentationCase(FeatureCase):
     mask: tuple[int, int] = (8, 12)
 
     def of(self, classes: int, shrink: int) -> FeatureCase:
-        """The same with so many classes, and with maps and masks smaller by a factor."""
+        """Return this case with another number of classes, and with its maps and masks reduced by a factor."""
 
         def smaller(size: tuple[int, int]) -> tuple[int, int]:
             return max(size[0] // shrink, 1), max(size[1] // shrink, 1)
