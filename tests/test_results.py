@@ -278,7 +278,10 @@ def test_teacher_configs_are_the_pairs_teachers() -> None:
 def test_mistakes_in_a_plan(tmp_path, capsys) -> None:
     Path("plan.yaml").write_text(yaml.safe_dump({**PLAN, "seed": 1}))
     assert main(["plan.yaml", "store"]) == 2
-    assert "plan.yaml is not a plan with the keys label, data, recipes" in capsys.readouterr().err
+    assert "plan.yaml is not a plan with the keys label, seeds, data" in capsys.readouterr().err
+    Path("plan.yaml").write_text(yaml.safe_dump({"label": "", "seeds": [0], "complete": {"unet": {TEACHER: ""}}}))
+    assert main(["plan.yaml", "store"]) == 2
+    assert "unet has no config for 'student alone'" in capsys.readouterr().err
     assert main(["nothing", "store"]) == 2
     assert "no plan 'nothing'; expected a YAML file or one of literature, short" in capsys.readouterr().err
     with pytest.raises(ValueError, match="such as 15M"):

@@ -140,6 +140,9 @@ def read_plan(name: str) -> Plan:
         content = load_yaml(path.read_text(encoding="utf-8"))
         content["methods"] = {key: Method(**(value or {})) for key, value in content.get("methods", {}).items()}
         content["pairs"] = {key: value or {} for key, value in content.get("pairs", {}).items()}
+        for pair, configs in content.get("complete", {}).items():
+            if missing := [method for method in (TEACHER, STUDENT) if method not in configs]:
+                raise KeyError(f"{pair} has no config for {missing[0]!r}")
         return Plan(**content)
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         keys = ", ".join(part.name for part in fields(Plan))
