@@ -18,6 +18,7 @@ NO_METHOD |= {"ClassificationModule", "DistillModule", "EarlyExitModule", "FineT
 PARITY_OF = {"logit_std_kd": "LogitStandardization", "ctkd_global": "CTKD", "pad_l2": "PAD"}
 PARITY_OF |= {"ofa": "OFAKD", "deit_hard": "DeiT"}
 PARITY_OF |= {"cirkd_minibatch": "CIRKD", "cirkd_memory": "CIRKD", "cirkdv2_channel": "CIRKDChannel"}
+SEGMENTATION = "lkd.tasks.SemanticSegmentation"
 TRAINED = {"SimKDModule": "tests/modules/test_simkd.py", "DOTModule": "tests/modules/test_dot.py"}
 """Modules to the files whose `test_module_is_a_plain_loop` trains them beside the original's loop, written out."""
 COMPARED = {"OFAKD": "`ofa_loss`", "DeiT": "hard", "CrossKD": "its functions"} | dict.fromkeys(TRAINED, "a training")
@@ -67,14 +68,25 @@ def reads(kind: type) -> str:
 
 
 def configs(name: str) -> list[str]:
-    """Overlays and complete configs that name a class."""
-    folder = configs_folder()
+    """Overlays and complete configs that name a class; first the overlays that are named after it."""
+    folder, key = configs_folder(), name.lower()
     found = (
         str(path.relative_to(folder).with_suffix(""))
         for path in folder.rglob("*.yaml")
         if name in {value.rpartition(".")[2] for value in _strings(yaml.safe_load(path.read_text()))}
     )
-    return sorted(found, key=lambda config: (not config.startswith("methods/"), config.count("_"), config))
+
+    def place(config: str) -> tuple[bool, bool, int, str]:
+        kind, _, stem = config.rpartition("/")
+        return kind != "methods", not stem.replace("_", "").startswith(key), config.count("_"), config
+
+    return sorted(found, key=place)
+
+
+def is_for_segmentation(overlay: str) -> bool:
+    """Whether an overlay, such as `methods/cwd`, names the task of segmentation, and thus needs networks for it."""
+    config = yaml.safe_load((configs_folder() / f"{overlay}.yaml").read_text())
+    return SEGMENTATION in _strings(config)
 
 
 def _strings(value: object) -> list[str]:
