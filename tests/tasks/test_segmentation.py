@@ -38,9 +38,9 @@ class Net(nn.Module):
 class AuxNet(Net):
     """The same with an auxiliary head, whose logits are `nan` if it is `broken`."""
 
-    def __init__(self, width: int, seed: int = 0, broken: bool = False) -> None:
-        super().__init__(width, seed)
-        self.aux, self.broken = nn.Conv2d(width, CLASSES, 1), broken
+    def __init__(self, width: int, seed: int = 0, broken: bool = False, num_classes: int = CLASSES) -> None:
+        super().__init__(width, seed, num_classes)
+        self.aux, self.broken = nn.Conv2d(width, num_classes, 1), broken
 
     def forward(self, input: Tensor) -> dict[str, Tensor]:
         feature = self.body(input)
