@@ -82,7 +82,7 @@ def test_commands(command: str, reader: None, short: None) -> None:
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) == 19
+    assert len(COMMANDS) == 18
     assert len(CHAINS) == 12
 
 

@@ -116,6 +116,9 @@ def test_unknown_names() -> None:
         torchvision_segmentation("fcn_resnet18", num_classes=5)
     with pytest.raises(ValueError, match=r"fcn_resnet50 has no weights 'IMAGENET1K_V1'; closest matches: COCO_WITH"):
         torchvision_segmentation("fcn_resnet50", num_classes=5, weights="IMAGENET1K_V1")
+
+
+def test_smp_unknown_names() -> None:
     for settings, message in (
         ({"architecture": "unett"}, "no architecture 'unett'; closest matches: unet"),
         ({"encoder": "resnet81"}, "no encoder 'resnet81'; closest matches: resnet18"),
