@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from functools import cache
 
 import torch
 import yaml
@@ -65,13 +66,20 @@ def reads(kind: type) -> str:
 
 def configs(name: str) -> list[str]:
     """Overlays and complete configs that name a class."""
-    folder = configs_folder()
-    found = (
-        str(path.relative_to(folder).with_suffix(""))
-        for path in folder.rglob("*.yaml")
-        if name in {value.rpartition(".")[2] for value in _strings(yaml.safe_load(path.read_text()))}
-    )
+    found = (config for config, names in _names_in_configs().items() if name in names)
     return sorted(found, key=lambda config: (not config.startswith("methods/"), config.count("_"), config))
+
+
+@cache
+def _names_in_configs() -> dict[str, set[str]]:
+    """Config to the last parts of all names in it."""
+    folder = configs_folder()
+    return {
+        str(path.relative_to(folder).with_suffix("")): {
+            value.rpartition(".")[2] for value in _strings(yaml.safe_load(path.read_text()))
+        }
+        for path in folder.rglob("*.yaml")
+    }
 
 
 def _strings(value: object) -> list[str]:
