@@ -72,12 +72,12 @@ def reader(files: Path, monkeypatch) -> None:
 
 @pytest.fixture
 def short(monkeypatch) -> None:
-    """Lets commands train one epoch on the CPU, as they are: an argument added to them could hide a mistake.
+    """Lets commands train an epoch of ten batches on the CPU, as they are: an argument added to them could hide a mistake.
 
     The runs of `--seeds` are trained in this process; tests/test_seeds.py has one in a process of its own.
     """
     own = LkdCLI.instantiate_trainer
-    settings = {"max_epochs": 1, "accelerator": "cpu"}
+    settings = {"max_epochs": 1, "limit_train_batches": 10, "accelerator": "cpu"}
     monkeypatch.setattr(LkdCLI, "instantiate_trainer", lambda cli, **given: own(cli, **{**given, **settings}))
     monkeypatch.setattr(seeds, "_fit", lambda args: main(["fit", *args]))
 
