@@ -13,7 +13,7 @@ import lkd.modules
 from lkd.cli.config_files import configs_folder
 from tests.test_parity import METHODS
 
-NO_METHOD = {"DistillLoss", "CompositeLoss", "PerPixel", "WeightedSum"}
+NO_METHOD = {"DistillLoss", "CompositeLoss", "PerAnchor", "PerPixel", "WeightedSum"}
 NO_METHOD |= {"ClassificationModule", "DistillModule", "EarlyExitModule", "FineTuneModule"}
 PARITY_OF = {"logit_std_kd": "LogitStandardization", "ctkd_global": "CTKD", "pad_l2": "PAD"}
 PARITY_OF |= {"ofa": "OFAKD", "deit_hard": "DeiT"}

@@ -1,6 +1,8 @@
-"""Networks for classification and segmentation, and loading of trained weights."""
+"""Networks for classification, segmentation and detection, and loading of trained weights."""
 
 from lkd.features.layers import layer_names
+from lkd.models.detection import Detector, FasterRCNNDetector, FCOSDetector, RetinaNetDetector, SSDDetector
+from lkd.models.detectors import faster_rcnn, fcos, retinanet, ssdlite
 from lkd.models.ensemble import Ensemble
 from lkd.models.factories import timm_model, torchvision_model
 from lkd.models.imagenet_resnet import ImageNetResNet, resnet18, resnet50
