@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from lkd.datamodules import (
         CIFAR10DataModule,
         CIFAR100DataModule,
+        CocoDetectionDataModule,
+        DetectionDataModule,
         DigitsDataModule,
         FashionMNISTDataModule,
         ImageDataModule,
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
         STL10DataModule,
         SVHNDataModule,
         SyntheticDataModule,
+        SyntheticDetectionDataModule,
         SyntheticSegmentationDataModule,
         TinyImageNetDataModule,
         WebDatasetDataModule,
@@ -41,12 +44,14 @@ if TYPE_CHECKING:
         PastTeacherModule,
         SimKDModule,
     )
-    from lkd.types import Batch, Mixed, Normalization, Outputs, Probe
+    from lkd.types import Batch, Mixed, Normalization, Outputs, Predictions, Probe
 
 _HOMES = {
     "lkd.datamodules": (
         "CIFAR10DataModule",
         "CIFAR100DataModule",
+        "CocoDetectionDataModule",
+        "DetectionDataModule",
         "DigitsDataModule",
         "FashionMNISTDataModule",
         "ImageDataModule",
@@ -57,6 +62,7 @@ _HOMES = {
         "SVHNDataModule",
         "SegmentationDataModule",
         "SyntheticDataModule",
+        "SyntheticDetectionDataModule",
         "SyntheticSegmentationDataModule",
         "TinyImageNetDataModule",
         "WebDatasetDataModule",
@@ -76,7 +82,7 @@ _HOMES = {
     ),
     "lkd.features.extractor": ("FeatureExtractor",),
     "lkd.loading": ("load_run",),
-    "lkd.types": ("Batch", "Mixed", "Normalization", "Outputs", "Probe"),
+    "lkd.types": ("Batch", "Mixed", "Normalization", "Outputs", "Predictions", "Probe"),
 }
 
 __all__ = [
@@ -85,7 +91,9 @@ __all__ = [
     "CIFAR10DataModule",
     "CIFAR100DataModule",
     "ClassificationModule",
+    "CocoDetectionDataModule",
     "DOTModule",
+    "DetectionDataModule",
     "DigitsDataModule",
     "DistillLoss",
     "DistillModule",
@@ -103,12 +111,14 @@ __all__ = [
     "Normalization",
     "Outputs",
     "PastTeacherModule",
+    "Predictions",
     "Probe",
     "STL10DataModule",
     "SVHNDataModule",
     "SegmentationDataModule",
     "SimKDModule",
     "SyntheticDataModule",
+    "SyntheticDetectionDataModule",
     "SyntheticSegmentationDataModule",
     "TinyImageNetDataModule",
     "WebDatasetDataModule",

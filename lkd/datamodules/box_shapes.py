@@ -11,7 +11,7 @@ from torchvision.ops import masks_to_boxes
 from lkd.datamodules.base import Split
 from lkd.datamodules.boxes import BoxSource
 from lkd.datamodules.detection import DetectionDataModule
-from lkd.datamodules.shapes import outside
+from lkd.datamodules.shapes import distance_outside
 
 _SHAPES = 3
 """Maximum number of shapes in an image; later ones cover earlier ones."""
@@ -38,7 +38,7 @@ class SyntheticDetectionDataModule(DetectionDataModule):
     class_names = ("background", "disc", "square", "diamond", "cross")
 
     def __init__(
-        self, size: tuple[int, int] = (48, 64), train_size: int = 800, test_size: int = 200, **kwargs: Any
+        self, size: tuple[int, int] = (48, 64), train_size: int = 1000, test_size: int = 200, **kwargs: Any
     ) -> None:
         if not 16 <= size[0] <= size[1]:
             raise ValueError(f"size must be a minimum of at least 16 and a maximum, got {list(size)}")
@@ -63,10 +63,9 @@ class SyntheticDetectionDataModule(DetectionDataModule):
         kind = torch.randint(1, self.num_classes, (number, 1, 1), generator=generator)
         center, color = (torch.rand(number, count, 1, 1, generator=generator) for count in (2, 3))
         radius = min(height, width) * (0.14 + 0.14 * torch.rand(number, 1, 1, generator=generator))
-        y, x = (
-            (torch.arange(side) - side * (0.15 + 0.7 * center[:, axis])).abs() for axis, side in enumerate((height, width))
-        )
-        inside = outside(kind, x, y, radius) <= 0
+        places = zip((height, width), (0.15 + 0.7 * center).unbind(1), strict=True)
+        y, x = ((torch.arange(side) - side * place).abs() for side, place in places)
+        inside = distance_outside(kind, x, y, radius) <= 0
         covered = inside.flip(0).cumsum(0).flip(0) > inside.long()  # by a later shape
         visible = inside & ~covered
         noise = 0.1 * torch.randn(3, height, width, generator=generator)

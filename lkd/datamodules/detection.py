@@ -121,8 +121,8 @@ class DetectionDataModule(L.LightningDataModule, ABC):
         wrong = source.labels[(source.labels < 1) | (source.labels >= self.num_classes)]
         if len(wrong):
             raise ValueError(
-                f"the {split} split of {type(self).__name__} has a box of class {int(wrong[0])}, but classes of objects "
-                f"are 1 to {self.num_classes - 1}, and 0 is the background; correct the labels or num_classes"
+                f"the {split} split of {type(self).__name__} has a box of class {int(wrong[0])}, but the classes "
+                f"of objects are 1 to {self.num_classes - 1}, and 0 is the background; correct the labels or num_classes"
             )
         processes = self.trainer.world_size if self.trainer else 1
         if len(source.images) < processes:
@@ -141,7 +141,7 @@ class DetectionDataModule(L.LightningDataModule, ABC):
         if workers is None:
             workers = 0 if isinstance(dataset.source.images, list) else min(4, os.cpu_count() or 1)
         loader = Loader(
-            dataset,  # type: ignore[arg-type]
+            dataset,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=workers,

@@ -50,7 +50,7 @@ class SyntheticSegmentationDataModule(SegmentationDataModule):
             radius = side * (0.12 + 0.14 * torch.rand(number, 1, 1, generator=generator))
             x, y = (_distance(side, number, generator) for _ in range(2))
             color = 255 * torch.rand(number, 3, 1, 1, generator=generator)
-            outside = outside(kind, x, y, radius)
+            outside = distance_outside(kind, x, y, radius)
             inside = outside <= 0
             image = torch.where(inside[:, None], color, image)
             mask = torch.where(inside, kind.to(torch.uint8), mask)
@@ -65,7 +65,7 @@ def _distance(side: int, number: int, generator: torch.Generator) -> Tensor:
     return (torch.arange(side) - center).abs()
 
 
-def outside(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+def distance_outside(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     """Return how far each pixel `(N, H, W)` lies outside of its image's shape; negative inside.
 
     Args:

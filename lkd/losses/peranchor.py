@@ -74,7 +74,7 @@ def _anchors(student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
     if ours.shape != theirs.shape:
         raise ValueError(
             f"PerAnchor requires the same anchors and classes in student and teacher, got {tuple(ours.shape)} and "
-            f"{tuple(theirs.shape)} for (images, anchors, classes); use detectors of the same kind, with the same pyramid"
+            f"{tuple(theirs.shape)} for (images, anchors, classes); use detectors of one kind, with the same pyramid"
         )
     return ours, theirs
 

@@ -122,8 +122,11 @@ class OneStageDetector(Detector):
     @property
     def feature_layers(self) -> FeatureLayers:
         """Layers that criteria refer to by name: `@pyramid`, `@class_maps` and `@box_maps`."""
-        maps = {name: _names(name, getattr(self, name)) for name in ("pyramid", "class_maps", "box_maps")}
-        return FeatureLayers(**maps)
+        return FeatureLayers(
+            pyramid=_names("pyramid", self.pyramid),
+            class_maps=_names("class_maps", self.class_maps),
+            box_maps=_names("box_maps", self.box_maps),
+        )
 
     def predict(self, images: ImageList, levels: OrderedDict[str, Tensor], sizes: Sizes) -> Predictions:
         """Apply the heads to all levels."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet, ssdlite320_mobilenet_v3_large
@@ -30,9 +31,7 @@ class _OriginalSize(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchvis
     def __init__(self) -> None:
         super().__init__(0, 0, _MEAN, _STD)
 
-    def resize(
-        self, image: Tensor, target: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Return image and boxes unchanged."""
         return image, target
 
@@ -44,7 +43,8 @@ def _backbone(filters: Sequence[int], channels: int) -> nn.Module:
     """
     check_counts(filters=tuple(filters), channels=channels)
     stem = nn.Sequential(nn.Conv2d(3, filters[0], 3, 2, 1, bias=False), nn.BatchNorm2d(filters[0]), nn.ReLU())
-    stages, inputs = OrderedDict(stem=stem), filters[0]
+    stages: OrderedDict[str, nn.Module] = OrderedDict(stem=stem)
+    inputs = filters[0]
     for number, width in enumerate(filters, 1):
         shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, 2, bias=False), nn.BatchNorm2d(width))
         stages[f"stage{number}"] = resnet.BasicBlock(inputs, width, 2, shortcut)
@@ -117,16 +117,16 @@ def fcos(
     """
     check_counts(num_classes=num_classes, num_convs=num_convs, reg_max=1 if reg_max is None else reg_max)
     if channels % 32:
-        raise ValueError(f"channels must be a multiple of 32, since the heads of FCOS normalize 32 groups, got {channels}")
+        raise ValueError(
+            f"channels must be a multiple of 32, since the heads of FCOS normalize 32 groups, got {channels}"
+        )
     anchors = AnchorGenerator(tuple((stride,) for stride in _strides(filters)), ((1.0,),) * len(_strides(filters)))
     head = (
         FCOSHead(channels, 1, num_classes, num_convs)
         if reg_max is None
         else DistributionHead(channels, num_classes, num_convs, reg_max)
     )
-    network = FCOS(
-        _backbone(filters, channels), num_classes, anchor_generator=anchors, head=head, score_thresh=_SCORE
-    )
+    network = FCOS(_backbone(filters, channels), num_classes, anchor_generator=anchors, head=head, score_thresh=_SCORE)
     network.transform = _OriginalSize()
     return FCOSDetector(network)
 

@@ -18,7 +18,6 @@ class _DistributionBranch(FCOSRegressionHead):  # type: ignore[misc]  # torchvis
         super().__init__(in_channels, 1, num_convs)
         self.bbox_reg = nn.Conv2d(in_channels, 4 * (reg_max + 1), 3, padding=1)
         nn.init.normal_(self.bbox_reg.weight, std=0.01)
-        nn.init.zeros_(self.bbox_reg.bias)
 
     def forward(self, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the logits `(B, N, 4 * (reg_max + 1))` and the centerness `(B, N, 1)`."""
@@ -82,8 +81,8 @@ class DistributionHead(FCOSHead):  # type: ignore[misc]  # torchvision is not ty
                 for target, own, index in zip(targets, anchors, matched_idxs, strict=True)
             ]
         )
-        logits = head_outputs["bbox_distribution"][matched].unflatten(1, (4, -1))
-        losses["bbox_distribution"] = 0.25 * distribution_focal_loss(logits.flatten(0, 1), distance.flatten())
+        logits = head_outputs["bbox_distribution"][matched].view(-1, self.reg_max + 1)
+        losses["bbox_distribution"] = 0.25 * distribution_focal_loss(logits, distance.flatten())
         return losses
 
 

@@ -140,7 +140,8 @@ class ClassificationModule(EvaluatedModule):
 
     def forward(self, input: Any) -> Tensor:
         """Compute the logits of the trained network: `(B, K)`, or as the task defines them."""
-        return self.task.logits(self.model(input))
+        logits: Tensor = self.task.logits(self.model(input))
+        return logits
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the terms of the loss for one batch.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Final
 
 import torch
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
-_BACKEND = "faster_coco_eval"
+_BACKEND: Final = "faster_coco_eval"
 
 
 class MeanAP(MeanAveragePrecision):

@@ -62,8 +62,8 @@ class Detection(Task):
         """
         if not isinstance(output, Predictions):
             raise TypeError(
-                f"Detection requires a detector that returns Predictions, got {type(output).__name__}; use a detector "
-                "of lkd.models, such as retinanet, or wrap a network of torchvision in RetinaNetDetector, FCOSDetector, "
+                f"Detection requires a detector that returns Predictions, got {type(output).__name__}; use one of "
+                "lkd.models, such as retinanet, or wrap a network of torchvision in RetinaNetDetector, FCOSDetector, "
                 "SSDDetector or FasterRCNNDetector"
             )
         return output
