@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,8 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import box_iou
+from torchvision.ops import MultiScaleRoIAlign, box_iou
+from torchvision.ops.poolers import initLevelMapper
 
 from lkd.features.layers import FeatureLayers
 from lkd.types import Predictions
@@ -255,6 +257,7 @@ class FasterRCNNDetector(Detector):
 
     def predict(self, images: ImageList, levels: OrderedDict[str, Tensor], sizes: Sizes) -> Predictions:
         """Keep the levels of the pyramid."""
+        pool_exactly(self.network.roi_heads.box_roi_pool, levels, images.tensors.shape[-2])
         num_classes = self.network.roi_heads.box_predictor.cls_score.out_features
         return self.predictions(images, sizes, num_classes, None, {"images": images.tensors, "levels": levels})
 
@@ -291,6 +294,23 @@ class FasterRCNNDetector(Detector):
         finally:
             for stage, mode in zip(stages, modes, strict=True):
                 stage.training = mode
+
+
+def pool_exactly(pool: MultiScaleRoIAlign, levels: Mapping[str, Tensor], height: int) -> None:
+    """Set the scales of the levels from which boxes are pooled, if they are not set.
+
+    torchvision estimates them in the first forward pass, from images without their padding, and keeps the result: with
+    small images it may be wrong by a factor of 2, and a resumed run would continue with another one.
+
+    Args:
+        pool: Pooling layer, changed in place.
+        levels: Levels of the pyramid by name.
+        height: Height of the padded images.
+    """
+    if pool.scales is None:
+        pool.scales = [levels[name].shape[2] / height for name in pool.featmap_names]
+        first, last = (round(-math.log2(scale)) for scale in (pool.scales[0], pool.scales[-1]))
+        pool.map_levels = initLevelMapper(first, last, pool.canonical_scale, pool.canonical_level)
 
 
 def resized(target: Targets, predictions: Predictions) -> list[dict[str, Tensor]]:
