@@ -18,7 +18,7 @@ from lkd.cli.config_files import configs_folder
 FOLDER = configs_folder()
 COMPLETE = sorted(
     str(path.relative_to(FOLDER))
-    for folder in ("digits", "cifar10", "shapes")
+    for folder in ("digits", "cifar10", "detection", "shapes")
     for path in FOLDER.glob(f"{folder}/*.yaml")
 )
 OVERLAYS = {
@@ -29,6 +29,8 @@ VIEWS = [name for name in OVERLAYS["methods"] if "views:" in (FOLDER / "methods"
 BEFORE = {  # runs that a config goes on from
     "digits/takd.yaml": ["digits/assistant"],
     "shapes/kd.yaml": ["shapes/teacher"],
+    "detection/pkd.yaml": ["detection/teacher"],
+    "detection/kd_ld.yaml": ["detection/teacher"],
     "digits/multi_teacher.yaml": ["digits/assistant"],
     "digits/born_again_ensemble.yaml": ["digits/born_again", "digits/born_again"],
 }
@@ -80,6 +82,8 @@ def _no_downloads(monkeypatch) -> None:
 @pytest.mark.parametrize("config", COMPLETE)
 def test_complete_configs(config: str) -> None:
     settings = ["--data.init_args.batch_size=8"]
+    if config.startswith("detection"):
+        settings += ["--data.init_args.train_size=40"]
     if "data_free" in config:
         settings += [f"--data.init_args.extra.init_args.{name}" for name in ("number=20", "steps=2")]
     if config.startswith("cifar10"):
@@ -193,4 +197,4 @@ def test_every_overlay_is_run_above() -> None:
     assert set(OVERLAYS["pairs"]) >= set(PAIR_OF.values())
     folders = {path.parent.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml")}
     elsewhere = {"cluster", "loggers", "sweep"}  # tests/test_cluster.py, tests/test_loggers.py, tests/sweep
-    assert folders == {"digits", "cifar10", "shapes", *OVERLAYS, *elsewhere}
+    assert folders == {"digits", "cifar10", "detection", "shapes", *OVERLAYS, *elsewhere}

@@ -67,7 +67,7 @@ def short(monkeypatch) -> None:
     The runs of `--seeds` are trained in this process; tests/test_seeds.py has one in a process of its own.
     """
     own = LkdCLI.instantiate_trainer
-    settings = {"max_epochs": 1, "accelerator": "cpu"}
+    settings = {"max_epochs": 1, "accelerator": "cpu", "limit_train_batches": 20}
     monkeypatch.setattr(LkdCLI, "instantiate_trainer", lambda cli, **given: own(cli, **{**given, **settings}))
     monkeypatch.setattr(seeds, "_fit", lambda args: main(["fit", *args]))
 
@@ -82,8 +82,8 @@ def test_commands(command: str, reader: None, short: None) -> None:
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) == 17
-    assert len(CHAINS) == 13
+    assert len(COMMANDS) == 18
+    assert len(CHAINS) == 14
 
 
 @pytest.mark.parametrize("chain", CHAINS)
