@@ -10,8 +10,10 @@ from lkd._moved import add_former_modules, renamed
 
 if TYPE_CHECKING:
     from lkd.datamodules import (
+        ADE20KDataModule,
         CIFAR10DataModule,
         CIFAR100DataModule,
+        CityscapesDataModule,
         CocoDetectionDataModule,
         DetectionDataModule,
         DigitsDataModule,
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
         ImageNetDataModule,
         MNISTDataModule,
         SegmentationDataModule,
+        SegmentationFolderDataModule,
         STL10DataModule,
         SVHNDataModule,
         SyntheticDataModule,
         SyntheticDetectionDataModule,
         SyntheticSegmentationDataModule,
         TinyImageNetDataModule,
+        VOCSegmentationDataModule,
         WebDatasetDataModule,
     )
     from lkd.features.extractor import FeatureExtractor
@@ -48,8 +52,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "lkd.datamodules": (
+        "ADE20KDataModule",
         "CIFAR10DataModule",
         "CIFAR100DataModule",
+        "CityscapesDataModule",
         "CocoDetectionDataModule",
         "DetectionDataModule",
         "DigitsDataModule",
@@ -61,10 +67,12 @@ _HOMES = {
         "STL10DataModule",
         "SVHNDataModule",
         "SegmentationDataModule",
+        "SegmentationFolderDataModule",
         "SyntheticDataModule",
         "SyntheticDetectionDataModule",
         "SyntheticSegmentationDataModule",
         "TinyImageNetDataModule",
+        "VOCSegmentationDataModule",
         "WebDatasetDataModule",
     ),
     "lkd.losses": ("DistillLoss",),
@@ -87,9 +95,11 @@ _HOMES = {
 
 __all__ = [
     "DOT",
+    "ADE20KDataModule",
     "Batch",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
+    "CityscapesDataModule",
     "ClassificationModule",
     "CocoDetectionDataModule",
     "DOTModule",
@@ -116,11 +126,13 @@ __all__ = [
     "STL10DataModule",
     "SVHNDataModule",
     "SegmentationDataModule",
+    "SegmentationFolderDataModule",
     "SimKDModule",
     "SyntheticDataModule",
     "SyntheticDetectionDataModule",
     "SyntheticSegmentationDataModule",
     "TinyImageNetDataModule",
+    "VOCSegmentationDataModule",
     "WebDatasetDataModule",
     "__version__",
     "load_run",

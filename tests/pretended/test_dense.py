@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from lkd import Outputs
-from tests.losses.cases.base import changed, tensors, value
-from tests.losses.cases.segmentation import CASES, SegmentationCase
+from tests.losses.cases import SegmentationCase, changed, tensors, value
+from tests.losses.collected import FEATURE_CASES
 from tests.pretended.device import NAME, Tape, waits
+
+CASES = {name: case for name, case in FEATURE_CASES.items() if isinstance(case, SegmentationCase)}
 
 
 class _Step:
