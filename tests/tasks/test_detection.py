@@ -7,7 +7,6 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD
 from torchmetrics.detection import MeanAveragePrecision
@@ -16,7 +15,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from lkd import ClassificationModule, DistillModule, SyntheticDetectionDataModule, SyntheticSegmentationDataModule
 from lkd.features.extractor import FeatureExtractor
-from lkd.losses import AT, CWD, FGD, KD, LD, MGD, PKD, LogitMSE, PerAnchor, WeightedSum
+from lkd.losses import AT, CWD, FGD, KD, LD, MGD, PKD, PerAnchor, WeightedSum
 from lkd.losses.fgd import fgd_masks
 from lkd.models import RetinaNetDetector, faster_rcnn, fcos, retinanet, ssdlite
 from lkd.models.distribution import distribution_focal_loss
@@ -130,20 +129,6 @@ def test_fgd_finds_boxes_in_images_that_the_detector_resizes() -> None:
     )
     assert torch.equal(mask, fgd_masks([one["boxes"] for one in target], [padded] * 2, sizes[0])[0])
     assert not torch.equal(mask, whole)
-
-
-def test_per_anchor_distils_the_teachers_best_anchors() -> None:
-    student, teacher = (Outputs(_detector(seed=seed)(IMAGES), {}) for seed in (0, 1))
-    for criterion, loss in (
-        (KD(2.0), lambda own, other: 4 * F.kl_div((own / 2).log_softmax(0), (other / 2).softmax(0), reduction="sum")),
-        (LogitMSE(), F.mse_loss),
-    ):
-        (found,) = PerAnchor(criterion, max_anchors=3)(student, teacher, BATCH).values()
-        expected = []
-        for own, other in zip(student.logits.class_logits, teacher.logits.class_logits, strict=True):
-            best = sorted(range(len(other)), key=lambda anchor: -float(other[anchor, 1:].max()))[:3]
-            expected += [loss(own[anchor], other[anchor]) for anchor in best]
-        torch.testing.assert_close(found, torch.stack(expected).mean())
 
 
 @pytest.mark.parametrize(
@@ -284,13 +269,6 @@ def test_what_is_for_classification_only(trainer) -> None:
     for setting in ("extra", "mix", "views"):  # DeepInversion is an `extra`
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{setting}'"):
             _data(**{setting: None})
-    with pytest.raises(ValueError, match=r"got \(2, 80, 5\) and"):
-        PerAnchor(KD())(
-            Outputs(fcos(5, (4,), 32)(torch.zeros(2, 3, 32, 32)), {}), Outputs(_detector()(IMAGES), {}), BATCH
-        )
-    for wrong, message in ((PKD(), "reads features"), (KD(), "max_anchors must be at least 1")):
-        with pytest.raises(ValueError, match=message):
-            PerAnchor(wrong, max_anchors=0)
 
 
 def test_missing_metrics_name_the_extra(monkeypatch) -> None:
