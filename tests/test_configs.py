@@ -104,7 +104,7 @@ def needs(config: str) -> list[str]:
         settings += [f"--data.init_args.root={_masks()}", "--data.init_args.image_size=[32,48]"]
     if not config.startswith(("digits", "shapes")) and "teacher_ckpt: runs" in (FOLDER / config).read_text():
         camvid = config.startswith("camvid")
-        teacher = models.UNet((32, 48, 64, 96, 128), 11) if camvid else models.resnet56(num_classes=10, shortcut="A")
+        teacher = models.UNet((20, 40, 64, 96, 128), 11) if camvid else models.resnet56(num_classes=10, shortcut="A")
         torch.save(teacher.state_dict(), "teacher.pth")
         settings += ["--model.init_args.teacher_ckpt=teacher.pth"]
         if "data_free" in config:
