@@ -29,10 +29,13 @@ VIEWS = [name for name in OVERLAYS["methods"] if "views:" in (FOLDER / "methods"
 BEFORE = {  # runs that a config goes on from
     "digits/takd.yaml": ["digits/assistant"],
     "shapes/kd.yaml": ["shapes/teacher"],
-    "detection/pkd.yaml": ["detection/teacher"],
-    "detection/kd_ld.yaml": ["detection/teacher"],
     "digits/multi_teacher.yaml": ["digits/assistant"],
     "digits/born_again_ensemble.yaml": ["digits/born_again", "digits/born_again"],
+}
+TEACHERS = {
+    "camvid": lambda: models.UNet((20, 40, 64, 96, 128), 11),
+    "cifar10": lambda: models.resnet56(num_classes=10, shortcut="A"),
+    "detection": lambda: models.fcos(5, (16, 32, 64), 64, num_convs=2, reg_max=8),
 }
 CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar100": 100}
 PAIR_OF = {"digits": "digits", "mnist": "resnet20_resnet8_gray10", "fashion_mnist": "resnet20_resnet8_gray10"}
@@ -103,8 +106,7 @@ def needs(config: str) -> list[str]:
     if config.startswith("camvid"):
         settings += [f"--data.init_args.root={_masks()}", "--data.init_args.image_size=[32,48]"]
     if not config.startswith(("digits", "shapes")) and "teacher_ckpt: runs" in (FOLDER / config).read_text():
-        camvid = config.startswith("camvid")
-        teacher = models.UNet((20, 40, 64, 96, 128), 11) if camvid else models.resnet56(num_classes=10, shortcut="A")
+        teacher = TEACHERS[config.partition("/")[0]]()
         torch.save(teacher.state_dict(), "teacher.pth")
         settings += ["--model.init_args.teacher_ckpt=teacher.pth"]
         if "data_free" in config:
