@@ -14,7 +14,7 @@ import lkd.modules
 from lkd.cli.config_files import configs_folder
 from tests.losses.collected import FILES, PARITY
 
-NO_METHOD = {"DistillLoss", "CompositeLoss", "PerPixel", "WeightedSum"}
+NO_METHOD = {"DistillLoss", "CompositeLoss", "PerAnchor", "PerPixel", "WeightedSum"}
 NO_METHOD |= {"ClassificationModule", "DistillModule", "EarlyExitModule", "FineTuneModule"}
 SEGMENTATION = "lkd.tasks.SemanticSegmentation"
 TRAINED = {"SimKDModule": "tests/modules/test_simkd.py", "DOTModule": "tests/modules/test_dot.py"}
