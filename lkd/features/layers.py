@@ -16,7 +16,7 @@ from lkd._compat import wrapped_by_compile
 
 GROUPS = (
     "@stem, @stages, @stage1, @stage2, ..., @last_stage, @preacts, @preact1, ..., @norms, @decoder, @map, @pooled, "
-    "@head"
+    "@head, @pyramid, @class_maps, @box_maps"
 )
 
 
@@ -35,6 +35,10 @@ class FeatureLayers(NamedTuple):
         map: Input of the global pooling, or of the head of a network for segmentation `(B, C, H, W)`.
         pooled: Input of the classifier `(B, C)`.
         head: The classifier.
+        pyramid: Levels of a detector's feature pyramid `(B, C, H, W)`, from fine to coarse.
+        class_maps: Class logits of these levels `(B, A * K, H, W)`, for A anchors at each position and K classes.
+        box_maps: Predictions of these levels from which boxes are computed `(B, A * D, H, W)`: the logits of
+            distributions if the detector predicts them, otherwise D = 4 coordinates.
     """
 
     stem: str = ""
@@ -45,6 +49,9 @@ class FeatureLayers(NamedTuple):
     map: str = ""
     pooled: str = ""
     head: str = ""
+    pyramid: tuple[str, ...] = ()
+    class_maps: tuple[str, ...] = ()
+    box_maps: tuple[str, ...] = ()
 
 
 def uncompiled(network: nn.Module) -> nn.Module:
@@ -133,7 +140,8 @@ def resolve_layers(network: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     Args:
         network: Any module.
         names: Layer names, or `@stem`, `@stages` (all), `@stage1`, `@stage2`, ..., `@last_stage`, `@preacts` (all),
-            `@preact1`, ..., `@norms`, `@decoder`, `@map`, `@pooled`, `@head`; see `FeatureLayers`.
+            `@preact1`, ..., `@norms`, `@decoder`, `@map`, `@pooled`, `@head`, `@pyramid`, `@class_maps`, `@box_maps`;
+            see `FeatureLayers`.
 
     Returns:
         Names as in `network.named_modules()`, with the suffix `:input` for the input of a layer.

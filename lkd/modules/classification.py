@@ -16,7 +16,7 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import Metric
 
 from lkd.__about__ import __version__
-from lkd.features.extractor import FeatureExtractor
+from lkd.features.extractor import FeatureExtractor, tensors_in
 from lkd.features.layers import device_of
 from lkd.models import load_weights
 from lkd.models.weights import misfit
@@ -140,7 +140,8 @@ class ClassificationModule(EvaluatedModule):
 
     def forward(self, input: Any) -> Tensor:
         """Compute the logits of the trained network: `(B, K)`, or as the task defines them."""
-        return self.task.logits(self.model(input))
+        logits: Tensor = self.task.logits(self.model(input))
+        return logits
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the terms of the loss for one batch.
@@ -224,7 +225,8 @@ class ClassificationModule(EvaluatedModule):
             network: Name of the network.
             logits: Its logits in this step.
         """
-        self._watched[ValueName("logits", network)] = logits.detach().float().mean()
+        means = [leaf.detach().float().mean() for leaf in tensors_in(logits)]
+        self._watched[ValueName("logits", network)] = reduce(torch.add, means)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log training metrics every `log_every_n_steps` optimizer steps, and at least once per epoch."""
@@ -352,9 +354,9 @@ class ClassificationModule(EvaluatedModule):
         """
         probe = probe_network(name, extractor, example)
         self.task.check(name, probe.outputs.logits)
-        if not self.task.has_classes:
+        num_classes, in_data = self.task.num_outputs(probe.outputs.logits), self._data_attribute("num_classes")
+        if num_classes is None:
             return probe
-        num_classes, in_data = probe.outputs.logits.shape[1], self._data_attribute("num_classes")
         if is_classifier:
             check_covers_classes(name, num_classes, in_data)
         if name == self.network_names[0] and not self._is_warned:
