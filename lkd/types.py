@@ -64,10 +64,12 @@ class Outputs(NamedTuple):
     Attributes:
         logits: Logits `(B, K)`, or what the task defines, such as `Predictions` for detection.
         features: Mapping from layer names to the outputs of these layers.
+        raw: What the network returned, in which a task finds auxiliary outputs; None if unknown, as with cached logits.
     """
 
     logits: Tensor
     features: Mapping[str, Any]
+    raw: Any = None
 
 
 class Probe(NamedTuple):

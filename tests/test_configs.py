@@ -28,7 +28,6 @@ OVERLAYS = {
 VIEWS = [name for name in OVERLAYS["methods"] if "views:" in (FOLDER / "methods" / f"{name}.yaml").read_text()]
 BEFORE = {  # runs that a config goes on from
     "digits/takd.yaml": ["digits/assistant"],
-    "shapes/kd.yaml": ["shapes/teacher"],
     "digits/multi_teacher.yaml": ["digits/assistant"],
     "digits/born_again_ensemble.yaml": ["digits/born_again", "digits/born_again"],
 }

@@ -157,10 +157,11 @@ class Speed(L.Callback):
         join = devices.is_gpu(trainer.strategy.root_device) and self._mode(trainer, module)[0] is None
         low = torch.bfloat16 if str(trainer.precision) == "bf16-mixed" else None
         try:
-            module.teacher_extractor = FeatureExtractor(fold_batch_norms(module.teacher, noise, low, join))
+            folded = fold_batch_norms(module.teacher, noise, low, join, module.task.logits)
         except ValueError as error:
             self._applied.append(f"teacher batch norms not folded ({error})")
         else:
+            module.teacher_extractor = FeatureExtractor(folded, read=module.task.logits)
             self._own_extractor, self._version = extractor, module.teacher_version
             self._applied.append("teacher batch norms folded")
 

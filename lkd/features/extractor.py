@@ -67,13 +67,14 @@ class FeatureExtractor:
             input: Input of the network.
 
         Returns:
-            Logits, and the features of the layers by name.
+            Logits, the features of the layers by name, and what the network returned.
 
         Raises:
             ValueError: If the forward pass did not reach a layer.
         """
         self.clear()
-        return self.outputs(self._read(self.network(input)))
+        output = self.network(input)
+        return self.outputs(self._read(output))._replace(raw=output)
 
     def clear(self) -> None:
         """Discard the features of the last forward pass."""

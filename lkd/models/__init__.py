@@ -19,6 +19,7 @@ from lkd.models.resnet import (
     resnet56,
     resnet110,
 )
+from lkd.models.segmentation import smp_model, torchvision_segmentation
 from lkd.models.shufflenet import ShuffleNetV1, ShuffleNetV2, shufflev1, shufflev2
 from lkd.models.unet import UNet
 from lkd.models.vgg import VGG, vgg8, vgg11, vgg13, vgg16, vgg19
@@ -59,9 +60,11 @@ __all__ = [
     "retinanet",
     "shufflev1",
     "shufflev2",
+    "smp_model",
     "ssdlite",
     "timm_model",
     "torchvision_model",
+    "torchvision_segmentation",
     "vgg8",
     "vgg11",
     "vgg13",

@@ -35,7 +35,7 @@ from lkd.modules.training_curves import curves_of, is_due, log_curves
 from lkd.schedules.relative import Interval
 from lkd.schedules.run import fit_schedules, with_schedule
 from lkd.tasks import Classification, Task
-from lkd.types import Batch, Mixed, Probe
+from lkd.types import Batch, Mixed, Outputs, Probe
 
 FROM_DATA = ("num_samples", "batch_size", "train_index")
 """Attributes of a criterion that are filled in from the data module if they are None."""
@@ -152,10 +152,21 @@ class ClassificationModule(EvaluatedModule):
         Returns:
             The logits `(B, K)`, and a mapping from names to weighted terms, whose sum is the loss.
         """
-        logits = self(batch.input)
-        return logits, {"hard": self._labels_loss(logits, batch)}
+        output = self.model(batch.input)
+        outputs = Outputs(self.task.logits(output), {}, output)
+        return outputs.logits, {"hard": self._labels_loss(outputs, batch)}
 
-    def _labels_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def _labels_loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Compute the supervised loss, including that of an auxiliary head, with its weight."""
+        loss, *auxiliary = [self._head_loss(logits, batch) for logits in self._supervised_logits(outputs)]
+        return loss + self.task.aux_weight * auxiliary[0] if auxiliary else loss
+
+    def _supervised_logits(self, outputs: Outputs) -> list[Tensor]:
+        """Return the logits of the network and, if it has one, of its auxiliary head."""
+        auxiliary = self.task.auxiliary_logits(outputs.raw)
+        return [outputs.logits] if auxiliary is None else [outputs.logits, auxiliary]
+
+    def _head_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Call `hard_loss`, passing `mixed` only for mixed batches, so that overrides need not accept it."""
         if batch.mixed is None:
             return self.hard_loss(logits, batch.target)

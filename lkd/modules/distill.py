@@ -110,7 +110,7 @@ class DistillModule(EvaluatedDistillation):
         student = self.student_outputs(batch)
         terms = {}
         if self.hard_weight:
-            terms["hard"] = self.hard_weight * self._labels_loss(student.logits, batch)
+            terms["hard"] = self.hard_weight * self._labels_loss(student, batch)
         if self.distill_weight:
             check_batch(self.criterion, batch)
             teacher = NO_OUTPUTS
@@ -119,7 +119,7 @@ class DistillModule(EvaluatedDistillation):
                     teacher = self._cached_outputs(batch)
                 self.watch("teacher", teacher.logits)
             terms |= self._weighted_terms(student, teacher, batch)
-        self._reach_all(terms, student.logits)
+        self._reach_all(terms, *self._supervised_logits(student))
         return student.logits, terms
 
     def student_outputs(self, batch: Batch) -> Outputs:

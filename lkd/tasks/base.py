@@ -36,6 +36,9 @@ class Task(ABC):
     caches_logits: ClassVar[bool] = False
     """Whether the teacher's outputs `(B, K)` are small enough to be cached for all training samples."""
 
+    aux_weight: float = 0.0
+    """Weight of the supervised loss of an auxiliary head, relative to that of the network itself."""
+
     def prepare(self, batch: Batch) -> Batch:
         """Convert a batch from the data module, for example its label for ignored pixels.
 
@@ -57,6 +60,14 @@ class Task(ABC):
         Raises:
             TypeError: If the output has another format.
         """
+
+    def auxiliary_logits(self, output: Any) -> Tensor | None:
+        """Return the predictions of an auxiliary head, which only the supervised loss in training reads, or None.
+
+        Args:
+            output: What the network returned.
+        """
+        return None
 
     def num_outputs(self, logits: Any) -> int | None:
         """Return the number of classes that the output of a network distinguishes; `None` if there are no classes.
