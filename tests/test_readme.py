@@ -72,7 +72,7 @@ def reader(files: Path, monkeypatch) -> None:
 
 @pytest.fixture
 def short(monkeypatch) -> None:
-    """Lets commands train an epoch of ten batches on the CPU, as they are: an argument added to them could hide a mistake.
+    """Lets commands train ten batches on the CPU, as they are: an argument added to them could hide a mistake.
 
     The runs of `--seeds` are trained in this process; tests/test_seeds.py has one in a process of its own.
     """
