@@ -72,7 +72,7 @@ def reader(files: Path, monkeypatch) -> None:
 
 @pytest.fixture
 def short(monkeypatch) -> None:
-    """Lets commands train ten batches on the CPU, as they are: an argument added to them could hide a mistake.
+    """Trains each run for one epoch of at most ten batches, on the CPU: the demo (`make demo`) trains in full.
 
     The runs of `--seeds` are trained in this process; tests/test_seeds.py has one in a process of its own.
     """
@@ -92,8 +92,8 @@ def test_commands(command: str, reader: None, short: None) -> None:
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) == 17
-    assert len(CHAINS) == 13
+    assert len(COMMANDS) == 18
+    assert len(CHAINS) == 14
 
 
 @pytest.mark.parametrize("chain", CHAINS)
