@@ -7,7 +7,6 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
@@ -15,6 +14,7 @@ from lkd.compare.comparison import Comparison
 from lkd.compare.plots import Plot
 from lkd.compare.tables import tables
 from lkd.pages import as_svg, rendered
+from lkd.tasks.views import displayable
 
 
 class _Picture(NamedTuple):
@@ -72,13 +72,7 @@ def shown(image: Tensor, data: Any) -> Tensor:
     Returns:
         Images `(B, 1, H, W)` or `(B, 3, H, W)` with values in [0, 1].
     """
-    mean, std = getattr(data, "mean", None), getattr(data, "std", None)
-    if mean is None or std is None:
-        low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
-        plain = (image - low) / (high - low).clamp(min=1e-9)
-    else:
-        plain = image * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
-    return plain[:, : 3 if image.shape[1] >= 3 else 1].clamp(0, 1)
+    return displayable(image, getattr(data, "mean", None), getattr(data, "std", None))
 
 
 def _as_png(image: Tensor) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torchmetrics import Metric
 
+from lkd.tasks.views import View
 from lkd.types import Batch, Mixed
 
 
@@ -119,6 +120,14 @@ class Task(ABC):
             target: Targets of the batch.
         """
 
+    def class_metrics(self, metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
+        """Return metrics of each class `(K,)`, by name; `lkd validate` and `lkd test` log `test/<name>/<class>`.
+
+        Args:
+            metrics: The updated `metrics()`, by name.
+        """
+        return {}
+
     def choice(self, logits: Tensor, target: Tensor) -> Tensor | None:
         """Return a network's predictions as targets, for the agreement of two networks; `None` if it is not defined.
 
@@ -130,3 +139,16 @@ class Task(ABC):
             Predictions in the shape of `target`; elements without a label are `IGNORE_INDEX`.
         """
         return None
+
+    def views(self, target: Tensor, class_names: Sequence[str], logits: Tensor | None = None) -> list[View]:
+        """Return what people see of each target or prediction of a batch.
+
+        Args:
+            target: Targets of the batch.
+            class_names: Names of the classes; may be empty.
+            logits: Output of a network; `None` shows the targets.
+
+        Raises:
+            NotImplementedError: If it is not defined.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define `views`")

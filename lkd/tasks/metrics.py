@@ -101,6 +101,7 @@ class MeanIoU(MulticlassJaccardIndex):
         self.confmat += counts.scatter_add_(0, cells, labelled.flatten().long()).view_as(self.confmat)
 
     def per_class(self) -> Tensor:
-        """Return the intersection over union of each class `(K,)`; NaN for classes that do not occur."""
-        shared = self.confmat.diagonal().double()
-        return shared / (self.confmat.sum(0) + self.confmat.sum(1) - shared)
+        """Return the intersection over union of each class `(K,)` over all processes; NaN for absent classes."""
+        with self.sync_context():
+            shared = self.confmat.diagonal().double()
+            return shared / (self.confmat.sum(0) + self.confmat.sum(1) - shared)

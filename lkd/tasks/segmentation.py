@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from lkd.losses._dense import interpolated
 from lkd.losses._labels import mean_cross_entropy
 from lkd.tasks.base import Task
 from lkd.tasks.metrics import Accuracy, MeanIoU
+from lkd.tasks.views import UNLABELLED, View, class_color, class_name, colored
 from lkd.types import IGNORE_INDEX, Batch, Mixed
 
 
@@ -21,7 +22,7 @@ class SemanticSegmentation(Task):
 
     Networks may return a smaller map than the mask; the logits are then interpolated to its size (bilinear,
     `align_corners=False`) for the loss and the metrics. Logged metrics: `val/miou` (mean intersection over union) and
-    `val/acc` (pixel accuracy).
+    `val/acc` (pixel accuracy); `lkd validate` and `lkd test` also log `test/iou/<class>`.
 
     Args:
         num_classes: Number of classes, at least 2.
@@ -110,9 +111,27 @@ class SemanticSegmentation(Task):
         for metric in metrics.values():
             metric.update(classes, target)
 
+    def class_metrics(self, metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
+        """Return the intersection over union of each class, `iou`."""
+        miou = cast("MeanIoU", metrics["miou"])
+        return {"iou": miou.per_class()} if miou.update_called else {}
+
     def choice(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the predicted class of each pixel `(B, H, W)`."""
         return _enlarged(logits, target).argmax(1).masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
+
+    def views(self, target: Tensor, class_names: Sequence[str], logits: Tensor | None = None) -> list[View]:
+        """Return colored masks; predictions with the proportion of correct pixels."""
+        masks = target if logits is None else _enlarged(logits, target).argmax(1)
+        views = []
+        for mask, label in zip(masks, target, strict=True):
+            known = label != IGNORE_INDEX
+            text = "" if logits is None else f"{int((mask == label).sum()) / max(1, int(known.sum())):.1%} correct"
+            found = [one for one in mask.unique().tolist() if one >= 0]
+            legend = {class_name(class_names, one): class_color(one) for one in found}
+            legend |= {} if known.all() else {"no label": UNLABELLED}
+            views.append(View(text, colored(mask), legend))
+        return views
 
 
 def _enlarged(logits: Tensor, target: Tensor) -> Tensor:
