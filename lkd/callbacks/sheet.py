@@ -15,7 +15,7 @@ from lkd.tasks.views import Color, View
 Row: TypeAlias = Mapping[str, View]
 """Views of one sample, by the title of the column."""
 
-_CELL, _GAP, _LINE, _SIZE = 160, 10, 18, 14
+_CELL, _GAP, _LINE, _SIZE = 140, 6, 22, 18
 """Width of a cell, gap between cells, height of a line of text and size of its letters, in pixels."""
 
 

@@ -126,7 +126,7 @@ class SemanticSegmentation(Task):
         views = []
         for mask, label in zip(masks, target, strict=True):
             known = label != IGNORE_INDEX
-            text = "" if logits is None else f"{int((mask == label).sum()) / max(1, int(known.sum())):.1%} correct"
+            text = "" if logits is None else f"{int((mask == label).sum()) / max(1, int(known.sum())):.0%} correct"
             found = [one for one in mask.unique().tolist() if one >= 0]
             legend = {class_name(class_names, one): class_color(one) for one in found}
             legend |= {} if known.all() else {"no label": UNLABELLED}
