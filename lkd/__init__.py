@@ -10,8 +10,10 @@ from lkd._moved import add_former_modules, renamed
 
 if TYPE_CHECKING:
     from lkd.datamodules import (
+        ADE20KDataModule,
         CIFAR10DataModule,
         CIFAR100DataModule,
+        CityscapesDataModule,
         DigitsDataModule,
         FashionMNISTDataModule,
         ImageDataModule,
@@ -19,11 +21,13 @@ if TYPE_CHECKING:
         ImageNetDataModule,
         MNISTDataModule,
         SegmentationDataModule,
+        SegmentationFolderDataModule,
         STL10DataModule,
         SVHNDataModule,
         SyntheticDataModule,
         SyntheticSegmentationDataModule,
         TinyImageNetDataModule,
+        VOCSegmentationDataModule,
         WebDatasetDataModule,
     )
     from lkd.features.extractor import FeatureExtractor
@@ -45,8 +49,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "lkd.datamodules": (
+        "ADE20KDataModule",
         "CIFAR10DataModule",
         "CIFAR100DataModule",
+        "CityscapesDataModule",
         "DigitsDataModule",
         "FashionMNISTDataModule",
         "ImageDataModule",
@@ -56,9 +62,11 @@ _HOMES = {
         "STL10DataModule",
         "SVHNDataModule",
         "SegmentationDataModule",
+        "SegmentationFolderDataModule",
         "SyntheticDataModule",
         "SyntheticSegmentationDataModule",
         "TinyImageNetDataModule",
+        "VOCSegmentationDataModule",
         "WebDatasetDataModule",
     ),
     "lkd.losses": ("DistillLoss",),
@@ -81,9 +89,11 @@ _HOMES = {
 
 __all__ = [
     "DOT",
+    "ADE20KDataModule",
     "Batch",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
+    "CityscapesDataModule",
     "ClassificationModule",
     "DOTModule",
     "DigitsDataModule",
@@ -107,10 +117,12 @@ __all__ = [
     "STL10DataModule",
     "SVHNDataModule",
     "SegmentationDataModule",
+    "SegmentationFolderDataModule",
     "SimKDModule",
     "SyntheticDataModule",
     "SyntheticSegmentationDataModule",
     "TinyImageNetDataModule",
+    "VOCSegmentationDataModule",
     "WebDatasetDataModule",
     "__version__",
     "load_run",

@@ -11,13 +11,10 @@ import yaml
 import lkd.losses
 import lkd.modules
 from lkd.cli.config_files import configs_folder
-from tests.test_parity import METHODS
+from tests.losses.collected import FILES, PARITY
 
 NO_METHOD = {"DistillLoss", "CompositeLoss", "PerPixel", "WeightedSum"}
 NO_METHOD |= {"ClassificationModule", "DistillModule", "EarlyExitModule", "FineTuneModule"}
-PARITY_OF = {"logit_std_kd": "LogitStandardization", "ctkd_global": "CTKD", "pad_l2": "PAD"}
-PARITY_OF |= {"ofa": "OFAKD", "deit_hard": "DeiT"}
-PARITY_OF |= {"cirkd_minibatch": "CIRKD", "cirkd_memory": "CIRKD", "cirkdv2_channel": "CIRKDChannel"}
 TRAINED = {"SimKDModule": "tests/modules/test_simkd.py", "DOTModule": "tests/modules/test_dot.py"}
 """Modules to the files whose `test_module_is_a_plain_loop` trains them beside the original's loop, written out."""
 COMPARED = {"OFAKD": "`ofa_loss`", "DeiT": "hard", "CrossKD": "its functions"} | dict.fromkeys(TRAINED, "a training")
@@ -83,8 +80,12 @@ def _strings(value: object) -> list[str]:
 
 
 def parity() -> set[str]:
-    """Names of the classes that tests/test_parity.py compares with the original's values, in lower case."""
-    return {PARITY_OF.get(file, file).replace("_", "").lower() for file in METHODS}
+    """Names of the classes that tests/test_parity.py compares with the original's values, in lower case.
+
+    A class is compared if its file has reference values and its name; its neighbours, if a file of values has theirs.
+    """
+    compared = {method for method, file in FILES.items() if hasattr(file, "PARITY")}
+    return {name.replace("_", "").lower() for name in compared | set(PARITY)}
 
 
 def equal(name: str) -> str:

@@ -18,7 +18,7 @@ from lkd.cli.config_files import configs_folder
 FOLDER = configs_folder()
 COMPLETE = sorted(
     str(path.relative_to(FOLDER))
-    for folder in ("digits", "cifar10", "shapes")
+    for folder in ("camvid", "cifar10", "digits", "shapes")
     for path in FOLDER.glob(f"{folder}/*.yaml")
 )
 OVERLAYS = {
@@ -77,20 +77,42 @@ def _no_downloads(monkeypatch) -> None:
     monkeypatch.setattr("lkd.models.factories.unreachable", lambda url: "")
 
 
-@pytest.mark.parametrize("config", COMPLETE)
-def test_complete_configs(config: str) -> None:
+def _masks() -> str:
+    """A folder of images with masks, enough to train and to validate; the label 11 is ignored."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for number in range(16 if split == "train" else 2):
+            for kind, shape, high in (("images", (36, 50, 3), 256), ("masks", (36, 50), 12)):
+                Path("masks", split, kind).mkdir(parents=True, exist_ok=True)
+                pixels = rng.integers(0, high, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(f"masks/{split}/{kind}/{number}.png")
+    return "masks"
+
+
+def needs(config: str) -> list[str]:
+    """Create what a complete config requires besides earlier runs: images and a teacher. Return the settings."""
     settings = ["--data.init_args.batch_size=8"]
     if "data_free" in config:
         settings += [f"--data.init_args.extra.init_args.{name}" for name in ("number=20", "steps=2")]
     if config.startswith("cifar10"):
         settings += [f"--data.init_args.root={_tree(10)}", "--data.init_args.val_size=10"]
-    for earlier in BEFORE.get(config, []):
-        assert main(["fit", "--config", earlier, *settings, *SHORT]) == 0
-    if config.startswith("cifar10") and "teacher_ckpt: runs" in (FOLDER / config).read_text():
-        torch.save(models.resnet56(num_classes=10, shortcut="A").state_dict(), "teacher.pth")
+    if config.startswith("camvid"):
+        settings += [f"--data.init_args.root={_masks()}", "--data.init_args.image_size=[32,48]"]
+    if not config.startswith(("digits", "shapes")) and "teacher_ckpt: runs" in (FOLDER / config).read_text():
+        camvid = config.startswith("camvid")
+        teacher = models.UNet((32, 48, 64, 96, 128), 11) if camvid else models.resnet56(num_classes=10, shortcut="A")
+        torch.save(teacher.state_dict(), "teacher.pth")
         settings += ["--model.init_args.teacher_ckpt=teacher.pth"]
         if "data_free" in config:
             settings += ["--data.init_args.extra.init_args.network.init_args.path=teacher.pth"]
+    return settings
+
+
+@pytest.mark.parametrize("config", COMPLETE)
+def test_complete_configs(config: str) -> None:
+    settings = needs(config)
+    for earlier in BEFORE.get(config, []):
+        assert main(["fit", "--config", earlier, *settings, *SHORT]) == 0
     assert main(["fit", "--config", config, *settings, *SHORT]) == 0
     assert list(Path("runs", config.removesuffix(".yaml")).rglob("best.ckpt"))
 
@@ -193,4 +215,4 @@ def test_every_overlay_is_run_above() -> None:
     assert set(OVERLAYS["pairs"]) >= set(PAIR_OF.values())
     folders = {path.parent.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml")}
     elsewhere = {"cluster", "loggers", "sweep"}  # tests/test_cluster.py, tests/test_loggers.py, tests/sweep
-    assert folders == {"digits", "cifar10", "shapes", *OVERLAYS, *elsewhere}
+    assert folders == {"camvid", "cifar10", "digits", "shapes", *OVERLAYS, *elsewhere}

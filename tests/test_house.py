@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import lkd
+import lkd.losses
+from tests.losses import collected
 
 PACKAGE = Path(lkd.__file__).parent
 LEVEL = {
@@ -111,6 +113,19 @@ def test_files_and_functions_are_short(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_nothing_is_asserted_in_the_package(path: Path) -> None:
     assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+
+
+def test_every_loss_has_its_tests() -> None:
+    """The tests mirror the losses, and each file has a row or more for each of its criteria, and for no other."""
+    assert set(collected.FILES) == {path.stem for path in PACKAGE.glob("losses/[!_]*.py")}
+    rows = {
+        method: {case.partition("-")[0] for case in getattr(file, "CASES", {})}
+        for method, file in collected.FILES.items()
+    }
+    criteria: dict[str, set[str]] = {method: set() for method in collected.FILES}
+    for name in set(lkd.losses.__all__) - {"DistillLoss", "CompositeLoss", "named_terms"}:
+        criteria[getattr(lkd.losses, name).__module__.rpartition(".")[2]].add(name)
+    assert rows == criteria
 
 
 def test_lazy_exports_are_all_there() -> None:

@@ -143,7 +143,7 @@ def test_a_network_in_the_current_folder() -> None:
         (["lkd.models.resnet9"], "there is no 'resnet9' in lkd.models; did you mean 'resnet8'?"),
         (["lkd.models.resnet8"], "lkd.models.resnet8 requires values for num_classes"),
         (["lkd.models.resnet8", "--num_clases=3"], "has no setting 'num_clases'; did you mean 'num_classes'?"),
-        (["lkd.models.resnet8", "--num_classes=ten"], "settings.num_classes: expected int, got ten"),
+        (["lkd.models.resnet8", "--num_classes=ten"], "settings.num_classes: expected an integer, got ten"),
         (["lkd.models.resnet8", "--num_classes=3", "--input_size", "x"], "channels, height and width (3 64 48), got x"),
         (["lkd.models.resnet8", "--num_classes=3", "--input_size", "0"], "--input_size must be one size (224)"),
         (

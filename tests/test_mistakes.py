@@ -108,8 +108,13 @@ def test_misspelt_key(answer, path, name, says) -> None:
         ),
         ("--trainer.max_epoch=1", "lkd has no setting 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"),
         ("--confg=a.yaml", "lkd has no setting 'confg'; did you mean 'config'?"),
-        ("--trainer.max_epochs=three", "trainer.max_epochs: expected int, got three"),
-        ("--data.init_args.batch_size=many", "data.batch_size: expected int, got many"),
+        ("--trainer.max_epochs=three", "trainer.max_epochs: expected an integer, got three"),
+        (
+            "--speed.compile=maybe",
+            "speed.compile: expected one of auto, off, default, reduce-overhead, max-autotune, got",
+        ),
+        ("--data.init_args.val_size=few", "data.val_size: expected a number, got few"),
+        ("--data.init_args.batch_size=many", "data.batch_size: expected an integer, got many"),
     ],
 )
 def test_misspelt_option(fit, setting, says) -> None:

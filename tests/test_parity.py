@@ -1,7 +1,7 @@
 """Losses and gradients against values that the original implementations gave.
 
 `LKD_FIXTURES=<folder>` reads another folder of the same layout: every file and case in it of a method that lkd has.
-How a file's tensors become the values of lkd's classes stands in tests/parity/, a file for each family.
+How a file's tensors become the values of lkd's classes is `PARITY` in the tests of the method (tests/losses/methods/).
 """
 
 from __future__ import annotations
@@ -14,45 +14,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.parity import (
-    adaptation,
-    boundary,
-    detection,
-    feature,
-    flow,
-    head,
-    logit,
-    masked,
-    pixels,
-    regression,
-    relation,
-    review,
-    segmentation,
-    views,
-)
+from tests.losses.collected import PARITY
 
 FOLDER = Path(os.environ.get("LKD_FIXTURES", Path(__file__).parent / "reference"))
-METHODS = {
-    **adaptation.METHODS,
-    **boundary.METHODS,
-    **detection.METHODS,
-    **feature.METHODS,
-    **flow.METHODS,
-    **head.METHODS,
-    **logit.METHODS,
-    **masked.METHODS,
-    **pixels.METHODS,
-    **regression.METHODS,
-    **relation.METHODS,
-    **review.METHODS,
-    **segmentation.METHODS,
-    **views.METHODS,
-}
 
 
 def _cases() -> list[tuple[Path, str]]:
     cases = []
-    for method in METHODS:
+    for method in PARITY:
         path = FOLDER / f"{method}.safetensors"
         if path.is_file():
             with safe_open(path, "pt") as file:
@@ -70,7 +39,7 @@ def test_equals_the_original(path: Path, case: str) -> None:
     wanted = meta["cases"][case]["grad_wrt"]
     for name in wanted:
         inputs[name].requires_grad_()
-    values = METHODS[path.stem](inputs, meta["cases"][case]["hyperparameters"])
+    values = PARITY[path.stem](inputs, meta["cases"][case]["hyperparameters"])
     compared = [output for output in values if f"{case}.expected.{output}" in tensors]
     assert compared, f"{path} has none of {sorted(values)}"
     for output in compared:

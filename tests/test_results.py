@@ -181,6 +181,24 @@ def test_stores_are_merged(plan, whole, copy, tmp_path, capsys) -> None:
     assert len(figures(copy)) == 2
 
 
+def test_complete_configs_and_the_metric_of_their_task(tmp_path) -> None:
+    """A plan of segmentation: its figures are the mean IoU, and students learn from the teacher that it trained."""
+    short = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "limit_test_batches": 1}
+    configs = {TEACHER: "shapes/teacher", STUDENT: "shapes/student", "kd": "shapes/kd"}
+    trainer = {"accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0, **short}
+    content = {"label": "shapes", "seeds": [0], "complete": {"unet": configs}, "config": {"trainer": trainer}}
+    plan, store = tmp_path / "plan.yaml", tmp_path / "store"
+    plan.write_text(yaml.safe_dump(content))
+    assert finished(started(plan, store)) == [0]
+    found = {record["method"]: record for record in Store(store).results()}
+    assert {record["best"]["metric"] for record in found.values()} == {"mean IoU"}
+    assert found["kd"]["teacher"] == {"id": found[TEACHER]["id"], "weights": found[TEACHER]["best"]["weights"]}
+    table = (store / "table.md").read_text()
+    assert "The metric is the mean IoU." in table
+    assert "Published" not in table
+    assert f"| kd | 1 | {found['kd']['best']['test']:.2f} |" in table
+
+
 def test_missing_cells_stay_empty(plan, copy, tmp_path) -> None:
     _without(copy, "kd")
     assert main([str(plan), str(copy), "--table", str(tmp_path)]) == 0
@@ -260,8 +278,11 @@ def test_teacher_configs_are_the_pairs_teachers() -> None:
 def test_mistakes_in_a_plan(tmp_path, capsys) -> None:
     Path("plan.yaml").write_text(yaml.safe_dump({**PLAN, "seed": 1}))
     assert main(["plan.yaml", "store"]) == 2
-    assert "plan.yaml is not a plan with the keys label, data, recipes" in capsys.readouterr().err
+    assert "plan.yaml is not a plan with the keys label, seeds, data" in capsys.readouterr().err
+    Path("plan.yaml").write_text(yaml.safe_dump({"label": "", "seeds": [0], "complete": {"unet": {TEACHER: ""}}}))
+    assert main(["plan.yaml", "store"]) == 2
+    assert "unet has no config for 'student alone'" in capsys.readouterr().err
     assert main(["nothing", "store"]) == 2
-    assert "no plan 'nothing'; expected a YAML file or one of literature, short" in capsys.readouterr().err
+    assert "no plan 'nothing'; expected a YAML file or one of camvid, literature, short" in capsys.readouterr().err
     with pytest.raises(ValueError, match="such as 15M"):
         bundle.size("15 megabytes")

@@ -103,17 +103,19 @@ def _figures(checkpoint: Path, root: list[str], keep: Path | None = None) -> dic
         keep: File for the network's weights in float16; `None` does not write them.
 
     Returns:
-        The epoch, the accuracy on validation and test images in percent, a hash of the weights, and that of the file.
+        The epoch, the main metric on validation and test images in percent, a hash of the weights, and that of the
+        file.
     """
     content = read_checkpoint(checkpoint)
     states = content["callbacks"].items()
     validated = next(state["metrics"] for name, state in states if name.startswith("LastCheckpoint"))
     cli = copy_context().run(LkdCLI, *prepare(["test", f"--ckpt_path={checkpoint}", *root])[:2])
-    state = content["state_dict"]
+    state, task = content["state_dict"], cli.model.task
     figures = {
         "epoch": int(content["epoch"]),
-        "val": 100 * float(validated["val/acc"]),
-        "test": 100 * float(cli.trainer.callback_metrics["test/acc"]),
+        "metric": task.metric_title,
+        "val": 100 * float(validated[f"val/{task.metric}"]),
+        "test": 100 * float(cli.trainer.callback_metrics[f"test/{task.metric}"]),
         "hash": fingerprint(*(part for name in sorted(state) for part in (name, state[name]))),
     }
     return figures if keep is None else figures | {"weights": _keep_weights(network_of(cli.model), keep)}

@@ -108,15 +108,18 @@ class Plan:
         methods: Names of overlays in configs/methods/, each with its settings.
         seeds: Seeds of the students; teachers use the first one.
         config: Settings of all cells, which override those of data, networks and recipe.
+        complete: Complete configs, in place of data, recipes, pairs and methods: name of each pair of networks, with
+            the configs of its `teacher`, its `student alone` and its methods.
     """
 
     label: str
-    data: str
-    recipes: dict[str, str]
-    pairs: dict[str, Config]
-    methods: dict[str, Method]
     seeds: list[int]
+    data: str = ""
+    recipes: dict[str, str] = field(default_factory=dict)
+    pairs: dict[str, Config] = field(default_factory=dict)
+    methods: dict[str, Method] = field(default_factory=dict)
     config: Config = field(default_factory=dict)
+    complete: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def read_plan(name: str) -> Plan:
@@ -135,8 +138,11 @@ def read_plan(name: str) -> Plan:
         raise FileNotFoundError(f"no plan {name!r}; expected a YAML file or one of {known}")
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
-        content["methods"] = {key: Method(**(value or {})) for key, value in content["methods"].items()}
-        content["pairs"] = {key: value or {} for key, value in content["pairs"].items()}
+        content["methods"] = {key: Method(**(value or {})) for key, value in content.get("methods", {}).items()}
+        content["pairs"] = {key: value or {} for key, value in content.get("pairs", {}).items()}
+        for pair, configs in content.get("complete", {}).items():
+            if missing := [method for method in (TEACHER, STUDENT) if method not in configs]:
+                raise KeyError(f"{pair} has no config for {missing[0]!r}")
         return Plan(**content)
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         keys = ", ".join(part.name for part in fields(Plan))
@@ -154,6 +160,8 @@ def rows(plan: Plan, tuned: Mapping[str, Config] | None = None) -> list[Row]:
     for recipe in plan.recipes:
         for pair in plan.pairs:
             found += _rows(plan, recipe, pair, tuned or {})
+    for pair, configs in plan.complete.items():
+        found += _complete_rows(plan, pair, configs)
     return found
 
 
@@ -217,6 +225,30 @@ def _rows(plan: Plan, recipe: str, pair: str, tuned: Mapping[str, Config]) -> li
         if better := nested(tuned.get(trained[0].id, {})):
             name = f"{name}, tuned"
             found.append(row(name, *(cell(name, seed, "student", *over, better, teacher=teacher.id) for seed in seeds)))
+    return found
+
+
+def _complete_rows(plan: Plan, pair: str, configs: Mapping[str, str]) -> list[Row]:
+    """Return the rows of complete configs."""
+    contents = {method: _config(name) for method, name in configs.items()}
+    taught_by = ""
+    found = []
+    for method in (TEACHER, STUDENT, *(method for method in configs if method not in (TEACHER, STUDENT))):
+        networks = contents[method]["model"]["init_args"]
+        over: Config = {}
+        if "teacher" in networks:
+            over = {"model": {"init_args": {"teacher_ckpt": weights_file(taught_by)}}}
+        trained = tuple(
+            Cell(
+                *(pair, "own", method, seed, plan.label),
+                networks.get("student", networks.get("model")),
+                tuple(filter(None, (contents[method], plan.config, {"seed_everything": seed}, over))),
+                taught_by if over else "",
+            )
+            for seed in (plan.seeds[:1] if method == TEACHER else plan.seeds)
+        )
+        taught_by = trained[0].id if method == TEACHER else taught_by
+        found.append(Row(pair, "own", method, trained, None))
     return found
 
 

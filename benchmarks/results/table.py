@@ -23,7 +23,7 @@ _HEAD = "| method | n | best, % | last, % | best, difference to the student alon
 def summary(rows: Sequence[Row], store: Store) -> list[dict[str, Any]]:
     """Summarize the results of each row; entries that require missing cells are `None`.
 
-    Accuracies are in percent, differences in percentage points. `best` is the checkpoint with the highest accuracy on
+    Metrics are in percent, differences in percentage points. `best` is the checkpoint with the highest metric on
     the validation images, `last` the one after the last step; both are evaluated on the test images. `difference` is
     the mean over seeds of the difference of `best` to the student alone with the same seed, `low` and `high` its 95 %
     confidence interval by Student's t.
@@ -42,6 +42,7 @@ def summary(rows: Sequence[Row], store: Store) -> list[dict[str, Any]]:
         is_student = row.cells[0].teacher != ""
         paired = [record["best"]["test"] - base[record["seed"]] for record in results if record["seed"] in base]
         found.append({
+            "metric": next((record["best"].get("metric", "accuracy") for record in results), None),
             **{"label": row.cells[0].label, "pair": row.pair, "recipe": row.recipe, "method": row.method},
             **{"n": len(results), "planned": len(row.cells), "seeds": [record["seed"] for record in results]},
             **{name: _spread([record[name]["test"] for record in results]) for name in ("best", "last")},
@@ -111,7 +112,7 @@ def _markdown(figures: Sequence[dict[str, Any]], records: Sequence[Record]) -> I
         yield from (f"### {title}", "", _HEAD, "|---|---|---|---|---|---|---|")
         yield from map(_line, section)
         yield ""
-    yield from _remarks(records)
+    yield from _remarks(records, any(row["published"] is not None for row in figures))
 
 
 def _sections(figures: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -126,12 +127,12 @@ def _line(row: dict[str, Any]) -> str:
     number = "" if not row["n"] else f"{row['n']}" if row["n"] == row["planned"] else f"{row['n']} of {row['planned']}"
     published = "" if row["published"] is None else f"{row['published']:.2f}"
     minutes = "" if row["minutes"] is None else f"{row['minutes']:.1f}"
-    accuracies = (_accuracy(row[name]) for name in ("best", "last"))
-    cells = (row["method"], number, *accuracies, _difference(row["difference"], row["n"]), published, minutes)
+    scores = (_score(row[name]) for name in ("best", "last"))
+    cells = (row["method"], number, *scores, _difference(row["difference"], row["n"]), published, minutes)
     return f"| {' | '.join(cells)} |"
 
 
-def _accuracy(spread: dict[str, float | None] | None) -> str:
+def _score(spread: dict[str, float | None] | None) -> str:
     if spread is None:
         return ""
     return f"{spread['mean']:.2f}" + ("" if spread["sd"] is None else f" ± {spread['sd']:.2f}")
@@ -145,16 +146,23 @@ def _difference(found: dict[str, float | None] | None, number: int) -> str:
     return f"{found['mean']:+.2f}{limits}" + ("" if found["n"] == number else f", n = {found['n']}")
 
 
-def _remarks(records: Sequence[Record]) -> Iterator[str]:
+def _remarks(records: Sequence[Record], has_published: bool) -> Iterator[str]:
     """Describe how the results were measured."""
-    yield (
-        "`best` is the checkpoint with the highest accuracy on the validation images, `last` the one after the last "
-        "step. Both are evaluated on the test images: mean ± standard deviation over n seeds. Differences are paired "
-        "by seed, in percentage points, with their 95 % confidence interval by Student's t. All students of a pair "
-        "have the same teacher, so the intervals do not include the variation between teachers. Published accuracies "
-        "are from the official split, after 240 epochs on all training images: `last` in RepDistiller (Tian et al. "
-        "2020), whereas dkd and logit_standardization report the epoch with the best test accuracy."
+    metric = " or ".join(sorted({record["best"].get("metric", "accuracy") for record in records})) or "accuracy"
+    text = (
+        f"The metric is the {metric}. `best` is the checkpoint with the highest {metric} on the validation images, "
+        "`last` the one after the last step. Both are evaluated on the test images: mean ± standard deviation over n "
+        "seeds. Differences are paired by seed, in percentage points, with their 95 % confidence interval by Student's "
+        "t. All students of a pair have the same teacher, so the intervals do not include the variation between "
+        "teachers."
     )
+    if has_published:
+        text += (
+            " Published accuracies are from the official split, after 240 epochs on all training images: `last` in "
+            "RepDistiller (Tian et al. 2020), whereas dkd and logit_standardization report the epoch with the best "
+            "test accuracy."
+        )
+    yield text
     if not records:
         return
     sizes = {
@@ -190,5 +198,6 @@ def _plot(figures: Sequence[dict[str, Any]]) -> Figure:
             yticklabels=[f"{row['method']} (n = {row['difference']['n']})" for row in measured],
         )
         axes.set_ylim(max(len(measured), 1) - 0.5, -0.5)
-        axes.set_xlabel("test accuracy of `best`, difference to the student alone, percentage points")
+        metric = next((row["metric"] for row in section if row["metric"]), "accuracy")
+        axes.set_xlabel(f"test {metric} of `best`, difference to the student alone, percentage points")
     return figure

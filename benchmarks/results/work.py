@@ -80,7 +80,10 @@ def _tried(cell: Cell, store: Store, data: Path | None, clock: Clock, failed: se
     result = store.result(cell.id)
     if result is not None:
         best, last = result["best"], result["last"]
-        print(f"  test accuracy {best['test']:.2f} % (best), {last['test']:.2f} % (last)", flush=True)
+        print(
+            f"  test {best.get('metric', 'accuracy')} {best['test']:.2f} % (best), {last['test']:.2f} % (last)",
+            flush=True,
+        )
     elif code in (-signal.SIGTERM, 128 + signal.SIGTERM) or clock.is_over:
         print("  interrupted; the same command continues it", flush=True)
     else:

@@ -180,12 +180,32 @@ def _other(where: str, classes: list[str], reason: str, value: str | None) -> st
         return f"{own[1] if own else classes[-1] if classes else 'lkd'} requires values for {found[1]}"
     reason = re.sub(r"Expected an? (?:<class '([\w.]+)'>|typing\.)", r"expected \1", reason)
     reason = re.sub(r"\. Got value: ", ", got ", reason)
-    reason = reason.replace(" expected ", " or ")
+    reason = _in_words(reason.replace(" expected ", " or "))
     if value is not None and "got " not in reason and not value.startswith(("NestedArg", "Namespace", "{")):
         reason = f"{reason}, got {value}"
     if re.search(r"got \[\s*@", reason):  # reserved in YAML
         reason += "; put names of layer groups in quotes, as in ['@stages']"
     return f"{where}: {reason}" if where else reason
+
+
+_IN_WORDS = {
+    "bool": "true or false",
+    "dict": "a mapping",
+    "float": "a number",
+    "int": "an integer",
+    "list": "a list",
+    "str": "a string",
+    "tuple": "a list",
+}
+"""Types of settings, in words of YAML."""
+
+
+def _in_words(reason: str) -> str:
+    """Replace names of Python types by words."""
+    reason = re.sub(r"\b(expected|or) (\w+)\b", lambda found: f"{found[1]} {_IN_WORDS.get(found[2], found[2])}", reason)
+    choices = re.compile(r"Literal\[(.*?)\]")
+    reason = choices.sub(lambda found: "one of " + found[1].replace("'", ""), reason)
+    return reason.replace("an integer or a number", "a number").replace(" or one of ", ", ")
 
 
 def _find(class_path: str) -> Any:

@@ -19,6 +19,13 @@ from lkd.datamodules.inversion import DeepInversion
 from lkd.datamodules.new_images import NewImages
 from lkd.datamodules.sampler import EpochSampler, Key
 from lkd.datamodules.segmentation import SegmentationDataModule
+from lkd.datamodules.segmentation_archives import (
+    ADE20KDataModule,
+    CityscapesDataModule,
+    SegmentationArchiveDataModule,
+    VOCSegmentationDataModule,
+)
+from lkd.datamodules.segmentation_folder import MaskedFilesDataModule, SegmentationFolderDataModule
 from lkd.datamodules.shapes import SyntheticSegmentationDataModule
 from lkd.datamodules.sources import ImageSource
 from lkd.datamodules.synthetic import SyntheticDataModule
@@ -35,15 +42,18 @@ from lkd.datamodules.transforms.color import ColorJitter
 from lkd.datamodules.transforms.erasing import Cutout, RandomErasing
 from lkd.datamodules.transforms.mixing import CutMix, Mix, Mixup
 from lkd.datamodules.transforms.randaugment import RandAugment, TrivialAugment
+from lkd.datamodules.transforms.scaling import PadToSize, RandomScaledCrop
 from lkd.datamodules.transforms.views import ClassPartner, RotatedViews, StrongView, View, Views
 from lkd.datamodules.webdataset import WebDatasetDataModule
 
 __all__ = [
+    "ADE20KDataModule",
     "ArchiveDataModule",
     "BatchTransform",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
     "CenterCrop",
+    "CityscapesDataModule",
     "ClassPartner",
     "ColorJitter",
     "CutMix",
@@ -62,18 +72,23 @@ __all__ = [
     "ImageTransform",
     "Key",
     "MNISTDataModule",
+    "MaskedFilesDataModule",
     "Mix",
     "Mixup",
     "NewImages",
+    "PadToSize",
     "RandAugment",
     "RandomCrop",
     "RandomErasing",
     "RandomHorizontalFlip",
     "RandomResizedCrop",
+    "RandomScaledCrop",
     "RotatedViews",
     "STL10DataModule",
     "SVHNDataModule",
+    "SegmentationArchiveDataModule",
     "SegmentationDataModule",
+    "SegmentationFolderDataModule",
     "Split",
     "StrongView",
     "SyntheticDataModule",
@@ -81,6 +96,7 @@ __all__ = [
     "TinyImageNetDataModule",
     "TrivialAugment",
     "UnlabelledFolder",
+    "VOCSegmentationDataModule",
     "View",
     "Views",
     "WebDatasetDataModule",

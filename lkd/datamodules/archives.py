@@ -118,15 +118,34 @@ class ArchiveDataModule(ImageDataModule):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        try:
+        alternative = "a folder with images in train/<class>/ and test/<class>/"
+        with explained(self.title, self.root, self.archives, self.download, alternative, "digits/kd"):
             yield
-        except (OSError, RuntimeError) as error:  # URLError, or RuntimeError if all mirrors fail
-            reason = " ".join(str(error).split())[:200] if self.download else "download is disabled"
-            archives = self.archives.format(root=self.root)
-            raise FileNotFoundError(
-                f"{self.title} was not found in {self.root} ({reason}); put {archives}, or set root to a folder "
-                "with images in train/<class>/ and test/<class>/; configs/digits/kd.yaml needs no download"
-            ) from error
+
+
+@contextmanager
+def explained(title: str, root: str, archives: str, download: bool, alternative: str, offline: str) -> Iterator[None]:
+    """Context that replaces the error of a missing or incomplete dataset by one that says what to do.
+
+    Args:
+        title: Name of the dataset.
+        root: Folder of the dataset.
+        archives: Names, sources and target folder of the archives; `{root}` stands for `root`.
+        download: Whether a download was allowed.
+        alternative: What `root` may be instead.
+        offline: Config that requires no download.
+
+    Raises:
+        FileNotFoundError: If the dataset is missing.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # URLError, or RuntimeError if all mirrors fail
+        reason = " ".join(str(error).split())[:200] if download else "download is disabled"
+        raise FileNotFoundError(
+            f"{title} was not found in {root} ({reason}); put {archives.format(root=root)}, or set root to "
+            f"{alternative}; configs/{offline}.yaml needs no download"
+        ) from error
 
 
 def _in_memory(images: Any, targets: Any) -> TensorDataset:

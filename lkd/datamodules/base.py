@@ -18,7 +18,7 @@ from lkd.datamodules.dataset import ImageDataset
 from lkd.datamodules.decoding import resident
 from lkd.datamodules.draws import SUBSET, permutation
 from lkd.datamodules.extra import ExtraImages
-from lkd.datamodules.files import ImageFiles, few
+from lkd.datamodules.files import few, is_plain
 from lkd.datamodules.labels import check_sizes, choose_labelled, read_targets
 from lkd.datamodules.limits import is_limited
 from lkd.datamodules.loader import Loader, identity
@@ -177,6 +177,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self._batch_graph = None
 
     @property
+    def whole_shape(self) -> tuple[int, int, int]:
+        """Shape `(C, H, W)` of images without a random crop: in evaluation, and in training if there is none."""
+        return self.input_shape
+
+    @property
     def num_samples(self) -> int | None:
         """Number of images to which `Batch.index` refers; `None` before the training images are opened."""
         return len(self.datasets["train"].target) if "train" in self.datasets else None
@@ -246,7 +251,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def _readable(self, split: str, source: ImageSource, target: Tensor) -> Tensor:
         """Return which images are used `(N,)`, bool."""
-        if self.unreadable == "fail" or type(source) is not ImageFiles:
+        if self.unreadable == "fail" or not is_plain(source):
             return torch.ones(len(target), dtype=torch.bool)
         whole = readable(self._wrap(source, target), self._decoders())
         if gone := sorted(set(target.tolist()) - set(target[whole].tolist())):
@@ -259,7 +264,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def _resident(self, source: ImageSource, target: Tensor, usable: Tensor) -> ImageSource:
         """Return the decoded images of a source if decoding is useful and they fit; otherwise the source."""
         whole = self._wrap(source, target, usable)
-        if whole.stored is not None or len(target) * math.prod(self.input_shape) > self.resident_limit:
+        if whole.stored is not None or len(target) * math.prod(whole.shape) > self.resident_limit:
             return source
         return resident(whole, self._decoders())
 
@@ -286,7 +291,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         mix: Mix | None = None,
     ) -> ImageDataset:
         first, changes = divide(augment)
-        channels, height, width = self.input_shape
+        channels, height, width = self.whole_shape if first is None else self.input_shape
         return self._dataset_class(
             source,
             target,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from copy import copy
 from typing import ClassVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,9 +15,9 @@ from torchvision.transforms.v2 import functional as TF
 from lkd.datamodules.batches import joined, without_labels
 from lkd.datamodules.classes import ClassIndex
 from lkd.datamodules.draws import IMAGE, VIEW, Draws, successive, uniform
-from lkd.datamodules.files import ImageBytes, ImageFiles
+from lkd.datamodules.files import ImageBytes, ImageFiles, is_plain
 from lkd.datamodules.sampler import read_keys
-from lkd.datamodules.sources import ImageSource, Resident, located, original, parts, source_fingerprint
+from lkd.datamodules.sources import ImageSource, Resident, eight_bit, located, original, parts, source_fingerprint
 from lkd.datamodules.transforms.base import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
 from lkd.datamodules.transforms.mixing import Mix
 from lkd.datamodules.transforms.views import View, Views
@@ -93,7 +92,7 @@ class ImageDataset(Dataset[Batch]):
         # Tensors, because a GPU would replace a division by a scalar with a multiplication by its reciprocal.
         levels = ((255.0,), normalization.mean, normalization.std)
         self._levels = tuple(torch.tensor(level).view(-1, 1, 1) for level in levels)
-        if self.stored is None and shape[0] not in _MODES:
+        if self.stored is None and shape[0] - self.extra_channels not in _MODES:
             raise ValueError(f"images that are not in memory must have 1 or 3 channels, got shape {shape}")
         if views is not None:
             views.check(shape)
@@ -107,6 +106,10 @@ class ImageDataset(Dataset[Batch]):
             return None
         image: Tensor = self.source.tensors[0]
         return image if tuple(image.shape[1:]) == self.shape else None
+
+    @property
+    def _mode(self) -> str:
+        return _MODES[self.shape[0] - self.extra_channels]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -198,7 +201,7 @@ class ImageDataset(Dataset[Batch]):
         for part in parts(self.source):
             if isinstance(part, TensorDataset):
                 sources += part.tensors
-            elif type(part) is ImageFiles:
+            elif is_plain(part):
                 sources.append(part.contents())
             else:
                 return None
@@ -284,31 +287,44 @@ class ImageDataset(Dataset[Batch]):
             return self.stored.index_select(0, index)
         tries = IMAGE + self.number * VIEW + torch.arange(_TRIES, device=index.device)
         draws = uniform(self.seed, epoch[:, None], index[:, None], tries).cpu()
-        return torch.stack([self._read(i, d) for i, d in zip(index.tolist(), draws, strict=True)]).to(index.device)
+        return torch.stack([self.read(i, d) for i, d in zip(index.tolist(), draws, strict=True)]).to(index.device)
 
-    def _read(self, index: int, draws: Tensor) -> Tensor:
+    def read(self, index: int, draws: Tensor) -> Tensor:
+        """Read one image `(C, H, W)`, uint8, from its file.
+
+        Args:
+            index: Position in the source.
+            draws: Random numbers of `resize`.
+
+        Raises:
+            ImageError: If it cannot be read.
+        """
+        return self.read_image(index, draws)[0]
+
+    def read_image(self, index: int, draws: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Read one image without its extra channels, and return its full height and width as well; see `read`."""
         try:
             image, full = self._decode(index, draws)
             image = self.resize.reduced(image, full, self.shape[1:], draws)
         except Exception as error:  # decoders raise almost any exception for corrupt files
             source, index = located(self.source, index)
             name = shown(source.path(index)) if isinstance(source, ImageFiles | ImageBytes) else f"number {index}"
-            raise ImageError(f"image {name} cannot be read ({_reason(error)}); replace or remove it") from error
+            raise ImageError(f"image {name} cannot be read ({reason(error)}); replace or remove it") from error
         tensor: Tensor = TF.pil_to_tensor(image)
-        return tensor
+        return tensor, full
 
     def _decode(self, index: int, draws: Tensor) -> tuple[Image.Image, tuple[int, int]]:
         """Return an image and its full size. Large JPEG files are decoded no larger than `resize` requires."""
-        mode = _MODES[self.shape[0]]
+        mode = self._mode
         source, index = located(self.source, index)
         # Custom sources may need the full-size image.
-        if type(source) is ImageFiles or type(source) is ImageBytes:
+        if is_plain(source) or type(source) is ImageBytes:
             with source.open(index) as opened:
                 full = opened.height, opened.width
                 height, width = self.resize.least(full, self.shape[1:], draws)
                 opened.draft(None, (width, height))
-                return _eight_bit(opened).convert(mode), full
-        image = _eight_bit(source[index][0]).convert(mode)
+                return eight_bit(opened).convert(mode), full
+        image = eight_bit(source[index][0]).convert(mode)
         return image, (image.height, image.width)
 
     def flaw(self, index: int) -> str:
@@ -318,10 +334,10 @@ class ImageDataset(Dataset[Batch]):
             index: Position of the image in the source.
         """
         try:
-            image = _eight_bit(self.source[index][0]).convert(_MODES[self.shape[0]])
+            image = eight_bit(self.source[index][0]).convert(self._mode)
             self.resize(image, self.shape[1:], torch.zeros(_TRIES, 4))
         except Exception as error:
-            return _reason(error)
+            return reason(error)
         return ""
 
     def view(self, image: Tensor, epoch: Tensor, index: Tensor) -> Tensor:
@@ -373,18 +389,6 @@ class ImageDataset(Dataset[Batch]):
         return image.to(torch.float32).div_(level).sub_(mean).div_(std)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Describe an error in one line."""
     return f"{type(error).__name__}: {said(error)}"
-
-
-def _eight_bit(image: object) -> Image.Image:
-    if isinstance(image, np.ndarray | Tensor) and image.dtype in (np.uint8, torch.uint8):
-        image = TF.to_pil_image(image)
-    if not isinstance(image, Image.Image):
-        kind = getattr(image, "dtype", type(image).__name__)
-        raise TypeError(f"expected a PIL image, or a uint8 array or tensor, got {kind}")
-    if image.mode.startswith("I;16"):  # PIL's own conversion clips values above 255
-        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"the pixel range of mode {image.mode} is unknown")
-    return image

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lkd.datamodules.dataset import ImageDataset
-from lkd.datamodules.files import ImageFiles
+from lkd.datamodules.files import is_plain
 from lkd.datamodules.sources import Resident
 from lkd.datamodules.transforms.base import CenterCrop
+from lkd.datamodules.transforms.scaling import PadToSize
 from lkd.io.tensor_cache import cache_folder, fingerprint, load_tensors, map_tensors, save_tensors
 
 _FORMAT = 1  # increase when the same files result in different pixels
@@ -66,7 +67,7 @@ def resident(dataset: ImageDataset, num_workers: int) -> Resident:
 def _made_from(dataset: ImageDataset) -> dict[str, str] | None:
     """Return everything that determines the decoded images, as name to text; `None` if it is unknown."""
     source, resize = dataset.source, dataset.resize
-    if type(source) is not ImageFiles or type(resize) is not CenterCrop:
+    if not is_plain(source) or type(resize) not in (CenterCrop, PadToSize):
         return None
     versions = {"format": str(_FORMAT), "PIL": PIL.__version__, "torchvision": torchvision.__version__}
     some = {} if len(dataset) == len(source) else {"choice": fingerprint(dataset.index)}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -86,6 +87,12 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
         states = [_state(self.path(i)) for i in range(len(self))]
         sizes = [None if state is None else state[0] for state in states]
         return fingerprint(self.files.tobytes(), self.targets.tobytes(), sizes)
+
+
+def is_plain(source: object) -> TypeGuard[ImageFiles]:
+    """Whether a source returns the pixels of its files. A subclass that overrides the reading may return others."""
+    reading = ("__getitem__", "open", "path")
+    return all(getattr(type(source), name, None) is getattr(ImageFiles, name) for name in reading)
 
 
 class ImageBytes(Dataset[tuple[Image.Image, int]]):
@@ -247,7 +254,20 @@ def split_folder(root: Path, split: str) -> Path | None:
     Returns:
         `root/train`, `root/test` or `root/val`; `None` if validation images are split from the training images.
     """
-    has_test = (root / "test").is_dir()
+    name = split_name({entry for entry in ("val", "test") if (root / entry).is_dir()}, split)
+    return None if name is None else root / name
+
+
+def split_name(found: Container[str], split: str) -> str | None:
+    """Return the name of a split; without `test`, `val` is the test set.
+
+    Args:
+        found: Names of the existing splits.
+        split: "train", "val" or "test".
+
+    Returns:
+        The name; `None` if validation images are split from the training images.
+    """
     if split == "val":
-        return root / "val" if has_test and (root / "val").is_dir() else None
-    return root / ("val" if split == "test" and not has_test and (root / "val").is_dir() else split)
+        return "val" if "test" in found and "val" in found else None
+    return "val" if split == "test" and "test" not in found and "val" in found else split

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -10,16 +9,19 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lkd.datamodules.base import ImageDataModule, Split
-from lkd.datamodules.masks import IGNORED, MaskDataset
+from lkd.datamodules.mask_files import IGNORED
+from lkd.datamodules.masks import MaskDataset
+from lkd.datamodules.sources import ImageSource
 from lkd.datamodules.transforms.base import RandomHorizontalFlip, divide
 
 
 class SegmentationDataModule(ImageDataModule):
-    """Base class of data modules with images and masks in memory.
+    """Base class of data modules with images and masks.
 
-    Subclasses set the attributes of `ImageDataModule` and override `make_masks`. Pixels with the label 255 have no
-    class; their target is `IGNORE_INDEX`. Random crops and flips move image and mask alike; all other transforms change
-    only the image. `label_size` chooses whole images.
+    For images of one size in memory, subclasses set the attributes of `ImageDataModule` and override `make_masks`; for
+    files, see `SegmentationFolderDataModule`. Pixels with the label 255 have no class; their target is `IGNORE_INDEX`.
+    Random scaling, crops and flips move image and mask alike; all other transforms change only the image. `label_size`
+    chooses whole images.
 
     Args:
         kwargs: Arguments of `ImageDataModule`, except `views`, `mix` and `extra`.
@@ -34,11 +36,7 @@ class SegmentationDataModule(ImageDataModule):
         if given := [name for name in ("views", "mix", "extra") if kwargs.get(name) is not None]:
             raise ValueError(f"{type(self).__name__} does not support {given[0]}: it would not apply to the masks")
         super().__init__(**kwargs)
-        first, _ = divide(self.augment or ())
-        if first is not None:
-            raise ValueError(f"{type(first).__name__} would not apply to the masks; remove it from augment")
 
-    @abstractmethod
     def make_masks(self, split: Split) -> tuple[Tensor, Tensor] | None:
         """Return the images and masks of a split.
 
@@ -49,13 +47,20 @@ class SegmentationDataModule(ImageDataModule):
             Images `(N, C, H, W)` and masks `(N, H, W)`, uint8. If `None` for "val", validation images are split from
             "train".
         """
+        raise NotImplementedError(f"{type(self).__name__} must override make_masks or make_dataset")
 
     def default_augment(self) -> list[Any]:
         """Return random horizontal flips."""
         return [RandomHorizontalFlip()]
 
-    def make_dataset(self, split: Split) -> TensorDataset | None:
+    def make_dataset(self, split: Split) -> ImageSource | None:
         """Join images and masks to one tensor; see `ImageDataModule.make_dataset`."""
+        first, _ = divide(self.augment or ())
+        if first is not None:
+            raise ValueError(
+                f"{type(first).__name__} does not apply to masks in memory; remove it from augment, or read the images "
+                "and masks from files"
+            )
         made = self.make_masks(split)
         if made is None:
             return None

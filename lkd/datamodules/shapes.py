@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lkd.datamodules.base import Split
-from lkd.datamodules.masks import IGNORED
+from lkd.datamodules.mask_files import IGNORED
 from lkd.datamodules.segmentation import SegmentationDataModule
 
 _SHAPES = 3

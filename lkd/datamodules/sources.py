@@ -6,11 +6,14 @@ import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
+from torchvision.transforms.v2 import functional as TF
 
-from lkd.datamodules.files import ImageFiles
+from lkd.datamodules.files import is_plain
 from lkd.io.tensor_cache import fingerprint, map_tensors
 
 
@@ -116,6 +119,28 @@ def source_fingerprint(source: ImageSource) -> str:
     undecoded = original(source)
     if len(parts(undecoded)) > 1:
         return fingerprint(*map(source_fingerprint, parts(undecoded)))
-    if type(undecoded) is ImageFiles:  # a subclass may return different pixels
+    if is_plain(undecoded):
         return undecoded.fingerprint()
     return fingerprint(*source.tensors) if isinstance(source, TensorDataset) else uuid.uuid4().hex
+
+
+def eight_bit(image: object) -> Image.Image:
+    """Convert an image of a source to a PIL image with eight bits per channel.
+
+    Args:
+        image: PIL image, or uint8 array or tensor.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If its range of values is unknown.
+    """
+    if isinstance(image, np.ndarray | Tensor) and image.dtype in (np.uint8, torch.uint8):
+        image = TF.to_pil_image(image)
+    if not isinstance(image, Image.Image):
+        kind = getattr(image, "dtype", type(image).__name__)
+        raise TypeError(f"expected a PIL image, or a uint8 array or tensor, got {kind}")
+    if image.mode.startswith("I;16"):  # PIL's own conversion clips values above 255
+        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"the pixel range of mode {image.mode} is unknown")
+    return image

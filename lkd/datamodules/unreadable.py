@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lkd.datamodules.decoding import in_pieces
-from lkd.datamodules.files import ImageFiles, few
+from lkd.datamodules.files import ImageFiles, few, is_plain
 from lkd.io.refused import shown
 from lkd.io.tensor_cache import cache_folder, fingerprint, replacing
 
@@ -37,7 +37,7 @@ def readable(dataset: ImageDataset, num_workers: int) -> Tensor:
         Which images can be read `(N,)`, bool.
     """
     source = dataset.source
-    if type(source) is not ImageFiles:
+    if not is_plain(source):
         raise TypeError(f"unreadable images can only be skipped in image files, got {type(source).__name__}")
     versions = (_FORMAT, PIL.__version__, dataset.shape, dataset.resize)
     file = cache_folder("unreadable") / f"{fingerprint(source.fingerprint(), *versions)}.json"

@@ -281,5 +281,5 @@ def test_large_jpegs_are_decoded_no_larger_than_needed(tmp_path, augment, channe
     draws = torch.full((10, 4), 0.9)
     (jpeg, full), (png, _) = (dataset._decode(i, draws) for i in (0, 1))
     assert (jpeg.size, png.size, full) == ((50, 38), (400, 300), (300, 400))
-    difference = dataset._read(0, draws).float() - dataset._read(1, draws).float()
+    difference = dataset.read(0, draws).float() - dataset.read(1, draws).float()
     assert 0 < difference.abs().mean() < 1.5

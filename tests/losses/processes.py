@@ -22,9 +22,8 @@ from benchmarks.warm import ranks
 from lkd import Batch, DistillLoss, Outputs
 from lkd.losses.base import buffers_same_everywhere
 from lkd.types import IGNORE_INDEX
-from tests.losses import test_criteria
-from tests.losses.cases import CASES
-from tests.losses.cases.base import FeatureCase, changed, tensors, value
+from tests.losses.cases import FeatureCase, changed, tensors, value
+from tests.losses.collected import FEATURE_CASES, LOGIT_CASES
 
 PROCESSES = int(os.environ.get("LKD_PROCESSES", "2"))
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # each process's own, as everywhere with DDP
@@ -39,9 +38,9 @@ def table() -> dict[str, FeatureCase]:
             batch_mean=case.batch_mean,
             reads_target=case.reads_target,
         )
-        for name, case in test_criteria.CASES.items()
+        for name, case in LOGIT_CASES.items()
     }
-    return {**of_logits, **CASES}
+    return {**of_logits, **FEATURE_CASES}
 
 
 class _Student(nn.Module):

@@ -1,4 +1,4 @@
-"""What every criterion that reads features owes its users, a row in the table for each (tests/losses/cases/)."""
+"""What every criterion that reads features owes its users: all `FeatureCase`s of tests/losses/methods/."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lkd import Probe
 from lkd.types import IGNORE_INDEX
-from tests.losses.cases import CASES
-from tests.losses.cases.base import SAMPLES, FeatureCase, changed, tensors, value
+from tests.losses.cases import SAMPLES, FeatureCase, changed, tensors, value
+from tests.losses.collected import FEATURE_CASES
 
-every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every = pytest.mark.parametrize("case", FEATURE_CASES.values(), ids=FEATURE_CASES)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

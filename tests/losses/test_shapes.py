@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lkd import functional as KF
 from lkd.losses._shapes import check_shapes
-from tests.losses.cases.base import value
+from tests.losses.cases import value
 from tests.losses.processes import table
 
 SIZES = {"B": 4, "C": 3, "D": 6, "E": 7, "K": 5, "L": 2, "M": 8, "N": 9, "H": 4, "W": 4, "H'": 2, "W'": 2}

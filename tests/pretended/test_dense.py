@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from lkd import Outputs
-from lkd.callbacks.prediction_images import _part
-from lkd.tasks import SemanticSegmentation
-from lkd.types import IGNORE_INDEX, Batch
-from tests.losses.cases.base import changed, tensors, value
-from tests.losses.cases.segmentation import CASES, SegmentationCase
+from tests.losses.cases import SegmentationCase, changed, tensors, value
+from tests.losses.collected import FEATURE_CASES
 from tests.pretended.device import NAME, Tape, waits
+
+CASES = {name: case for name, case in FEATURE_CASES.items() if isinstance(case, SegmentationCase)}
 
 
 class _Step:
@@ -66,18 +65,3 @@ def test_steps_do_not_wait_and_can_be_captured(name: str, pretended) -> None:
     torch.manual_seed(0)
     replay()
     assert all(torch.equal(*pair) for pair in zip(usual.state(), there.state(), strict=True))
-
-
-def test_predictions_are_shown_from_the_device(pretended) -> None:
-    """Views and the rows of a batch are those of the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    target = torch.randint(-1, 3, (4, 6, 6), generator=generator)
-    target[target < 0] = IGNORE_INDEX
-    logits = torch.randn(4, 3, 3, 3, generator=generator)
-    shown = []
-    for device in ("cpu", NAME):
-        batch = _part(Batch(logits.to(device), target.to(device)), 2)
-        shown.append(SemanticSegmentation(3).views(batch.target, [], batch.input))
-    for ours, theirs in zip(*shown, strict=True):
-        assert (ours.text, ours.legend) == (theirs.text, theirs.legend)
-        assert torch.equal(ours.image, theirs.image)

@@ -198,7 +198,7 @@ class CenterCrop(ImageTransform):
         height, width = self.least(full, size, draws)
         if height * width > _LARGEST:
             raise ValueError(f"an image of {full[0]}x{full[1]} pixels is too narrow to be scaled ({height}x{width})")
-        factor = _reduction(image, full)
+        factor = reduction(image, full)
         whole = (0, 0, full[1] / factor, full[0] / factor)  # the last row and column may be only partly covered
         scaled = image.resize((width, height), Image.Resampling.BILINEAR, whole)
         center: Image.Image = TF.center_crop(scaled, list(size))
@@ -239,7 +239,7 @@ class RandomResizedCrop(ImageTransform):
     def reduced(self, image: Image.Image, full: tuple[int, int], size: tuple[int, int], draws: Tensor) -> Image.Image:
         """Crop the part, chosen on the full image, of an image that was decoded at a smaller size."""
         top, left, height, width = self.box(*full, draws)
-        factor = _reduction(image, full)
+        factor = reduction(image, full)
         # Crop whole pixels first, so that none outside the part contributes; then the exact box in `resize`.
         outer = left // factor, top // factor, -(-(left + width) // factor), -(-(top + height) // factor)
         inner = left / factor, top / factor, (left + width) / factor, (top + height) / factor
@@ -269,7 +269,12 @@ class RandomResizedCrop(ImageTransform):
         return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _reduction(image: Image.Image, full: tuple[int, int]) -> int:
-    """Return the factor by which an image was reduced when it was decoded."""
+def reduction(image: Image.Image, full: tuple[int, int]) -> int:
+    """Return the factor by which an image was reduced when it was decoded.
+
+    Args:
+        image: Decoded image.
+        full: Height and width of the full image.
+    """
     size = image.height, image.width
     return next(factor for factor in (1, 2, 4, 8) if (-(-full[0] // factor), -(-full[1] // factor)) == size)

@@ -1,0 +1,44 @@
+"""AT: attention transfer."""
+
+from __future__ import annotations
+
+import pytest
+
+from lkd.losses import AT
+from tests.losses import parity
+from tests.losses.cases import LAYERS, FeatureCase
+from tests.losses.parity import Hyper, Values
+from tests.losses.tools import answers, built, draw
+
+CASES = {
+    "AT": FeatureCase(
+        lambda: AT(*LAYERS),
+        student={"a": (4, 8, 8), "b": (6, 4, 4)},
+        teacher={"c": (4, 8, 8), "d": (6, 4, 4)},
+        zero_at_equality=True,
+        batch_mean=True,
+    ),
+    "AT-sizes": FeatureCase(
+        lambda: AT(["a"], ["c"], p=1.0), student={"a": (4, 8, 8)}, teacher={"c": (6, 4, 4)}, batch_mean=True
+    ),
+}
+
+
+def _at_dense(inputs: Values, hyper: Hyper) -> Values:
+    named = parity.named(inputs)
+    loss = parity.terms(parity.built(AT(*parity.layers(named)), named), named)["loss"]
+    return {"loss": loss, "loss.mmrazor": loss}
+
+
+def _at(inputs: Values, hyper: Hyper) -> Values:
+    loss = parity.terms(parity.built(AT(*parity.layers(inputs), p=hyper["p"]), inputs), inputs)["loss"]
+    return {"loss": loss, "weighted": hyper["feat_weight"] * loss}
+
+
+PARITY = {"at": _at, "at_dense": _at_dense}
+
+
+def test_layers_of_another_form() -> None:
+    form = draw(4, 6)
+    with pytest.raises(ValueError, match=r"AT reads .*, but the student layer returns .*; use another"):
+        built(AT(["a"], ["c"]), *answers(form, form))
