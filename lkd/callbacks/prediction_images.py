@@ -16,7 +16,7 @@ from lkd import devices
 from lkd._compat import tree_map_only
 from lkd.callbacks.sheet import Row, sheet
 from lkd.tasks import Task
-from lkd.tasks.views import View, displayable
+from lkd.tasks.views import input_views
 from lkd.types import Batch
 
 
@@ -110,16 +110,5 @@ def _views(module: Any, batch: Batch, logits: dict[str, Tensor], data: Any) -> l
     names, task = module.class_names, module.task
     columns = {"label": task.views(batch.target, names)}
     columns |= {name: task.views(batch.target, names, own) for name, own in logits.items()}
-    inputs = _inputs(batch, data)
+    inputs = input_views(batch, getattr(data, "mean", None), getattr(data, "std", None))
     return [{"image": one, **{name: views[row] for name, views in columns.items()}} for row, one in enumerate(inputs)]
-
-
-def _inputs(batch: Batch, data: Any) -> list[View]:
-    """Return the images, with their positions if they are known; other inputs are only named."""
-    index = range(len(batch.target)) if batch.index is None else batch.index.tolist()
-    texts = ["" if batch.index is None else f"no. {position:,}" for position in index]
-    if not isinstance(batch.input, Tensor) or batch.input.dim() != 4:
-        return [View(text or "sample") for text in texts]
-    plain = displayable(batch.input.float(), getattr(data, "mean", None), getattr(data, "std", None))
-    images = (255 * plain).round().to(torch.uint8).expand(-1, 3, -1, -1).cpu()
-    return [View(text, image) for text, image in zip(texts, images, strict=True)]

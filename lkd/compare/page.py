@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from lkd.compare.comparison import Comparison
+from lkd.callbacks.sheet import sheet
+from lkd.compare.comparison import Comparison, ScoreComparison
 from lkd.compare.plots import Plot
-from lkd.compare.tables import tables
 from lkd.pages import as_svg, rendered
 from lkd.tasks.views import displayable
 
@@ -26,7 +26,7 @@ class _Picture(NamedTuple):
     right: str
 
 
-def page(found: Comparison, plots: Sequence[Plot]) -> str:
+def page(found: Comparison | ScoreComparison, plots: Sequence[Plot]) -> str:
     """Render a comparison as a page with tables, plots, and images on which networks and teacher disagree.
 
     Args:
@@ -39,10 +39,15 @@ def page(found: Comparison, plots: Sequence[Plot]) -> str:
     return rendered(
         "compare",
         found=found,
-        tables=tables(found),
+        tables=found.tables(),
         plots=[(plot.title, plot.note, as_svg(plot.figure)) for plot in plots],
-        disputed={name: list(_pictures(found, name)) for name in found.figures if name in found.predictions.disputed},
+        disputed=_all_pictures(found) if isinstance(found, Comparison) else {},
+        sheets={} if isinstance(found, Comparison) else {n: _as_png(sheet(rows)) for n, rows in found.disputed.items()},
     )
+
+
+def _all_pictures(found: Comparison) -> dict[str, list[_Picture]]:
+    return {name: list(_pictures(found, name)) for name in found.figures if name in found.predictions.disputed}
 
 
 def _pictures(found: Comparison, name: str) -> Iterator[_Picture]:

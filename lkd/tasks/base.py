@@ -27,11 +27,14 @@ class Task(ABC):
     metric_title: ClassVar[str] = "accuracy"
     """Main metric in reports."""
 
+    class_metric_title: ClassVar[str] = "accuracy"
+    """Main metric of a single class in reports."""
+
     has_classes: ClassVar[bool] = True
     """Whether the outputs are scores of the data's classes, in dimension 1."""
 
     caches_logits: ClassVar[bool] = False
-    """Whether the teacher's outputs `(B, K)` are small enough to be cached for all training samples."""
+    """Whether outputs `(B, K)` are small enough to be stored for all samples (teacher cache, `lkd compare`)."""
 
     def prepare(self, batch: Batch) -> Batch:
         """Convert a batch from the data module, for example its label for ignored pixels.
@@ -139,6 +142,49 @@ class Task(ABC):
             Predictions in the shape of `target`; elements without a label are `IGNORE_INDEX`.
         """
         return None
+
+    def tally(self, choice: Tensor, target: Tensor) -> Tensor:
+        """Return counts of each sample, from whose sums `scores` computes the metrics of any set of samples.
+
+        Args:
+            choice: Predictions of a network, from `choice`.
+            target: Targets of the batch, or the predictions of another network.
+
+        Returns:
+            Counts `(B, S, K)`, int64: S counts of each class.
+
+        Raises:
+            NotImplementedError: If it is not defined.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define `tally`")
+
+    def scores(self, counts: Tensor) -> dict[str, Tensor]:
+        """Compute metrics from counts, by title, starting with the main metric; higher values are better.
+
+        Args:
+            counts: Sums of `tally` over samples `(..., S, K)`.
+
+        Returns:
+            Metrics `(...)` in [0, 1].
+
+        Raises:
+            NotImplementedError: If it is not defined.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define `scores`")
+
+    def class_scores(self, counts: Tensor) -> Tensor:
+        """Compute the main metric of each class from counts.
+
+        Args:
+            counts: Sums of `tally` over samples `(..., S, K)`.
+
+        Returns:
+            Metric of each class `(..., K)`; NaN for absent classes.
+
+        Raises:
+            NotImplementedError: If it is not defined.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define `class_scores`")
 
     def views(self, target: Tensor, class_names: Sequence[str], logits: Tensor | None = None) -> list[View]:
         """Return what people see of each target or prediction of a batch.

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from lkd.losses._dense import interpolated
 from lkd.losses._labels import mean_cross_entropy
 from lkd.tasks.base import Task
-from lkd.tasks.metrics import Accuracy, MeanIoU
+from lkd.tasks.metrics import Accuracy, MeanIoU, intersection_over_union
 from lkd.tasks.views import UNLABELLED, View, class_color, class_name, colored
 from lkd.types import IGNORE_INDEX, Batch, Mixed
 
@@ -34,6 +34,7 @@ class SemanticSegmentation(Task):
 
     metric = "miou"
     metric_title = "mean IoU"
+    class_metric_title = "IoU"
 
     def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
         if num_classes < 2:
@@ -119,6 +120,24 @@ class SemanticSegmentation(Task):
     def choice(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the predicted class of each pixel `(B, H, W)`."""
         return _enlarged(logits, target).argmax(1).masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
+
+    def tally(self, choice: Tensor, target: Tensor) -> Tensor:
+        """Return, for each class, the numbers of pixels that are correct, predicted and labelled `(B, 3, K)`."""
+        known = (target != IGNORE_INDEX) & (choice != IGNORE_INDEX)
+        correct = target.masked_fill(~known | (choice != target), self.num_classes)
+        of_class = correct, choice.masked_fill(~known, self.num_classes), target.masked_fill(~known, self.num_classes)
+        pixels = torch.stack([part.flatten(1) for part in of_class], 1)
+        counts = torch.zeros(*pixels.shape[:2], self.num_classes + 1, dtype=torch.int64, device=target.device)
+        return counts.scatter_add_(2, pixels, torch.ones_like(pixels))[..., :-1]
+
+    def scores(self, counts: Tensor) -> dict[str, Tensor]:
+        """Return the mean IoU and the pixel accuracy."""
+        correct, _, labelled = counts.sum(-1).double().unbind(-1)
+        return {"mean IoU": self.class_scores(counts).nanmean(-1), "pixel accuracy": correct / labelled}
+
+    def class_scores(self, counts: Tensor) -> Tensor:
+        """Return the intersection over union of each class."""
+        return intersection_over_union(*counts.unbind(-2))
 
     def views(self, target: Tensor, class_names: Sequence[str], logits: Tensor | None = None) -> list[View]:
         """Return colored masks; predictions with the proportion of correct pixels."""

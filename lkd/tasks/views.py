@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lkd.types import Batch
+
 Color = tuple[int, int, int]
 
 UNLABELLED: Color = (224, 224, 192)
@@ -80,3 +82,19 @@ def displayable(image: Tensor, mean: Sequence[float] | None, std: Sequence[float
         mean_of, std_of = (torch.as_tensor(values, device=image.device).view(1, -1, 1, 1) for values in (mean, std))
         plain = image * std_of + mean_of
     return plain[:, : 3 if image.shape[1] >= 3 else 1].clamp(0, 1)
+
+
+def input_views(batch: Batch, mean: Sequence[float] | None, std: Sequence[float] | None) -> list[View]:
+    """Return what people see of the inputs of a batch: images and their positions; other inputs are only named.
+
+    Args:
+        batch: The batch.
+        mean: Mean of each channel, as in `displayable`.
+        std: Standard deviation of each channel.
+    """
+    texts = [""] * len(batch.target) if batch.index is None else [f"no. {one:,}" for one in batch.index.tolist()]
+    if not isinstance(batch.input, Tensor) or batch.input.dim() != 4:
+        return [View(text or "sample") for text in texts]
+    plain = displayable(batch.input.float(), mean, std)
+    images = (255 * plain).round().to(torch.uint8).expand(-1, 3, -1, -1).cpu()
+    return [View(text, image) for text, image in zip(texts, images, strict=True)]
