@@ -134,7 +134,7 @@ class Tallies(Collector):
         names, own = self.class_names, {one: logits[one][order] for one in (str(self.teacher), name)}
         columns = {"image": images, "label": self.task.views(part.target, names)}
         columns |= {one: self.task.views(part.target, names, values) for one, values in own.items()}
-        columns[f"{name}, where it differs"] = self.task.views(ours.masked_fill(ours == theirs, IGNORE_INDEX), names)
+        columns["differences"] = self.task.views(ours.masked_fill(ours == theirs, IGNORE_INDEX), names)
         kept += [
             (float(agreement[one]), {title: views[row] for title, views in columns.items()})
             for row, one in enumerate(order)
