@@ -22,7 +22,7 @@ from lkd.cli.lightning_cli import LkdCLI
 from lkd.models import load_weights
 
 FOLDER = Path(lkd.__file__).parent / "models" / "pretrained"
-CONFIGS = {"digits_resnet8": "digits/teacher.yaml"}
+CONFIGS = {"digits_resnet8": "digits/teacher.yaml", "shapes_unet": "shapes/teacher.yaml"}
 SEED = 0
 
 

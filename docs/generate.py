@@ -109,15 +109,18 @@ def _method_page(name: str, kind: type, text: dict[str, object]) -> str:
         "| | |\n|---|---|\n" + "\n".join(f"| {label} | {value} |" for label, value in _facts(name, kind).items()),
         "## Use it",
     ]
+    shown: list[str] = []
     if overlays:
-        lines += [
-            f"```console\n{_command(overlays[0])}\n```",
-            f"`configs/{overlays[0]}.yaml`:",
-            f"```yaml\n{(ROOT / 'configs' / f'{overlays[0]}.yaml').read_text()}```",
-        ]
+        shown = [overlays[0], *(other for other in overlays[1:] if other == f"{overlays[0]}_segmentation")]
+        for overlay in shown:
+            lines += [
+                f"```console\n{_command(overlay)}\n```",
+                f"`configs/{overlay}.yaml`:",
+                f"```yaml\n{(ROOT / 'configs' / f'{overlay}.yaml').read_text()}```",
+            ]
     else:
         lines.append(f"From Python: `lkd.DistillModule(student, teacher, criterion=lkd.losses.{name}(...))`.")
-    if others := [f"`{overlay}`" for overlay in overlays[1:]]:
+    if others := [f"`{overlay}`" for overlay in overlays if overlay not in shown]:
         lines.append(f"Other configs: {', '.join(others)}.")
     if text["differences"]:
         lines += ["## Differences and caveats", "\n".join(f"- {line}" for line in text["differences"])]  # type: ignore[attr-defined]
@@ -137,6 +140,8 @@ def _facts(name: str, kind: type) -> dict[str, str]:
 
 
 def _command(overlay: str) -> str:
+    if overlay.startswith("methods/") and method_table.is_for_segmentation(overlay):
+        return f"lkd fit --config shapes/kd --config {overlay}"
     if overlay.startswith("methods/"):
         return f"lkd fit --config data/cifar100 --config pairs/resnet56_resnet20_100 --config {overlay}"
     return f"lkd fit --config {overlay}"

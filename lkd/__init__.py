@@ -14,6 +14,8 @@ if TYPE_CHECKING:
         CIFAR10DataModule,
         CIFAR100DataModule,
         CityscapesDataModule,
+        CocoDetectionDataModule,
+        DetectionDataModule,
         DigitsDataModule,
         FashionMNISTDataModule,
         ImageDataModule,
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
         STL10DataModule,
         SVHNDataModule,
         SyntheticDataModule,
+        SyntheticDetectionDataModule,
         SyntheticSegmentationDataModule,
         TinyImageNetDataModule,
         VOCSegmentationDataModule,
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
         PastTeacherModule,
         SimKDModule,
     )
-    from lkd.types import Batch, Mixed, Normalization, Outputs, Probe
+    from lkd.types import Batch, Mixed, Normalization, Outputs, Predictions, Probe
 
 _HOMES = {
     "lkd.datamodules": (
@@ -53,6 +56,8 @@ _HOMES = {
         "CIFAR10DataModule",
         "CIFAR100DataModule",
         "CityscapesDataModule",
+        "CocoDetectionDataModule",
+        "DetectionDataModule",
         "DigitsDataModule",
         "FashionMNISTDataModule",
         "ImageDataModule",
@@ -64,6 +69,7 @@ _HOMES = {
         "SegmentationDataModule",
         "SegmentationFolderDataModule",
         "SyntheticDataModule",
+        "SyntheticDetectionDataModule",
         "SyntheticSegmentationDataModule",
         "TinyImageNetDataModule",
         "VOCSegmentationDataModule",
@@ -84,7 +90,7 @@ _HOMES = {
     ),
     "lkd.features.extractor": ("FeatureExtractor",),
     "lkd.loading": ("load_run",),
-    "lkd.types": ("Batch", "Mixed", "Normalization", "Outputs", "Probe"),
+    "lkd.types": ("Batch", "Mixed", "Normalization", "Outputs", "Predictions", "Probe"),
 }
 
 __all__ = [
@@ -95,7 +101,9 @@ __all__ = [
     "CIFAR100DataModule",
     "CityscapesDataModule",
     "ClassificationModule",
+    "CocoDetectionDataModule",
     "DOTModule",
+    "DetectionDataModule",
     "DigitsDataModule",
     "DistillLoss",
     "DistillModule",
@@ -113,6 +121,7 @@ __all__ = [
     "Normalization",
     "Outputs",
     "PastTeacherModule",
+    "Predictions",
     "Probe",
     "STL10DataModule",
     "SVHNDataModule",
@@ -120,6 +129,7 @@ __all__ = [
     "SegmentationFolderDataModule",
     "SimKDModule",
     "SyntheticDataModule",
+    "SyntheticDetectionDataModule",
     "SyntheticSegmentationDataModule",
     "TinyImageNetDataModule",
     "VOCSegmentationDataModule",

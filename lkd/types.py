@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,8 +38,9 @@ class Batch(NamedTuple):
     """Input of a training or evaluation step.
 
     Attributes:
-        input: Input of the networks: normalized float images `(B, C, H, W)`, or any other input of custom networks.
-        target: Class indices `(B,)`, int64; `IGNORE_INDEX` for samples without a label.
+        input: Input of the networks: normalized float images `(B, C, H, W)`, for detection a list of images
+            `(C, H_i, W_i)`, or any other input of custom networks.
+        target: Class indices `(B,)`, int64; `IGNORE_INDEX` for samples without a label. Other tasks define their own.
         index: Position of each sample in its dataset `(B,)`, int64; None if unknown.
         views: Number of views of each image. With several views, `input` is `(views * B, ...)`, starting with the first
             view of all images; `target` and `index` have the same order. Views that should not be classified have the
@@ -61,12 +62,14 @@ class Outputs(NamedTuple):
     """Outputs of a network.
 
     Attributes:
-        logits: Logits `(B, K)`.
+        logits: Logits `(B, K)`, or what the task defines, such as `Predictions` for detection.
         features: Mapping from layer names to the outputs of these layers.
+        raw: What the network returned, in which a task finds auxiliary outputs; None if unknown, as with cached logits.
     """
 
     logits: Tensor
     features: Mapping[str, Any]
+    raw: Any = None
 
 
 class Probe(NamedTuple):
@@ -79,6 +82,40 @@ class Probe(NamedTuple):
 
     network: nn.Module
     outputs: Outputs
+
+
+class Predictions(NamedTuple):
+    """What a detector predicts for a batch of images, before boxes are selected.
+
+    Losses and detections are computed from it on demand, so a teacher that is only imitated computes neither.
+
+    Attributes:
+        detector: The detector, an `lkd.models.Detector`.
+        num_classes: Number of classes K, including class 0, the background.
+        areas: Height and width of the area that the feature maps cover, in pixels of each input image.
+        class_logits: Class logits of all anchors `(B, N, K)`; `None` for detectors with two stages.
+        values: Tensors from which the detector computes its losses and detections.
+    """
+
+    detector: Any
+    num_classes: int
+    areas: tuple[tuple[float, float], ...]
+    class_logits: Tensor | None
+    values: Mapping[str, Any]
+
+    def losses(self, target: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Compute the terms of the detector's own loss.
+
+        Args:
+            target: `boxes` `(N_i, 4)`, x1, y1, x2, y2 in pixels, and `labels` `(N_i,)`, int64, of each image.
+        """
+        losses: dict[str, Tensor] = self.detector.losses(self, target)
+        return losses
+
+    def detections(self) -> list[dict[str, Tensor]]:
+        """Select the best boxes of each image: `boxes` `(M_i, 4)` in pixels, `scores` and `labels` `(M_i,)`."""
+        found: list[dict[str, Tensor]] = self.detector.detections(self)
+        return found
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from functools import cache
 
 import torch
 import yaml
@@ -13,8 +14,9 @@ import lkd.modules
 from lkd.cli.config_files import configs_folder
 from tests.losses.collected import FILES, PARITY
 
-NO_METHOD = {"DistillLoss", "CompositeLoss", "PerPixel", "WeightedSum"}
+NO_METHOD = {"DistillLoss", "CompositeLoss", "PerAnchor", "PerPixel", "WeightedSum"}
 NO_METHOD |= {"ClassificationModule", "DistillModule", "EarlyExitModule", "FineTuneModule"}
+SEGMENTATION = "lkd.tasks.SemanticSegmentation"
 TRAINED = {"SimKDModule": "tests/modules/test_simkd.py", "DOTModule": "tests/modules/test_dot.py"}
 """Modules to the files whose `test_module_is_a_plain_loop` trains them beside the original's loop, written out."""
 COMPARED = {"OFAKD": "`ofa_loss`", "DeiT": "hard", "CrossKD": "its functions"} | dict.fromkeys(TRAINED, "a training")
@@ -64,14 +66,33 @@ def reads(kind: type) -> str:
 
 
 def configs(name: str) -> list[str]:
-    """Overlays and complete configs that name a class."""
+    """Overlays and complete configs that name a class; first the overlays that are named after it."""
+    key = name.lower()
+    found = (config for config, names in _names_in_configs().items() if name in names)
+
+    def place(config: str) -> tuple[bool, bool, int, str]:
+        kind, _, stem = config.rpartition("/")
+        return kind != "methods", not stem.replace("_", "").startswith(key), config.count("_"), config
+
+    return sorted(found, key=place)
+
+
+def is_for_segmentation(overlay: str) -> bool:
+    """Whether an overlay, such as `methods/cwd`, names the task of segmentation, and thus needs networks for it."""
+    config = yaml.safe_load((configs_folder() / f"{overlay}.yaml").read_text())
+    return SEGMENTATION in _strings(config)
+
+
+@cache
+def _names_in_configs() -> dict[str, set[str]]:
+    """Config to the last parts of all names in it."""
     folder = configs_folder()
-    found = (
-        str(path.relative_to(folder).with_suffix(""))
+    return {
+        str(path.relative_to(folder).with_suffix("")): {
+            value.rpartition(".")[2] for value in _strings(yaml.safe_load(path.read_text()))
+        }
         for path in folder.rglob("*.yaml")
-        if name in {value.rpartition(".")[2] for value in _strings(yaml.safe_load(path.read_text()))}
-    )
-    return sorted(found, key=lambda config: (not config.startswith("methods/"), config.count("_"), config))
+    }
 
 
 def _strings(value: object) -> list[str]:

@@ -18,7 +18,7 @@ from lkd.cli.config_files import configs_folder
 FOLDER = configs_folder()
 COMPLETE = sorted(
     str(path.relative_to(FOLDER))
-    for folder in ("camvid", "cifar10", "digits", "shapes")
+    for folder in ("camvid", "cifar10", "detection", "digits", "shapes")
     for path in FOLDER.glob(f"{folder}/*.yaml")
 )
 OVERLAYS = {
@@ -28,9 +28,13 @@ OVERLAYS = {
 VIEWS = [name for name in OVERLAYS["methods"] if "views:" in (FOLDER / "methods" / f"{name}.yaml").read_text()]
 BEFORE = {  # runs that a config goes on from
     "digits/takd.yaml": ["digits/assistant"],
-    "shapes/kd.yaml": ["shapes/teacher"],
     "digits/multi_teacher.yaml": ["digits/assistant"],
     "digits/born_again_ensemble.yaml": ["digits/born_again", "digits/born_again"],
+}
+TEACHERS = {
+    "camvid": lambda: models.UNet((20, 40, 64, 96, 128), 11),
+    "cifar10": lambda: models.resnet56(num_classes=10, shortcut="A"),
+    "detection": lambda: models.fcos(5, (16, 32, 64), 64, num_convs=2, reg_max=8),
 }
 CLASSES = {"imagenet": 1000, "tiny_imagenet": 200, "cifar100": 100}
 PAIR_OF = {"digits": "digits", "mnist": "resnet20_resnet8_gray10", "fashion_mnist": "resnet20_resnet8_gray10"}
@@ -92,6 +96,8 @@ def _masks() -> str:
 def needs(config: str) -> list[str]:
     """Create what a complete config requires besides earlier runs: images and a teacher. Return the settings."""
     settings = ["--data.init_args.batch_size=8"]
+    if config.startswith("detection"):
+        settings += ["--data.init_args.train_size=40"]
     if "data_free" in config:
         settings += [f"--data.init_args.extra.init_args.{name}" for name in ("number=20", "steps=2")]
     if config.startswith("cifar10"):
@@ -99,8 +105,7 @@ def needs(config: str) -> list[str]:
     if config.startswith("camvid"):
         settings += [f"--data.init_args.root={_masks()}", "--data.init_args.image_size=[32,48]"]
     if not config.startswith(("digits", "shapes")) and "teacher_ckpt: runs" in (FOLDER / config).read_text():
-        camvid = config.startswith("camvid")
-        teacher = models.UNet((32, 48, 64, 96, 128), 11) if camvid else models.resnet56(num_classes=10, shortcut="A")
+        teacher = TEACHERS[config.partition("/")[0]]()
         torch.save(teacher.state_dict(), "teacher.pth")
         settings += ["--model.init_args.teacher_ckpt=teacher.pth"]
         if "data_free" in config:
@@ -215,4 +220,4 @@ def test_every_overlay_is_run_above() -> None:
     assert set(OVERLAYS["pairs"]) >= set(PAIR_OF.values())
     folders = {path.parent.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml")}
     elsewhere = {"cluster", "loggers", "sweep"}  # tests/test_cluster.py, tests/test_loggers.py, tests/sweep
-    assert folders == {"camvid", "cifar10", "digits", "shapes", *OVERLAYS, *elsewhere}
+    assert folders == {"camvid", "cifar10", "detection", "digits", "shapes", *OVERLAYS, *elsewhere}

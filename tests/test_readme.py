@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -38,36 +39,45 @@ CHAINS = [
 SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
 
-@pytest.fixture
-def reader(monkeypatch) -> None:
-    """The folder of someone who saved every named file of the README, and has a shop."""
-    monkeypatch.syspath_prepend(Path.cwd())
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """Every named file of the README, a shop, and the weights that would be downloaded."""
+    root = tmp_path_factory.mktemp("reader")
     for _, text in BLOCKS:
         if named := re.match(r"# (\w+\.(py|yaml))\n", text):
-            Path(named[1]).write_text(text)
+            (root / named[1]).write_text(text)
     rng = np.random.default_rng(0)
     for split, name, number in ((s, c, n) for s in ("train", "test") for c in ("hat", "shoe") for n in range(20)):
-        folder = Path("shop", split, name)
+        folder = root / "shop" / split / name
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
-    torch.save(resnet18(num_classes=2).state_dict(), "teacher.pth")
-    for folder, images in (("flowers/daisy", 10), ("flowers/tulip", 10), ("new", 2)):
-        Path(folder).mkdir(parents=True)
+    torch.save(resnet18(num_classes=2).state_dict(), root / "teacher.pth")
+    for kind, images in (("flowers/daisy", 10), ("flowers/tulip", 10), ("new", 2)):
+        (root / kind).mkdir(parents=True)
         for number in range(images):
-            shutil.copy(f"shop/train/hat/{number}.jpg", folder)
+            shutil.copy(root / f"shop/train/hat/{number}.jpg", root / kind)
+    weights = root / "torch/hub/checkpoints"
+    weights.mkdir(parents=True)
+    torch.save(resnet18().state_dict(), weights / Path(ResNet18_Weights.DEFAULT.url).name)
+    return root
+
+
+@pytest.fixture
+def reader(files: Path, monkeypatch) -> None:
+    """The folder of someone who saved these files."""
+    shutil.copytree(files, Path.cwd(), copy_function=os.link, dirs_exist_ok=True)
+    monkeypatch.syspath_prepend(Path.cwd())
     monkeypatch.setenv("TORCH_HOME", "torch")  # the weights are there: nothing is downloaded
-    Path("torch/hub/checkpoints").mkdir(parents=True)
-    torch.save(resnet18().state_dict(), f"torch/hub/checkpoints/{Path(ResNet18_Weights.DEFAULT.url).name}")
 
 
 @pytest.fixture
 def short(monkeypatch) -> None:
-    """Lets commands train one epoch on the CPU, as they are: an argument added to them could hide a mistake.
+    """Trains each run for one epoch of at most ten batches, on the CPU: the demo (`make demo`) trains in full.
 
     The runs of `--seeds` are trained in this process; tests/test_seeds.py has one in a process of its own.
     """
     own = LkdCLI.instantiate_trainer
-    settings = {"max_epochs": 1, "accelerator": "cpu"}
+    settings = {"max_epochs": 1, "limit_train_batches": 10, "accelerator": "cpu"}
     monkeypatch.setattr(LkdCLI, "instantiate_trainer", lambda cli, **given: own(cli, **{**given, **settings}))
     monkeypatch.setattr(seeds, "_fit", lambda args: main(["fit", *args]))
 
@@ -82,8 +92,8 @@ def test_commands(command: str, reader: None, short: None) -> None:
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) == 17
-    assert len(CHAINS) == 13
+    assert len(COMMANDS) == 18
+    assert len(CHAINS) == 14
 
 
 @pytest.mark.parametrize("chain", CHAINS)

@@ -31,6 +31,8 @@ def obstacle(trainer: L.Trainer, module: Any) -> str:
     """
     if not hasattr(module, "training_values"):
         return f"{type(module).__name__} is not an lkd module"
+    if module.task.graph_obstacle:
+        return str(module.task.graph_obstacle)
     if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
         return "several processes or sharded weights"
     if trainer.accumulate_grad_batches > 1:

@@ -154,18 +154,19 @@ class Speed(L.Callback):
             return
         generator = torch.Generator().manual_seed(0)
         noise = fitting(torch.randn((2, *example.shape[1:]), generator=generator), module.teacher)
-        join = devices.is_gpu(trainer.strategy.root_device) and self._mode(trainer, example)[0] is None
+        join = devices.is_gpu(trainer.strategy.root_device) and self._mode(trainer, module)[0] is None
         low = torch.bfloat16 if str(trainer.precision) == "bf16-mixed" else None
         try:
-            module.teacher_extractor = FeatureExtractor(fold_batch_norms(module.teacher, noise, low, join))
+            folded = fold_batch_norms(module.teacher, noise, low, join, module.task.logits)
         except ValueError as error:
             self._applied.append(f"teacher batch norms not folded ({error})")
         else:
+            module.teacher_extractor = FeatureExtractor(folded, read=module.task.logits)
             self._own_extractor, self._version = extractor, module.teacher_version
             self._applied.append("teacher batch norms folded")
 
     def _compile(self, trainer: L.Trainer, module: Any) -> None:
-        mode, reason = self._mode(trainer, module.example_input())
+        mode, reason = self._mode(trainer, module)
         if mode is None:
             self._applied.append(f"torch.compile off{reason}")
             return
@@ -183,9 +184,12 @@ class Speed(L.Callback):
         else:
             self._applied.append(f"torch.compile {mode}")
 
-    def _mode(self, trainer: L.Trainer, example: Any) -> tuple[str | None, str]:
-        if self.compile != "off" and not _is_image(example):
+    def _mode(self, trainer: L.Trainer, module: Any) -> tuple[str | None, str]:
+        if self.compile != "off" and not _is_image(module.example_input()):
             return None, " (supported for image inputs only)"
+        task = getattr(module, "task", None)
+        if self.compile != "off" and task is not None and task.graph_obstacle:
+            return None, f" ({task.graph_obstacle})"
         if self.compile != "auto":
             return (None, "") if self.compile == "off" else (self.compile, "")
         device = trainer.strategy.root_device

@@ -117,7 +117,7 @@ def _listing(name: str, network: nn.Module, example: Any) -> Iterator[str]:
     try:
         shapes = layer_names(network, example)
         inputs = [layer for layer in groups if layer.endswith(":input") and layer.removesuffix(":input") in shapes]
-        features = FeatureExtractor(network, inputs).probe(example).outputs.features
+        features = FeatureExtractor(network, inputs, read=lambda output: torch.empty(0)).probe(example).outputs.features
     except Exception as error:  # a forward pass may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         kind = "an image" if _is_image(example) else "an input"

@@ -19,7 +19,7 @@ from torch import nn
 
 from lkd._compat import destinations_of
 from lkd.cli.config_files import find_config
-from lkd.compare.comparison import Comparison, ScoreComparison, compare, place_of
+from lkd.compare.comparison import Comparison, ScoreComparison, check_comparable, compare, place_of
 from lkd.compare.groups import methods_of
 from lkd.compare.predictions import Candidate, statistics_of
 from lkd.io.yaml import load_yaml
@@ -98,7 +98,7 @@ def _task_of(given: Any, runs: Mapping[str, Trained]) -> Task:
     """Return the task of the networks: that of the setting `task`, or else that of the runs.
 
     Raises:
-        ValueError: If the runs have different tasks.
+        ValueError: If the runs have different tasks, or networks of the task cannot be compared.
     """
     tasks = {name: run.module.task for name, run in runs.items()}
     task: Task = given.task or next(iter(tasks.values()), Classification())
@@ -108,6 +108,7 @@ def _task_of(given: Any, runs: Mapping[str, Trained]) -> Task:
                 f"{name} was trained for {type(own).__name__}, but the other networks are compared as "
                 f"{type(task).__name__}; compare runs of one task"
             )
+    check_comparable(task)
     return task
 
 

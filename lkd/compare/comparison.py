@@ -24,7 +24,7 @@ from lkd.compare.predictions import Candidate, Predictions, Split, predict, run_
 from lkd.compare.score_tables import score_tables
 from lkd.compare.scores import ScoreDifference, ScoreFigures, Tallies, bootstrapped, score_difference, score_figures
 from lkd.compare.tables import tables
-from lkd.tasks import Task
+from lkd.tasks import Classification, Task
 from lkd.tasks.views import class_name
 
 _TITLES = "top-1 accuracy", "top-1 accuracy"
@@ -90,7 +90,8 @@ def compare(
         The comparison.
 
     Raises:
-        ValueError: If names are not unique, the teacher is not among them, or a network does not fit the data.
+        ValueError: If names are not unique, the teacher is not among them, a network does not fit the data, or the task
+            does not define how networks are compared.
     """
     names = [one.name for one in candidates]
     if len(set(names)) != len(names) or not names:
@@ -99,10 +100,27 @@ def compare(
         raise ValueError(f"the teacher must be one of the networks {', '.join(names)}, got {teacher!r}")
     if batch_sizes is not None and not batch_sizes:
         raise ValueError("batch_sizes must contain at least one batch size, got none")
+    check_comparable(task or Classification())
     run = Run(candidates, data, split, accelerator, seconds, progress)
     if task is None or task.caches_logits:
         return _by_logits(run, teacher, batch_sizes or (1, 64))
     return _by_counts(run, teacher, batch_sizes, task)
+
+
+def check_comparable(task: Task) -> None:
+    """Check that networks of a task can be compared.
+
+    Args:
+        task: The task.
+
+    Raises:
+        ValueError: If the task does not define how.
+    """
+    if not task.caches_logits and type(task).tally is Task.tally:
+        raise ValueError(
+            f"lkd compare does not support the task {type(task).__name__}, which does not define `tally`; `lkd test` "
+            "evaluates it"
+        )
 
 
 class Run(NamedTuple):

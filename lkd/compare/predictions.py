@@ -148,7 +148,7 @@ class _Predictor(L.LightningModule):
 
     def _logits_of(self, candidate: Candidate, batch: Batch) -> Tensor:
         try:
-            logits = self.task.logits(candidate.network(self.normalized(candidate, batch.input)))
+            logits: Tensor = self.task.logits(candidate.network(self.normalized(candidate, batch.input)))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{candidate.name} does not accept the input of this data: {reason}") from error

@@ -211,8 +211,8 @@ def method_table(found: Measurements[Any, Any]) -> Iterator[Grid]:
     note = (
         f"Welch's t-test compares the means of the {found.title} of two methods over their seeds. Gap: first minus "
         "second, in percentage points (pp). The test accounts for the variation between training runs, on these "
-        "images. Significant: p times the number of pairs is below 0.05 (Bonferroni). With few seeds, only large differences "
-        "are detected."
+        "images. Significant: p times the number of pairs is below 0.05 (Bonferroni). With few seeds, only large "
+        "differences are detected."
     )
     head = ["methods", "gap, pp", "95 % interval", "t (d.f.)", "p", "significant"]
     yield Grid("Differences between methods", head, rows, note)

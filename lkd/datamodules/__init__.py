@@ -10,7 +10,11 @@ from lkd.datamodules.archives import (
     SVHNDataModule,
 )
 from lkd.datamodules.base import ImageDataModule, Split
+from lkd.datamodules.box_shapes import SyntheticDetectionDataModule
+from lkd.datamodules.boxes import BoxDataset, BoxSource
+from lkd.datamodules.coco import CocoDetectionDataModule
 from lkd.datamodules.dataset import ImageDataset, ImageError
+from lkd.datamodules.detection import DetectionDataModule
 from lkd.datamodules.digits import DigitsDataModule
 from lkd.datamodules.draws import permutation, uniform
 from lkd.datamodules.extra import ExtraImages, UnlabelledFolder
@@ -50,15 +54,19 @@ __all__ = [
     "ADE20KDataModule",
     "ArchiveDataModule",
     "BatchTransform",
+    "BoxDataset",
+    "BoxSource",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
     "CenterCrop",
     "CityscapesDataModule",
     "ClassPartner",
+    "CocoDetectionDataModule",
     "ColorJitter",
     "CutMix",
     "Cutout",
     "DeepInversion",
+    "DetectionDataModule",
     "DigitsDataModule",
     "EpochSampler",
     "ExtraImages",
@@ -92,6 +100,7 @@ __all__ = [
     "Split",
     "StrongView",
     "SyntheticDataModule",
+    "SyntheticDetectionDataModule",
     "SyntheticSegmentationDataModule",
     "TinyImageNetDataModule",
     "TrivialAugment",

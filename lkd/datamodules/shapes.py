@@ -50,7 +50,7 @@ class SyntheticSegmentationDataModule(SegmentationDataModule):
             radius = side * (0.12 + 0.14 * torch.rand(number, 1, 1, generator=generator))
             x, y = (_distance(side, number, generator) for _ in range(2))
             color = 255 * torch.rand(number, 3, 1, 1, generator=generator)
-            outside = _outside(kind, x, y, radius)
+            outside = distance_outside(kind, x, y, radius)
             inside = outside <= 0
             image = torch.where(inside[:, None], color, image)
             mask = torch.where(inside, kind.to(torch.uint8), mask)
@@ -65,8 +65,15 @@ def _distance(side: int, number: int, generator: torch.Generator) -> Tensor:
     return (torch.arange(side) - center).abs()
 
 
-def _outside(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Return how far each pixel `(N, H, W)` lies outside of its image's shape; negative inside."""
+def distance_outside(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """Return how far each pixel `(N, H, W)` lies outside of its image's shape; negative inside.
+
+    Args:
+        kind: 1 for a disc, 2 for a square, 3 for a diamond, 4 for a cross `(N, 1, 1)`.
+        x: Distances of the columns from the center `(N, 1, W)`.
+        y: Distances of the rows from the center `(N, 1, H)`.
+        radius: Half the size of the shapes `(N, 1, 1)`.
+    """
     y = y.transpose(1, 2)
     forms = (
         (x.square() + y.square()).sqrt() - radius,

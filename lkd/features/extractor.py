@@ -44,7 +44,7 @@ class FeatureExtractor:
     """
 
     def __init__(
-        self, network: nn.Module, layers: Sequence[str] = (), read: Callable[[Any], Tensor] | None = None
+        self, network: nn.Module, layers: Sequence[str] = (), read: Callable[[Any], Any] | None = None
     ) -> None:
         self.network, self._read = network, read or logits_of
         self.layers = tuple(dict.fromkeys(resolve_layers(network, layers)))
@@ -67,19 +67,20 @@ class FeatureExtractor:
             input: Input of the network.
 
         Returns:
-            Logits, and the features of the layers by name.
+            Logits, the features of the layers by name, and what the network returned.
 
         Raises:
             ValueError: If the forward pass did not reach a layer.
         """
         self.clear()
-        return self.outputs(self._read(self.network(input)))
+        output = self.network(input)
+        return self.outputs(self._read(output))._replace(raw=output)
 
     def clear(self) -> None:
         """Discard the features of the last forward pass."""
         self._features.clear()
 
-    def outputs(self, logits: Tensor) -> Outputs:
+    def outputs(self, logits: Any) -> Outputs:
         """Combine logits with the features collected since `clear`, regardless of who called the network.
 
         Args:
@@ -168,6 +169,15 @@ def logits_of(output: Any) -> Tensor:
             f"a network must return logits (a tensor, `.logits` or `['logits']`), got {type(output).__name__}"
         )
     return logits
+
+
+def tensors_in(predictions: Any) -> list[Tensor]:
+    """Return the floating-point tensors of predictions, which are a tensor or a collection that contains tensors.
+
+    Args:
+        predictions: What `Task.logits` returns.
+    """
+    return [leaf for leaf in tree_leaves(predictions) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _clone(leaf: Any) -> Any:

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from lkd._compat import wrapped_by_compile
 
-GROUPS = "@stem, @stages, @stage1, @stage2, ..., @last_stage, @preacts, @preact1, ..., @norms, @map, @pooled, @head"
+GROUPS = (
+    "@stem, @stages, @stage1, @stage2, ..., @last_stage, @preacts, @preact1, ..., @norms, @decoder, @map, @pooled, "
+    "@head, @pyramid, @class_maps, @box_maps"
+)
 
 
 class FeatureLayers(NamedTuple):
@@ -28,18 +31,27 @@ class FeatureLayers(NamedTuple):
         stages: Last outputs of the stages, after their activation `(B, C, H, W)`.
         preacts: The same before that activation.
         norms: BatchNorm layers whose outputs are the `preacts`, or are added to a shortcut to form them.
-        map: Input of the global pooling `(B, C, H, W)`.
+        decoder: Outputs of the decoder's stages `(B, C, H, W)`, for segmentation.
+        map: Input of the global pooling, or of the head of a network for segmentation `(B, C, H, W)`.
         pooled: Input of the classifier `(B, C)`.
         head: The classifier.
+        pyramid: Levels of a detector's feature pyramid `(B, C, H, W)`, from fine to coarse.
+        class_maps: Class logits of these levels `(B, A * K, H, W)`, for A anchors at each position and K classes.
+        box_maps: Predictions of these levels from which boxes are computed `(B, A * D, H, W)`: the logits of
+            distributions if the detector predicts them, otherwise D = 4 coordinates.
     """
 
     stem: str = ""
     stages: tuple[str, ...] = ()
     preacts: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    decoder: tuple[str, ...] = ()
     map: str = ""
     pooled: str = ""
     head: str = ""
+    pyramid: tuple[str, ...] = ()
+    class_maps: tuple[str, ...] = ()
+    box_maps: tuple[str, ...] = ()
 
 
 def uncompiled(network: nn.Module) -> nn.Module:
@@ -128,7 +140,8 @@ def resolve_layers(network: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     Args:
         network: Any module.
         names: Layer names, or `@stem`, `@stages` (all), `@stage1`, `@stage2`, ..., `@last_stage`, `@preacts` (all),
-            `@preact1`, ..., `@norms`, `@map`, `@pooled`, `@head`; see `FeatureLayers`.
+            `@preact1`, ..., `@norms`, `@decoder`, `@map`, `@pooled`, `@head`, `@pyramid`, `@class_maps`, `@box_maps`;
+            see `FeatureLayers`.
 
     Returns:
         Names as in `network.named_modules()`, with the suffix `:input` for the input of a layer.
@@ -149,9 +162,9 @@ def resolve_layers(network: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 
 def _group(network: nn.Module, layers: FeatureLayers, name: str) -> tuple[str, ...]:
     found: Any = ()
-    numbered = re.fullmatch(r"@(stage|preact|norm)(\d+)", name)
+    numbered = re.fullmatch(r"@(stage|preact|norm|decoder)(\d+)", name)
     if numbered:
-        group = getattr(layers, f"{numbered[1]}s")
+        group = layers.decoder if numbered[1] == "decoder" else getattr(layers, f"{numbered[1]}s")
         found = group[int(numbered[2]) - 1 : int(numbered[2])] if int(numbered[2]) else ()
     elif name == "@last_stage":
         found = layers.stages[-1:]

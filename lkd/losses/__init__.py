@@ -42,6 +42,7 @@ from lkd.losses.nst import NST
 from lkd.losses.ofakd import OFAKD
 from lkd.losses.ofd import OFD
 from lkd.losses.pad import PAD
+from lkd.losses.peranchor import PerAnchor
 from lkd.losses.perpixel import PerPixel
 from lkd.losses.pkd import PKD
 from lkd.losses.pkt import PKT
@@ -122,6 +123,7 @@ __all__ = [
     "LogitStandardization",
     "MasKD",
     "MultiTeacher",
+    "PerAnchor",
     "PerPixel",
     "ReviewKD",
     "SemCKD",

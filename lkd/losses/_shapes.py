@@ -11,6 +11,8 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from lkd.types import Predictions
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _Sizes = dict[str, int | torch.Size]
@@ -102,6 +104,11 @@ def _parsed(form: str) -> _Shape:
 
 
 def _check_items(owner: str, name: str, values: Sequence[object], shapes: Sequence[_Shape], sizes: _Sizes) -> None:
+    if isinstance(values, Predictions):
+        raise ValueError(
+            f"{owner} expects {name} as a tensor, got the predictions of a detector; to apply the criterion to each "
+            "anchor, use lkd.losses.PerAnchor"
+        )
     number = sizes.setdefault("number of layers", len(values))
     if number != len(values):
         raise ValueError(f"{owner} expects {number} {name}, one for each layer, got {len(values)}")

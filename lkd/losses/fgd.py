@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,10 @@ from lkd.losses._precision import full_precision, wide
 from lkd.losses._shapes import check_shapes
 from lkd.losses.base import DistillLoss, total
 from lkd.losses.mgd import mgd_loss
-from lkd.types import Batch, Outputs, Probe
+from lkd.types import Batch, Outputs, Predictions, Probe
 
 
-def _foreground(boxes: Tensor, image_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def _foreground(boxes: Tensor, image_size: tuple[float, float], size: tuple[int, int]) -> Tensor:
     """Return one over the area of the smallest box that covers each pixel of a map of `size`, or 0."""
     (height, width), (rows, columns) = image_size, size
     x1, y1, x2, y2 = boxes.unbind(1)
@@ -35,7 +36,7 @@ def _foreground(boxes: Tensor, image_size: tuple[int, int], size: tuple[int, int
 @check_shapes(boxes="N_l 4")
 @full_precision
 def fgd_masks(
-    boxes: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]], size: tuple[int, int]
+    boxes: Sequence[Tensor], image_sizes: Sequence[tuple[float, float]], size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     r"""Weights of the pixels of a feature map inside and outside of boxes.
 
@@ -46,7 +47,7 @@ def fgd_masks(
 
     Args:
         boxes: Boxes of each image `(N_l, 4)`: x1, y1, x2, y2 in pixels of the image; N_l may be 0.
-        image_sizes: Height and width of each image in pixels.
+        image_sizes: Height and width of each image in pixels, or of the larger area that the feature map covers.
         size: Rows and columns of the feature map, which covers the image.
 
     Returns:
@@ -173,9 +174,10 @@ class FGD(DistillLoss):
     `train/fgd_foreground`, `train/fgd_background`, `train/fgd_attention` and `train/fgd_relation`.
 
     A 1x1 convolution maps the student's channels to the teacher's where the numbers differ. Smaller maps are
-    interpolated to the size of larger ones. The boxes are `boxes` of each entry of `Batch.target`. The networks must
-    place all images of a batch at the top left of an area as large as the largest height and width of the batch.
-    Batches without boxes, such as those of classification and segmentation, have background only.
+    interpolated to the size of larger ones. The boxes are `boxes` of each entry of `Batch.target`. Detectors of
+    `lkd.models` state which area their maps cover; other networks must place all images of a batch at the top left of
+    an area as large as the largest height and width of the batch. Batches without boxes, such as those of
+    classification and segmentation, have background only.
 
     Args:
         student_layers: Student layers whose feature maps are compared, for example the outputs of an FPN.
@@ -241,12 +243,13 @@ class FGD(DistillLoss):
         height, width = (max(image.shape[dim] for image in batch.input) for dim in (-2, -1))
         return [entry["boxes"] for entry in target], (height, width)
 
-    def _masks(self, feature: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _masks(self, feature: Tensor, teacher: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return `fgd_masks` for a feature map."""
         samples, _, rows, columns = feature.shape
-        found = self.boxes(batch)
+        found, predictions = self.boxes(batch), cast("object", teacher.logits)
         boxes, image_size = found or ([feature.new_zeros(0, 4)] * samples, (rows, columns))
-        return fgd_masks(boxes, [image_size] * len(boxes), (rows, columns))
+        sizes = predictions.areas if isinstance(predictions, Predictions) else [image_size] * len(boxes)
+        return fgd_masks(boxes, sizes, (rows, columns))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Compute the four terms, summed over the layers."""
@@ -255,7 +258,7 @@ class FGD(DistillLoss):
         for align, own_block, other_block, pair in levels:
             ours, theirs = enlarged(*pair)
             ours = align(ours)
-            foreground, background = self._masks(theirs, batch)
+            foreground, background = self._masks(theirs, teacher, batch)
             terms["foreground"].append(fgd_feature_loss(ours, theirs, foreground, self.temperature))
             terms["background"].append(fgd_feature_loss(ours, theirs, background, self.temperature))
             terms["attention"].append(fgd_attention_loss(ours, theirs, self.temperature))

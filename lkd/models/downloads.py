@@ -54,11 +54,12 @@ def hub_file(url: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
 
 
-def timm_weights(name: str) -> dict[str, Any]:
+def timm_weights(name: str, remedy: str = "pretrained to false") -> dict[str, Any]:
     """Find the pretrained weights of a timm network in the Hugging Face cache.
 
     Args:
         name: Name of the network, as in `timm.create_model`.
+        remedy: Setting that avoids the weights, for the error message.
 
     Returns:
         Settings that make timm read the cached file instead of querying the server for a newer one; empty if timm
@@ -79,9 +80,33 @@ def timm_weights(name: str) -> dict[str, Any]:
             return {} if known is None else {"file": path, "custom_load": False}
     if constants.HF_HUB_OFFLINE or not (reason := unreachable(constants.ENDPOINT)):
         return {}
-    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
-    raise FileNotFoundError(
-        f"the pretrained weights of timm's {name} are not cached and could not be downloaded ({reason}); run `hf "
-        f"download {repository}` on a machine with a connection and copy its folder to {folder}, or set pretrained to "
-        "false"
+    raise FileNotFoundError(_not_cached(f"timm's {name}", repository, reason, remedy))
+
+
+def check_hub_weights(owner: str, repository: str, revision: str, remedy: str) -> None:
+    """Check that weights in a repository of the Hugging Face hub are cached or can be downloaded.
+
+    Args:
+        owner: What the weights belong to, for the error message.
+        repository: Name of the repository.
+        revision: Its revision.
+        remedy: Setting that avoids the weights, for the error message.
+
+    Raises:
+        FileNotFoundError: If they are not in the cache and there is no connection.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repository, "model.safetensors", revision=revision)
+    if not isinstance(cached, str) and (reason := unreachable(constants.ENDPOINT)):
+        raise FileNotFoundError(_not_cached(owner, f"{repository} --revision {revision}", reason, remedy))
+
+
+def _not_cached(owner: str, repository: str, reason: str, remedy: str) -> str:
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.split()[0].replace('/', '--')}"
+    return (
+        f"the pretrained weights of {owner} are not cached and could not be downloaded ({reason}); run `hf download "
+        f"{repository}` on a machine with a connection and copy its folder to {folder}, or set {remedy}"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,14 +42,14 @@ def torchvision_model(
         >>> network.conv1, network.maxpool
         (Conv2d(1, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False), Identity())
     """
-    _check_name("torchvision has no network", name, torchvision.models.list_models(module=torchvision.models))
+    check_name("torchvision has no network", name, torchvision.models.list_models(module=torchvision.models))
     network: nn.Module
     if weights is None:
         network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     else:
         network = _pretrained(name, weights, num_classes)
     _drop_auxiliary_heads(network, in_channels)
-    _adapt_stem(network, name, in_channels, small_images, trained=weights is not None)
+    adapt_stem(network, name, in_channels, small_images, trained=weights is not None)
     return network
 
 
@@ -93,10 +93,10 @@ def timm_model(
         ) from error
     if ":" not in name:  # names such as hf-hub:USER/NETWORK and local-dir:FOLDER are not in timm's lists
         family = name.split(".")[0]
-        _check_name("timm has no network", family, timm.list_models())
+        check_name("timm has no network", family, timm.list_models())
         if pretrained or name != family:
             trained = timm.list_pretrained(f"{family}.*")
-            _check_name("timm has no pretrained weights", name, [family, *trained] if trained else [])
+            check_name("timm has no pretrained weights", name, [family, *trained] if trained else [])
     sizes: dict[str, Any] = {
         key: size for key, size in (("img_size", img_size), ("patch_size", patch_size)) if size is not None
     }
@@ -109,44 +109,89 @@ def timm_model(
         if not sizes:
             raise
         raise ValueError(
-            f"timm's {name} does not support {' and '.join(sizes)} ({_first_line(error)}); omit this setting, or use a "
+            f"timm's {name} does not support {' and '.join(sizes)} ({first_line(error)}); omit this setting, or use a "
             "transformer such as deit_tiny_patch16_224"
         ) from error
     except OSError as error:
         raise FileNotFoundError(
             f"the pretrained weights of timm's {name} are not cached and could not be downloaded "
-            f"({_first_line(error)}); copy the Hugging Face cache folder ($HF_HOME, by default "
+            f"({first_line(error)}); copy the Hugging Face cache folder ($HF_HOME, by default "
             "~/.cache/huggingface) from a machine that has them, or set pretrained to false"
         ) from error
     if small_images:
-        _adapt_stem(network, name, in_channels, small_images, trained=pretrained)
+        adapt_stem(network, name, in_channels, small_images, trained=pretrained)
     return network
 
 
-def _check_name(lacking: str, name: str, known: Sequence[str]) -> None:
+def check_name(lacking: str, name: str, known: Sequence[str]) -> None:
+    """Check that a name is known.
+
+    Args:
+        lacking: First words of the error message.
+        name: The name.
+        known: All known names.
+
+    Raises:
+        ValueError: If it is not; the message names similar ones.
+    """
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
         raise ValueError(f"{lacking} {name!r}; closest matches: {', '.join(nearest) or 'none'}")
 
 
 def _pretrained(name: str, weights: str, num_classes: int) -> nn.Module:
-    available = torchvision.models.get_model_weights(name)
-    entry = weights.split(".")[-1]  # torchvision also writes ResNet18_Weights.IMAGENET1K_V1
-    _check_name(f"torchvision's {name} has no weights", entry, list(available.__members__))
-    url = available[entry].url
-    file = hub_file(url)
-    try:
-        if not file.is_file() and (reason := unreachable(url)):
-            raise OSError(reason)
-        network: nn.Module = torchvision.models.get_model(name, weights=available[entry])
-    except OSError as error:
-        raise FileNotFoundError(
-            f"the weights {entry} of torchvision's {name} are not cached and could not be downloaded "
-            f"({_first_line(error)}); download {url} on another machine and copy it to {file}, or set weights to null"
-        ) from error
-    if num_classes != len(available[entry].meta["categories"]):
+    entry = find_weights(name, weights)
+    network = with_weights(name, entry, lambda: torchvision.models.get_model(name, weights=entry))
+    if num_classes != len(entry.meta["categories"]):
         _replace_classifier(network, num_classes)
     return network
+
+
+def find_weights(name: str, weights: str) -> Any:
+    """Find pretrained weights of a torchvision network.
+
+    Args:
+        name: Name of the network.
+        weights: Name of the weights, such as `DEFAULT`.
+
+    Returns:
+        Entry of the enumeration of the network's weights.
+
+    Raises:
+        ValueError: If the network has no such weights.
+    """
+    available = torchvision.models.get_model_weights(name)
+    entry = weights.split(".")[-1]  # torchvision also writes ResNet18_Weights.IMAGENET1K_V1
+    check_name(f"torchvision's {name} has no weights", entry, list(available.__members__))
+    return available[entry]
+
+
+def with_weights(name: str, entry: Any, create: Callable[[], nn.Module], setting: str = "weights") -> nn.Module:
+    """Create a network with pretrained weights, which are downloaded unless they are cached.
+
+    Args:
+        name: Name of the network that the weights belong to.
+        entry: Its weights, as returned by `find_weights`.
+        create: Function that creates the network.
+        setting: Name of the setting in the error message.
+
+    Returns:
+        The network.
+
+    Raises:
+        FileNotFoundError: If the weights are not cached and there is no connection.
+    """
+    file = hub_file(entry.url)
+    try:
+        if not file.is_file() and (reason := unreachable(entry.url)):
+            raise OSError(reason)
+        return create()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the weights {entry.name} of torchvision's {name} are not cached and could not be downloaded "
+            f"({first_line(error)}); download {entry.url} on another machine and copy it to {file}, or set "
+            f"{setting} to null"
+        ) from error
 
 
 def _replace_classifier(network: nn.Module, num_classes: int) -> None:
@@ -168,8 +213,19 @@ def _drop_auxiliary_heads(network: nn.Module, in_channels: int) -> None:
             setattr(network, attribute, value)
 
 
-def _adapt_stem(network: nn.Module, name: str, in_channels: int, small_images: bool, trained: bool) -> None:
-    """Modify the first convolution in place, which preserves its class (such as one with TensorFlow padding)."""
+def adapt_stem(network: nn.Module, name: str, in_channels: int, small_images: bool, trained: bool) -> None:
+    """Adapt the first convolution in place, which preserves its class (such as one with TensorFlow padding).
+
+    Args:
+        network: The network.
+        name: Its name in error messages.
+        in_channels: Number of input channels.
+        small_images: Whether to use stride 1, a 3x3 kernel and no max pooling.
+        trained: Whether to preserve the weights.
+
+    Raises:
+        ValueError: If the stem cannot be adapted.
+    """
     convolutions = [(path, layer) for path, layer in network.named_modules() if isinstance(layer, nn.Conv2d)]
     if not convolutions:
         raise ValueError(f"{name} has no convolution that small_images could adapt; omit small_images")
@@ -221,10 +277,15 @@ def _check_runs(network: nn.Module, name: str, stem: nn.Conv2d) -> None:
             network(stem.weight.new_zeros(1, stem.in_channels, 32, 32))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(
-            f"{name} does not accept images of 32x32 even with an adapted stem ({_first_line(error)}); omit "
+            f"{name} does not accept images of 32x32 even with an adapted stem ({first_line(error)}); omit "
             "small_images and resize the images, or use a network with a plain stem such as resnet18"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error message, or the name of its class if there is none.
+
+    Args:
+        error: The error.
+    """
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,11 @@ _TOLERANCE = 1e-3
 
 
 def fold_batch_norms(
-    network: nn.Module, example: Tensor, dtype: torch.dtype | None = None, join: bool = False
+    network: nn.Module,
+    example: Tensor,
+    dtype: torch.dtype | None = None,
+    join: bool = False,
+    read: Callable[[Any], Tensor] = logits_of,
 ) -> nn.Module:
     """Return a copy of a network in eval mode with each BatchNorm folded into the convolution before it.
 
@@ -31,6 +36,7 @@ def fold_batch_norms(
         dtype: 16-bit dtype of autocast. If given, the weights of convolutions and linear layers are converted once
             instead of in each step, with the same result.
         join: Whether to fuse each convolution with a subsequent addition and ReLU into one operation.
+        read: Function that returns the logits in the output of the network, such as `Task.logits`.
 
     Returns:
         The copy, whose outputs differ from those of the network by rounding only.
@@ -48,7 +54,7 @@ def fold_batch_norms(
     if join:
         join_activations(folded)
     with torch.no_grad():
-        expected, found = logits_of(network(example)), logits_of(folded(example))
+        expected, found = read(network(example)), read(folded(example))
     if not torch.allclose(expected, found, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max())):
         raise ValueError(f"its logits differ by {float((expected - found).abs().max()):.2g} after folding")
     folded = folded.requires_grad_(False).eval()

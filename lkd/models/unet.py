@@ -51,9 +51,10 @@ class UNet(nn.Module):
 
     @property
     def feature_layers(self) -> FeatureLayers:
-        """Layers that criteria refer to by name: the encoder as `@stages`, the input of the head as `@map`."""
+        """Layers that criteria refer to by name: encoder as `@stages`, `@decoder`, `@head`, and its input as `@map`."""
         stages = tuple(f"encoder.{number}" for number in range(len(self.encoder)))
-        return FeatureLayers(stages=stages, map="head:input", head="head")
+        decoder = tuple(f"decoder.{number}" for number in range(len(self.decoder)))
+        return FeatureLayers(stages=stages, decoder=decoder, map="head:input", head="head")
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the logits `(B, K, H, W)` of images `(B, C, H, W)`."""

@@ -16,7 +16,7 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import Metric
 
 from lkd.__about__ import __version__
-from lkd.features.extractor import FeatureExtractor
+from lkd.features.extractor import FeatureExtractor, tensors_in
 from lkd.features.layers import device_of
 from lkd.models import load_weights
 from lkd.models.weights import misfit
@@ -35,7 +35,7 @@ from lkd.modules.training_curves import curves_of, is_due, log_curves
 from lkd.schedules.relative import Interval
 from lkd.schedules.run import fit_schedules, with_schedule
 from lkd.tasks import Classification, Task
-from lkd.types import Batch, Mixed, Probe
+from lkd.types import Batch, Mixed, Outputs, Probe
 
 FROM_DATA = ("num_samples", "batch_size", "train_index")
 """Attributes of a criterion that are filled in from the data module if they are None."""
@@ -140,7 +140,8 @@ class ClassificationModule(EvaluatedModule):
 
     def forward(self, input: Any) -> Tensor:
         """Compute the logits of the trained network: `(B, K)`, or as the task defines them."""
-        return self.task.logits(self.model(input))
+        logits: Tensor = self.task.logits(self.model(input))
+        return logits
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the terms of the loss for one batch.
@@ -151,10 +152,21 @@ class ClassificationModule(EvaluatedModule):
         Returns:
             The logits `(B, K)`, and a mapping from names to weighted terms, whose sum is the loss.
         """
-        logits = self(batch.input)
-        return logits, {"hard": self._labels_loss(logits, batch)}
+        output = self.model(batch.input)
+        outputs = Outputs(self.task.logits(output), {}, output)
+        return outputs.logits, {"hard": self._labels_loss(outputs, batch)}
 
-    def _labels_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def _labels_loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Compute the supervised loss, including that of an auxiliary head, with its weight."""
+        loss, *auxiliary = [self._head_loss(logits, batch) for logits in self._supervised_logits(outputs)]
+        return loss + self.task.aux_weight * auxiliary[0] if auxiliary else loss
+
+    def _supervised_logits(self, outputs: Outputs) -> list[Tensor]:
+        """Return the logits of the network and, if it has one, of its auxiliary head."""
+        auxiliary = self.task.auxiliary_logits(outputs.raw)
+        return [outputs.logits] if auxiliary is None else [outputs.logits, auxiliary]
+
+    def _head_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Call `hard_loss`, passing `mixed` only for mixed batches, so that overrides need not accept it."""
         if batch.mixed is None:
             return self.hard_loss(logits, batch.target)
@@ -213,7 +225,8 @@ class ClassificationModule(EvaluatedModule):
             network: Name of the network.
             logits: Its logits in this step.
         """
-        self._watched[ValueName("logits", network)] = logits.detach().float().mean()
+        means = [leaf.detach().float().mean() for leaf in tensors_in(logits)]
+        self._watched[ValueName("logits", network)] = reduce(torch.add, means)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log training metrics every `log_every_n_steps` optimizer steps, and at least once per epoch."""
@@ -342,9 +355,9 @@ class ClassificationModule(EvaluatedModule):
         """
         probe = probe_network(name, extractor, example)
         self.task.check(name, probe.outputs.logits)
-        if not self.task.has_classes:
+        num_classes, in_data = self.task.num_outputs(probe.outputs.logits), self._data_attribute("num_classes")
+        if num_classes is None:
             return probe
-        num_classes, in_data = probe.outputs.logits.shape[1], self._data_attribute("num_classes")
         if is_classifier:
             check_covers_classes(name, num_classes, in_data)
         if name == self.network_names[0] and not self._is_warned:

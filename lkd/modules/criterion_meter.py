@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
+from lkd.features.extractor import tensors_in
 from lkd.tasks.metrics import WeightedMean
 from lkd.types import Outputs
 
@@ -37,9 +38,10 @@ class RememberedLogits:
         if batch in self._logits:
             return Outputs(self._logits[batch], {})
         outputs = compute()
-        if outputs.logits.nbytes <= self._free:
+        size = sum(leaf.nbytes for leaf in tensors_in(outputs.logits))
+        if size <= self._free:
             self._logits[batch] = outputs.logits
-            self._free -= outputs.logits.nbytes
+            self._free -= size
         return outputs
 
 
@@ -116,7 +118,7 @@ def has_untrained_part(logits: Tensor, loss: Tensor, parameters: Iterable[Tensor
     """Return whether logits depend on trainable parameters that the loss does not depend on.
 
     Args:
-        logits: Logits `(B, K)` with their autograd graph.
+        logits: Logits `(B, K)`, or other predictions, with their autograd graph.
         loss: Scalar loss with its autograd graph.
         parameters: All parameters; frozen ones are ignored.
 
@@ -127,9 +129,10 @@ def has_untrained_part(logits: Tensor, loss: Tensor, parameters: Iterable[Tensor
         True
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    if not trainable or not logits.requires_grad:
+    sums = [leaf.sum() for leaf in tensors_in(logits) if leaf.requires_grad]
+    if not trainable or not sums:
         return False
-    in_logits = torch.autograd.grad(logits.sum(), trainable, retain_graph=True, allow_unused=True)
+    in_logits = torch.autograd.grad(sums, trainable, retain_graph=True, allow_unused=True)
     if not loss.requires_grad:
         return True
     in_loss = torch.autograd.grad(loss, trainable, retain_graph=True, allow_unused=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lkd._compat import apply_to_tensors, modifications
 from lkd._moved import former_members
-from lkd.features.extractor import FeatureExtractor
+from lkd.features.extractor import FeatureExtractor, tensors_in
 from lkd.features.layers import device_of
 from lkd.losses import KD, DistillLoss, named_terms
 from lkd.losses.base import RESERVED, buffers_same_everywhere, check_criterion
@@ -110,7 +110,7 @@ class DistillModule(EvaluatedDistillation):
         student = self.student_outputs(batch)
         terms = {}
         if self.hard_weight:
-            terms["hard"] = self.hard_weight * self._labels_loss(student.logits, batch)
+            terms["hard"] = self.hard_weight * self._labels_loss(student, batch)
         if self.distill_weight:
             check_batch(self.criterion, batch)
             teacher = NO_OUTPUTS
@@ -119,7 +119,7 @@ class DistillModule(EvaluatedDistillation):
                     teacher = self._cached_outputs(batch)
                 self.watch("teacher", teacher.logits)
             terms |= self._weighted_terms(student, teacher, batch)
-        self._reach_all(terms, student.logits)
+        self._reach_all(terms, *self._supervised_logits(student))
         return student.logits, terms
 
     def student_outputs(self, batch: Batch) -> Outputs:
@@ -250,7 +250,7 @@ class DistillModule(EvaluatedDistillation):
                 "distill_weight and hard_weight are both 0 in this step; start the Schedule above 0, or keep the other "
                 "weight above 0"
             )
-        silent = [] if self.hard_weight else list(logits)
+        silent = [] if self.hard_weight else [leaf for output in logits for leaf in tensors_in(output)]
         silent += [] if self.distill_weight else list(self.criterion.parameters())
         if silent:
             first = next(iter(terms))
@@ -314,7 +314,8 @@ class DistillModule(EvaluatedDistillation):
             compared = bool(self.criterion.reads_logits and self.distill_weight)
             teacher = self.probe("teacher", self.teacher_extractor, example, is_classifier=compared)
             if compared:
-                check_same_classes(type(self.criterion).__name__, student, teacher)
+                counts = (self.task.num_outputs(probe.outputs.logits) for probe in (student, teacher))
+                check_same_classes(type(self.criterion).__name__, *counts)
         self.build_criterion(student, teacher)
 
     def build_criterion(self, *probes: Probe) -> None:

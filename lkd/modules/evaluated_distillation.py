@@ -226,10 +226,11 @@ class EvaluatedDistillation(ClassificationModule):
         return logits
 
     def _compare(self, metrics: Mapping[str, Metric], student: Tensor, teacher: Tensor, target: Tensor) -> None:
-        if self.task.has_classes and teacher.shape[1] != student.shape[1]:
+        num_classes = self.task.num_outputs(teacher)
+        if num_classes != self.task.num_outputs(student):
             return
         self.task.update({name: metrics[f"teacher_{name}"] for name in self.task_metrics}, teacher, target)
-        self._num_classes = teacher.shape[1]
+        self._num_classes = num_classes if self.task.has_classes else None
         ours, theirs = self.task.choice(student, target), self.task.choice(teacher, target)
         if ours is not None and theirs is not None:
             metrics["agreement"].update(ours, theirs)
@@ -279,10 +280,12 @@ class EvaluatedDistillation(ClassificationModule):
         if not self.trainer.sanity_checking or not metric.update_called:
             return
         score = float(metric.compute())
-        chance = 1 / self._num_classes
         images = images_measured(self.trainer, "val")
         self.print(f"Teacher {self.task.metric_title} on {images}: {score:.2%}")
-        if self.task.has_classes and score - chance < 0.1 * (1 - chance):
+        if not self._num_classes:
+            return
+        chance = 1 / self._num_classes
+        if score - chance < 0.1 * (1 - chance):
             rank_zero_warn(
                 f"the teacher's {self.task.metric_title} on {images} is {score:.2%}, which is near chance "
                 f"({chance:.2%}); check its weights (teacher_ckpt), the order of its classes and its input "

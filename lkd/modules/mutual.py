@@ -191,10 +191,10 @@ class MutualModule(DistillModule):
         for number, own in enumerate(outputs):
             self.watch(self.network_names[number], own.logits)
             if self.hard_weight:
-                terms[f"hard{_suffix(number)}"] = self.hard_weight * self._labels_loss(own.logits, batch)
+                terms[f"hard{_suffix(number)}"] = self.hard_weight * self._labels_loss(own, batch)
             if self.distill_weight:
                 terms |= _numbered(self._terms_of(outputs, number, batch), number)
-        self._reach_all(terms, *(own.logits for own in outputs))
+        self._reach_all(terms, *(logits for own in outputs for logits in self._supervised_logits(own)))
         return outputs[0].logits, terms
 
     def _terms_of(self, outputs: list[Outputs], student: int, batch: Batch) -> dict[str, Tensor]:

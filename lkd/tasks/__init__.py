@@ -2,6 +2,7 @@
 
 from lkd.tasks.base import Task
 from lkd.tasks.classification import Classification
+from lkd.tasks.detection import Detection
 from lkd.tasks.segmentation import SemanticSegmentation
 
-__all__ = ["Classification", "SemanticSegmentation", "Task"]
+__all__ = ["Classification", "Detection", "SemanticSegmentation", "Task"]

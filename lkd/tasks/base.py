@@ -18,7 +18,8 @@ class Task(ABC):
 
     A task holds settings only; weights, metrics and batches belong to the module that uses it. To support a task of
     your own, override the abstract methods, and `metric` if its main metric is not an accuracy. `Batch.target` may be
-    any tensor that the methods below understand.
+    anything that the methods below understand. The same applies to the predictions that `logits` returns, which are
+    passed to the other methods: a tensor, or a named tuple that contains tensors.
     """
 
     metric: ClassVar[str] = "acc"
@@ -33,8 +34,14 @@ class Task(ABC):
     has_classes: ClassVar[bool] = True
     """Whether the outputs are scores of the data's classes, in dimension 1."""
 
+    graph_obstacle: ClassVar[str] = ""
+    """Reason why a step can be neither captured as a graph nor compiled; empty if it can."""
+
     caches_logits: ClassVar[bool] = False
     """Whether outputs `(B, K)` are small enough to be stored for all samples (teacher cache, `lkd compare`)."""
+
+    aux_weight: float = 0.0
+    """Weight of the supervised loss of an auxiliary head, relative to that of the network itself."""
 
     def prepare(self, batch: Batch) -> Batch:
         """Convert a batch from the data module, for example its label for ignored pixels.
@@ -48,7 +55,7 @@ class Task(ABC):
         return batch
 
     @abstractmethod
-    def logits(self, output: Any) -> Tensor:
+    def logits(self, output: Any) -> Any:
         """Return the predictions in the output of a network, for example the logits `(B, K)`.
 
         Args:
@@ -58,8 +65,24 @@ class Task(ABC):
             TypeError: If the output has another format.
         """
 
+    def auxiliary_logits(self, output: Any) -> Tensor | None:
+        """Return the predictions of an auxiliary head, which only the supervised loss in training reads, or None.
+
+        Args:
+            output: What the network returned.
+        """
+        return None
+
+    def num_outputs(self, logits: Any) -> int | None:
+        """Return the number of classes that the output of a network distinguishes; `None` if there are no classes.
+
+        Args:
+            logits: Output of the network, as returned by `logits`.
+        """
+        return int(logits.shape[1]) if self.has_classes else None
+
     @abstractmethod
-    def check(self, name: str, logits: Tensor) -> None:
+    def check(self, name: str, logits: Any) -> None:
         """Check the output of a network for one blank input.
 
         Args:
@@ -71,7 +94,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def blank_target(self, logits: Tensor) -> Tensor:
+    def blank_target(self, logits: Any) -> Any:
         """Return valid targets for a batch of blank inputs.
 
         Args:
@@ -79,7 +102,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def loss(self, logits: Tensor, target: Tensor, label_smoothing: float = 0.0, mixed: Mixed | None = None) -> Tensor:
+    def loss(self, logits: Any, target: Any, label_smoothing: float = 0.0, mixed: Mixed | None = None) -> Tensor:
         """Compute the supervised loss, averaged over what is labelled.
 
         Args:
@@ -93,14 +116,14 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def labelled(self, target: Tensor) -> Tensor:
+    def labelled(self, target: Any) -> Tensor:
         """Return the number of labelled elements, which weights the validation loss.
 
         Args:
             target: Targets of a batch.
         """
 
-    def correct(self, logits: Tensor, target: Tensor) -> Tensor | None:
+    def correct(self, logits: Any, target: Any) -> Tensor | None:
         """Return the number of correct predictions, from which `train/acc` is computed; `None` disables `train/acc`.
 
         Args:
@@ -114,8 +137,8 @@ class Task(ABC):
         """Create the metrics of one network, by name, including `metric`."""
 
     @abstractmethod
-    def update(self, metrics: Mapping[str, Metric], logits: Tensor, target: Tensor) -> None:
-        """Update metrics with a batch. It must not synchronize with the device.
+    def update(self, metrics: Mapping[str, Metric], logits: Any, target: Any) -> None:
+        """Update metrics with a batch. It must not synchronize with the device, unless there is a `graph_obstacle`.
 
         Args:
             metrics: Some or all of `metrics()`, by name.
@@ -131,7 +154,7 @@ class Task(ABC):
         """
         return {}
 
-    def choice(self, logits: Tensor, target: Tensor) -> Tensor | None:
+    def choice(self, logits: Any, target: Any) -> Tensor | None:
         """Return a network's predictions as targets, for the agreement of two networks; `None` if it is not defined.
 
         Args:

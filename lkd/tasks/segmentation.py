@@ -24,22 +24,33 @@ class SemanticSegmentation(Task):
     `align_corners=False`) for the loss and the metrics. Logged metrics: `val/miou` (mean intersection over union) and
     `val/acc` (pixel accuracy); `lkd validate` and `lkd test` also log `test/iou/<class>`.
 
+    A network with an auxiliary head returns a dict that contains the logits of this head as `aux`. The supervised loss
+    in training (`train/hard`) then includes their cross-entropy, multiplied by `aux_weight`; `val/loss` does not. The
+    auxiliary head of a teacher is ignored.
+
     Args:
         num_classes: Number of classes, at least 2.
         ignore_index: Label of pixels that are excluded from the loss and the metrics.
+        aux_weight: Weight of the auxiliary head's cross-entropy, at least 0.
 
     Raises:
-        ValueError: If there are fewer than 2 classes.
+        ValueError: If there are fewer than 2 classes, or the weight is negative.
+
+    References:
+        Zhao et al.: Pyramid Scene Parsing Network, CVPR 2017 (arXiv 1612.01105), for the auxiliary head and its weight
+        0.4, which mmsegmentation uses as well; torchvision's training script uses 0.5.
     """
 
     metric = "miou"
     metric_title = "mean IoU"
     class_metric_title = "IoU"
 
-    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+    def __init__(self, num_classes: int, ignore_index: int = 255, aux_weight: float = 0.4) -> None:
         if num_classes < 2:
             raise ValueError(f"SemanticSegmentation: num_classes must be at least 2, got {num_classes}")
-        self.num_classes, self.ignore_index = num_classes, ignore_index
+        if not aux_weight >= 0:
+            raise ValueError(f"SemanticSegmentation: aux_weight must be at least 0, got {aux_weight}; typically 0.4")
+        self.num_classes, self.ignore_index, self.aux_weight = num_classes, ignore_index, aux_weight
 
     def prepare(self, batch: Batch) -> Batch:
         """Convert masks to int64, with `IGNORE_INDEX` where they are `ignore_index`.
@@ -72,6 +83,10 @@ class SemanticSegmentation(Task):
                 f"{type(output).__name__}"
             )
         return logits
+
+    def auxiliary_logits(self, output: Any) -> Tensor | None:
+        """Return the logits `(B, K, h, w)` of an auxiliary head: `["aux"]`."""
+        return output.get("aux") if isinstance(output, Mapping) else None
 
     def check(self, name: str, logits: Tensor) -> None:
         """Check that a network returns a map with one channel per class."""

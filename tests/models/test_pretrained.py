@@ -1,4 +1,4 @@
-"""The teacher that ships with lkd is as good as its file says."""
+"""The teachers that ship with lkd are as good as their files say."""
 
 from __future__ import annotations
 
@@ -8,24 +8,31 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from lkd import ClassificationModule, DigitsDataModule
-from lkd.models import load_weights, resnet8
+from lkd import ClassificationModule, DigitsDataModule, SyntheticSegmentationDataModule
+from lkd.models import UNet, load_weights, resnet8
 from lkd.models.weights import PRETRAINED
+from lkd.tasks import SemanticSegmentation
 
-FILE = PRETRAINED / "digits_resnet8.safetensors"
+TEACHERS = {
+    "digits_resnet8": (lambda: resnet8(num_classes=10, in_channels=1), None, DigitsDataModule),
+    "shapes_unet": (lambda: UNet((12, 24, 36), 5), SemanticSegmentation(5), SyntheticSegmentationDataModule),
+}
 
 
-def test_the_record_is_true(trainer) -> None:
-    with safe_open(FILE, "pt") as file:
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_record_is_true(name: str, trainer) -> None:
+    network, task, data_module = TEACHERS[name]
+    with safe_open(PRETRAINED / f"{name}.safetensors", "pt") as file:
         record = file.metadata()
-    module = ClassificationModule(load_weights(resnet8(num_classes=10, in_channels=1), "lkd:digits_resnet8"))
-    data = DigitsDataModule(**yaml.safe_load(record["config"])["data"]["init_args"])
+    module = ClassificationModule(load_weights(network(), f"lkd:{name}"), task=task)
+    data, metric = data_module(**yaml.safe_load(record["config"])["data"]["init_args"]), module.task.metric
     (validated,) = trainer().validate(module, data, verbose=False)
     (tested,) = trainer().test(module, data, verbose=False)
-    assert validated["val/acc"] == pytest.approx(float(record["val_acc"]), abs=1e-4)
-    assert tested["test/acc"] == pytest.approx(float(record["test_acc"]), abs=1e-4)
+    assert validated[f"val/{metric}"] == pytest.approx(float(record[f"val_{metric}"]), abs=1e-4)
+    assert tested[f"test/{metric}"] == pytest.approx(float(record[f"test_{metric}"]), abs=1e-4)
     assert json.loads(record["seed"]) == 0
 
 
-def test_it_is_small() -> None:
-    assert FILE.stat().st_size <= 300_000
+def test_they_are_small() -> None:
+    assert {path.stem for path in PRETRAINED.glob("*.safetensors")} == set(TEACHERS)
+    assert all(path.stat().st_size <= 300_000 for path in PRETRAINED.glob("*.safetensors"))

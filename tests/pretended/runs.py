@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lkd.__main__ import main
+from tests.method_table import is_for_segmentation
 from tests.test_configs import PAIR_OF_METHOD, _synthetic_settings
 
 SHORT = [
@@ -27,6 +28,9 @@ def overlay(name: str) -> list[str]:
     Args:
         name: The file in `configs/methods`, without its ending.
     """
+    if is_for_segmentation(f"methods/{name}"):
+        sizes = [f"--data.init_args.{size}" for size in ("batch_size=4", "train_size=40", "size=16")]
+        return ["--config", "shapes/kd", "--config", f"methods/{name}", *sizes]
     pair = PAIR_OF_METHOD.get(name, "digits")
     data, settings = "digits", ["--data.init_args.batch_size=8", "--data.init_args.val_size=0.02"]
     if pair != "digits":

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
 
-from lkd import ClassificationModule, DistillModule
+from lkd import ClassificationModule, DistillModule, MutualModule
+from lkd.callbacks import Speed
 from lkd.losses import DIST, KD, PerPixel
 from lkd.tasks import SemanticSegmentation
 from lkd.tasks.metrics import MeanIoU
@@ -31,6 +33,19 @@ class Net(nn.Module):
 
     def forward(self, input: Tensor) -> dict[str, Tensor]:
         return {"out": self.head(self.body(input))}
+
+
+class AuxNet(Net):
+    """The same with an auxiliary head, whose logits are `nan` if it is `broken`."""
+
+    def __init__(self, width: int, seed: int = 0, broken: bool = False, num_classes: int = CLASSES) -> None:
+        super().__init__(width, seed, num_classes)
+        self.aux, self.broken = nn.Conv2d(width, num_classes, 1), broken
+
+    def forward(self, input: Tensor) -> dict[str, Tensor]:
+        feature = self.body(input)
+        aux = self.aux(feature)
+        return {"out": self.head(feature), "aux": aux * float("nan") if self.broken else aux}
 
 
 def _data(size: int = 24) -> TensorDataset:
@@ -119,6 +134,61 @@ def test_the_iou_of_each_class_is_logged(stage: str, trainer) -> None:
     expected = multiclass_jaccard_index(logits, target, CLASSES, average="none", ignore_index=255)
     for number, value in enumerate(expected):
         torch.testing.assert_close(run.callback_metrics[f"{stage}/iou/{number}"].float(), value)
+
+
+@pytest.mark.parametrize("weight", [0.4, 0.0])
+@pytest.mark.parametrize("kind", ["alone", "distilled", "mutual"])
+def test_auxiliary_head(kind: str, weight: float, trainer) -> None:
+    """Its loss is part of `train/hard`, but neither of `val/loss` nor of what is compared with a teacher."""
+    task = SemanticSegmentation(CLASSES, aux_weight=weight)
+    networks, settings = [AuxNet(4), AuxNet(4, 1)], {"task": task, "optimizer": lambda weights: SGD(weights, lr=0.0)}
+    if kind == "alone":
+        module = ClassificationModule(networks[0], **settings)
+    elif kind == "distilled":
+        module = DistillModule(networks[0], AuxNet(8, 2, broken=True), PerPixel(KD()), hard_weight=0.5, **settings)
+    else:
+        module = MutualModule(networks, PerPixel(KD()), hard_weight=0.5, **settings)
+    module.train()
+    batch = task.prepare(Batch(*_data(8).tensors))
+    _, terms = module.losses(batch)
+    factor = 1.0 if kind == "alone" else 0.5
+    for name, network in zip(["hard", "hard_2"] if kind == "mutual" else ["hard"], networks, strict=False):
+        output = network(batch.input)
+        main, aux = (task.loss(output[head], batch.target) for head in ("out", "aux"))
+        torch.testing.assert_close(terms[name], factor * (main + weight * aux))
+    torch.stack(list(terms.values())).sum().backward()
+    assert networks[0].aux.weight.grad.any() == (weight > 0)
+    fit = trainer(max_epochs=1)
+    fit.fit(module, _loader(), _loader())
+    image, mask = _data().tensors
+    logits = networks[0].eval()(image)["out"]
+    torch.testing.assert_close(
+        fit.callback_metrics["val/loss"], task.loss(logits, task.prepare(Batch(image, mask)).target)
+    )
+
+
+def test_without_labels_an_auxiliary_head_has_a_gradient_of_zero() -> None:
+    """Otherwise, DDP would wait for it."""
+    module = DistillModule(AuxNet(4), Net(8, 1), PerPixel(KD()), hard_weight=0.0, distill_weight=1.0, task=TASK)
+    _, terms = module.losses(TASK.prepare(Batch(*_data(8).tensors)))
+    torch.stack(list(terms.values())).sum().backward()
+    assert not module.student.aux.weight.grad.any()
+
+
+def test_a_teachers_batch_norms_are_folded(trainer, capsys) -> None:
+    module = _distill(PerPixel(KD(2.0)))
+    module.example_input_array = torch.zeros(1, 3, 16, 16)
+    found = []
+
+    class Spy(L.Callback):
+        def on_train_batch_end(self, trainer, module, *args) -> None:
+            found.append(module.teacher_outputs(Batch(_data(8).tensors[0], None)).logits)
+            found.append(isinstance(module.teacher_extractor.network, torch.fx.GraphModule))
+
+    trainer(max_epochs=1, callbacks=[Speed(), Spy()]).fit(module, _loader())
+    logits, folded, *_ = found
+    assert folded
+    torch.testing.assert_close(logits, module.teacher(_data(8).tensors[0])["out"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("criterion", [PerPixel(KD(2.0)), PerPixel(DIST(), max_pixels=50)])

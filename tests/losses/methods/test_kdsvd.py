@@ -82,7 +82,8 @@ def test_the_benchmarks_kdsvd_is_that_of_some_signs() -> None:
 @pytest.mark.parametrize("number", [1, 2])
 def test_gradient_of_kdsvd(number: int) -> None:
     """By differences; the library's own gradient, exact here, is the same."""
-    ours, theirs = [feature.requires_grad_() for feature in stages(20)], stages(21)
+    shapes = ((3, 3, 3), (4, 3, 2), (3, 2, 2))
+    ours, theirs = [feature.requires_grad_() for feature in stages(20, shapes)], stages(21, shapes)
     assert torch.autograd.gradcheck(lambda *features: KF.kdsvd_loss(features, theirs, number), ours, atol=1e-6)
 
 

@@ -1,0 +1,230 @@
+"""Images with boxes in COCO's format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import torch
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor
+
+from lkd.datamodules.base import Split
+from lkd.datamodules.boxes import BoxSource
+from lkd.datamodules.dataset import ImageError
+from lkd.datamodules.detection import DetectionDataModule
+from lkd.datamodules.files import ImageFiles
+from lkd.io.refused import said, shown
+
+InvalidBoxes = Literal["fail", "skip"]
+
+
+class CocoDetectionDataModule(DetectionDataModule):
+    """Folders of images with annotation files in COCO's format.
+
+    Class 0 is the background; the categories are numbered from 1 in the order of their ids. Regions of crowds
+    (`iscrowd`) are excluded, also from the metrics, in contrast to COCO's evaluation, which ignores detections in them.
+    Boxes are clipped to their image.
+
+    Args:
+        images: Folder of the training images.
+        annotations: Annotation file of the training images, such as `annotations/instances_train2017.json`.
+        val_images: Folder of the validation images; by default, they are split from the training images.
+        val_annotations: Annotation file of the validation images.
+        test_images: Folder of the test images, for `lkd test`.
+        test_annotations: Annotation file of the test images.
+        keep_ids: Whether classes are the category ids of the file, as for weights of torchvision that were trained on
+            COCO (91 classes), instead of being numbered without gaps.
+        invalid_boxes: What to do with boxes that have no area or are outside of their image: `fail` raises an error,
+            `skip` excludes them. COCO contains some.
+        kwargs: Arguments of `DetectionDataModule`.
+
+    Raises:
+        ValueError: If only one of a folder and its annotation file is given, or, in `setup`, a file is invalid.
+        FileNotFoundError: If a folder or file is missing, in `setup`.
+    """
+
+    input_shape = (3, 320, 320)
+
+    def __init__(
+        self,
+        images: str,
+        annotations: str,
+        val_images: str | None = None,
+        val_annotations: str | None = None,
+        test_images: str | None = None,
+        test_annotations: str | None = None,
+        keep_ids: bool = False,
+        invalid_boxes: InvalidBoxes = "fail",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.paths = {
+            "train": (images, annotations),
+            "val": (val_images, val_annotations),
+            "test": (test_images, test_annotations),
+        }
+        for split, pair in self.paths.items():
+            if (pair[0] is None) != (pair[1] is None):
+                raise ValueError(f"{split}_images and {split}_annotations belong together; set both or none")
+        self.keep_ids, self.invalid_boxes = keep_ids, invalid_boxes
+
+    def setup(self, stage: str) -> None:
+        """Read the categories and the annotation files that a stage needs."""
+        self._set_classes(CocoFile(str(self.paths["train"][1])))
+        super().setup(stage)
+
+    def _set_classes(self, file: CocoFile) -> None:
+        ids = sorted(file.categories)
+        labels = ids if self.keep_ids else range(1, len(ids) + 1)
+        self._labels = dict(zip(ids, labels, strict=True))
+        self.num_classes = max(self._labels.values()) + 1
+        names = {label: file.categories[id] for id, label in self._labels.items()}
+        self.class_names = ("background", *(names.get(label, "") for label in range(1, self.num_classes)))
+
+    def make_boxes(self, split: Split) -> BoxSource | None:
+        """Open the images and boxes of a split."""
+        folder, path = self.paths[split]
+        if folder is None or path is None:
+            return None
+        return CocoFile(path).boxes(Path(folder), self._labels, self.invalid_boxes)
+
+
+class CocoFile:
+    """Annotation file in COCO's format.
+
+    Args:
+        path: Path of the file.
+
+    Attributes:
+        images: Entries of the images, by id.
+        categories: Names of the categories, by id.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If it is not a valid annotation file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.name = shown(path)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"annotation file {self.name} not found; set the path of a file in COCO's format")
+        try:
+            content = json.loads(Path(path).read_bytes())
+            self.images = {int(image["id"]): _image(image) for image in content["images"]}
+            self.categories = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
+            self._annotations = [_annotation(entry) for entry in content["annotations"]]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{self.name} is not in COCO's format ({type(error).__name__}: {said(error)}); it must have images "
+                "(id, file_name, width, height), annotations (id, image_id, category_id, bbox), categories (id, name)"
+            ) from error
+        if not self.images or not self.categories or min(self.categories) < 1:
+            raise ValueError(
+                f"{self.name} must contain images and categories with ids of at least 1, got {len(self.images)} images "
+                f"and the ids {sorted(self.categories)[:5]}; 0 is the background"
+            )
+
+    def boxes(self, folder: Path, labels: Mapping[int, int], invalid: InvalidBoxes) -> BoxSource:
+        """Return the images with their boxes.
+
+        Args:
+            folder: Folder of the images.
+            labels: Class of each category id.
+            invalid: What to do with boxes that have no area or are outside of their image.
+
+        Raises:
+            FileNotFoundError: If the folder or an image is missing.
+            ValueError: If an annotation is invalid.
+        """
+        found: dict[int, list[tuple[list[float], int]]] = {id: [] for id in self.images}
+        for id, image_id, category, box, crowd in self._annotations:
+            if image_id not in found or category not in labels:
+                kind, value = ("image", image_id) if image_id not in found else ("category", category)
+                raise ValueError(f"annotation {id} of {self.name} refers to the unknown {kind} {value}; correct it")
+            clipped = _clipped(box, *self.images[image_id][1:])
+            if clipped is None and not crowd and invalid == "fail":
+                raise ValueError(
+                    f"annotation {id} of {self.name} has the box {box} (x, y, width, height), which has no area in the "
+                    f"image {shown(self.images[image_id][0])}; correct it, or set invalid_boxes to skip"
+                )
+            if clipped is not None and not crowd:
+                found[image_id].append((clipped, labels[category]))
+        images = CocoImages(folder, list(self.images.values()))
+        flat = [entry for entries in found.values() for entry in entries]
+        boxes = torch.tensor([box for box, _ in flat], dtype=torch.float32).view(-1, 4)
+        counts = torch.tensor([len(entries) for entries in found.values()])
+        return BoxSource(images, boxes, torch.tensor([label for _, label in flat], dtype=torch.int64), counts)
+
+
+class CocoImages:
+    """Image files of an annotation file.
+
+    Args:
+        folder: Folder of the images.
+        images: File name, width and height of each image.
+
+    Raises:
+        FileNotFoundError: If the folder or an image is missing.
+    """
+
+    def __init__(self, folder: Path, images: Sequence[tuple[str, int, int]]) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"folder {shown(folder)} not found; set the folder of the images")
+        missing = [name for name, _, _ in images if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(images)} images are missing in {shown(folder)}, for example "
+                f"{shown(missing[0])}; set the folder of the images in the annotation file"
+            )
+        self.files = ImageFiles(folder, [name for name, _, _ in images], [0] * len(images))
+        self.sizes = torch.tensor([size for _, *size in images])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Decode an image `(3, H, W)`, uint8.
+
+        Raises:
+            ImageError: If it cannot be read, or its size is not that in the annotation file.
+        """
+        name = shown(self.files.path(index))
+        try:
+            image, _ = self.files[index]
+            pixels: Tensor = TF.pil_to_tensor(image.convert("RGB"))
+        except Exception as error:  # decoders raise almost any exception for corrupt files
+            raise ImageError(
+                f"image {name} cannot be read ({type(error).__name__}: {said(error)}); replace or remove it"
+            ) from error
+        expected = tuple(self.sizes[index].tolist())
+        if (pixels.shape[2], pixels.shape[1]) != expected:
+            raise ImageError(
+                f"image {name} has {pixels.shape[2]}x{pixels.shape[1]} pixels, but its annotation file states "
+                f"{expected[0]}x{expected[1]}; its boxes would be wrong, so use the original image"
+            )
+        return pixels
+
+
+def _image(entry: Mapping[str, Any]) -> tuple[str, int, int]:
+    name = str(entry["file_name"])
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"the file name {shown(name)} is not inside of the folder")
+    return name, int(entry["width"]), int(entry["height"])
+
+
+def _annotation(entry: Mapping[str, Any]) -> tuple[int, int, int, list[float], bool]:
+    box = [float(number) for number in entry["bbox"]]
+    if len(box) != 4:
+        raise ValueError(f"bbox must be x, y, width and height, got {box}")
+    return int(entry["id"]), int(entry["image_id"]), int(entry["category_id"]), box, bool(entry.get("iscrowd", 0))
+
+
+def _clipped(box: Sequence[float], width: int, height: int) -> list[float] | None:
+    """Return the part x1, y1, x2, y2 of a box x, y, width, height in its image; `None` if it has no area."""
+    x, y = box[0], box[1]
+    left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + box[2], width), min(y + box[3], height)
+    return [left, top, right, bottom] if left < right and top < bottom else None

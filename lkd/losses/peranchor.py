@@ -1,0 +1,89 @@
+"""Logit criteria applied to the anchors of detectors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lkd.losses.base import DistillLoss, named_terms
+from lkd.losses.composite import CompositeLoss
+from lkd.types import IGNORE_INDEX, Batch, Outputs, Predictions, Probe
+
+
+class PerAnchor(CompositeLoss):
+    """A logit criterion applied to detectors: each anchor is a sample.
+
+    Of each image, the anchors are distilled at which the teacher's largest class logit is highest, without the
+    background (class 0): most of the others show background only. The labels of anchors are not known, so the criterion
+    must not read them. Student and teacher must have the same anchors, that is, heads on the same pyramid.
+
+    Args:
+        criterion: Criterion of logits, such as `KD`, `LogitMSE` or `DIST`.
+        max_anchors: Number of anchors of each image.
+
+    Raises:
+        ValueError: If the criterion reads features, labels, sample indices or several views, or `max_anchors` is less
+            than 1. At the start of training, if a network is not a detector with one stage, or their anchors differ.
+
+    References:
+        Zheng et al.: Localization Distillation for Dense Object Detection, CVPR 2022 (arXiv 2102.12252), combine KD on
+        class logits with LD, at the anchors that are assigned to objects or close to them.
+    """
+
+    def __init__(self, criterion: DistillLoss, max_anchors: int = 64) -> None:
+        super().__init__([criterion])
+        name = type(criterion).__name__
+        if criterion.student_layers or criterion.teacher_layers or not criterion.reads_logits:
+            raise ValueError(f"PerAnchor applies criteria of logits, but {name} reads features; use it directly")
+        if criterion.needs_index or criterion.num_views > 1 or criterion.skips_unlabelled is not False:
+            raise ValueError(
+                f"PerAnchor cannot apply {name}, which reads labels, sample indices or views; use another criterion"
+            )
+        if max_anchors < 1:
+            raise ValueError(f"max_anchors must be at least 1, got {max_anchors}")
+        self.criterion, self.max_anchors = criterion, max_anchors
+
+    @property
+    def name(self) -> str:
+        """Name of the inner criterion."""
+        return self.criterion.name
+
+    @property
+    def parts(self) -> list[DistillLoss]:
+        """The inner criterion."""
+        return [self.criterion]
+
+    def build(self, student: Probe, teacher: Probe) -> None:
+        """Check that both networks have the same anchors, and build the criterion."""
+        logits = zip((student, teacher), _anchors(student.outputs, teacher.outputs), strict=True)
+        super().build(*(Probe(probe.network, Outputs(anchors.flatten(0, 1), {})) for probe, anchors in logits))
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Apply the criterion to the anchors with the highest scores."""
+        ours, theirs = _anchors(student, teacher)
+        scores = theirs[..., 1:].amax(2)
+        chosen = scores.topk(min(self.max_anchors, scores.shape[1]), sorted=False).indices.unsqueeze(2)
+        own, other = (logits.take_along_dim(chosen, 1).flatten(0, 1) for logits in (ours, theirs))
+        target = torch.full((len(own),), IGNORE_INDEX, device=own.device)
+        return named_terms("", self.criterion(Outputs(own, {}), Outputs(other, {}), Batch(None, target)))
+
+
+def _anchors(student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
+    """Return the class logits of all anchors of both networks `(B, N, K)`."""
+    ours, theirs = _class_logits("student", student), _class_logits("teacher", teacher)
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"PerAnchor requires the same anchors and classes in student and teacher, got {tuple(ours.shape)} and "
+            f"{tuple(theirs.shape)} for (images, anchors, classes); use detectors of one kind, with the same pyramid"
+        )
+    return ours, theirs
+
+
+def _class_logits(name: str, outputs: Outputs) -> Tensor:
+    logits: object = outputs.logits
+    if not isinstance(logits, Predictions) or logits.class_logits is None:
+        raise ValueError(
+            f"PerAnchor reads the class logits of anchors, which the {name} does not return; use a detector with one "
+            "stage (RetinaNet, FCOS, SSD) and lkd.tasks.Detection"
+        )
+    return logits.class_logits
