@@ -4,6 +4,7 @@ from lkd.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from lkd.callbacks.features import KNN, FeatureEvaluation, LinearProbe
 from lkd.callbacks.monitor import ImagesPerSecond, NetworkSummary
 from lkd.callbacks.monitored import MonitorCheck
+from lkd.callbacks.prediction_images import PredictionImages
 from lkd.callbacks.predictions import PredictionWriter
 from lkd.callbacks.progress import EpochLines, ProgressBar
 from lkd.callbacks.record import RunRecord
@@ -25,6 +26,7 @@ __all__ = [
     "LinearProbe",
     "MonitorCheck",
     "NetworkSummary",
+    "PredictionImages",
     "PredictionWriter",
     "ProgressBar",
     "RunRecord",

@@ -17,16 +17,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lkd._compat import tree_map
 from lkd.features.layers import evaluating
+from lkd.tasks import Task
 
-_LAYOUT = {
-    "lkd": {
-        "accuracy": ["Multiline", ["train/acc", "val/acc", "val/teacher_acc", "val/knn_acc", "val/probe_acc"]],
-        "loss": ["Multiline", ["train/loss", "val/loss"]],
-        "terms of the training loss": ["Multiline", ["train/(?!acc$|images_per_s$)"]],
-        "terms of the validation loss": ["Multiline", ["val/(?!loss$|agreement$|.*acc)"]],
-        "agreement with the teacher": ["Multiline", ["val/agreement"]],
+
+def _layout(task: Task) -> dict[str, dict[str, list[str | list[str]]]]:
+    """Return TensorBoard's layout of the curves, with the main metric of the task first."""
+    name = task.metric
+    main = [f"{who}{name}" for who in ("train/", "val/", "val/teacher_", "val/knn_", "val/probe_")]
+    return {
+        "lkd": {
+            task.metric_title: ["Multiline", main],
+            "loss": ["Multiline", ["train/loss", "val/loss"]],
+            "terms of the training loss": ["Multiline", ["train/(?!acc$|images_per_s$)"]],
+            "terms of the validation loss": ["Multiline", [f"val/(?!loss$|agreement$|.*acc|.*{name})"]],
+            "agreement with the teacher": ["Multiline", ["val/agreement"]],
+        }
     }
-}
 
 
 class NetworkSize(NamedTuple):
@@ -98,10 +104,11 @@ class NetworkSummary(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Count in all processes, since a sharded network requires all of them; print and log on rank zero."""
         example = pl_module.example_input()
-        self._show(trainer, [network_size(name, getattr(pl_module, name), example) for name in pl_module.network_names])
+        sizes = [network_size(name, getattr(pl_module, name), example) for name in pl_module.network_names]
+        self._show(trainer, sizes, pl_module.task)
 
     @rank_zero_only
-    def _show(self, trainer: L.Trainer, sizes: list[NetworkSize]) -> None:
+    def _show(self, trainer: L.Trainer, sizes: list[NetworkSize], task: Task) -> None:
         table = Table("", "network", "parameters", "MFLOP per image", title_justify="left")
         rows = [(size.name, size.kind, f"{size.parameters:,}", _mega(size.flops)) for size in sizes]
         for row in rows:
@@ -112,7 +119,7 @@ class NetworkSummary(L.Callback):
                 lines = ["| | network | parameters | MFLOP per image |", "|---|---|---|---|"]
                 lines += [f"| {' | '.join(row)} |" for row in rows]
                 logger.experiment.add_text("networks", "\n".join(lines))
-                logger.experiment.add_custom_scalars(_LAYOUT)
+                logger.experiment.add_custom_scalars(_layout(task))
 
 
 def _mega(flops: int | None) -> str:

@@ -19,14 +19,13 @@ from torch import nn
 
 from lkd._compat import destinations_of
 from lkd.cli.config_files import find_config
-from lkd.compare.comparison import Comparison, compare, place_of
+from lkd.compare.comparison import Comparison, ScoreComparison, check_comparable, compare, place_of
 from lkd.compare.groups import methods_of
 from lkd.compare.predictions import Candidate, statistics_of
-from lkd.compare.tables import tables
 from lkd.io.yaml import load_yaml
 from lkd.loading import Trained, load_run, network_of
 from lkd.modules import DistillModule
-from lkd.tasks.classification import check_is_classification
+from lkd.tasks import Classification, Task
 from lkd.types import Normalization
 
 _TEACHER = "teacher"
@@ -48,15 +47,14 @@ def main(args: Sequence[str]) -> None:
     """
     given = _parsed(args)
     runs = {name: load_run(place) for name, place in _named(given.runs).items()}
-    for trained in runs.values():
-        check_is_classification(trained.module, "lkd compare")
+    task = _task_of(given, runs)
     candidates, data, teacher = _chosen(given, runs)
     folder = _new_folder(Path(given.output))  # before the work, in case the folder is not writable
     how = given.split, given.batch_sizes, given.accelerator, given.seconds
-    found = compare(candidates, data, teacher, *how, progress=True)
+    found = compare(candidates, data, teacher, *how, progress=True, task=task)
     _check_classes(runs, found)
     console = Console()
-    for table in tables(found, given.members):
+    for table in found.tables(given.members):
         if table.place == "terminal":
             console.print(*table.rich(console.width), sep="\n")
     write(found, folder)
@@ -72,9 +70,10 @@ def _parsed(args: Sequence[str]) -> Any:
     parser.add_argument("--networks", type=dict[str, nn.Module] | None)
     parser.add_argument("--normalization", type=dict[str, Normalization], default={})
     parser.add_subclass_arguments(L.LightningDataModule, "data", required=False)
+    parser.add_subclass_arguments(Task, "task", required=False)
     parser.add_argument("--teacher", type=str | None)
     parser.add_argument("--split", type=Literal["test", "val"], default="test")
-    parser.add_argument("--batch_sizes", type=list[int], default=[1, 64])
+    parser.add_argument("--batch_sizes", type=list[int] | None)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--accelerator", type=str, default="auto")
     parser.add_argument("--output", type=str, default="runs/compare")
@@ -84,7 +83,8 @@ def _parsed(args: Sequence[str]) -> Any:
     config = parser.parse_args(args)
     if not config.runs and not config.networks:
         raise ValueError("lkd compare requires runs, or networks in a --config; see 'lkd compare --help'")
-    if any(size < 1 for size in config.batch_sizes) or not config.batch_sizes or config.seconds <= 0:
+    sizes = config.batch_sizes
+    if (sizes is not None and (not sizes or min(sizes) < 1)) or config.seconds <= 0:
         raise ValueError(
             f"batch_sizes and seconds must be positive, got {config.batch_sizes} and {config.seconds}; for example, "
             "use --batch_sizes [1,64] --seconds 1"
@@ -92,6 +92,24 @@ def _parsed(args: Sequence[str]) -> Any:
     given = parser.instantiate(config)
     given.sources = {name: _source(settings) for name, settings in (config.networks or {}).items()}
     return given
+
+
+def _task_of(given: Any, runs: Mapping[str, Trained]) -> Task:
+    """Return the task of the networks: that of the setting `task`, or else that of the runs.
+
+    Raises:
+        ValueError: If the runs have different tasks, or networks of the task cannot be compared.
+    """
+    tasks = {name: run.module.task for name, run in runs.items()}
+    task: Task = given.task or next(iter(tasks.values()), Classification())
+    for name, own in tasks.items():
+        if type(own) is not type(task):
+            raise ValueError(
+                f"{name} was trained for {type(own).__name__}, but the other networks are compared as "
+                f"{type(task).__name__}; compare runs of one task"
+            )
+    check_comparable(task)
+    return task
 
 
 def _check_keys(args: Sequence[str], known: set[str]) -> None:
@@ -187,7 +205,7 @@ def _run_name(place: str, versioned: bool = False) -> str:
     return "/".join([*parts[-1:], *(versions[:1] if versioned else [])]) or Path(place).stem
 
 
-def _check_classes(runs: Mapping[str, Trained], found: Comparison) -> None:
+def _check_classes(runs: Mapping[str, Trained], found: Comparison | ScoreComparison) -> None:
     """Warn if a run was trained with different classes; many data modules know their classes only after setup."""
     for name, run in runs.items():
         trained = run.checkpoint.get("lkd", {}).get("class_names") or getattr(run.data, "class_names", None)
@@ -231,7 +249,7 @@ def _new_folder(parent: Path) -> Path:
             return folder
 
 
-def write(found: Comparison, folder: Path) -> None:
+def write(found: Comparison | ScoreComparison, folder: Path) -> None:
     """Write `comparison.json`, `comparison.md` and `comparison.html`, and TensorBoard files.
 
     Args:
@@ -245,7 +263,7 @@ def write(found: Comparison, folder: Path) -> None:
     drawn = list(plots(found))
     (folder / "comparison.json").write_text(json.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
     lines = [f"# {', '.join(found.figures)}", "", *(f"- {name}: {fact}" for name, fact in found.facts.items()), ""]
-    for table in tables(found):
+    for table in found.tables():
         lines += table.markdown()
     (folder / "comparison.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     (folder / "comparison.html").write_text(page(found, drawn), encoding="utf-8")

@@ -3,29 +3,62 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 
 from lkd import devices
 from lkd.__about__ import __version__
-from lkd.compare.cost import costs
-from lkd.compare.groups import groups_of, method_difference
+from lkd._moved import former_members
+from lkd.callbacks.sheet import Row
+from lkd.compare.cost import Cost, costs, size_of
+from lkd.compare.grid import Grid
+from lkd.compare.groups import Group, Measured, MethodDifference, groups_of, method_difference
 from lkd.compare.measurements import Measurements
-from lkd.compare.metrics import difference, measure
-from lkd.compare.predictions import Candidate, Predictions, Split, predict
+from lkd.compare.metrics import Difference, Figures, difference, measure
+from lkd.compare.predictions import Candidate, Predictions, Split, predict, run_networks
+from lkd.compare.score_tables import score_tables
+from lkd.compare.scores import ScoreDifference, ScoreFigures, Tallies, bootstrapped, score_difference, score_figures
 from lkd.compare.tables import tables
+from lkd.tasks import Classification, Task
+from lkd.tasks.views import class_name
+
+_TITLES = "top-1 accuracy", "top-1 accuracy"
 
 
-class Comparison(Measurements):
-    """Result of `compare`; shown as tables in a notebook."""
+@former_members(answers="predictions")
+@dataclass
+class Comparison(Measurements[Figures, Difference]):
+    """Comparison of classifiers, from their logits.
 
-    def _repr_markdown_(self) -> str:
-        """Return the tables for a notebook."""
-        shown = (table for table in tables(self) if table.place != "folded")
-        return "\n".join(line for table in shown for line in table.markdown())
+    Attributes:
+        predictions: Logits of the networks, labels, and images with different predictions.
+    """
+
+    predictions: Predictions
+
+    def tables(self, members: bool = False) -> list[Grid]:
+        """Create all tables, the most important one first."""
+        return tables(self, members)
+
+
+@dataclass
+class ScoreComparison(Measurements[ScoreFigures, ScoreDifference]):
+    """Comparison of networks of another task, from the counts that the task defines (`Task.tally`).
+
+    Attributes:
+        disputed: Views of the images on which a network and the teacher differ the most, by network.
+    """
+
+    disputed: dict[str, list[Row]]
+
+    def tables(self, members: bool = False) -> list[Grid]:
+        """Create all tables, the most important one first."""
+        return score_tables(self)
 
 
 def compare(
@@ -33,11 +66,12 @@ def compare(
     data: L.LightningDataModule,
     teacher: str | None = None,
     split: Split = "test",
-    batch_sizes: Sequence[int] = (1, 64),
+    batch_sizes: Sequence[int] | None = None,
     accelerator: str = "auto",
     seconds: float = 1.0,
     progress: bool = False,
-) -> Comparison:
+    task: Task | None = None,
+) -> Comparison | ScoreComparison:
     """Compare networks on one split of a dataset.
 
     Args:
@@ -45,58 +79,118 @@ def compare(
         data: Data module that provides the images.
         teacher: Name of the network with which the others are compared; None if there is no teacher.
         split: `test`, or `val` for the validation images.
-        batch_sizes: Batch sizes for the measurement of latency and throughput.
+        batch_sizes: Batch sizes for the measurement of latency and throughput. None uses 1 and 64, or, if the task's
+            outputs are too large to be stored, 1 and the batch size of the data.
         accelerator: Device, as in `lightning.Trainer`.
         seconds: Duration of the measurement for each network and batch size, in seconds.
         progress: Whether to show a progress bar.
+        task: Task of the networks; None for classification.
 
     Returns:
         The comparison.
 
     Raises:
-        ValueError: If names are not unique, the teacher is not among them, or a network does not fit the data.
+        ValueError: If names are not unique, the teacher is not among them, a network does not fit the data, or the task
+            does not define how networks are compared.
     """
     names = [one.name for one in candidates]
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"the networks to compare must have unique names, got {', '.join(names) or 'none'}")
     if teacher is not None and teacher not in names:
         raise ValueError(f"the teacher must be one of the networks {', '.join(names)}, got {teacher!r}")
-    if not batch_sizes:
+    if batch_sizes is not None and not batch_sizes:
         raise ValueError("batch_sizes must contain at least one batch size, got none")
-    predictions = predict(candidates, data, split, teacher, accelerator, progress=progress)
-    reference = None if teacher is None else predictions.logits[teacher]
+    check_comparable(task or Classification())
+    run = Run(candidates, data, split, accelerator, seconds, progress)
+    if task is None or task.caches_logits:
+        return _by_logits(run, teacher, batch_sizes or (1, 64))
+    return _by_counts(run, teacher, batch_sizes, task)
+
+
+def check_comparable(task: Task) -> None:
+    """Check that networks of a task can be compared.
+
+    Args:
+        task: The task.
+
+    Raises:
+        ValueError: If the task does not define how.
+    """
+    if not task.caches_logits and type(task).tally is Task.tally:
+        raise ValueError(
+            f"lkd compare does not support the task {type(task).__name__}, which does not define `tally`; `lkd test` "
+            "evaluates it"
+        )
+
+
+class Run(NamedTuple):
+    """What all comparisons have in common; see the arguments of `compare`."""
+
+    candidates: Sequence[Candidate]
+    data: L.LightningDataModule
+    split: Split
+    accelerator: str
+    seconds: float
+    progress: bool
+
+    def costs(self, example: Any, batch_sizes: Sequence[int], device: torch.device) -> dict[str, Cost]:
+        """Measure the cost of the networks."""
+        return costs({one.name: one.network for one in self.candidates}, example, batch_sizes, device, self.seconds)
+
+    def groups(self, figures: Mapping[str, Measured]) -> tuple[list[Group], list[MethodDifference]]:
+        """Combine networks that differ only in their seed, and compare these groups."""
+        groups = groups_of({one.name: one.group for one in self.candidates}, figures)
+        return groups, [method_difference(*pair) for pair in combinations(groups, 2)]
+
+    def class_names(self, number: int) -> list[str]:
+        """Return the names of the classes from the data; those without a name are named by their index."""
+        names = [str(name) for name in getattr(self.data, "class_names", None) or ()]
+        return [class_name(names, one) for one in range(number)]
+
+    def facts(self, device: torch.device, images: int) -> dict[str, str]:
+        """Describe data, device, versions and networks."""
+        where = f"{device.type}, {platform.machine()}" if device.type == "cpu" else devices.name_of(device)
+        return {
+            "data": f"{place_of(self.data)}, {self.split} split, {images:,} images",
+            "device": f"{where}, float32, {torch.get_num_threads()} thread(s)",
+            "versions": f"lkd {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+            **{f"network {one.name}": one.source for one in self.candidates if one.source},
+        }
+
+
+def _by_logits(run: Run, teacher: str | None, batch_sizes: Sequence[int]) -> Comparison:
+    """Compare classifiers, whose logits are stored for all images."""
+    found = predict(run.candidates, run.data, run.split, teacher, run.accelerator, progress=run.progress)
+    reference = None if teacher is None else found.logits[teacher]
     figures = {
-        name: measure(logits, predictions.target, None if name == teacher else reference)
-        for name, logits in predictions.logits.items()
+        name: measure(logits, found.target, None if name == teacher else reference)
+        for name, logits in found.logits.items()
     }
-    cost = costs(
-        {one.name: one.network for one in candidates}, predictions.example, batch_sizes, predictions.device, seconds
-    )
+    cost = run.costs(found.example, batch_sizes, found.device)
     pairs = [
-        difference(one, other, predictions.logits[one], predictions.logits[other], predictions.target)
-        for one, other in combinations(names, 2)
+        difference(one, other, found.logits[one], found.logits[other], found.target)
+        for one, other in combinations(figures, 2)
     ]
-    groups = groups_of({one.name: one.group for one in candidates}, figures)
-    classes = next(iter(predictions.logits.values())).shape[1]
-    given = getattr(data, "class_names", None)
-    found = [] if given is None else [str(name) for name in given]
-    class_names = [found[one] if one < len(found) else str(one) for one in range(classes)]
-    facts = _facts(candidates, data, split, predictions)
-    between = [method_difference(*pair) for pair in combinations(groups, 2)]
-    return Comparison(figures, cost, pairs, groups, between, teacher, facts, predictions, class_names, data)
+    names = run.class_names(next(iter(found.logits.values())).shape[1])
+    facts = run.facts(found.device, len(found.target))
+    return Comparison(figures, cost, pairs, *run.groups(figures), teacher, facts, names, run.data, *_TITLES, found)
 
 
-def _facts(
-    candidates: Sequence[Candidate], data: L.LightningDataModule, split: Split, predictions: Predictions
-) -> dict[str, str]:
-    device = predictions.device
-    where = f"{device.type}, {platform.machine()}" if device.type == "cpu" else devices.name_of(device)
-    return {
-        "data": f"{place_of(data)}, {split} split, {len(predictions.target):,} images",
-        "device": f"{where}, float32, {torch.get_num_threads()} thread(s)",
-        "versions": f"lkd {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        **{f"network {one.name}": one.source for one in candidates if one.source},
-    }
+def _by_counts(run: Run, teacher: str | None, batch_sizes: Sequence[int] | None, task: Task) -> ScoreComparison:
+    """Compare networks of a task whose outputs are counted batch by batch."""
+    tallies = Tallies(run.candidates, task, teacher, class_names=getattr(run.data, "class_names", None) or ())
+    device, example = run_networks(run.candidates, run.data, run.split, task, tallies, run.accelerator, run.progress)
+    counts = {name: torch.cat(parts) for name, parts in tallies.counts.items()}
+    relative = {name: torch.cat(parts) for name, parts in tallies.to_teacher.items()}
+    samples = {name: bootstrapped(task, own) for name, own in counts.items()}
+    figures = {name: score_figures(task, own, samples[name], relative.get(name)) for name, own in counts.items()}
+    cost = run.costs(example, batch_sizes or sorted({1, size_of(example)}), device)
+    pairs = [score_difference(one, other, figures, samples) for one, other in combinations(figures, 2)]
+    first = next(iter(counts.values()))
+    facts, names = run.facts(device, len(first)), run.class_names(first.shape[-1])
+    titles = task.metric_title, task.class_metric_title
+    grouped = run.groups(figures)
+    return ScoreComparison(figures, cost, pairs, *grouped, teacher, facts, names, run.data, *titles, tallies.disputed)
 
 
 def place_of(data: L.LightningDataModule) -> str:

@@ -115,9 +115,17 @@ def resized(example: Any, size: int) -> Any:
         example: Inputs `(B, ...)`, or a structure of them.
         size: Batch size of the result.
     """
-    given = next(len(leaf) for leaf in tree_leaves(example) if isinstance(leaf, Tensor))
-    index = torch.arange(size) % given
+    index = torch.arange(size) % size_of(example)
     return tree_map(lambda leaf: leaf[index.to(leaf.device)] if isinstance(leaf, Tensor) else leaf, example)
+
+
+def size_of(example: Any) -> int:
+    """Return the batch size of inputs.
+
+    Args:
+        example: Inputs `(B, ...)`, or a structure of them.
+    """
+    return next(len(leaf) for leaf in tree_leaves(example) if isinstance(leaf, Tensor))
 
 
 def _timed(network: nn.Module, batch: Any, seconds: float) -> Measurement:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
-from lkd.compare.comparison import Comparison
+from lkd.callbacks.sheet import sheet
+from lkd.compare.comparison import Comparison, ScoreComparison
+from lkd.compare.metrics import Figures
 from lkd.compare.page import shown
 from lkd.compare.plots import Plot
-from lkd.compare.tables import tables
+from lkd.compare.scores import ScoreFigures
 
 
-def write_curves(found: Comparison, folder: Path, plots: Sequence[Plot]) -> None:
+def write_curves(found: Comparison | ScoreComparison, folder: Path, plots: Sequence[Plot]) -> None:
     """Write the scalars of each network as a separate run, and the tables, plots and disputed images.
 
     Args:
@@ -23,15 +26,11 @@ def write_curves(found: Comparison, folder: Path, plots: Sequence[Plot]) -> None
         folder: Log directory.
         plots: Plots of the comparison.
     """
-    for number, (name, figures) in enumerate(found.figures.items()):
+    every: Mapping[str, Figures | ScoreFigures] = found.figures
+    for number, (name, figures) in enumerate(every.items()):
         cost = found.costs[name]
         scalars = {
-            "acc": figures.top1.value,
-            "nll": figures.nll,
-            "ece": figures.ece,
-            "scaled_ece": figures.scaled_ece,
-            "agreement": figures.agreement and figures.agreement.value,
-            "kl": figures.kl,
+            **_quality(figures),
             "parameters": cost.parameters,
             "flops": cost.flops,
             **{f"images_per_s_batch_{time.batch_size}": time.throughput for time in cost.times},
@@ -41,14 +40,33 @@ def write_curves(found: Comparison, folder: Path, plots: Sequence[Plot]) -> None
                 if value is not None:
                     writer.add_scalar(f"compare/{tag}", value)
     with SummaryWriter(str(folder)) as writer:
-        for table in tables(found):
+        for table in found.tables():
             writer.add_text(f"compare/{table.title}", "\n".join(table.markdown()))
         for plot in plots:
             writer.add_figure(f"compare/{plot.title}", plot.figure)
-        for name, disputed in found.predictions.disputed.items():
-            if len(disputed.image):
-                images = make_grid(shown(disputed.image, found.data), nrow=6)
-                writer.add_image(f"compare/disputed by {name}", images)
+        for name, picture in _disputed(found).items():
+            writer.add_image(f"compare/disputed by {name}", picture)
+
+
+def _quality(figures: Figures | ScoreFigures) -> dict[str, float | None]:
+    if isinstance(figures, ScoreFigures):
+        return {name.replace(" ", "_"): value for name, value in figures.measures().items()}
+    return {
+        "acc": figures.top1.value,
+        "nll": figures.nll,
+        "ece": figures.ece,
+        "scaled_ece": figures.scaled_ece,
+        "agreement": None if figures.agreement is None else figures.agreement.value,
+        "kl": figures.kl,
+    }
+
+
+def _disputed(found: Comparison | ScoreComparison) -> dict[str, Tensor]:
+    """Return an image of the images on which each network and the teacher disagree."""
+    if isinstance(found, ScoreComparison):
+        return {name: sheet(rows) for name, rows in found.disputed.items()}
+    kept = found.predictions.disputed
+    return {name: make_grid(shown(one.image, found.data), nrow=6) for name, one in kept.items() if len(one.image)}
 
 
 def _folder(name: str, number: int) -> str:

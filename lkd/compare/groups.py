@@ -8,14 +8,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
 from scipy import stats
 
 from lkd.checkpoints.find import config_of
 from lkd.cli.seeds import training_settings
-from lkd.compare.metrics import Figures
 from lkd.io.yaml import load_yaml
 from lkd.loading import Trained
 
@@ -55,7 +54,7 @@ class Group:
     Attributes:
         name: Name of the method.
         members: Names of the networks.
-        measures: Values over the seeds, by the name of the metric as in `measures`.
+        measures: Values over the seeds, by the name of the metric; the main metric comes first.
     """
 
     name: str
@@ -65,14 +64,14 @@ class Group:
 
 @dataclass(frozen=True)
 class MethodDifference:
-    """Difference in accuracy between two methods over seeds, with Welch's t-test.
+    """Difference in the main metric between two methods over seeds, with Welch's t-test.
 
     Attributes:
         first: Name of the first method.
         second: Name of the second method.
-        value: Mean top-1 accuracy of the first method minus that of the second, in [-1, 1].
+        value: Mean of the first method minus that of the second, in [-1, 1].
         interval: 95 % confidence interval of the difference.
-        t: Welch's t statistic; NaN if the accuracies do not vary over the seeds.
+        t: Welch's t statistic; NaN if the values do not vary over the seeds.
         degrees: Degrees of freedom (Welch-Satterthwaite); NaN in the same case.
         p_value: Two-sided p-value; NaN in the same case.
     """
@@ -86,27 +85,14 @@ class MethodDifference:
     p_value: float
 
 
-def measures(figures: Figures) -> dict[str, float]:
-    """Return the scalar metrics of a network by name, without those that were not measured.
+class Measured(Protocol):
+    """Metrics of a network."""
 
-    Args:
-        figures: Metrics of the network.
-    """
-    found = {
-        "top1": figures.top1.value,
-        "top5": None if figures.top5 is None else figures.top5.value,
-        "nll": figures.nll,
-        "ece": figures.ece,
-        "temperature": figures.temperature,
-        "scaled_nll": figures.scaled_nll,
-        "scaled_ece": figures.scaled_ece,
-        "agreement": None if figures.agreement is None else figures.agreement.value,
-        "kl": figures.kl,
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    def measures(self) -> dict[str, float]:
+        """Return the scalar metrics by name, starting with the main metric."""
 
 
-def groups_of(named: Mapping[str, str | None], figures: Mapping[str, Figures]) -> list[Group]:
+def groups_of(named: Mapping[str, str | None], figures: Mapping[str, Measured]) -> list[Group]:
     """Create the groups with at least two networks.
 
     Args:
@@ -116,7 +102,7 @@ def groups_of(named: Mapping[str, str | None], figures: Mapping[str, Figures]) -
     groups = []
     for name in dict.fromkeys(filter(None, named.values())):
         members = tuple(network for network, group in named.items() if group == name)
-        found = [measures(figures[network]) for network in members]
+        found = [figures[network].measures() for network in members]
         shared = [key for key in found[0] if all(key in one for one in found)]
         if len(members) > 1:
             groups.append(Group(name, members, {key: Spread(tuple(one[key] for one in found)) for key in shared}))
@@ -124,7 +110,7 @@ def groups_of(named: Mapping[str, str | None], figures: Mapping[str, Figures]) -
 
 
 def method_difference(first: Group, second: Group) -> MethodDifference:
-    """Compare the top-1 accuracies of two methods over their seeds.
+    """Compare the main metric of two methods over their seeds.
 
     Args:
         first: First method.
@@ -136,7 +122,7 @@ def method_difference(first: Group, second: Group) -> MethodDifference:
     References:
         Welch: The generalization of "Student's" problem when several different population variances are involved, 1947.
     """
-    ours, theirs = first.measures["top1"], second.measures["top1"]
+    ours, theirs = (next(iter(group.measures.values())) for group in (first, second))
     value = ours.mean - theirs.mean
     if ours.std == theirs.std == 0:  # the statistic would be a division by zero
         return MethodDifference(first.name, second.name, value, (value, value), math.nan, math.nan, math.nan)

@@ -3,47 +3,65 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import lightning as L
 
-from lkd._moved import former_members
 from lkd.compare.cost import Cost
-from lkd.compare.groups import Group, MethodDifference, Spread
-from lkd.compare.metrics import Difference, Figures, Share
-from lkd.compare.predictions import Predictions
+from lkd.compare.grid import Grid
+from lkd.compare.groups import Group, Measured, MethodDifference, Spread
+from lkd.compare.metrics import Difference, Share
+from lkd.compare.scores import ScoreDifference
+
+F = TypeVar("F", bound=Measured)
+D = TypeVar("D", Difference, ScoreDifference)
 
 
-@former_members(answers="predictions")
 @dataclass
-class Measurements:
+class Measurements(ABC, Generic[F, D]):
     """Measurements of several networks.
 
     Attributes:
         figures: Metrics of each network by name, in the order of the networks.
         costs: Cost of each network, by name.
-        differences: Difference of each pair of networks, with McNemar's test.
+        differences: Difference of each pair of networks.
         groups: Groups of networks that differ only in their seed.
         method_differences: Difference of each pair of groups, with Welch's t-test over the seeds.
         teacher: Name of the network with which the others are compared; None if there is no teacher.
         facts: Descriptions of the data, the device, the versions and the networks.
-        predictions: Logits of the networks, labels, and images with different predictions.
         class_names: Names of the classes.
         data: The data module.
+        title: Main metric.
+        class_title: Main metric of a class.
     """
 
-    figures: dict[str, Figures]
+    figures: dict[str, F]
     costs: dict[str, Cost]
-    differences: list[Difference]
+    differences: list[D]
     groups: list[Group]
     method_differences: list[MethodDifference]
     teacher: str | None
     facts: dict[str, str]
-    predictions: Predictions
     class_names: Sequence[str]
     data: L.LightningDataModule
+    title: str
+    class_title: str
+
+    @abstractmethod
+    def tables(self, members: bool = False) -> list[Grid]:
+        """Create all tables, the most important one first.
+
+        Args:
+            members: Whether to show the individual networks of groups in the terminal as well.
+        """
+
+    def _repr_markdown_(self) -> str:
+        """Return the tables for a notebook."""
+        shown = (table for table in self.tables() if table.place != "folded")
+        return "\n".join(line for table in shown for line in table.markdown())
 
     def as_dict(self) -> dict[str, Any]:
         """Return the measurements as numbers, strings, lists and dicts: the content of `comparison.json`."""

@@ -95,6 +95,26 @@ class Figures:
     reliability: list[Bin]
     scaled_reliability: list[Bin]
 
+    @property
+    def main(self) -> Share:
+        """Main metric: the top-1 accuracy."""
+        return self.top1
+
+    def measures(self) -> dict[str, float]:
+        """Return the scalar metrics by name, starting with the main metric; those not measured are omitted."""
+        found = {
+            "top1": self.top1.value,
+            "top5": None if self.top5 is None else self.top5.value,
+            "nll": self.nll,
+            "ece": self.ece,
+            "temperature": self.temperature,
+            "scaled_nll": self.scaled_nll,
+            "scaled_ece": self.scaled_ece,
+            "agreement": None if self.agreement is None else self.agreement.value,
+            "kl": self.kl,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Difference:

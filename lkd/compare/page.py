@@ -7,14 +7,14 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from lkd.compare.comparison import Comparison
+from lkd.callbacks.sheet import sheet
+from lkd.compare.comparison import Comparison, ScoreComparison
 from lkd.compare.plots import Plot
-from lkd.compare.tables import tables
 from lkd.pages import as_svg, rendered
+from lkd.tasks.views import displayable
 
 
 class _Picture(NamedTuple):
@@ -26,7 +26,7 @@ class _Picture(NamedTuple):
     right: str
 
 
-def page(found: Comparison, plots: Sequence[Plot]) -> str:
+def page(found: Comparison | ScoreComparison, plots: Sequence[Plot]) -> str:
     """Render a comparison as a page with tables, plots, and images on which networks and teacher disagree.
 
     Args:
@@ -39,10 +39,15 @@ def page(found: Comparison, plots: Sequence[Plot]) -> str:
     return rendered(
         "compare",
         found=found,
-        tables=tables(found),
+        tables=found.tables(),
         plots=[(plot.title, plot.note, as_svg(plot.figure)) for plot in plots],
-        disputed={name: list(_pictures(found, name)) for name in found.figures if name in found.predictions.disputed},
+        disputed=_all_pictures(found) if isinstance(found, Comparison) else {},
+        sheets={} if isinstance(found, Comparison) else {n: _as_png(sheet(rows)) for n, rows in found.disputed.items()},
     )
+
+
+def _all_pictures(found: Comparison) -> dict[str, list[_Picture]]:
+    return {name: list(_pictures(found, name)) for name in found.figures if name in found.predictions.disputed}
 
 
 def _pictures(found: Comparison, name: str) -> Iterator[_Picture]:
@@ -72,13 +77,7 @@ def shown(image: Tensor, data: Any) -> Tensor:
     Returns:
         Images `(B, 1, H, W)` or `(B, 3, H, W)` with values in [0, 1].
     """
-    mean, std = getattr(data, "mean", None), getattr(data, "std", None)
-    if mean is None or std is None:
-        low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
-        plain = (image - low) / (high - low).clamp(min=1e-9)
-    else:
-        plain = image * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
-    return plain[:, : 3 if image.shape[1] >= 3 else 1].clamp(0, 1)
+    return displayable(image, getattr(data, "mean", None), getattr(data, "std", None))
 
 
 def _as_png(image: Tensor) -> str:

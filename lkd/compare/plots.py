@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from lkd.compare.comparison import Comparison
+from lkd.compare.comparison import Comparison, ScoreComparison
+from lkd.compare.measurements import Measurements
 from lkd.compare.metrics import Bin, confusion
 from lkd.types import IGNORE_INDEX
 
@@ -30,7 +31,7 @@ class Plot(NamedTuple):
     figure: Figure
 
 
-def plots(found: Comparison) -> Iterator[Plot]:
+def plots(found: Comparison | ScoreComparison) -> Iterator[Plot]:
     """Yield the plots of a comparison.
 
     Args:
@@ -40,16 +41,21 @@ def plots(found: Comparison) -> Iterator[Plot]:
         yield from _drawn(found)
 
 
-def _drawn(found: Comparison) -> Iterator[Plot]:
-    note = "Higher and further left is better. Bars: 95 % intervals of the accuracy."
-    yield Plot("Accuracy against cost", note, _against_cost(found))
-    note = (
-        "Accuracy of the predictions by their confidence. On the diagonal, the network is calibrated; below it, it is "
-        "overconfident. Dashed: after temperature scaling. Gray: proportion of the predictions."
+def _drawn(found: Comparison | ScoreComparison) -> Iterator[Plot]:
+    of_logits = isinstance(found, Comparison)
+    note = f"Higher and further left is better. Bars: 95 % intervals of the {found.title}."
+    yield Plot("Accuracy against cost" if of_logits else "Quality against cost", note, _against_cost(found))
+    if isinstance(found, Comparison):
+        note = (
+            "Accuracy of the predictions by their confidence. On the diagonal, the network is calibrated; below it, it "
+            "is overconfident. Dashed: after temperature scaling. Gray: proportion of the predictions."
+        )
+        yield Plot("Reliability", note, _reliability(found))
+    yield Plot(
+        "Accuracy per class" if of_logits else f"{found.class_title} per class", _class_note(found), _classes(found)
     )
-    yield Plot("Reliability", note, _reliability(found))
-    yield Plot("Accuracy per class", _class_note(found), _classes(found))
-    if found.teacher is not None and len(found.class_names) <= _MOST and len(found.figures) > 1:
+    is_small = len(found.class_names) <= _MOST and len(found.figures) > 1
+    if isinstance(found, Comparison) and found.teacher is not None and is_small:
         note = (
             "Proportion of the images of a class (row) that are predicted as a class (column), minus the same "
             f"proportion for {found.teacher}, in percentage points. Red: more often; blue: less often. Blue on the "
@@ -79,7 +85,7 @@ def _panels(count: int, width: float, height: float, most: int) -> tuple[Figure,
     return figure, axes[:count]
 
 
-def _against_cost(found: Comparison) -> Figure:
+def _against_cost(found: Measurements[Any, Any]) -> Figure:
     size = next(iter(found.costs.values())).times[0].batch_size
     measures: dict[str, Callable[[Any], float | None]] = {
         "parameters": lambda cost: cost.parameters,
@@ -89,7 +95,7 @@ def _against_cost(found: Comparison) -> Figure:
     figure, axes = _panels(len(measures), 4.2, 3.6, 3)
     for axis, (label, measure) in zip(axes, measures.items(), strict=True):
         for number, (name, figures) in enumerate(found.figures.items()):
-            cost, share = measure(found.costs[name]), figures.top1
+            cost, share = measure(found.costs[name]), figures.main
             if cost is None:
                 continue
             low, high = share.interval
@@ -103,7 +109,7 @@ def _against_cost(found: Comparison) -> Figure:
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("top-1 accuracy, %")
+    axes[0].set_ylabel(f"{found.title}, %")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
     return figure
@@ -130,7 +136,7 @@ def _reliability(found: Comparison) -> Figure:
     return figure
 
 
-def _chosen(found: Comparison) -> list[int]:
+def _chosen(found: Measurements[Any, Any]) -> list[int]:
     """Return the classes to show: all, or those with the largest differences between networks if there are many."""
     classes = range(len(found.class_names))
     if len(classes) <= _MOST:
@@ -140,13 +146,13 @@ def _chosen(found: Comparison) -> list[int]:
     return sorted(np.argsort(-np.nan_to_num(apart, nan=-2), kind="stable")[:_MOST].tolist())
 
 
-def _class_note(found: Comparison) -> str:
+def _class_note(found: Measurements[Any, Any]) -> str:
     if len(found.class_names) <= _MOST:
-        return "Top-1 accuracy for the images of each class; bars: 95 % intervals."
+        return f"{found.class_title[0].upper()}{found.class_title[1:]} of each class; bars: 95 % intervals."
     return f"The {_MOST} classes on which the networks differ the most; bars: 95 % intervals."
 
 
-def _classes(found: Comparison) -> Figure:
+def _classes(found: Measurements[Any, Any]) -> Figure:
     chosen = _chosen(found)
     height = max(0.32, 0.06 * len(found.figures))  # per class, with one marker per network
     figure, (axis,) = _panels(1, 9.5, 1.0 + height * len(chosen), 1)
@@ -160,7 +166,7 @@ def _classes(found: Comparison) -> Figure:
         axis.errorbar(values, place, xerr=gaps, fmt=marker, markersize=3.5, color=color, elinewidth=0.8, label=name)
     axis.set_yticks(range(len(chosen)), [found.class_names[one] for one in chosen])
     axis.invert_yaxis()
-    axis.set_xlabel("top-1 accuracy, %")
+    axis.set_xlabel(f"{found.class_title}, %")
     axis.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=min(len(found.figures), 5), frameon=False)
     return figure

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from lkd._moved import renamed
 from lkd.compare.metrics import divergences
-from lkd.features.extractor import logits_of
 from lkd.modules import ClassificationModule
+from lkd.tasks import Classification, Task
 from lkd.types import Batch, Normalization
 
 Split = Literal["test", "val"]
@@ -74,52 +75,90 @@ class Predictions:
     example: Any = None
 
 
-class _Predictor(L.LightningModule):
-    """Lightning module that applies all networks to every batch and collects their logits."""
+class Collector(ABC):
+    """Receives the logits of all networks, batch by batch."""
+
+    @abstractmethod
+    def add(self, batch: Batch, logits: Mapping[str, Tensor], data: Any) -> None:
+        """Process one batch.
+
+        Args:
+            batch: The batch, as the task prepares it.
+            logits: Logits of each network in float32, by name.
+            data: Data module.
+        """
+
+
+class _Logits(Collector):
+    """Stores the logits of all images, and the images with the largest disagreement with the teacher."""
 
     def __init__(self, candidates: Sequence[Candidate], teacher: str | None, shown: int) -> None:
-        super().__init__()
-        self.candidates, self.teacher, self.shown = candidates, teacher, shown
-        self.networks = nn.ModuleList(one.network for one in candidates)
-        own = (one.unpack for one in candidates if one.unpack)
-        self.unpack = next(own, None) or ClassificationModule(nn.Identity()).unpack
+        self.teacher, self.shown = teacher, shown
         self.logits: dict[str, list[Tensor]] = {one.name: [] for one in candidates}
         self.target: list[Tensor] = []
         self.disputed: dict[str, Disputed] = {}
-        self.example: Any = None
         self._seen = 0
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Collect the logits of all networks for a batch."""
-        batch = self.unpack(batch)
-        if self.example is None:
-            self.example = _on_cpu(batch.input)
-        outputs = {one.name: self._logits_of(one, batch).float().cpu() for one in self.candidates}
-        for name, logits in outputs.items():
-            if not logits.isfinite().all():
-                raise ValueError(f"the logits of {name} are not finite; check its weights and normalization")
-            self.logits[name].append(logits)
+    def add(self, batch: Batch, logits: Mapping[str, Tensor], data: Any) -> None:
+        """Store the logits of a batch."""
+        outputs = {name: own.cpu() for name, own in logits.items()}
+        for name, own in outputs.items():
+            self.logits[name].append(own)
         self.target.append(batch.target.cpu())
         if self.teacher is not None and isinstance(batch.input, Tensor) and batch.input.dim() == 4:
             for name in set(outputs) - {self.teacher}:
                 self._keep_disputed(name, outputs[name], outputs[self.teacher], batch.input)
         self._seen += len(batch.target)
 
+    def _keep_disputed(self, name: str, ours: Tensor, theirs: Tensor, image: Tensor) -> None:
+        differs = (ours.argmax(1) != theirs.argmax(1)).nonzero().squeeze(1)
+        found = Disputed(
+            image[differs.to(image.device)].cpu(), differs + self._seen, divergences(ours[differs], theirs[differs])
+        )
+        if (kept := self.disputed.get(name)) is not None:
+            found = Disputed(*(torch.cat([getattr(part, each) for part in (kept, found)]) for each in vars(found)))
+        order = found.divergence.argsort(descending=True, stable=True)[: self.shown]
+        self.disputed[name] = Disputed(*(values[order] for values in vars(found).values()))
+
+
+class _Predictor(L.LightningModule):
+    """Lightning module that applies all networks to every batch."""
+
+    def __init__(self, candidates: Sequence[Candidate], task: Task, collector: Collector) -> None:
+        super().__init__()
+        self.candidates, self.task, self.collector = candidates, task, collector
+        self.networks = nn.ModuleList(one.network for one in candidates)
+        own = (one.unpack for one in candidates if one.unpack)
+        self.unpack = next(own, None) or ClassificationModule(nn.Identity()).unpack
+        self.example: Any = None
+        self._classes = 0
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Compute the logits of all networks for a batch."""
+        batch = self.task.prepare(self.unpack(batch))
+        if self.example is None:
+            self.example = _on_cpu(batch.input)
+        logits = {one.name: self._logits_of(one, batch).float() for one in self.candidates}
+        for name, own in logits.items():
+            if not own.isfinite().all():
+                raise ValueError(f"the logits of {name} are not finite; check its weights and normalization")
+        self.collector.add(batch, logits, getattr(self.trainer, "datamodule", None))
+
     validation_step = test_step
 
     def _logits_of(self, candidate: Candidate, batch: Batch) -> Tensor:
         try:
-            logits = logits_of(candidate.network(self.normalized(candidate, batch.input)))
+            logits: Tensor = self.task.logits(candidate.network(self.normalized(candidate, batch.input)))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{candidate.name} does not accept the input of this data: {reason}") from error
-        wanted = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None) or logits.shape[-1]
-        first = self.logits[self.candidates[0].name]
-        classes = first[0].shape[1] if first else logits.shape[-1]
-        if logits.dim() != 2 or logits.shape[1] < wanted or logits.shape[1] != classes:
+        self.task.check(candidate.name, logits)
+        wanted = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None) or logits.shape[1]
+        self._classes = self._classes or logits.shape[1]
+        if self.task.has_classes and (logits.shape[1] < wanted or logits.shape[1] != self._classes):
             raise ValueError(
                 f"{candidate.name} returns logits of shape {tuple(logits.shape)}, but the data has {wanted} classes, "
-                f"and {self.candidates[0].name} has {classes}; compare networks with the same classes"
+                f"and {self.candidates[0].name} has {self._classes}; compare networks with the same classes"
             )
         return logits
 
@@ -139,16 +178,6 @@ class _Predictor(L.LightningModule):
             for values in (given.mean, given.std, wanted.mean, wanted.std)
         )
         return (input * data_std + data_mean - own_mean) / own_std
-
-    def _keep_disputed(self, name: str, ours: Tensor, theirs: Tensor, image: Tensor) -> None:
-        differs = (ours.argmax(1) != theirs.argmax(1)).nonzero().squeeze(1)
-        found = Disputed(
-            image[differs.to(image.device)].cpu(), differs + self._seen, divergences(ours[differs], theirs[differs])
-        )
-        if (kept := self.disputed.get(name)) is not None:
-            found = Disputed(*(torch.cat([getattr(part, each) for part in (kept, found)]) for each in vars(found)))
-        order = found.divergence.argsort(descending=True, stable=True)[: self.shown]
-        self.disputed[name] = Disputed(*(values[order] for values in vars(found).values()))
 
 
 def statistics_of(data: Any) -> Normalization | None:
@@ -195,7 +224,39 @@ def predict(
         ValueError: If a network does not accept the images, its number of classes differs from that of the data or the
             first network, or there are no images.
     """
-    predictor = _Predictor(candidates, teacher, shown)
+    found = _Logits(candidates, teacher, shown)
+    device, example = run_networks(candidates, data, split, Classification(), found, accelerator, progress)
+    logits = {name: torch.cat(parts) for name, parts in found.logits.items()}
+    return Predictions(logits, torch.cat(found.target), device, found.disputed, example)
+
+
+def run_networks(
+    candidates: Sequence[Candidate],
+    data: L.LightningDataModule,
+    split: Split,
+    task: Task,
+    collector: Collector,
+    accelerator: str = "auto",
+    progress: bool = False,
+) -> tuple[torch.device, Any]:
+    """Apply all networks to all images of a split, on one device, in float32.
+
+    Args:
+        candidates: Networks. Their mode and device are restored.
+        data: Data module that provides the images; its batch hooks are applied.
+        split: `test`, or `val` for the validation images.
+        task: Task of the networks.
+        collector: Receives the logits.
+        accelerator: Device, as in `lightning.Trainer`.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The device, and the inputs of the first batch on the CPU.
+
+    Raises:
+        ValueError: As in `predict`.
+    """
+    predictor = _Predictor(candidates, task, collector)
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=1,
@@ -209,11 +270,9 @@ def predict(
         trainer.test(predictor, data, verbose=False)
     else:
         trainer.validate(predictor, data, verbose=False)
-    if not predictor.target:
+    if predictor.example is None:
         raise ValueError(f"{type(data).__name__} has no images in its {split} split; choose another one with --split")
-    logits = {name: torch.cat(parts) for name, parts in predictor.logits.items()}
-    device = trainer.strategy.root_device
-    return Predictions(logits, torch.cat(predictor.target), device, predictor.disputed, predictor.example)
+    return trainer.strategy.root_device, predictor.example
 
 
 def __getattr__(name: str) -> Any:

@@ -4,81 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import fmean
-from typing import Literal, NamedTuple
-
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
+from typing import Any, NamedTuple, TypeAlias
 
 from lkd.compare.cost import Cost, Time
-from lkd.compare.groups import Group, measures
+from lkd.compare.grid import Grid
+from lkd.compare.groups import Group
 from lkd.compare.measurements import Measurements
-from lkd.compare.metrics import BINS, Difference, Share
+from lkd.compare.metrics import BINS, Difference, Figures, Share
 
-_SPACE = "\N{NO-BREAK SPACE}"
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Table with a title and a note.
-
-    Attributes:
-        title: Title of the table.
-        head: Names of the columns.
-        rows: Cells of each row.
-        note: Explanation of the columns.
-        place: Where the table is shown: in the terminal and on the page, only on the page, or collapsed on the page.
-    """
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str
-    place: Literal["terminal", "page", "folded"] = "terminal"
-
-    def markdown(self) -> Iterator[str]:
-        """Yield the lines of the table in Markdown."""
-        yield f"## {self.title}"
-        yield ""
-        for row in (self.head, ["---"] * len(self.head), *self.rows):
-            yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
-        yield ""
-        yield self.note
-        yield ""
-
-    def rich(self, width: int = 80) -> Iterator[Table | Text]:
-        """Yield the table for a terminal, split into several tables if it is too wide, followed by its note.
-
-        Args:
-            width: Number of columns of the terminal.
-        """
-        first, *rest = (self._needed(number) for number in range(len(self.head)))
-        first = min(first, max(8, width // 2))
-        parts: list[list[int]] = [[]]
-        free = width - first - 4  # a column has two spaces and a border in addition to its text
-        for number, needed in enumerate(rest, start=1):
-            if parts[-1] and needed + 3 > free:
-                parts.append([])
-                free = width - first - 4
-            parts[-1].append(number)
-            free -= needed + 3
-        for part in parts:
-            table = Table(title=escape(self.title) if part is parts[0] else None, title_justify="left")
-            table.add_column(escape(self.head[0]), overflow="fold", width=first)
-            for number in part:
-                table.add_column(escape(self.head[number]), justify="right", width=self._needed(number))
-            for row in self.rows:
-                cells = (escape(row[number].replace(" ", _SPACE)) for number in part)
-                table.add_row(escape(row[0]), *cells)
-            yield table
-        yield Text(f"{self.note}\n", style="dim")
-
-    def _needed(self, number: int) -> int:
-        """Return the width of a column without line breaks in its cells; its name may be wrapped between words."""
-        words = self.head[number].split(" ")
-        return max(map(len, [*words, *(row[number] for row in self.rows)]))
+Found: TypeAlias = Measurements[Figures, Difference]
+"""Comparison of classifiers."""
 
 
 class _Measure(NamedTuple):
@@ -104,7 +41,7 @@ _MEASURES = {
 _OF_TEACHER = ("agreement", "kl")
 
 
-def tables(found: Measurements, members: bool = False) -> list[Grid]:
+def tables(found: Found, members: bool = False) -> list[Grid]:
     """Create all tables of a comparison, the most important one first.
 
     Args:
@@ -113,15 +50,19 @@ def tables(found: Measurements, members: bool = False) -> list[Grid]:
     """
     return [
         *_accuracies(found, members),
-        _cost(found),
-        *_methods(found),
+        cost_table(found),
+        *method_table(found),
         *_networks(found, members),
         _classes(found),
     ]
 
 
-def _entries(found: Measurements) -> list[str | Group]:
-    """Return the rows of a table: groups, at the position of their first network, and networks without a group."""
+def entries_of(found: Measurements[Any, Any]) -> list[str | Group]:
+    """Return the rows of a table: groups, at the position of their first network, and networks without a group.
+
+    Args:
+        found: The comparison.
+    """
     of_member = {member: group for group in found.groups for member in group.members}
     entries: list[str | Group] = []
     for name in found.figures:
@@ -131,11 +72,21 @@ def _entries(found: Measurements) -> list[str | Group]:
     return entries
 
 
-def _members(group: str | Group) -> Sequence[str]:
+def members_of(group: str | Group) -> Sequence[str]:
+    """Return the names of the networks of a row.
+
+    Args:
+        group: A group, or the name of a network.
+    """
     return [group] if isinstance(group, str) else group.members
 
 
-def _name(entry: str | Group) -> str:
+def name_of(entry: str | Group) -> str:
+    """Return the name of a row.
+
+    Args:
+        entry: A group, or the name of a network.
+    """
     return entry if isinstance(entry, str) else entry.name
 
 
@@ -143,19 +94,24 @@ def _percent(share: Share) -> str:
     return _TOP1.text(share.value)
 
 
-def _range(interval: tuple[float, float]) -> str:
+def range_of(interval: tuple[float, float]) -> str:
+    """Format an interval in percent: `81.20 to 84.50`.
+
+    Args:
+        interval: Ends in [0, 1].
+    """
     return " to ".join(_TOP1.text(end) for end in interval)
 
 
-def _accuracies(found: Measurements, members: bool) -> Iterator[Grid]:
+def _accuracies(found: Found, members: bool) -> Iterator[Grid]:
     title, note = "Accuracy and calibration", _how_measured(found)
     columns = {name: one for name, one in _MEASURES.items() if found.teacher or one.key not in _OF_TEACHER}
     head = ["network", "top-1 %", "95 % interval", *columns]
 
     def network(name: str) -> list[str]:
-        figures, values = found.figures[name], measures(found.figures[name])
+        figures, values = found.figures[name], found.figures[name].measures()
         own = [one.text(values.get(one.key)) for one in columns.values()]
-        return [name, _percent(figures.top1), _range(figures.top1.interval), *own]
+        return [name, _percent(figures.top1), range_of(figures.top1.interval), *own]
 
     def row(entry: str | Group) -> list[str]:
         if isinstance(entry, str):
@@ -163,7 +119,7 @@ def _accuracies(found: Measurements, members: bool) -> Iterator[Grid]:
             return [name, "1", top1, "-", *own]
         means = {key: one.mean for key, one in entry.measures.items()}
         top1s, own = entry.measures["top1"], [one.text(means.get(one.key)) for one in columns.values()]
-        spread = _TOP1.text(top1s.mean), _TOP1.text(top1s.std), _range(top1s.interval)
+        spread = _TOP1.text(top1s.mean), _TOP1.text(top1s.std), range_of(top1s.interval)
         return [entry.name, str(len(entry.members)), *spread, *own]
 
     if not found.groups:
@@ -175,12 +131,12 @@ def _accuracies(found: Measurements, members: bool) -> Iterator[Grid]:
         "the interval is the Wilson score interval over the images. "
     )
     head_n = ["network, method", "n", "top-1 %", "s.d.", "95 % interval", *columns]
-    yield Grid(title, head_n, list(map(row, _entries(found))), seeds + note)
+    yield Grid(title, head_n, list(map(row, entries_of(found))), seeds + note)
     single = [network(name) for group in found.groups for name in group.members]
     yield Grid("Individual networks of each method", head, single, note, "terminal" if members else "folded")
 
 
-def _how_measured(found: Measurements) -> str:
+def _how_measured(found: Found) -> str:
     note = "" if found.groups else "Interval: Wilson score interval over the images. "
     note += (
         f"NLL: negative log-likelihood in nats. ECE: expected calibration error with {BINS} bins. T: temperature that "
@@ -192,16 +148,21 @@ def _how_measured(found: Measurements) -> str:
     return note
 
 
-def _cost(found: Measurements) -> Grid:
+def cost_table(found: Measurements[Any, Any]) -> Grid:
+    """Return the table of parameters, operations, size and times.
+
+    Args:
+        found: The comparison.
+    """
     sizes = [time.batch_size for time in next(iter(found.costs.values())).times]
     head = ["network", "parameters", "MFLOP", "MB", *(f"ms, batch {size} (IQR)" for size in sizes)]
     head += [f"images/s, batch {size}" for size in sizes]
     rows = []
-    for entry in _entries(found):
-        cost = _mean_cost([found.costs[name] for name in _members(entry)])
+    for entry in entries_of(found):
+        cost = _mean_cost([found.costs[name] for name in members_of(entry)])
         rows.append(
             [
-                _name(entry),
+                name_of(entry),
                 f"{cost.parameters:,}",
                 "?" if cost.flops is None else f"{cost.flops / 1e6:,.2f}",
                 f"{cost.bytes / 1e6:,.2f}",
@@ -227,51 +188,72 @@ def _mean_cost(costs: Sequence[Cost]) -> Cost:
     return replace(costs[0], times=times)
 
 
-def _methods(found: Measurements) -> Iterator[Grid]:
+def method_table(found: Measurements[Any, Any]) -> Iterator[Grid]:
+    """Yield the table of differences between groups, if there are any.
+
+    Args:
+        found: The comparison.
+    """
     if not found.method_differences:
         return
     rows = [
         [
             f"{one.first} - {one.second}",
-            *(_signed(one.value), _bracket(one.interval)),
+            *(signed(one.value), bracket(one.interval)),
             "-" if math.isnan(one.t) else f"{one.t:.2f} ({one.degrees:.1f})",
             *(
                 "-" if math.isnan(one.p_value) else f"{one.p_value:.2g}",
-                _verdict(one.p_value, len(found.method_differences)),
+                verdict(one.p_value, len(found.method_differences)),
             ),
         ]
         for one in found.method_differences
     ]
     note = (
-        "Welch's t-test compares the mean top-1 of two methods over their seeds. Gap: first minus second, in "
-        "percentage points (pp). The test accounts for the variation between training runs, on these images. "
-        "Significant: p times the number of pairs is below 0.05 (Bonferroni). With few seeds, only large differences "
-        "are detected."
+        f"Welch's t-test compares the means of the {found.title} of two methods over their seeds. Gap: first minus "
+        "second, in percentage points (pp). The test accounts for the variation between training runs, on these "
+        "images. Significant: p times the number of pairs is below 0.05 (Bonferroni). With few seeds, only large "
+        "differences are detected."
     )
     head = ["methods", "gap, pp", "95 % interval", "t (d.f.)", "p", "significant"]
     yield Grid("Differences between methods", head, rows, note)
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """Format a difference in percentage points.
+
+    Args:
+        value: Difference in [-1, 1].
+    """
     return f"{100 * value:+.2f}"
 
 
-def _bracket(interval: tuple[float, float]) -> str:
-    return f"[{', '.join(map(_signed, interval))}]"
+def bracket(interval: tuple[float, float]) -> str:
+    """Format the interval of a difference in percentage points.
+
+    Args:
+        interval: Ends in [-1, 1].
+    """
+    return f"[{', '.join(map(signed, interval))}]"
 
 
-def _verdict(p_value: float, pairs: int) -> str:
+def verdict(p_value: float, pairs: int) -> str:
+    """Return whether a difference is significant after Bonferroni's correction.
+
+    Args:
+        p_value: The p-value.
+        pairs: Number of compared pairs.
+    """
     return "-" if math.isnan(p_value) else "yes" if p_value * pairs < 0.05 else "no"
 
 
-def _reference(found: Measurements, names: Sequence[str]) -> str:
+def _reference(found: Found, names: Sequence[str]) -> str:
     """Return the network with which the others are compared: the teacher, otherwise the most accurate one."""
     return found.teacher or max(names, key=lambda name: found.figures[name].top1.value)
 
 
-def _networks(found: Measurements, members: bool) -> Iterator[Grid]:
+def _networks(found: Found, members: bool) -> Iterator[Grid]:
     """Yield the tables of McNemar's test: each network against a reference, and all pairs, collapsed."""
-    alone = [name for entry in _entries(found) for name in _members(entry) if members or isinstance(entry, str)]
+    alone = [name for entry in entries_of(found) for name in members_of(entry) if members or isinstance(entry, str)]
     reference = _reference(found, alone or list(found.figures))
     pairs = {frozenset((one.first, one.second)): one for one in found.differences}
     shown = [_turned(pairs[frozenset((name, reference))], name) for name in alone if name != reference]
@@ -304,12 +286,12 @@ def _turned(one: Difference, first: str) -> Difference:
 
 def _pair(one: Difference, pairs: int) -> list[str]:
     counts = f"{one.only_first:,}", f"{one.only_second:,}"
-    return [_signed(one.value), _bracket(one.interval), *counts, f"{one.p_value:.2g}", _verdict(one.p_value, pairs)]
+    return [signed(one.value), bracket(one.interval), *counts, f"{one.p_value:.2g}", verdict(one.p_value, pairs)]
 
 
-def _classes(found: Measurements) -> Grid:
-    entries = _entries(found)
-    every = [[found.figures[name].per_class for name in _members(entry)] for entry in entries]
+def _classes(found: Found) -> Grid:
+    entries = entries_of(found)
+    every = [[found.figures[name].per_class for name in members_of(entry)] for entry in entries]
     rows = []
     for number, name in enumerate(found.class_names):
         shares = [[per_class[number] for per_class in own] for own in every]
@@ -317,7 +299,7 @@ def _classes(found: Measurements) -> Grid:
     note = "Top-1 accuracy for the images of each class."
     if found.groups:
         note += " Accuracies of networks that differ only in their seed are averaged."
-    return Grid("Accuracy per class, %", ["class", "images", *map(_name, entries)], rows, note, "page")
+    return Grid("Accuracy per class, %", ["class", "images", *map(name_of, entries)], rows, note, "page")
 
 
 def _pooled(shares: Sequence[Share]) -> Share:

@@ -240,6 +240,7 @@ class ClassificationModule(EvaluatedModule):
 
     def on_validation_epoch_end(self) -> None:
         """Raise an error if the validation loss is not finite, as after a divergence in the last training steps."""
+        super().on_validation_epoch_end()
         if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
             return
         total = cast("Tensor", self.stage_metrics("val")["loss"].total)

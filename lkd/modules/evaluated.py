@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, MutableMapping
 from typing import Any, cast
 
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -22,6 +24,7 @@ class EvaluatedModule(RecordedModule):
     """
 
     task: Task
+    network_names: tuple[str, ...]
     metrics: nn.ModuleDict
     task_metrics: tuple[str, ...]
     """Names of the metrics of the task."""
@@ -35,6 +38,11 @@ class EvaluatedModule(RecordedModule):
     def stage_metrics(self, stage: str) -> dict[str, Metric]:
         """Return the metrics of a stage, `val` or `test`, by name."""
         return dict(cast("nn.ModuleDict", self.metrics[stage]).items())  # type: ignore[arg-type]
+
+    @property
+    @abstractmethod
+    def class_names(self) -> tuple[str, ...]:
+        """Class names from the data module or else from the checkpoint; empty if unknown."""
 
     @property
     def trains_logits(self) -> bool:
@@ -68,6 +76,14 @@ class EvaluatedModule(RecordedModule):
         self.measure(metrics, logits, batch.target)
         return logits
 
+    def network_logits(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the logits of each network for a batch, by name; called in eval mode.
+
+        Args:
+            batch: One batch.
+        """
+        return {self.network_names[0]: self(batch.input)}
+
     def measure(self, metrics: Mapping[str, Metric], logits: Tensor, target: Tensor) -> None:
         """Update the supervised loss and the metrics of the task.
 
@@ -97,6 +113,22 @@ class EvaluatedModule(RecordedModule):
         updated = {name: metric for name, metric in metrics.items() if metric.update_called and name not in unlogged}
         for name, metric in updated.items():
             self.log(f"{stage}/{name}", metric, prog_bar=stage == "val" and name == self.main_metric)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of each class in `validate`; in `fit`, they would be too many curves."""
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self._log_classes("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of each class."""
+        self._log_classes("test")
+
+    def _log_classes(self, stage: str) -> None:
+        names = self.class_names
+        for metric, values in self.task.class_metrics(self.stage_metrics(stage)).items():
+            for number, value in enumerate(values):
+                name = names[number] if number < len(names) else str(number)
+                self.log(f"{stage}/{metric}/{name}", value, sync_dist=True)
 
     def _can_replay(self, batch: Batch) -> bool:
         """Whether a captured graph may evaluate a batch, which requires that all metrics exist."""

@@ -218,6 +218,13 @@ class EvaluatedDistillation(ClassificationModule):
         )
         return logits
 
+    def network_logits(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the logits of the teacher, if there is one, and of the student."""
+        teacher = {"teacher": self.teacher_outputs(batch).logits} if "teacher" in self.network_names else {}
+        logits = {**teacher, **super().network_logits(batch)}
+        self.student_extractor.clear()
+        return logits
+
     def _compare(self, metrics: Mapping[str, Metric], student: Tensor, teacher: Tensor, target: Tensor) -> None:
         num_classes = self.task.num_outputs(teacher)
         if num_classes != self.task.num_outputs(student):

@@ -201,6 +201,11 @@ class MutualModule(DistillModule):
         terms = named_terms(self.distill_name, self.criterion(outputs, student, batch))
         return {name: self.distill_weight * term for name, term in terms.items()}
 
+    def network_logits(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the logits of all students."""
+        named = zip(self.network_names, self.extractors, strict=True)
+        return {name: extractor(batch.input).logits for name, extractor in named}
+
     def update_metrics(self, metrics: MutableMapping[str, Metric], batch: Batch) -> Tensor:
         """Evaluate all students and the criterion of each on one batch."""
         self.student_extractor.clear()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torchmetrics import Metric
 
+from lkd.tasks.views import View
 from lkd.types import Batch, Mixed
 
 
@@ -27,6 +28,9 @@ class Task(ABC):
     metric_title: ClassVar[str] = "accuracy"
     """Main metric in reports."""
 
+    class_metric_title: ClassVar[str] = "accuracy"
+    """Main metric of a single class in reports."""
+
     has_classes: ClassVar[bool] = True
     """Whether the outputs are scores of the data's classes, in dimension 1."""
 
@@ -34,7 +38,7 @@ class Task(ABC):
     """Reason why a step can be neither captured as a graph nor compiled; empty if it can."""
 
     caches_logits: ClassVar[bool] = False
-    """Whether the teacher's outputs `(B, K)` are small enough to be cached for all training samples."""
+    """Whether outputs `(B, K)` are small enough to be stored for all samples (teacher cache, `lkd compare`)."""
 
     aux_weight: float = 0.0
     """Weight of the supervised loss of an auxiliary head, relative to that of the network itself."""
@@ -142,6 +146,14 @@ class Task(ABC):
             target: Targets of the batch.
         """
 
+    def class_metrics(self, metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
+        """Return metrics of each class `(K,)`, by name; `lkd validate` and `lkd test` log `test/<name>/<class>`.
+
+        Args:
+            metrics: The updated `metrics()`, by name.
+        """
+        return {}
+
     def choice(self, logits: Any, target: Any) -> Tensor | None:
         """Return a network's predictions as targets, for the agreement of two networks; `None` if it is not defined.
 
@@ -153,3 +165,59 @@ class Task(ABC):
             Predictions in the shape of `target`; elements without a label are `IGNORE_INDEX`.
         """
         return None
+
+    def tally(self, choice: Tensor, target: Tensor) -> Tensor:
+        """Return counts of each sample, from whose sums `scores` computes the metrics of any set of samples.
+
+        Args:
+            choice: Predictions of a network, from `choice`.
+            target: Targets of the batch, or the predictions of another network.
+
+        Returns:
+            Counts `(B, S, K)`, int64: S counts of each class.
+
+        Raises:
+            NotImplementedError: If it is not defined.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define `tally`")
+
+    def scores(self, counts: Tensor) -> dict[str, Tensor]:
+        """Compute metrics from counts, by title, starting with the main metric; higher values are better.
+
+        Args:
+            counts: Sums of `tally` over samples `(..., S, K)`.
+
+        Returns:
+            Metrics `(...)` in [0, 1].
+
+        Raises:
+            NotImplementedError: If it is not defined.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define `scores`")
+
+    def class_scores(self, counts: Tensor) -> Tensor:
+        """Compute the main metric of each class from counts.
+
+        Args:
+            counts: Sums of `tally` over samples `(..., S, K)`.
+
+        Returns:
+            Metric of each class `(..., K)`; NaN for absent classes.
+
+        Raises:
+            NotImplementedError: If it is not defined.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define `class_scores`")
+
+    def views(self, target: Tensor, class_names: Sequence[str], logits: Tensor | None = None) -> list[View]:
+        """Return what people see of each target or prediction of a batch.
+
+        Args:
+            target: Targets of the batch.
+            class_names: Names of the classes; may be empty.
+            logits: Output of a network; `None` shows the targets.
+
+        Raises:
+            NotImplementedError: If it is not defined.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define `views`")

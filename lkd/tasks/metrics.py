@@ -101,6 +101,21 @@ class MeanIoU(MulticlassJaccardIndex):
         self.confmat += counts.scatter_add_(0, cells, labelled.flatten().long()).view_as(self.confmat)
 
     def per_class(self) -> Tensor:
-        """Return the intersection over union of each class `(K,)`; NaN for classes that do not occur."""
-        shared = self.confmat.diagonal().double()
-        return shared / (self.confmat.sum(0) + self.confmat.sum(1) - shared)
+        """Return the intersection over union of each class `(K,)` over all processes; NaN for absent classes."""
+        with self.sync_context():
+            return intersection_over_union(self.confmat.diagonal(), self.confmat.sum(0), self.confmat.sum(1))
+
+
+def intersection_over_union(shared: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
+    """Compute the intersection over union of each class.
+
+    Args:
+        shared: Number of pixels with this class as prediction and label `(..., K)`.
+        predicted: Number of labelled pixels with this prediction `(..., K)`.
+        labelled: Number of pixels with this label `(..., K)`.
+
+    Returns:
+        Float64 values in [0, 1] `(..., K)`; NaN for absent classes.
+    """
+    shared = shared.double()
+    return shared / (predicted + labelled - shared)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torchmetrics import Metric
 from lkd.losses._dense import interpolated
 from lkd.losses._labels import mean_cross_entropy
 from lkd.tasks.base import Task
-from lkd.tasks.metrics import Accuracy, MeanIoU
+from lkd.tasks.metrics import Accuracy, MeanIoU, intersection_over_union
+from lkd.tasks.views import UNLABELLED, View, class_color, class_name, colored
 from lkd.types import IGNORE_INDEX, Batch, Mixed
 
 
@@ -21,7 +22,7 @@ class SemanticSegmentation(Task):
 
     Networks may return a smaller map than the mask; the logits are then interpolated to its size (bilinear,
     `align_corners=False`) for the loss and the metrics. Logged metrics: `val/miou` (mean intersection over union) and
-    `val/acc` (pixel accuracy).
+    `val/acc` (pixel accuracy); `lkd validate` and `lkd test` also log `test/iou/<class>`.
 
     A network with an auxiliary head returns a dict that contains the logits of this head as `aux`. The supervised loss
     in training (`train/hard`) then includes their cross-entropy, multiplied by `aux_weight`; `val/loss` does not. The
@@ -42,6 +43,7 @@ class SemanticSegmentation(Task):
 
     metric = "miou"
     metric_title = "mean IoU"
+    class_metric_title = "IoU"
 
     def __init__(self, num_classes: int, ignore_index: int = 255, aux_weight: float = 0.4) -> None:
         if num_classes < 2:
@@ -125,9 +127,45 @@ class SemanticSegmentation(Task):
         for metric in metrics.values():
             metric.update(classes, target)
 
+    def class_metrics(self, metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
+        """Return the intersection over union of each class, `iou`."""
+        miou = cast("MeanIoU", metrics["miou"])
+        return {"iou": miou.per_class()} if miou.update_called else {}
+
     def choice(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the predicted class of each pixel `(B, H, W)`."""
         return _enlarged(logits, target).argmax(1).masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
+
+    def tally(self, choice: Tensor, target: Tensor) -> Tensor:
+        """Return, for each class, the numbers of pixels that are correct, predicted and labelled `(B, 3, K)`."""
+        known = (target != IGNORE_INDEX) & (choice != IGNORE_INDEX)
+        correct = target.masked_fill(~known | (choice != target), self.num_classes)
+        of_class = correct, choice.masked_fill(~known, self.num_classes), target.masked_fill(~known, self.num_classes)
+        pixels = torch.stack([part.flatten(1) for part in of_class], 1)
+        counts = torch.zeros(*pixels.shape[:2], self.num_classes + 1, dtype=torch.int64, device=target.device)
+        return counts.scatter_add_(2, pixels, torch.ones_like(pixels))[..., :-1]
+
+    def scores(self, counts: Tensor) -> dict[str, Tensor]:
+        """Return the mean IoU and the pixel accuracy."""
+        correct, _, labelled = counts.sum(-1).double().unbind(-1)
+        return {"mean IoU": self.class_scores(counts).nanmean(-1), "pixel accuracy": correct / labelled}
+
+    def class_scores(self, counts: Tensor) -> Tensor:
+        """Return the intersection over union of each class."""
+        return intersection_over_union(*counts.unbind(-2))
+
+    def views(self, target: Tensor, class_names: Sequence[str], logits: Tensor | None = None) -> list[View]:
+        """Return colored masks; predictions with the proportion of correct pixels."""
+        masks = target if logits is None else _enlarged(logits, target).argmax(1)
+        views = []
+        for mask, label in zip(masks, target, strict=True):
+            known = label != IGNORE_INDEX
+            text = "" if logits is None else f"{int((mask == label).sum()) / max(1, int(known.sum())):.0%} correct"
+            found = [one for one in mask.unique().tolist() if one >= 0]
+            legend = {class_name(class_names, one): class_color(one) for one in found}
+            legend |= {} if known.all() else {"no label": UNLABELLED}
+            views.append(View(text, colored(mask), legend))
+        return views
 
 
 def _enlarged(logits: Tensor, target: Tensor) -> Tensor:

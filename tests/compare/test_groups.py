@@ -17,7 +17,7 @@ from lkd import SyntheticDataModule
 from lkd.compare import Candidate, Comparison, compare
 from lkd.compare.groups import Group, Spread, _group_name, method_difference, methods_of
 from lkd.compare.plots import style
-from lkd.compare.tables import _verdict, tables
+from lkd.compare.tables import tables, verdict
 
 NAMES = ["teacher", *(f"kd/version_{n}" for n in range(4)), *(f"dkd/version_{n}" for n in range(3)), "alone"]
 
@@ -147,5 +147,5 @@ def test_methods_are_told_apart_by_settings_seeds_and_checkpoints() -> None:
 
 
 def test_a_difference_among_many_pairs_needs_a_smaller_p() -> None:
-    assert [_verdict(0.02, pairs) for pairs in (1, 2, 3)] == ["yes", "yes", "no"]
-    assert _verdict(math.nan, 1) == "-"
+    assert [verdict(0.02, pairs) for pairs in (1, 2, 3)] == ["yes", "yes", "no"]
+    assert verdict(math.nan, 1) == "-"

@@ -30,14 +30,17 @@ def test_what_a_task_of_ones_own_supports(trained, capfd) -> None:
     assert 0 < float(best["best_model_score"]) <= 1
     config = yaml.safe_load(Path("runs/depth_teacher/version_0/config.yaml").read_text())
     assert config["model"]["init_args"]["task"] == {"class_path": "depth.Depth", "init_args": {"threshold": 1.25}}
-    for command, name in (
-        (["compare", "runs/depth_teacher"], "lkd compare"),
-        (["export", "runs/depth_teacher"], "lkd export"),
-        (["predict", f"--ckpt_path={RUN}", "--data=depth.RoomDataModule"], "lkd predict"),
+    for command, message in (
+        (["compare", "runs/depth_teacher"], "lkd compare does not support the task Depth"),
+        (["export", "runs/depth_teacher"], "lkd export supports classification only, but the task is Depth"),
+        (
+            ["predict", f"--ckpt_path={RUN}", "--data=depth.RoomDataModule"],
+            "lkd predict supports classification only, but the task is Depth",
+        ),
     ):
         capfd.readouterr()
         assert main(command) != 0
-        assert f"{name} supports classification only, but the task is Depth" in capfd.readouterr().err
+        assert message in capfd.readouterr().err
 
 
 def test_a_callback_for_classification(trained, capfd) -> None:

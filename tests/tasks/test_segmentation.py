@@ -121,6 +121,21 @@ def test_a_student_learns(tmp_path, trainer) -> None:
     torch.testing.assert_close(loaded.eval()(image), module(image), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_the_iou_of_each_class_is_logged(stage: str, trainer) -> None:
+    module = ClassificationModule(Net(4), task=TASK)
+    module.train_dataloader = module.val_dataloader = module.test_dataloader = _loader
+    run = trainer(max_epochs=1)
+    run.fit(module)
+    assert not [name for name in run.callback_metrics if "iou/" in name]
+    (run.validate if stage == "val" else run.test)(module, verbose=False)
+    logits, target = module.eval()(_data().tensors[0]), _data().tensors[1].long()
+    logits = F.interpolate(logits, (16, 16), mode="bilinear", align_corners=False)
+    expected = multiclass_jaccard_index(logits, target, CLASSES, average="none", ignore_index=255)
+    for number, value in enumerate(expected):
+        torch.testing.assert_close(run.callback_metrics[f"{stage}/iou/{number}"].float(), value)
+
+
 @pytest.mark.parametrize("weight", [0.4, 0.0])
 @pytest.mark.parametrize("kind", ["alone", "distilled", "mutual"])
 def test_auxiliary_head(kind: str, weight: float, trainer) -> None:

@@ -1,0 +1,76 @@
+"""Predictions for validation images in TensorBoard."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lkd import DistillModule, SyntheticSegmentationDataModule
+from lkd.callbacks import PredictionImages
+from lkd.callbacks.sheet import sheet
+from lkd.losses import KD, PerPixel
+from lkd.models import UNet
+from lkd.tasks import Classification, SemanticSegmentation, Task
+from lkd.tasks.views import UNLABELLED, View, class_color
+from lkd.types import IGNORE_INDEX
+
+
+def test_views_of_masks() -> None:
+    target = torch.tensor([[[0, 2], [IGNORE_INDEX, 1]]])
+    logits = torch.nn.functional.one_hot(torch.tensor([[[0, 2], [2, 2]]]), 3).permute(0, 3, 1, 2).float()
+    (label,) = SemanticSegmentation(3).views(target, ["sky", "road"])
+    (found,) = SemanticSegmentation(3).views(target, ["sky", "road"], logits)
+    assert label.image[:, 1, 0].tolist() == list(UNLABELLED)
+    assert label.image[:, 0, 1].tolist() == found.image[:, 1, 1].tolist() == list(class_color(2)) == [0, 128, 0]
+    assert label.legend == {"sky": (0, 0, 0), "road": (128, 0, 0), "2": (0, 128, 0), "no label": UNLABELLED}
+    assert found.text == "67% correct"
+
+
+def test_views_of_classes() -> None:
+    target, logits = torch.tensor([1, IGNORE_INDEX]), torch.tensor([[0.0, 9.0], [1.0, 1.0]]).log_softmax(1)
+    assert [view.text for view in Classification().views(target, ["cat", "dog"])] == ["dog", "no label"]
+    assert [view.text for view in Classification().views(target, ["cat"], logits)] == [
+        "100% 1\n0% cat",
+        "50% cat\n50% 1",
+    ]
+
+
+def test_a_sheet_shows_the_images() -> None:
+    red = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    red[0] = 255
+    drawn = sheet([{"image": View("no. 1", red), "label": View("a long text " * 9)}])
+    is_red = (drawn == torch.tensor([255, 0, 0]).view(3, 1, 1)).all(0)
+    assert is_red.sum() == 140 * 140
+    assert (drawn[:, :, -3:] == 255).all()  # the text is shortened to its column
+
+
+def _fit(trainer, folder, callbacks):
+    torch.manual_seed(0)
+    networks = [UNet((2, 3), num_classes=5) for _ in range(2)]
+    module = DistillModule(*networks, PerPixel(KD(1.0)), task=SemanticSegmentation(5))
+    data = SyntheticSegmentationDataModule(16, train_size=40, test_size=8, val_size=0.4, batch_size=8)
+    logger = TensorBoardLogger(folder, version=0)
+    trainer(max_epochs=3, logger=logger, callbacks=callbacks, num_sanity_val_steps=-1).fit(module, data)
+    return module, EventAccumulator(str(folder / "lightning_logs" / "version_0")).Reload()
+
+
+def test_training_is_the_same_with_images(trainer, tmp_path) -> None:
+    plain, _ = _fit(trainer, tmp_path / "without", [])
+    module, events = _fit(trainer, tmp_path / "with", [PredictionImages(num_images=3, every_n_epochs=2)])
+    assert [image.step for image in events.Images("predictions")] == [6, 9]
+    for ours, theirs in zip(module.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_mistakes() -> None:
+    class Silent(Classification):
+        views = Task.views
+
+    with pytest.raises(ValueError, match="num_images must be at least 1, got 0"):
+        PredictionImages(num_images=0)
+    with pytest.raises(ValueError, match="cannot show predictions of Silent; override its method `views`"):
+        PredictionImages().setup(None, SimpleNamespace(task=Silent()), "fit")

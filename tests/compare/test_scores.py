@@ -1,0 +1,118 @@
+"""Comparison of segmentation networks by counts of each image."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
+
+from lkd import ClassificationModule, SyntheticSegmentationDataModule
+from lkd.compare import Candidate, compare, write
+from lkd.compare.command import _task_of
+from lkd.compare.scores import bootstrapped, interval
+from lkd.loading import Trained
+from lkd.models import UNet
+from lkd.tasks import Classification, SemanticSegmentation
+from lkd.types import IGNORE_INDEX
+
+TASK = SemanticSegmentation(5)
+
+
+@pytest.fixture(scope="module")
+def networks():
+    torch.manual_seed(0)
+    return {name: UNet((3, 4), num_classes=5).eval() for name in ("teacher", "student", "other")}
+
+
+@pytest.fixture(scope="module")
+def found(networks):
+    data = SyntheticSegmentationDataModule(16, train_size=8, test_size=20, batch_size=8)
+    candidates = [Candidate(*each) for each in networks.items()]
+    return compare(candidates, data, "teacher", seconds=0.01, accelerator="cpu", task=TASK)
+
+
+def _predictions(networks, data):
+    """Classes of all test images by network, and the labels."""
+    batches = list(data.test_dataloader())
+    with torch.no_grad():
+        classes = {name: torch.cat([one(b.input).argmax(1) for b in batches]) for name, one in networks.items()}
+    return classes, torch.cat([batch.target for batch in batches])
+
+
+def test_scores_are_those_of_torchmetrics(found, networks) -> None:
+    classes, target = _predictions(networks, found.data)
+    settings = {"num_classes": 5, "ignore_index": IGNORE_INDEX}
+    for name, own in classes.items():
+        figures = found.figures[name]
+        expected = multiclass_jaccard_index(own, target, average="macro", **settings)
+        assert figures.main.value == pytest.approx(float(expected), rel=1e-6)
+        accuracy = multiclass_accuracy(own, target, average="micro", **settings)
+        assert figures.scores["pixel accuracy"].value == pytest.approx(float(accuracy), rel=1e-6)
+        per_class = multiclass_jaccard_index(own, target, average="none", **settings)
+        assert [one.value for one in figures.per_class] == pytest.approx(per_class.tolist(), rel=1e-6)
+    same = (classes["student"] == classes["teacher"])[target != IGNORE_INDEX].double().mean()
+    assert found.figures["student"].to_teacher["pixel accuracy"] == pytest.approx(float(same))
+    assert not found.figures["teacher"].to_teacher
+
+
+def test_the_interval_is_that_of_drawn_images(found, networks) -> None:
+    """Images are drawn one by one, and the mean IoU is computed from the drawn images."""
+    classes, target = _predictions(networks, found.data)
+    random, drawn = np.random.default_rng(1), []
+    for _ in range(400):
+        rows = random.integers(len(target), size=len(target))
+        drawn.append(float(TASK.scores(TASK.tally(classes["student"][rows], target[rows]).sum(0))["mean IoU"]))
+    low, high = found.figures["student"].main.interval
+    assert (low, high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.15 * (high - low))
+
+
+def test_differences_are_paired(found, networks) -> None:
+    assert {(one.first, one.second) for one in found.differences} == {
+        ("teacher", "student"),
+        ("teacher", "other"),
+        ("student", "other"),
+    }
+    classes, target = _predictions(networks, found.data)
+    samples = [bootstrapped(TASK, TASK.tally(classes[name], target)) for name in ("teacher", "student")]
+    first, second = (one.scores["mean IoU"] for one in samples)
+    one = found.differences[0]
+    assert one.interval == pytest.approx(interval(first - second))
+    assert one.value == pytest.approx(found.figures["teacher"].main.value - found.figures["student"].main.value)
+    again = bootstrapped(TASK, TASK.tally(classes["teacher"], target))
+    torch.testing.assert_close(again.per_class, samples[0].per_class, rtol=0, atol=0, equal_nan=True)
+
+
+def test_shown_images_are_those_that_overlap_the_least(found, networks) -> None:
+    classes, target = _predictions(networks, found.data)
+    labelled = classes["teacher"].masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
+    overlap = TASK.scores(TASK.tally(classes["student"], labelled))["mean IoU"]
+    wanted = [f"no. {one}" for one in overlap.argsort(stable=True)[:12].tolist()]
+    assert [row["image"].text for row in found.disputed["student"]] == wanted
+
+
+def test_report(found, tmp_path) -> None:
+    write(found, tmp_path)
+    text = (tmp_path / "comparison.html").read_text()
+    assert text.count("data:image/png;base64,") == 2
+    assert "IoU per class, %" in text
+    written = json.loads((tmp_path / "comparison.json").read_text())["networks"]["student"]["figures"]
+    assert written["scores"]["mean IoU"]["value"] == found.figures["student"].main.value
+    assert (tmp_path / "comparison.md").read_text().startswith("# teacher, student, other\n")
+
+
+def test_runs_of_several_tasks_are_rejected() -> None:
+    tasks = {"a": SemanticSegmentation(5), "b": Classification()}
+    runs = {
+        name: Trained(None, {}, None, ClassificationModule(UNet((2, 2), 5), task=task), None)
+        for name, task in tasks.items()
+    }
+
+    class Given:
+        task = None
+
+    with pytest.raises(ValueError, match=r"b was trained for Classification, but .* compared as SemanticSegmentation"):
+        _task_of(Given, runs)
+    assert _task_of(Given, {}).caches_logits
