@@ -14,6 +14,7 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from lkd import ClassificationModule, DistillModule, SyntheticDetectionDataModule, SyntheticSegmentationDataModule
+from lkd.compare.comparison import check_comparable
 from lkd.features.extractor import FeatureExtractor
 from lkd.losses import AT, CWD, FGD, KD, LD, MGD, PKD, PerAnchor, WeightedSum
 from lkd.losses.fgd import fgd_masks
