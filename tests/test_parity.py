@@ -57,3 +57,9 @@ def test_equals_the_original(path: Path, case: str) -> None:
 
 def test_there_are_cases() -> None:
     assert _cases(), f"no file in {FOLDER} is of a method that lkd has"
+
+
+def test_every_file_is_compared() -> None:
+    """But for the weights of a network, and for KDSVD, whose tests choose the signs of the singular vectors."""
+    files = (Path(__file__).parent / "reference").glob("*.safetensors")
+    assert {path.stem for path in files} - set(PARITY) == {"akamaster_resnet20", "kdsvd"}

@@ -283,6 +283,6 @@ def test_mistakes_in_a_plan(tmp_path, capsys) -> None:
     assert main(["plan.yaml", "store"]) == 2
     assert "unet has no config for 'student alone'" in capsys.readouterr().err
     assert main(["nothing", "store"]) == 2
-    assert "no plan 'nothing'; expected a YAML file or one of camvid, literature, short" in capsys.readouterr().err
+    assert "no plan 'nothing'; expected a YAML file or one of camvid, detection, literature" in capsys.readouterr().err
     with pytest.raises(ValueError, match="such as 15M"):
         bundle.size("15 megabytes")

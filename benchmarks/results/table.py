@@ -165,14 +165,14 @@ def _remarks(records: Sequence[Record], has_published: bool) -> Iterator[str]:
     yield text
     if not records:
         return
-    sizes = {
-        f"{record['images']['train']:,} for training, {record['images']['val']:,} for validation" for record in records
-    }
+    counted = [images for record in records if "train" in (images := record["images"])]
+    sizes = {f"{images['train']:,} for training, {images['val']:,} for validation" for images in counted}
     versions = {", ".join(f"{name} {record['versions'][name]}" for name in ("lkd", "torch")) for record in records}
     devices = {f"{life['device']} ({record['precision']})" for record in records for life in record["devices"]}
     contents = {record["images"]["contents"] for record in records}
     yield ""
-    yield f"Images: {'; '.join(sorted(sizes))}. Devices: {'; '.join(sorted(devices))}. {'; '.join(sorted(versions))}."
+    images = f"Images: {'; '.join(sorted(sizes))}. " if sizes else ""
+    yield f"{images}Devices: {'; '.join(sorted(devices))}. {'; '.join(sorted(versions))}."
     if len(contents) > 1:
         yield f"\nThe cells were trained on {len(contents)} different sets of images and are not comparable."
 

@@ -13,6 +13,8 @@ from tests.pretended.device import NAME, waits
 
 KD = ["--config", "digits/kd"]
 SEGMENTATION = ["--config", "shapes/kd", "--model.init_args.teacher_ckpt=null"]
+SEGMENTATION += ["--model.init_args.lr_scheduler_interval=epoch"]
+"""With `step`, Lightning's `LearningRateMonitor` waits whenever it logs the learning rate."""
 SEEN: dict[str, Counter[str]] = {}
 
 
