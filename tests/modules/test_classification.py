@@ -106,6 +106,7 @@ def test_a_forward_of_ones_own_is_trained(tiny, data, trainer) -> None:
             return 2 * super().forward(input)
 
     module = Doubled(tiny())
+    data.setup("fit")
     batch = module.read(next(iter(data.train_dataloader())))
     logits, _ = module.losses(batch)
     torch.testing.assert_close(logits, 2 * module.model(batch.input))
