@@ -152,8 +152,11 @@ class ClassificationModule(EvaluatedModule):
         Returns:
             The logits `(B, K)`, and a mapping from names to weighted terms, whose sum is the loss.
         """
-        output = self.model(batch.input)
-        outputs = Outputs(self.task.logits(output), {}, output)
+        if type(self).forward is not ClassificationModule.forward:  # a subclass defines what is trained
+            outputs = Outputs(self(batch.input), {})
+        else:
+            output = self.model(batch.input)
+            outputs = Outputs(self.task.logits(output), {}, output)
         return outputs.logits, {"hard": self._labels_loss(outputs, batch)}
 
     def _labels_loss(self, outputs: Outputs, batch: Batch) -> Tensor:
@@ -167,10 +170,8 @@ class ClassificationModule(EvaluatedModule):
         return [outputs.logits] if auxiliary is None else [outputs.logits, auxiliary]
 
     def _head_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Call `hard_loss`, passing `mixed` only for mixed batches, so that overrides need not accept it."""
-        if batch.mixed is None:
-            return self.hard_loss(logits, batch.target)
-        return self.hard_loss(logits, batch.target, batch.mixed)
+        mixed = () if batch.mixed is None else (batch.mixed,)  # overrides need not accept it
+        return self.hard_loss(logits, batch.target, *mixed)
 
     def hard_loss(self, logits: Tensor, target: Tensor, mixed: Mixed | None = None) -> Tensor:
         """Compute the supervised loss of the task: for classification, the mean cross-entropy of the labelled images.

@@ -98,3 +98,14 @@ def test_a_subclass_that_passes_settings_on_is_loaded(tiny, data, trainer, tmp_p
     loaded = WithMargin.load_from_checkpoint(tmp_path / "own.ckpt", student=tiny(3), teacher=tiny(2))
     assert (loaded.margin, loaded.hard_weight) == (0.7, 0.3)
     assert loaded.student.conv1.weight.equal(module.student.conv1.weight)
+
+
+def test_a_forward_of_ones_own_is_trained(tiny, data, trainer) -> None:
+    class Doubled(lkd.ClassificationModule):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    module = Doubled(tiny())
+    batch = module.read(next(iter(data.train_dataloader())))
+    logits, _ = module.losses(batch)
+    torch.testing.assert_close(logits, 2 * module.model(batch.input))
