@@ -92,8 +92,8 @@ def test_commands(command: str, reader: None, short: None) -> None:
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) == 19
-    assert len(CHAINS) == 13
+    assert len(COMMANDS) == 18
+    assert len(CHAINS) == 14
 
 
 @pytest.mark.parametrize("chain", CHAINS)
