@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from copy import deepcopy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from lkd.losses.composite import CompositeLoss
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
 _MEMBERS = "members"
+_Pair = tuple[Tensor, Mapping[str, Any]]
 
 
 def _log_own(teacher_logits: Tensor, target: Tensor) -> Tensor:
@@ -266,11 +268,12 @@ def _compare(criterion: DistillLoss, student: Outputs, teacher: Outputs, batch: 
 def _compare_each(criterion: DistillLoss, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
     """Evaluate the criterion for each sample separately; each term has the shape `(B,)`."""
 
-    def compare(student: Outputs, teacher: Outputs, target: Tensor, index: Tensor | None) -> dict[str, Tensor]:
+    def compare(student: _Pair, teacher: _Pair, target: Tensor, index: Tensor | None) -> dict[str, Tensor]:
         rows = tree_map(lambda row: None if row is None else row.unsqueeze(0), (student, teacher, target, index))
-        return _compare(criterion, rows[0], rows[1], Batch(None, rows[2], rows[3]))
+        return _compare(criterion, Outputs(*rows[0]), Outputs(*rows[1]), Batch(None, rows[2], rows[3]))
 
     in_dims = (0, 0, 0, None if batch.index is None else 0)
     each = torch.func.vmap(compare, in_dims=in_dims, randomness="different")
-    terms: dict[str, Tensor] = each(student, teacher, batch.target, batch.index)
+    pairs = ((outputs.logits, dict(outputs.features)) for outputs in (student, teacher))  # without `raw`
+    terms: dict[str, Tensor] = each(*pairs, batch.target, batch.index)
     return terms
