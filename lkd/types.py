@@ -64,7 +64,8 @@ class Outputs(NamedTuple):
     Attributes:
         logits: Logits `(B, K)`, or what the task defines, such as `Predictions` for detection.
         features: Mapping from layer names to the outputs of these layers.
-        raw: What the network returned, in which a task finds auxiliary outputs; None if unknown, as with cached logits.
+        raw: Unprocessed output of the network, which may contain auxiliary outputs; None if unknown, as with cached
+            logits.
     """
 
     logits: Tensor
@@ -85,15 +86,15 @@ class Probe(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What a detector predicts for a batch of images, before boxes are selected.
+    """Predictions of a detector for a batch of images, before boxes are selected.
 
-    Losses and detections are computed from it on demand, so a teacher that is only imitated computes neither.
+    Losses and detections are computed from them on demand, so a teacher computes neither during training.
 
     Attributes:
         detector: The detector, an `lkd.models.Detector`.
         num_classes: Number of classes K, including class 0, the background.
         areas: Height and width of the area that the feature maps cover, in pixels of each input image.
-        class_logits: Class logits of all anchors `(B, N, K)`; `None` for detectors with two stages.
+        class_logits: Class logits of all anchors `(B, N, K)`; `None` for two-stage detectors.
         values: Tensors from which the detector computes its losses and detections.
     """
 

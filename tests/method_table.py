@@ -78,14 +78,14 @@ def configs(name: str) -> list[str]:
 
 
 def is_for_segmentation(overlay: str) -> bool:
-    """Whether an overlay, such as `methods/cwd`, names the task of segmentation, and thus needs networks for it."""
+    """Return whether an overlay, such as `methods/cwd`, sets the segmentation task and so requires networks for it."""
     config = yaml.safe_load((configs_folder() / f"{overlay}.yaml").read_text())
     return SEGMENTATION in _strings(config)
 
 
 @cache
 def _names_in_configs() -> dict[str, set[str]]:
-    """Config to the last parts of all names in it."""
+    """Return the last parts of all names in each config."""
     folder = configs_folder()
     return {
         str(path.relative_to(folder).with_suffix("")): {

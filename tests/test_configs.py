@@ -82,7 +82,7 @@ def _no_downloads(monkeypatch) -> None:
 
 
 def _masks() -> str:
-    """A folder of images with masks, enough to train and to validate; the label 11 is ignored."""
+    """Create a folder of images with masks for training and validation; the label 11 is ignored."""
     rng = np.random.default_rng(0)
     for split in ("train", "val", "test"):
         for number in range(16 if split == "train" else 2):
@@ -94,7 +94,7 @@ def _masks() -> str:
 
 
 def needs(config: str) -> list[str]:
-    """Create what a complete config requires besides earlier runs: images and a teacher. Return the settings."""
+    """Create the images and the teacher that a complete config requires, and return the settings."""
     settings = ["--data.init_args.batch_size=8"]
     if config.startswith("detection"):
         settings += ["--data.init_args.train_size=40"]

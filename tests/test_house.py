@@ -116,7 +116,7 @@ def test_nothing_is_asserted_in_the_package(path: Path) -> None:
 
 
 def test_every_loss_has_its_tests() -> None:
-    """The tests mirror the losses, and each file has a row or more for each of its criteria, and for no other."""
+    """Each file of losses has a test file, with at least one case for each of its criteria and for no other."""
     assert set(collected.FILES) == {path.stem for path in PACKAGE.glob("losses/[!_]*.py")}
     rows = {
         method: {case.partition("-")[0] for case in getattr(file, "CASES", {})}

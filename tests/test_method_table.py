@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 DENSE = {"CrossKD", "FBKD", "FGD", "LD", "PKD"}
-"""Methods for detectors, without an overlay: no task in lkd trains a detector yet."""
+"""Methods for detectors, which have no overlay in configs/methods/."""
 
 
 def test_every_method_has_a_row_and_a_text() -> None:

@@ -1,7 +1,7 @@
-"""Losses and gradients against values that the original implementations gave.
+"""Comparison of losses and gradients with values of the original implementations.
 
-`LKD_FIXTURES=<folder>` reads another folder of the same layout: every file and case in it of a method that lkd has.
-How a file's tensors become the values of lkd's classes is `PARITY` in the tests of the method (tests/losses/methods/).
+`LKD_FIXTURES=<folder>` selects another folder with the same layout; all its cases of lkd's methods are compared.
+`PARITY` in a method's tests (tests/losses/methods/) maps the tensors of a file to the values of lkd's classes.
 """
 
 from __future__ import annotations
@@ -60,6 +60,6 @@ def test_there_are_cases() -> None:
 
 
 def test_every_file_is_compared() -> None:
-    """But for the weights of a network, and for KDSVD, whose tests choose the signs of the singular vectors."""
+    """Exceptions: weights of networks, and KDSVD, whose tests choose the signs of the singular vectors."""
     files = (Path(__file__).parent / "reference").glob("*.safetensors")
     assert {path.stem for path in files} - set(PARITY) == {"akamaster_resnet20", "kdsvd"}

@@ -41,7 +41,7 @@ SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enabl
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """Every named file of the README, a shop, and the weights that would be downloaded."""
+    """All files that the pages name, a shop, and the weights that would be downloaded."""
     root = tmp_path_factory.mktemp("reader")
     for _, text in BLOCKS:
         if named := re.match(r"# (\w+\.(py|yaml))\n", text):
@@ -64,7 +64,7 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def reader(files: Path, monkeypatch) -> None:
-    """The folder of someone who saved these files."""
+    """A working folder that contains these files."""
     shutil.copytree(files, Path.cwd(), copy_function=os.link, dirs_exist_ok=True)
     monkeypatch.syspath_prepend(Path.cwd())
     monkeypatch.setenv("TORCH_HOME", "torch")  # the weights are there: nothing is downloaded

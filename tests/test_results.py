@@ -182,7 +182,7 @@ def test_stores_are_merged(plan, whole, copy, tmp_path, capsys) -> None:
 
 
 def test_complete_configs_and_the_metric_of_their_task(tmp_path) -> None:
-    """A plan of segmentation: its figures are the mean IoU, and students learn from the teacher that it trained."""
+    """A segmentation plan reports the mean IoU, and its students learn from the teacher that it trained."""
     short = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "limit_test_batches": 1}
     configs = {TEACHER: "shapes/teacher", STUDENT: "shapes/student", "kd": "shapes/kd"}
     trainer = {"accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0, **short}

@@ -108,7 +108,7 @@ class Plan:
         methods: Names of overlays in configs/methods/, each with its settings.
         seeds: Seeds of the students; teachers use the first one.
         config: Settings of all cells, which override those of data, networks and recipe.
-        complete: Complete configs, in place of data, recipes, pairs and methods: name of each pair of networks, with
+        complete: Complete configs, instead of data, recipes, pairs and methods: for each pair of networks, its name and
             the configs of its `teacher`, its `student alone` and its methods.
     """
 

@@ -1,4 +1,4 @@
-"""Predictions for a few validation images in TensorBoard."""
+"""Callback that logs validation images with predictions to TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from lkd.types import Batch
 
 
 class PredictionImages(L.Callback):
-    """Show the predictions for some validation images in TensorBoard: image, label, teacher and student.
+    """Log validation images with their labels and the predictions of teacher and student to TensorBoard.
 
     Masks are shown in colors, classes as text with their probabilities. The images are evenly spaced in the validation
-    split (with several processes: in the share of the first one), so they are the same in each epoch. The networks run
+    split (with several processes, in the share of the first one), so they are the same in each epoch. The networks run
     once more on these images only; random states are restored.
 
     Args:
@@ -43,7 +43,7 @@ class PredictionImages(L.Callback):
         self._rows: list[Row] = []
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Check task and logger."""
+        """Check the task and the logger."""
         if type(pl_module.task).views is Task.views:
             raise ValueError(
                 f"PredictionImages cannot show predictions of {type(pl_module.task).__name__}; override its method "
@@ -53,7 +53,7 @@ class PredictionImages(L.Callback):
             rank_zero_warn("PredictionImages shows nothing, because it requires the TensorBoardLogger")
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Start with no images."""
+        """Discard the images of the previous epoch."""
         self._rows = []
 
     def on_validation_batch_end(
@@ -66,7 +66,7 @@ class PredictionImages(L.Callback):
         batch = _part(pl_module.read(batch), count)
         with devices.isolated_random_numbers(pl_module.device), trainer.precision_plugin.forward_context():
             logits = pl_module.network_logits(batch)
-        if trainer.is_global_zero:  # the others take part, since sharded weights require all processes
+        if trainer.is_global_zero:  # all processes run the networks, as sharded weights require
             self._rows += _views(pl_module, batch, logits, getattr(trainer, "datamodule", None))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -83,7 +83,7 @@ class PredictionImages(L.Callback):
         return is_fit and is_due and not trainer.sanity_checking and bool(_writers(trainer))
 
     def _counts(self, trainer: L.Trainer) -> Counter[int]:
-        """Return the number of images from each batch, by the index of the batch."""
+        """Return the number of images to select from each batch, by batch index."""
         batches = trainer.num_val_batches[0]
         last = batches if isinstance(batches, int) else self.num_images  # the length of a stream is unknown
         return Counter(number * last // self.num_images for number in range(self.num_images))

@@ -1,4 +1,4 @@
-"""Drawing of views as one image, with a row per sample and a column per network."""
+"""Functions that draw views as one image, with one row per sample."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from lkd.tasks.views import Color, View
 
 Row: TypeAlias = Mapping[str, View]
-"""Views of one sample, by the title of the column."""
+"""Views of one sample, by column title."""
 
 _CELL, _GAP, _LINE, _SIZE = 140, 6, 22, 18
-"""Width of a cell, gap between cells, height of a line of text and size of its letters, in pixels."""
+"""Width of a cell, gap between cells, height of a line of text and font size, in pixels."""
 
 
 def sheet(rows: Sequence[Row]) -> Tensor:
-    """Draw views as a table.
+    """Draw views as a table with one row per sample.
 
     Args:
         rows: Views of each sample, with the same columns.
@@ -55,7 +55,7 @@ def _left(column: int) -> int:
 
 
 def _scaled(image: Tensor) -> Image.Image:
-    """Convert an image to the width of a cell: small ones by repeating pixels, large ones by averaging."""
+    """Scale an image to the width of a cell: small images by repeating pixels, large ones by averaging."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     size = _CELL, max(1, round(_CELL * picture.height / picture.width))
     return picture.resize(size, Image.Resampling.NEAREST if picture.width <= _CELL else Image.Resampling.BOX)
@@ -85,7 +85,7 @@ def _write(draw: ImageDraw.ImageDraw, left: int, top: int, text: str) -> None:
 
 
 def _wrapped(legend: Mapping[str, Color], width: int) -> list[list[tuple[str, Color]]]:
-    """Divide the entries of a legend into lines."""
+    """Split the entries of a legend into lines."""
     per_line = max(1, (width - _GAP) // (_CELL + _GAP))
     entries = list(legend.items())
     return [entries[start : start + per_line] for start in range(0, len(entries), per_line)]

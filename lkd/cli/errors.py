@@ -197,11 +197,11 @@ _IN_WORDS = {
     "str": "a string",
     "tuple": "a list",
 }
-"""Types of settings, in words of YAML."""
+"""Readable names of Python types."""
 
 
 def _in_words(reason: str) -> str:
-    """Replace names of Python types by words."""
+    """Replace the names of Python types with readable ones."""
     reason = re.sub(r"\b(expected|or) (\w+)\b", lambda found: f"{found[1]} {_IN_WORDS.get(found[2], found[2])}", reason)
     choices = re.compile(r"Literal\[(.*?)\]")
     reason = choices.sub(lambda found: "one of " + found[1].replace("'", ""), reason)

@@ -95,10 +95,10 @@ def _parsed(args: Sequence[str]) -> Any:
 
 
 def _task_of(given: Any, runs: Mapping[str, Trained]) -> Task:
-    """Return the task of the networks: that of the setting `task`, or else that of the runs.
+    """Return the task of the networks: the setting `task` if given, otherwise the task of the runs.
 
     Raises:
-        ValueError: If the runs have different tasks, or networks of the task cannot be compared.
+        ValueError: If the runs have different tasks, or `lkd compare` does not support the task.
     """
     tasks = {name: run.module.task for name, run in runs.items()}
     task: Task = given.task or next(iter(tasks.values()), Classification())

@@ -33,7 +33,7 @@ _TITLES = "top-1 accuracy", "top-1 accuracy"
 @former_members(answers="predictions")
 @dataclass
 class Comparison(Measurements[Figures, Difference]):
-    """Comparison of classifiers, from their logits.
+    """Comparison of classifiers, based on their logits.
 
     Attributes:
         predictions: Logits of the networks, labels, and images with different predictions.
@@ -42,22 +42,22 @@ class Comparison(Measurements[Figures, Difference]):
     predictions: Predictions
 
     def tables(self, members: bool = False) -> list[Grid]:
-        """Create all tables, the most important one first."""
+        """Create all tables, most important first."""
         return tables(self, members)
 
 
 @dataclass
 class ScoreComparison(Measurements[ScoreFigures, ScoreDifference]):
-    """Comparison of networks of another task, from the counts that the task defines (`Task.tally`).
+    """Comparison of networks for other tasks, based on the counts that the task defines (`Task.tally`).
 
     Attributes:
-        disputed: Views of the images on which a network and the teacher differ the most, by network.
+        disputed: Views of the images on which a network and the teacher differ most, by network.
     """
 
     disputed: dict[str, list[Row]]
 
     def tables(self, members: bool = False) -> list[Grid]:
-        """Create all tables, the most important one first."""
+        """Create all tables, most important first."""
         return score_tables(self)
 
 
@@ -108,13 +108,13 @@ def compare(
 
 
 def check_comparable(task: Task) -> None:
-    """Check that networks of a task can be compared.
+    """Check that `lkd compare` supports a task.
 
     Args:
         task: The task.
 
     Raises:
-        ValueError: If the task does not define how.
+        ValueError: If the task neither stores logits nor defines `tally`.
     """
     if not task.caches_logits and type(task).tally is Task.tally:
         raise ValueError(
@@ -124,7 +124,7 @@ def check_comparable(task: Task) -> None:
 
 
 class Run(NamedTuple):
-    """What all comparisons have in common; see the arguments of `compare`."""
+    """Settings that all comparisons share; see the arguments of `compare`."""
 
     candidates: Sequence[Candidate]
     data: L.LightningDataModule
@@ -143,12 +143,12 @@ class Run(NamedTuple):
         return groups, [method_difference(*pair) for pair in combinations(groups, 2)]
 
     def class_names(self, number: int) -> list[str]:
-        """Return the names of the classes from the data; those without a name are named by their index."""
+        """Return the class names from the data; a class without a name is named by its index."""
         names = [str(name) for name in getattr(self.data, "class_names", None) or ()]
         return [class_name(names, one) for one in range(number)]
 
     def facts(self, device: torch.device, images: int) -> dict[str, str]:
-        """Describe data, device, versions and networks."""
+        """Describe the data, the device, the versions and the networks."""
         where = f"{device.type}, {platform.machine()}" if device.type == "cpu" else devices.name_of(device)
         return {
             "data": f"{place_of(self.data)}, {self.split} split, {images:,} images",
@@ -177,7 +177,7 @@ def _by_logits(run: Run, teacher: str | None, batch_sizes: Sequence[int]) -> Com
 
 
 def _by_counts(run: Run, teacher: str | None, batch_sizes: Sequence[int] | None, task: Task) -> ScoreComparison:
-    """Compare networks of a task whose outputs are counted batch by batch."""
+    """Compare networks of a task by counts, which are computed batch by batch."""
     tallies = Tallies(run.candidates, task, teacher, class_names=getattr(run.data, "class_names", None) or ())
     device, example = run_networks(run.candidates, run.data, run.split, task, tallies, run.accelerator, run.progress)
     counts = {name: torch.cat(parts) for name, parts in tallies.counts.items()}

@@ -112,7 +112,7 @@ def resized(example: Any, size: int) -> Any:
     """Repeat or truncate inputs to a batch size.
 
     Args:
-        example: Inputs `(B, ...)`, or a structure of them.
+        example: Inputs `(B, ...)`, or a nested structure of them.
         size: Batch size of the result.
     """
     index = torch.arange(size) % size_of(example)
@@ -123,7 +123,7 @@ def size_of(example: Any) -> int:
     """Return the batch size of inputs.
 
     Args:
-        example: Inputs `(B, ...)`, or a structure of them.
+        example: Inputs `(B, ...)`, or a nested structure of them.
     """
     return next(len(leaf) for leaf in tree_leaves(example) if isinstance(leaf, Tensor))
 

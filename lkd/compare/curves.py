@@ -62,7 +62,7 @@ def _quality(figures: Figures | ScoreFigures) -> dict[str, float | None]:
 
 
 def _disputed(found: Comparison | ScoreComparison) -> dict[str, Tensor]:
-    """Return an image of the images on which each network and the teacher disagree."""
+    """Return one image per network, which shows the samples on which it and the teacher disagree."""
     if isinstance(found, ScoreComparison):
         return {name: sheet(rows) for name, rows in found.disputed.items()}
     kept = found.predictions.disputed

@@ -69,6 +69,6 @@ class Grid:
         yield Text(f"{self.note}\n", style="dim")
 
     def _needed(self, number: int) -> int:
-        """Return the width of a column without line breaks in its cells; its name may be wrapped between words."""
+        """Return the width that a column needs without line breaks in its cells; its name may wrap between words."""
         words = self.head[number].split(" ")
         return max(map(len, [*words, *(row[number] for row in self.rows)]))

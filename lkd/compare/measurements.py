@@ -52,7 +52,7 @@ class Measurements(ABC, Generic[F, D]):
 
     @abstractmethod
     def tables(self, members: bool = False) -> list[Grid]:
-        """Create all tables, the most important one first.
+        """Create all tables, most important first.
 
         Args:
             members: Whether to show the individual networks of groups in the terminal as well.

@@ -76,21 +76,21 @@ class Predictions:
 
 
 class Collector(ABC):
-    """Receives the logits of all networks, batch by batch."""
+    """Base class of collectors, which receive the logits of all networks batch by batch."""
 
     @abstractmethod
     def add(self, batch: Batch, logits: Mapping[str, Tensor], data: Any) -> None:
         """Process one batch.
 
         Args:
-            batch: The batch, as the task prepares it.
+            batch: The batch, as prepared by the task.
             logits: Logits of each network in float32, by name.
             data: Data module.
         """
 
 
 class _Logits(Collector):
-    """Stores the logits of all images, and the images with the largest disagreement with the teacher."""
+    """Collector that stores all logits, and the images on which a network disagrees most with the teacher."""
 
     def __init__(self, candidates: Sequence[Candidate], teacher: str | None, shown: int) -> None:
         self.teacher, self.shown = teacher, shown

@@ -1,4 +1,4 @@
-"""Tables of a comparison by the counts of a task."""
+"""Tables of a comparison based on the counts of a task."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lkd.compare.scores import ScoreDifference, ScoreFigures
 from lkd.compare.tables import bracket, cost_table, method_table, range_of, signed, verdict
 
 Found: TypeAlias = Measurements[ScoreFigures, ScoreDifference]
-"""Comparison by counts."""
+"""Comparison based on counts."""
 _MOST = 30
 """Maximum number of classes in the table for the terminal."""
 
 
 def score_tables(found: Found) -> list[Grid]:
-    """Create all tables of a comparison, the most important one first.
+    """Create all tables of a comparison, most important first.
 
     Args:
         found: The comparison.

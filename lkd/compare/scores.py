@@ -1,4 +1,4 @@
-"""Comparison of networks by the counts that a task defines, for outputs that are too large to be stored."""
+"""Comparison of networks by counts that a task defines, for outputs that are too large to store."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Estimate:
 
     Attributes:
         value: Value on all images; NaN if it is undefined.
-        interval: Lower and upper end.
+        interval: Lower and upper bound.
     """
 
     value: float
@@ -78,18 +78,18 @@ class ScoreDifference:
 
 
 class Tallies(Collector):
-    """Counts of each image, and views of the images on which a network and the teacher differ the most.
+    """Collector of counts per image, and of views of the images on which a network and the teacher differ most.
 
     Args:
         candidates: The networks.
         task: Their task.
         teacher: Name of the teacher; None if there is none.
-        shown: Maximum number of images per network that are shown.
+        shown: Maximum number of images shown per network.
         class_names: Names of the classes.
 
     Attributes:
         counts: Counts of each image `(B, S, K)`, by network; one tensor per batch.
-        to_teacher: The same with the teacher's predictions as labels.
+        to_teacher: The same counts with the teacher's predictions as labels.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Tallies(Collector):
 
     @property
     def disputed(self) -> dict[str, list[Row]]:
-        """Views of the images on which network and teacher differ the most, by network."""
+        """Views of the images on which a network and the teacher differ most, by network."""
         return {name: [row for _, row in rows] for name, rows in self._rows.items() if rows}
 
 
@@ -155,7 +155,7 @@ def _rows_of(batch: Batch, rows: list[int]) -> Batch:
 
 @dataclass(frozen=True)
 class Samples:
-    """Bootstrap samples of a network: the images are drawn with replacement, the same ones for all networks.
+    """Metrics of a network on R bootstrap samples of the images, which are the same for all networks.
 
     Attributes:
         scores: Metrics of each sample `(R,)`, by title.

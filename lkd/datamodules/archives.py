@@ -125,14 +125,14 @@ class ArchiveDataModule(ImageDataModule):
 
 @contextmanager
 def explained(title: str, root: str, archives: str, download: bool, alternative: str, offline: str) -> Iterator[None]:
-    """Context that replaces the error of a missing or incomplete dataset by one that says what to do.
+    """Context manager that replaces the error for a missing or incomplete dataset with one that states the remedy.
 
     Args:
         title: Name of the dataset.
         root: Folder of the dataset.
         archives: Names, sources and target folder of the archives; `{root}` stands for `root`.
         download: Whether a download was allowed.
-        alternative: What `root` may be instead.
+        alternative: Description of what `root` may be instead.
         offline: Config that requires no download.
 
     Raises:

@@ -178,7 +178,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     @property
     def whole_shape(self) -> tuple[int, int, int]:
-        """Shape `(C, H, W)` of images without a random crop: in evaluation, and in training if there is none."""
+        """Shape `(C, H, W)` of images without random cropping: in evaluation, and in training without a random crop."""
         return self.input_shape
 
     @property

@@ -16,14 +16,14 @@ from lkd.datamodules.shapes import distance_outside
 _SHAPES = 3
 """Maximum number of shapes in an image; later ones cover earlier ones."""
 _VISIBLE = 16
-"""Minimum number of visible pixels of a shape; others have no box."""
+"""Minimum number of visible pixels of a shape; shapes with fewer have no box."""
 
 
 class SyntheticDetectionDataModule(DetectionDataModule):
-    """Images of discs, squares, diamonds and crosses on a noisy background. They are the same in every run.
+    """Generated images of discs, squares, diamonds and crosses on a noisy background, the same in every run.
 
-    Each image has up to three shapes of random colors, sizes and positions, so that only the shape tells the class, and
-    random height and width. Boxes enclose the visible pixels of a shape.
+    The images have random heights and widths. Each contains up to three shapes of random colors, sizes and positions,
+    so that only the shape determines the class. Boxes enclose the visible pixels of a shape.
 
     Args:
         size: Minimum and maximum height and width of the images.
@@ -32,7 +32,7 @@ class SyntheticDetectionDataModule(DetectionDataModule):
         kwargs: Arguments of `DetectionDataModule`.
 
     Raises:
-        ValueError: If the sizes are not in order, or the images are smaller than 16 pixels.
+        ValueError: If the minimum size is less than 16 pixels or greater than the maximum.
     """
 
     class_names = ("background", "disc", "square", "diamond", "cross")
@@ -72,5 +72,5 @@ class SyntheticDetectionDataModule(DetectionDataModule):
         background = torch.rand(3, 1, 1, generator=generator).expand(3, height, width)
         image = torch.where(inside.any(0), (visible[:, None] * color).sum(0), background) + noise
         kept = visible.sum((1, 2)) >= _VISIBLE
-        boxes = masks_to_boxes(visible[kept]) + torch.tensor([0.0, 0.0, 1.0, 1.0])  # the last pixel is inside
+        boxes = masks_to_boxes(visible[kept]) + torch.tensor([0.0, 0.0, 1.0, 1.0])  # a box includes its last pixel
         return (255 * image).round().clamp(0, 255).to(torch.uint8), boxes, kind.flatten()[kept]

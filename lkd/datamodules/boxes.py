@@ -30,9 +30,9 @@ class BoxSource:
     """Images with boxes. The boxes of all images are stored in one tensor, which workers share.
 
     Args:
-        images: Images `(C, H_i, W_i)`, uint8: a list, or an object that reads them one by one.
+        images: Images `(C, H_i, W_i)`, uint8, as a list or as an object that reads them one by one.
         boxes: Boxes of all images `(M, 4)`, float32: x1, y1, x2, y2 in pixels, with x1 < x2 and y1 < y2.
-        labels: Classes of the boxes `(M,)`, int64; class 0 is the background and does not occur.
+        labels: Classes of the boxes `(M,)`, int64; class 0, the background, does not occur.
         counts: Number of boxes of each image `(N,)`, int64.
 
     Raises:
@@ -87,7 +87,7 @@ class BoxDataset(Dataset[Batch]):
         return self.__getitems__([key])
 
     def __getitems__(self, keys: Sequence[int]) -> Batch:
-        """Return the samples of some keys; see `Key`."""
+        """Return the samples of the given keys as a batch; see `Key`."""
         epoch, position, _ = read_keys(keys)
         index = self.index[position]
         flipped = (uniform(self.seed, epoch, index, 0)[:, 0] < self.flip).tolist()

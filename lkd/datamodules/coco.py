@@ -24,9 +24,9 @@ InvalidBoxes = Literal["fail", "skip"]
 class CocoDetectionDataModule(DetectionDataModule):
     """Folders of images with annotation files in COCO's format.
 
-    Class 0 is the background; the categories are numbered from 1 in the order of their ids. Regions of crowds
-    (`iscrowd`) are excluded, also from the metrics, in contrast to COCO's evaluation, which ignores detections in them.
-    Boxes are clipped to their image.
+    Class 0 is the background; the categories are numbered from 1 in the order of their ids. Crowd regions (`iscrowd`)
+    are excluded, also from the metrics. In contrast, COCO's evaluation ignores detections in them. Boxes are clipped to
+    their image.
 
     Args:
         images: Folder of the training images.
@@ -35,10 +35,10 @@ class CocoDetectionDataModule(DetectionDataModule):
         val_annotations: Annotation file of the validation images.
         test_images: Folder of the test images, for `lkd test`.
         test_annotations: Annotation file of the test images.
-        keep_ids: Whether classes are the category ids of the file, as for weights of torchvision that were trained on
-            COCO (91 classes), instead of being numbered without gaps.
-        invalid_boxes: What to do with boxes that have no area or are outside of their image: `fail` raises an error,
-            `skip` excludes them. COCO contains some.
+        keep_ids: Whether to use the category ids of the file as classes instead of numbering the categories without
+            gaps. Required for torchvision's weights that were trained on COCO (91 classes).
+        invalid_boxes: Treatment of boxes that have no area or lie outside of their image: `fail` raises an error,
+            `skip` excludes them. COCO contains such boxes.
         kwargs: Arguments of `DetectionDataModule`.
 
     Raises:
@@ -133,7 +133,7 @@ class CocoFile:
         Args:
             folder: Folder of the images.
             labels: Class of each category id.
-            invalid: What to do with boxes that have no area or are outside of their image.
+            invalid: Treatment of boxes that have no area or lie outside of their image.
 
         Raises:
             FileNotFoundError: If the folder or an image is missing.
@@ -160,7 +160,7 @@ class CocoFile:
 
 
 class CocoImages:
-    """Image files of an annotation file.
+    """Image files that are listed in an annotation file.
 
     Args:
         folder: Folder of the images.

@@ -302,7 +302,7 @@ class ImageDataset(Dataset[Batch]):
         return self.read_image(index, draws)[0]
 
     def read_image(self, index: int, draws: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Read one image without its extra channels, and return its full height and width as well; see `read`."""
+        """Read one image without its extra channels, and return it with its full height and width; see `read`."""
         try:
             image, full = self._decode(index, draws)
             image = self.resize.reduced(image, full, self.shape[1:], draws)

@@ -135,7 +135,7 @@ class DetectionDataModule(L.LightningDataModule, ABC):
             raise ValueError(f"{type(self).__name__} has no {split} images yet; call prepare_data() and setup()")
         dataset, training = self.datasets[split], split == "train"
         processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        # In evaluation, each image is in one process only, since a repeated one would count twice.
+        # In evaluation, each image is assigned to one process only, because a repeated image would count twice.
         sampler = EpochSampler(dataset, processes, rank, training, dataset.seed, padded=training)
         workers = self.num_workers
         if workers is None:
@@ -155,7 +155,10 @@ class DetectionDataModule(L.LightningDataModule, ABC):
         return loader
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return the loader of training images: flipped at random, shuffled, in full batches if there is one."""
+        """Return the loader of training images, shuffled and flipped at random.
+
+        An incomplete last batch is dropped, unless it is the only one.
+        """
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:

@@ -90,7 +90,7 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
 
 
 def is_plain(source: object) -> TypeGuard[ImageFiles]:
-    """Whether a source returns the pixels of its files. A subclass that overrides the reading may return others."""
+    """Return whether a source returns the pixels of its files; a subclass that overrides reading may return others."""
     reading = ("__getitem__", "open", "path")
     return all(getattr(type(source), name, None) is getattr(ImageFiles, name) for name in reading)
 

@@ -1,4 +1,4 @@
-"""Image files with mask files: finding pairs, and reading masks."""
+"""Image files with mask files: functions that find pairs and read masks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SINGLE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 
 
 class MaskError(ValueError):
-    """Raised if the content of a mask is wrong."""
+    """Exception for a mask file with invalid content."""
 
 
 class MaskedFiles(ImageFiles):
@@ -32,8 +32,8 @@ class MaskedFiles(ImageFiles):
         files: Names of the images relative to the folder.
         masks: Names of the masks relative to the folder, one for each image.
         num_classes: Number of classes.
-        label_map: Class of each label in the mask files; labels that are mapped to 255 are ignored. All other labels
-            are classes themselves.
+        label_map: Class of each label in the mask files; labels that are mapped to 255 are ignored. Labels that are not
+            mapped are class indices.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class MaskedFiles(ImageFiles):
             size: Height and width of its image.
 
         Returns:
-            Image of mode P with the pixels `255 - class`. Transforms of images scale it by nearest neighbor, and the
-            zeros with which they fill are ignored.
+            Image of mode P whose pixels are `255 - class`. Image transforms scale it with nearest-neighbor
+            interpolation, and the zeros with which they fill are ignored.
 
         Raises:
             MaskError: If the mask has several channels, another size, or labels without a class.
@@ -92,7 +92,7 @@ class MaskedFiles(ImageFiles):
         return Image.frombytes("P", (size[1], size[0]), (IGNORED - target).tobytes())
 
     def largest(self) -> tuple[int, int]:
-        """Return the largest height and the largest width of the images. Files that cannot be opened are left out."""
+        """Return the largest height and the largest width of the images. Files that cannot be opened are skipped."""
         sizes = [(1, 1)]
         for index in range(len(self)):
             with suppress(OSError), self.open(index) as image:  # reported when the image is read
@@ -102,13 +102,13 @@ class MaskedFiles(ImageFiles):
 
 
 def paired(folder: Path, images: Path, masks: Path, suffix: tuple[str, str] = ("", "")) -> tuple[list[str], list[str]]:
-    """Find the mask of each image: the file of the same name in another folder, apart from the extension.
+    """Find the mask of each image: the file with the same name, except for the extension, in another folder.
 
     Args:
         folder: Folder to which the returned names are relative.
         images: Folder of the images, at any depth.
         masks: Folder of the masks, with the same subfolders.
-        suffix: What the names of images and of masks end with before the extension; other files are left out.
+        suffix: Endings, before the extension, of the names of images and of masks; other files are skipped.
 
     Returns:
         Names of the images and of their masks, in sorted order.

@@ -18,10 +18,10 @@ from lkd.types import IGNORE_INDEX, Batch
 
 
 class MaskDataset(ImageDataset):
-    """Dataset of images with masks. The last channel of an image is its mask, so both are moved by the same draws.
+    """Dataset of images with masks. The mask is the last channel of its image, so both are transformed alike.
 
-    The channel holds `255 - class`: transforms fill with 0, which then means `IGNORED`. A mask file is resized as its
-    image is, by nearest neighbor.
+    The channel holds `255 - class`: transforms fill with 0, which then means `IGNORED`. A mask file is resized like its
+    image, with nearest-neighbor interpolation.
     """
 
     extra_channels: ClassVar[int] = 1

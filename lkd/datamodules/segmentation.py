@@ -20,14 +20,14 @@ class SegmentationDataModule(ImageDataModule):
 
     For images of one size in memory, subclasses set the attributes of `ImageDataModule` and override `make_masks`; for
     files, see `SegmentationFolderDataModule`. Pixels with the label 255 have no class; their target is `IGNORE_INDEX`.
-    Random scaling, crops and flips move image and mask alike; all other transforms change only the image. `label_size`
-    chooses whole images.
+    Random scaling, crops and flips are applied to image and mask alike; all other transforms change only the image.
+    `label_size` selects whole images.
 
     Args:
         kwargs: Arguments of `ImageDataModule`, except `views`, `mix` and `extra`.
 
     Raises:
-        ValueError: If `views`, `mix` or `extra` is set, or images and masks do not fit together.
+        ValueError: If `views`, `mix` or `extra` is set, or images and masks do not match.
     """
 
     _dataset_class = MaskDataset

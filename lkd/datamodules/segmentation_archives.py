@@ -31,14 +31,14 @@ microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, h
 ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag
 """
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-"""Labels of the evaluated classes of Cityscapes in `labelIds.png`, in the order of their training numbers."""
+"""Labels of the evaluated classes of Cityscapes in `labelIds.png`, in the order of their train IDs."""
 
 
 class SegmentationArchiveDataModule(MaskedFilesDataModule):
     """Base class of published datasets of images with masks. Their validation images are the test set.
 
-    The labels of the published test images are secret. During training, validation images are hence held out from the
-    training images, so that the test set is not used for choosing a checkpoint.
+    The labels of the published test images are not public. During training, validation images are therefore held out
+    from the training images, so that the test set is not used to select a checkpoint.
 
     Args:
         root: Folder of the dataset.
@@ -67,7 +67,7 @@ class SegmentationArchiveDataModule(MaskedFilesDataModule):
 
         Args:
             folder: Folder of the unpacked dataset.
-            training: Whether to return the training images or the validation images.
+            training: Whether to return the training images instead of the validation images.
 
         Returns:
             Names of the images and of their masks, relative to the folder.
@@ -229,7 +229,7 @@ class ADE20KDataModule(SegmentationArchiveDataModule):
         super().__init__(root, image_size=image_size, eval_size=eval_size, label_map=classes, **kwargs)
 
     def default_augment(self) -> list[ImageTransform | BatchTransform]:
-        """Return random scaling of the shorter side around 512 pixels with crops, and horizontal flips."""
+        """Return random scaling of the shorter side around 512 pixels with cropping, and random horizontal flips."""
         return [RandomScaledCrop(side=512), RandomHorizontalFlip()]
 
     def locate(self) -> Path:

@@ -1,4 +1,4 @@
-"""Images and masks in files."""
+"""Data modules of images and masks in files."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class MaskedFilesDataModule(SegmentationDataModule):
     """Base class of data modules that read images and masks from files. Subclasses override `find`.
 
     A mask is an image with one channel whose pixels are class numbers; palettes are ignored. Training images are scaled
-    at random and cropped to `image_size` by default; images are evaluated as a whole. If they differ in size, smaller
-    ones are padded at the right and at the bottom, and the padding is ignored.
+    at random and cropped to `image_size` by default; evaluation uses whole images. If the images differ in size,
+    smaller ones are padded on the right and at the bottom, and the padding is ignored.
 
     Args:
         image_size: Height and width of the training crops; by default the largest height and width of all images.
         eval_size: Height and width of images in evaluation; larger images are scaled down to fit. By default the
             largest height and width of all images, so that images are evaluated at their full size.
         label_map: Class of each label in the mask files; labels that are mapped to 255 are ignored. Labels that are not
-            mapped are classes themselves.
+            mapped are class indices.
         kwargs: Arguments of `SegmentationDataModule`.
     """
 
@@ -77,7 +77,7 @@ class MaskedFilesDataModule(SegmentationDataModule):
         return (3, *self._whole_size) if self._whole_size is not None else self.input_shape
 
     def default_augment(self) -> list[ImageTransform | BatchTransform]:
-        """Return random scaling with crops, and horizontal flips."""
+        """Return random scaling with cropping, and random horizontal flips."""
         return [RandomScaledCrop(), RandomHorizontalFlip()]
 
     def setup(self, stage: str) -> None:
@@ -100,7 +100,7 @@ class MaskedFilesDataModule(SegmentationDataModule):
 
 
 class SegmentationFolderDataModule(MaskedFilesDataModule):
-    """Images in `root/train/images/` and masks of the same names in `root/train/masks/`; likewise `val` and `test`.
+    """Images in `root/train/images/` and masks with the same names in `root/train/masks/`; likewise `val` and `test`.
 
     Instead of the folders of a split, `root/train.txt` (`val.txt`, `test.txt`) may list its files: one image and its
     mask per line, relative to `root`. Without `test`, `val` is the test set; without `val`, validation images are held

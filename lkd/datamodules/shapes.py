@@ -66,7 +66,7 @@ def _distance(side: int, number: int, generator: torch.Generator) -> Tensor:
 
 
 def distance_outside(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Return how far each pixel `(N, H, W)` lies outside of its image's shape; negative inside.
+    """Return how far each pixel `(N, H, W)` lies outside the shape in its image; negative inside.
 
     Args:
         kind: 1 for a disc, 2 for a square, 3 for a diamond, 4 for a cross `(N, 1, 1)`.

@@ -67,7 +67,7 @@ class FeatureExtractor:
             input: Input of the network.
 
         Returns:
-            Logits, the features of the layers by name, and what the network returned.
+            Logits, the features of the layers by name, and the unprocessed output of the network.
 
         Raises:
             ValueError: If the forward pass did not reach a layer.
@@ -172,7 +172,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def tensors_in(predictions: Any) -> list[Tensor]:
-    """Return the floating-point tensors of predictions, which are a tensor or a collection that contains tensors.
+    """Return the floating-point tensors in predictions, which are a tensor or a collection of tensors.
 
     Args:
         predictions: What `Task.logits` returns.

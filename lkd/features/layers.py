@@ -31,8 +31,8 @@ class FeatureLayers(NamedTuple):
         stages: Last outputs of the stages, after their activation `(B, C, H, W)`.
         preacts: The same before that activation.
         norms: BatchNorm layers whose outputs are the `preacts`, or are added to a shortcut to form them.
-        decoder: Outputs of the decoder's stages `(B, C, H, W)`, for segmentation.
-        map: Input of the global pooling, or of the head of a network for segmentation `(B, C, H, W)`.
+        decoder: Outputs of the decoder's stages of a segmentation network `(B, C, H, W)`.
+        map: Input of the global pooling, or of the head of a segmentation network `(B, C, H, W)`.
         pooled: Input of the classifier `(B, C)`.
         head: The classifier.
         pyramid: Levels of a detector's feature pyramid `(B, C, H, W)`, from fine to coarse.

@@ -176,8 +176,8 @@ class FGD(DistillLoss):
     A 1x1 convolution maps the student's channels to the teacher's where the numbers differ. Smaller maps are
     interpolated to the size of larger ones. The boxes are `boxes` of each entry of `Batch.target`. Detectors of
     `lkd.models` state which area their maps cover; other networks must place all images of a batch at the top left of
-    an area as large as the largest height and width of the batch. Batches without boxes, such as those of
-    classification and segmentation, have background only.
+    an area as large as the largest height and width of the batch. Batches without boxes, as in classification and
+    segmentation, consist of background only.
 
     Args:
         student_layers: Student layers whose feature maps are compared, for example the outputs of an FPN.

@@ -65,9 +65,9 @@ class LD(DistillLoss):
     probability is close to 0 at most of those that are not assigned.
 
     Args:
-        student_layers: Student layers that return the logits of the distributions `(B, 4 * (reg_max + 1), H, W)`. Of a
-            head that is called once per level, a hook sees the last level only; `@box_maps` and, for `class_layers`,
-            `@class_maps` of the detectors in lkd are those of all levels.
+        student_layers: Student layers that return the logits of the distributions `(B, 4 * (reg_max + 1), H, W)`. If a
+            head is called once per level, a forward hook on it sees only the last level. For lkd's detectors,
+            `@box_maps` and, for `class_layers`, `@class_maps` refer to all levels.
         teacher_layers: Teacher layers, one for each student layer.
         class_layers: Student layers that return the class logits of the same positions `(B, K, H, W)`, one for each
             layer. Without them, these are the student's logits.

@@ -11,19 +11,20 @@ from lkd.types import IGNORE_INDEX, Batch, Outputs, Predictions, Probe
 
 
 class PerAnchor(CompositeLoss):
-    """A logit criterion applied to detectors: each anchor is a sample.
+    """Logit criterion applied to detectors, with each anchor as a sample.
 
-    Of each image, the anchors are distilled at which the teacher's largest class logit is highest, without the
-    background (class 0): most of the others show background only. The labels of anchors are not known, so the criterion
-    must not read them. Student and teacher must have the same anchors, that is, heads on the same pyramid.
+    In each image, only the anchors with the teacher's highest class logits, without the background (class 0), are
+    distilled, because most other anchors show only background. The labels of anchors are unknown, so the criterion must
+    not read them. Student and teacher must have the same anchors, that is, heads on the same pyramid.
 
     Args:
-        criterion: Criterion of logits, such as `KD`, `LogitMSE` or `DIST`.
-        max_anchors: Number of anchors of each image.
+        criterion: Logit criterion, such as `KD`, `LogitMSE` or `DIST`.
+        max_anchors: Maximum number of anchors per image.
 
     Raises:
         ValueError: If the criterion reads features, labels, sample indices or several views, or `max_anchors` is less
-            than 1. At the start of training, if a network is not a detector with one stage, or their anchors differ.
+            than 1. At the start of training, if a network is not a one-stage detector, or the anchors of the networks
+            differ.
 
     References:
         Zheng et al.: Localization Distillation for Dense Object Detection, CVPR 2022 (arXiv 2102.12252), combine KD on

@@ -36,7 +36,7 @@ class Detector(nn.Module, ABC):
 
     Args:
         network: Detection network of torchvision, with or without trained weights. It normalizes and resizes its images
-            itself; their pixels are in [0, 1].
+            itself; the pixels of the input are in [0, 1].
         num_levels: Number of levels of its feature pyramid.
 
     Attributes:
@@ -89,7 +89,7 @@ class Detector(nn.Module, ABC):
     def predictions(
         self, images: ImageList, sizes: Sizes, num_classes: int, class_logits: Tensor | None, values: dict[str, Any]
     ) -> Predictions:
-        """Create the predictions, and remember how the images were resized.
+        """Create the predictions, and store how the images were resized.
 
         Args:
             images: Images, resized and padded to the same size.
@@ -133,7 +133,7 @@ class OneStageDetector(Detector):
     def predict(self, images: ImageList, levels: OrderedDict[str, Tensor], sizes: Sizes) -> Predictions:
         """Apply the heads to all levels."""
         features = list(levels.values())
-        head = {name: output.float() for name, output in self.network.head(features).items()}  # boxes need 32 bits
+        head = {name: output.float() for name, output in self.network.head(features).items()}  # boxes require float32
         grid = [(level.shape[2], level.shape[3]) for level in features]
         per_position = self.network.anchor_generator.num_anchors_per_location()
         counts = [number * height * width for number, (height, width) in zip(per_position, grid, strict=True)]
@@ -158,7 +158,7 @@ class OneStageDetector(Detector):
         """
 
     def detections(self, predictions: Predictions) -> list[dict[str, Tensor]]:
-        """Select the best boxes of each level, and suppress those that overlap with better ones."""
+        """Select the boxes with the highest scores of each level, and apply non-maximum suppression."""
         values = predictions.values
         head = {name: list(output.split(values["counts"], 1)) for name, output in values["head"].items()}
         anchors = [list(own.split(values["counts"])) for own in values["anchors"]]
@@ -225,14 +225,14 @@ class SSDDetector(OneStageDetector):
         return losses
 
     def _matched(self, boxes: Tensor, anchors: Tensor) -> Tensor:
-        """Return the box that each anchor is assigned to; -1 for the background."""
+        """Return the index of the box to which each anchor is assigned; -1 for the background."""
         if not len(boxes):
             return anchors.new_full((len(anchors),), -1, dtype=torch.int64)
         matched: Tensor = self.network.proposal_matcher(box_iou(boxes, anchors))
         return matched
 
     def detections(self, predictions: Predictions) -> list[dict[str, Tensor]]:
-        """Select the best boxes of each class from all levels, and suppress those that overlap with better ones."""
+        """Select the boxes with the highest scores of each class from all levels, and apply non-maximum suppression."""
         values = predictions.values
         found = self.network.postprocess_detections(values["head"], values["anchors"], values["resized"])
         return original(found, predictions)
@@ -241,8 +241,8 @@ class SSDDetector(OneStageDetector):
 class FasterRCNNDetector(Detector):
     """Faster R-CNN as a detector.
 
-    Its forward pass ends with the feature pyramid: the proposals, and the losses and detections, depend on the targets
-    or on the selection of boxes. Criteria read `@pyramid`.
+    The forward pass ends with the feature pyramid, because proposals, losses and detections depend on the targets or on
+    the selection of boxes. Criteria read `@pyramid`.
 
     Args:
         network: `FasterRCNN` of torchvision.
@@ -256,13 +256,13 @@ class FasterRCNNDetector(Detector):
         super().__init__(network, len(network.rpn.anchor_generator.num_anchors_per_location()))
 
     def predict(self, images: ImageList, levels: OrderedDict[str, Tensor], sizes: Sizes) -> Predictions:
-        """Keep the levels of the pyramid."""
+        """Store the levels of the pyramid in the predictions."""
         pool_exactly(self.network.roi_heads.box_roi_pool, levels, images.tensors.shape[-2])
         num_classes = self.network.roi_heads.box_predictor.cls_score.out_features
         return self.predictions(images, sizes, num_classes, None, {"images": images.tensors, "levels": levels})
 
     def losses(self, predictions: Predictions, target: Targets) -> dict[str, Tensor]:
-        """Compute the losses of the proposals and of the boxes, from samples that are drawn at random."""
+        """Compute the losses of the proposals and of the boxes, from randomly drawn samples."""
         target = resized(target, predictions)
         with self._stages(training=True):
             proposals, first = self.network.rpn(*self._inputs(predictions), target)
@@ -271,7 +271,7 @@ class FasterRCNNDetector(Detector):
         return {**first, **second}
 
     def detections(self, predictions: Predictions) -> list[dict[str, Tensor]]:
-        """Compute the proposals and their boxes."""
+        """Compute the proposals and, from these, the detections."""
         with self._stages(training=False):
             proposals, _ = self.network.rpn(*self._inputs(predictions))
             levels, sizes = predictions.values["levels"], predictions.values["resized"]
@@ -284,7 +284,7 @@ class FasterRCNNDetector(Detector):
 
     @contextmanager
     def _stages(self, training: bool) -> Iterator[None]:
-        """Let both stages return losses or detections; their layers keep their mode."""
+        """Make both stages return losses or detections, without changing the mode of their layers."""
         stages = self.network.rpn, self.network.roi_heads
         modes = [stage.training for stage in stages]
         try:
@@ -299,8 +299,8 @@ class FasterRCNNDetector(Detector):
 def pool_exactly(pool: MultiScaleRoIAlign, levels: Mapping[str, Tensor], height: int) -> None:
     """Set the scales of the levels from which boxes are pooled, if they are not set.
 
-    torchvision estimates them in the first forward pass, from images without their padding, and keeps the result: with
-    small images it may be wrong by a factor of 2, and a resumed run would continue with another one.
+    torchvision estimates the scales in the first forward pass, from the sizes of the images without padding, and keeps
+    them. For small images, they may be wrong by a factor of 2, and a resumed run might use different ones.
 
     Args:
         pool: Pooling layer, changed in place.

@@ -1,4 +1,4 @@
-"""Detectors that are trained from scratch: torchvision's architectures on small backbones, and SSDLite."""
+"""Functions that create small detectors for training from scratch, with torchvision's architectures, and SSDLite."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lkd.models.parts import check_counts, initialize_convolutions
 
 _MEAN, _STD = [0.5] * 3, [0.25] * 3
 _SCORE = 0.05
-"""Boxes with lower scores are not detected; the threshold of RetinaNet for all architectures."""
+"""Score threshold of detections: RetinaNet's threshold, for all architectures."""
 
 
 class _OriginalSize(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchvision is not typed
@@ -32,14 +32,14 @@ class _OriginalSize(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchvis
         super().__init__(0, 0, _MEAN, _STD)
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Return image and boxes unchanged."""
+        """Return the image and its boxes unchanged."""
         return image, target
 
 
 def _backbone(filters: Sequence[int], channels: int) -> nn.Module:
     """Return a ResNet with one block in each stage, and a feature pyramid with strides 4, 8, ...
 
-    The pyramid has one level more than there are stages.
+    The pyramid has one more level than there are stages.
     """
     check_counts(filters=tuple(filters), channels=channels)
     stem = nn.Sequential(nn.Conv2d(3, filters[0], 3, 2, 1, bias=False), nn.BatchNorm2d(filters[0]), nn.ReLU())
@@ -67,8 +67,8 @@ def retinanet(
 
     Args:
         num_classes: Number of classes, including class 0, the background.
-        filters: Number of channels of each stage of the backbone. The levels of the pyramid have the strides 4, 8, ...,
-            one more than there are stages.
+        filters: Number of channels of each stage of the backbone. The pyramid has one more level than there are stages,
+            with the strides 4, 8, ...
         channels: Number of channels of the pyramid and of the heads.
         num_scales: Number of anchor sizes at each position, from 4 times to less than 8 times the stride, each with the
             aspect ratios 1/2, 1 and 2.
@@ -100,8 +100,8 @@ def fcos(
 
     Args:
         num_classes: Number of classes, including class 0, the background.
-        filters: Number of channels of each stage of the backbone. The levels of the pyramid have the strides 4, 8, ...,
-            one more than there are stages.
+        filters: Number of channels of each stage of the backbone. The pyramid has one more level than there are stages,
+            with the strides 4, 8, ...
         channels: Number of channels of the pyramid and of the heads, a multiple of 32 (GroupNorm).
         num_convs: Number of convolutions of each branch of the head.
         reg_max: Largest distance, in strides, of the distributions that the head predicts for the sides of a box, as
@@ -138,8 +138,8 @@ def faster_rcnn(
 
     Args:
         num_classes: Number of classes, including class 0, the background.
-        filters: Number of channels of each stage of the backbone. The levels of the pyramid have the strides 4, 8, ...,
-            one more than there are stages.
+        filters: Number of channels of each stage of the backbone. The pyramid has one more level than there are stages,
+            with the strides 4, 8, ...
         channels: Number of channels of the pyramid.
         head_channels: Number of channels of the head that classifies the proposals.
     """

@@ -1,4 +1,4 @@
-"""Head of FCOS that predicts distributions over the distances to the sides of a box."""
+"""FCOS head that predicts distributions over the distances to the sides of a box."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class _DistributionBranch(FCOSRegressionHead):  # type: ignore[misc]  # torchvis
 
 
 class DistributionHead(FCOSHead):  # type: ignore[misc]  # torchvision is not typed
-    """Head of FCOS whose boxes are distributions, for example for localization distillation (`lkd.losses.LD`).
+    """FCOS head that predicts box distributions, for example for localization distillation (`lkd.losses.LD`).
 
     For each side of a box, the head predicts logits over the distances 0, 1, ..., reg_max, in units of the anchor's
-    size. The distance is the expected value. In addition to the losses of FCOS, the distribution focal loss is the
-    cross-entropy with the two integers next to the true distance, averaged over sides and assigned anchors, with the
-    weight 0.25 of the authors.
+    size. The predicted distance is the expected value. The loss consists of the losses of FCOS and the distribution
+    focal loss: the cross-entropy with the two integers next to the true distance, averaged over sides and assigned
+    anchors, with the authors' weight 0.25.
 
     Args:
         in_channels: Number of channels of the pyramid, a multiple of 32.

@@ -87,13 +87,13 @@ def check_hub_weights(owner: str, repository: str, revision: str, remedy: str) -
     """Check that weights in a repository of the Hugging Face hub are cached or can be downloaded.
 
     Args:
-        owner: What the weights belong to, for the error message.
+        owner: Name of the weights' owner, for the error message.
         repository: Name of the repository.
-        revision: Its revision.
+        revision: Revision of the repository.
         remedy: Setting that avoids the weights, for the error message.
 
     Raises:
-        FileNotFoundError: If they are not in the cache and there is no connection.
+        FileNotFoundError: If the weights are not in the cache and there is no connection.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 

@@ -127,12 +127,12 @@ def check_name(lacking: str, name: str, known: Sequence[str]) -> None:
     """Check that a name is known.
 
     Args:
-        lacking: First words of the error message.
+        lacking: Beginning of the error message.
         name: The name.
         known: All known names.
 
     Raises:
-        ValueError: If it is not; the message names similar ones.
+        ValueError: If the name is unknown; the message lists similar names.
     """
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
@@ -155,7 +155,7 @@ def find_weights(name: str, weights: str) -> Any:
         weights: Name of the weights, such as `DEFAULT`.
 
     Returns:
-        Entry of the enumeration of the network's weights.
+        Member of the network's weights enum.
 
     Raises:
         ValueError: If the network has no such weights.

@@ -36,7 +36,7 @@ def fold_batch_norms(
         dtype: 16-bit dtype of autocast. If given, the weights of convolutions and linear layers are converted once
             instead of in each step, with the same result.
         join: Whether to fuse each convolution with a subsequent addition and ReLU into one operation.
-        read: Function that returns the logits in the output of the network, such as `Task.logits`.
+        read: Function that extracts the logits from the output of the network, such as `Task.logits`.
 
     Returns:
         The copy, whose outputs differ from those of the network by rounding only.

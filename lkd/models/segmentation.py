@@ -192,7 +192,7 @@ def _stages(encoder: nn.Module, in_channels: int) -> tuple[str, ...]:
             stack.callback(layer.register_forward_hook(partial(record, name)).remove)
         try:
             maps = encoder(torch.zeros(1, in_channels, size, size))
-        except (RuntimeError, AssertionError):  # a transformer for one image size
+        except (RuntimeError, AssertionError):  # a transformer with a fixed image size
             return ()
     deep = [one for one in maps if isinstance(one, Tensor) and one.numel() and 4 * one.shape[-1] <= size]
     found = [[name for name, output in outputs.items() if output is one] for one in deep]

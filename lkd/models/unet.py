@@ -51,7 +51,7 @@ class UNet(nn.Module):
 
     @property
     def feature_layers(self) -> FeatureLayers:
-        """Layers that criteria refer to by name: encoder as `@stages`, `@decoder`, `@head`, and its input as `@map`."""
+        """Layers that criteria refer to by name: `@stages` (the encoder), `@decoder`, `@head` and its input, `@map`."""
         stages = tuple(f"encoder.{number}" for number in range(len(self.encoder)))
         decoder = tuple(f"decoder.{number}" for number in range(len(self.decoder)))
         return FeatureLayers(stages=stages, decoder=decoder, map="head:input", head="head")

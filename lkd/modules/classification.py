@@ -152,7 +152,7 @@ class ClassificationModule(EvaluatedModule):
         Returns:
             The logits `(B, K)`, and a mapping from names to weighted terms, whose sum is the loss.
         """
-        if type(self).forward is not ClassificationModule.forward:  # a subclass defines what is trained
+        if type(self).forward is not ClassificationModule.forward:  # training uses the subclass's forward
             outputs = Outputs(self(batch.input), {})
         else:
             output = self.model(batch.input)

@@ -115,7 +115,7 @@ class EvaluatedModule(RecordedModule):
             self.log(f"{stage}/{name}", metric, prog_bar=stage == "val" and name == self.main_metric)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics of each class in `validate`; in `fit`, they would be too many curves."""
+        """Log the metrics of each class in `validate`; in `fit`, they would add too many curves."""
         if self.trainer.state.fn == TrainerFn.VALIDATING:
             self._log_classes("val")
 

@@ -15,7 +15,7 @@ _BACKEND: Final = "faster_coco_eval"
 class MeanAP(MeanAveragePrecision):
     """Mean average precision of detections, averaged over classes and IoU thresholds.
 
-    torchmetrics' metric returns many values, of which Lightning can log none.
+    torchmetrics' metric returns a dict of many values, which Lightning cannot log.
 
     Args:
         iou_threshold: A single IoU threshold; `None` for 0.5, 0.55, ..., 0.95.

@@ -18,7 +18,7 @@ class Task(ABC):
 
     A task holds settings only; weights, metrics and batches belong to the module that uses it. To support a task of
     your own, override the abstract methods, and `metric` if its main metric is not an accuracy. `Batch.target` may be
-    anything that the methods below understand. The same applies to the predictions that `logits` returns, which are
+    of any type that the methods below accept. The same applies to the predictions that `logits` returns, which are
     passed to the other methods: a tensor, or a named tuple that contains tensors.
     """
 
@@ -66,7 +66,7 @@ class Task(ABC):
         """
 
     def auxiliary_logits(self, output: Any) -> Tensor | None:
-        """Return the predictions of an auxiliary head, which only the supervised loss in training reads, or None.
+        """Return the predictions of an auxiliary head, or None; only the supervised loss in training reads them.
 
         Args:
             output: What the network returned.
@@ -167,7 +167,7 @@ class Task(ABC):
         return None
 
     def tally(self, choice: Tensor, target: Tensor) -> Tensor:
-        """Return counts of each sample, from whose sums `scores` computes the metrics of any set of samples.
+        """Return counts of each sample; `scores` computes the metrics of a set of samples from their sums.
 
         Args:
             choice: Predictions of a network, from `choice`.
@@ -177,7 +177,7 @@ class Task(ABC):
             Counts `(B, S, K)`, int64: S counts of each class.
 
         Raises:
-            NotImplementedError: If it is not defined.
+            NotImplementedError: If the task does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define `tally`")
 
@@ -191,7 +191,7 @@ class Task(ABC):
             Metrics `(...)` in [0, 1].
 
         Raises:
-            NotImplementedError: If it is not defined.
+            NotImplementedError: If the task does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define `scores`")
 
@@ -205,12 +205,12 @@ class Task(ABC):
             Metric of each class `(..., K)`; NaN for absent classes.
 
         Raises:
-            NotImplementedError: If it is not defined.
+            NotImplementedError: If the task does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define `class_scores`")
 
     def views(self, target: Tensor, class_names: Sequence[str], logits: Tensor | None = None) -> list[View]:
-        """Return what people see of each target or prediction of a batch.
+        """Return a view of each target or prediction of a batch, for display.
 
         Args:
             target: Targets of the batch.
@@ -218,6 +218,6 @@ class Task(ABC):
             logits: Output of a network; `None` shows the targets.
 
         Raises:
-            NotImplementedError: If it is not defined.
+            NotImplementedError: If the task does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define `views`")

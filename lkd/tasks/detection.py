@@ -17,7 +17,7 @@ Targets = Sequence[Mapping[str, Tensor]]
 
 
 class Detection(Task):
-    """Boxes with classes: networks are `lkd.models.Detector`, targets a list with the boxes of each image.
+    """Object detection: networks are an `lkd.models.Detector`, targets are lists of the boxes of each image.
 
     `Batch.input` is a list of images `(C, H_i, W_i)`, which may differ in size, with pixels in [0, 1]. `Batch.target`
     is a list of dicts with `boxes` `(N_i, 4)`, x1, y1, x2, y2 in pixels, and `labels` `(N_i,)`, int64; class 0 is the
@@ -103,7 +103,7 @@ class Detection(Task):
         return torch.tensor(len(target), device=target[0]["boxes"].device)
 
     def metrics(self) -> dict[str, Metric]:
-        """Create the mean average precision, and that for an IoU of 0.5."""
+        """Create the mean average precision over all IoU thresholds, and at the threshold 0.5."""
         from lkd.tasks.average_precision import MeanAP  # imports torchmetrics.detection, which takes 3 s
 
         return {"map": MeanAP(), "map_50": MeanAP(iou_threshold=0.5)}

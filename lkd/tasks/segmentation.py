@@ -128,7 +128,7 @@ class SemanticSegmentation(Task):
             metric.update(classes, target)
 
     def class_metrics(self, metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
-        """Return the intersection over union of each class, `iou`."""
+        """Return the intersection over union of each class, as `iou`."""
         miou = cast("MeanIoU", metrics["miou"])
         return {"iou": miou.per_class()} if miou.update_called else {}
 
@@ -155,7 +155,7 @@ class SemanticSegmentation(Task):
         return intersection_over_union(*counts.unbind(-2))
 
     def views(self, target: Tensor, class_names: Sequence[str], logits: Tensor | None = None) -> list[View]:
-        """Return colored masks; predictions with the proportion of correct pixels."""
+        """Return colored masks and, for predictions, the proportion of correct pixels."""
         masks = target if logits is None else _enlarged(logits, target).argmax(1)
         views = []
         for mask, label in zip(masks, target, strict=True):

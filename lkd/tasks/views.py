@@ -1,4 +1,4 @@
-"""What people see of targets and predictions: texts and colored masks."""
+"""Views of targets and predictions for display: texts and colored masks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNLABELLED: Color = (224, 224, 192)
 
 
 class View(NamedTuple):
-    """Text or image, or both, that shows a target or a prediction.
+    """Text, image or both that show a target or a prediction.
 
     Attributes:
         text: Short text; lines are separated by line breaks.
@@ -85,7 +85,7 @@ def displayable(image: Tensor, mean: Sequence[float] | None, std: Sequence[float
 
 
 def input_views(batch: Batch, mean: Sequence[float] | None, std: Sequence[float] | None) -> list[View]:
-    """Return what people see of the inputs of a batch: images and their positions; other inputs are only named.
+    """Return a view of each input of a batch: the image and its dataset index; other inputs are only named.
 
     Args:
         batch: The batch.

@@ -35,7 +35,7 @@ def found(networks):
 
 
 def _predictions(networks, data):
-    """Classes of all test images by network, and the labels."""
+    """Return the predicted classes of all test images by network, and the labels."""
     batches = list(data.test_dataloader())
     with torch.no_grad():
         classes = {name: torch.cat([one(b.input).argmax(1) for b in batches]) for name, one in networks.items()}

@@ -1,4 +1,4 @@
-"""Data modules with boxes: flips, order, COCO files, and what is wrong with them."""
+"""Data modules with boxes: flips, order, COCO files and errors."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_boxes_that_do_not_fit_their_images() -> None:
 
 @pytest.fixture
 def coco(tmp_path) -> Callable[..., CocoDetectionDataModule]:
-    """Makes a data module of two images, after its annotation file is changed."""
+    """Return a function that changes the annotation file of two images and creates their data module."""
 
     def make(change: Callable[[dict[str, Any]], object] = lambda content: None, **settings) -> CocoDetectionDataModule:
         folder = tmp_path / "images"

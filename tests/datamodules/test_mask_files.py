@@ -1,4 +1,4 @@
-"""Masks in files: pairs, random scaling and crops, padding, labels, published datasets, and wrong files."""
+"""Masks in files: pairs, random scaling and crops, padding, labels, published datasets and invalid files."""
 
 from __future__ import annotations
 

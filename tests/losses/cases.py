@@ -1,6 +1,6 @@
-"""Rows of the tables of criteria: small examples of a method, and what the method promises.
+"""Cases for the tests of all criteria: small examples of a method, and the properties that it guarantees.
 
-A method's file in tests/losses/methods/ has its rows as `CASES`, which the tests of all criteria collect.
+A method's file in tests/losses/methods/ defines its cases as `CASES`, which the tests of all criteria collect.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class LogitCase:
-    """A criterion that compares logits alone, and what its paper says of it.
+    """A criterion that compares logits only, and the properties that its paper states.
 
     Attributes:
-        make: Builds it.
-        best: The student's logits that it asks for, from the teacher's logits and the targets.
-        zero_at_best: Whether it is 0 there.
-        shift_invariant: Whether a constant added to all of a sample's logits changes nothing.
-        batch_mean: Whether it is the mean of its values for the single samples.
-        reads_target: Whether it reads the labels; images without one then count as if they were not there.
+        make: Function that creates the criterion.
+        best: The student's logits that minimize the loss, computed from the teacher's logits and the targets.
+        zero_at_best: Whether the loss is 0 there.
+        shift_invariant: Whether the loss is unchanged if a constant is added to all logits of a sample.
+        batch_mean: Whether the loss of a batch is the mean of the losses of its samples.
+        reads_target: Whether it reads the labels; unlabelled images are then ignored.
     """
 
     make: Callable[[], DistillLoss]
@@ -43,26 +43,26 @@ class LogitCase:
 
 @dataclass(frozen=True)
 class FeatureCase:
-    """A criterion that reads features, or more than one batch of logits, and what it promises.
+    """A criterion that reads features, or more than one batch of logits, and the properties that it guarantees.
 
     Attributes:
-        make: Builds it; its layers are the names below.
-        student: Layer of the student to shape of its feature, without the batch.
+        make: Function that creates the criterion, with the layer names below.
+        student: Mapping from the student's layers to the shapes of their features, without the batch dimension.
         teacher: The same for the teacher.
         student_network: A network with the layers whose weights the criterion reads, if any.
         teacher_network: The same for the teacher.
-        views: How many views of each image its batches have.
-        zero_at_equality: Whether it is 0, with no gradient, where all of the student's answers are the teacher's. Not
-            so with adapters.
-        batch_mean: Whether it is the mean of its values for the single samples, adapters in eval mode: then two
-            processes have the gradient of one.
-        memories: Buffers in which two processes remember what one does with all their images.
-        reads_target: Whether it reads the labels; images without one then count as if they were not there.
-        signs_only: Whether of the teacher's features only the sign is read; an infinite one is then as good as any.
-        min_samples: The smallest batch that it takes; 2 where a BatchNorm sees pooled features.
-        no_compile: Why torch.compile cannot make one graph of it; empty if it can.
-        lr: Learning rate of Adam at which 40 steps lower it by a tenth at least.
-        classes: How many classes there are.
+        views: Number of views of each image in a batch.
+        zero_at_equality: Whether loss and gradient are 0 if all outputs of the student equal the teacher's. Not with
+            adapters.
+        batch_mean: Whether the loss of a batch is the mean of the losses of its samples, with adapters in eval mode.
+            Two processes then have the gradient of one.
+        memories: Buffers in which two processes store the same values as one process with all their images.
+        reads_target: Whether it reads the labels; unlabelled images are then ignored.
+        signs_only: Whether only the sign of the teacher's features is read; infinite features are then valid.
+        min_samples: Minimum batch size; 2 if a BatchNorm reads pooled features.
+        no_compile: Reason why torch.compile cannot capture it as one graph; empty if it can.
+        lr: Learning rate of Adam with which 40 steps reduce the loss by at least 10 %.
+        classes: Number of classes.
     """
 
     make: Callable[[], DistillLoss]
@@ -82,9 +82,9 @@ class FeatureCase:
     classes: int = CLASSES
 
     def of(self, classes: int, shrink: int) -> FeatureCase:
-        """The same with so many classes, unless its networks have classifiers, and with maps smaller by a factor.
+        """Return this case with another number of classes and with its maps reduced by a factor.
 
-        Features that are vectors of `CLASSES` numbers are logits.
+        Networks with classifiers keep their number of classes. Vectors of `CLASSES` numbers are logits.
         """
         networks = (self.student_network(), self.teacher_network())
         if any(isinstance(layer, nn.Linear) for network in networks for layer in network.modules()):
@@ -99,7 +99,7 @@ class FeatureCase:
         return replace(self, student=student, teacher=teacher, classes=classes)
 
     def criterion(self, seed: int = 0) -> DistillLoss:
-        """The criterion, with adapters; the same each time, the networks also with another seed."""
+        """Create the criterion with its adapters; the seed changes only the adapters."""
         torch.manual_seed(0)
         criterion, networks = self.make(), (self.student_network(), self.teacher_network())
         if seed:
@@ -108,7 +108,7 @@ class FeatureCase:
         return criterion
 
     def answers(self, samples: int = SAMPLES, size: float = 1.0, seed: int = 0) -> tuple[Outputs, Outputs]:
-        """What student and teacher say of a batch of that many images, in all views; features as behind a ReLU."""
+        """Return random outputs of student and teacher for a batch, in all views; features are non-negative."""
         generator = torch.Generator().manual_seed(seed)
         both = []
         for shapes in (self.student, self.teacher):
@@ -120,7 +120,7 @@ class FeatureCase:
         return both[0], both[1]
 
     def batch(self, samples: int = SAMPLES) -> Batch:
-        """The labels and the positions of that many images, in all views."""
+        """Return the labels and indices of a batch, in all views."""
         index = torch.arange(samples).repeat(self.views)
         return Batch(None, index % self.classes, index, self.views)
 
@@ -130,9 +130,9 @@ class SegmentationCase(FeatureCase):
     """A criterion that reads maps of logits, or masks.
 
     Attributes:
-        logits: Rows and columns of both networks' logits.
-        teacher_logits: The same for the teacher, where it differs.
-        mask: Rows and columns of the masks. One row in four has no label.
+        logits: Height and width of both networks' logits.
+        teacher_logits: Height and width of the teacher's logits, if they differ.
+        mask: Height and width of the masks. One row in four is unlabelled.
     """
 
     logits: tuple[int, int] = (4, 6)
@@ -150,7 +150,7 @@ class SegmentationCase(FeatureCase):
         return replace(case, logits=smaller(self.logits), teacher_logits=other, mask=smaller(self.mask))
 
     def answers(self, samples: int = SAMPLES, size: float = 1.0, seed: int = 0) -> tuple[Outputs, Outputs]:
-        """What student and teacher say of a batch of that many images; features as behind a ReLU."""
+        """Return random outputs of student and teacher for a batch; features are non-negative."""
         both = super().answers(samples, size, seed)
         generator = torch.Generator().manual_seed(seed + 1)
 
@@ -164,7 +164,7 @@ class SegmentationCase(FeatureCase):
         return student, teacher
 
     def batch(self, samples: int = SAMPLES) -> Batch:
-        """The masks and the positions of that many images."""
+        """Return the masks and indices of a batch."""
         rows, columns = self.mask
         place = torch.arange(rows).view(-1, 1) // 2 + torch.arange(columns) // 3
         target = (place + torch.arange(samples).view(-1, 1, 1)) % self.classes
@@ -173,12 +173,12 @@ class SegmentationCase(FeatureCase):
 
 
 def classifier(channels: int) -> Callable[[], nn.Module]:
-    """Makes a network whose classifier reads so many channels."""
+    """Return a function that creates a network whose classifier reads `channels` channels."""
     return lambda: nn.Sequential(nn.Linear(channels, CLASSES))
 
 
 def changed(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
-    """Outputs with every tensor changed."""
+    """Return outputs with a function applied to every tensor."""
     return Outputs(change(outputs.logits), {name: change(feature) for name, feature in outputs.features.items()})
 
 
@@ -188,7 +188,7 @@ def tensors(outputs: Outputs) -> list[Tensor]:
 
 
 def value(criterion: DistillLoss, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-    """The sum of a criterion's terms; what it draws is the same each time."""
+    """Compute the sum of a criterion's terms, with a fixed random seed."""
     torch.manual_seed(0)
     loss = criterion(student, teacher, batch)
     return loss if isinstance(loss, Tensor) else torch.stack(list(loss.values())).sum()

@@ -14,7 +14,7 @@ FILES: dict[str, ModuleType] = {
     path.stem.removeprefix("test_"): import_module(f"tests.losses.methods.{path.stem}")
     for path in sorted((Path(__file__).parent / "methods").glob("test_*.py"))
 }
-"""Name of a method's file to its tests."""
+"""Test module of each method, by the name of the method's file."""
 
 
 def _collected(attribute: str) -> dict[str, Any]:
@@ -31,4 +31,4 @@ CASES: dict[str, FeatureCase | LogitCase] = _collected("CASES")
 FEATURE_CASES = {name: case for name, case in CASES.items() if isinstance(case, FeatureCase)}
 LOGIT_CASES = {name: case for name, case in CASES.items() if isinstance(case, LogitCase)}
 PARITY: dict[str, Reference] = _collected("PARITY")
-"""File of reference values, without its extension, to lkd's values for the same inputs."""
+"""Functions that compute lkd's values, by the name of the file of reference values without its extension."""

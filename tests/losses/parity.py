@@ -1,6 +1,6 @@
-"""From the tensors of a file of reference values to the values of lkd's own classes.
+"""Helpers that compute lkd's values from the tensors in a file of reference values.
 
-A method's file in tests/losses/methods/ has its mappings as `PARITY`, which tests/test_parity.py collects.
+A method's file in tests/losses/methods/ defines its mappings as `PARITY`, which tests/test_parity.py collects.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lkd.types import IGNORE_INDEX
 Values = dict[str, Tensor]
 Hyper = dict[str, float]
 Reference = Callable[[Values, Hyper], Values]
-"""From the inputs and hyperparameters of a case to its values by the names that the file has for them."""
+"""Function from the inputs and hyperparameters of a case to its values, by their names in the file."""
 
 
 class Given(nn.Module):
-    """A network that answers what stands in the fixture."""
+    """A network that returns a tensor of the fixture."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Given(nn.Module):
 
 
 def weighted(criterion: DistillLoss, inputs: Values, distill: float = 1.0, hard: float = 1.0, views: int = 1) -> Values:
-    """The criterion of logits and the cross-entropy as DistillModule weighs them."""
+    """Compute a logit criterion and the cross-entropy with the weights of DistillModule."""
     student, teacher = Given("student_logits"), Given("teacher_logits")
     module = DistillModule(student, teacher, criterion, distill_weight=distill, hard_weight=hard)
     _, terms = module.losses(Batch(inputs, inputs["target"], views=views))
@@ -42,14 +42,14 @@ def weighted(criterion: DistillLoss, inputs: Values, distill: float = 1.0, hard:
 
 
 def layers(inputs: Values) -> tuple[list[str], list[str]]:
-    """Names for the student's and for the teacher's layers, as many as the fixture has features."""
+    """Return one layer name for each feature of student and teacher in the fixture."""
     kinds = ("student_features.", "teacher_features.")
     ours, theirs = (sorted(key for key in inputs if key.startswith(kind)) for kind in kinds)
     return ours, theirs
 
 
 def outputs(criterion: DistillLoss, inputs: Values) -> tuple[Outputs, Outputs]:
-    """What student and teacher say in the fixture: features `<network>_features.<number>` in the layers' order."""
+    """Return the fixture's outputs of student and teacher: features `<network>_features.<number>`, in layer order."""
     both = []
     for network, layers in (("student", criterion.student_layers), ("teacher", criterion.teacher_layers)):
         features = {layer: inputs[f"{network}_features.{number}"] for number, layer in enumerate(layers)}
@@ -61,9 +61,9 @@ def outputs(criterion: DistillLoss, inputs: Values) -> tuple[Outputs, Outputs]:
 def built(
     criterion: DistillLoss, inputs: Values, student: nn.Module | None = None, teacher: nn.Module | None = None
 ) -> DistillLoss:
-    """The criterion, its adapters made for the fixture's shapes, in float64 and in training mode.
+    """Build a criterion's adapters for the fixture's shapes, in float64 and in training mode.
 
-    Networks are given where the criterion reads their layers' weights.
+    Networks are required if the criterion reads the weights of their layers.
     """
     probes = zip((student, teacher), outputs(criterion, inputs), strict=True)
     criterion.build(*(Probe(network or nn.Identity(), output) for network, output in probes))
@@ -77,12 +77,12 @@ def terms(
     batch: Batch | None = None,
     **parameters: Tensor,
 ) -> Values:
-    """A built criterion's terms, and their sum as `loss`, with its parameters as given: name in `named_parameters()`.
+    """Compute a criterion's terms, and their sum as `loss`, with parameters by their names in `named_parameters()`.
 
-    The batch is made from the fixture's labels and the index, unless it is given.
+    By default, the batch consists of the fixture's labels and the index.
 
     Raises:
-        KeyError: If it has no such parameter, or one that is not given.
+        KeyError: If the criterion has no such parameter, or another one is missing.
     """
     names = {name for name, _ in criterion.named_parameters()}
     if names != set(parameters):
@@ -94,13 +94,13 @@ def terms(
 
 
 def logits(criterion: DistillLoss, inputs: Values) -> Values:
-    """The terms of a criterion of logits, for the fixtures that call them `student` and `teacher`."""
+    """Compute the terms of a logit criterion, for fixtures that name the logits `student` and `teacher`."""
     names = {"student": "student_logits", "teacher": "teacher_logits"}
     return terms(criterion, {names.get(name, name): tensor for name, tensor in inputs.items()})
 
 
 def named(inputs: Values) -> Values:
-    """The features of student and teacher by the names that `layers` finds: `student`, or `student.0`, ..."""
+    """Rename the features `student`, or `student.0`, ... (likewise for the teacher) as `layers` expects them."""
     named = dict(inputs)
     for network in ("student", "teacher"):
         for key in [key for key in inputs if key.partition(".")[0] == network]:
@@ -109,13 +109,13 @@ def named(inputs: Values) -> Values:
 
 
 def layer_terms(criterion: DistillLoss, inputs: Values, **parameters: Tensor) -> Values:
-    """The terms of a criterion of one layer, which is built here, for the fixtures that call it `student`."""
+    """Build a criterion of one layer and compute its terms, for fixtures that name the feature `student`."""
     features = named(inputs)
     return terms(built(criterion, features), features, **parameters)
 
 
 def parameters(inputs: Values, **names: str) -> Values:
-    """The fixture's parameters by lkd's names: prefix there to prefix here."""
+    """Rename the fixture's parameters: a mapping from prefixes in the fixture to prefixes in lkd."""
     given = {}
     for key, value in inputs.items():
         for theirs, ours in names.items():
@@ -126,13 +126,13 @@ def parameters(inputs: Values, **names: str) -> Values:
 
 
 def classifier(inputs: Values) -> nn.Module:
-    """A network whose classifier is the fixture's."""
+    """Return a network with the fixture's classifier."""
     head = nn.Linear(*inputs["teacher_fc.weight"].T.shape).double()
     head.load_state_dict({name: inputs[f"teacher_fc.{name}"] for name in ("weight", "bias")})
     return nn.Sequential(head)
 
 
 def masks(inputs: Values, num_classes: int) -> Tensor:
-    """The masks as lkd's tasks have them: other labels than classes are to be ignored."""
+    """Return the masks as prepared by lkd's tasks: labels without a class are ignored."""
     target = inputs["target"]
     return target.masked_fill((target < 0) | (target >= num_classes), IGNORE_INDEX)

@@ -1,4 +1,4 @@
-"""Criteria with a connector for each layer: what the layers weigh."""
+"""Criteria with a connector for each layer: weights of the layers."""
 
 from __future__ import annotations
 

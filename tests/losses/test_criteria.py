@@ -1,4 +1,4 @@
-"""What every criterion of logits owes its users: all `LogitCase`s of tests/losses/methods/."""
+"""Properties that every logit criterion guarantees, for all `LogitCase`s of tests/losses/methods/."""
 
 from __future__ import annotations
 

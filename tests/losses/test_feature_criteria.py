@@ -1,4 +1,4 @@
-"""What every criterion that reads features owes its users: all `FeatureCase`s of tests/losses/methods/."""
+"""Properties that every criterion of features guarantees, for all `FeatureCase`s of tests/losses/methods/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions of tensors compute in single precision at least."""
+"""Functions of tensors compute in float32 or higher precision."""
 
 from __future__ import annotations
 

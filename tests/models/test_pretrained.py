@@ -1,4 +1,4 @@
-"""The teachers that ship with lkd are as good as their files say."""
+"""The teachers included in lkd reach the metrics that their files state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Segmentation networks of torchvision and segmentation_models_pytorch: groups of layers, weights, and mistakes."""
+"""Segmentation networks of torchvision and segmentation_models_pytorch: groups of layers, weights and errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOBILENET = [(24, 16, 32), (40, 8, 16), (112, 4, 8), (960, 4, 8)]
 
 
 def shapes(network: nn.Module, *groups: str) -> list[tuple[int, ...]]:
-    """Channels, height and width of the layers of some groups, for two images of 64x128 with two channels."""
+    """Return the shapes of the layers of some groups, for two images of 64x128 pixels with two channels."""
     outputs = FeatureExtractor(network.eval(), groups, TASK.logits)(torch.zeros(2, 2, 64, 128))
     return [tuple(feature.shape[1:]) for feature in outputs.features.values()]
 
@@ -44,7 +44,7 @@ def shapes(network: nn.Module, *groups: str) -> list[tuple[int, ...]]:
     ],
 )
 def test_groups_of_torchvision(name: str, stages: list, decoder: tuple, last: tuple) -> None:
-    with torch.device("meta"):  # shapes without numbers: quick
+    with torch.device("meta"):  # shapes only, without values
         network = torchvision_segmentation(name, num_classes=5, in_channels=2)
         assert shapes(network, "@stages") == stages
         assert shapes(network, "@map") == [last]
@@ -64,7 +64,7 @@ def test_auxiliary_head() -> None:
 
 
 def _cached(name: str, weights: str, monkeypatch: pytest.MonkeyPatch, **settings: object) -> nn.Module:
-    """A network with random weights, which are where torch.hub keeps what it downloaded."""
+    """Create a network from random weights in the download folder of torch.hub."""
     monkeypatch.setenv("TORCH_HOME", str(Path.cwd()))
     network = torchvision.models.get_model(name, weights=None, **settings)
     url = torchvision.models.get_model_weights(name)[weights].url

@@ -1,4 +1,4 @@
-"""Detectors train on the pretended device as on the CPU, without a graph, and the run says why."""
+"""Detectors train on the pretended device as on the CPU, without a graph, and the run states the reason."""
 
 from __future__ import annotations
 

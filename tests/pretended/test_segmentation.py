@@ -1,4 +1,4 @@
-"""A network that returns a dict and has an auxiliary head trains on the pretended device, by a graph, as on the CPU."""
+"""A network that returns a dict and has an auxiliary head trains on the pretended device as on the CPU, as a graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Detection: losses and detections of torchvision, criteria, training, resume, and what is refused."""
+"""Detection: losses and detections of torchvision, criteria, training, resume and errors."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_criteria_train_the_student_only(kind: str, criterion) -> None:
 
 
 def test_training_and_metrics(tmp_path, trainer) -> None:
-    """All metrics are logged, the teacher stays as it was and out of the checkpoint, which restores the student."""
+    """All metrics are logged. The teacher does not change and is not in the checkpoint, which restores the student."""
     module, data = _distill(), _data()
     before = {name: tensor.clone() for name, tensor in module.teacher.state_dict().items()}
     fit = trainer(max_epochs=2)
@@ -207,7 +207,7 @@ def test_the_loss_decreases(trainer) -> None:
 
 
 def test_resumed_training_is_the_same(tmp_path, trainer) -> None:
-    """Also within an epoch, with random masks and, in Faster R-CNN, random proposals."""
+    """This also holds within an epoch, with random masks and, in Faster R-CNN, random proposals."""
 
     class Stop(L.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:

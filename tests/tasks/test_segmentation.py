@@ -139,7 +139,7 @@ def test_the_iou_of_each_class_is_logged(stage: str, trainer) -> None:
 @pytest.mark.parametrize("weight", [0.4, 0.0])
 @pytest.mark.parametrize("kind", ["alone", "distilled", "mutual"])
 def test_auxiliary_head(kind: str, weight: float, trainer) -> None:
-    """Its loss is part of `train/hard`, but neither of `val/loss` nor of what is compared with a teacher."""
+    """Its loss is part of `train/hard`, but not of `val/loss` or of the comparison with a teacher."""
     task = SemanticSegmentation(CLASSES, aux_weight=weight)
     networks, settings = [AuxNet(4), AuxNet(4, 1)], {"task": task, "optimizer": lambda weights: SGD(weights, lr=0.0)}
     if kind == "alone":

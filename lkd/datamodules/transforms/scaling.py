@@ -12,14 +12,14 @@ from lkd.datamodules.transforms.base import ImageTransform, reduction
 
 @dataclass(frozen=True)
 class RandomScaledCrop(ImageTransform):
-    """Scale an image by a random factor and crop a random part. Must be the first transform in `augment`.
+    """Scale an image by a random factor and crop a random part. It must be the first transform in `augment`.
 
-    A scaled image that is smaller than the crop is padded with zeros at the right and at the bottom. Unlike
-    `RandomResizedCrop`, it keeps the aspect ratio; it is the usual augmentation for segmentation.
+    A scaled image that is smaller than the crop is padded with zeros on the right and at the bottom. Unlike
+    `RandomResizedCrop`, this transform keeps the aspect ratio; it is the usual augmentation for segmentation.
 
     Args:
-        scale: Range of the factor, which is uniformly distributed.
-        side: Length in pixels to which a factor of 1 scales the shorter side; by default images keep their size.
+        scale: Range of the uniformly distributed factor.
+        side: Length in pixels to which a factor of 1 scales the shorter side; by default, a factor of 1 keeps the size.
     """
 
     scale: tuple[float, float] = (0.5, 2.0)
@@ -57,7 +57,7 @@ class RandomScaledCrop(ImageTransform):
 
 @dataclass(frozen=True)
 class PadToSize(ImageTransform):
-    """Pad an image with zeros at the right and at the bottom. A larger image is first scaled down to fit."""
+    """Pad an image with zeros on the right and at the bottom. A larger image is first scaled down to fit."""
 
     def __call__(self, image: Image.Image, size: tuple[int, int], draws: Tensor) -> Image.Image:
         """Pad the image; the draws are not used."""
@@ -80,5 +80,5 @@ class PadToSize(ImageTransform):
 
 
 def _padded(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Return an image of exactly `size`, filled with zeros at the right and at the bottom."""
+    """Return an image of exactly `size`, filled with zeros on the right and at the bottom."""
     return image if (image.height, image.width) == size else image.crop((0, 0, size[1], size[0]))

@@ -1,4 +1,4 @@
-"""What all criteria have in common."""
+"""Properties of all criteria."""
 
 from __future__ import annotations
 
