@@ -107,6 +107,10 @@ def compare(
     return _by_counts(run, teacher, batch_sizes, task)
 
 
+_COMPARED = ("choice", "tally", "scores", "class_scores", "views")
+"""Methods of a task on which the comparison is based."""
+
+
 def check_comparable(task: Task) -> None:
     """Check that `lkd compare` supports a task.
 
@@ -114,12 +118,13 @@ def check_comparable(task: Task) -> None:
         task: The task.
 
     Raises:
-        ValueError: If the task neither stores logits nor defines `tally`.
+        ValueError: If the task neither stores logits nor defines the methods of `_COMPARED`.
     """
-    if not task.caches_logits and type(task).tally is Task.tally:
+    missing = [name for name in _COMPARED if getattr(type(task), name) is getattr(Task, name)]
+    if missing and not task.caches_logits:
         raise ValueError(
-            f"lkd compare does not support the task {type(task).__name__}, which does not define `tally`; `lkd test` "
-            "evaluates it"
+            f"lkd compare does not support the task {type(task).__name__}, which does not define {', '.join(missing)}; "
+            "`lkd test` evaluates it"
         )
 
 

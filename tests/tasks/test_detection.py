@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_reported(module, data, message: str, trainer) -> N
 def test_what_is_for_classification_only(trainer) -> None:
     module = _distill()
     assert "too large to be cached" in module.cache_obstacle
-    with pytest.raises(ValueError, match="lkd compare does not support the task Detection"):
+    with pytest.raises(ValueError, match="does not support the task Detection, which does not define choice, tally"):
         check_comparable(module.task)
     for command in ("lkd export", "lkd predict"):
         with pytest.raises(ValueError, match=f"{command} supports classification only, but the task is Detection"):
