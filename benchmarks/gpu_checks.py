@@ -28,8 +28,14 @@ from benchmarks.gpu_runs import (
     trained_on,
 )
 from lkd import DistillModule
+from lkd.cli.config_files import configs_folder
 
-RANDOM = {"mgd": "masks", "vitkd": "masks", "crd": "negatives", "dkd_crd_at": "negatives"}
+METHODS = configs_folder() / "methods"
+RANDOM = {
+    **dict.fromkeys(("mgd", "mgd_segmentation", "vitkd"), "masks"),
+    **dict.fromkeys(("crd", "dkd_crd_at"), "negatives"),
+    **dict.fromkeys(("cirkd", "cirkd_channel"), "keys"),
+}
 """What a criterion draws from the device's generator; with the same seed, CPU and GPU draw different numbers."""
 BEFORE = {"takd": ["assistant"], "multi_teacher": ["assistant"], "born_again_ensemble": ["born_again"] * 2}
 """Runs that a complete config requires."""
@@ -52,6 +58,8 @@ def overlay_settings(name: str) -> list[str]:
     """
     if name in PAIRS and importlib.util.find_spec("timm") is None:
         raise NotApplicable("timm is not installed")
+    if "SemanticSegmentation" in (METHODS / f"{name}.yaml").read_text():
+        return ["--config=shapes/kd", f"--config=methods/{name}"]
     if name == "transfer_set":
         _unlabelled(Path("data/unlabelled"))
     pair = PAIRS.get(name, "digits")

@@ -38,6 +38,13 @@ LEFT_OUT = {
         ("ema_teacher_imagenet", "nkd_imagenet", "rld_imagenet", "uskd_imagenet"),
         "weights for ImageNet; the overlay without this suffix has those for small images",
     ),
+    **dict.fromkeys(
+        (
+            *("cirkd", "cirkd_channel", "cwd", "dsd", "ifvd", "maskd", "skds"),
+            *(f"{name}_segmentation" for name in ("at", "dist", "dkd", "fitnet", "kd", "mgd")),
+        ),
+        "for segmentation; see benchmarks/results/plans/camvid.yaml",
+    ),
     "patient": "KD with another augmentation, for thousands of epochs",
     "transfer_set": "KD on other images; see benchmarks/little.py",
     "unlabelled": "KD without labels; see benchmarks/little.py",
