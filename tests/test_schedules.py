@@ -107,11 +107,11 @@ def test_ready_made_configs_have_the_learning_rates_they_had_and_stretch(name: s
     settings, epochs = config["model"]["init_args"], config.get("trainer", {}).get("max_epochs")
     given = settings["lr_scheduler"]
     kind = {"lkd.schedules.CosineDecay": CosineDecay, "lkd.schedules.StepDecay": StepDecay}[given["class_path"]]
-    if name in ("trainer/warmup_cosine", "trainer/cifar100_short"):
+    if "lr_scheduler_interval" in settings:
         assert (kind, settings["lr_scheduler_interval"], given["init_args"]) == (CosineDecay, "step", {"warmup": 0.05})
+        assert name.partition("/")[0] in ("camvid", "shapes", "trainer")
         return
     rate = settings["optimizer"]["init_args"]["lr"]
-    assert "lr_scheduler_interval" not in settings
 
     def whole(number: int) -> list[list[float]]:
         schedule = kind(optimizer(rate), **given.get("init_args", {}))
