@@ -97,6 +97,39 @@ class CompositeLoss(DistillLoss):
             part.build(student, teacher)
 
 
+class WrapperLoss(CompositeLoss):
+    """Base class of criteria that apply one other criterion, for example to other logits.
+
+    Args:
+        criterion: The inner criterion.
+    """
+
+    def __init__(self, criterion: DistillLoss) -> None:
+        super().__init__([criterion])
+        self.criterion = criterion
+
+    @property
+    def name(self) -> str:
+        """Name of the inner criterion."""
+        return self.criterion.name
+
+    @property
+    def parts(self) -> list[DistillLoss]:
+        """The inner criterion."""
+        return [self.criterion]
+
+    def check_reads_logits(self) -> None:
+        """Check that the inner criterion compares logits only.
+
+        Raises:
+            ValueError: If it reads features.
+        """
+        inner = self.criterion
+        if inner.student_layers or inner.teacher_layers or not inner.reads_logits:
+            own, name = type(self).__name__, type(inner).__name__
+            raise ValueError(f"{own} applies criteria of logits, but {name} reads features; use it without {own}")
+
+
 def _is_module_name(name: object) -> bool:
     """Check whether `nn.ModuleDict` accepts a name."""
     return isinstance(name, str) and name != "" and "." not in name and not hasattr(nn.ModuleDict(), name)

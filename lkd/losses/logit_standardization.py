@@ -8,7 +8,7 @@ from lkd.losses._checks import check_classes, check_positive
 from lkd.losses._precision import wide
 from lkd.losses._shapes import check_shapes
 from lkd.losses.base import DistillLoss
-from lkd.losses.composite import CompositeLoss
+from lkd.losses.composite import WrapperLoss
 from lkd.losses.multi_teacher import MultiTeacher
 from lkd.types import Batch, Outputs
 
@@ -40,7 +40,7 @@ def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
     return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + eps)
 
 
-class LogitStandardization(CompositeLoss):
+class LogitStandardization(WrapperLoss):
     """Apply any logit criterion to standardized logits.
 
     The logits of student and teacher are standardized over the classes (`standardize`) before the criterion compares
@@ -67,25 +67,14 @@ class LogitStandardization(CompositeLoss):
     """
 
     def __init__(self, criterion: DistillLoss, eps: float = 1e-7) -> None:
-        super().__init__([criterion])
+        super().__init__(criterion)
         if any(isinstance(part, MultiTeacher) for part in criterion.modules()):
             raise ValueError(
                 "LogitStandardization cannot standardize the logits of the members inside MultiTeacher; use "
                 "MultiTeacher as the outer criterion"
             )
         check_positive("typically 1e-7", eps=eps)
-        self.criterion = criterion
         self.eps = eps
-
-    @property
-    def name(self) -> str:
-        """Name of the inner criterion."""
-        return self.criterion.name
-
-    @property
-    def parts(self) -> list[DistillLoss]:
-        """The inner criterion."""
-        return [self.criterion]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
         """Evaluate the inner criterion on standardized logits."""

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from lkd.losses.base import DistillLoss, named_terms
-from lkd.losses.composite import CompositeLoss
+from lkd.losses.composite import WrapperLoss
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Predictions, Probe
 
 
-class PerAnchor(CompositeLoss):
+class PerAnchor(WrapperLoss):
     """Logit criterion applied to detectors, with each anchor as a sample.
 
     In each image, only the anchors with the teacher's highest class logits, without the background (class 0), are
@@ -32,27 +32,16 @@ class PerAnchor(CompositeLoss):
     """
 
     def __init__(self, criterion: DistillLoss, max_anchors: int = 64) -> None:
-        super().__init__([criterion])
+        super().__init__(criterion)
+        self.check_reads_logits()
         name = type(criterion).__name__
-        if criterion.student_layers or criterion.teacher_layers or not criterion.reads_logits:
-            raise ValueError(f"PerAnchor applies criteria of logits, but {name} reads features; use it directly")
         if criterion.needs_index or criterion.num_views > 1 or criterion.skips_unlabelled is not False:
             raise ValueError(
                 f"PerAnchor cannot apply {name}, which reads labels, sample indices or views; use another criterion"
             )
         if max_anchors < 1:
             raise ValueError(f"max_anchors must be at least 1, got {max_anchors}")
-        self.criterion, self.max_anchors = criterion, max_anchors
-
-    @property
-    def name(self) -> str:
-        """Name of the inner criterion."""
-        return self.criterion.name
-
-    @property
-    def parts(self) -> list[DistillLoss]:
-        """The inner criterion."""
-        return [self.criterion]
+        self.max_anchors = max_anchors
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Check that both networks have the same anchors, and build the criterion."""

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from lkd.losses._dense import enlarged, logit_maps, resized_labels
 from lkd.losses.base import DistillLoss, named_terms
-from lkd.losses.composite import CompositeLoss
+from lkd.losses.composite import WrapperLoss
 from lkd.types import IGNORE_INDEX, Batch, Outputs
 
 
-class PerPixel(CompositeLoss):
+class PerPixel(WrapperLoss):
     """A logit criterion applied to dense predictions: each pixel is a sample.
 
     Logits `(B, K, H, W)` become `(B * H * W, K)`. If the maps of student and teacher differ in size, the smaller one is
@@ -38,27 +38,16 @@ class PerPixel(CompositeLoss):
     """
 
     def __init__(self, criterion: DistillLoss, max_pixels: int | None = None) -> None:
-        super().__init__([criterion])
+        super().__init__(criterion)
+        self.check_reads_logits()
         name = type(criterion).__name__
-        if criterion.student_layers or criterion.teacher_layers or not criterion.reads_logits:
-            raise ValueError(f"PerPixel applies criteria of logits, but {name} reads features; use it without PerPixel")
         if criterion.needs_index or criterion.num_views > 1:
             raise ValueError(
                 f"PerPixel cannot apply {name}, which reads sample indices or views; use another criterion"
             )
         if max_pixels is not None and max_pixels < 2:
             raise ValueError(f"max_pixels must be at least 2, or null for all pixels, got {max_pixels}")
-        self.criterion, self.max_pixels = criterion, max_pixels
-
-    @property
-    def name(self) -> str:
-        """Name of the inner criterion."""
-        return self.criterion.name
-
-    @property
-    def parts(self) -> list[DistillLoss]:
-        """The inner criterion."""
-        return [self.criterion]
+        self.max_pixels = max_pixels
 
     @property
     def skips_unlabelled(self) -> bool:  # type: ignore[override]

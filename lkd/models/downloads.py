@@ -66,7 +66,7 @@ def timm_weights(name: str, remedy: str = "pretrained to false") -> dict[str, An
         should download the weights.
 
     Raises:
-        FileNotFoundError: If the weights are not in the cache and there is no connection.
+        FileNotFoundError: If the weights are not cached and cannot be downloaded.
     """
     import timm
     from huggingface_hub import constants, try_to_load_from_cache
@@ -93,7 +93,7 @@ def check_hub_weights(owner: str, repository: str, revision: str, remedy: str) -
         remedy: Setting that avoids the weights, for the error message.
 
     Raises:
-        FileNotFoundError: If the weights are not in the cache and there is no connection.
+        FileNotFoundError: If the weights are not cached and cannot be downloaded.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 

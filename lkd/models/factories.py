@@ -179,7 +179,7 @@ def with_weights(name: str, entry: Any, create: Callable[[], nn.Module], setting
         The network.
 
     Raises:
-        FileNotFoundError: If the weights are not cached and there is no connection.
+        FileNotFoundError: If the weights are not cached and cannot be downloaded.
     """
     file = hub_file(entry.url)
     try:

@@ -68,7 +68,7 @@ def torchvision_segmentation(
         The network.
 
     Raises:
-        ValueError: If there is no such network, it has no such weights, or it supports no auxiliary head (LRASPP).
+        ValueError: If the network or the weights are unknown, or an auxiliary head is requested for LRASPP.
         FileNotFoundError: If the weights cannot be downloaded.
 
     Example:
@@ -135,8 +135,8 @@ def smp_model(
         width are divisible by 32.
 
     Raises:
-        ValueError: If segmentation_models_pytorch is not installed, or there is no such architecture, encoder or
-            weights.
+        ValueError: If segmentation_models_pytorch is not installed, or the architecture, the encoder or the weights are
+            unknown.
         FileNotFoundError: If the weights cannot be downloaded.
     """
     try:

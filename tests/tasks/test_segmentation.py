@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 class AuxNet(Net):
-    """The same with an auxiliary head, whose logits are `nan` if it is `broken`."""
+    """`Net` with an auxiliary head, whose logits are `nan` if `broken` is set."""
 
     def __init__(self, width: int, seed: int = 0, broken: bool = False, num_classes: int = CLASSES) -> None:
         super().__init__(width, seed, num_classes)
