@@ -14,16 +14,13 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 from lkd.__main__ import main
 from tests.pretended.device import NAME
 from tests.pretended.runs import SHORT, differences, fit, trained
-from tests.test_configs import BEFORE, COMPLETE, needs
+from tests.test_configs import BEFORE, ON_DEVICE, needs
 
 ON = f"--trainer.accelerator={NAME}"
 KD = ["--config", "digits/kd", "--data.init_args.batch_size=16"]
 
 
-@pytest.mark.parametrize(
-    "config",  # steps of detectors cannot be graphs; test_detection.py trains one
-    [name for name in COMPLETE if not name.startswith(("camvid", "detection")) or "cirkd" in name],
-)
+@pytest.mark.parametrize("config", ON_DEVICE)
 def test_complete_configs(config: str, pretended, capfd) -> None:
     settings = needs(config)  # DeepInversion makes its images on the device
     short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
@@ -32,6 +29,7 @@ def test_complete_configs(config: str, pretended, capfd) -> None:
     capfd.readouterr()
     fit("there", NAME, "--config", config, *settings, *short)
     assert "whole step as a CUDA graph" in capfd.readouterr().out
+    assert list(Path("there", config.removesuffix(".yaml")).rglob("best.ckpt"))
 
 
 def test_validate_test_and_predict(pretended, capfd) -> None:
