@@ -49,7 +49,7 @@ SETTINGS = {
     "image files, decoded once": _FOLDER,
     "image files, read by 2 workers": [*_FOLDER, "--data.init_args.num_workers=2", f"--data.init_args.augment={_CROP}"],
     "cached teacher logits": ["--teacher_cache.versions=2"],
-    "memory bank (CRD)": ["--config", "methods/crd"],
+    "memory bank (CRD)": ["--config", "methods/crd", "--model.init_args.criterion.init_args.num_negatives=512"],
     "random masks (MGD)": ["--config", "methods/mgd"],
     "weight averaging (EMA)": [f"--trainer.callbacks=[{_EMA}]"],
     "gradient accumulation, 3 batches": ["--trainer.accumulate_grad_batches=3"],

@@ -66,7 +66,7 @@ SPY = """
 
 def test_two_processes_end_equal(tmp_path) -> None:
     Path("spy.py").write_text(textwrap.dedent(SPY))
-    command = [sys.executable, "-m", "lkd", "fit", "--config", "digits/kd", "--trainer.max_epochs=2"]
+    command = ["fit", "--config", "digits/kd", "--trainer.max_epochs=2"]
     settings = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
     spy = [
         "--trainer.callbacks+=spy.Spy",
@@ -74,8 +74,8 @@ def test_two_processes_end_equal(tmp_path) -> None:
         "--trainer.enable_progress_bar=false",
         "--data.init_args.val_size=0.1",
     ]
-    done = subprocess.run([*command, *settings, *spy], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    for done in warm.ranks(2, warm.module, "lkd", *command, *settings, *spy):
+        assert done.code == 0, done.stderr[-2000:]
     first, second = (json.loads(Path(f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["student"] == second["student"]
     assert first["teacher_kept"]
@@ -173,8 +173,8 @@ SPAWN = """
 
 def test_spawned_processes() -> None:
     Path("spawn.py").write_text(textwrap.dedent(SPAWN))
-    done = subprocess.run([sys.executable, "spawn.py"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = warm.Forked(warm.script, str(Path("spawn.py").resolve())).wait()
+    assert done.code == 0, done.stderr[-2000:]
     assert "trained: True" in done.stdout
 
 

@@ -72,12 +72,12 @@ def reader(files: Path, monkeypatch) -> None:
 
 @pytest.fixture
 def short(monkeypatch) -> None:
-    """Trains each run for one epoch of at most ten batches, on the CPU: the demo (`make demo`) trains in full.
+    """Trains each run for one epoch of at most four batches, on the CPU: the demo (`make demo`) trains in full.
 
     The runs of `--seeds` are trained in this process; tests/test_seeds.py has one in a process of its own.
     """
     own = LkdCLI.instantiate_trainer
-    settings = {"max_epochs": 1, "limit_train_batches": 10, "accelerator": "cpu"}
+    settings = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 4, "accelerator": "cpu"}
     monkeypatch.setattr(LkdCLI, "instantiate_trainer", lambda cli, **given: own(cli, **{**given, **settings}))
     monkeypatch.setattr(seeds, "_fit", lambda args: main(["fit", *args]))
 
