@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +11,6 @@ from torch.optim import SGD
 
 from lkd import DistillModule, SyntheticDataModule
 from lkd.models import CIFARResNet
-
-
-def pytest_collection_finish() -> None:
-    """Exclude what was imported from garbage collections, which would take a tenth of the time."""
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
