@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import warm
 from lkd import DigitsDataModule
+from lkd.__main__ import main
 from lkd.models import CIFARResNet, load_weights, resnet8
 from tests.losses.processes import PROCESSES
 
@@ -144,15 +144,20 @@ def _metrics(student: nn.Module, teacher: nn.Module) -> dict[str, float]:
     return {"test/loss": cross_entropy(ours, target).item(), "test/kd": 0.9 * 16 * filled.mean().item(), **shares}
 
 
-def test_two_processes_predict_each_image_once() -> None:
-    command = ["predict", "--config", "digits/teacher"]
-    settings = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    weights = ["--model.init_args.model_ckpt=lkd:digits_resnet8", "--trainer.enable_progress_bar=false"]
-    for done in warm.ranks(2, warm.module, "lkd", *command, *settings, *weights):
+def test_two_processes_predict_what_one_does(capsys) -> None:
+    command = ["predict", "--config=shapes/teacher", "--model.init_args.model_ckpt=lkd:shapes_unet"]
+    command += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    command += ["--data.init_args.test_size=13", "--data.init_args.batch_size=1"]  # the same kernels in all processes
+    for done in warm.ranks(2, warm.module, "lkd", *command, "--trainer.devices=2", "--trainer.strategy=ddp"):
         assert done.code == 0, done.stderr[-2000:]
-    shares = [list(csv.DictReader(Path(f"predictions.{rank}.csv").read_text().splitlines())) for rank in (0, 1)]
-    assert [len(share) for share in shares] == [180, 179]
-    assert len({row["index"] for share in shares for row in share}) == 359
+    assert main(command) == 0
+    assert "Predictions for 13 images written" in capsys.readouterr().out
+    both, alone = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+        for folder in (Path("runs/predict/version_0"), Path("runs/predict/version_1"))
+    )
+    assert len(both) == 14
+    assert both == alone
 
 
 SPAWN = """

@@ -31,35 +31,38 @@ class PredictionFormat(ABC):
     Args:
         module: The module that predicts.
         data: Its data module, if any.
-        folder: Folder of the predictions.
     """
 
     file_name: ClassVar[str] = "predictions.csv"
     """Name of the file that contains the records."""
 
-    def __init__(self, module: Any, data: object, folder: Path) -> None:
-        self.task, self.data, self.folder = getattr(module, "task", None), data, folder
+    def __init__(self, module: Any, data: object) -> None:
+        self.task, self.data = getattr(module, "task", None), data
         self.class_names: tuple[str, ...] = tuple(getattr(module, "class_names", ()))
         self.images = PredictedImages(data)
 
     @abstractmethod
-    def records(self, prediction: Any, positions: Sequence[int], batch: Batch) -> Iterator[tuple[int, Record]]:
+    def records(
+        self, prediction: Any, positions: Sequence[int], batch: Batch, folder: Path
+    ) -> Iterator[tuple[int, Record]]:
         """Yield the records of a batch, each with the position of its image, and write the files that they name.
 
         Args:
             prediction: Predictions of the task, as returned by `Task.logits`.
             positions: Position of each image in its dataset.
             batch: The batch.
+            folder: Folder of the predictions.
         """
 
-    def write(self, records: Sequence[tuple[int, Record]], left_out: Sequence[int]) -> Path:
+    def write(self, folder: Path, records: Sequence[tuple[int, Record]], left_out: Sequence[int]) -> Path:
         """Write the records to a CSV file, one line per image in the order of the dataset, and return its path.
 
         Args:
+            folder: Folder of the predictions.
             records: Records with the positions of their images.
             left_out: Positions of images that cannot be read; their lines contain nothing but the file name.
         """
-        path, files = self.folder / self.file_name, self.images.files
+        path, files = folder / self.file_name, self.images.files
         key = "index" if files is None else "file"
         columns = list(dict.fromkeys(name for _, record in records for name in record))
         lines = sorted([*records, *((position, {}) for position in left_out)], key=lambda line: line[0])
@@ -74,7 +77,9 @@ class PredictionFormat(ABC):
 class ClassTable(PredictionFormat):
     """The most probable class of each image: its number, its name if known, and its probability."""
 
-    def records(self, prediction: Tensor, positions: Sequence[int], batch: Batch) -> Iterator[tuple[int, Record]]:
+    def records(
+        self, prediction: Tensor, positions: Sequence[int], batch: Batch, folder: Path
+    ) -> Iterator[tuple[int, Record]]:
         """Yield the class of each image."""
         probabilities, classes = prediction.float().softmax(1).max(1)
         for position, chosen, value in zip(positions, classes.tolist(), probabilities.tolist(), strict=True):
@@ -91,8 +96,8 @@ class MaskFiles(PredictionFormat):
 
     task: SemanticSegmentation
 
-    def __init__(self, module: Any, data: object, folder: Path) -> None:
-        super().__init__(module, data, folder)
+    def __init__(self, module: Any, data: object) -> None:
+        super().__init__(module, data)
         if self.task.num_classes > 256:
             raise ValueError(
                 f"lkd predict writes masks with 8 bits per pixel, but the task has {self.task.num_classes} classes; "
@@ -101,13 +106,15 @@ class MaskFiles(PredictionFormat):
         self._names = self.images.mask_names()
         self._palette = [channel for number in range(256) for channel in class_color(number)]
 
-    def records(self, prediction: Tensor, positions: Sequence[int], batch: Batch) -> Iterator[tuple[int, Record]]:
+    def records(
+        self, prediction: Tensor, positions: Sequence[int], batch: Batch, folder: Path
+    ) -> Iterator[tuple[int, Record]]:
         """Write the mask of each image, and yield its name and proportions."""
         size = batch.input.shape[2], batch.input.shape[3]
         for position, logits in zip(positions, prediction, strict=True):
             name = f"masks/{numbered(position)}.png" if self._names is None else f"masks/{self._names[position]}"
             mask, probability = self._mask(logits.float(), size, self.images.frame(position, size))
-            self._save(mask, self.folder / name)
+            self._save(mask, folder / name)
             counts = mask.flatten().bincount(minlength=len(logits)).tolist()
             record: Record = {"mask": name, "probability": round(probability, 6)}
             for number, count in enumerate(counts):
@@ -145,7 +152,9 @@ class CocoResults(PredictionFormat):
 
     file_name = "detections.json"
 
-    def records(self, prediction: Predictions, positions: Sequence[int], batch: Batch) -> Iterator[tuple[int, Record]]:
+    def records(
+        self, prediction: Predictions, positions: Sequence[int], batch: Batch, folder: Path
+    ) -> Iterator[tuple[int, Record]]:
         """Yield the boxes of each image, starting with the highest score."""
         for position, found in zip(positions, prediction.detections(), strict=True):
             boxes = box_convert(found["boxes"].float(), "xyxy", "xywh").tolist()
@@ -163,9 +172,9 @@ class CocoResults(PredictionFormat):
             record["category_name"] = self.class_names[label]
         return record
 
-    def write(self, records: Sequence[tuple[int, Record]], left_out: Sequence[int]) -> Path:
+    def write(self, folder: Path, records: Sequence[tuple[int, Record]], left_out: Sequence[int]) -> Path:
         """Write the boxes of all images, in the order of the dataset, and return the path of the file."""
-        path = self.folder / self.file_name
+        path = folder / self.file_name
         lines = [json.dumps(record) for _, record in sorted(records, key=lambda line: line[0])]
         path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
         return path

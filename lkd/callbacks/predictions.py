@@ -57,9 +57,9 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Create the folder."""
+        self._format = format_of(pl_module)(pl_module, getattr(trainer, "datamodule", None))
         created = str(new_folder(self.output)) if trainer.is_global_zero else ""
         self.folder = Path(trainer.strategy.broadcast(created))
-        self._format = format_of(pl_module)(pl_module, getattr(trainer, "datamodule", None), self.folder)
         self._records, self._images = [], 0
 
     def write_on_batch_end(
@@ -83,7 +83,7 @@ class PredictionWriter(BasePredictionWriter):
             positions = list(batch_indices)
         else:  # number the images so that those of different processes differ
             positions = [trainer.global_rank + trainer.world_size * (self._images + row) for row in range(size)]
-        self._records += self._format.records(prediction, positions, batch)
+        self._records += self._format.records(prediction, positions, batch, self.folder)
         self._images += size
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -92,7 +92,8 @@ class PredictionWriter(BasePredictionWriter):
         if self._format is not None and trainer.is_global_zero:
             data = getattr(trainer, "datamodule", None)
             left_out = data.left_out() if isinstance(data, NewImages | NewDetectionImages) else []
-            path = self._format.write([record for _, records in parts for record in records], left_out)
+            records = [record for _, own in parts for record in own]
+            path = self._format.write(self.folder, records, left_out)
             pl_module.print(f"Predictions for {sum(images for images, _ in parts):,} images written to {path}")
         self._format, self._records = None, []
 

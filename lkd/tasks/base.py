@@ -44,7 +44,9 @@ class Task(ABC):
     """Weight of the supervised loss of an auxiliary head, relative to that of the network itself."""
 
     def prepare(self, batch: Batch) -> Batch:
-        """Convert a batch from the data module, for example its label for ignored pixels.
+        """Convert the labels of a batch from the data module, for example its label for ignored pixels.
+
+        `predict`, which does not read labels, does not call it.
 
         Args:
             batch: Batch as the data module returns it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+from torch import nn
 
 from lkd.__main__ import main
+from lkd.models import fcos
 from tests.pretended.device import NAME
 from tests.pretended.runs import SHORT, differences, fit, trained
 from tests.test_configs import BEFORE, COMPLETE, needs
@@ -45,9 +48,40 @@ def test_validate_test_and_predict(pretended, capfd) -> None:
             assert main([command, *KD, "--ckpt_path", str(path), *where]) == 0
             said = capfd.readouterr().out
             measured = [line for line in said.splitlines() if "/acc" in line or "/loss" in line]
-            lines[command, place] = measured if command != "predict" else Path("predictions.csv").read_text()
+            lines[command, place] = measured if command != "predict" else _predicted()
             assert lines[command, place]
         assert lines[command, "cpu"] == lines[command, NAME]
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "number"),
+    [
+        ("shapes/teacher", ["--model.init_args.model_ckpt=lkd:shapes_unet"], 6),
+        ("detection/student", ["--model.init_args.model_ckpt=detector.pt"], 1),
+    ],
+)
+def test_predictions_of_masks_and_boxes(config: str, settings: list[str], number: int, pretended) -> None:
+    torch.manual_seed(0)
+    detector = fcos(num_classes=5, filters=(8, 8, 16), num_convs=1, reg_max=8)
+    nn.init.zeros_(detector.network.head.classification_head.cls_logits.bias)  # high scores: it detects something
+    torch.save(detector.state_dict(), "detector.pt")
+    data = [f"--data.init_args.{size}" for size in ("test_size=5", "train_size=20", "batch_size=2")]
+    found = []
+    for place in ("cpu", NAME):
+        where = [f"--trainer.accelerator={place}", "--trainer.precision=32-true", "--speed.channels_last=false"]
+        assert main(["predict", f"--config={config}", *settings, *data, *where]) == 0
+        found.append(_predicted())
+    assert len(found[0]) == number
+    assert all(len(content) > 60 for content in found[0].values())
+    assert found[0] == found[1]
+
+
+def _predicted() -> dict[Path, bytes]:
+    """Return the content of all files of the last prediction, and remove them."""
+    folder = Path("runs/predict/version_0")
+    content = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+    shutil.rmtree(folder)
+    return content
 
 
 class Stop(L.Callback):

@@ -35,7 +35,7 @@ def test_what_a_task_of_ones_own_supports(trained, capfd) -> None:
         (["export", "runs/depth_teacher"], "lkd export supports classification only, but the task is Depth"),
         (
             ["predict", f"--ckpt_path={RUN}", "--data=depth.RoomDataModule"],
-            "lkd predict supports classification only, but the task is Depth",
+            "supports the tasks Classification, SemanticSegmentation, Detection, but the task is Depth",
         ),
     ):
         capfd.readouterr()
