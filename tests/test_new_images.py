@@ -63,7 +63,7 @@ def test_predictions_for_a_folder(trained, capsys, recwarn) -> None:
     assert rows["broken.jpg"] == {"file": "broken.jpg", "class": "", "class_name": "", "probability": ""}
     warned = [str(warning.message) for warning in recwarn]
     assert any("1 of 27 images in new cannot be read" in message for message in warned)
-    assert not any("another size" in message for message in warned)  # as the training images, which were resized too
+    assert not any("of another size" in message for message in warned)  # as the training images, which were resized too
     for name, row in expected.items():
         assert rows[name]["class"] == row["class"]
         assert rows[name]["class_name"] == row["class_name"] == ("hat", "shoe")[int(row["class"])]
@@ -98,8 +98,8 @@ def test_images_of_another_size_than_the_training_images(capsys, recwarn) -> Non
         Image.new("L", size).save(Path("new", name))
     weights = ["--config=digits/teacher", "--model.init_args.model_ckpt=lkd:digits_resnet8"]
     assert main(["predict", "--images=new", "--output=out", *weights, *CPU]) == 0
-    assert [str(warning.message) for warning in recwarn if "another size" in str(warning.message)] == [
-        "the network was trained on images of 8x8 pixels, but 2 of 3 images in new have another size (b.png: 30x20); "
-        "they are scaled to this size and cropped, which may reduce the accuracy"
+    assert [str(warning.message) for warning in recwarn if "of another size" in str(warning.message)] == [
+        "the network was trained on images of 8x8 pixels; images in new of another size: 2 of 3, for example b.png "
+        "(30x20); they are scaled to this size and cropped, which may reduce the accuracy"
     ]
     assert len(Path("out/version_0/predictions.csv").read_text().splitlines()) == 1 + 3

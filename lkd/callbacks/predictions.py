@@ -94,7 +94,8 @@ class PredictionWriter(BasePredictionWriter):
             left_out = data.left_out() if isinstance(data, NewImages | NewDetectionImages) else []
             records = [record for _, own in parts for record in own]
             path = self._format.write(self.folder, records, left_out)
-            pl_module.print(f"Predictions for {sum(images for images, _ in parts):,} images written to {path}")
+            number = sum(images for images, _ in parts)
+            pl_module.print(f"Predictions for {number:,} image{'s' * (number != 1)} written to {path}")
         self._format, self._records = None, []
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
