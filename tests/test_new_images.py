@@ -99,7 +99,7 @@ def test_images_of_another_size_than_the_training_images(capsys, recwarn) -> Non
     weights = ["--config=digits/teacher", "--model.init_args.model_ckpt=lkd:digits_resnet8"]
     assert main(["predict", "--images=new", "--output=out", *weights, *CPU]) == 0
     assert [str(warning.message) for warning in recwarn if "of another size" in str(warning.message)] == [
-        "the network was trained on images of 8x8 pixels; images in new of another size: 2 of 3, for example b.png "
+        "the network was trained on images of 8x8 pixels; images of another size in new: 2 of 3, for example b.png "
         "(30x20); they are scaled to this size and cropped, which may reduce the accuracy"
     ]
     assert len(Path("out/version_0/predictions.csv").read_text().splitlines()) == 1 + 3

@@ -80,8 +80,8 @@ class NewImages(ImageDataModule):
             first, (height, width) = next(iter(others.items()))
             treatment = "predicted at their own size" if self.keeps_size else "scaled to this size and cropped"
             rank_zero_warn(
-                f"the network was trained on images of {trained[1]}x{trained[0]} pixels; images in {shown(self.folder)} "
-                f"of another size: {len(others):,} of {len(files):,}, for example {shown(files.name(first))} "
+                f"the network was trained on images of {trained[1]}x{trained[0]} pixels; images of another size in "
+                f"{shown(self.folder)}: {len(others):,} of {len(files):,}, for example {shown(files.name(first))} "
                 f"({width}x{height}); they are {treatment}, which may reduce the accuracy"
             )
 

@@ -192,7 +192,7 @@ def test_new_images_that_differ_from_the_training_images(tmp_path, trainer, recw
     assert sizes == {name: mask.shape for name, mask in masks.items()}
     said = [str(warning.message) for warning in recwarn if "trained on images of" in str(warning.message)]
     assert said == [
-        "the network was trained on images of 32x32 pixels; images in new of another size: 3 of 5, for example a.png "
+        "the network was trained on images of 32x32 pixels; images of another size in new: 3 of 5, for example a.png "
         "(31x20); they are predicted at their own size, which may reduce the accuracy"
     ]
 
