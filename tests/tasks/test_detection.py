@@ -264,8 +264,8 @@ def test_what_is_for_classification_only(trainer) -> None:
     assert "too large to be cached" in module.cache_obstacle
     with pytest.raises(ValueError, match="does not support the task Detection, which does not define choice, tally"):
         check_comparable(module.task)
-    with pytest.raises(ValueError, match="lkd export supports classification only, but the task is Detection"):
-        check_is_classification(module, "lkd export")
+    with pytest.raises(ValueError, match="KNN supports classification only, but the task is Detection"):
+        check_is_classification(module, "KNN")
     with pytest.raises(ValueError, match="boxes cannot be mixed"):
         module.read(BATCH._replace(mixed=Mixed.none(torch.zeros(2, dtype=torch.int64))))
     for setting in ("extra", "mix", "views"):  # DeepInversion is an `extra`
