@@ -66,7 +66,7 @@ class PredictionFormat(ABC):
         key = "index" if files is None else "file"
         columns = list(dict.fromkeys(name for _, record in records for name in record))
         lines = sorted([*records, *((position, {}) for position in left_out)], key=lambda line: line[0])
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, (key, *columns), restval="")
             writer.writeheader()
             for position, record in lines:
