@@ -32,7 +32,7 @@ def test_what_a_task_of_ones_own_supports(trained, capfd) -> None:
     assert config["model"]["init_args"]["task"] == {"class_path": "depth.Depth", "init_args": {"threshold": 1.25}}
     for command, message in (
         (["compare", "runs/depth_teacher"], "lkd compare does not support the task Depth"),
-        (["export", "runs/depth_teacher"], "lkd export supports classification only, but the task is Depth"),
+        (["export", "runs/depth_teacher"], "`test_dataloader` must be implemented"),
         (
             ["predict", f"--ckpt_path={RUN}", "--data=depth.RoomDataModule"],
             "supports the tasks Classification, SemanticSegmentation, Detection, but the task is Depth",
