@@ -63,7 +63,8 @@ def find_config(name: str, kind: str = "") -> Path:
     known = sorted(names - {f"{former}.yaml" for former in RENAMED_CONFIGS})
     if nearest := difflib.get_close_matches(own, known, n=3, cutoff=0.4):
         raise FileNotFoundError(f"there is no config {name!r}; similar configs provided by lkd: {', '.join(nearest)}")
-    provided = ", ".join(known) if kind else f"configs in {', '.join(sorted({str(Path(each).parent) for each in known}))}"
+    folders = sorted({Path(each).parent.name for each in known})
+    provided = ", ".join(known) if kind else f"configs in {', '.join(folders)}"
     raise FileNotFoundError(f"there is no config {name!r}; lkd provides {provided}")
 
 

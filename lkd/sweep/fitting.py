@@ -183,9 +183,7 @@ def last_checkpoint(folder: Path) -> Path | None:
         return None
 
 
-def train(
-    args: Sequence[str], name: str, folder: Path, monitor: str, callbacks: Sequence[L.Callback] = ()
-) -> Outcome:
+def train(args: Sequence[str], name: str, folder: Path, monitor: str, callbacks: Sequence[L.Callback] = ()) -> Outcome:
     """Train a trial, or resume an interrupted one.
 
     Args:

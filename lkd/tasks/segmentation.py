@@ -88,6 +88,14 @@ class SemanticSegmentation(Task):
         """Return the logits `(B, K, h, w)` of an auxiliary head: `["aux"]`."""
         return output.get("aux") if isinstance(output, Mapping) else None
 
+    def chance(self, num_classes: int) -> float:
+        """Return 1 / (2K - 1), the mean IoU of uniformly random predictions for classes of equal frequency.
+
+        Of N pixels, each class has N / K labels and N / K predictions, of which N / K^2 coincide. If the frequencies
+        differ, the mean IoU of such predictions is smaller.
+        """
+        return 1 / (2 * num_classes - 1)
+
     def check(self, name: str, logits: Tensor) -> None:
         """Check that a network returns a map with one channel per class."""
         shape = tuple(logits.shape)
