@@ -30,11 +30,10 @@ def _assert_nothing_lost(row: Row) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        "image files, read by 2 workers",
         "cached teacher logits",
         "memory bank (CRD)",
         "weight averaging (EMA)",
-        "segmentation, files read by 2 workers",
+        "segmentation, files read by 2 workers",  # as with image files
     ],
 )
 def test_killed_within_an_epoch(bench, settings: str) -> None:
