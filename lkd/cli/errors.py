@@ -218,16 +218,17 @@ def _own_names(module: Any) -> list[str]:
 
 
 def _settings(kind: Any) -> list[str]:
-    """Return the names of the arguments of a function, or of a class and its bases."""
+    """Return the names of the arguments of a function, or of a class and the bases to which it forwards `**kwargs`."""
     own = [vars(base).get("__init__") for base in kind.__mro__] if inspect.isclass(kind) else [kind]
-    makers = [maker for maker in own if inspect.isfunction(maker)]
-    names = {
-        name
-        for maker in makers
-        for name, parameter in inspect.signature(maker).parameters.items()
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and name != "self"
-    }
-    return sorted(names)
+    names: set[str] = set()
+    for maker in filter(inspect.isfunction, own):
+        parameters = inspect.signature(maker).parameters.values()
+        kinds = {parameter.kind for parameter in parameters}
+        variable = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+        names |= {parameter.name for parameter in parameters if parameter.kind not in variable}
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return sorted(names - {"self"})
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -74,13 +74,13 @@ class SemanticSegmentation(Task):
         Raises:
             TypeError: If the output contains no logits.
         """
-        if isinstance(output, Mapping):
-            output = output.get("logits", output.get("out"))
-        logits = getattr(output, "logits", output)
+        found = output.get("logits", output.get("out")) if isinstance(output, Mapping) else output
+        logits = getattr(found, "logits", found)
         if not isinstance(logits, Tensor):
+            keys = f" with the keys {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
             raise TypeError(
                 "a segmentation network must return logits (a tensor, `.logits`, `['logits']` or `['out']`), got "
-                f"{type(output).__name__}"
+                f"{type(output).__name__}{keys}"
             )
         return logits
 

@@ -252,6 +252,21 @@ def test_a_teacher_near_chance(gap: float, trainer) -> None:
     assert any("near chance (14.29%)" in str(one.message) for one in seen) == (gap < 0)
 
 
+class OtherAux(AuxNet):
+    """An auxiliary head with another number of classes."""
+
+    def forward(self, input: Tensor) -> dict[str, Tensor]:
+        output = super().forward(input)
+        return {**output, "aux": output["aux"][:, :3]}
+
+
+class Named(nn.Identity):
+    """Logits under a name that nobody knows."""
+
+    def forward(self, input: Tensor) -> dict[str, Tensor]:
+        return {"mask": input}
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -259,6 +274,11 @@ def test_a_teacher_near_chance(gap: float, trainer) -> None:
         (lambda: _distill(task=SemanticSegmentation(5)), "student returns 4 classes, but the task has 5"),
         (lambda: ClassificationModule(nn.Flatten(), task=TASK), r"logits of shape \(batch, classes, height"),
         (lambda: ClassificationModule(Net(4)), r"must return logits \(a tensor"),
+        (lambda: ClassificationModule(Named(), task=TASK), r"must return logits .*, got dict with the keys mask"),
+        (
+            lambda: ClassificationModule(OtherAux(4), task=TASK),
+            "the auxiliary head of the model returns 3 classes, but",
+        ),
     ],
 )
 def test_what_does_not_fit_is_reported(module, message, trainer) -> None:
