@@ -60,12 +60,14 @@ class SemanticSegmentation(Task):
         """
         if batch.mixed is not None:
             raise ValueError("masks cannot be mixed; remove `mix` of the data module")
-        if batch.target.ndim != 3:
+        target: Any = batch.target
+        if not isinstance(target, Tensor) or target.ndim != 3:
+            got = str(tuple(target.shape)) if isinstance(target, Tensor) else f"a {type(target).__name__}"
             raise ValueError(
-                "SemanticSegmentation requires masks of shape (batch, height, width), got "
-                f"{tuple(batch.target.shape)}; use a data module that returns masks, or another task"
+                f"SemanticSegmentation requires masks of shape (batch, height, width), got {got}; use a data module that "
+                "returns masks, or another task"
             )
-        target = batch.target.long()
+        target = target.long()
         return batch._replace(target=target.masked_fill(target == self.ignore_index, IGNORE_INDEX))
 
     def logits(self, output: Any) -> Tensor:

@@ -292,6 +292,8 @@ def test_targets_that_are_no_masks(trainer) -> None:
     data = TensorDataset(torch.zeros(4, 3, 16, 16), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"requires masks of shape \(batch, height, width\), got \(2,\)"):
         trainer().fit(_distill(), DataLoader(data, batch_size=2))
+    with pytest.raises(ValueError, match=r"requires masks of .*, got a list; use a data module that returns masks"):
+        TASK.prepare(Batch(None, [{"boxes": torch.zeros(0, 4)}]))
 
 
 def test_labels_out_of_range(trainer) -> None:
