@@ -21,7 +21,7 @@ from lkd.callbacks.monitor import fitting, network_size
 from lkd.callbacks.optimizers import count_on_device, count_on_host, fuse
 from lkd.callbacks.step_graph import StepGraph
 from lkd.datamodules import ImageDataModule
-from lkd.features.extractor import FeatureExtractor, logits_of
+from lkd.features.extractor import FeatureExtractor
 from lkd.features.layers import evaluating
 from lkd.models.fusion import fold_batch_norms
 
@@ -209,7 +209,7 @@ class Speed(L.Callback):
         random = devices.rng_states(batch.device)
         try:
             with trainer.precision_plugin.forward_context():
-                torch.autograd.backward(logits_of(model(batch)).float().sum())
+                torch.autograd.backward(module.task.logits(model(batch)).float().sum())
                 with torch.no_grad():
                     for network in self._compiled[1:]:
                         network(batch)

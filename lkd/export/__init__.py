@@ -22,9 +22,9 @@ from lkd.cli.arguments import check_option
 from lkd.export.card import CARD, card
 from lkd.export.files import INT8_FILE, METADATA, WRITERS, Network, as_json, check_formats, write_int8
 from lkd.export.images import batches, preprocessing, test_loader, training_images
-from lkd.export.measure import Checked, compare
+from lkd.export.measure import Checked, compare, percent
 from lkd.loading import Trained, find_checkpoint, load_run
-from lkd.tasks.classification import check_is_classification
+from lkd.tasks.base import Task
 from lkd.types import Batch
 
 TOLERANCE = 1e-4
@@ -68,7 +68,9 @@ def export(
         place: A checkpoint, the folder of a run, or the folder of all runs of one name (best checkpoint of the newest
             run).
         output: Output folder; by default `export` in the folder of the run.
-        formats: `safetensors` (weights), `torch` (a program for `torch.export.load`), `onnx`.
+        formats: `safetensors` (weights), `torch` (a program for `torch.export.load`), `onnx`. The last two accept
+            batches of any size and, if the network returns a map of logits, images of all sizes, or of multiples of up
+            to 32 pixels, that the network accepts.
         int8: Whether to export an 8-bit ONNX file as well, calibrated on training images.
         license: License of the network, as a Hugging Face identifier (`apache-2.0`).
         images: Maximum number of test images for the comparison, evenly spaced in the test set.
@@ -80,7 +82,8 @@ def export(
 
     Raises:
         FileNotFoundError: If the checkpoint or its config does not exist.
-        ValueError: If the network cannot be exported in a format, or a file does not reproduce the checkpoint.
+        ValueError: If the task does not support it, the network cannot be exported in a format, or a file does not
+            reproduce the checkpoint.
         TypeError: If the network takes more than one tensor.
     """
     check_formats(formats, int8)
@@ -90,13 +93,13 @@ def export(
     folder = Path(output) if output else _beside(path)
     _check_output(folder, overwrite)
     trained = load_run(str(path), *settings)
-    check_is_classification(trained.module, "lkd export")
+    _check_task(trained.module.task)
     metrics = _tested(trained)
     with _atomic_folder(folder) as written:
         loader = test_loader(trained.data, images)
         first = next(iter(batches(loader, trained.data, trained.module))).input
-        network = Network(trained.module, first)
-        facts = preprocessing(trained.data, first, network.num_outputs) | {"license": license, "lkd": __version__}
+        network = Network(trained.module, first, traced=set(formats) != {"safetensors"})
+        facts = preprocessing(trained.data, network) | {"license": license, "lkd": __version__}
         (written / PREPROCESSING).write_text(as_json(facts), encoding="utf-8")
         runs = {
             file: write(network, written / file, as_json(facts)) for file, write in map(WRITERS.__getitem__, formats)
@@ -143,6 +146,19 @@ def main(args: Sequence[str]) -> None:
     options = (given.output, formats, given.int8, given.license, given.images, given.overwrite)
     done = export(args[0], *options, settings=rest)
     _print(done)
+
+
+def _check_task(task: Task) -> None:
+    """Check that networks for a task can be exported.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    if not task.exports:
+        raise ValueError(
+            f"lkd export does not support the task {type(task).__name__}; `lkd test` evaluates it, and the checkpoint "
+            "contains the weights"
+        )
 
 
 def _beside(checkpoint: Path) -> Path:
@@ -235,17 +251,18 @@ def _check_tolerance(checked: Sequence[Checked]) -> None:
 
 
 def _print(done: Export) -> None:
-    table = Table("file", "bytes", "max. logit difference", "same prediction", "accuracy")
+    title = done.files[0].task.metric_title
+    table = Table("file", "bytes", "max. logit difference", "same prediction", title)
     for one in done.files:
-        row = (f"{one.size:,}", f"{one.difference:.2g}", f"{one.agreement:.2%}", f"{one.accuracy:.2%}")
+        row = (f"{one.size:,}", f"{one.difference:.2g}", percent(one.agreement), percent(one.score))
         table.add_row(one.file, *row)
     console = Console(soft_wrap=True)
     console.print(table)
     first, sizes = done.files[0], {one.file: one.size for one in done.files}
-    lines = [f"Compared on {first.images:,} test images; accuracy of the checkpoint: {first.expected_accuracy:.2%}"]
+    lines = [f"Compared on {first.images:,} test images; {title} of the checkpoint: {percent(first.expected_score)}"]
     if INT8_FILE in sizes:
-        points = 100 * (done.files[-1].accuracy - first.expected_accuracy)
+        points = 100 * (done.files[-1].score - first.expected_score)
         share = sizes[INT8_FILE] / sizes[WRITERS["onnx"][0]]
-        lines.append(f"8-bit ONNX: {points:+.2f} pp accuracy, {share:.0%} of the size of float32 ONNX")
+        lines.append(f"8-bit ONNX: {points:+.2f} pp {title}, {share:.0%} of the size of float32 ONNX")
     for line in [*lines, f"Export:     {done.folder}", f"Model card: {done.folder / CARD}"]:
         console.print(line, highlight=False, markup=False)

@@ -11,7 +11,7 @@ import yaml
 
 from lkd.__about__ import __version__
 from lkd.export.files import INT8_FILE, WRITERS, Network
-from lkd.export.measure import Checked
+from lkd.export.measure import Checked, percent
 from lkd.export.snippets import made, preparation, use
 from lkd.loading import Trained
 
@@ -37,17 +37,17 @@ def card(
     """
     settings = _plain(dict(trained.config.as_dict()))
     model, data = settings["model"], settings["data"]
-    own, name = _network(model), type(network.classifier).__name__
+    own, name = _network(model), type(network.model).__name__
     if network.prefix:
         name = type(trained.module).__name__
     files = [one.file for one in checked]
     network_made = made(own) if own and not network.prefix else None
     title = f"{name}, {_dataset(trained)}"
-    described = f"An image classifier with {facts['num_classes']:,} classes and {network.num_parameters:,} parameters"
     parts = [
         f"---\n{_front(trained, title, facts['license'], metrics)}---",
         f"# {title}",
-        f"{described}, trained with lkd {__version__} (Lightning Knowledge Distillation). {_licence(facts['license'])}",
+        f"{_description(network, facts)}, trained with lkd {__version__} (Lightning Knowledge Distillation). "
+        f"{_licence(facts['license'])}",
         "## Training",
         _table(("", ""), _training(trained, own, model, data)),
         "## Evaluation",
@@ -63,20 +63,28 @@ def card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _description(network: Network, facts: Mapping[str, Any]) -> str:
+    task = network.task
+    purpose = task.pipeline_tag.replace("-", " ") or f"the task {type(task).__name__}"
+    classes = f"{facts['num_classes']:,} classes and " if "num_classes" in facts else ""
+    return f"A network for {purpose} with {classes}{network.num_parameters:,} parameters"
+
+
 def _front(trained: Trained, title: str, license: str, metrics: Mapping[str, float]) -> str:
-    dataset = _dataset(trained)
+    dataset, task = _dataset(trained), trained.module.task
+    tag, metric = task.pipeline_tag, task.metric_title.lower().replace(" ", "_")
     found: dict[str, Any] = {
         "license": license,
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "knowledge-distillation", "lkd"],
+        **({"pipeline_tag": tag} if tag else {}),
+        "tags": [*([tag] if tag else []), "knowledge-distillation", "lkd"],
         "datasets": [dataset],
-        "metrics": ["accuracy"],
+        "metrics": [metric],
     }
-    if "test/acc" in metrics:
+    if tag and f"test/{task.metric}" in metrics:
         result = {
-            "task": {"type": "image-classification"},
+            "task": {"type": tag},
             "dataset": {"name": dataset, "type": dataset, "split": "test"},
-            "metrics": [{"type": "accuracy", "value": round(metrics["test/acc"], 6)}],
+            "metrics": [{"type": metric, "value": round(metrics[f"test/{task.metric}"], 6)}],
         }
         found["model-index"] = [{"name": title, "results": [result]}]
     text: str = yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=120)
@@ -85,7 +93,7 @@ def _front(trained: Trained, title: str, license: str, metrics: Mapping[str, flo
 
 def _outputs(facts: Mapping[str, Any]) -> str:
     """Describe the outputs of the network that have no class in the data; empty if there are none."""
-    known, outputs = facts["num_classes"], facts["num_outputs"]
+    known, outputs = facts.get("num_classes", 0), facts.get("num_outputs", 0)
     if known == outputs:
         return ""
     named = " and are named by their index" if "class_names" in facts else ""
@@ -170,15 +178,15 @@ def _plain(value: Any) -> Any:
 
 
 def _compared(checked: Sequence[Checked]) -> Iterator[str]:
-    first = checked[0]
+    first, title = checked[0], checked[0].task.metric_title
     yield (
-        f"Comparison of the files with the checkpoint (accuracy {first.expected_accuracy:.2%}), on {first.images:,} "
+        f"Comparison of the files with the checkpoint ({title} {percent(first.expected_score)}), on {first.images:,} "
         "test images, in batches and individually:"
     )
     yield _table(
-        ("file", "bytes", "maximum logit difference", "same prediction", "accuracy"),
+        ("file", "bytes", "maximum logit difference", "same prediction", title),
         [
-            (f"`{c.file}`", f"{c.size:,}", f"{c.difference:.2g}", f"{c.agreement:.2%}", f"{c.accuracy:.2%}")
+            (f"`{c.file}`", f"{c.size:,}", f"{c.difference:.2g}", percent(c.agreement), percent(c.score))
             for c in checked
         ],
     )
@@ -186,7 +194,7 @@ def _compared(checked: Sequence[Checked]) -> Iterator[str]:
     for one in checked:
         if one.file == INT8_FILE:
             yield (
-                f"With 8 bits, the accuracy changes by {100 * (one.accuracy - one.expected_accuracy):+.2f} percentage "
+                f"With 8 bits, the {title} changes by {100 * (one.score - one.expected_score):+.2f} percentage "
                 f"points, and the file has {one.size / sizes[WRITERS['onnx'][0]]:.0%} of the size of float32 ONNX."
             )
 

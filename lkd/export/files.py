@@ -6,7 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from copy import copy
 from functools import cached_property
 from importlib.util import find_spec
@@ -20,17 +20,19 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 
-from lkd.features.extractor import logits_of
 from lkd.loading import ModuleLogits, network_of
 from lkd.modules import ClassificationModule
 
 Run: TypeAlias = Callable[[Tensor], Tensor]
-"""Function from images `(B, C, H, W)` to logits `(B, K)`."""
+"""Function from images `(B, C, H, W)` to logits, for example `(B, K)`."""
 INPUT, OUTPUT = "image", "logits"
 METADATA = "preprocessing"
 """Key of the content of `preprocessing.json` in each file."""
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
-_BATCH = {0: Dim("batch", min=1)}
+_STEPS = (1, 2, 4, 8, 16, 32)
+"""Steps of the height and width of images that are tried: any size, or multiples of the stride of a network."""
+_LEAST = 64
+"""Minimum height and width of images, unless the test images are smaller. Layers with a stride need some pixels."""
 _LARGEST = 2**31 - 2**26  # maximum bytes of weights in one ONNX file; protobuf is limited to 2 GiB
 
 
@@ -40,54 +42,126 @@ class Network:
     Args:
         module: Trained module, in eval mode.
         example: Example images `(B, C, H, W)`.
+        traced: Whether the network is exported as a program, and not only its weights.
     """
 
-    def __init__(self, module: ClassificationModule, example: Tensor) -> None:
+    def __init__(self, module: ClassificationModule, example: Tensor, traced: bool = True) -> None:
         # Two images, because torch.export specializes a batch size of one; blank, because the file contains them.
         self.blank = torch.zeros(2, *example.shape[1:], dtype=example.dtype)
-        self.classifier = network_of(module)
+        self.model, self.task = network_of(module), module.task
+        self._traced = traced
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
-        """Return the logits `(B, K)`."""
-        return logits_of(self.classifier(image))
+        """Return the logits, for example `(B, K)`."""
+        return self.read(self.model(image))
+
+    def read(self, output: Any) -> Tensor:
+        """Return the logits in the output of the network."""
+        logits: Tensor = self.task.logits(output)
+        return logits
 
     @cached_property
-    def num_outputs(self) -> int:
-        """Number of logits."""
-        return int(self(self.blank).shape[1])
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the logits of one image of the test set, for example `(K,)` or `(K, h, w)`."""
+        return tuple(self(self.blank).shape[1:])
+
+    @property
+    def num_outputs(self) -> int | None:
+        """Number of classes that the network distinguishes; `None` if it has none."""
+        return self.output_shape[0] if self.task.has_classes else None
+
+    @property
+    def size_step(self) -> int | None:
+        """Step of the height and width of images that the files accept; `None` if the size is fixed.
+
+        Only networks that return maps, such as `(B, K, h, w)`, accept images of different sizes.
+        """
+        return self._traced_program[1] if self._traced else next(iter(self._steps), None)
 
     @property
     def prefix(self) -> str:
         """Prefix of the weight names, which is removed in the files so that they match those in the checkpoint."""
-        return "module." if isinstance(self.classifier, ModuleLogits) else ""
+        return "module." if isinstance(self.model, ModuleLogits) else ""
 
-    @cached_property
+    @property
     def program(self) -> ExportedProgram:
-        """Program of `torch.export`, for batches of any size.
+        """Program of `torch.export`, for batches of any size and images of the sizes of `size_step`.
 
         Raises:
             ValueError: If the network cannot be traced.
         """
-        network = self.classifier
-        traced = copy(network)  # the same weights and names, but returns only the logits
-        traced.forward = lambda image: logits_of(network.forward(image))
-        with torch.no_grad(), _quiet():
+        return self._traced_program[0]
+
+    @property
+    def dynamic_shapes(self) -> dict[int, Any]:
+        """Dimensions of the images that are not fixed in the program."""
+        return self._dimensions(self.size_step)
+
+    @property
+    def min_size(self) -> int:
+        """Minimum height and width of images, if their size is not fixed."""
+        return min(_LEAST, int(self.blank.shape[2]), int(self.blank.shape[3]))
+
+    @property
+    def _steps(self) -> Iterator[int]:
+        """Steps of image sizes that the network accepts, smallest first."""
+        if not self.blank.dim() == len(self.output_shape) + 1 == 4:
+            return
+        for step in _STEPS:
             try:
-                program = torch.export.export(traced, (self.blank,), dynamic_shapes=(_BATCH,))
-            except Exception as error:  # a forward pass may raise anything for symbolic tensors
-                raise ValueError(
-                    f"torch.export cannot trace {type(network).__name__} for batches of any size ({_reason(error)}); "
-                    "use --format safetensors to export only its weights"
-                ) from error
+                rows, columns = self(self.sized(step)).shape[2:]
+            except Exception:  # a forward pass may raise anything for an image of another size
+                continue
+            if (rows, columns) != self.output_shape[1:]:
+                yield step
+
+    def sized(self, step: int) -> Tensor:
+        """Return blank images `(2, C, H, W)` whose size differs from that of the test images.
+
+        Args:
+            step: Step of the height and width.
+        """
+        height, width = (step * max(2, side // step) for side in self.blank.shape[2:])
+        return self.blank.new_zeros(*self.blank.shape[:2], height + step, width + 2 * step)
+
+    @cached_property
+    def _traced_program(self) -> tuple[ExportedProgram, int | None]:
+        for step in self._steps:
+            with suppress(Exception):  # try the next one
+                return self._trace(step), step
+        try:
+            return self._trace(None), None
+        except Exception as error:  # a forward pass may raise anything for symbolic tensors
+            raise ValueError(
+                f"torch.export cannot trace {type(self.model).__name__} for batches of any size ({_reason(error)}); "
+                "use --format safetensors to export only its weights"
+            ) from error
+
+    def _trace(self, step: int | None) -> ExportedProgram:
+        traced = copy(self.model)  # the same weights and names, but returns only the logits
+        traced.forward = lambda image: self.read(self.model.forward(image))
+        blank = self.blank if step is None else self.sized(step)
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(traced, (blank,), dynamic_shapes=(self._dimensions(step),))
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # contains local paths
         return program
 
+    def _dimensions(self, step: int | None) -> dict[int, Any]:
+        """Return the dimensions of a batch of images that are not fixed."""
+        found = {0: Dim("batch", min=1)}
+        if step is None:
+            return found
+        least = -(-self.min_size // step)
+        if step == 1:
+            return found | {2: Dim("height", min=least), 3: Dim("width", min=least)}
+        return found | {2: step * Dim("rows", min=least), 3: step * Dim("columns", min=least)}
+
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         """State dict of the network; if the module computes the logits itself, only the tensors that it reads."""
-        state: dict[str, Tensor] = self.classifier.state_dict()
+        state: dict[str, Tensor] = self.model.state_dict()
         if self.prefix:
             state = {name: tensor for name, tensor in state.items() if name in self._read}
         # Copies, because safetensors does not allow shared tensors.
@@ -96,7 +170,7 @@ class Network:
     @property
     def num_parameters(self) -> int:
         """Number of exported parameters."""
-        found = dict(self.classifier.named_parameters())
+        found = dict(self.model.named_parameters())
         return sum(found[name].numel() for name in found if name.removeprefix(self.prefix) in self.weights)
 
     @property
@@ -118,10 +192,11 @@ def write_safetensors(network: Network, path: Path, metadata: str) -> Run:
         Function that runs the network with the weights of the file, and NaN or 0 for all others.
     """
     path.write_bytes(save(network.weights, {"format": "pt", METADATA: metadata}))  # save_file sets mode 0600
-    classifier, state = network.classifier, network.classifier.state_dict()
+    state = network.model.state_dict()
     gone = {n: torch.full_like(t, torch.nan if t.is_floating_point() else 0) for n, t in state.items()}
     loaded = {f"{network.prefix}{name}": tensor for name, tensor in load_file(path).items()}
-    return lambda image: logits_of(functional_call(classifier, {**gone, **loaded}, (image,), tie_weights=False))
+    values = {**gone, **loaded}
+    return lambda image: network.read(functional_call(network.model, values, (image,), tie_weights=False))
 
 
 def write_torch(network: Network, path: Path, metadata: str) -> Run:
@@ -141,12 +216,12 @@ def write_onnx(network: Network, path: Path, metadata: str) -> Run:
                 network.program,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
-                dynamic_shapes=(_BATCH,),  # already dynamic in the program; this names the dimension
+                dynamic_shapes=(network.dynamic_shapes,),  # already dynamic in the program; this names the dimensions
                 dynamo=True,
                 verbose=False,
             )
         except Exception as error:  # such as an operation that ONNX does not support
-            name = type(network.classifier).__name__
+            name = type(network.model).__name__
             raise ValueError(f"PyTorch cannot export {name} as ONNX ({_reason(error)}); use --format torch") from error
         if model is None:
             raise ValueError("torch.onnx.export returned no program; use --format torch")

@@ -12,33 +12,43 @@ from torch.utils.data import DataLoader, Subset
 
 from lkd.datamodules import ImageDataModule, WebDatasetDataModule
 from lkd.datamodules.transforms.base import CenterCrop
+from lkd.export.files import Network
 from lkd.modules import ClassificationModule
 from lkd.types import Batch
 
 _CALIBRATION, _PIECE = 512, 32
+_PAD = {"pad": "right and bottom, to a multiple of size_step and at least min_size", "value": 0}
 _CHANNELS = {1: ("L", "gray"), 3: ("RGB", "red, green, blue")}
 
 
-def preprocessing(data: L.LightningDataModule, image: Tensor, num_outputs: int) -> dict[str, Any]:
+def preprocessing(data: L.LightningDataModule, network: Network) -> dict[str, Any]:
     """Describe the preprocessing of an image and the outputs of the network: the content of `preprocessing.json`.
+
+    If the data names its classes, each class that the network distinguishes has a name in `class_names`; those without
+    a class in the data are named by their index.
 
     Args:
         data: Data module of the run, after setup.
-        image: Batch of its images `(B, ...)`.
-        num_outputs: Number of logits of the network. If the data names its classes, each logit has a name in
-            `class_names`; logits without a class in the data are named by their index.
+        network: Network of the run.
     """
+    image, num_outputs = network.blank, network.num_outputs
     facts: dict[str, Any] = {
         "input": "image",
-        "output": "logits, before softmax",
+        "output": "output of the network" if num_outputs is None else "logits, before softmax",
+        "output_shape": list(network.output_shape),
         "shape": list(image.shape[1:]),
+        "size_step": network.size_step,
+        "min_size": network.min_size if network.size_step else None,
         "layout": "batch of any size, channels, height, width" if image.dim() == 4 else "batch of any size, ...",
         "dtype": str(image.dtype).removeprefix("torch."),
     }
     if isinstance(data, ImageDataModule | WebDatasetDataModule):
         mode, channels = _CHANNELS.get(len(data.mean), (None, "as in the data"))
-        facts |= {"mode": mode, "channels": channels, "resize": _resize(data), "value_range": [0, 1]}
+        resize = _PAD if network.size_step else _resize(data)
+        facts |= {"mode": mode, "channels": channels, "resize": resize, "value_range": [0, 1]}
         facts |= {"divide_by": 255, "mean": list(data.mean), "std": list(data.std)}
+    if num_outputs is None:
+        return facts
     num_classes = getattr(data, "num_classes", None) or num_outputs
     facts |= {"num_outputs": num_outputs, "num_classes": min(num_classes, num_outputs)}
     if names := getattr(data, "class_names", None):
@@ -123,6 +133,7 @@ def training_images(data: L.LightningDataModule, module: ClassificationModule) -
     if isinstance(data, ImageDataModule):
         dataset = data.datasets["train"]
         plain = dataset.variant(0, [data.resize])
+        plain.shape = (plain.shape[0], *data.whole_shape[1:])
         step = max(1, len(dataset) // _CALIBRATION)
         for index in dataset.index[::step][:_CALIBRATION].split(_PIECE):  # type: ignore[no-untyped-call]
             yield plain.unmixed(torch.zeros_like(index), index).input

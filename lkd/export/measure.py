@@ -2,103 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lkd.export.files import Run
-from lkd.types import IGNORE_INDEX, Batch
+from lkd.export.files import Network, Run
+from lkd.tasks.base import Task
+from lkd.types import Batch
 
 _SINGLE = 16  # number of images that are also compared individually
 
 
-@dataclass
 class Checked:
     """Comparison of a file with the checkpoint.
 
-    Attributes:
+    Args:
         file: Name of the file.
         size: Size of the file in bytes.
+        task: Task of the network.
+
+    Attributes:
         difference: Maximum absolute difference of a logit.
         images: Number of images.
-        labelled: Number of labelled images.
-        same: Number of images for which file and checkpoint predict the same class.
-        correct: Number of labelled images that the file classifies correctly.
-        expected: Number of labelled images that the checkpoint classifies correctly.
+        labelled: Number of labelled images or, for a task that labels pixels, pixels.
     """
 
-    file: str
-    size: int
-    difference: float = 0.0
-    images: int = 0
-    labelled: int = 0
-    same: int = 0
-    correct: int = 0
-    expected: int = 0
+    def __init__(self, file: str, size: int, task: Task) -> None:
+        self.file, self.size, self.task = file, size, task
+        self.difference = 0.0
+        self.images = self.labelled = 0
+        self._same, self._chosen = 0, 0
+        self._metrics = [{task.metric: task.metrics()[task.metric]} for _ in range(2)]
 
     @property
     def agreement(self) -> float:
-        """Proportion of images for which file and checkpoint predict the same class."""
-        return self.same / self.images
+        """Proportion of images or pixels with the same prediction of file and checkpoint; NaN without predictions."""
+        return self._same / self._chosen if self._chosen else float("nan")
 
     @property
-    def accuracy(self) -> float:
-        """Accuracy of the file on the labelled images; NaN without labels."""
-        return self.correct / self.labelled if self.labelled else float("nan")
+    def score(self) -> float:
+        """Main metric of the file on the labelled images; NaN without labels."""
+        return self._score(0)
 
     @property
-    def expected_accuracy(self) -> float:
-        """Accuracy of the checkpoint on the same images."""
-        return self.expected / self.labelled if self.labelled else float("nan")
+    def expected_score(self) -> float:
+        """Main metric of the checkpoint on the same images."""
+        return self._score(1)
 
     def see(self, got: Tensor, expected: Tensor, target: Tensor) -> None:
         """Update the comparison with the predictions and logits of a batch.
 
         Args:
-            got: Logits of the file `(B, K)`.
-            expected: Logits of the checkpoint `(B, K)`.
-            target: Class indices `(B,)`; `IGNORE_INDEX` for unlabelled images.
+            got: Logits of the file, for example `(B, K)`.
+            expected: Logits of the checkpoint, for example `(B, K)`.
+            target: Targets of the batch; missing labels are `IGNORE_INDEX`.
         """
         self.differ(got, expected)
-        choice, right = got.argmax(1), expected.argmax(1)
         self.images += len(target)
-        self.labelled += int((target != IGNORE_INDEX).sum())
-        self.same += int((choice == right).sum())
-        self.correct += int((choice == target).sum())
-        self.expected += int((right == target).sum())
+        self.labelled += int(self.task.labelled(target))
+        for metrics, logits in zip(self._metrics, (got, expected), strict=True):
+            self.task.update(metrics, logits, target)
+        everything = self.task.blank_target(expected)
+        choices = [self.task.choice(logits, everything) for logits in (got, expected)]
+        if choices[0] is not None and choices[1] is not None:
+            self._same += int((choices[0] == choices[1]).sum())
+            self._chosen += choices[0].numel()
 
     def differ(self, got: Tensor, expected: Tensor) -> None:
         """Update the maximum difference of the logits; it is infinite for different shapes and non-finite values."""
         apart = (got - expected).abs().max() if got.shape == expected.shape else torch.tensor(torch.inf)
         self.difference = max(self.difference, float(apart.nan_to_num(torch.inf, torch.inf)))
 
+    def _score(self, number: int) -> float:
+        return float(self._metrics[number][self.task.metric].compute()) if self.labelled else float("nan")
 
-def compare(reference: Run, runs: Mapping[str, Run], batches: Iterable[Batch], folder: Path) -> list[Checked]:
-    """Compare files with the checkpoint on the same images, in batches and, for some images, individually.
+
+def compare(network: Network, runs: Mapping[str, Run], batches: Iterable[Batch], folder: Path) -> list[Checked]:
+    """Compare files with the checkpoint on the same images: in batches, some individually, some at another size.
 
     Args:
-        reference: Function that runs the checkpoint.
+        network: Network of the checkpoint.
         runs: Function that runs each file, by the name of the file.
         batches: Batches of images.
         folder: Folder of the files.
     """
-    found = {file: Checked(file, _size(folder, file)) for file in runs}
+    found = {file: Checked(file, _size(folder, file), network.task) for file in runs}
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            expected = reference(batch.input)
+            expected = network(batch.input)
             for file, run in runs.items():
                 found[file].see(run(batch.input), expected, batch.target)
-            if number:
-                continue
-            twice = torch.cat((batch.input, batch.input))  # at least two images, even if the batches have one
-            for image in (*batch.input[:_SINGLE].split(1), twice):
-                expected = reference(image)
+            for images in () if number else _variants(network, batch.input):
+                expected = network(images)
                 for file, run in runs.items():
-                    found[file].differ(run(image), expected)
+                    found[file].differ(run(images), expected)
     return list(found.values())
+
+
+def _variants(network: Network, image: Tensor) -> Iterator[Tensor]:
+    """Yield some images individually, at least two images, and images of another size if the files accept them."""
+    yield from (image[i : i + 1] for i in range(min(len(image), _SINGLE)))
+    yield torch.cat((image, image))
+    if network.size_step is not None:
+        size = network.sized(network.size_step).shape[2:]
+        yield torch.nn.functional.interpolate(image[:_SINGLE], (size[0], size[1]))
+
+
+def percent(value: float) -> str:
+    """Format a proportion, or a dash for NaN."""
+    return "-" if value != value else f"{value:.2%}"
 
 
 def _size(folder: Path, file: str) -> int:

@@ -17,7 +17,7 @@ with open("preprocessing.json", encoding="utf-8") as file:
 channels, height, width = about["shape"]
 image = Image.open("image.png").convert(about["mode"])
 {resize}pixels = np.asarray(image, np.float32).reshape(height, width, channels) / 255
-pixels = (pixels - np.float32(about["mean"])) / np.float32(about["std"])
+{pad}pixels = (pixels - np.float32(about["mean"])) / np.float32(about["std"])
 batch = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])"""
 _ABOUT = """\
 import json
@@ -36,6 +36,20 @@ if image.size != (width, height):
     top, left = round((rows - height) / 2), round((columns - width) / 2)
     image = image.crop((left, top, left + width, top + height))
 """
+_SIZES = (
+    "The files accept images whose height and width are {multiples}at least {least} pixels; other images are padded "
+    "with zeros on the right and at the bottom, before they are normalized."
+)
+_ANY_SIZE = "width, height = image.size\n"
+_PAD = """\
+step, least = about["size_step"], about["min_size"]
+rows, columns = (-(-max(side, least) // step) * step for side in (height, width))
+pixels = np.pad(pixels, ((0, rows - height), (0, columns - width), (0, 0)))  # on the right and at the bottom
+"""
+_MAP_ANSWER = """\
+classes = logits[0].argmax(0)  # class of each pixel
+{crop}for number in sorted(set(classes.flatten().tolist())):
+    print(f"{{{name}}}: {{(classes == number).mean():.1%}} of the image")"""
 _ONNX = """\
 import onnxruntime
 
@@ -46,7 +60,7 @@ _TORCH = """\
 import torch
 
 network = torch.export.load("{file}").module()
-logits = network(torch.from_numpy(batch)).detach()
+logits = network(torch.from_numpy(batch)).detach().numpy()
 {answer}"""
 _WEIGHTS = """\
 {imported}
@@ -66,8 +80,12 @@ def preparation(facts: Mapping[str, Any]) -> str:
     Args:
         facts: Content of `preprocessing.json`.
     """
-    shape = " x ".join(map(str, facts["shape"]))
-    text = f"Input `image`: {facts['dtype']}, {facts['layout']} ({shape}). Output: `logits`, before softmax."
+    shape, output = (" x ".join(map(str, facts[name])) for name in ("shape", "output_shape"))
+    text = (
+        f"Input `image`: {facts['dtype']}, {facts['layout']} ({shape}). Output `logits`: {facts['output']} ({output})."
+    )
+    if _is_smaller(facts):
+        text += " Interpolate the map to the size of the image (bilinear) before you select the class of each pixel."
     if "mean" not in facts:
         return f"{text} The preprocessing of the data is unknown to lkd. Below, `batch` is an array of this form."
     text += (
@@ -80,14 +98,24 @@ def preparation(facts: Mapping[str, Any]) -> str:
             f" An image of a different size is resized (bilinear) to cover {' x '.join(map(str, resize['cover']))}, "
             "and its center is cropped. (lkd decodes large JPEGs at a reduced size; their pixels differ slightly.)"
         )
+    elif step := facts["size_step"]:
+        multiples = f"multiples of {step} and " if step > 1 else ""
+        text += f" {_SIZES.format(multiples=multiples, least=facts['min_size'])}"
     else:
         text += f" Images are resized by `{resize['by']}`."
     if not _is_prepared(facts):
         return text
     return (
         f"{text} This information is also in `preprocessing.json` and in each file, under the key `preprocessing`.\n\n"
-        + _python(_PREPARE.format(resize=_RESIZE if "cover" in resize else ""))
+        + _python(_PREPARE.format(resize=_resizing(facts), pad=_PAD if facts["size_step"] else ""))
     )
+
+
+def _resizing(facts: Mapping[str, Any]) -> str:
+    """Return the code that brings an image to the size of the input."""
+    if facts["size_step"]:
+        return _ANY_SIZE
+    return _RESIZE if "cover" in facts["resize"] else ""
 
 
 def _is_prepared(facts: Mapping[str, Any]) -> bool:
@@ -104,16 +132,13 @@ def use(file: str, files: Collection[str], facts: Mapping[str, Any], made: Made 
         facts: Content of `preprocessing.json`.
         made: Code that creates the network of the weights; None if they belong to more than one network.
     """
-    answer = "print(logits)"
-    if "class_names" in facts:
-        about = "" if _is_prepared(facts) else _ABOUT  # the preprocessing code has already read it
-        answer = f'{about}print(about["class_names"][logits[0].argmax()])'
+    answer = _answer(facts)
     if file.endswith(".onnx"):
         return f"`{file}` (`pip install onnxruntime`):\n\n" + _python(_ONNX.format(file=file, answer=answer))
     if file.endswith(".pt2"):
         return f"`{file}` (`pip install torch`):\n\n" + _python(_TORCH.format(file=file, answer=answer))
     text = f"`{file}` contains the weights by name (`pip install safetensors torch`)"
-    then = f"logits = network(torch.from_numpy(batch)).detach()\n{answer}"
+    then = f"logits = network(torch.from_numpy(batch)).detach().numpy()\n{answer}"
     if made is None:
         text += ". They belong to several parts of a module, which the other formats combine"
         imported, code = "", "print({name: tuple(tensor.shape) for name, tensor in weights.items()})"
@@ -128,6 +153,28 @@ def use(file: str, files: Collection[str], facts: Mapping[str, Any], made: Made 
         imported = f"import torch\nimport {made.library}"
         code = _LOADED.format(call=made.call, then=f"network.eval()\n{then}")
     return f"{text}:\n\n{_python(_WEIGHTS.format(file=file, imported=imported, network=code))}"
+
+
+def _answer(facts: Mapping[str, Any]) -> str:
+    """Return the code that prints what the network predicts."""
+    is_map = len(facts["output_shape"]) == 3 and "num_classes" in facts
+    if "class_names" not in facts:
+        return _MAP_ANSWER.format(crop=_crop(facts), name="number") if is_map else "print(logits)"
+    about = "" if _is_prepared(facts) else _ABOUT  # the preprocessing code has already read it
+    if is_map:
+        return about + _MAP_ANSWER.format(crop=_crop(facts), name="about['class_names'][number]")
+    return f'{about}print(about["class_names"][logits[0].argmax()])'
+
+
+def _crop(facts: Mapping[str, Any]) -> str:
+    """Return the code that removes the padding of an image from its map of classes."""
+    padded = facts["size_step"] and _is_prepared(facts) and not _is_smaller(facts)
+    return "classes = classes[:height, :width]  # without the padding\n" if padded else ""
+
+
+def _is_smaller(facts: Mapping[str, Any]) -> bool:
+    """Return whether the output is a map that is smaller than the image."""
+    return len(facts["output_shape"]) == 3 and facts["output_shape"][1:] != facts["shape"][1:]
 
 
 class Made(NamedTuple):

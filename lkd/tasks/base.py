@@ -40,6 +40,12 @@ class Task(ABC):
     caches_logits: ClassVar[bool] = False
     """Whether outputs `(B, K)` are small enough to be stored for all samples (teacher cache, `lkd compare`)."""
 
+    exports: ClassVar[bool] = True
+    """Whether networks take one tensor and the predictions are one tensor, which `lkd export` requires."""
+
+    pipeline_tag: ClassVar[str] = ""
+    """Name of the task on Hugging Face, for model cards; empty if it has none."""
+
     aux_weight: float = 0.0
     """Weight of the supervised loss of an auxiliary head, relative to that of the network itself."""
 

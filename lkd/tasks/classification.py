@@ -24,6 +24,7 @@ class Classification(Task):
     """One class per input: networks return logits `(B, K)`, targets are class indices `(B,)`."""
 
     caches_logits = True
+    pipeline_tag = "image-classification"
 
     def logits(self, output: Any) -> Tensor:
         """Return the logits `(B, K)`: the output itself, `.logits` or `["logits"]`."""

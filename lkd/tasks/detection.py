@@ -37,6 +37,7 @@ class Detection(Task):
     metric_title = "mean AP"
     has_classes = False  # the predictions have classes, but no scores in dimension 1
     graph_obstacle = "detectors assign and select boxes on the host"
+    exports = False
 
     def prepare(self, batch: Batch) -> Batch:
         """Check that targets are boxes.

@@ -44,6 +44,7 @@ class SemanticSegmentation(Task):
     metric = "miou"
     metric_title = "mean IoU"
     class_metric_title = "IoU"
+    pipeline_tag = "image-segmentation"
 
     def __init__(self, num_classes: int, ignore_index: int = 255, aux_weight: float = 0.4) -> None:
         if num_classes < 2:

@@ -20,17 +20,19 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
+from torch import nn
 
-from lkd import DigitsDataModule, ImageFolderDataModule, __version__
+from lkd import ClassificationModule, DigitsDataModule, ImageFolderDataModule, __version__
 from lkd.__main__ import main
 from lkd.export import export
 from lkd.export.card import CARD, _epochs
-from lkd.export.files import WRITERS
+from lkd.export.files import WRITERS, Network
 from lkd.export.images import batches, preprocessing, training_images
 from lkd.export.images import test_loader as loader_of_some
 from lkd.export.measure import Checked
 from lkd.export.snippets import preparation, use
 from lkd.loading import load_run
+from lkd.tasks import Classification
 from lkd.types import IGNORE_INDEX
 
 QUICK = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.enable_progress_bar=false")
@@ -140,10 +142,10 @@ def test_what_is_measured(done) -> None:
     for one in done.files:
         assert one.images == one.labelled == 359
         assert one.size == (done.folder / one.file).stat().st_size
-        assert one.expected_accuracy == pytest.approx(done.metrics["test/acc"])
+        assert one.expected_score == pytest.approx(done.metrics["test/acc"])
     *float32, int8 = done.files
     assert all(one.difference <= 1e-4 and one.agreement == 1 for one in float32)
-    assert all(one.accuracy == one.expected_accuracy for one in float32)
+    assert all(one.score == one.expected_score for one in float32)
     assert int8.difference > 1e-4
     assert int8.agreement > 0.9
 
@@ -426,7 +428,8 @@ def folder(tmp_path) -> ImageFolderDataModule:
 def test_the_cards_code_prepares_an_image_as_the_data_module_does(folder, tmp_path) -> None:
     folder.setup("test")
     (batch,) = folder.test_dataloader()
-    facts = preprocessing(folder, batch.input, 2)
+    network = Network(ClassificationModule(nn.Sequential(nn.Flatten(), nn.Linear(768, 2))), batch.input)
+    facts = preprocessing(folder, network)
     (tmp_path / "preprocessing.json").write_text(json.dumps(facts))
     (code,) = re.findall(r"```python\n(.*?)```", preparation(facts), re.S)
     paths = sorted((tmp_path / "images" / "test").glob("*/*.png"))
@@ -471,7 +474,7 @@ def test_a_network_with_more_outputs_than_the_data_has_classes(tmp_path, monkeyp
     assert facts["class_names"] == [*animals, *"456789"]
     assert (facts["num_outputs"], facts["num_classes"]) == (10, 4)
     card = (done.folder / CARD).read_text()
-    assert "An image classifier with 4 classes and " in card
+    assert "A network for image classification with 4 classes and " in card
     assert "The network has 10 outputs, but the data of this run has 4 classes: the outputs from 4 on had no" in card
     monkeypatch.chdir(done.folder)
     Path("image.png").write_bytes((tmp_path / "animals/test/bee/0.png").read_bytes())
@@ -518,12 +521,11 @@ def test_the_card_counts_the_epochs_of_any_checkpoint(run) -> None:
 
 
 def test_a_file_is_measured_by_its_own_answers() -> None:
-    checked = Checked("model.onnx", 1)
+    checked = Checked("model.onnx", 1, Classification())
     got, expected = torch.eye(4), torch.eye(4)[[0, 1, 3, 3]]
     checked.see(got, expected, torch.tensor([0, 2, 2, IGNORE_INDEX]))
-    counts = checked.images, checked.labelled, checked.same, checked.correct, checked.expected
-    assert counts == (4, 3, 3, 2, 1)
-    assert checked.difference == 1
+    assert (checked.images, checked.labelled, checked.agreement, checked.difference) == (4, 3, 3 / 4, 1)
+    assert (checked.score, checked.expected_score) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
 
 
 def test_some_test_images_are_spread_over_all() -> None:
