@@ -65,8 +65,8 @@ class SemanticSegmentation(Task):
         if not isinstance(target, Tensor) or target.ndim != 3:
             got = str(tuple(target.shape)) if isinstance(target, Tensor) else f"a {type(target).__name__}"
             raise ValueError(
-                f"SemanticSegmentation requires masks of shape (batch, height, width), got {got}; use a data module that "
-                "returns masks, or another task"
+                f"SemanticSegmentation requires masks of shape (batch, height, width), got {got}; use a data module "
+                "that returns masks, or another task"
             )
         target = target.long()
         return batch._replace(target=target.masked_fill(target == self.ignore_index, IGNORE_INDEX))
