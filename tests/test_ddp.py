@@ -144,6 +144,49 @@ def _metrics(student: nn.Module, teacher: nn.Module) -> dict[str, float]:
     return {"test/loss": cross_entropy(ours, target).item(), "test/kd": 0.9 * 16 * filled.mean().item(), **shares}
 
 
+MASKS = """
+    import lkd
+    import torch
+    from torch import nn
+
+    class Brightness(lkd.SyntheticSegmentationDataModule):
+        # All pixels have a label: each process averages over those that have one.
+        def make_masks(self, split):
+            made = super().make_masks(split)
+            return made and (made[0], (made[0].float().mean(1) / 52).to(torch.uint8))
+
+    def net() -> nn.Module:  # without BatchNorm, whose statistics are those of a process
+        return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 5, 1))
+"""
+
+
+def test_segmentation_is_trained_as_in_one_process(monkeypatch) -> None:
+    Path("masks.py").write_text(textwrap.dedent(MASKS))
+    monkeypatch.syspath_prepend(Path.cwd())
+    settings = ["--config=shapes/kd", "--data=masks.Brightness", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
+    settings += [f"--data.init_args.{size}" for size in ("train_size=71", "val_size=23", "size=16")]
+    settings += ["--model.init_args.student=masks.net", "--model.init_args.optimizer=torch.optim.SGD"]
+    settings += ["--model.init_args.optimizer.lr=0.1", "--trainer.precision=32-true", "--trainer.logger=CSVLogger"]
+    found = []
+    for processes, batch_size in ((2, 8), (1, 16)):
+        place = [f"--trainer.devices={processes}", f"--data.init_args.batch_size={batch_size}", f"--name={processes}"]
+        place += ["--trainer.strategy=ddp"] if processes == 2 else []
+        place += [f"--trainer.logger.save_dir=runs/{processes}"]
+        for done in warm.ranks(processes, warm.module, "lkd", "fit", *settings, *place):
+            assert done.code == 0, done.stderr[-2000:]
+        (path,) = Path(f"runs/{processes}").rglob("last.ckpt")
+        (metrics,) = Path(f"runs/{processes}").rglob("metrics.csv")
+        rows = [row for row in csv.DictReader(metrics.read_text().splitlines()) if row["val/miou"]]
+        scores = [[float(row[f"val/{name}"]) for name in ("miou", "acc", "teacher_miou")] for row in rows]
+        found.append((torch.load(path, weights_only=True), scores))
+    (ours, scores), (theirs, expected) = found
+    assert ours["global_step"] == theirs["global_step"] == 6
+    assert scores[0] != scores[1]
+    assert scores == [pytest.approx(row, rel=1e-6) for row in expected]
+    for name, tensor in theirs["state_dict"].items():
+        torch.testing.assert_close(ours["state_dict"][name], tensor, rtol=1e-4, atol=1e-6)
+
+
 def test_two_processes_predict_what_one_does(capsys) -> None:
     command = ["predict", "--config=shapes/teacher", "--model.init_args.model_ckpt=lkd:shapes_unet"]
     command += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]

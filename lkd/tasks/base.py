@@ -89,6 +89,14 @@ class Task(ABC):
         """
         return int(logits.shape[1]) if self.has_classes else None
 
+    def chance(self, num_classes: int) -> float | None:
+        """Return the main metric of random predictions; a teacher near it causes a warning. `None` if it is unknown.
+
+        Args:
+            num_classes: Number of classes, at least 1.
+        """
+        return None
+
     @abstractmethod
     def check(self, name: str, logits: Any) -> None:
         """Check the output of a network for one blank input.

@@ -21,6 +21,8 @@ from tests.test_configs import BEFORE, COMPLETE, needs
 
 ON = f"--trainer.accelerator={NAME}"
 KD = ["--config", "digits/kd", "--data.init_args.batch_size=16"]
+SMALL = [f"--data.init_args.{size}" for size in ("batch_size=4", "train_size=40", "test_size=8")]
+SEGMENTATION = ["--config", "shapes/kd", *SMALL, "--data.init_args.size=16"]
 
 
 @pytest.mark.parametrize(
@@ -37,17 +39,26 @@ def test_complete_configs(config: str, pretended, capfd) -> None:
     assert "whole step as a CUDA graph" in capfd.readouterr().out
 
 
-def test_validate_test_and_predict(pretended, capfd) -> None:
-    fit("run", "cpu", *KD)
+@pytest.mark.parametrize(
+    ("settings", "commands"),
+    [
+        (KD, ("validate", "test", "predict")),
+        (SEGMENTATION, ("validate",)),
+        (["--config", "detection/kd_ld", "--model.init_args.teacher_ckpt=null", *SMALL], ("validate",)),
+    ],
+    ids=["classification", "segmentation", "detection"],
+)
+def test_evaluation(settings: list[str], commands: tuple[str, ...], pretended, capfd) -> None:
+    fit("run", "cpu", *settings)
     (path,) = Path("run").rglob("last.ckpt")
     lines = {}
-    for command in ("validate", "test", "predict"):
+    for command in commands:
         for place in ("cpu", NAME):
             capfd.readouterr()
             where = [f"--trainer.accelerator={place}", "--trainer.precision=32-true", "--speed.channels_last=false"]
-            assert main([command, *KD, "--ckpt_path", str(path), *where]) == 0
+            assert main([command, *settings, "--ckpt_path", str(path), *where]) == 0
             said = capfd.readouterr().out
-            measured = [line for line in said.splitlines() if "/acc" in line or "/loss" in line]
+            measured = [line for line in said.splitlines() if "val/" in line or "test/" in line]
             lines[command, place] = measured if command != "predict" else _predicted()
             assert lines[command, place]
         assert lines[command, "cpu"] == lines[command, NAME]
@@ -135,16 +146,21 @@ def test_cached_logits(top_k: int | None, pretended, capfd) -> None:
     assert not differences(trained(fills), trained(reads))
 
 
-def test_compare_export_and_layers(pretended, monkeypatch) -> None:
-    for seed in (0, 1):
-        fit(f"seed{seed}", NAME, *KD, f"--seed_everything={seed}")
-    one, two = (str(next(Path(f"seed{seed}").rglob("version_0"))) for seed in (0, 1))
+@pytest.mark.parametrize("settings", [KD, SEGMENTATION], ids=["classification", "segmentation"])
+def test_compare(settings: list[str], pretended) -> None:
+    fit("run", NAME, *settings)
+    run = next(Path("run").rglob("version_0"))
     for place in ("cpu", NAME):
         quick = ["--seconds=0.01", "--batch_sizes=[1]", f"--output={place}", f"--accelerator={place}"]
-        assert main(["compare", f"one={one}", f"two={two}", *quick]) == 0
+        assert main(["compare", f"one={run}", *quick]) == 0
     usual, there = (json.loads(next(Path(place).rglob("comparison.json")).read_text()) for place in ("cpu", NAME))
-    for name in ("one", "two", "teacher"):
+    for name in ("one", "teacher"):
         assert usual["networks"][name]["figures"] == there["networks"][name]["figures"]
+
+
+def test_export_and_layers(pretended, monkeypatch) -> None:
+    fit("run", NAME, *KD)
+    one = str(next(Path("run").rglob("version_0")))
     monkeypatch.setattr(
         _AcceleratorConnector, "_choose_auto_accelerator", lambda *_: NAME
     )  # as on a machine with a GPU
