@@ -390,7 +390,7 @@ def test_groups_of_layers_without_quotes(fit) -> None:
 
 def test_one_image_for_a_batchnorm(fit) -> None:
     says = fit("--model.init_args.criterion=lkd.losses.PAD", "--data.init_args.batch_size=1")
-    assert says.endswith("BatchNorm requires more than one image per batch: set batch_size to 2 or more")
+    assert says.endswith("set batch_size to 2 or more, or use larger images")
 
 
 def test_an_accelerator_that_is_not_there(fit, monkeypatch) -> None:

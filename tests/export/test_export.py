@@ -482,7 +482,7 @@ def test_a_network_with_more_outputs_than_the_data_has_classes(tmp_path, monkeyp
     assert [names["printed"] for names in found] == [[facts["class_names"][chosen]]] * 3
     if chosen == 9:  # lkd predict names what it can
         assert main(["predict", "--ckpt_path", str(best), *images, "--trainer.enable_progress_bar=false"]) == 0
-        rows = list(csv.DictReader(Path("predictions.csv").read_text().splitlines()))
+        rows = list(csv.DictReader(Path("runs/predict/version_0/predictions.csv").read_text().splitlines()))
         assert [(row["class"], row["class_name"]) for row in rows] == [("9", "")] * 16
 
 

@@ -228,6 +228,22 @@ def test_labels_out_of_range(name: str, label: int) -> None:
         assert all(torch.equal(compared(number), found) for number in range(5))
 
 
+@every
+def test_masks_for_criteria_of_images(name: str) -> None:
+    """They are rejected, unless the labels are not read."""
+    case = TABLE[name]
+    batch = case.batch()
+    if not isinstance(batch.target, Tensor):
+        return  # boxes
+    masks = batch._replace(target=batch.target.view(len(batch.target), -1)[:, :1, None].repeat(1, 8, 8))
+    says = ""
+    try:
+        found = value(case.criterion(), *case.answers(), masks)
+    except ValueError as error:
+        says = str(error)
+    assert "one class per image" in says if says else found.isfinite()
+
+
 def _numbers() -> list[tuple[type[DistillLoss], str]]:
     """All settings of all criteria that are one number."""
     kinds = (getattr(lkd.losses, name) for name in lkd.losses.__all__)
