@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lkd import FeatureExtractor
 from lkd.features.layers import feature_layers, resolve_layers
 from lkd.models import layer_names, resnet8, timm_model, torchvision_model, vgg8
-from tests.models.test_benchmark import REFERENCE, layers, without_numbers
+from tests.models.test_benchmark import REFERENCE, layers, on_meta_device
 
 
 class Mixed(nn.Module):
@@ -72,7 +72,7 @@ def test_no_convolution() -> None:
 @pytest.mark.parametrize("name", REFERENCE)
 def test_groups_are_the_benchmark_s(name: str) -> None:
     """`@stages` and the like name what the benchmark's code reads; its BatchNorms are listed in the reference."""
-    network = without_numbers(name)
+    network = on_meta_device(name)
     features, sums = layers(network)
     assert resolve_layers(network, ["@stem", "@stages", "@pooled"]) == (*features, "flatten")
     assert resolve_layers(network, ["@stage1", "@last_stage"]) == (features[1], features[-1])

@@ -30,9 +30,7 @@ CASES = {
 
 
 def _cc(inputs: Values, hyper: Hyper) -> Values:
-    """The mean of squares follows the paper. torchdistill divides the norm itself by B² and does not normalize the
-    features.
-    """
+    """The mean of squares follows the paper; torchdistill divides the norm itself by B², without normalization."""
     settings = {"feat_dim": None, "gamma": hyper["gamma"], "order": int(hyper["max_p"]), "normalize": False}
     batch_size = len(inputs["student_features.0"])
     norms = {}

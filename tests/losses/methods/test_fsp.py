@@ -33,9 +33,7 @@ CASES = {
 
 
 def _fsp(inputs: Values, hyper: Hyper) -> Values:
-    """torchdistill's loss differs from lkd's but uses the same matrices: it sums the norms of their difference's
-    columns.
-    """
+    """Unlike lkd, torchdistill sums the norms of the columns of the matrices' difference."""
     ours, theirs = ([inputs[layer] for layer in names] for names in parity.layers(inputs))
     differences = [
         KF.fsp_matrix(*student) - KF.fsp_matrix(*teacher)
