@@ -1,4 +1,4 @@
-"""`lkd predict --images`: new images are prepared as the run's own, and what cannot be read is named."""
+"""`lkd predict --images`: new images are preprocessed like those of the run, and unreadable images are reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _rows() -> dict[str, dict[str, str]]:
 
 @pytest.fixture
 def trained() -> Path:
-    """A short run on a folder of two classes, and what it predicts for its test images by their names."""
+    """Train briefly on a folder of two classes, and return the path of the best checkpoint."""
     rng = np.random.default_rng(0)
     for name, level in (("hat", 60), ("shoe", 190)):
         Path("shop", name).mkdir(parents=True)
@@ -47,7 +47,7 @@ def test_predictions_for_a_folder(trained, capsys, recwarn) -> None:
     own.setup("test")
     source = own.datasets["test"].source.original
     expected = {source.path(int(index)).relative_to("shop").as_posix(): row for index, row in _rows().items()}
-    shutil.move("shop", "new")  # the data that it was trained on is gone; the names are in the checkpoint
+    shutil.move("shop", "new")  # the data of the run does not exist any more; the class names are in the checkpoint
     gray = np.asarray(Image.open("new/hat/0.png").convert("L"))
     Image.fromarray(gray).save("new/grau ü.tiff")
     Image.open("new/hat/1.png").convert("RGBA").save("new/transparent.webp")
@@ -81,7 +81,7 @@ def test_folders_without_images(folder, message, capsys) -> None:
     assert message in capsys.readouterr().err
 
 
-def test_images_need_a_checkpoint_and_data_that_tells_how_it_prepares_them(capsys) -> None:
+def test_images_require_a_checkpoint_and_a_supported_data_module(capsys) -> None:
     Path("new").mkdir()
     Image.new("RGB", (8, 8)).save("new/a.png")
     assert main(["predict", "--images", "new", "--config=digits/teacher", *CPU]) == 2
@@ -90,7 +90,7 @@ def test_images_need_a_checkpoint_and_data_that_tells_how_it_prepares_them(capsy
         lkd.datamodules.NewImages("new", lkd.datamodules.base.L.LightningDataModule())
 
 
-def test_each_prediction_has_its_own_lines(distill, data, trainer) -> None:
+def test_lines_of_each_prediction(distill, data, trainer) -> None:
     writer = PredictionWriter("it.csv")
     engine, module = trainer(callbacks=[writer]), distill()
     for _ in range(2):

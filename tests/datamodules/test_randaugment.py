@@ -17,9 +17,8 @@ from lkd.datamodules.transforms.randaugment import OPERATIONS
 def images(batch, channels=3, height=21, width=26, seed=0):
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(256, (batch, channels, height, width), dtype=torch.uint8, generator=generator)
-    return noise // torch.tensor([1, 2, 4], dtype=torch.uint8)[torch.arange(batch) % 3].view(
-        -1, 1, 1, 1
-    )  # some images of low contrast
+    reduction = torch.tensor([1, 2, 4], dtype=torch.uint8)[torch.arange(batch) % 3]  # of the contrast
+    return noise // reduction.view(-1, 1, 1, 1)
 
 
 def draws_for(operation, negative, batch):
