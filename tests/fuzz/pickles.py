@@ -47,7 +47,7 @@ def _global(name: str) -> bytes:
 
 
 def _made(name: str, *args: bytes) -> bytes:
-    """Return the instructions that put the result of a call on the stack; each argument is given by its instructions."""
+    """Return the instructions that put the result of a call on the stack; arguments are given as instructions."""
     return _global(name) + b"(" + b"".join(args) + b"tR"
 
 
