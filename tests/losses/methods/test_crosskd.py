@@ -134,7 +134,7 @@ def test_invalid_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "message"),
+    ("settings", "error", "says"),
     [
         ({"beta": 0.5}, ValueError, "beta must be at least 1, got 0.5"),
         (
@@ -145,6 +145,6 @@ def test_invalid_layers() -> None:
         ({"student_box_layers": "b"}, TypeError, r"student_box_layers must be a list .*, got 'b'; use \['b'"),
     ],
 )
-def test_invalid_settings(settings, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_invalid_settings(settings, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
         CrossKD(**settings)
