@@ -18,9 +18,9 @@ NO_METHOD = {"DistillLoss", "CompositeLoss", "PerAnchor", "PerPixel", "WeightedS
 NO_METHOD |= {"ClassificationModule", "DistillModule", "EarlyExitModule", "FineTuneModule"}
 SEGMENTATION = "lkd.tasks.SemanticSegmentation"
 TRAINED = {"SimKDModule": "tests/modules/test_simkd.py", "DOTModule": "tests/modules/test_dot.py"}
-"""Modules to the files whose `test_module_is_a_plain_loop` trains them beside the original's loop, written out."""
+"""Modules that are compared with the authors' training loop by `test_module_equals_a_plain_loop`, and its file."""
 COMPARED = {"OFAKD": "`ofa_loss`", "DeiT": "hard", "CrossKD": "its functions"} | dict.fromkeys(TRAINED, "a training")
-"""What is compared, where it is not the whole method."""
+"""What is compared, if it is not the whole method."""
 
 
 def methods() -> dict[str, type]:

@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 DETERMINISTIC = "deterministic"
-"""Tag of a cell that prints the same on every machine."""
+"""Tag of a cell whose output is the same on every machine."""
 
 _ANSI = re.compile(r"\x1b\[[\d;]*m")
 _RESULT = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?|\b(yes|no)\b")

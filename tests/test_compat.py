@@ -30,7 +30,7 @@ from lkd import _compat
 PACKAGE = Path(lkd.__file__).parent
 LIBRARIES = ("torch", "lightning", "jsonargparse", "torchmetrics", "torchvision", "optuna", "tensorboard")
 PUBLIC = {"_replace", "_asdict", "_fields"}
-"""Methods of named tuples; the underscore keeps them apart from field names."""
+"""Public methods of named tuples, whose underscore avoids conflicts with field names."""
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)

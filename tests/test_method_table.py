@@ -37,12 +37,12 @@ def test_comparison_with_the_original() -> None:
     assert all(equal(name).startswith("value and gradient") for name in compared)
     assert equal("BYOT") == equal("MutualModule") == "no reference values"
     for path in TRAINED.values():
-        assert "def test_module_is_a_plain_loop(" in (ROOT / path).read_text()
+        assert "def test_module_equals_a_plain_loop(" in (ROOT / path).read_text()
 
 
 OVERLAYS = {path.stem: path for path in (configs_folder() / "methods").glob("*.yaml")}
 NO_PUBLISHED_WEIGHTS = {"backbone_kd", "kta", "noisy_student", "transfer_set", "unlabelled"}
-"""Overlays whose weights nobody published for classification, or that have none."""
+"""Overlays without published weights for classification, or without weights."""
 PUBLISHED = {  # from the authors' configuration files, or torchdistill's if there are none
     "cwd": ({"temperature": 4.0}, 3.0),
     "dist_plus": ({"beta": 2.0, "gamma": 2.0, "channel_weight": 1.0, "spatial_weight": 1.0}, 2.0),

@@ -151,10 +151,10 @@ ATTACKS = {
     "lkd.io.tensor_cache save_tensors": _made("lkd.io.tensor_cache save_tensors", _text(HARM), _DICT, _DICT),
     "lkd.io.safe_load read_torch": _made("lkd.io.safe_load read_torch", _text("payload.pth")),
 }
-"""Functions that an attack needs, `module name`, separated by commas, and the instructions of the attack.
+"""Instructions of each attack, by the functions that it requires: `module name`, separated by commas.
 
-Each succeeds if exactly these functions are allowed. Most then leave the file `HARM`. The files that some read are made
-by `bystanders`.
+Each succeeds if exactly these functions are allowed. Most then leave the file `HARM`. `bystanders` writes
+the files that some of them read.
 """
 
 

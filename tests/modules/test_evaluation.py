@@ -25,7 +25,7 @@ from lkd.callbacks import Schedule
 from lkd.losses import AT, BYOT, CRD, KD, MGD, RKD, SSKD, BackboneKD, FitNet, SemCKD, SimKD, TfKD, WeightedSum
 
 SIZES = [16, 8]
-"""Images in the batches of a validation of 24."""
+"""Number of images in each batch of the 24 validation images."""
 
 
 @pytest.fixture
