@@ -31,8 +31,9 @@ from PIL import Image
 import lkd
 from benchmarks.lives import Life, differences, live, live_in_group, timed, until_done
 
-ARGS = ["fit", "--resume", "--config", "digits/kd", "--trainer.max_epochs=3", "--trainer.enable_progress_bar=false"]
-ARGS += ["--trainer.log_every_n_steps=7", "--last_checkpoint.every_n_train_steps=5"]
+_FIT = ["fit", "--resume", "--trainer.max_epochs=3", "--trainer.enable_progress_bar=false"]
+_FIT += ["--trainer.log_every_n_steps=7", "--last_checkpoint.every_n_train_steps=5"]
+ARGS = [*_FIT, "--config", "digits/kd"]
 _EMA = "{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.9}}"
 _PLATEAU = "{class_path: lightning.pytorch.cli.ReduceLROnPlateau, init_args: {monitor: val/loss, patience: 0}}"
 _MIXUP = "{class_path: lkd.datamodules.Mixup, init_args: {alpha: 0.2}}"
@@ -42,6 +43,11 @@ _FOLDER = ["--data=lkd.ImageFolderDataModule", "--data.init_args.root=images", "
 _FOLDER += ["--data.init_args.batch_size=16", "--trainer.check_val_every_n_epoch=2"]
 _FOLDER += [f"--model.init_args.{name}.init_args.in_channels=3" for name in ("student", "teacher")]
 _FOLDER += ["--model.init_args.teacher_ckpt=null"]
+_SCENES = ["--config", "shapes/kd", "--model.init_args.teacher_ckpt=null", "--data=lkd.SegmentationFolderDataModule"]
+_SCENES += [f"--data.init_args.{part}" for part in ("root=scenes", "num_classes=5", "image_size=[16,16]")]
+_SCENES += [f"--data.init_args.{part}" for part in ("batch_size=8", "val_size=16", "num_workers=2")]
+_BOXES = ["--config", "detection/kd_ld", "--model.init_args.teacher_ckpt=null"]
+_BOXES += [f"--data.init_args.{part}" for part in ("train_size=60", "batch_size=4", "val_size=8")]
 
 SETTINGS = {
     "digits": [],
@@ -60,6 +66,9 @@ SETTINGS = {
     "two views (MLKD)": ["--config", "methods/mlkd"],
     "two processes": ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"],
 }
+RUNS = {name: [*ARGS, *settings] for name, settings in SETTINGS.items()}
+RUNS |= {"segmentation, files read by 2 workers": [*_FIT, *_SCENES], "detection": [*_FIT, *_BOXES]}
+"""Arguments of each run by its name."""
 
 
 class Row(NamedTuple):
@@ -74,13 +83,20 @@ class Row(NamedTuple):
 
 
 def images(folder: Path) -> None:
-    """Write image files of two classes."""
+    """Write image files of two classes, and images of different sizes with masks of five classes."""
     generator = np.random.default_rng(0)
     for number in range(160):
         split = "train" if number < 120 else "test"
-        path = folder / f"images/{split}/{number % 2}/{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (12, 12), dtype=np.uint8)).save(path)
+        _write(folder / f"images/{split}/{number % 2}/{number}.png", generator.integers(0, 256, (12, 12)))
+    for number in range(80):
+        height, width = generator.integers(16, 25, 2)
+        _write(folder / f"scenes/train/images/{number}.png", generator.integers(0, 256, (height, width, 3)))
+        _write(folder / f"scenes/train/masks/{number}.png", generator.integers(0, 5, (height, width)))
+
+
+def _write(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
 def run_of(folder: Path) -> Path:
@@ -118,7 +134,7 @@ class Bench:
             runs = []
             for _ in range(1 + self.twice):
                 folder = self._new()
-                life, seconds = timed([*ARGS, *SETTINGS[settings]], folder, settings == "two processes")
+                life, seconds = timed(RUNS[settings], folder, settings == "two processes")
                 if life.code != 0:
                     raise RuntimeError(f"{settings}: the uninterrupted run failed:\n{life.text}")
                 runs.append((run_of(folder), seconds))
@@ -130,7 +146,7 @@ class Bench:
     def killed(self, settings: str) -> Row:
         """Kill a run at random moments until it completes."""
         whole, seconds = self.whole(settings)
-        folder, args = self._new(), [*ARGS, *SETTINGS[settings]]
+        folder, args = self._new(), RUNS[settings]
         group = settings == "two processes"
         start = 0.5 * seconds if group else 0.0  # starting the interpreters is not part of the run
         moments: list[float] = []
@@ -143,16 +159,18 @@ class Bench:
         lives = until_done(one)
         return self._row("SIGKILL at a random moment", settings, len(lives) - 1, lives, folder, whole)
 
-    def failed(self, what: str, fault: str, settings: str = "digits", wanted: str = "") -> Row:
-        """Inject a fault into the first life of a run, and resume the run."""
+    def failed(
+        self, what: str, fault: str, settings: str = "digits", wanted: str = "", resume: Sequence[str] = ()
+    ) -> Row:
+        """Inject a fault into the first life of a run, and resume the run, with other arguments if they are given."""
         whole, _ = self.whole(settings)
-        folder, args = self._new(), [*ARGS, *SETTINGS[settings]]
+        folder, args = self._new(), RUNS[settings]
         first = live(args, folder, fault=fault)
         if first.code == 0:
             raise RuntimeError(f"{what}: the run did not fail:\n{first.text}")
         _expect(first, wanted)
         (folder / "runs").chmod(0o755)
-        lives = [first, *until_done(partial(live, args, folder))]
+        lives = [first, *until_done(partial(live, resume or args, folder))]
         return self._row(what, settings, 1, lives, folder, whole)
 
     def signalled(self, what: str, number: int, code: int, be: str = "anyone") -> Row:
@@ -399,7 +417,7 @@ def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), given.seed)
-        chosen = [name for name in SETTINGS if not given.only or any(word in name for word in given.only)]
+        chosen = [name for name in RUNS if not given.only or any(word in name for word in given.only)]
         kills = 0
         while chosen and (kills < given.kills or len(rows) < len(chosen)):
             rows.append(bench.killed(chosen[len(rows) % len(chosen)]))

@@ -26,8 +26,7 @@ from lkd.cli.config_files import configs_folder, find_config
 from lkd.cli.lightning_cli import LkdCLI
 
 SHORT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-
-
+PREDICTED = Path("runs/predict/version_0/predictions.csv")
 RESUMED = {"last.ckpt", "previous.ckpt"}
 
 
@@ -161,8 +160,8 @@ def test_student_is_evaluated_without_its_teacher(capsys, recwarn) -> None:
 
 def test_predictions(run: Path, capsys) -> None:
     assert main(["predict", "--ckpt_path", str(run / "checkpoints/best.ckpt")]) == 0
-    assert "359 predictions written to predictions.csv" in capsys.readouterr().out
-    rows = list(csv.DictReader(Path("predictions.csv").read_text().splitlines()))
+    assert f"Predictions for 359 images written to {PREDICTED}" in capsys.readouterr().out
+    rows = list(csv.DictReader(PREDICTED.read_text().splitlines()))
     assert len({row["index"] for row in rows}) == len(rows) == 359
     module = L.LightningModule.load_from_checkpoint(run / "checkpoints/best.ckpt").eval()
     data = lkd.DigitsDataModule(batch_size=359)
@@ -179,7 +178,7 @@ def test_predictions_of_a_network_with_more_classes_than_the_data() -> None:
     torch.save(lkd.models.resnet8(num_classes=90, in_channels=1).state_dict(), "more.pth")
     more = ["--model.init_args.model.init_args.num_classes=90", "--model.init_args.model_ckpt=more.pth"]
     assert main(["predict", "--config=digits/teacher", *more, "--trainer.accelerator=cpu"]) == 0
-    rows = list(csv.DictReader(Path("predictions.csv").read_text().splitlines()))
+    rows = list(csv.DictReader(PREDICTED.read_text().splitlines()))
     assert {row["class_name"] for row in rows if int(row["class"]) > 9} == {""}
 
 

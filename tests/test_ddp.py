@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import warm
 from lkd import DigitsDataModule
+from lkd.__main__ import main
 from lkd.models import CIFARResNet, load_weights, resnet8
 from tests.losses.processes import PROCESSES
 
@@ -144,15 +145,63 @@ def _metrics(student: nn.Module, teacher: nn.Module) -> dict[str, float]:
     return {"test/loss": cross_entropy(ours, target).item(), "test/kd": 0.9 * 16 * filled.mean().item(), **shares}
 
 
-def test_two_processes_predict_each_image_once() -> None:
-    command = ["predict", "--config", "digits/teacher"]
-    settings = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    weights = ["--model.init_args.model_ckpt=lkd:digits_resnet8", "--trainer.enable_progress_bar=false"]
-    for done in warm.ranks(2, warm.module, "lkd", *command, *settings, *weights):
+MASKS = """
+    import lkd
+    import torch
+    from torch import nn
+
+    class Brightness(lkd.SyntheticSegmentationDataModule):
+        # All pixels have a label: each process averages over those that have one.
+        def make_masks(self, split):
+            made = super().make_masks(split)
+            return made and (made[0], (made[0].float().mean(1) / 52).to(torch.uint8))
+
+    def net() -> nn.Module:  # without BatchNorm, whose statistics are those of a process
+        return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 5, 1))
+"""
+
+
+def test_segmentation_is_trained_as_in_one_process(monkeypatch) -> None:
+    Path("masks.py").write_text(textwrap.dedent(MASKS))
+    monkeypatch.syspath_prepend(Path.cwd())
+    settings = ["--config=shapes/kd", "--data=masks.Brightness", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
+    settings += [f"--data.init_args.{size}" for size in ("train_size=71", "val_size=23", "size=16")]
+    settings += ["--model.init_args.student=masks.net", "--model.init_args.optimizer=torch.optim.SGD"]
+    settings += ["--model.init_args.optimizer.lr=0.1", "--trainer.precision=32-true", "--trainer.logger=CSVLogger"]
+    found = []
+    for processes, batch_size in ((2, 8), (1, 16)):
+        place = [f"--trainer.devices={processes}", f"--data.init_args.batch_size={batch_size}", f"--name={processes}"]
+        place += ["--trainer.strategy=ddp"] if processes == 2 else []
+        place += [f"--trainer.logger.save_dir=runs/{processes}"]
+        for done in warm.ranks(processes, warm.module, "lkd", "fit", *settings, *place):
+            assert done.code == 0, done.stderr[-2000:]
+        (path,) = Path(f"runs/{processes}").rglob("last.ckpt")
+        (metrics,) = Path(f"runs/{processes}").rglob("metrics.csv")
+        rows = [row for row in csv.DictReader(metrics.read_text().splitlines()) if row["val/miou"]]
+        scores = [[float(row[f"val/{name}"]) for name in ("miou", "acc", "teacher_miou")] for row in rows]
+        found.append((torch.load(path, weights_only=True), scores))
+    (ours, scores), (theirs, expected) = found
+    assert ours["global_step"] == theirs["global_step"] == 6
+    assert scores[0] != scores[1]
+    assert scores == [pytest.approx(row, rel=1e-6) for row in expected]
+    for name, tensor in theirs["state_dict"].items():
+        torch.testing.assert_close(ours["state_dict"][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_predict_what_one_does(capsys) -> None:
+    command = ["predict", "--config=shapes/teacher", "--model.init_args.model_ckpt=lkd:shapes_unet"]
+    command += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    command += ["--data.init_args.test_size=13", "--data.init_args.batch_size=1"]  # the same kernels in all processes
+    for done in warm.ranks(2, warm.module, "lkd", *command, "--trainer.devices=2", "--trainer.strategy=ddp"):
         assert done.code == 0, done.stderr[-2000:]
-    shares = [list(csv.DictReader(Path(f"predictions.{rank}.csv").read_text().splitlines())) for rank in (0, 1)]
-    assert [len(share) for share in shares] == [180, 179]
-    assert len({row["index"] for share in shares for row in share}) == 359
+    assert main(command) == 0
+    assert "Predictions for 13 images written" in capsys.readouterr().out
+    both, alone = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+        for folder in (Path("runs/predict/version_0"), Path("runs/predict/version_1"))
+    )
+    assert len(both) == 14
+    assert both == alone
 
 
 SPAWN = """

@@ -59,6 +59,7 @@ def quick():
         ("fit --config digits/kd --seed 3", "lkd has no setting 'seed'; use --seed_everything"),
         ("fit --config digits/kd --lr=3", "use --model.init_args.optimizer.init_args.lr"),
         ("fit --config digits/kdd", "there is no config 'digits/kdd'; similar configs provided by lkd: digits/kd.yaml"),
+        ("fit --config nowhere", "there is no config 'nowhere'; lkd provides configs in camvid, cifar10, "),
         ("fit --config bad.yaml", "bad.yaml is not valid YAML: while parsing a flow sequence at line 1, column 12"),
         ("fit --config beside.yaml", "has 'p' next to 'class_path: AT'; move it below 'init_args'"),
         ("fit --config key.yaml", "key.yaml: lkd has no setting 'trianer'; did you mean 'trainer'?"),

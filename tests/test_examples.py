@@ -63,7 +63,7 @@ def test_training_with_unlabelled_samples(there, capsys) -> None:
     assert distilled["test/agreement"] > 0.3
     best = f"runs/{name}/version_0/checkpoints/best.ckpt"
     assert main(["predict", f"--ckpt_path={best}", *QUIET]) == 0
-    rows = list(csv.DictReader(Path("predictions.csv").read_text().splitlines()))
+    rows = list(csv.DictReader(Path("runs/predict/version_0/predictions.csv").read_text().splitlines()))
     assert len({row["index"] for row in rows}) == len(rows) > 100
     assert L.LightningModule.load_from_checkpoint(best, map_location="cpu").criterion.temperature == 2
 

@@ -30,15 +30,21 @@ def _assert_nothing_lost(row: Row) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        "image files, read by 2 workers",
         "cached teacher logits",
         "memory bank (CRD)",
         "weight averaging (EMA)",
+        "segmentation, files read by 2 workers",  # as with image files
     ],
 )
 def test_killed_within_an_epoch(bench, settings: str) -> None:
     row = bench.failed("SIGKILL after the second checkpoint", "benchmarks.faults:die_at_save,2,after", settings)
     _assert_nothing_lost(row)
+
+
+def test_resumed_with_nothing_but_the_checkpoint(bench) -> None:
+    resume = ["fit", "--ckpt_path=runs/shapes/kd/version_0/checkpoints/last.ckpt"]
+    settings = "segmentation, files read by 2 workers"
+    _assert_nothing_lost(bench.failed("", "benchmarks.faults:die_at_save,3,after", settings, resume=resume))
 
 
 def test_killed_at_random_moments(bench) -> None:

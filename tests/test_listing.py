@@ -156,6 +156,10 @@ def test_network_in_the_current_folder() -> None:
         ),
         (["--config", "digits/kdd"], "there is no config 'digits/kdd'"),
         (["--config", "digits/kd", "--model.init_args.studnet=3"], "has no setting 'studnet'; did you mean 'student'?"),
+        (
+            ["--config=digits/kd", "--config=methods/crd", "--model.init_args.criterion.init_args.student_layers=fc"],
+            "lkd.losses.CRD has no setting 'student_layers'; did you mean 'student_layer'?",
+        ),
     ],
 )
 def test_invalid_arguments(error_of, args: list[str], message: str) -> None:

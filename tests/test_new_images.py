@@ -13,15 +13,14 @@ from PIL import Image
 
 import lkd
 from lkd.__main__ import main
-from lkd.callbacks import PredictionWriter
 
 CPU = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 BEST = "runs/run/version_0/checkpoints/best.ckpt"
 
 
-def _rows() -> dict[str, dict[str, str]]:
-    rows = list(csv.DictReader(Path("predictions.csv").read_text(encoding="utf-8").splitlines()))
-    return {next(iter(row.values())): row for row in rows}
+def _rows(number: int) -> dict[str, dict[str, str]]:
+    text = Path(f"runs/predict/version_{number}/predictions.csv").read_text(encoding="utf-8")
+    return {row["file"]: row for row in csv.DictReader(text.splitlines())}
 
 
 @pytest.fixture
@@ -43,10 +42,11 @@ def trained() -> Path:
 
 def test_predictions_for_a_folder(trained, capsys, recwarn) -> None:
     assert main(["predict", "--ckpt_path", str(trained), *CPU]) == 0
+    expected = _rows(0)
     own = lkd.ImageFolderDataModule("shop", 16)
     own.setup("test")
     source = own.datasets["test"].source.original
-    expected = {source.path(int(index)).relative_to("shop").as_posix(): row for index, row in _rows().items()}
+    assert list(expected) == [source.path(index).relative_to("shop").as_posix() for index in range(len(source))]
     shutil.move("shop", "new")  # the data of the run does not exist any more; the class names are in the checkpoint
     gray = np.asarray(Image.open("new/hat/0.png").convert("L"))
     Image.fromarray(gray).save("new/grau ü.tiff")
@@ -55,13 +55,15 @@ def test_predictions_for_a_folder(trained, capsys, recwarn) -> None:
     Path("new/notes.txt").write_text("no image")
     capsys.readouterr()
     assert main(["predict", "--images", "new", f"--ckpt_path={trained}", *CPU]) == 0
-    assert "26 predictions written to predictions.csv" in capsys.readouterr().out
-    rows = _rows()
+    assert f"26 images written to {Path('runs/predict/version_1/predictions.csv')}" in capsys.readouterr().out
+    rows = _rows(1)
     assert set(next(iter(rows.values()))) == {"file", "class", "class_name", "probability"}
     assert list(rows) == sorted(rows, key=lambda name: ("/" in name, name))
     assert len(rows) == 27
     assert rows["broken.jpg"] == {"file": "broken.jpg", "class": "", "class_name": "", "probability": ""}
-    assert any("1 of 27 images in new cannot be read" in str(warning.message) for warning in recwarn)
+    warned = [str(warning.message) for warning in recwarn]
+    assert any("1 of 27 images in new cannot be read" in message for message in warned)
+    assert not any("of another size" in message for message in warned)  # as the training images, which were resized too
     for name, row in expected.items():
         assert rows[name]["class"] == row["class"]
         assert rows[name]["class_name"] == row["class_name"] == ("hat", "shoe")[int(row["class"])]
@@ -90,9 +92,14 @@ def test_images_require_a_checkpoint_and_a_supported_data_module(capsys) -> None
         lkd.datamodules.NewImages("new", lkd.datamodules.base.L.LightningDataModule())
 
 
-def test_lines_of_each_prediction(distill, data, trainer) -> None:
-    writer = PredictionWriter("it.csv")
-    engine, module = trainer(callbacks=[writer]), distill()
-    for _ in range(2):
-        engine.predict(module, data)
-        assert len(Path("it.csv").read_text().splitlines()) == 1 + 24
+def test_images_of_another_size_than_the_training_images(capsys, recwarn) -> None:
+    Path("new").mkdir()
+    for name, size in (("a.png", (8, 8)), ("b.png", (30, 20)), ("c.png", (8, 9))):
+        Image.new("L", size).save(Path("new", name))
+    weights = ["--config=digits/teacher", "--model.init_args.model_ckpt=lkd:digits_resnet8"]
+    assert main(["predict", "--images=new", "--output=out", *weights, *CPU]) == 0
+    assert [str(warning.message) for warning in recwarn if "of another size" in str(warning.message)] == [
+        "the network was trained on images of 8x8 pixels; images of another size in new: 2 of 3, for example b.png "
+        "(30x20); they are scaled to this size and cropped, which may reduce the accuracy"
+    ]
+    assert len(Path("out/version_0/predictions.csv").read_text().splitlines()) == 1 + 3

@@ -82,3 +82,8 @@ def test_temperature_and_weight() -> None:
     assert "8 trials: 8 complete" in shown
     assert figure(shown, "8 trials, the best") >= figure(shown, "the worst")
     assert "test/agreement" in shown
+
+
+def test_segmentation() -> None:
+    shown = executed("segmentation")
+    assert figure(shown, "teacher ") > figure(shown, "distilled ") > figure(shown, "alone ")

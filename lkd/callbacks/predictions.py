@@ -1,78 +1,114 @@
-"""Writing predictions to a CSV file."""
+"""Writing predictions to files."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
-from torch import Tensor
+from torch import distributed
 
-from lkd.datamodules import NewImages
-from lkd.tasks.classification import check_is_classification
+from lkd.callbacks.prediction_formats import PredictionFormat, Record, format_of
+from lkd.datamodules import NewDetectionImages, NewImages
+from lkd.io.folders import new_folder
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Write predictions to a CSV file with one row per image: index, class, class name if known, and probability.
+    """Write predictions to a new folder, `version_N`.
 
-    For `NewImages`, the first column is the file name, and the other columns are empty if the file could not be read.
+    Classification: `predictions.csv`, with one line per image: file name (or index, if the images are not files),
+    class, class name if known, and probability.
+
+    Segmentation: a mask for each image in `masks/`, of the size of the image file, and `predictions.csv` with the name
+    of the mask, the mean probability of the predicted classes, and the proportion of each class. Masks are PNG files
+    with a palette: their pixels are classes, which viewers show in the colors of PASCAL VOC.
+
+    Detection: `detections.json`, in COCO's results format.
+
+    With several processes, each writes the masks of its own images, and the first one writes the records of all.
 
     Args:
-        path: Path of the CSV file. With several processes, each writes its own file, `<name>.<rank>.csv`.
+        output: Parent of the new folder.
+
+    Attributes:
+        folder: The folder of the last prediction.
+
+    Raises:
+        ValueError: If the task is not supported.
     """
 
-    def __init__(self, path: str = "predictions.csv") -> None:
+    folder: Path
+
+    def __init__(self, output: str = "runs/predict") -> None:
         super().__init__(write_interval="batch")
-        self.path = Path(path)
-        self._rows: list[tuple[int | None, int, str, float]] = []
+        self.output = Path(output)
+        self._format: PredictionFormat | None = None
+        self._records: list[tuple[int, Record]] = []
+        self._images = 0
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Check the task before the first prediction."""
         super().setup(trainer, pl_module, stage)
         if stage == "predict":
-            check_is_classification(pl_module, "lkd predict")
+            format_of(pl_module)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Create the folder."""
+        self._format = format_of(pl_module)(pl_module, getattr(trainer, "datamodule", None))
+        created = str(new_folder(self.output)) if trainer.is_global_zero else ""
+        self.folder = Path(trainer.strategy.broadcast(created))
+        self._records, self._images = [], 0
 
     def write_on_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: Any,
-        prediction: Tensor,
+        prediction: Any,
         batch_indices: Sequence[int] | None,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Collect the rows of a batch."""
-        index = pl_module.unpack(batch).index
-        indices = [None] * len(prediction) if index is None else index.tolist()
-        names = getattr(pl_module, "class_names", ())
-        probabilities, classes = prediction.float().softmax(1).max(1)
-        for position, chosen, probability in zip(indices, classes.tolist(), probabilities.tolist(), strict=True):
-            name = names[chosen] if chosen < len(names) else ""  # a network may have more classes than the data
-            self._rows.append((position, chosen, name, round(probability, 6)))
+        """Collect the records of a batch."""
+        if self._format is None:
+            raise RuntimeError("on_predict_start must be called before write_on_batch_end")
+        batch = pl_module.unpack(batch)
+        size = len(batch.target)
+        if batch.index is not None:
+            positions = batch.index.tolist()
+        elif batch_indices:  # Lightning knows them for the usual data loaders
+            positions = list(batch_indices)
+        else:  # number the images so that those of different processes differ
+            positions = [trainer.global_rank + trainer.world_size * (self._images + row) for row in range(size)]
+        self._records += self._format.records(prediction, positions, batch, self.folder)
+        self._images += size
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Write the file and print its path."""
-        several = trainer.world_size > 1
-        path = self.path.with_suffix(f".{trainer.global_rank}{self.path.suffix}") if several else self.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
+        """Write the records of all processes, and print the path of the file."""
+        parts = _gathered(trainer, (self._images, self._records))
+        if self._format is not None and trainer.is_global_zero:
             data = getattr(trainer, "datamodule", None)
-            columns = ("class", "class_name", "probability")
-            if isinstance(data, NewImages):
-                writer.writerows([("file", *columns), *self._by_file(data, trainer.is_global_zero)])
-            else:
-                writer.writerows([("index", *columns), *self._rows])
-        pl_module.print(f"{len(self._rows)} predictions written to {path}")
-        self._rows.clear()
+            left_out = data.left_out() if isinstance(data, NewImages | NewDetectionImages) else []
+            records = [record for _, own in parts for record in own]
+            path = self._format.write(self.folder, records, left_out)
+            number = sum(images for images, _ in parts)
+            pl_module.print(f"Predictions for {number:,} image{'s' * (number != 1)} written to {path}")
+        self._format, self._records = None, []
 
-    def _by_file(self, data: NewImages, with_left_out: bool) -> list[tuple[str, ...]]:
-        """Return the rows, with file names instead of indices."""
-        found = {position: tuple(map(str, rest)) for position, *rest in self._rows if position is not None}
-        found |= dict.fromkeys(data.left_out() if with_left_out else (), ("", "", ""))
-        names = data.file_names()
-        return [(names[position], *found[position]) for position in sorted(found)]
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Remove the folder if nothing was written to it."""
+        if self._format is not None and trainer.is_global_zero:
+            with suppress(OSError):  # not empty
+                self.folder.rmdir()
+
+
+def _gathered(trainer: L.Trainer, part: Any) -> list[Any]:
+    """Return the objects of all processes, on the first one; an empty list on the others."""
+    if trainer.world_size == 1:
+        return [part]
+    parts: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+    distributed.gather_object(part, parts)
+    return parts or []

@@ -133,9 +133,9 @@ def _limit_variants(trainer: L.Trainer, number: int | None) -> None:
 def _check(trainer: L.Trainer, module: Any) -> None:
     data = trainer.datamodule  # type: ignore[attr-defined]
     reason = getattr(module, "cache_obstacle", f"{type(module).__name__} is not a DistillModule")
-    if not isinstance(data, ImageDataModule):
+    if not reason and not isinstance(data, ImageDataModule):
         reason = "only lkd's data modules can repeat augmented images (except WebDatasetDataModule, a stream)"
-    elif trainer.overfit_batches:  # type: ignore[attr-defined]
+    elif not reason and trainer.overfit_batches:  # type: ignore[attr-defined]
         reason = "with overfit_batches, every epoch contains the same few images"
     if reason:
         raise ValueError(f"cannot cache the teacher's logits: {reason}; remove teacher_cache.versions")

@@ -40,11 +40,12 @@ def configs_folder() -> Path:
     return packaged if packaged.is_dir() else package.parent / "configs"
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str, kind: str = "") -> Path:
     """Return the path of a config.
 
     Args:
         name: A file, or the name of a config provided by lkd (`configs/digits/kd.yaml`, `digits/kd`).
+        kind: Folder of the provided configs that the error message may suggest; empty for all.
 
     Raises:
         FileNotFoundError: If the config does not exist; the message lists the most similar names.
@@ -58,10 +59,13 @@ def find_config(name: str) -> Path:
         if path.is_file():
             read_config(path)
             return path
-    names = {str(path.relative_to(folder)) for path in folder.rglob("*.yaml")}
+    names = {str(path.relative_to(folder)) for path in (folder / kind).rglob("*.yaml")}
     known = sorted(names - {f"{former}.yaml" for former in RENAMED_CONFIGS})
-    nearest = difflib.get_close_matches(own, known, n=3, cutoff=0.4) or known
-    raise FileNotFoundError(f"there is no config {name!r}; similar configs provided by lkd: {', '.join(nearest)}")
+    if nearest := difflib.get_close_matches(own, known, n=3, cutoff=0.4):
+        raise FileNotFoundError(f"there is no config {name!r}; similar configs provided by lkd: {', '.join(nearest)}")
+    folders = sorted({Path(each).parent.name for each in known})
+    provided = ", ".join(known) if kind else f"configs in {', '.join(folders)}"
+    raise FileNotFoundError(f"there is no config {name!r}; lkd provides {provided}")
 
 
 def is_config(name: str) -> bool:

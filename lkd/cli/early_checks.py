@@ -9,7 +9,7 @@ from typing import Any
 
 from lkd.cli.config_files import KEYS, configs_folder, find_config, is_config, read_config
 
-OPTIONS = ("config", "help", "resume", "seeds", "images", "print_config", "debug")
+OPTIONS = ("config", "help", "resume", "seeds", "images", "output", "print_config", "debug")
 """Options that are not settings of a run."""
 _FLAGS = ("--resume", "--print_config", "--debug", "--help", "-h")
 _TRAINED = ("student", "students", "model")  # arguments of lkd's modules for the networks that are trained

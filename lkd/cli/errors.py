@@ -53,7 +53,7 @@ def explain(error: BaseException) -> str:
     if "Original Traceback" in text:  # from a data loader worker: the message is in the last line
         text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
     if text.startswith("Expected more than 1 value per channel when training"):  # PyTorch
-        return f"{text}; BatchNorm requires more than one image per batch: set batch_size to 2 or more"
+        return f"{text}; set batch_size to 2 or more, or use larger images"
     if found := re.search(r"restored a checkpoint with current_epoch=(\d+)", text):  # Lightning
         return (
             f"this run has already completed {found[1]} epochs; set --trainer.max_epochs above {found[1]} to continue"
@@ -218,16 +218,17 @@ def _own_names(module: Any) -> list[str]:
 
 
 def _settings(kind: Any) -> list[str]:
-    """Return the names of the arguments of a function, or of a class and its bases."""
+    """Return the names of the arguments of a function, or of a class and the bases to which it forwards `**kwargs`."""
     own = [vars(base).get("__init__") for base in kind.__mro__] if inspect.isclass(kind) else [kind]
-    makers = [maker for maker in own if inspect.isfunction(maker)]
-    names = {
-        name
-        for maker in makers
-        for name, parameter in inspect.signature(maker).parameters.items()
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and name != "self"
-    }
-    return sorted(names)
+    names: set[str] = set()
+    for maker in filter(inspect.isfunction, own):
+        parameters = inspect.signature(maker).parameters.values()
+        kinds = {parameter.kind for parameter in parameters}
+        variable = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+        names |= {parameter.name for parameter in parameters if parameter.kind not in variable}
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return sorted(names - {"self"})
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

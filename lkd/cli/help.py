@@ -50,6 +50,7 @@ Options
                                the teacher's outputs for them
   --images FOLDER      predict: use all images in a folder instead of the test
                        images
+  --output FOLDER      predict: parent of the new folder; default: runs/predict
   --KEY VALUE          any setting, such as --model.init_args.distill_weight 0.5
                        or --trainer.max_epochs 10
   --print_config       print all settings and exit
@@ -132,10 +133,14 @@ _MEASURED = {
         "",
     ),
     "predict": (
-        "Save the predictions of a checkpoint for the test images, or for new images, to\npredictions.csv.",
+        "Save the predictions of a checkpoint for the test images, or for new images, in a\n"
+        "new folder. Classification and segmentation: predictions.csv, with one line per\n"
+        "image; segmentation: also masks/. Detection: detections.json, in COCO's results\n"
+        "format.",
         "  lkd predict --ckpt_path runs/digits/kd/version_0/checkpoints/best.ckpt\n"
         "  lkd predict --ckpt_path best --name digits/kd --images FOLDER",
-        "  --images FOLDER      use all images in a folder instead of the test images\n",
+        "  --images FOLDER      use all images in a folder instead of the test images\n"
+        "  --output FOLDER      parent of the new folder; default: runs/predict\n",
     ),
 }
 

@@ -26,7 +26,6 @@ from lkd.callbacks import (
     LimitReport,
     MonitorCheck,
     NetworkSummary,
-    PredictionWriter,
     ProgressBar,
     RunRecord,
     StepSeed,
@@ -252,9 +251,7 @@ def _keep_null(parse: Callable[..., Any], value: Any, **settings: Any) -> Any:
 
 
 def _callbacks(command: str, logged: bool) -> list[L.Callback]:
-    if command == "predict":
-        return [PredictionWriter()]
     if command != "fit":
-        return [LimitReport()]
+        return [] if command == "predict" else [LimitReport()]
     callbacks: list[L.Callback] = [MonitorCheck(), NetworkSummary(), ImagesPerSecond(), FitReport(), StepSeed()]
     return [*callbacks, LearningRateMonitor()] if logged else callbacks

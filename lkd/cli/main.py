@@ -8,7 +8,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from contextvars import copy_context
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
@@ -55,13 +54,13 @@ def run(args: Sequence[str]) -> int:
             from lkd.cli.seeds import fit_seeds  # it uses LkdCLI
 
             return fit_seeds(args[1:], debug)
-        elif args[0] == "predict" and any(arg.partition("=")[0] == "--images" for arg in args):
-            copy_context().run(import_module("lkd.cli.predict_images").main, args)
         else:
             # A copied context, because jsonargparse keeps the parser, and thus the whole run, in a context variable.
-            # The processes of predict are independent of each other.
-            with nullcontext() if args[0] == "predict" else bound_to_parent():
-                copy_context().run(LkdCLI, *prepare(args))
+            with bound_to_parent():
+                if args[0] == "predict":
+                    copy_context().run(import_module("lkd.cli.predict").main, args)
+                else:
+                    copy_context().run(LkdCLI, *prepare(args))
     except SIGTERMException:  # a SystemExit with code 0, which would signal success
         return 128 + signal.SIGTERM
     except BrokenPipeError:

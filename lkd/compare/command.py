@@ -22,6 +22,7 @@ from lkd.cli.config_files import find_config
 from lkd.compare.comparison import Comparison, ScoreComparison, check_comparable, compare, place_of
 from lkd.compare.groups import methods_of
 from lkd.compare.predictions import Candidate, statistics_of
+from lkd.io.folders import new_folder
 from lkd.io.yaml import load_yaml
 from lkd.loading import Trained, load_run, network_of
 from lkd.modules import DistillModule
@@ -49,7 +50,7 @@ def main(args: Sequence[str]) -> None:
     runs = {name: load_run(place) for name, place in _named(given.runs).items()}
     task = _task_of(given, runs)
     candidates, data, teacher = _chosen(given, runs)
-    folder = _new_folder(Path(given.output))  # before the work, in case the folder is not writable
+    folder = new_folder(Path(given.output))  # before the work, in case the folder is not writable
     how = given.split, given.batch_sizes, given.accelerator, given.seconds
     found = compare(candidates, data, teacher, *how, progress=True, task=task)
     _check_classes(runs, found)
@@ -233,20 +234,6 @@ def _teacher_of(run: Trained) -> Candidate | None:
     normalization = module.teacher_normalization or statistics_of(run.data)
     source = str(run.config.model.init_args.get("teacher_ckpt") or "")
     return Candidate(_TEACHER, module.teacher, normalization, source, module.unpack)
-
-
-def _new_folder(parent: Path) -> Path:
-    """Create and return a new folder, `version_N`."""
-    number = 0
-    parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        folder = parent / f"version_{number}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            number += 1
-        else:
-            return folder
 
 
 def write(found: Comparison | ScoreComparison, folder: Path) -> None:

@@ -20,7 +20,8 @@ from lkd.datamodules.draws import permutation, uniform
 from lkd.datamodules.extra import ExtraImages, UnlabelledFolder
 from lkd.datamodules.folder import ImageFolderDataModule, ImageNetDataModule
 from lkd.datamodules.inversion import DeepInversion
-from lkd.datamodules.new_images import NewImages
+from lkd.datamodules.new_images import NewDetectionImages, NewImages, new_images
+from lkd.datamodules.predicted import PredictedImages
 from lkd.datamodules.sampler import EpochSampler, Key
 from lkd.datamodules.segmentation import SegmentationDataModule
 from lkd.datamodules.segmentation_archives import (
@@ -83,8 +84,10 @@ __all__ = [
     "MaskedFilesDataModule",
     "Mix",
     "Mixup",
+    "NewDetectionImages",
     "NewImages",
     "PadToSize",
+    "PredictedImages",
     "RandAugment",
     "RandomCrop",
     "RandomErasing",
@@ -109,6 +112,7 @@ __all__ = [
     "View",
     "Views",
     "WebDatasetDataModule",
+    "new_images",
     "permutation",
     "uniform",
 ]

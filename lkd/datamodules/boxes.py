@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
+import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lkd.datamodules.dataset import ImageError, reason
 from lkd.datamodules.draws import uniform
+from lkd.datamodules.files import ImageFiles
 from lkd.datamodules.sampler import read_keys
+from lkd.io.refused import shown
 from lkd.types import Batch
 
 
@@ -23,6 +27,35 @@ class Images(Protocol):
     def __getitem__(self, index: int) -> Tensor:
         """Return an image `(C, H, W)`, uint8."""
         ...
+
+
+class FileImages:
+    """Image files that are read one by one.
+
+    Args:
+        files: The files.
+    """
+
+    def __init__(self, files: ImageFiles) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Decode an image `(3, H, W)`, uint8.
+
+        Raises:
+            ImageError: If it cannot be read.
+        """
+        try:
+            image, _ = self.files[index]
+            pixels: Tensor = TF.pil_to_tensor(image.convert("RGB"))
+        except Exception as error:  # decoders raise almost any exception for corrupt files
+            raise ImageError(
+                f"image {shown(self.files.path(index))} cannot be read ({reason(error)}); replace or remove it"
+            ) from error
+        return pixels
 
 
 @dataclass(frozen=True)

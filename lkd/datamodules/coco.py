@@ -8,11 +8,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import torch
-import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
 from lkd.datamodules.base import Split
-from lkd.datamodules.boxes import BoxSource
+from lkd.datamodules.boxes import BoxSource, FileImages
 from lkd.datamodules.dataset import ImageError
 from lkd.datamodules.detection import DetectionDataModule
 from lkd.datamodules.files import ImageFiles
@@ -84,6 +83,15 @@ class CocoDetectionDataModule(DetectionDataModule):
         names = {label: file.categories[id] for id, label in self._labels.items()}
         self.class_names = ("background", *(names.get(label, "") for label in range(1, self.num_classes)))
 
+    def category_id(self, label: int) -> int:
+        """Return the id in the annotation file of a class. Requires `setup`."""
+        return next((id for id, own in self._labels.items() if own == label), label)
+
+    def image_id(self, position: int) -> int:
+        """Return the id in the annotation file of a test image. Requires `setup`."""
+        images = self.datasets["test"].source.images
+        return images.ids[position] if isinstance(images, CocoImages) else position
+
     def make_boxes(self, split: Split) -> BoxSource | None:
         """Open the images and boxes of a split."""
         folder, path = self.paths[split]
@@ -152,38 +160,39 @@ class CocoFile:
                 )
             if clipped is not None and not crowd:
                 found[image_id].append((clipped, labels[category]))
-        images = CocoImages(folder, list(self.images.values()))
+        images = CocoImages(folder, self.images)
         flat = [entry for entries in found.values() for entry in entries]
         boxes = torch.tensor([box for box, _ in flat], dtype=torch.float32).view(-1, 4)
         counts = torch.tensor([len(entries) for entries in found.values()])
         return BoxSource(images, boxes, torch.tensor([label for _, label in flat], dtype=torch.int64), counts)
 
 
-class CocoImages:
+class CocoImages(FileImages):
     """Image files that are listed in an annotation file.
 
     Args:
         folder: Folder of the images.
-        images: File name, width and height of each image.
+        images: File name, width and height of each image, by its id.
+
+    Attributes:
+        ids: Ids of the images in the annotation file.
 
     Raises:
         FileNotFoundError: If the folder or an image is missing.
     """
 
-    def __init__(self, folder: Path, images: Sequence[tuple[str, int, int]]) -> None:
+    def __init__(self, folder: Path, images: Mapping[int, tuple[str, int, int]]) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"folder {shown(folder)} not found; set the folder of the images")
-        missing = [name for name, _, _ in images if not (folder / name).is_file()]
+        missing = [name for name, _, _ in images.values() if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
                 f"{len(missing)} of {len(images)} images are missing in {shown(folder)}, for example "
                 f"{shown(missing[0])}; set the folder of the images in the annotation file"
             )
-        self.files = ImageFiles(folder, [name for name, _, _ in images], [0] * len(images))
-        self.sizes = torch.tensor([size for _, *size in images])
-
-    def __len__(self) -> int:
-        return len(self.files)
+        super().__init__(ImageFiles(folder, [name for name, _, _ in images.values()], [0] * len(images)))
+        self.sizes = torch.tensor([size for _, *size in images.values()])
+        self.ids = list(images)
 
     def __getitem__(self, index: int) -> Tensor:
         """Decode an image `(3, H, W)`, uint8.
@@ -191,19 +200,12 @@ class CocoImages:
         Raises:
             ImageError: If it cannot be read, or its size is not that in the annotation file.
         """
-        name = shown(self.files.path(index))
-        try:
-            image, _ = self.files[index]
-            pixels: Tensor = TF.pil_to_tensor(image.convert("RGB"))
-        except Exception as error:  # decoders raise almost any exception for corrupt files
-            raise ImageError(
-                f"image {name} cannot be read ({type(error).__name__}: {said(error)}); replace or remove it"
-            ) from error
-        expected = tuple(self.sizes[index].tolist())
+        pixels, expected = super().__getitem__(index), tuple(self.sizes[index].tolist())
         if (pixels.shape[2], pixels.shape[1]) != expected:
             raise ImageError(
-                f"image {name} has {pixels.shape[2]}x{pixels.shape[1]} pixels, but its annotation file states "
-                f"{expected[0]}x{expected[1]}; its boxes would be wrong, so use the original image"
+                f"image {shown(self.files.path(index))} has {pixels.shape[2]}x{pixels.shape[1]} pixels, but its "
+                f"annotation file states {expected[0]}x{expected[1]}; its boxes would be wrong, so use the original "
+                "image"
             )
         return pixels
 

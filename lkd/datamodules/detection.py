@@ -79,6 +79,14 @@ class DetectionDataModule(L.LightningDataModule, ABC):
             Images and boxes. If `None` for "val", validation images are split from "train".
         """
 
+    def category_id(self, label: int) -> int:
+        """Return the number of a class in saved detections: the class itself, unless the data has ids of its own."""
+        return label
+
+    def image_id(self, position: int) -> int:
+        """Return the number of a test image in saved detections: its position, unless the data has ids of its own."""
+        return position
+
     def setup(self, stage: str) -> None:
         """Open the splits that a stage needs. Splits that are open already are not opened again.
 

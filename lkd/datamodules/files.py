@@ -6,6 +6,7 @@ import io
 import os
 import stat
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 from typing import TypeGuard
@@ -66,6 +67,32 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
     def path(self, index: int) -> Path:
         """Return the path of an image."""
         return self.folder / os.fsdecode(self.files[index])
+
+    def name(self, index: int) -> str:
+        """Return the file name of an image, relative to the folder."""
+        return Path(os.fsdecode(self.files[index])).as_posix()
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return the height and width of an image.
+
+        Raises:
+            OSError: If the file cannot be opened.
+        """
+        with self.open(index) as image:
+            return image.height, image.width
+
+    def sizes(self) -> dict[int, tuple[int, int]]:
+        """Return the height and width of each image by its position. Files that cannot be opened are skipped."""
+        found = {}
+        for index in range(len(self)):
+            with suppress(OSError):  # reported when the image is read
+                found[index] = self.size(index)
+        return found
+
+    def largest(self) -> tuple[int, int]:
+        """Return the largest height and the largest width of the images; see `sizes`."""
+        heights, widths = zip((1, 1), *self.sizes().values(), strict=True)
+        return max(heights), max(widths)
 
     def part(self, chosen: Tensor) -> ImageFiles:
         """Return a subset of the files.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -90,15 +89,6 @@ class MaskedFiles(ImageFiles):
                 f"{self.num_classes - 1}; map the label to a class or to {IGNORED} (ignored) with label_map"
             )
         return Image.frombytes("P", (size[1], size[0]), (IGNORED - target).tobytes())
-
-    def largest(self) -> tuple[int, int]:
-        """Return the largest height and the largest width of the images. Files that cannot be opened are skipped."""
-        sizes = [(1, 1)]
-        for index in range(len(self)):
-            with suppress(OSError), self.open(index) as image:  # reported when the image is read
-                sizes.append((image.height, image.width))
-        heights, widths = zip(*sizes, strict=True)
-        return max(heights), max(widths)
 
 
 def paired(folder: Path, images: Path, masks: Path, suffix: tuple[str, str] = ("", "")) -> tuple[list[str], list[str]]:

@@ -21,7 +21,7 @@ def label_error(num_classes: int, error: Exception) -> ValueError:
     """
     return ValueError(
         f"a label is out of range ({error}): the network has {num_classes} classes, so labels must lie in "
-        f"0..{num_classes - 1}, or be {IGNORE_INDEX} for images (or pixels) without a label"
+        f"0..{num_classes - 1}, or be {IGNORE_INDEX} (in masks: `ignore_index` of the task) where there is no label"
     )
 
 
@@ -57,6 +57,7 @@ def labelled_mean(values: Tensor, target: Tensor) -> Tensor:
     return values.masked_fill(~labelled, 0).sum() / labelled.sum().clamp(min=1)
 
 
+@check_shapes(logits="B K", target="B")
 def labelled_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy averaged over the samples with a label; 0 if there are none.
 

@@ -130,4 +130,6 @@ def _check(owner: str, name: str, shape: torch.Size, shapes: Sequence[_Shape], s
     remedy = "make the shapes agree" if same_rank else "reshape it"
     if len(shape) == 4 and name.endswith("_logits"):
         remedy = "to apply the criterion to each pixel, use lkd.losses.PerPixel"
+    if len(shape) == 3 and name == "target":
+        remedy = "the function requires one class per image and does not apply to masks"
     raise ValueError(f"{owner} expects {name} of shape {wanted}, got {tuple(shape)}; {remedy}")

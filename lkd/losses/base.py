@@ -14,8 +14,8 @@ from lkd.features.layers import resolve_layers
 from lkd.losses._checks import check_dims, layer_list
 from lkd.types import Batch, Outputs, Probe
 
-RESERVED = ("hard", "loss", "acc", "teacher_acc", "agreement")
-"""Names of logged values that a criterion must not use."""
+RESERVED = ("hard", "loss", "acc", "agreement")
+"""Names of logged values that a criterion must not use; the metrics of the task are reserved as well."""
 SUM = "distill"
 """Name under which the sum of several terms is logged; reserved as well."""
 _PLAIN = (bool, int, float, str, tuple, dict)

@@ -172,6 +172,11 @@ class CRD(DistillLoss):
         ((ours, theirs),) = self.pairs(student, teacher)
         if batch.index is None:
             raise ValueError("CRD requires the dataset indices of the images; provide Batch.index")
+        if batch.target.shape != batch.index.shape:
+            raise ValueError(
+                f"CRD requires one class per image, a target of shape {tuple(batch.index.shape)}, got "
+                f"{tuple(batch.target.shape)}; for masks, use a criterion of segmentation such as lkd.losses.CIRKD"
+            )
         try:
             self.targets.gather(0, batch.index)
         except RuntimeError as error:

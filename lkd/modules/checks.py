@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -125,6 +125,25 @@ def check_batch(criterion: DistillLoss, batch: Batch) -> None:
             f"the criterion {name} requires {criterion.num_views} views of each image, but the batches have "
             f"{batch.views}; set `views` of the data module, as in the overlay of the method in configs/methods/"
         )
+
+
+def check_not_reserved(criterion: str, names: Iterable[str], reserved: Collection[str]) -> None:
+    """Check that the terms of a criterion are not logged under the name of another value.
+
+    Args:
+        criterion: Name of the criterion.
+        names: Names of its terms.
+        reserved: Names of other logged values, such as the metrics of the task.
+
+    Raises:
+        ValueError: If a name is reserved.
+    """
+    for name in names:
+        if name in reserved:
+            raise ValueError(
+                f"the criterion {criterion} would be logged as {name!r}, which is reserved for another logged value; "
+                "rename the criterion or its term"
+            )
 
 
 def check_same_classes(criterion: str, ours: int | None, theirs: int | None) -> None:

@@ -259,15 +259,13 @@ class ClassificationModule(EvaluatedModule):
 
     def _log_training(self) -> None:
         check_finite(self._meter.first_bad(self._gather))
-        means = self._meter.means(self._gather)
-        if not means:  # a custom training_step does its own logging
-            return
-        self.flushes += 1
-        log_curves(self, curves_of(means, self.trains_logits))
+        if means := self._meter.means(self._gather):  # empty if a custom training_step does its own logging
+            self.flushes += 1
+            log_curves(self, curves_of(means, self.trains_logits))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Predict the logits of one batch."""
-        logits: Tensor = self(self.read(batch).input)
+        """Predict the logits of one batch, whose labels are not read."""
+        logits: Tensor = self(self.unpack(batch).input)
         return logits
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -356,6 +354,8 @@ class ClassificationModule(EvaluatedModule):
         """
         probe = probe_network(name, extractor, example)
         self.task.check(name, probe.outputs.logits)
+        if name != "teacher" and (auxiliary := self.task.auxiliary_logits(probe.outputs.raw)) is not None:
+            self.task.check(f"auxiliary head of the {name}", auxiliary)
         num_classes, in_data = self.task.num_outputs(probe.outputs.logits), self._data_attribute("num_classes")
         if num_classes is None:
             return probe

@@ -17,7 +17,7 @@ from lkd.features.layers import device_of
 from lkd.losses import KD, DistillLoss, named_terms
 from lkd.losses.base import RESERVED, buffers_same_everywhere, check_criterion
 from lkd.models import load_weights
-from lkd.modules.checks import check_batch, check_not_shared, check_same_classes, check_weights
+from lkd.modules.checks import check_batch, check_not_reserved, check_not_shared, check_same_classes, check_weights
 from lkd.modules.classification import FROM_DATA
 from lkd.modules.criterion_meter import CriterionMeter, RememberedLogits
 from lkd.modules.evaluated_distillation import NO_OUTPUTS, EvaluatedDistillation
@@ -87,11 +87,8 @@ class DistillModule(EvaluatedDistillation):
         self.teacher = _load_teacher(teacher, teacher_ckpt)
         if self.teacher is None:
             self.network_names = ("student",)
-        if self.distill_name in RESERVED:
-            raise ValueError(
-                f"the criterion {type(self.criterion).__name__} would be logged as {self.distill_name!r}, which is "
-                "reserved for another logged value; rename the class"
-            )
+        self._reserved = frozenset((*RESERVED, *self.stage_metrics("val")))
+        check_not_reserved(type(self.criterion).__name__, self.curve_names, self._reserved)
         self.distill_weight, self.hard_weight = distill_weight, hard_weight
         self.teacher_normalization = teacher_normalization
         self.criterion.resolve_layers(self.student, self.teacher)
@@ -160,8 +157,20 @@ class DistillModule(EvaluatedDistillation):
         return loss
 
     def _weighted_terms(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        loss = self.distill_loss(student, teacher, batch)
-        return {name: self.distill_weight * term for name, term in named_terms(self.distill_name, loss).items()}
+        return self._logged_terms(self.distill_loss(student, teacher, batch))
+
+    def _logged_terms(self, loss: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the terms of a distillation loss by the names under which they are logged, times `distill_weight`.
+
+        Args:
+            loss: Return value of `distill_loss`.
+
+        Raises:
+            ValueError: If a name is reserved for another logged value.
+        """
+        terms = named_terms(self.distill_name, loss)
+        check_not_reserved(type(self.criterion).__name__, terms, self._reserved)
+        return {name: self.distill_weight * term for name, term in terms.items()}
 
     @property
     def student(self) -> nn.Module:

@@ -116,6 +116,12 @@ class EvaluatedDistillation(ClassificationModule):
         return self.distill_name or SUM
 
     @property
+    def curve_names(self) -> list[str]:
+        """Names of the total distillation loss and of the criteria in sums; names of terms start with them."""
+        sums = [part for part in self.criterion.modules() if isinstance(part, WeightedSum)]
+        return [self.criterion_curve, *(name for part in sums for name in part.criteria)]
+
+    @property
     def main_metric(self) -> str | None:
         """Name of the main metric: `acc`, or the distillation loss if the logits are not trained.
 
@@ -131,9 +137,7 @@ class EvaluatedDistillation(ClassificationModule):
         Args:
             curve: Name of the metric, such as `val/kd`.
         """
-        sums = [part for part in self.criterion.modules() if isinstance(part, WeightedSum)]
-        terms = [self.criterion_curve, *(name for part in sums for name in part.criteria)]
-        name = curve.partition("/")[2]
+        name, terms = curve.partition("/")[2], self.curve_names
         return super().is_loss(curve) or any(name == term or name.startswith(f"{term}_") for term in terms)
 
     @property
@@ -230,7 +234,7 @@ class EvaluatedDistillation(ClassificationModule):
         if num_classes != self.task.num_outputs(student):
             return
         self.task.update({name: metrics[f"teacher_{name}"] for name in self.task_metrics}, teacher, target)
-        self._num_classes = num_classes if self.task.has_classes else None
+        self._num_classes = num_classes
         ours, theirs = self.task.choice(student, target), self.task.choice(teacher, target)
         if ours is not None and theirs is not None:
             metrics["agreement"].update(ours, theirs)
@@ -282,10 +286,8 @@ class EvaluatedDistillation(ClassificationModule):
         score = float(metric.compute())
         images = images_measured(self.trainer, "val")
         self.print(f"Teacher {self.task.metric_title} on {images}: {score:.2%}")
-        if not self._num_classes:
-            return
-        chance = 1 / self._num_classes
-        if score - chance < 0.1 * (1 - chance):
+        chance = None if self._num_classes is None else self.task.chance(self._num_classes)
+        if chance is not None and score - chance < 0.1 * (1 - chance):
             rank_zero_warn(
                 f"the teacher's {self.task.metric_title} on {images} is {score:.2%}, which is near chance "
                 f"({chance:.2%}); check its weights (teacher_ckpt), the order of its classes and its input "

@@ -163,6 +163,7 @@ class MutualModule(DistillModule):
             self.extractors.append(FeatureExtractor(student, mutual.layers_of(number - 1), self.task.logits))
             names = {f"{name}_{number}": metric for name, metric in self.task.metrics().items()}
             self.logit_metrics += tuple(names)
+            self._reserved |= names.keys()
             for metrics in self.metrics.values():
                 cast("nn.ModuleDict", metrics).update(deepcopy(names))
 
@@ -198,8 +199,7 @@ class MutualModule(DistillModule):
         return outputs[0].logits, terms
 
     def _terms_of(self, outputs: list[Outputs], student: int, batch: Batch) -> dict[str, Tensor]:
-        terms = named_terms(self.distill_name, self.criterion(outputs, student, batch))
-        return {name: self.distill_weight * term for name, term in terms.items()}
+        return self._logged_terms(self.criterion(outputs, student, batch))
 
     def network_logits(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the logits of all students."""

@@ -84,7 +84,7 @@ def _planned(options: Options) -> tuple[Study, int]:
 
     settings = Settings(options.fit)
     config = settings.resolved()
-    space = read_space([find_config(name) for name in options.space_files], options.space, config)
+    space = read_space([find_config(name, "sweep") for name in options.space_files], options.space, config)
     fixed = {arg.partition("=")[0].removeprefix("--") for arg in options.fit}
     if both := sorted(fixed & set(space)):
         raise ValueError(f"{both[0]} is both in the search space and set on the command line; remove one of them")
@@ -142,7 +142,8 @@ def _trained(study: Study, claim: Claim, options: Options) -> Outcome:
         print(f"trial {number} was interrupted; {where}", flush=True)
     prunes = options.pruner != "none"
     callbacks = [PyTorchLightningPruningCallback(claim.trial, study.plan.monitor)] if prunes else []
-    return train([*options.fit, *as_arguments(claim.settings)], f"{study.name}/{folder.name}", folder, callbacks)
+    args = [*options.fit, *as_arguments(claim.settings)]
+    return train(args, f"{study.name}/{folder.name}", folder, study.plan.monitor, callbacks)
 
 
 def _line(study: Study, claim: Claim, outcome: Outcome) -> str:

@@ -152,17 +152,23 @@ def _best(trainer: L.Trainer) -> BestCheckpoint | None:
 
 
 class _SameMetric(L.Callback):
-    """Reject a trial whose best checkpoint is selected by a different metric than that of the study."""
+    """Reject a trial whose best checkpoint is selected by a different metric than that of the study.
+
+    Args:
+        monitor: Metric of the study.
+    """
+
+    def __init__(self, monitor: str) -> None:
+        self._monitor = monitor
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compare the monitored metrics."""
-        for kept in trainer.checkpoint_callbacks:
-            if isinstance(kept, BestCheckpoint) and kept.monitor != kept.asked_monitor:
-                other = kept.monitor or "NAME, with a metric that you log"
-                raise ValueError(
-                    f"{kept.asked_monitor} is not logged because the loss does not train the logits; use --monitor "
-                    f"{other}"
-                )
+        monitors = [kept.monitor for kept in trainer.checkpoint_callbacks if isinstance(kept, BestCheckpoint)]
+        if self._monitor not in monitors:
+            other = next(filter(None, monitors), "NAME, with a metric that you log")
+            raise ValueError(
+                f"{self._monitor} is not logged because the loss does not train the logits; use --monitor {other}"
+            )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -177,13 +183,14 @@ def last_checkpoint(folder: Path) -> Path | None:
         return None
 
 
-def train(args: Sequence[str], name: str, folder: Path, callbacks: Sequence[L.Callback] = ()) -> Outcome:
+def train(args: Sequence[str], name: str, folder: Path, monitor: str, callbacks: Sequence[L.Callback] = ()) -> Outcome:
     """Train a trial, or resume an interrupted one.
 
     Args:
         args: Arguments after `lkd fit`.
         name: Name of its run.
         folder: Folder of its runs.
+        monitor: Metric of the study.
         callbacks: Additional callbacks.
 
     Returns:
@@ -198,7 +205,7 @@ def train(args: Sequence[str], name: str, folder: Path, callbacks: Sequence[L.Ca
         shutil.rmtree(begun)
     with (folder / LOG).open("a", buffering=1, encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            own = [*callbacks, _SameMetric()]
+            own = [*callbacks, _SameMetric(monitor)]
             fit = copy_context().run(_Fit, prepare(["fit", *args, *resumed]).args, name, "run", own)
             best = _best(fit.trainer)
             if best is None or best.best_model_score is None:

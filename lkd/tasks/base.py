@@ -50,7 +50,9 @@ class Task(ABC):
     """Weight of the supervised loss of an auxiliary head, relative to that of the network itself."""
 
     def prepare(self, batch: Batch) -> Batch:
-        """Convert a batch from the data module, for example its label for ignored pixels.
+        """Convert the labels of a batch from the data module, for example its label for ignored pixels.
+
+        `predict`, which does not read labels, does not call it.
 
         Args:
             batch: Batch as the data module returns it.
@@ -86,6 +88,14 @@ class Task(ABC):
             logits: Output of the network, as returned by `logits`.
         """
         return int(logits.shape[1]) if self.has_classes else None
+
+    def chance(self, num_classes: int) -> float | None:
+        """Return the main metric of random predictions; a teacher near it causes a warning. `None` if it is unknown.
+
+        Args:
+            num_classes: Number of classes, at least 1.
+        """
+        return None
 
     @abstractmethod
     def check(self, name: str, logits: Any) -> None:

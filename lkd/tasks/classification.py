@@ -30,6 +30,10 @@ class Classification(Task):
         """Return the logits `(B, K)`: the output itself, `.logits` or `["logits"]`."""
         return logits_of(output)
 
+    def chance(self, num_classes: int) -> float:
+        """Return 1 / K."""
+        return 1 / num_classes
+
     def check(self, name: str, logits: Tensor) -> None:
         """Check that a network returns logits `(B, K)`."""
         if logits.ndim != 2:

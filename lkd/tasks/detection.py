@@ -35,7 +35,7 @@ class Detection(Task):
 
     metric = "map"
     metric_title = "mean AP"
-    has_classes = False  # the predictions have classes, but the metric has no chance level
+    has_classes = False  # the predictions have classes, but no scores in dimension 1
     graph_obstacle = "detectors assign and select boxes on the host"
     exports = False
 

@@ -61,12 +61,14 @@ class SemanticSegmentation(Task):
         """
         if batch.mixed is not None:
             raise ValueError("masks cannot be mixed; remove `mix` of the data module")
-        if batch.target.ndim != 3:
+        target: Any = batch.target
+        if not isinstance(target, Tensor) or target.ndim != 3:
+            got = str(tuple(target.shape)) if isinstance(target, Tensor) else f"a {type(target).__name__}"
             raise ValueError(
-                "SemanticSegmentation requires masks of shape (batch, height, width), got "
-                f"{tuple(batch.target.shape)}; use a data module that returns masks, or another task"
+                f"SemanticSegmentation requires masks of shape (batch, height, width), got {got}; use a data module "
+                "that returns masks, or another task"
             )
-        target = batch.target.long()
+        target = target.long()
         return batch._replace(target=target.masked_fill(target == self.ignore_index, IGNORE_INDEX))
 
     def logits(self, output: Any) -> Tensor:
@@ -75,19 +77,27 @@ class SemanticSegmentation(Task):
         Raises:
             TypeError: If the output contains no logits.
         """
-        if isinstance(output, Mapping):
-            output = output.get("logits", output.get("out"))
-        logits = getattr(output, "logits", output)
+        found = output.get("logits", output.get("out")) if isinstance(output, Mapping) else output
+        logits = getattr(found, "logits", found)
         if not isinstance(logits, Tensor):
+            keys = f" with the keys {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
             raise TypeError(
                 "a segmentation network must return logits (a tensor, `.logits`, `['logits']` or `['out']`), got "
-                f"{type(output).__name__}"
+                f"{type(output).__name__}{keys}"
             )
         return logits
 
     def auxiliary_logits(self, output: Any) -> Tensor | None:
         """Return the logits `(B, K, h, w)` of an auxiliary head: `["aux"]`."""
         return output.get("aux") if isinstance(output, Mapping) else None
+
+    def chance(self, num_classes: int) -> float:
+        """Return 1 / (2K - 1), the mean IoU of uniformly random predictions for classes of equal frequency.
+
+        Of N pixels, each class has N / K labels and N / K predictions, of which N / K^2 coincide. If the frequencies
+        differ, the mean IoU of such predictions is smaller.
+        """
+        return 1 / (2 * num_classes - 1)
 
     def check(self, name: str, logits: Tensor) -> None:
         """Check that a network returns a map with one channel per class."""

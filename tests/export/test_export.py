@@ -482,7 +482,7 @@ def test_network_with_more_outputs_than_classes(tmp_path, monkeypatch, recwarn, 
     assert [names["printed"] for names in found] == [[facts["class_names"][chosen]]] * 3
     if chosen == 9:  # `lkd predict` adds the names that exist
         assert main(["predict", "--ckpt_path", str(best), *images, "--trainer.enable_progress_bar=false"]) == 0
-        rows = list(csv.DictReader(Path("predictions.csv").read_text().splitlines()))
+        rows = list(csv.DictReader(Path("runs/predict/version_0/predictions.csv").read_text().splitlines()))
         assert [(row["class"], row["class_name"]) for row in rows] == [("9", "")] * 16
 
 

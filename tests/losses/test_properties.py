@@ -228,6 +228,22 @@ def test_labels_out_of_range(name: str, label: int) -> None:
         assert all(torch.equal(compared(number), found) for number in range(5))
 
 
+@every
+def test_masks_for_criteria_of_images(name: str) -> None:
+    """Masks raise an error, unless the criterion does not read the labels."""
+    case = TABLE[name]
+    batch = case.batch()
+    if not isinstance(batch.target, Tensor):
+        return  # boxes
+    masks = batch._replace(target=batch.target.view(len(batch.target), -1)[:, :1, None].repeat(1, 8, 8))
+    message = ""
+    try:
+        found = value(case.criterion(), *case.outputs(), masks)
+    except ValueError as error:
+        message = str(error)
+    assert "one class per image" in message if message else found.isfinite()
+
+
 def _numeric_settings() -> list[tuple[type[DistillLoss], str]]:
     """Return all numeric settings of all criteria."""
     kinds = (getattr(lkd.losses, name) for name in lkd.losses.__all__)

@@ -172,8 +172,13 @@ def _makes_wait(name: str, args: Any, kwargs: Any, target: torch.device | None, 
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    if func is torch.ops.aten.to.device:  # `x.to(y)` in inference mode
+        settings = zip(("device", "dtype", "non_blocking", "copy"), args[1:], strict=False)
+        func, args, kwargs = torch.ops.aten.to.dtype_layout, args[:1], {**dict(settings), **kwargs}
     if func is torch.ops.aten.to.dtype_layout and kwargs.get("device") != args[0].device:
         func = torch.ops.aten._to_copy.default  # in inference mode, a move between devices arrives like this
+    if func is torch.ops.aten.to.device:  # and so does `tensor.to(other)`
+        func, args, kwargs = torch.ops.aten._to_copy.default, args[:1], {"device": args[1], "dtype": args[2]}
     target = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     there: list[There] = []
     here: list[torch.Tensor] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,18 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+from torch import nn
 
 from lkd.__main__ import main
+from lkd.models import fcos
 from tests.pretended.device import NAME
 from tests.pretended.runs import SHORT, differences, fit, trained
 from tests.test_configs import BEFORE, COMPLETE, needs
 
 ON = f"--trainer.accelerator={NAME}"
 KD = ["--config", "digits/kd", "--data.init_args.batch_size=16"]
+SMALL = [f"--data.init_args.{size}" for size in ("batch_size=4", "train_size=40", "test_size=8")]
+SEGMENTATION = ["--config", "shapes/kd", *SMALL, "--data.init_args.size=16"]
 
 
 @pytest.mark.parametrize(
@@ -34,20 +39,60 @@ def test_complete_configs(config: str, pretended, capfd) -> None:
     assert "whole step as a CUDA graph" in capfd.readouterr().out
 
 
-def test_validate_test_and_predict(pretended, capfd) -> None:
-    fit("run", "cpu", *KD)
+@pytest.mark.parametrize(
+    ("settings", "commands"),
+    [
+        (KD, ("validate", "test", "predict")),
+        (SEGMENTATION, ("validate",)),
+        (["--config", "detection/kd_ld", "--model.init_args.teacher_ckpt=null", *SMALL], ("validate",)),
+    ],
+    ids=["classification", "segmentation", "detection"],
+)
+def test_evaluation(settings: list[str], commands: tuple[str, ...], pretended, capfd) -> None:
+    fit("run", "cpu", *settings)
     (path,) = Path("run").rglob("last.ckpt")
     lines = {}
-    for command in ("validate", "test", "predict"):
+    for command in commands:
         for place in ("cpu", NAME):
             capfd.readouterr()
             where = [f"--trainer.accelerator={place}", "--trainer.precision=32-true", "--speed.channels_last=false"]
-            assert main([command, *KD, "--ckpt_path", str(path), *where]) == 0
+            assert main([command, *settings, "--ckpt_path", str(path), *where]) == 0
             said = capfd.readouterr().out
-            measured = [line for line in said.splitlines() if "/acc" in line or "/loss" in line]
-            lines[command, place] = measured if command != "predict" else Path("predictions.csv").read_text()
+            measured = [line for line in said.splitlines() if "val/" in line or "test/" in line]
+            lines[command, place] = measured if command != "predict" else _predicted()
             assert lines[command, place]
         assert lines[command, "cpu"] == lines[command, NAME]
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "number"),
+    [
+        ("shapes/teacher", ["--model.init_args.model_ckpt=lkd:shapes_unet"], 6),
+        ("detection/student", ["--model.init_args.model_ckpt=detector.pt"], 1),
+    ],
+)
+def test_predictions_of_masks_and_boxes(config: str, settings: list[str], number: int, pretended) -> None:
+    torch.manual_seed(0)
+    detector = fcos(num_classes=5, filters=(8, 8, 16), num_convs=1, reg_max=8)
+    nn.init.zeros_(detector.network.head.classification_head.cls_logits.bias)  # high scores: it detects something
+    torch.save(detector.state_dict(), "detector.pt")
+    data = [f"--data.init_args.{size}" for size in ("test_size=5", "train_size=20", "batch_size=2")]
+    found = []
+    for place in ("cpu", NAME):
+        where = [f"--trainer.accelerator={place}", "--trainer.precision=32-true", "--speed.channels_last=false"]
+        assert main(["predict", f"--config={config}", *settings, *data, *where]) == 0
+        found.append(_predicted())
+    assert len(found[0]) == number
+    assert all(len(content) > 60 for content in found[0].values())
+    assert found[0] == found[1]
+
+
+def _predicted() -> dict[Path, bytes]:
+    """Return the content of all files of the last prediction, and remove them."""
+    folder = Path("runs/predict/version_0")
+    content = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+    shutil.rmtree(folder)
+    return content
 
 
 class Stop(L.Callback):
@@ -101,16 +146,21 @@ def test_cached_logits(top_k: int | None, pretended, capfd) -> None:
     assert not differences(trained(fills), trained(reads))
 
 
-def test_compare_export_and_layers(pretended, monkeypatch) -> None:
-    for seed in (0, 1):
-        fit(f"seed{seed}", NAME, *KD, f"--seed_everything={seed}")
-    one, two = (str(next(Path(f"seed{seed}").rglob("version_0"))) for seed in (0, 1))
+@pytest.mark.parametrize("settings", [KD, SEGMENTATION], ids=["classification", "segmentation"])
+def test_compare(settings: list[str], pretended) -> None:
+    fit("run", NAME, *settings)
+    run = next(Path("run").rglob("version_0"))
     for place in ("cpu", NAME):
         quick = ["--seconds=0.01", "--batch_sizes=[1]", f"--output={place}", f"--accelerator={place}"]
-        assert main(["compare", f"one={one}", f"two={two}", *quick]) == 0
+        assert main(["compare", f"one={run}", *quick]) == 0
     usual, there = (json.loads(next(Path(place).rglob("comparison.json")).read_text()) for place in ("cpu", NAME))
-    for name in ("one", "two", "teacher"):
+    for name in ("one", "teacher"):
         assert usual["networks"][name]["figures"] == there["networks"][name]["figures"]
+
+
+def test_export_and_layers(pretended, monkeypatch) -> None:
+    fit("run", NAME, *KD)
+    one = str(next(Path("run").rglob("version_0")))
     monkeypatch.setattr(
         _AcceleratorConnector, "_choose_auto_accelerator", lambda *_: NAME
     )  # as on a machine with a GPU

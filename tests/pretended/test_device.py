@@ -48,6 +48,16 @@ def test_what_does_not_is_not(pretended) -> None:
     assert y.tolist() == [2.0, 2.0, 2.0]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_tensor_is_converted_like_another(mode, pretended) -> None:
+    with mode():
+        there, number = torch.ones(3, dtype=torch.int64).to(DEVICE), torch.tensor(2)
+        like = torch.ones(3).to(DEVICE)
+        found = there.to(like) * number.to(like)
+        assert (found.dtype, found.device) == (torch.float32, DEVICE)
+        assert (found + like).tolist() == [3.0, 3.0, 3.0]
+
+
 def test_a_tape_replays_a_training_step(pretended) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 2)).to(DEVICE)

@@ -59,6 +59,18 @@ def _weights(*values: float) -> str:
     return f"--space.{W}={list(values)}"
 
 
+def test_segmentation(capsys) -> None:
+    """Trials are compared by the mean IoU, which replaces the accuracy."""
+    sizes = ["train_size=16", "size=16", "batch_size=8", "val_size=8"]
+    short = [f"--data.init_args.{size}" for size in sizes] + ["--trainer.max_epochs=1"]
+    space = "--space=sweep/temperature_weight_segmentation"
+    assert main(["sweep", "--config=shapes/kd", space, "--trials=1", *short]) == 0
+    assert "maximizing val/miou" in capsys.readouterr().out
+    (row,) = table(Path("runs/shapes/kd/sweep"))
+    points = EventAccumulator("runs/shapes/kd/sweep/trial_0000/version_0").Reload().Scalars("val/miou")
+    assert points[0].value == pytest.approx(float(row["value"]))
+
+
 def test_hopeless_trials_are_pruned(sweep, monkeypatch) -> None:
     monkeypatch.setattr(sys.modules["lkd.sweep.study"], "MedianPruner", _eager)
     args = [f"--trainer.callbacks+={__name__}.Scores", "--monitor=val/score", "--pruner=median", "--sampler=grid"]
@@ -127,7 +139,7 @@ def test_what_fails_each_time_ends_it(sweep) -> None:
         (["--study=a/b"], "--study must be a folder name"),
         (["--study=version_0"], "--study must be a folder name"),
         (["--resume"], "lkd sweep does not accept --resume"),
-        (["--space=spice.yaml"], "there is no config 'spice.yaml'"),
+        (["--space=spice.yaml"], "there is no config 'spice.yaml'; lkd provides sweep/temperature_weight.yaml, sweep/"),
         (["--space.model.init_args.distill_wieght=[1, 2]"], "did you mean 'model.init_args.distill_weight'?"),
         ([f"--space.{T}=[1, warm]"], "criterion"),
         ([f"--{W}=0.3"], f"{W} is both in the search space and set on the command line"),

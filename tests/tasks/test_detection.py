@@ -14,6 +14,7 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from lkd import ClassificationModule, DistillModule, SyntheticDetectionDataModule, SyntheticSegmentationDataModule
+from lkd.callbacks import TeacherCache
 from lkd.compare.comparison import check_comparable
 from lkd.features.extractor import FeatureExtractor
 from lkd.losses import AT, CWD, FGD, KD, LD, MGD, PKD, PerAnchor, WeightedSum
@@ -261,12 +262,12 @@ def test_invalid_settings(module, data, message: str, trainer) -> None:
 
 def test_unsupported_commands_and_settings(trainer) -> None:
     module = _distill()
-    assert "too large to be cached" in module.cache_obstacle
+    with pytest.raises(ValueError, match=r"outputs for Detection are too large .*; remove teacher_cache.versions"):
+        trainer(callbacks=[TeacherCache(versions=1)]).fit(module, _data())
     with pytest.raises(ValueError, match="does not support the task Detection, which does not define choice, tally"):
         check_comparable(module.task)
-    for command in ("lkd export", "lkd predict"):
-        with pytest.raises(ValueError, match=f"{command} supports classification only, but the task is Detection"):
-            check_is_classification(module, command)
+    with pytest.raises(ValueError, match="KNN supports classification only, but the task is Detection"):
+        check_is_classification(module, "KNN")
     with pytest.raises(ValueError, match="boxes cannot be mixed"):
         module.read(BATCH._replace(mixed=Mixed.none(torch.zeros(2, dtype=torch.int64))))
     for setting in ("extra", "mix", "views"):  # DeepInversion is an `extra`

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 import yaml
 
 from lkd.__main__ import main
+from lkd.export import export
 
 GUIDE = Path(__file__).parents[2] / "docs/pages/extending/task.md"
 RUN = "runs/depth_teacher/version_0/checkpoints/best.ckpt"
@@ -32,15 +35,24 @@ def test_supported_features(trained, capfd) -> None:
     assert config["model"]["init_args"]["task"] == {"class_path": "depth.Depth", "init_args": {"threshold": 1.25}}
     for command, message in (
         (["compare", "runs/depth_teacher"], "lkd compare does not support the task Depth"),
-        (["export", "runs/depth_teacher"], "lkd export supports classification only, but the task is Depth"),
         (
             ["predict", f"--ckpt_path={RUN}", "--data=depth.RoomDataModule"],
-            "lkd predict supports classification only, but the task is Depth",
+            "supports the tasks Classification, SemanticSegmentation, Detection, but the task is Depth",
         ),
     ):
         capfd.readouterr()
         assert main(command) != 0
         assert message in capfd.readouterr().err
+
+
+def test_export(trained) -> None:
+    exported = export("runs/depth_teacher", formats=["onnx"])
+    (done,) = exported.files
+    assert (done.images, done.score) == (128, done.expected_score)
+    assert done.difference < 1e-4
+    session = onnxruntime.InferenceSession(exported.folder / "model.onnx")
+    assert session.run(None, {"image": np.zeros((1, 3, 24, 40), np.float32)})[0].shape == (1, 1, 24, 40)
+    assert "A network for the task Depth with 593 parameters" in (exported.folder / "README.md").read_text()
 
 
 def test_callback_for_classification_is_rejected(trained, capfd) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from lkd import ClassificationModule, DistillModule, MutualModule
 from lkd.callbacks import Speed
-from lkd.losses import DIST, KD, PerPixel
+from lkd.losses import DIST, KD, PerPixel, WeightedSum
 from lkd.tasks import SemanticSegmentation
 from lkd.tasks.metrics import MeanIoU
 from lkd.types import IGNORE_INDEX, Batch, Outputs
@@ -209,6 +211,62 @@ def test_ignored_pixels_change_nothing(criterion) -> None:
     torch.testing.assert_close(*losses, rtol=0, atol=0)
 
 
+class Miou(KD):
+    """Its curve would hide the mean IoU."""
+
+
+class Teacher(KD):
+    """Its term would hide a metric of the teacher."""
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        return {"miou": student.logits.mean()}
+
+
+@pytest.mark.parametrize(
+    ("criterion", "name"),
+    [
+        (lambda: PerPixel(Miou()), "miou"),
+        (lambda: WeightedSum({"teacher_miou": PerPixel(KD())}), "teacher_miou"),
+        (lambda: Teacher(), "teacher_miou"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the criterion is not evaluated")
+def test_names_of_the_tasks_metrics_are_reserved(criterion, name: str, trainer) -> None:
+    with pytest.raises(ValueError, match=f"would be logged as '{name}', which is reserved for another logged value"):
+        trainer(max_epochs=1).fit(_distill(criterion()), _loader(), _loader())
+
+
+@pytest.mark.parametrize("gap", [-0.001, 0.001])
+def test_a_teacher_near_chance(gap: float, trainer) -> None:
+    """Random classes reach a mean IoU of 1 / (2K - 1); the warning begins a tenth of the way from there to 1."""
+    metric = MeanIoU(CLASSES)
+    torch.manual_seed(0)
+    metric.update(*torch.randint(CLASSES, (2, 1, 500, 500)))
+    assert float(metric.compute()) == pytest.approx(1 / 7, abs=0.003)
+    module = _distill()
+    score = 1 / 7 + 0.1 * 6 / 7 + gap
+    module.metrics["val"]["teacher_miou"].compute = lambda: torch.tensor(score)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer(max_epochs=1).fit(module, _loader(), _loader())
+    assert any("near chance (14.29%)" in str(one.message) for one in seen) == (gap < 0)
+
+
+class OtherAux(AuxNet):
+    """An auxiliary head with another number of classes."""
+
+    def forward(self, input: Tensor) -> dict[str, Tensor]:
+        output = super().forward(input)
+        return {**output, "aux": output["aux"][:, :3]}
+
+
+class Named(nn.Identity):
+    """Logits under a name that nobody knows."""
+
+    def forward(self, input: Tensor) -> dict[str, Tensor]:
+        return {"mask": input}
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -216,6 +274,11 @@ def test_ignored_pixels_change_nothing(criterion) -> None:
         (lambda: _distill(task=SemanticSegmentation(5)), "student returns 4 classes, but the task has 5"),
         (lambda: ClassificationModule(nn.Flatten(), task=TASK), r"logits of shape \(batch, classes, height"),
         (lambda: ClassificationModule(Net(4)), r"must return logits \(a tensor"),
+        (lambda: ClassificationModule(Named(), task=TASK), r"must return logits .*, got dict with the keys mask"),
+        (
+            lambda: ClassificationModule(OtherAux(4), task=TASK),
+            "the auxiliary head of the model returns 3 classes, but",
+        ),
     ],
 )
 def test_invalid_settings(module, message, trainer) -> None:
@@ -229,6 +292,8 @@ def test_invalid_targets(trainer) -> None:
     data = TensorDataset(torch.zeros(4, 3, 16, 16), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"requires masks of shape \(batch, height, width\), got \(2,\)"):
         trainer().fit(_distill(), DataLoader(data, batch_size=2))
+    with pytest.raises(ValueError, match=r"requires masks of .*, got a list; use a data module that returns masks"):
+        TASK.prepare(Batch(None, [{"boxes": torch.zeros(0, 4)}]))
 
 
 def test_labels_out_of_range(trainer) -> None:

@@ -1,0 +1,92 @@
+"""Names and sizes of the image files that `lkd predict` predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import torch
+
+from lkd.datamodules.base import ImageDataModule
+from lkd.datamodules.boxes import FileImages
+from lkd.datamodules.detection import DetectionDataModule
+from lkd.datamodules.files import ImageFiles
+from lkd.datamodules.sources import original
+from lkd.datamodules.transforms.scaling import PadToSize
+
+
+class Frame(NamedTuple):
+    """Where an image lies in the input of the network, and its size in its file.
+
+    Attributes:
+        part: Rows and columns of the input that contain the image, from the top left corner.
+        full: Height and width of the image in its file.
+    """
+
+    part: tuple[int, int]
+    full: tuple[int, int]
+
+
+class PredictedImages:
+    """The images that a data module provides for prediction, by their positions (`Batch.index`).
+
+    Args:
+        data: A data module after `setup("predict")`. Without a data module of lkd that reads files, images have no
+            names, and their size is that of the input.
+
+    Attributes:
+        files: The image files; `None` if the images are not files.
+    """
+
+    def __init__(self, data: object) -> None:
+        self.files: ImageFiles | None = None
+        self._resize = None
+        if isinstance(data, ImageDataModule) and "test" in data.datasets:
+            source = original(data.datasets["test"].source)
+            self.files = source if isinstance(source, ImageFiles) else None
+            self._resize = data.datasets["test"].resize
+        elif isinstance(data, DetectionDataModule) and "test" in data.datasets:
+            images = data.datasets["test"].source.images
+            self.files = images.files if isinstance(images, FileImages) else None
+
+    def frame(self, position: int, size: tuple[int, int]) -> Frame:
+        """Return the frame of an image. It covers the whole input if the image was not padded.
+
+        Args:
+            position: Position of the image.
+            size: Height and width of the input.
+        """
+        if self.files is None or not isinstance(self._resize, PadToSize):
+            return Frame(size, size)
+        full = self.files.size(position)
+        return Frame(self._resize.least(full, size, torch.empty(0)), full)
+
+    def mask_names(self) -> list[str] | None:
+        """Return a file name for the mask of each image, such as `a/b.png` for `a/b.jpg`; `None` without files.
+
+        All names are different: if images differ only in their extension, every mask keeps it (`a/b.jpg.png`). Names
+        stay below the folder of the masks, even if those of the images do not.
+        """
+        if self.files is None:
+            return None
+        names = [_inside(self.files.name(position)) for position in range(len(self.files))]
+        stems = [str(PurePosixPath(name).with_suffix("")) for name in names]
+        numbers = [numbered(position) for position in range(len(names))]
+        found = next(choice for choice in (stems, names, numbers) if _are_different(choice))
+        return [f"{name}.png" for name in found]
+
+
+def numbered(position: int) -> str:
+    """Return the name of an image without a file name."""
+    return f"{position:06d}"
+
+
+def _inside(name: str) -> str:
+    """Return a relative path without `..`, for file names from a list."""
+    parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
+    return str(PurePosixPath(*parts))
+
+
+def _are_different(names: Sequence[str]) -> bool:
+    return len({name.lower() for name in names}) == len(names)  # some file systems ignore the case
