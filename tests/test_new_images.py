@@ -63,7 +63,7 @@ def test_predictions_for_a_folder(trained, capsys, recwarn) -> None:
     assert rows["broken.jpg"] == {"file": "broken.jpg", "class": "", "class_name": "", "probability": ""}
     warned = [str(warning.message) for warning in recwarn]
     assert any("1 of 27 images in new cannot be read" in message for message in warned)
-    assert not any("of another size" in message for message in warned)  # as the training images, which were resized too
+    assert not any("of another size" in message for message in warned)  # the training images were resized as well
     for name, row in expected.items():
         assert rows[name]["class"] == row["class"]
         assert rows[name]["class_name"] == row["class_name"] == ("hat", "shoe")[int(row["class"])]
@@ -92,7 +92,7 @@ def test_images_require_a_checkpoint_and_a_supported_data_module(capsys) -> None
         lkd.datamodules.NewImages("new", lkd.datamodules.base.L.LightningDataModule())
 
 
-def test_images_of_another_size_than_the_training_images(capsys, recwarn) -> None:
+def test_images_of_another_size(capsys, recwarn) -> None:
     Path("new").mkdir()
     for name, size in (("a.png", (8, 8)), ("b.png", (30, 20)), ("c.png", (8, 9))):
         Image.new("L", size).save(Path("new", name))

@@ -212,11 +212,11 @@ def test_ignored_pixels_change_nothing(criterion) -> None:
 
 
 class Miou(KD):
-    """Its curve would hide the mean IoU."""
+    """A criterion whose logged name is that of the mean IoU."""
 
 
 class Teacher(KD):
-    """Its term would hide a metric of the teacher."""
+    """A criterion with a term that has the name of a metric of the teacher."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"miou": student.logits.mean()}
@@ -231,14 +231,14 @@ class Teacher(KD):
     ],
 )
 @pytest.mark.filterwarnings("ignore:the criterion is not evaluated")
-def test_names_of_the_tasks_metrics_are_reserved(criterion, name: str, trainer) -> None:
+def test_metric_names_of_the_task_are_reserved(criterion, name: str, trainer) -> None:
     with pytest.raises(ValueError, match=f"would be logged as '{name}', which is reserved for another logged value"):
         trainer(max_epochs=1).fit(_distill(criterion()), _loader(), _loader())
 
 
 @pytest.mark.parametrize("gap", [-0.001, 0.001])
-def test_a_teacher_near_chance(gap: float, trainer) -> None:
-    """Random classes reach a mean IoU of 1 / (2K - 1); the warning begins a tenth of the way from there to 1."""
+def test_teacher_near_chance(gap: float, trainer) -> None:
+    """Random classes have a mean IoU of 1 / (2K - 1); the warning covers a tenth of the range from there to 1."""
     metric = MeanIoU(CLASSES)
     torch.manual_seed(0)
     metric.update(*torch.randint(CLASSES, (2, 1, 500, 500)))
@@ -253,7 +253,7 @@ def test_a_teacher_near_chance(gap: float, trainer) -> None:
 
 
 class OtherAux(AuxNet):
-    """An auxiliary head with another number of classes."""
+    """A network whose auxiliary head has another number of classes."""
 
     def forward(self, input: Tensor) -> dict[str, Tensor]:
         output = super().forward(input)
@@ -261,7 +261,7 @@ class OtherAux(AuxNet):
 
 
 class Named(nn.Identity):
-    """Logits under a name that nobody knows."""
+    """A network with logits under an unknown name."""
 
     def forward(self, input: Tensor) -> dict[str, Tensor]:
         return {"mask": input}
