@@ -14,15 +14,15 @@ from lkd.models import CIFARResNet
 
 
 @pytest.fixture(autouse=True)
-def _in_an_own_folder(tmp_path, monkeypatch) -> None:
-    """Runs, data, predictions and what is kept between runs land in the test's folder."""
+def _use_temporary_folder(tmp_path, monkeypatch) -> None:
+    """Run each test in its own folder, which also holds its runs, data, predictions and caches."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LKD_CACHE", str(tmp_path / "lkd_cache"))
 
 
 @pytest.fixture
 def tiny() -> Callable[..., nn.Module]:
-    """Makes networks small enough to train in a test."""
+    """Return a function that creates networks small enough to train in a test."""
 
     def make(seed: int = 0, num_classes: int = 4, in_channels: int = 3) -> nn.Module:
         torch.manual_seed(seed)
@@ -40,7 +40,7 @@ def data() -> SyntheticDataModule:
 
 @pytest.fixture
 def distill(tiny) -> Callable[..., DistillModule]:
-    """Makes a module with a tiny student and another tiny network as teacher."""
+    """Return a function that creates a module with a tiny student and another tiny network as teacher."""
 
     def make(kind: type[DistillModule] = DistillModule, **settings: Any) -> DistillModule:
         settings.setdefault("optimizer", lambda parameters: SGD(parameters, lr=0.1, momentum=0.9))

@@ -1,4 +1,4 @@
-"""The table of methods in the documentation, made from the code."""
+"""The table of methods in the documentation, generated from the code."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NO_METHOD = {"DistillLoss", "CompositeLoss", "PerAnchor", "PerPixel", "WeightedS
 NO_METHOD |= {"ClassificationModule", "DistillModule", "EarlyExitModule", "FineTuneModule"}
 SEGMENTATION = "lkd.tasks.SemanticSegmentation"
 TRAINED = {"SimKDModule": "tests/modules/test_simkd.py", "DOTModule": "tests/modules/test_dot.py"}
-"""Modules to the files whose `test_module_is_a_plain_loop` trains them beside the original's loop, written out."""
+"""Modules that are compared with the authors' training loop by `test_module_equals_a_plain_loop`, and its file."""
 COMPARED = {"OFAKD": "`ofa_loss`", "DeiT": "hard", "CrossKD": "its functions"} | dict.fromkeys(TRAINED, "a training")
-"""What is compared, where it is not the whole method."""
+"""What is compared, if it is not the whole method."""
 
 
 def methods() -> dict[str, type]:
-    """Class name to criterion, or to module with a loop of its own."""
+    """Return criteria, and modules with their own training loop, by class name."""
     found = {}
     for package in (lkd.losses, lkd.modules):
         for name in package.__all__:
@@ -35,7 +35,7 @@ def methods() -> dict[str, type]:
 
 
 def paper(kind: type) -> str:
-    """The first reference of a class's docstring: its authors, year and arXiv id."""
+    """Return authors, year and arXiv id of the first reference in a class's docstring."""
     references = inspect.getdoc(kind).partition("References:")[2]
     first = " ".join(references.split())
     authors = re.match(r"(.*?):", first)
@@ -47,7 +47,7 @@ def paper(kind: type) -> str:
 
 
 def reads(kind: type) -> str:
-    """What a criterion reads by default, from its class attributes and the defaults of its layers."""
+    """Return what a criterion reads by default, according to its class attributes and the defaults of its layers."""
     if not issubclass(kind, lkd.losses.DistillLoss):
         return "what its criterion reads"
     parameters = inspect.signature(kind).parameters
@@ -66,7 +66,7 @@ def reads(kind: type) -> str:
 
 
 def configs(name: str) -> list[str]:
-    """Overlays and complete configs that name a class; first the overlays that are named after it."""
+    """Return overlays and complete configs that contain a class; overlays named after it come first."""
     key = name.lower()
     found = (config for config, names in _names_in_configs().items() if name in names)
 
@@ -101,23 +101,23 @@ def _strings(value: object) -> list[str]:
 
 
 def parity() -> set[str]:
-    """Names of the classes that tests/test_parity.py compares with the original's values, in lower case.
+    """Return the names of the classes that tests/test_parity.py compares with the original, in lower case.
 
-    A class is compared if its file has reference values and its name; its neighbours, if a file of values has theirs.
+    A class is compared if its test file has reference values, or if a file of reference values has its name.
     """
     compared = {method for method, file in FILES.items() if hasattr(file, "PARITY")}
     return {name.replace("_", "").lower() for name in compared | set(PARITY)}
 
 
 def equal(name: str) -> str:
-    """Whether a class is compared with the original, and what of it."""
+    """Return whether a class is compared with the original, and which parts of it."""
     if name.lower() not in parity() and name not in TRAINED:
         return "no reference values"
     return f"value and gradient ({COMPARED[name]})" if name in COMPARED else "value and gradient"
 
 
 def processes(kind: type) -> str:
-    """Whether DDP has the gradient of a single process, or what differs: see tests/losses/test_processes.py."""
+    """Return how the gradient with DDP relates to that of one process (see tests/losses/test_processes.py)."""
     alone = getattr(kind, "per_process", None)
     if not isinstance(alone, str):
         return "as its criterion"
@@ -125,7 +125,7 @@ def processes(kind: type) -> str:
 
 
 def note() -> str:
-    """The note below the table."""
+    """Return the note below the table."""
     criteria = sorted((item for item in methods().items() if issubclass(item[1], lkd.losses.DistillLoss)), key=_by_name)
     skipping = ", ".join(f"`{name}`" for name, kind in criteria if kind.skips_unlabelled in (True, None))
     return (
@@ -145,10 +145,10 @@ def _by_name(item: tuple[str, type]) -> str:
 
 
 def table(link: str = "") -> str:
-    """The table, in Markdown, and the note below it.
+    """Return the table in Markdown, and the note below it.
 
     Args:
-        link: Link of each method, with `{name}`.
+        link: Link of each method, in which `{name}` is replaced by its name.
     """
     lines = [
         "| Method | Paper | Reads | Config | Equal to the original | Several processes |",

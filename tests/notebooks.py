@@ -1,4 +1,4 @@
-"""Runs the notebooks; `python -m tests.notebooks [NAME ...]` stores their outputs in them."""
+"""Run the notebooks; `python -m tests.notebooks [NAME ...]` stores their outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 DETERMINISTIC = "deterministic"
-"""Tag of a cell that prints the same on every machine."""
+"""Tag of a cell whose output is the same on every machine."""
 
 _ANSI = re.compile(r"\x1b\[[\d;]*m")
 _RESULT = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?|\b(yes|no)\b")
@@ -22,25 +22,25 @@ _PERCENT = re.compile(r"(-?\d+(?:\.\d+)?) ?%")
 
 
 def read(name: str) -> Any:
-    """A notebook as it is stored."""
+    """Return a stored notebook."""
     return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
 
 
 def execute(name: str, folder: Path) -> Any:
-    """Runs a notebook in a kernel of its own.
+    """Run a notebook in a separate kernel.
 
     Args:
-        name: The notebook.
-        folder: Where it runs.
+        name: Name of the notebook.
+        folder: Working directory of the kernel.
 
     Returns:
-        The notebook with its new outputs, without what was written to stderr.
+        The notebook with its new outputs, except for those to stderr.
     """
     notebook = read(name)
     metadata = dict(notebook.metadata)
     resources = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=300, record_timing=False, resources=resources).execute()
-    notebook.metadata = nbformat.from_dict(metadata)  # without this machine's version of Python
+    notebook.metadata = nbformat.from_dict(metadata)  # without the Python version of this environment
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = _merged(cell.outputs)
@@ -48,7 +48,7 @@ def execute(name: str, folder: Path) -> Any:
 
 
 def _merged(outputs: Sequence[Any]) -> list[Any]:
-    """The outputs, with what is printed in one piece: the pieces that a kernel sends depend on timing."""
+    """Merge consecutive printed outputs, because a kernel splits them depending on timing."""
     merged: list[Any] = []
     for output in outputs:
         if output.get("name") == "stderr":
@@ -61,17 +61,17 @@ def _merged(outputs: Sequence[Any]) -> list[Any]:
 
 
 def printed(cell: Any) -> str:
-    """The text and the Markdown that a cell shows."""
+    """Return the text and Markdown that a cell displays."""
     outputs = cell.get("outputs", [])
     texts = [output.get("text") or output.get("data", {}).get("text/markdown", "") for output in outputs]
     return _ANSI.sub("", "".join(texts)).replace("\r\n", "\n")
 
 
 def differences(stored: Any, fresh: Any) -> list[str]:
-    """Where stored outputs are not those of the code.
+    """Return the differences between stored and new outputs.
 
-    Kinds of outputs and words must be equal, and percentages within 3 points, as another processor trains to other
-    digits; cells tagged `deterministic` must print the same. Pictures are not compared.
+    Types of outputs and words must be equal. Percentages may differ by 3 percentage points, because results depend on
+    the processor. Cells tagged `deterministic` must print the same text. Images are not compared.
     """
     found = []
     for old, new in zip(stored.cells, fresh.cells, strict=True):

@@ -1,4 +1,4 @@
-"""The benchmarks run, and count as they say; what they measure is not tested."""
+"""The benchmarks run and report correct counts; the measured values are not tested."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def methods():
     return module
 
 
-def test_schedules_shrink_with_the_run(methods) -> None:
+def test_schedules_scale_with_the_run(methods) -> None:
     (warmup,) = methods.overlay("dkd", epochs=24)["trainer"]["callbacks+"]
     assert warmup["init_args"]["epochs"] == 2
     (warmup,) = methods.overlay("dkd", epochs=5)["trainer"]["callbacks+"]
     assert warmup["init_args"]["epochs"] == 1
 
 
-def test_gains_are_those_of_the_same_seeds(methods) -> None:
+def test_gains_are_paired_by_seed(methods) -> None:
     runs = [(methods.ALONE, 0, 40.0), (methods.ALONE, 1, 44.0), ("kd", 0, 43.0), ("kd", 1, 45.0), ("at", 1, 42.0)]
     results = [{"method": name, "seed": seed, "accuracy": accuracy} for name, seed, accuracy in runs]
     results.append({"method": "skd", "seed": 0, "error": "no"})
@@ -51,8 +51,8 @@ def test_gains_are_those_of_the_same_seeds(methods) -> None:
     ]
 
 
-def test_every_method_has_its_row(methods) -> None:
-    """What was measured is every overlay but those that are left out."""
+def test_every_method_has_a_row(methods) -> None:
+    """All overlays are measured, except for those listed in `LEFT_OUT`."""
     table = (FOLDER / "methods.md").read_text()
     measured = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")} - {"method"}
     overlays = {path.stem for path in methods.METHODS.glob("*.yaml")} - set(methods.LEFT_OUT)
@@ -61,7 +61,7 @@ def test_every_method_has_its_row(methods) -> None:
 
 @pytest.fixture
 def images(tmp_path: Path) -> str:
-    """A folder as of CIFAR-10's images, with eight of each class."""
+    """Write a folder with images of the size of CIFAR-10, eight per class and split, and return its path."""
     generator = np.random.default_rng(0)
     for number in range(80):
         for split in ("train", "test"):
@@ -78,7 +78,7 @@ def teacher(tmp_path: Path) -> str:
     return str(tmp_path / "teacher.th")
 
 
-def test_rows_take_their_steps_in_turn(tmp_path: Path, images: str, teacher: str) -> None:
+def test_rows_alternate_their_steps(tmp_path: Path, images: str, teacher: str) -> None:
     arrays = speed.decoded(images, str(tmp_path))
     assert np.load(arrays).shape == (80, 3, 32, 32)
     Path("mine.py").write_text("def make(images, targets, teacher, student, size):\n    return lambda: len(images)\n")
@@ -101,7 +101,7 @@ def test_rows_take_their_steps_in_turn(tmp_path: Path, images: str, teacher: str
     assert said[-2:] == ["round 1 of 2", "round 2 of 2"]
 
 
-def test_a_loop_that_fails_says_why() -> None:
+def test_error_of_a_failed_loop() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)broken: .*FileNotFoundError"):
         pacing.Row("broken", "benchmarks.loops:bare_eager", {"images": "none.npy", "teacher": "none.th", "workers": 0})
 
@@ -113,7 +113,7 @@ def test_growth(tmp_path: Path) -> None:
     assert len(line.split("|")) == 10
 
 
-def test_a_long_run(tmp_path: Path) -> None:
+def test_long_run(tmp_path: Path) -> None:
     assert " after 2 epochs: " in growth.long_run(str(tmp_path), 2, 4)
 
 
@@ -125,7 +125,7 @@ def test_accuracy(images: str, teacher: str) -> None:
 
 
 def test_little(tmp_path: Path, images: str, monkeypatch, capsys) -> None:
-    """Every row is run, for as many steps, once; the same command goes on, and writes the table."""
+    """All rows are run once, with the given number of steps; repeating the command resumes and writes the table."""
     torch.manual_seed(0)
     torch.save(resnet20(num_classes=10, shortcut="A").state_dict(), "resnet20.th")
     small = ["--seeds=1", "--pool=80", "--epochs=2", "--made=20", "--made_steps=1"]
@@ -148,7 +148,7 @@ def test_little(tmp_path: Path, images: str, monkeypatch, capsys) -> None:
     assert Path("little.md").read_text() == table == capsys.readouterr().out
 
 
-def test_gains_of_little_are_those_of_the_same_seeds() -> None:
+def test_gains_of_little_are_paired_by_seed() -> None:
     row = little.Row("few", {}, 80, {}, 8, 0.1)
     runs = [("few", True, 0, 40.0), ("few", True, 1, 44.0), ("few", False, 0, 43.0), ("few", False, 1, 50.0)]
     runs += [("few", False, 2, 60.0)]
@@ -156,7 +156,7 @@ def test_gains_of_little_are_those_of_the_same_seeds() -> None:
     assert list(little.table([row], results))[2] == "| few | 42.00 ± 2.83 | 51.00 ± 8.54 | +4.50 | 3 |"
 
 
-def test_parts_of_photographs(tmp_path: Path) -> None:
+def test_crops_of_photographs(tmp_path: Path) -> None:
     folder = Path(little.parts_of_photographs(6, tmp_path / "parts"))
     parts = [np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]
     assert {part.shape for part in parts} == {(32, 32, 3)}
@@ -177,10 +177,10 @@ def test_endurance(tmp_path: Path) -> None:
         grown = re.fullmatch(rf"Peak memory from {unit} 1 to 2: ([+-]\d+\.\d\d)%\.", lines[-2])
         assert grown
         assert float(grown[1]) == pytest.approx(100 * (looks[1].peak / looks[0].peak - 1), abs=0.006)
-    assert again[1].modules <= again[0].modules  # after fit its networks are gone
+    assert again[1].modules <= again[0].modules  # the networks are freed after fit
 
 
-def test_the_hosts_share_of_a_step(tmp_path: Path) -> None:
+def test_host_time_of_a_step(tmp_path: Path) -> None:
     done = warm.Forked(warm.module, "benchmarks.host", "--steps", "50", "--out", str(tmp_path / "host.md")).wait()
     assert done.code == 0, done.stderr
     first, alone, _, shares, *_ = (tmp_path / "host.md").read_text().split("\n\n")

@@ -1,4 +1,4 @@
-"""Static tensors of a captured function: what tells two inputs apart, copying, and undoing."""
+"""Static tensors of a captured function: signatures, copying, and restoring."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from lkd.devices.capture import Snapshot, copy_into, flat, signature
 
 
-def test_inputs_that_need_graphs_of_their_own() -> None:
+def test_inputs_that_require_separate_graphs() -> None:
     image = torch.zeros(2, 3)
     inputs = [
         (image,),
@@ -23,7 +23,7 @@ def test_inputs_that_need_graphs_of_their_own() -> None:
     assert signature((image + 1, {"a": 1})) == signature((image, {"a": 1}))
 
 
-def test_numbers_of_all_types_are_copied() -> None:
+def test_tensors_of_all_dtypes_are_copied() -> None:
     static = (
         torch.zeros(2),
         {"target": torch.zeros(2, dtype=torch.int64), "mask": torch.zeros(2, dtype=torch.bool)},
@@ -38,7 +38,7 @@ def test_numbers_of_all_types_are_copied() -> None:
     assert [static[0].data_ptr(), static[1]["target"].data_ptr(), static[1]["mask"].data_ptr()] == places
 
 
-def test_what_a_trial_changes_is_undone() -> None:
+def test_snapshot_restores_tensors() -> None:
     weight, count = torch.nn.Parameter(torch.ones(3)), torch.tensor(7)
     before = Snapshot([weight, count])
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_what_a_trial_changes_is_undone() -> None:
     assert count == 7
 
 
-def test_one_vector_for_each_type() -> None:
+def test_flat_returns_one_vector_per_dtype() -> None:
     found = flat([torch.zeros(2, 2), torch.ones(1, dtype=torch.int64), torch.ones(3)])
     assert [(vector.dtype, vector.tolist()) for vector in found] == [
         (torch.float32, [0, 0, 0, 0, 1, 1, 1]),

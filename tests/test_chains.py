@@ -1,4 +1,4 @@
-"""Runs that go on from one another: a teacher's assistant, and generations of born-again networks."""
+"""Runs that use the results of previous runs: teacher assistants, and generations of born-again networks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BEST = "runs/digits/{}/version_{}/checkpoints/best.ckpt"
 
 @pytest.fixture
 def fit(capsys):
-    """Runs a config; returns the accuracies of its teacher and of its best student, as they are shown."""
+    """Return a function that runs a config and returns the printed accuracies of the teacher and the best student."""
 
     def run(*arguments: str) -> tuple[str, str]:
         assert main(["fit", *arguments, *SHORT]) == 0
@@ -28,14 +28,14 @@ def fit(capsys):
     return run
 
 
-def test_assistant_teaches(fit) -> None:
+def test_teacher_assistant(fit) -> None:
     teacher, assistant = fit("--config", "digits/assistant")
     assert teacher == "99.65%"
     again, _ = fit("--config", "digits/takd")
     assert again == assistant
 
 
-def test_born_again_networks_answer_together(fit, capsys) -> None:
+def test_born_again_ensemble(fit, capsys) -> None:
     _, first = fit("--config", "digits/born_again")
     taught_by, _ = fit(
         "--config", "digits/born_again", f"--model.init_args.teacher_ckpt={BEST.format('born_again', 0)}"

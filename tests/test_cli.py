@@ -1,4 +1,4 @@
-"""What a user of the command line sees and finds."""
+"""Output and files of the command line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RESUMED = {"last.ckpt", "previous.ckpt"}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """The folder of a short run of the digits."""
+    """Return the folder of a short run on the digits."""
     folder = tmp_path_factory.mktemp("cli")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -47,15 +47,15 @@ def _scalars(folder: Path, name: str):
 
 
 @pytest.mark.parametrize("option", ["--help", "-h", "--version"])
-def test_help_does_not_wait_for_torch(option: str) -> None:
+def test_help_does_not_import_torch(option: str) -> None:
     code = f"import sys; from lkd.__main__ import main; main([{option!r}]); sys.exit('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert lkd.__version__ in answer.stdout
 
 
 @pytest.mark.parametrize("is_enabled", [True, False])
-def test_imports_leave_the_garbage_collector_as_it_was(is_enabled: bool, monkeypatch) -> None:
-    """Objects of a process that calls `main` stay collectable; those of a process of its own are only lkd's."""
+def test_imports_restore_the_garbage_collector(is_enabled: bool, monkeypatch) -> None:
+    """Only a process that runs `lkd` disables the collector and freezes objects; a caller of `main` is not affected."""
     frozen = []
     monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
     monkeypatch.setattr("sys.argv", ["lkd", "layers"])
@@ -69,7 +69,7 @@ def test_imports_leave_the_garbage_collector_as_it_was(is_enabled: bool, monkeyp
         gc.enable()
 
 
-def test_fit_leaves_all_that_is_needed(run: Path) -> None:
+def test_files_of_a_run(run: Path) -> None:
     assert (run / "checkpoints/best.ckpt").is_file()
     assert (run / "checkpoints/last.ckpt").is_file()
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -77,7 +77,7 @@ def test_fit_leaves_all_that_is_needed(run: Path) -> None:
     assert config["seed_everything"] == 0
 
 
-def test_tensorboard_has_the_curves(run: Path) -> None:
+def test_tensorboard_metrics(run: Path) -> None:
     events = EventAccumulator(str(run))
     events.Reload()
     curves = {"loss", "hard", "kd", "acc", "images_per_s"}
@@ -93,7 +93,7 @@ def test_tensorboard_has_the_curves(run: Path) -> None:
     assert [point.step for point in loss] == [point.step for point in events.Scalars("val/acc")]
 
 
-def test_table_at_the_end(tmp_path, capfd) -> None:
+def test_final_table(tmp_path, capfd) -> None:
     assert main(["fit", "--config", "digits/kd", *SHORT]) == 0
     shown = capfd.readouterr().out
     assert "Teacher accuracy on the validation images: 99.65%" in shown
@@ -109,7 +109,7 @@ def test_table_at_the_end(tmp_path, capfd) -> None:
     assert "tensorboard --host localhost --logdir runs/digits/kd" in shown
 
 
-def test_accuracy_on_some_of_the_images_is_labelled_as_such(capfd) -> None:
+def test_partial_accuracy_is_labelled(capfd) -> None:
     limits = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=2", "--trainer.limit_test_batches=0.6"]
     assert main(["fit", "--config", "digits/kd", *SHORT, *limits]) == 0
     shown = capfd.readouterr().out
@@ -121,7 +121,7 @@ def test_accuracy_on_some_of_the_images_is_labelled_as_such(capfd) -> None:
         assert f"evaluated on {images}" in capfd.readouterr().out
 
 
-def test_flops_are_those_of_a_count_by_hand() -> None:
+def test_flops_equal_a_manual_count() -> None:
     from lkd.callbacks.monitor import network_size
     from lkd.models import CIFARResNet
 
@@ -136,7 +136,7 @@ def test_flops_are_those_of_a_count_by_hand() -> None:
     assert network.training
 
 
-def test_checkpoint_alone_is_enough_to_test(run: Path, capsys) -> None:
+def test_checkpoint_is_sufficient_for_test(run: Path, capsys) -> None:
     assert main(["test", "--ckpt_path", str(run / "checkpoints/best.ckpt")]) == 0
     shown = capsys.readouterr().out
     assert "test/acc" in shown
@@ -144,7 +144,7 @@ def test_checkpoint_alone_is_enough_to_test(run: Path, capsys) -> None:
     assert not Path("lightning_logs").exists()
 
 
-def test_student_is_measured_without_its_teacher(capsys, recwarn) -> None:
+def test_student_is_evaluated_without_its_teacher(capsys, recwarn) -> None:
     torch.save(lkd.models.resnet14(num_classes=10, in_channels=1).state_dict(), "teacher.pth")
     teacher = ["--model.init_args.teacher=lkd.models.resnet14", "--model.init_args.teacher.init_args.in_channels=1"]
     weights = "--model.init_args.teacher_ckpt=teacher.pth"
@@ -182,7 +182,7 @@ def test_predictions_of_a_network_with_more_classes_than_the_data() -> None:
     assert {row["class_name"] for row in rows if int(row["class"]) > 9} == {""}
 
 
-def test_continue_from_the_last_checkpoint(run: Path, capsys) -> None:
+def test_resume_from_the_last_checkpoint(run: Path, capsys) -> None:
     last = str(run / "checkpoints/last.ckpt")
     assert main(["fit", "--ckpt_path", last, "--trainer.max_epochs=3", "--trainer.default_root_dir=more"]) == 0
     (more,) = Path("more").rglob("last.ckpt")
@@ -218,7 +218,7 @@ def test_precisions(precision: str) -> None:
         ("--data.init_args.val_size=0", RESUMED),
     ],
 )
-def test_what_is_left_of_a_run(setting: str, left: set[str]) -> None:
+def test_checkpoints_of_a_run(setting: str, left: set[str]) -> None:
     assert main(["fit", "--config", "digits/kd", *SHORT, setting]) == 0
     assert {path.name for path in Path().rglob("*.ckpt")} == left
 
@@ -234,8 +234,8 @@ def test_two_runs_without_a_logger() -> None:
     assert main(["test", "--config", "digits/kd", "--ckpt_path", "best"]) == 0
 
 
-def test_best_of_several(capfd) -> None:
-    """With a learning rate that grows by the epoch, the newest of those that are kept is not the best."""
+def test_best_of_several_checkpoints(capfd) -> None:
+    """The learning rate grows with each epoch, so the best of the saved checkpoints is not the newest."""
     schedule = "--model.init_args.lr_scheduler=torch.optim.lr_scheduler.ExponentialLR"
     grows = [
         schedule,
@@ -256,7 +256,7 @@ def test_best_of_several(capfd) -> None:
 
 
 @pytest.mark.parametrize(("explicit", "mode"), [([], "min"), (["--checkpoint.mode=max"], "max")])
-def test_least_loss_is_the_best(explicit: list[str], mode: str, capfd) -> None:
+def test_lowest_loss_is_the_best(explicit: list[str], mode: str, capfd) -> None:
     settings = ["--checkpoint.monitor=val/loss", *explicit]
     assert main(["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=3", *settings]) == 0
     folder = Path("runs/digits/kd/version_0")
@@ -267,14 +267,14 @@ def test_least_loss_is_the_best(explicit: list[str], mode: str, capfd) -> None:
     assert f"Checkpoint:  {folder}/checkpoints/best.ckpt" in capfd.readouterr().out
 
 
-def test_last_checkpoint_has_all_training() -> None:
+def test_last_checkpoint_contains_all_steps() -> None:
     settings = ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2"]
     assert main(["fit", "--config", "digits/kd", *SHORT, *settings]) == 0
     (last,) = Path("runs").rglob("last.ckpt")
     assert torch.load(last, weights_only=True)["epoch"] == 3
 
 
-def test_teacher_is_the_best_of_its_newest_run() -> None:
+def test_teacher_is_the_best_checkpoint_of_the_newest_run() -> None:
     for _ in range(2):
         assert main(["fit", "--config", "digits/teacher", *SHORT, "--trainer.max_epochs=1"]) == 0
     fit = ["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1"]
@@ -284,7 +284,7 @@ def test_teacher_is_the_best_of_its_newest_run() -> None:
     assert config["model"]["init_args"]["teacher_ckpt"] == best
 
 
-def test_csv_logger_gets_the_same_curves() -> None:
+def test_csv_logger_has_the_same_metrics() -> None:
     logger = ["--trainer.logger=CSVLogger", "--trainer.logger.init_args.save_dir=csv"]
     assert main(["fit", "--config", "digits/kd", *SHORT, *logger]) == 0
     (metrics,) = Path("csv").rglob("metrics.csv")
@@ -294,8 +294,8 @@ def test_csv_logger_gets_the_same_curves() -> None:
 
 
 @pytest.mark.parametrize("how", ["option", "file"])
-def test_another_class_begins_with_its_own_defaults(how: str) -> None:
-    """SGD's learning rate, momentum and weight decay, from the config or the signature, are no business of AdamW."""
+def test_another_class_uses_its_own_defaults(how: str) -> None:
+    """SGD's learning rate, momentum and weight decay, from the config or the signature, are not passed to AdamW."""
     Path("own.yaml").write_text(
         "model:\n  class_path: lkd.DistillModule\n  init_args:\n    optimizer: {class_path: torch.optim.AdamW}\n"
     )
@@ -308,7 +308,7 @@ def test_another_class_begins_with_its_own_defaults(how: str) -> None:
     assert optimizer["init_args"]["weight_decay"] == 0.01
 
 
-def test_sigterm_is_no_success() -> None:
+def test_exit_code_of_sigterm() -> None:
     command = ["fit", "--config", "digits/kd", *SHORT, "--trainer.max_epochs=1000"]
     process = warm.Forked(warm.module, "lkd", *command)
     while not list(Path("runs").rglob("last.ckpt")):
@@ -320,7 +320,7 @@ def test_sigterm_is_no_success() -> None:
     assert "resume with: lkd fit --ckpt_path runs/digits/kd/version_0/checkpoints/last.ckpt" in done.stdout
 
 
-def test_the_run_s_class_comes_back(run: Path) -> None:
+def test_class_of_the_run_is_restored(run: Path) -> None:
     module = L.LightningModule.load_from_checkpoint(run / "checkpoints/best.ckpt")
     assert type(module) is lkd.DistillModule
     assert module.criterion.temperature == 4.0
@@ -378,8 +378,8 @@ def test_names_of_runs() -> None:
     ],
 )
 @pytest.mark.parametrize("joint", ["=", " "])
-def test_null_is_no_text(setting: tuple[str, str], joint: str) -> None:
-    """For an argument that takes both, in a class inside of a class."""
+def test_null_is_not_a_string(setting: tuple[str, str], joint: str) -> None:
+    """This applies to an argument that accepts both, in a nested class."""
     name, value = setting
     args = ["fit", "--config", "pairs/digits", "--model=lkd.DistillModule"]
     given = f"--model.init_args.{name}{joint}{value}".split(" ", maxsplit=joint.count(" "))
@@ -391,8 +391,8 @@ def test_null_is_no_text(setting: tuple[str, str], joint: str) -> None:
 
 
 @pytest.mark.parametrize("root", ["runs", "elsewhere/runs"])
-def test_a_run_s_own_config_has_its_name(root: str) -> None:
-    """Of which a lkd config's folder is a part; outside of the folder of all runs nothing tells where it begins."""
+def test_name_of_a_saved_config(root: str) -> None:
+    """The name contains the subfolders below the folder of all runs; outside of it, the name is that of the config."""
     folder = Path(root, "digits/kd/version_0")
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text("seed_everything: 1")
@@ -406,14 +406,14 @@ def test_a_run_s_own_config_has_its_name(root: str) -> None:
     assert prepare(["fit", "--config", str(folder / "config.yaml"), "--trainer.default_root_dir=other"])[1] == "kd"
 
 
-def test_a_file_goes_before_lkd_s_own_config() -> None:
+def test_files_take_precedence_over_included_configs() -> None:
     Path("configs/digits").mkdir(parents=True)
     Path("configs/digits/kd.yaml").write_text("{}")
     assert find_config("configs/digits/kd.yaml") == Path("configs/digits/kd.yaml")
     assert find_config("configs/digits/student.yaml") == configs_folder() / "digits/student.yaml"
 
 
-def test_a_folder_stands_for_its_best(capsys) -> None:
+def test_folder_selects_its_best_checkpoint(capsys) -> None:
     assert main(["fit", "--config=digits/kd", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]) == 0
     for place in ("runs/digits/kd", "runs/digits/kd/version_0"):
         capsys.readouterr()
@@ -424,8 +424,8 @@ def test_a_folder_stands_for_its_best(capsys) -> None:
     assert "no run in nothing has a best.ckpt" in capsys.readouterr().err
 
 
-def test_a_line_per_epoch_in_a_file(capfd) -> None:
-    """Where the output is not a terminal there is no bar; evaluated features and a CSV file are in the last lines."""
+def test_one_line_per_epoch_without_a_terminal(capfd) -> None:
+    """Without a terminal, there is no progress bar. The last lines report feature metrics and the CSV file."""
     Path("more.yaml").write_text(
         "trainer:\n  callbacks+: [{class_path: lkd.callbacks.KNN}]\n"
         "  logger: [{class_path: CSVLogger, init_args: {save_dir: csv}}]\n"
@@ -445,12 +445,12 @@ def test_a_line_per_epoch_in_a_file(capfd) -> None:
     assert re.search(rf"student \(last\), val/knn_acc\W+{float(accuracy):.2%}", shown)
 
 
-def test_the_best_checkpoint_of_a_run_without_a_name(run: Path, monkeypatch, capsys) -> None:
+def test_best_checkpoint_requires_a_name(run: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(run.parents[3])
     assert main(["test", "--ckpt_path", "best"]) == 2
-    said = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert (
         "add --name NAME or the --config of the run, or give the path of a checkpoint; available: runs/digits/kd/"
-        in said
+        in error
     )
     assert main(["test", "--ckpt_path", "best", "--name", "digits/kd", "--trainer.limit_test_batches=1"]) == 0

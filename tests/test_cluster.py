@@ -1,4 +1,4 @@
-"""Two nodes, which are two launchers on this machine: one run, that goes on."""
+"""Two nodes, simulated by two launchers on one machine, train and resume one run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIT += ["--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.accelerator=c
 FIT += ["--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"]
 
 
-def test_two_nodes_are_one_run() -> None:
+def test_two_nodes_train_one_run() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,5 +48,5 @@ def test_two_nodes_are_one_run() -> None:
     assert [row["val/acc"] for row in rows if row["val/acc"]]
 
 
-def test_the_script_is_one_for_bash() -> None:
+def test_script_is_valid_bash() -> None:
     subprocess.run(["bash", "-n", str(CONFIGS / "cluster" / "slurm.sh")], check=True)

@@ -30,7 +30,7 @@ from lkd import _compat
 PACKAGE = Path(lkd.__file__).parent
 LIBRARIES = ("torch", "lightning", "jsonargparse", "torchmetrics", "torchvision", "optuna", "tensorboard")
 PUBLIC = {"_replace", "_asdict", "_fields"}
-"""Methods of named tuples; the underscore keeps them apart from field names."""
+"""Public methods of named tuples, whose underscore avoids conflicts with field names."""
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
@@ -48,8 +48,8 @@ def test_only_compat_imports_private_modules(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
-def test_private_attributes_are_those_of_the_file(path: Path) -> None:
-    """An attribute with an underscore is one of a class or function in the same file, or of a named tuple."""
+def test_private_attributes_belong_to_their_file(path: Path) -> None:
+    """An attribute with an underscore belongs to a class or function of the same file, or to a named tuple."""
     if path.name == "_compat.py":
         return
     tree = ast.parse(path.read_text())
@@ -70,7 +70,7 @@ def test_tensors_are_copied_and_modifications_counted() -> None:
     assert _compat.modifications(targets[0]) > before
 
 
-def test_the_cpu_is_known() -> None:
+def test_cpu_name() -> None:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if "flags" in flags:
         assert _compat.cpu_has_avx512_bf16() == ("avx512_bf16" in flags)
@@ -160,7 +160,7 @@ class Whole:
         self.part = part
 
 
-def test_functions_of_the_parser_are_replaced_for_a_while() -> None:
+def test_parser_functions_are_replaced_temporarily() -> None:
     seen: list[str] = []
 
     def discard(own, parser, old, new):

@@ -1,4 +1,4 @@
-"""Mistakes and questions that are answered within a second, without torch."""
+"""Errors and help that do not require torch, and take less than a second."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ sys.exit(f"imported {{heavy}}" if heavy else code)
 
 @pytest.fixture
 def quick():
-    """Runs lkd; returns exit code and output, and fails if it has imported torch."""
+    """Return a function that runs lkd and returns exit code and output; it fails if lkd has imported torch."""
 
     def run(*args: str) -> tuple[int, str]:
         done = subprocess.run([sys.executable, "-c", QUICK.format(args=args)], capture_output=True, text=True)
@@ -65,7 +65,7 @@ def quick():
         ("fit --config key.yaml", "key.yaml: lkd has no setting 'trianer'; did you mean 'trainer'?"),
     ],
 )
-def test_mistakes(quick, args: str, says: str) -> None:
+def test_errors(quick, args: str, says: str) -> None:
     Path("bad.yaml").write_text("model: {a: [1\ntrainer:\n\t- x")
     Path("beside.yaml").write_text("model: {init_args: {criterion: {class_path: AT, p: 2}}}")
     Path("key.yaml").write_text("trianer: {max_epochs: 3}")
@@ -75,7 +75,7 @@ def test_mistakes(quick, args: str, says: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
-def test_help_fits_on_a_screen(quick, command: str) -> None:
+def test_length_of_the_help(quick, command: str) -> None:
     code, text = quick(command, "--help")
     assert code == 0
     lines = text.splitlines()
@@ -128,7 +128,7 @@ def test_help_of_settings(capsys, args: list[str], part: str) -> None:
 def _code(args: list[str]) -> int:
     try:
         return main(args)
-    except SystemExit as stopped:  # the parser's own help
+    except SystemExit as stopped:  # raised by the help of the parser
         return int(stopped.code or 0)
 
 
@@ -145,7 +145,7 @@ def test_help_of_a_class(capsys) -> None:
     assert "there is no 'DistilModule' in lkd; did you mean 'DistillModule'?" in capsys.readouterr().err
 
 
-def test_known_keys_are_the_parser_s() -> None:
+def test_known_keys_are_those_of_the_parser() -> None:
     found = set()
     weights = ["--model.init_args.student_ckpt", "x.ckpt"]
     for command in ("fit", "validate", "test", "predict"):
@@ -155,7 +155,7 @@ def test_known_keys_are_the_parser_s() -> None:
     assert found - {*OPTIONS} == {*KEYS} - {"config"}
 
 
-def test_all_that_is_public_is_found() -> None:
+def test_public_names() -> None:
     code = "import lkd; lkd.losses.KD(); lkd.functional.kd_loss; lkd.callbacks.Speed(); lkd.export.export; "
     code += "lkd.compare.compare; print(*dir(lkd))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -171,7 +171,7 @@ def test_all_that_is_public_is_found() -> None:
         ["--model.init_args.criterion=fails.InStep"],
     ],
 )
-def test_a_failed_start_leaves_nothing(settings: list[str], monkeypatch, capsys) -> None:
+def test_failed_start_creates_no_run(settings: list[str], monkeypatch, capsys) -> None:
     Path("fails.py").write_text(
         "from lkd import DistillLoss\n"
         "class InStep(DistillLoss):\n"
@@ -183,7 +183,7 @@ def test_a_failed_start_leaves_nothing(settings: list[str], monkeypatch, capsys)
     assert not Path("runs").exists()
 
 
-def test_what_a_folder_stands_for_is_printed(capsys) -> None:
+def test_checkpoint_of_a_folder_is_printed(capsys) -> None:
     short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.accelerator=cpu"]
     assert main(["fit", "--config", "digits/teacher", *short]) == 0
     capsys.readouterr()
@@ -194,7 +194,7 @@ def test_what_a_folder_stands_for_is_printed(capsys) -> None:
     assert saved["model"]["init_args"]["teacher_ckpt"] == "runs/digits/teacher/version_0/checkpoints/best.ckpt"
 
 
-def test_the_last_name_counts() -> None:
+def test_last_name_is_used() -> None:
     for name in ("a", "b", "c"):
         Path(f"{name}.yaml").write_text("seed_everything: 0" if name == "c" else f"name: runs_of/{name}")
     assert run_name([Path(f"{name}.yaml") for name in "abc"], Path("runs")) == "runs_of/b"

@@ -1,4 +1,4 @@
-"""Long lives: fit after fit in one process, and curves that can be read at any time."""
+"""Many fits in one process release their resources, and metrics are readable at any time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FIT = ["fit", "--config=digits/kd", "--trainer.accelerator=cpu", "--trainer.enab
 
 
 class Fails(L.Callback):
-    """Something that goes wrong in training."""
+    """Raises an error in training."""
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
         raise ValueError("as wanted")
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_fit_after_fit_leaves_nothing_behind(fails: bool) -> None:
+def test_repeated_fits_release_resources(fails: bool) -> None:
     settings = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=2"]
     settings += ["--data.init_args.num_workers=1"]
     settings += ["--trainer.callbacks+=tests.test_endurance.Fails"] if fails else ["--teacher_cache.versions=1"]
@@ -34,7 +34,7 @@ def test_fit_after_fit_leaves_nothing_behind(fails: bool) -> None:
         assert main([*FIT, *settings]) == (2 if fails else 0)
         seen.append(look(number))
     assert {(one.modules, one.workers) for one in seen} == {(before.modules, before.workers)}
-    assert len({(one.files, one.threads, one.tensors) for one in seen[1:]}) == 1  # the first brings what stays
+    assert len({(one.files, one.threads, one.tensors) for one in seen[1:]}) == 1  # the first fit allocates what remains
 
 
 def _losses(folder: Path) -> list[float]:
@@ -43,7 +43,7 @@ def _losses(folder: Path) -> list[float]:
 
 
 def _after(seconds: float, wanted: int, runs: Path) -> list[float]:
-    """The losses, as soon as there are so many, or time is up."""
+    """Return the losses as soon as there are enough of them or the time is over."""
     found: list[float] = []
     end = time.monotonic() + seconds
     while len(found) < wanted and time.monotonic() < end:
@@ -52,7 +52,7 @@ def _after(seconds: float, wanted: int, runs: Path) -> list[float]:
     return found
 
 
-def test_curves_are_readable_while_they_are_written_and_after_a_kill(tmp_path: Path) -> None:
+def test_metrics_are_readable_during_a_run_and_after_a_kill(tmp_path: Path) -> None:
     process = warm.Forked(warm.module, "lkd", *FIT, "--trainer.max_epochs=100000")
     try:
         first = _after(120, 5, tmp_path / "runs")
@@ -66,8 +66,8 @@ def test_curves_are_readable_while_they_are_written_and_after_a_kill(tmp_path: P
     assert left[: len(later)] == later
     (file,) = run.glob("events.*")
     whole = file.read_bytes()
-    for torn in (1, 3, 50, 500):  # the last record, or several, half written
-        file.write_bytes(whole[:-torn])
+    for cut in (1, 3, 50, 500):  # the last record, or several, are incomplete
+        file.write_bytes(whole[:-cut])
         rest = _losses(run)
         assert len(left) - 10 <= len(rest) <= len(left)
         assert left[: len(rest)] == rest

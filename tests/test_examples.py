@@ -1,4 +1,4 @@
-"""The examples of other inputs than images, in short, through the command line."""
+"""Short runs of the examples with inputs other than images, with the command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUIET = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
 
 @pytest.fixture(scope="module", params=["text", "audio"])
 def example(request, tmp_path_factory) -> tuple[str, Path, list[str]]:
-    """An example's name, its folder with a teacher, and the settings that make it short."""
+    """Yield an example's name, its folder with a trained teacher, and the settings of a short run."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     for path in EXAMPLES.glob(f"{name}*"):
         shutil.copy(path, folder)
@@ -53,7 +53,7 @@ def _tested(name: str, capsys) -> dict[str, float]:
     return {left.strip(): float(right) for left, right in lines}
 
 
-def test_a_student_learns_from_unlabelled_samples(there, capsys) -> None:
+def test_training_with_unlabelled_samples(there, capsys) -> None:
     name, settings = there
     assert main(["fit", f"--config={name}_student.yaml", *settings]) == 0
     assert main(["fit", f"--config={name}.yaml", *settings]) == 0
@@ -68,14 +68,14 @@ def test_a_student_learns_from_unlabelled_samples(there, capsys) -> None:
     assert L.LightningModule.load_from_checkpoint(best, map_location="cpu").criterion.temperature == 2
 
 
-def test_a_run_goes_on(there, capsys) -> None:
+def test_resume(there, capsys) -> None:
     name, settings = there
     args = ["fit", f"--config={name}.yaml", *settings, "--trainer.default_root_dir=resumed", "--resume"]
     assert main([*args, "--trainer.max_epochs=1"]) == 0
     assert main([*args, "--trainer.max_epochs=2"]) == 0
     assert [path.name for path in Path("resumed", name).iterdir()] == ["version_0"]
     state = torch.load(f"resumed/{name}/version_0/checkpoints/last.ckpt", weights_only=True)
-    assert state["epoch"] == 2  # the one that would come next
+    assert state["epoch"] == 2  # the number of the next epoch
 
 
 @pytest.mark.parametrize("criterion", ["RKD", "PKT", "SP"])
@@ -96,7 +96,7 @@ def test_layers_are_listed(there, capsys) -> None:
     assert "@pooled" in shown
 
 
-def test_checkpoint_tells_the_blank_input(example) -> None:
+def test_checkpoint_contains_the_blank_input(example) -> None:
     name, folder, _ = example
     path = folder / f"runs/{name}_teacher/version_0/checkpoints/best.ckpt"
     example_input = torch.load(path, weights_only=True)["lkd"]["example_input"]
@@ -105,7 +105,7 @@ def test_checkpoint_tells_the_blank_input(example) -> None:
 
 
 def test_transformer_layers_are_counted() -> None:
-    """PyTorch's own path for inference is one operation, of which its counter knows nothing."""
+    """PyTorch's fast path for inference is one operation, which its counter does not support."""
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     by_hand = 2 * 5 * (4 * 8 * 8 + 2 * 8 * 16)  # projections and the two linear layers, of five words
     assert network_size("", layer, torch.zeros(1, 5, 8)).flops >= by_hand

@@ -16,13 +16,13 @@ LAYERS = ["layer1.0.bn1", "layer1.0.bn2", "layer1.0.relu", "layer1", "layer2:inp
 
 @pytest.fixture
 def network() -> nn.Module:
-    """Its BatchNorms are followed by `+=` and by ReLU in place."""
+    """Return a network whose BatchNorms are followed by in-place additions and in-place ReLUs."""
     torch.manual_seed(0)
     return torchvision.models.resnet18(num_classes=10).eval()
 
 
-def _by_hand(network: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """The same layers, computed without hooks."""
+def _without_hooks(network: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Compute the same layers without hooks."""
     block = network.layer1[0]
     stem = network.maxpool(network.relu(network.bn1(network.conv1(image))))
     bn1 = block.bn1(block.conv1(stem))
@@ -34,20 +34,20 @@ def _by_hand(network: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("probed", [False, True])
-def test_features_are_what_the_layers_returned(network: nn.Module, probed: bool) -> None:
+def test_features_are_the_outputs_of_the_layers(network: nn.Module, probed: bool) -> None:
     image = torch.randn(2, 3, 32, 32)
     extractor = FeatureExtractor(network, LAYERS)
     if probed:
         extractor.probe(torch.zeros(1, 3, 32, 32))
     outputs = extractor(image)
-    expected = _by_hand(network, image)
+    expected = _without_hooks(network, image)
     assert list(outputs.features) == LAYERS
     for name in LAYERS:
         torch.testing.assert_close(outputs.features[name], expected[name], msg=name)
     torch.testing.assert_close(outputs.logits, network(image))
 
 
-def test_probe_leaves_modes_and_statistics(network: nn.Module) -> None:
+def test_probe_keeps_modes_and_statistics(network: nn.Module) -> None:
     network.train()
     network.layer2.eval()
     before = copy.deepcopy(network.state_dict())
@@ -67,7 +67,7 @@ def test_gradient_flows_through_features(network: nn.Module) -> None:
     assert network.layer2[0].conv1.weight.grad is None
 
 
-def test_dropout_in_place_behind_a_tapped_layer() -> None:
+def test_in_place_dropout_after_a_tapped_layer() -> None:
     network = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5, inplace=True), nn.Linear(64, 2))
     extractor = FeatureExtractor(network, ["0"])
     extractor.probe(torch.zeros(1, 4))
@@ -84,7 +84,7 @@ def test_adds_nothing_to_the_state_dict() -> None:
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda extractor: pickle.loads(pickle.dumps(extractor))])
-def test_copies_read_their_own_network(how) -> None:
+def test_copies_use_their_own_network(how) -> None:
     extractor = FeatureExtractor(resnet8(num_classes=10).eval(), ["layer1"])
     other = how(extractor)
     nn.init.zeros_(other.network.conv1.weight)
@@ -110,15 +110,15 @@ def test_compiles_as_one_graph(network: nn.Module, in_place: bool) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-def test_names_are_those_of_the_network_inside(network: nn.Module, prefix: str) -> None:
-    """Which torch.compile(network) wraps."""
+def test_names_of_a_compiled_network(network: nn.Module, prefix: str) -> None:
+    """`torch.compile(network)` adds a prefix to the names."""
     compiled = torch.compile(network, backend="eager")
     layers = [f"{prefix}layer1", f"{prefix}layer2:input", "@last_stage", "@pooled"]
     image = torch.randn(2, 3, 32, 32)
     extractor = FeatureExtractor(compiled, layers)
     assert extractor.layers == (*layers[:2], "layer4", "fc:input")
     assert extractor.probe(image).network is network
-    expected = _by_hand(network, image)
+    expected = _without_hooks(network, image)
     features = extractor(image).features
     for name in layers[:2]:
         torch.testing.assert_close(features[name], expected[name.removeprefix("_orig_mod.")])
@@ -141,7 +141,7 @@ class _ByKeyword(nn.Module):
         return self.scaled(self.fc(input=input), factor=torch.ones(1))
 
 
-def test_input_that_is_given_by_keyword() -> None:
+def test_input_as_keyword_argument() -> None:
     image = torch.randn(3, 4)
     for extractor in (FeatureExtractor(_ByKeyword(), ["fc:input"]), FeatureExtractor(_ByKeyword(), ["@pooled"])):
         assert torch.equal(extractor(image).features["fc:input"], image)
@@ -152,7 +152,7 @@ def test_input_of_a_layer_with_more_arguments() -> None:
     assert torch.equal(extractor(image).features["scaled:input"], extractor.network.fc(image))
 
 
-def test_unknown_layer_gets_the_nearest_names() -> None:
+def test_unknown_layer() -> None:
     with pytest.raises(ValueError, match=r"CIFARResNet has no layer 'layre2'; nearest names: layer2"):
         FeatureExtractor(resnet8(num_classes=10), ["layre2"])
 
@@ -165,12 +165,12 @@ def test_layer_that_is_not_reached() -> None:
         FeatureExtractor(network, ["spare"])(torch.zeros(1, 4))
     extractor = FeatureExtractor(network, ["0"])
     extractor(torch.zeros(1, 4))
-    network.forward = lambda input: input  # it was reached by the batch before, whose feature is not this one's
+    network.forward = lambda input: input  # the previous batch reached the layer, but its feature must not be returned
     with pytest.raises(ValueError, match=r"did not reach the layers \['0'\]"):
         extractor(torch.zeros(1, 4))
 
 
-class _Answer(nn.Module):
+class _Output(nn.Module):
     def __init__(self, kind: type) -> None:
         super().__init__()
         self.kind = kind
@@ -183,6 +183,6 @@ class _Answer(nn.Module):
 
 def test_logits_of_other_networks() -> None:
     for kind in (dict, object):
-        assert torch.equal(FeatureExtractor(_Answer(kind))(torch.ones(2, 3)).logits, torch.ones(2, 3))
+        assert torch.equal(FeatureExtractor(_Output(kind))(torch.ones(2, 3)).logits, torch.ones(2, 3))
     with pytest.raises(TypeError, match="must return logits"):
-        FeatureExtractor(_Answer(list))(torch.ones(2, 3))
+        FeatureExtractor(_Output(list))(torch.ones(2, 3))

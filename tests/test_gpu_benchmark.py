@@ -1,4 +1,4 @@
-"""The reduced form of benchmarks/gpu.py, on the CPU; checks that fail, processes that hang or die, runs that end."""
+"""The reduced form of benchmarks/gpu.py on the CPU, including failed checks and processes that hang or end early."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_reduced_form(tmp_path: Path) -> None:
 
 
 def _main(jobs: list[gpu_workers.Job], *argv: str, prepared: Callable | None = None) -> int:
-    """`python -m benchmarks.gpu --check`, with other checks, in processes that are forked from this one."""
+    """Run `python -m benchmarks.gpu --check` with the given checks, in processes forked from this one."""
     with (
         mock.patch.dict(os.environ),
         mock.patch.object(sys, "argv", ["gpu", "--check", "--jobs=1", *argv]),
@@ -82,7 +82,7 @@ def _main(jobs: list[gpu_workers.Job], *argv: str, prepared: Callable | None = N
 
 
 def planted(kind: str) -> gpu_runs.Checks:
-    """Checks that pass, do not apply, fail, exit, hang, or end their process."""
+    """Return checks that pass, do not apply, fail, exit, hang, or end their process."""
 
     def broken() -> str:
         print("said before")
@@ -110,7 +110,7 @@ def _jobs(*kinds: str, seconds: float = 60.0) -> list[gpu_workers.Job]:
     return [gpu_workers.Job(f"job {kind}", f"{HERE}:planted", {"kind": kind}, seconds=seconds) for kind in kinds]
 
 
-def test_failures_are_told(tmp_path: Path, capfd) -> None:
+def test_failures_are_reported(tmp_path: Path, capfd) -> None:
     kinds = ("trains", "broken", "trains again", "leaving", "dying", "useless", "unprepared", "fine")
     out, failures = tmp_path / "gpu.md", tmp_path / "failures.txt"
     earlier = gpu_report.Report(out, None)
@@ -127,10 +127,10 @@ def test_failures_are_told(tmp_path: Path, capfd) -> None:
     assert rows["job useless: useless"] == ("left out", "needs something")
     assert rows["job unprepared: preparation"] == ("FAILED", "KeyError: 'nothing there'")
     assert len(rows) == 3 * (len(kinds) - 1) - 1 + 1 + 3
-    told = failures.read_text()
-    assert "===== job broken: broken\nTraceback" in told
-    assert "said before" in told
-    assert told.count("=====") == 4
+    report = failures.read_text()
+    assert "===== job broken: broken\nTraceback" in report
+    assert "said before" in report
+    assert report.count("=====") == 4
     table = out.read_text()
     assert "| of an earlier run | ok |" in table
     assert "| job trains: trains | ok |" in table
@@ -148,7 +148,7 @@ def test_failures_are_told(tmp_path: Path, capfd) -> None:
 
 
 def _in_a_process(*arguments: object, **options: object) -> multiprocessing.Process:
-    """Run `_main` in a process group of its own."""
+    """Run `_main` in a separate process group."""
 
     def target() -> None:
         os.setpgrp()
@@ -159,7 +159,7 @@ def _in_a_process(*arguments: object, **options: object) -> multiprocessing.Proc
     return process
 
 
-def test_an_interrupted_run_keeps_its_rows(tmp_path: Path) -> None:
+def test_interrupted_run_keeps_its_rows(tmp_path: Path) -> None:
     out, end = tmp_path / "gpu.md", time.monotonic() + 60
     process = _in_a_process(_jobs("fine", "hanging"), f"--out={out}")
     try:
@@ -177,7 +177,7 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path: Path) -> None:
     assert ("check", "job hanging: fine") in gpu_report.Report(out, None).rows
 
 
-def test_a_program_that_hangs_ends_at_its_time_limit(capfd) -> None:
+def test_hanging_program_ends_at_its_time_limit(capfd) -> None:
     process = _in_a_process([], "--minutes=0.005", prepared=lambda *_: time.sleep(60))
     process.join(20)
     assert process.exitcode == 1
@@ -185,7 +185,7 @@ def test_a_program_that_hangs_ends_at_its_time_limit(capfd) -> None:
 
 
 def silent(pace: Pace) -> None:
-    """A loop that hangs while warming up."""
+    """A loop that hangs during warm-up."""
     pace.wait()
     pace.step(1)
     time.sleep(60)
@@ -200,7 +200,7 @@ def steady(pace: Pace) -> None:
 
 
 def stopping(pace: Pace) -> None:
-    """A loop that hangs in the first round, after start, warm-up and the choice of the number of steps."""
+    """A loop that hangs in the first round, after the start, the warm-up and the choice of the number of steps."""
     pace.wait()
     for _ in range(3):
         pace.step(1)
@@ -211,7 +211,7 @@ def stopping(pace: Pace) -> None:
     ("limit", "seconds", "outcome", "failure"),
     [(0.3, 60.0, "FAILED", "no answer within the time limit"), (60.0, 1.0, "left out", "out of time")],
 )
-def test_rows_that_hang(monkeypatch, tmp_path: Path, limit: float, seconds: float, outcome: str, failure: str) -> None:
+def test_hanging_rows(monkeypatch, tmp_path: Path, limit: float, seconds: float, outcome: str, failure: str) -> None:
     monkeypatch.setattr(gpu_speed, "START_SECONDS", limit)
     monkeypatch.setattr(gpu_speed, "ROUND_SECONDS", limit)
     kinds = [("first", "steady", 0), ("stopping", "stopping", 0), ("silent", "silent", 0), ("late", "silent", 1)]
@@ -242,7 +242,7 @@ def test_rows_that_hang(monkeypatch, tmp_path: Path, limit: float, seconds: floa
         ("nothing", "", False),
     ],
 )
-def test_the_line_of_optimizations(text: str, step: str, has_graph: bool) -> None:
+def test_optimizations_are_parsed(text: str, step: str, has_graph: bool) -> None:
     assert gpu_runs.step_of(text) == step
     assert gpu_runs.has_graph(step) is has_graph
     rows = [{"name": "a: trains", "outcome": "ok", "remark": step}]
@@ -250,7 +250,7 @@ def test_the_line_of_optimizations(text: str, step: str, has_graph: bool) -> Non
         assert ("1 with a CUDA graph" in "\n".join(lines)) is has_graph
 
 
-def test_a_summary_is_short() -> None:
+def test_summary_is_short() -> None:
     rows = [{"name": f"ok {number}", "outcome": "ok", "remark": ""} for number in range(100)]
     rows += [{"name": f"late {number}", "outcome": "left out", "remark": "out of time"} for number in range(400)]
     rows += [{"name": f"wrong {number}", "outcome": "FAILED", "remark": "no " * 30} for number in range(30)]

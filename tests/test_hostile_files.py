@@ -1,4 +1,4 @@
-"""Files that attack: what was found by `python -m tests.fuzz`, or by thinking, stays found."""
+"""Malicious files: regression tests for findings of `python -m tests.fuzz` and of reviews."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if sys.platform == "linux":
 
 @pytest.fixture(autouse=True)
 def _no_hang() -> Iterator[None]:
-    """A hang ends in a failure."""
+    """Fail tests that hang."""
 
     def fail(*_: object) -> None:
         raise TimeoutError("hangs")
@@ -56,8 +56,8 @@ def network() -> CIFARResNet:
     return CIFARResNet(8, (2, 2, 2, 2), 3)
 
 
-def refused(content: bytes | object, name: str = "w.pth") -> str:
-    """What `load_weights` says of a file, with the network as it was."""
+def error_of(content: bytes | object, name: str = "w.pth") -> str:
+    """Return the error message of `load_weights` for a file, and check that the network is unchanged."""
     Path(name).write_bytes(content) if isinstance(content, bytes) else torch.save(content, name)
     own = network()
     with pytest.raises(ValueError, match=r"w\.") as caught:
@@ -68,13 +68,13 @@ def refused(content: bytes | object, name: str = "w.pth") -> str:
     return str(caught.value)
 
 
-def spoilt(change: Callable[[Tensor], object], name: str = "fc.weight") -> dict[str, object]:
+def changed_state(change: Callable[[Tensor], object], name: str = "fc.weight") -> dict[str, object]:
     state = network().state_dict()
     return {**state, name: change(state[name])}
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "expected_message"),
     [
         (lambda own: own * float("nan"), "fc.weight has 6 of 6 values that are NaN or infinite"),
         (lambda own: own.index_fill(1, torch.tensor([0]), float("inf")), "fc.weight has 3 of 6 values that are NaN"),
@@ -87,18 +87,18 @@ def spoilt(change: Callable[[Tensor], object], name: str = "fc.weight") -> dict[
         (lambda own: torch.zeros(1).expand(10**12), r"fc.weight has 1,000,000,000,000 numbers, but the file"),
     ],
 )
-def test_tensors_that_are_no_weights(change: Callable[[Tensor], object], says: str) -> None:
-    assert says in refused(spoilt(change))
+def test_invalid_tensors(change: Callable[[Tensor], object], expected_message: str) -> None:
+    assert expected_message in error_of(changed_state(change))
 
 
-def test_tensors_that_are_too_large_together() -> None:
+def test_total_size_of_tensors() -> None:
     state = network().state_dict()
     torch.save(state, "w.pth")
     size = Path("w.pth").stat().st_size
-    assert "numbers, but the file" in refused(state | {f"x{i}": torch.zeros(1).expand(2 * size) for i in range(5)})
+    assert "numbers, but the file" in error_of(state | {f"x{i}": torch.zeros(1).expand(2 * size) for i in range(5)})
 
 
-def test_a_mask_of_the_networks_own_may_be_infinite() -> None:
+def test_infinite_buffers_of_the_network_are_allowed() -> None:
     own = network()
     own.register_buffer("mask", torch.full((2,), -float("inf")))
     torch.save(own.state_dict(), "w.pth")
@@ -109,29 +109,29 @@ def test_a_mask_of_the_networks_own_may_be_infinite() -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 10**6, "a\nb", "\x1b[2J", "\u202e"])
-def test_names_in_messages_are_short_and_steer_no_terminal(name: str) -> None:
-    said = refused(network().state_dict() | {name: torch.zeros(1)})
-    assert said.isprintable()
-    assert len(said) < 700
+def test_names_in_messages_are_short_and_escaped(name: str) -> None:
+    message = error_of(network().state_dict() | {name: torch.zeros(1)})
+    assert message.isprintable()
+    assert len(message) < 700
     assert shown(name).isprintable()
 
 
-def test_a_name_of_nothing_but_prefixes_takes_no_time() -> None:
-    assert "unexpected" in refused(network().state_dict() | {"net." * 100_000: torch.zeros(1)})
+def test_name_of_prefixes_is_processed_quickly() -> None:
+    assert "unexpected" in error_of(network().state_dict() | {"net." * 100_000: torch.zeros(1)})
 
 
-def doubled(levels: int, end: bytes) -> bytes:
-    """Tuples of twice the one before: a hash, or a text, of the last takes 2^levels steps."""
+def nested_pairs(levels: int, end: bytes) -> bytes:
+    """Return a pickle of nested pairs: hashing or printing the last one takes 2^levels steps."""
     return b"\x80\x02}(K\x00" + b"q\x00h\x00\x86" * levels + end
 
 
 @pytest.mark.parametrize(
-    ("pickled", "says"),
+    ("pickled", "expected_message"),
     [
-        (doubled(100, b"K\x01u."), "reference each other too often"),  # the key of a dictionary
-        (doubled(5000, b"K\x01u."), "reference each other too often"),
-        (b"\x80\x02}N" + b"\x85" * 200_000 + b"K\x01s.", "reference each other too often"),  # a hash that crashes
-        (b"\x80\x02]" + b"q\x00](h\x00h\x00e" * 60 + b")R.", "reference each other too often"),  # shown in the error
+        (nested_pairs(100, b"K\x01u."), "reference each other too often"),  # the key of a dictionary
+        (nested_pairs(5000, b"K\x01u."), "reference each other too often"),
+        (b"\x80\x02}N" + b"\x85" * 200_000 + b"K\x01s.", "reference each other too often"),  # hashing it crashes
+        (b"\x80\x02]" + b"q\x00](h\x00h\x00e" * 60 + b")R.", "reference each other too often"),  # printed by the error
         (b"\x80\x02]q\x00h\x00a.", "an object in it contains itself"),
         (b"\x80\x02]q\x00}q\x01(X\x01\x00\x00\x00ah\x00uh\x00h\x01a.", "an object in it contains itself"),
         (b"\x80\x02cnumpy\ndtype\n(X\x0b\x00\x00\x00V2000000000tR.", "it contains the NumPy type V2000000000"),
@@ -139,15 +139,15 @@ def doubled(levels: int, end: bytes) -> bytes:
     ],
 )
 @pytest.mark.parametrize("layout", ["zip", "legacy"])
-def test_pickles_that_hash_or_print_for_ever(pickled: bytes, says: str, layout: str) -> None:
+def test_pickles_with_unlimited_hashing_or_printing(pickled: bytes, expected_message: str, layout: str) -> None:
     head = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}."
     canary.heard.clear()
-    assert says in refused(pickles.zipped(pickled, ()) if layout == "zip" else head + pickled)
+    assert expected_message in error_of(pickles.zipped(pickled, ()) if layout == "zip" else head + pickled)
     assert not canary.heard
 
 
-def test_legacy_head_is_pytorchs() -> None:
-    """The test above is of the layout that it says."""
+def test_legacy_header_equals_pytorch() -> None:
+    """The layout `legacy` of the previous test starts like PyTorch's files."""
     torch.save({}, "empty.pth", _use_new_zipfile_serialization=False)
     assert (
         Path("empty.pth")
@@ -156,7 +156,7 @@ def test_legacy_head_is_pytorchs() -> None:
     )
 
 
-def test_objects_that_are_shared_as_usual_are_read() -> None:
+def test_shared_objects_are_read() -> None:
     shared = [tuple(range(100))] * 50
     torch.save(
         {"model": network().state_dict(), "history": [shared] * 20, "rng": (3, tuple(range(625)), None)}, "w.pth"
@@ -177,24 +177,24 @@ def rezipped(
     return prefix + Path("bad.pth").read_bytes()
 
 
-def test_zip_archives_that_torch_save_does_not_make() -> None:
+def test_unusual_zip_archives() -> None:
     Path("w.pth").write_bytes(rezipped())
     load_weights(network(), "w.pth")
-    assert "its content is compressed" in refused(rezipped(zipfile.ZIP_DEFLATED))
+    assert "its content is compressed" in error_of(rezipped(zipfile.ZIP_DEFLATED))
     for made in (rezipped(comment=b"x"), rezipped(twice=True), rezipped(prefix=b"PK\x03\x04" + b"\0" * 30)):
-        assert "a zip archive that was not written by torch.save" in refused(made)
+        assert "a zip archive that was not written by torch.save" in error_of(made)
 
 
-def test_a_zip_bomb_is_not_unpacked() -> None:
+def test_zip_bomb_is_not_unpacked() -> None:
     bomb = pickles.zipped(b"\0" * 2**27, (), zipfile.ZIP_DEFLATED)
     assert len(bomb) < 2**18
-    assert "its content is compressed" in refused(bomb)
+    assert "its content is compressed" in error_of(bomb)
 
 
 @pytest.mark.parametrize("size", [2**62, 2**32, 0])
-def test_a_safetensors_header_that_lies(size: int) -> None:
+def test_invalid_safetensors_headers(size: int) -> None:
     header = b'{"fc.weight":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
-    assert "or it is corrupt" in refused(struct.pack("<Q", size or len(header)) + header + b"\0" * 8, "w.safetensors")
+    assert "or it is corrupt" in error_of(struct.pack("<Q", size or len(header)) + header + b"\0" * 8, "w.safetensors")
 
 
 def checkpoint(**changes: object) -> Path:
@@ -205,12 +205,12 @@ def checkpoint(**changes: object) -> Path:
 
 def test_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
     read_checkpoint(checkpoint(), whole=True)
-    read_checkpoint(checkpoint(state_dict=spoilt(lambda own: own - float("inf"))))  # as some criteria's own begin
+    read_checkpoint(checkpoint(state_dict=changed_state(lambda own: own - float("inf"))))  # as some criteria start
     with pytest.raises(ValueError, match=r"was not loaded: fc\.weight contains NaN"):
-        read_checkpoint(checkpoint(state_dict=spoilt(lambda own: own * float("nan"))))
+        read_checkpoint(checkpoint(state_dict=changed_state(lambda own: own * float("nan"))))
     with pytest.raises(ValueError, match="1,000,000,000,000 numbers, but the file"):
         read_checkpoint(checkpoint(state_dict={"x": torch.zeros(1).expand(10**12)}))
-    Path("last.ckpt").write_bytes(pickles.zipped(doubled(100, b"K\x01u."), ()))
+    Path("last.ckpt").write_bytes(pickles.zipped(nested_pairs(100, b"K\x01u."), ()))
     assert main(["fit", "--config", "digits/kd", "--ckpt_path", "last.ckpt"]) == 2
     assert "last.ckpt was not loaded: its objects reference each other" in capsys.readouterr().err
 
@@ -220,7 +220,7 @@ MERGED = "l0: &l0 {k: 1}\n" + "".join(f"l{i}: &l{i} {{<<: [{', '.join([f'*l{i - 
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "expected_message"),
     [
         (LAUGHS, "reference each other too often"),
         (MERGED, "reference each other too often"),
@@ -251,24 +251,24 @@ MERGED = "l0: &l0 {k: 1}\n" + "".join(f"l{i}: &l{i} {{<<: [{', '.join([f'*l{i - 
         ),
     ],
 )
-def test_configs(text: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_configs(text: str, expected_message: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("it.yaml").write_text(text)
     Path("bomb.yaml").write_text(LAUGHS)
     canary.heard.clear()
     assert main(["fit", "--config", "it.yaml"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "lkd: error: " in line]
-    assert says in line
+    assert expected_message in line
     assert not canary.heard
 
 
-def test_aliases_as_people_use_them() -> None:
+def test_common_yaml_aliases() -> None:
     from lkd.io.yaml import load_yaml
 
     text = "a: &a {x: 1, y: [1, 2]}\nb: {<<: *a, y: 3}\nc: [*a, *a]"
     assert load_yaml(text)["b"] == {"x": 1, "y": 3}
 
 
-def test_a_forged_header_of_a_kept_file() -> None:
+def test_malicious_header_of_a_cached_file() -> None:
     header = b'{"__metadata__":{"lkd":"' + b"[" * 100_000 + b'"},"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     Path("kept.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
     with pytest.warns(UserWarning, match="is ignored and will be recreated: it cannot be read"):
@@ -276,7 +276,7 @@ def test_a_forged_header_of_a_kept_file() -> None:
 
 
 def tree(*names: str, count: int = 3) -> Path:
-    """Folders of good images, and the one to which bad ones are added."""
+    """Create folders of valid images, and return the folder to which invalid ones are added."""
     for folder in names or ("train/cat", "train/dog", "test/cat", "test/dog"):
         (Path("pets") / folder).mkdir(parents=True, exist_ok=True)
         for number in range(count):
@@ -300,7 +300,7 @@ def damage(kind: str, path: Path) -> None:
         path.write_bytes(b"P6 2000000000 2000000000 255\n")
     elif kind == "line":
         Image.new("1", (10**6, 1)).save(path, "PNG")
-    elif kind == "eps":  # for which Pillow would start Ghostscript
+    elif kind == "eps":  # Pillow would run Ghostscript for this file
         path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
     elif kind == "cut":
         path.write_bytes((path.parent / "0.png").read_bytes()[:60])
@@ -315,19 +315,19 @@ DAMAGES = ["fifo", "huge", "line", "eps", "cut", "empty", "/dev/zero", "/proc/km
 
 @pytest.mark.parametrize("limit", [0, 2**30])
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_an_image_that_cannot_be_read(kind: str, limit: int) -> None:
+def test_unreadable_image(kind: str, limit: int) -> None:
     damage(kind, tree() / "1.jpg")
     with pytest.raises(ImageError, match=r"image pets/test/cat/1.jpg cannot be read \(.*\); replace or remove it"):
         shown_images(pets(resident_limit=limit))
-    for _ in range(2):  # found out, and read from what was kept of it
+    for _ in range(2):  # detected in the first pass, and read from the cache in the second
         data = pets(resident_limit=limit, unreadable="skip")
         with pytest.warns(
             UserWarning, match=r"1 of 7 images in pets/test cannot .*: pets/test/cat/1.jpg \(.*the full list is in"
         ):
-            assert shown_images(data) == [0, 2, 3, 4, 5, 6]  # the others keep their index
+            assert shown_images(data) == [0, 2, 3, 4, 5, 6]  # the other images keep their index
 
 
-def test_images_that_are_left_out_of_training() -> None:
+def test_unreadable_images_are_excluded_from_training() -> None:
     tree(count=6)
     for number in (1, 4):
         Path(f"pets/train/cat/{number}.png").write_bytes(b"no image")
@@ -349,7 +349,7 @@ def test_images_that_are_left_out_of_training() -> None:
             assert batch.input.isfinite().all()
 
 
-def test_images_that_were_replaced_are_looked_at_again() -> None:
+def test_replaced_images_are_checked_again() -> None:
     bad = tree() / "1.png"
     good = bad.read_bytes()
     bad.write_bytes(good[:50])
@@ -359,14 +359,14 @@ def test_images_that_were_replaced_are_looked_at_again() -> None:
     assert len(shown_images(pets(unreadable="skip"))) == 6
 
 
-def test_what_can_be_read_depends_on_the_size_that_images_are_brought_to() -> None:
+def test_readability_depends_on_the_image_size() -> None:
     Image.new("RGB", (200, 1)).save(tree() / "3.png")
     assert len(shown_images(pets(unreadable="skip"))) == 7
     with pytest.warns(UserWarning, match="1 of 7 images .* is too narrow"):
         assert len(shown_images(pets(unreadable="skip", crop_ratio=0.01))) == 6
 
 
-def test_a_class_without_a_readable_image() -> None:
+def test_class_without_a_readable_image() -> None:
     folder = tree(count=1)
     (folder / "0.png").write_bytes(b"")
     with (
@@ -376,7 +376,7 @@ def test_a_class_without_a_readable_image() -> None:
         shown_images(pets(unreadable="skip"))
 
 
-def test_the_list_of_unreadable_images_has_no_other_names_than_there_are() -> None:
+def test_invalid_lists_of_unreadable_images() -> None:
     damage("cut", tree() / "1.jpg")
     with pytest.warns(UserWarning, match="1 of 7"):
         shown_images(pets(unreadable="skip"))
@@ -387,7 +387,7 @@ def test_the_list_of_unreadable_images_has_no_other_names_than_there_are() -> No
             assert 1 not in shown_images(pets(unreadable="skip"))
 
 
-def test_links_are_followed_and_loops_end() -> None:
+def test_links_are_followed_except_for_loops() -> None:
     folder = tree()
     Path("elsewhere/deep").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save("elsewhere/deep/7.png")
@@ -399,7 +399,7 @@ def test_links_are_followed_and_loops_end() -> None:
     assert len(shown_images(pets())) == 3 + 3 + 1 + 1
 
 
-def test_links_that_lead_nowhere() -> None:
+def test_broken_links() -> None:
     tree()
     Path("pets/test/bird").symlink_to("gone")
     with pytest.raises(FileNotFoundError, match=r"broken symbolic links in pets/test: bird; fix or remove them"):
@@ -407,7 +407,7 @@ def test_links_that_lead_nowhere() -> None:
 
 
 @pytest.mark.parametrize("name", [b"a\nb.png", b"\xff\xfe.png", b"-a.png", b"\x1b[2J.png", b"%s {}.png"])
-def test_odd_names(name: bytes) -> None:
+def test_unusual_names(name: bytes) -> None:
     folder = tree()
     path = Path(os.fsdecode(os.fsencode(folder) + b"/" + name))
     path.write_bytes((folder / "0.png").read_bytes())
@@ -426,7 +426,7 @@ def test_modes(mode: str) -> None:
     assert len(shown_images(pets())) == 7
 
 
-def test_of_several_images_in_a_file_the_first_is_read() -> None:
+def test_first_image_of_a_file_is_read() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("white", "black")]
     frames[0].save(tree() / "0.jpg", "GIF", save_all=True, append_images=frames[1:])
     data = pets(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -436,7 +436,7 @@ def test_of_several_images_in_a_file_the_first_is_read() -> None:
 
 if sys.platform == "linux":
 
-    def test_a_few_inputs_of_the_fuzz() -> None:
+    def test_short_fuzz_run() -> None:
         signal.alarm(0)  # it has its own limits
         results = dict(fuzz(list(READERS), range(40), seed=0))
         assert {name: result.findings for name, result in results.items()} == {name: [] for name in READERS}
@@ -444,14 +444,14 @@ if sys.platform == "linux":
             assert result.kinds.total() == 40
             assert 0 < result.kinds["accepted"] < 40
 
-    def test_the_fuzz_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_fuzz_detects_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from tests.fuzz import runner
 
         own = type("Own", (), {"read": staticmethod(lambda path: canary.ring() or "accepted")})
         module = type("Module", (), {"REFUSALS": (ValueError,), "MEMORY": 2**20, "__name__": "x"})
         assert runner._read(own, module, tmp_path)[1] == "something was run: canary"
         own.read = staticmethod(lambda path: "accepted")
-        with monkeypatch.context() as patch:  # the peak of this process is that of all tests before
+        with monkeypatch.context() as patch:  # the peak memory of this process includes all previous tests
             sizes = itertools.count(0, 2**26)
             patch.setattr(runner, "_status", lambda name: next(sizes))
             assert runner._read(own, module, tmp_path)[1] == "64 MiB of memory"
@@ -460,8 +460,8 @@ if sys.platform == "linux":
 
 
 @pytest.fixture
-def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The working directory holds what attacks read, and torch keeps its own files there."""
+def attack_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Provide the files that attacks read, and let torch store its own files in the working directory."""
     pickles.bystanders(tmp_path)
     monkeypatch.setenv("TORCH_HOME", ".")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", pickles.HARM)
@@ -470,7 +470,7 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LAYOUTS = {"zip": pickles.zipped, "legacy": pickles.legacy}
-CODE = "nsupported (GLOBAL|global)"  # how PyTorch says that it would have to run code
+CODE = "nsupported (GLOBAL|global)"  # PyTorch's message for a file that requires code
 READS: dict[str, tuple[Callable[[str], object], str]] = {
     "read_torch": (lambda name: safe_load.read_torch(Path(name)), CODE),
     "load_weights": (lambda name: load_weights(network(), name), r"requires code to be executed \("),
@@ -479,35 +479,35 @@ READS: dict[str, tuple[Callable[[str], object], str]] = {
 }
 
 
-def attacked(attack: str, layout: str, reader: str) -> None:
-    """Fails unless a reader refuses a file because of the code in it, and runs none."""
-    read, says = READS[reader]
+def check_attack(attack: str, layout: str, reader: str) -> None:
+    """Check that a reader rejects a file because of its code, and does not run it."""
+    read, expected_message = READS[reader]
     Path("w.pth").write_bytes(LAYOUTS[layout](pickles.whole(pickles.ATTACKS[attack])))
     try:
         read("w.pth")
     except Exception as error:
-        said = str(error)
+        message = str(error)
     else:
-        said = "it was read"
-    assert re.search(says, said), said
+        message = "it was read"
+    assert re.search(expected_message, message), message
     assert not list(Path().glob(f"{pickles.HARM}*")), "the code was run"
 
 
-@pytest.mark.usefixtures("beside")
+@pytest.mark.usefixtures("attack_files")
 @pytest.mark.parametrize("attack", pickles.ATTACKS)
 def test_no_code_is_run(attack: str) -> None:
     for layout, reader in itertools.product(LAYOUTS, READS):
-        attacked(attack, layout, reader)
+        check_attack(attack, layout, reader)
 
 
-def clear() -> None:
-    """Remove what attacks have left."""
+def remove_traces() -> None:
+    """Remove the traces of attacks."""
     sys.modules.pop("payload", None)
     for left in Path().glob(f"{pickles.HARM}*"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-# These leave no file; that they are refused for another reason, or not at all, shows that they were called.
+# These attacks leave no file. If they are rejected for another reason, or not at all, their function was called.
 SILENT = {"functools partial", "functools reduce", "operator attrgetter", "numpy fromfile", "PIL.ImageMath unsafe_eval"}
 SILENT |= {f"builtins {name}" for name in ("map", "compile", "setattr")} | {"ctypes CDLL"}
 SILENT |= {"torch load", "torch.serialization load", "torch.serialization add_safe_globals", "torch.jit load"}
@@ -515,11 +515,11 @@ SILENT |= {"torch.ops load_library", "torch set_default_dtype", "torch manual_se
 SILENT |= {name for name in pickles.ATTACKS if name.startswith("lkd")}
 
 
-@pytest.mark.usefixtures("beside")
+@pytest.mark.usefixtures("attack_files")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("attack", pickles.ATTACKS)
-def test_every_attack_succeeds_where_its_functions_are_allowed(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the test above would pass whatever the unpickler allows."""
+def test_attacks_succeed_if_their_functions_are_allowed(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, the previous test would pass for any unpickler."""
     from torch import _weights_only_unpickler as unpickler
 
     pairs = []
@@ -528,24 +528,24 @@ def test_every_attack_succeeds_where_its_functions_are_allowed(attack: str, monk
         found = reduce(getattr, function.split("."), importlib.import_module(module))
         pairs.append((found, f"{module}.{function}"))
     monkeypatch.setattr(safe_load, "_HARMLESS", [*safe_load._HARMLESS, *pairs])
-    monkeypatch.setattr(unpickler, "_blocklisted_modules", [])  # torch never allows what is in os, posix and sys
+    monkeypatch.setattr(unpickler, "_blocklisted_modules", [])  # torch never allows functions of os, posix and sys
     monkeypatch.setattr(unpickler, "_marked_safe_globals_set", set())
     dtype, random = torch.get_default_dtype(), torch.random.get_rng_state()
     try:
         for layout, reader in itertools.product(LAYOUTS, READS):
             if attack in SILENT and reader == "load_checkpoint":
-                continue  # there, Lightning reads the file once more, and allows nothing
+                continue  # Lightning reads the file again there and allows no functions
             with pytest.raises(AssertionError):
-                attacked(attack, layout, reader)
+                check_attack(attack, layout, reader)
             if attack not in SILENT:
                 assert list(Path().glob(f"{pickles.HARM}*")), "the attack came to nothing"
-            clear()
+            remove_traces()
     finally:
         torch.set_default_dtype(dtype)
         torch.random.set_rng_state(random)
 
 
-@pytest.mark.usefixtures("beside")
+@pytest.mark.usefixtures("attack_files")
 def test_no_other_reader_unpickles(capsys: pytest.CaptureFixture[str]) -> None:
     from lkd.datamodules.unreadable import _kept
 

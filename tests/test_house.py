@@ -1,4 +1,4 @@
-"""The house: imports point down only; no file grows out of hand; configs and lazy exports name what exists."""
+"""Architecture: imports point downwards only, files are short, and configs and lazy exports name existing objects."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _part(path: Path) -> str:
 
 
 def _imported(tree: ast.AST) -> set[str]:
-    """Parts of lkd that a file imports: `from lkd.x import y`, `import lkd.x`, `from lkd import x`."""
+    """Return the parts of lkd that a file imports with `from lkd.x import y`, `import lkd.x` or `from lkd import x`."""
     parts = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "lkd":
@@ -64,15 +64,15 @@ def _imported(tree: ast.AST) -> set[str]:
 @pytest.mark.parametrize(
     "path", [path for path in FILES if path.name != "__init__.py" or path.parent != PACKAGE], ids=str
 )
-def test_imports_point_down(path: Path) -> None:
+def test_imports_point_downwards(path: Path) -> None:
     own = _part(path)
     for part in _imported(ast.parse(path.read_text())) - {own}:
         allowed = LEVEL[part] < LEVEL[own] or LEVEL[part] == LEVEL[own] == TOP
         assert allowed, f"{path} (level {LEVEL[own]}) imports lkd.{part}"
 
 
-def test_no_file_imports_itself_through_others() -> None:
-    """The imports of files have no cycle, whether they are at the top, in functions or for types only."""
+def test_imports_have_no_cycles() -> None:
+    """Imports between files have no cycles, including those in functions and those for types only."""
     imports = {_module(path): _imported_files(path) for path in FILES if path != PACKAGE / "__init__.py"}
     TopologicalSorter(imports).prepare()
 
@@ -91,7 +91,7 @@ def _imported_files(path: Path) -> set[str]:
     return (found & known) - {_module(path)}
 
 
-def test_few_files_lie_at_the_top() -> None:
+def test_top_level_files() -> None:
     assert {path.name for path in PACKAGE.glob("*.py")} == {
         *("__about__.py", "__init__.py", "__main__.py", "_compat.py", "_moved.py"),
         *("functional.py", "loading.py", "types.py"),
@@ -111,12 +111,12 @@ def test_files_and_functions_are_short(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_nothing_is_asserted_in_the_package(path: Path) -> None:
+def test_package_contains_no_assert(path: Path) -> None:
     assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
 
 
-def test_every_loss_has_its_tests() -> None:
-    """Each file of losses has a test file, with at least one case for each of its criteria and for no other."""
+def test_every_loss_has_tests() -> None:
+    """Each loss file has a test file, with at least one case for each of its criteria and none for others."""
     assert set(collected.FILES) == {path.stem for path in PACKAGE.glob("losses/[!_]*.py")}
     rows = {
         method: {case.partition("-")[0] for case in getattr(file, "CASES", {})}
@@ -128,7 +128,7 @@ def test_every_loss_has_its_tests() -> None:
     assert rows == criteria
 
 
-def test_lazy_exports_are_all_there() -> None:
+def test_lazy_exports_are_complete() -> None:
     homes = {name for names in lkd._HOMES.values() for name in names}
     assert homes | {"__version__"} == set(lkd.__all__)
     for name in lkd.__all__:

@@ -1,4 +1,4 @@
-"""Naming the layers that can be tapped."""
+"""Names of the layers that can be tapped."""
 
 import copy
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from lkd import FeatureExtractor
 from lkd.features.layers import feature_layers, resolve_layers
 from lkd.models import layer_names, resnet8, timm_model, torchvision_model, vgg8
-from tests.models.test_benchmark import REFERENCE, layers, without_numbers
+from tests.models.test_benchmark import REFERENCE, layers, on_meta_device
 
 
 class Mixed(nn.Module):
-    """Takes a dictionary; one layer returns a tuple, one is called twice, one never."""
+    """A network with a dictionary as input, in which one layer returns a tuple, one runs twice and one never."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.parametrize("example", [None, torch.zeros(2, 1, 16, 16)])
-def test_shapes_are_what_taps_return(example: Tensor | None) -> None:
+def test_shapes_equal_those_of_taps(example: Tensor | None) -> None:
     network = resnet8(num_classes=10, in_channels=1)
     found = layer_names(network, example)
     probe = FeatureExtractor(network, list(found)).probe(torch.zeros(1, 1, 32, 32) if example is None else example)
@@ -36,7 +36,7 @@ def test_shapes_are_what_taps_return(example: Tensor | None) -> None:
     assert found["layer2"] == ((1, 32, 16, 16) if example is None else (2, 32, 8, 8))
 
 
-def test_the_network_stays_as_it_was() -> None:
+def test_network_is_not_modified() -> None:
     network = torchvision_model("resnet18", num_classes=10).train()
     network.layer2.eval()
     network.layer2[0].bn1.train()
@@ -47,7 +47,7 @@ def test_the_network_stays_as_it_was() -> None:
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
 
 
-def test_it_stays_so_after_a_mistake() -> None:
+def test_network_is_not_modified_by_errors() -> None:
     network = resnet8(num_classes=10)
     with pytest.raises(RuntimeError, match="expected input"):
         layer_names(network, torch.zeros(1, 5, 8, 8))
@@ -70,9 +70,9 @@ def test_no_convolution() -> None:
 
 
 @pytest.mark.parametrize("name", REFERENCE)
-def test_groups_are_the_benchmark_s(name: str) -> None:
-    """`@stages` and the like name what the benchmark's code reads; its BatchNorms are listed in the reference."""
-    network = without_numbers(name)
+def test_groups_equal_the_benchmark(name: str) -> None:
+    """Groups such as `@stages` and `@norms` contain the layers that the benchmark's code reads."""
+    network = on_meta_device(name)
     features, sums = layers(network)
     assert resolve_layers(network, ["@stem", "@stages", "@pooled"]) == (*features, "flatten")
     assert resolve_layers(network, ["@stage1", "@last_stage"]) == (features[1], features[-1])
@@ -95,7 +95,7 @@ def test_groups_of_other_networks() -> None:
 
 
 RESNET = [f"layer{stage}" for stage in range(1, 5)]
-TIMM = {  # the first stage and how many there are, what it reads, and what the pooling reads
+TIMM = {  # name of the first stage, number of stages, and input shapes of the first stage and the pooling
     "resnet18": ("layer1", 4, (64, 56, 56), (512, 7, 7)),
     "resnet50d": ("layer1", 4, (64, 56, 56), (2048, 7, 7)),
     "resnetv2_50": ("stages.0", 4, (64, 56, 56), (2048, 7, 7)),
@@ -116,8 +116,8 @@ TIMM = {  # the first stage and how many there are, what it reads, and what the 
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_groups_of_timm_s_networks(name: str) -> None:
-    """timm's first feature is the stem's in some families, and the first stage's in others."""
+def test_groups_of_timm_networks(name: str) -> None:
+    """timm's first feature is that of the stem in some families, and that of the first stage in others."""
     with torch.device("meta"):
         network = timm_model(name, num_classes=10).eval()
     first, number, stem, pooling = TIMM[name]
@@ -143,8 +143,8 @@ def test_groups_of_timm_s_networks(name: str) -> None:
         ("skresnet18", None, None),
     ],
 )
-def test_sums_of_timm_s_resnets(name: str, act: str | None, norm: str | None) -> None:
-    """As torchvision's, under timm's names; squeeze and excitation comes between BatchNorm and sum."""
+def test_sums_of_timm_resnets(name: str, act: str | None, norm: str | None) -> None:
+    """The layers correspond to torchvision's; squeeze and excitation comes between the BatchNorm and the sum."""
     with torch.device("meta"):
         network = timm_model(name, num_classes=10).eval()
     layers = feature_layers(network)
@@ -153,7 +153,7 @@ def test_sums_of_timm_s_resnets(name: str, act: str | None, norm: str | None) ->
     assert layers.norms == tuple(f"{block}.{norm}" for block in last if norm)
 
 
-def test_an_activation_behind_the_sum() -> None:
+def test_activation_after_the_sum() -> None:
     network = timm_model("resnet10t", num_classes=10).eval()
     layers = ["@preact4", "@stage4"]
     before, after = FeatureExtractor(network, layers)(torch.randn(2, 3, 64, 64)).features.values()
@@ -162,8 +162,8 @@ def test_an_activation_behind_the_sum() -> None:
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "vgg11"])
-def test_map_of_torchvision_s_networks(name: str) -> None:
-    """VGG's `avgpool` leaves 7x7 pixels."""
+def test_map_of_torchvision_networks(name: str) -> None:
+    """VGG has no group `@map`, because its `avgpool` outputs 7x7 pixels."""
     with torch.device("meta"):
         network = torchvision_model(name, num_classes=10).eval()
     assert feature_layers(network).map == ("" if name == "vgg11" else "avgpool:input")

@@ -1,4 +1,4 @@
-"""The description of how many images a limited evaluation measures."""
+"""The description of the number of images in a limited evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def trainer(**settings: Any) -> Any:
     [
         ("val", {}, "24 of 100 validation images"),
         ("val", {"sanity_checking": True}, "16 of 100 validation images"),
-        ("val", {"world_size": 2}, "48 of 100 validation images"),  # each process measures as many batches
+        ("val", {"world_size": 2}, "48 of 100 validation images"),  # each process evaluates the same number of batches
         ("val", {"world_size": 5}, "100 of 100 validation images"),
         ("test", {}, "96 of 100 test images"),
         ("test", {"num_test_batches": [13]}, "the test images"),
@@ -32,5 +32,5 @@ def trainer(**settings: Any) -> Any:
         ("val", {"val_dataloaders": [1, 2], "num_val_batches": [1]}, "1 batch of the validation images"),
     ],
 )
-def test_images_measured(split: Any, settings: dict[str, Any], wanted: str) -> None:
+def test_number_of_evaluated_images(split: Any, settings: dict[str, Any], wanted: str) -> None:
     assert images_measured(trainer(**settings), split) == wanted

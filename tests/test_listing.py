@@ -1,4 +1,4 @@
-"""`lkd layers`: the layers of a network that a criterion can name."""
+"""`lkd layers` lists the layers of a network that a criterion can read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Net(nn.Sequential):
 
 @pytest.fixture
 def listed(capsys):
-    """Runs `lkd layers` and reads its tables: heading to layer to (shape, groups)."""
+    """Return a function that runs `lkd layers` and returns its tables, by heading: shape and groups of each layer."""
 
     def run(*args: str) -> dict[str, dict[str, tuple[str, str]]]:
         assert main(["layers", *args]) == 0
@@ -42,8 +42,8 @@ def listed(capsys):
 
 
 @pytest.fixture
-def answer(capsys, monkeypatch):
-    """What `lkd layers` says of a mistake."""
+def error_of(capsys, monkeypatch):
+    """Return a function that runs `lkd layers` and returns its error message."""
     monkeypatch.delenv("LKD_DEBUG", raising=False)
 
     def run(*args: str) -> str:
@@ -54,7 +54,7 @@ def answer(capsys, monkeypatch):
     return run
 
 
-def test_a_network(listed) -> None:
+def test_network(listed) -> None:
     ((heading, table),) = listed("lkd.models.resnet8", "--num_classes", "10").items()
     assert heading == "lkd.models.resnet8, 78,042 parameters, for one image (1, 3, 32, 32)"
     assert table["layer2"] == ("(1, 32, 16, 16)", "@stage2")
@@ -72,7 +72,7 @@ def test_a_network(listed) -> None:
         ),
     ],
 )
-def test_groups_are_what_criteria_read(listed, network, args: list[str]) -> None:
+def test_groups_of_criteria(listed, network, args: list[str]) -> None:
     (table,) = listed(*args).values()
     shown = {group: layer for layer, (_, groups) in table.items() for group in groups.split(", ") if group}
     assert {"@stem", "@stage1", "@last_stage", "@preact2", "@norm1", "@map", "@pooled", "@head"} <= set(shown)
@@ -80,7 +80,7 @@ def test_groups_are_what_criteria_read(listed, network, args: list[str]) -> None
         assert resolve_layers(network(), [group]) == (layer,)
 
 
-def test_a_run_s_networks(listed) -> None:
+def test_networks_of_a_run(listed) -> None:
     tables = listed("--config", "configs/digits/kd.yaml", "--model.init_args.student.init_args.num_filters=[2,4,8,16]")
     student, teacher = tables
     assert student.startswith("student: lkd.models.CIFARResNet, ")
@@ -89,24 +89,24 @@ def test_a_run_s_networks(listed) -> None:
     assert not Path("runs").exists()
 
 
-def test_a_run_without_data(listed) -> None:
+def test_run_without_data(listed) -> None:
     student, _ = listed("--config", "pairs/digits")
     assert student.endswith("for one image (1, 1, 32, 32)")
 
 
-def test_students_that_learn_from_one_another(listed) -> None:
+def test_students_of_mutual_learning(listed) -> None:
     first, second = listed("--config", "digits/mutual")
     assert first.startswith("student 1: lkd.models.CIFARResNet, ")
     assert second.startswith("student 2: lkd.models.resnet8, ")
 
 
-def test_a_network_alone(listed) -> None:
+def test_single_network(listed) -> None:
     (heading,) = listed("--config", "digits/teacher")
     assert heading.startswith("model: lkd.models.resnet8, ")
 
 
-def test_a_criterion_that_does_not_find_its_layers(listed, monkeypatch) -> None:
-    """The very moment in which one asks."""
+def test_criterion_without_its_layers(listed, monkeypatch) -> None:
+    """The layers are listed even if the criterion cannot be built, which is when the list is needed."""
     monkeypatch.syspath_prepend(Path.cwd())
     Path("own_net.py").write_text(NET)
     settings = ["criterion=lkd.losses.AT", "student=own_net.Net", "student.init_args.width=3"]
@@ -123,8 +123,8 @@ def test_a_criterion_that_does_not_find_its_layers(listed, monkeypatch) -> None:
     }
 
 
-def test_a_network_in_the_current_folder() -> None:
-    """As the console script finds it, which has no current folder on its path."""
+def test_network_in_the_current_folder() -> None:
+    """The console script does not have the current folder on its path."""
     Path("own_net.py").write_text(NET)
     code = (
         "import sys; sys.path = [p for p in sys.path if p]; from lkd.__main__ import main; sys.exit(main(sys.argv[1:]))"
@@ -136,7 +136,7 @@ def test_a_network_in_the_current_folder() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         ([], "lkd layers requires the class_path of a network, or --config FILE"),
         (["resnet8"], "'resnet8' is not a class_path; give the full import path, as in lkd.models.resnet20"),
@@ -162,19 +162,19 @@ def test_a_network_in_the_current_folder() -> None:
         ),
     ],
 )
-def test_mistakes(answer, args: list[str], says: str) -> None:
-    assert says in answer(*args)
+def test_invalid_arguments(error_of, args: list[str], message: str) -> None:
+    assert message in error_of(*args)
 
 
-def test_help_does_not_wait_for_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     code = "import sys; from lkd.__main__ import main; main(['layers', '--help']); sys.exit('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "usage: lkd layers CLASS_PATH" in shown
     assert max(map(len, shown.splitlines())) <= 120
 
 
-def test_a_reader_that_has_read_enough() -> None:
-    """As in `lkd layers ... | head`."""
+def test_closed_output() -> None:
+    """The output is closed early, as in `lkd layers ... | head`."""
     command = [sys.executable, "-m", "lkd", "layers", "lkd.models.resnet56", "--num_classes=10"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()

@@ -1,4 +1,4 @@
-"""Other loggers than TensorBoard get the same points; nothing is lost where there is none."""
+"""Loggers other than TensorBoard get the same values; runs without a logger lose nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Points = dict[tuple[str, int], float]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A folder with the same run by each logger, by all, and by none."""
+    """Return a folder with the same run for each logger, for several, and for none."""
     import wandb
 
     folder = tmp_path_factory.mktemp("loggers")
@@ -34,7 +34,7 @@ def runs(tmp_path_factory) -> Path:
         assert main(FIT) == 0
         for name in ("csv", "mlflow", "wandb"):
             assert main([*FIT, f"--config=loggers/{name}"]) == 0
-        wandb.finish()  # as the end of a process does
+        wandb.finish()  # as at the end of a process
         several = "[{class_path: TensorBoardLogger, init_args: {save_dir: both}}, {class_path: CSVLogger, "
         several += "init_args: {save_dir: both}}]"
         assert main([*FIT, f"--trainer.logger={several}"]) == 0
@@ -90,7 +90,7 @@ def _wandb(path: Path) -> tuple[Points, dict[str, object]]:
 
 
 def _parts(content: bytes) -> list[bytes]:
-    """The records of a file in LevelDB's log format, which wandb's own package writes but does not read."""
+    """Return the records of a file in LevelDB's log format, which the wandb package writes but cannot read."""
     records, place, whole = [], 7, b""
     while place + 7 <= len(content):
         if (left := 32768 - place % 32768) < 7:
@@ -99,7 +99,7 @@ def _parts(content: bytes) -> list[bytes]:
         _, length, kind = struct.unpack("<IHB", content[place : place + 7])
         whole += content[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # a record in one part, or its last one
+        if kind in (1, 4):  # a complete record, or the last part of one
             records.append(whole)
             whole = b""
     return records
@@ -114,7 +114,7 @@ def expected(runs: Path) -> Points:
     return points
 
 
-def test_csv_has_the_same_points(runs: Path, expected: Points) -> None:
+def test_csv_values(runs: Path, expected: Points) -> None:
     assert _csv(_only(runs, "metrics.csv", "csv")) == pytest.approx(expected, rel=1e-6)
     assert (
         yaml.safe_load((_only(runs, "metrics.csv", "csv").with_name("hparams.yaml")).read_text())["distill_weight"]
@@ -122,21 +122,21 @@ def test_csv_has_the_same_points(runs: Path, expected: Points) -> None:
     )
 
 
-def test_mlflow_has_the_same_points(runs: Path, expected: Points) -> None:
+def test_mlflow_values(runs: Path, expected: Points) -> None:
     points, settings = _mlflow(runs / "runs/mlflow.db")
     assert points == pytest.approx(expected, rel=1e-6)
     assert settings["distill_weight"] == "0.9"
     assert settings["student/init_args/depth"] == "8"
 
 
-def test_wandb_has_the_same_points(runs: Path, expected: Points) -> None:
+def test_wandb_values(runs: Path, expected: Points) -> None:
     (file,) = (runs / "runs/wandb").glob("offline-run-*/*.wandb")
     points, settings = _wandb(file)
     assert points == pytest.approx(expected, rel=1e-6)
     assert settings["distill_weight"] == 0.9
 
 
-def test_several_loggers_have_the_same_points(runs: Path, expected: Points) -> None:
+def test_values_of_several_loggers(runs: Path, expected: Points) -> None:
     assert _tensorboard(next((runs / "both").rglob("events.*")).parent) == pytest.approx(expected)
     assert _csv(next((runs / "both").rglob("metrics.csv"))) == pytest.approx(expected, rel=1e-6)
 
@@ -145,7 +145,7 @@ PLACES = ["runs/kd+csv", "runs/kd+mlflow", "runs/kd+wandb", "runs/digits/kd/vers
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_config_record_and_checkpoints_lie_together(runs: Path, place: str, monkeypatch, capsys) -> None:
+def test_config_record_and_checkpoints_share_a_folder(runs: Path, place: str, monkeypatch, capsys) -> None:
     (best,) = (runs / place).rglob("best.ckpt")
     folder = best.parent.parent
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["class_path"] == "lkd.DistillModule"
@@ -155,18 +155,18 @@ def test_config_record_and_checkpoints_lie_together(runs: Path, place: str, monk
     assert "test/acc" in capsys.readouterr().out
 
 
-def test_a_run_of_another_logger_is_resumed(runs: Path, monkeypatch, capsys) -> None:
+def test_resume_with_another_logger(runs: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(runs)
     assert main([*FIT, "--config=loggers/csv", "--resume"]) == 0
     assert "nothing left to train" in capsys.readouterr().out
 
 
-def test_nothing_lies_outside_of_the_runs(runs: Path) -> None:
+def test_all_files_are_in_the_run_folders(runs: Path) -> None:
     assert {path.name for path in runs.iterdir()} <= {"runs", "both", "none", "mlruns"}
 
 
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])
-def test_a_missing_logger_gets_a_sentence(package: str, monkeypatch, capsys) -> None:
+def test_missing_logger(package: str, monkeypatch, capsys) -> None:
     module = __import__(f"lightning.pytorch.loggers.{package}", fromlist=["x"])
     name = {"wandb": "_WANDB_AVAILABLE", "mlflow": "_MLFLOW_AVAILABLE"}[package]
     monkeypatch.setattr(module, name, type(getattr(module, name))("surely_not_there>=1.0"))
@@ -178,7 +178,7 @@ def test_a_missing_logger_gets_a_sentence(package: str, monkeypatch, capsys) -> 
     )
 
 
-def test_what_a_logger_refuses_is_one_sentence(capsys, monkeypatch) -> None:
+def test_error_of_a_logger(capsys, monkeypatch) -> None:
     from wandb.errors import UsageError
 
     def refuses(*_: object) -> None:

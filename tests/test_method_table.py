@@ -1,4 +1,4 @@
-"""Every method has a config, a paper, a text in the documentation and a row in its table."""
+"""Each method has a config, a paper, a text in the documentation, and a row in the table."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def test_every_method_has_config_and_paper(name: str) -> None:
     assert paper(methods()[name])
 
 
-def test_what_is_compared_with_the_original() -> None:
+def test_comparison_with_the_original() -> None:
     compared = ["TTM", "WTTM", "RLD", "CSKD", "OFAKD", "LogitMSE", "DeiT", "SimKDModule", "DOTModule", "KD"]
     assert all(equal(name).startswith("value and gradient") for name in compared)
     assert equal("BYOT") == equal("MutualModule") == "no reference values"
     for path in TRAINED.values():
-        assert "def test_module_is_a_plain_loop(" in (ROOT / path).read_text()
+        assert "def test_module_equals_a_plain_loop(" in (ROOT / path).read_text()
 
 
 OVERLAYS = {path.stem: path for path in (configs_folder() / "methods").glob("*.yaml")}
 NO_PUBLISHED_WEIGHTS = {"backbone_kd", "kta", "noisy_student", "transfer_set", "unlabelled"}
-"""Overlays whose weights nobody published for classification, or that have none."""
-PUBLISHED = {  # the authors' configuration files, or torchdistill's where there are none
+"""Overlays without published weights for classification, or without weights."""
+PUBLISHED = {  # from the authors' configuration files, or torchdistill's if there are none
     "cwd": ({"temperature": 4.0}, 3.0),
     "dist_plus": ({"beta": 2.0, "gamma": 2.0, "channel_weight": 1.0, "spatial_weight": 1.0}, 2.0),
     "ema_teacher_imagenet": ({"temperature": 1.0}, 10.0),

@@ -1,4 +1,4 @@
-"""Each mistake gets one sentence with the remedy, and exit code 2."""
+"""Each error is reported in one sentence that states the remedy, with exit code 2."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enabl
 
 
 @pytest.fixture
-def answer(capsys, monkeypatch):
-    """Runs lkd and returns what it says of the mistake."""
+def error_of(capsys, monkeypatch):
+    """Return a function that runs lkd and returns its error message."""
     monkeypatch.delenv("LKD_DEBUG", raising=False)
 
     def run(*args: str) -> str:
@@ -30,13 +30,13 @@ def answer(capsys, monkeypatch):
 
 
 @pytest.fixture
-def fit(answer):
-    """`lkd fit` of the digits with some settings."""
-    return lambda *settings: answer("fit", "--config", "configs/digits/kd.yaml", *SHORT, *settings)
+def fit(error_of):
+    """Return a function that runs `lkd fit` on the digits with some settings."""
+    return lambda *settings: error_of("fit", "--config", "configs/digits/kd.yaml", *SHORT, *settings)
 
 
 def _changed(*path: str, name: str, value: object = None) -> str:
-    """A copy of the digits' config in which the last key of the path is called otherwise."""
+    """Write a copy of the digits' config with one key renamed or one value changed, and return its name."""
     from lkd.cli.config_files import find_config
 
     config = yaml.safe_load(find_config("digits/kd").read_text())
@@ -49,7 +49,7 @@ def _changed(*path: str, name: str, value: object = None) -> str:
 
 
 @pytest.mark.parametrize(
-    ("path", "name", "says"),
+    ("path", "name", "message"),
     [
         (("trainer",), "trianer", "changed.yaml: lkd has no setting 'trianer'; did you mean 'trainer'?"),
         (
@@ -90,12 +90,12 @@ def _changed(*path: str, name: str, value: object = None) -> str:
         ),
     ],
 )
-def test_misspelt_key(answer, path, name, says) -> None:
-    assert says in answer("fit", "--config", _changed(*path, name=name))
+def test_misspelt_key(error_of, path, name, message) -> None:
+    assert message in error_of("fit", "--config", _changed(*path, name=name))
 
 
 @pytest.mark.parametrize(
-    ("setting", "says"),
+    ("setting", "message"),
     [
         (
             "--model.init_args.distil_weight=1",
@@ -117,12 +117,12 @@ def test_misspelt_key(answer, path, name, says) -> None:
         ("--data.init_args.batch_size=many", "data.batch_size: expected an integer, got many"),
     ],
 )
-def test_misspelt_option(fit, setting, says) -> None:
-    assert says in fit(setting)
+def test_misspelt_option(fit, setting, message) -> None:
+    assert message in fit(setting)
 
 
 @pytest.mark.parametrize(
-    ("setting", "says"),
+    ("setting", "message"),
     [
         ("--model.init_args.criterion=lkd.losses.KDD", "there is no 'KDD' in lkd.losses; did you mean 'KD'?"),
         (
@@ -147,42 +147,42 @@ def test_misspelt_option(fit, setting, says) -> None:
         ("--model.init_args.criterion=math.pi", "model.criterion: Import path does not correspond to a subclass"),
     ],
 )
-def test_misspelt_class(fit, setting, says) -> None:
-    assert says in fit(setting)
+def test_misspelt_class(fit, setting, message) -> None:
+    assert message in fit(setting)
 
 
-def test_unknown_command(answer) -> None:
-    assert answer("fti") == "there is no command 'fti'; did you mean 'fit'?"
+def test_unknown_command(error_of) -> None:
+    assert error_of("fti") == "there is no command 'fti'; did you mean 'fit'?"
 
 
-def test_missing_files(answer, fit) -> None:
-    assert "there is no config 'digits/kdd.yaml'; similar configs provided by lkd: digits/kd.yaml" in answer(
+def test_missing_files(error_of, fit) -> None:
+    assert "there is no config 'digits/kdd.yaml'; similar configs provided by lkd: digits/kd.yaml" in error_of(
         "fit", "--config", "digits/kdd.yaml"
     )
     assert "checkpoint 'best.ckpt' does not exist" in fit("--ckpt_path=best.ckpt")
     assert "weights file not found: teacher.pth" in fit("--model.init_args.teacher_ckpt=teacher.pth")
     assert "lkd:digits_resnet8" in fit("--model.init_args.teacher_ckpt=lkd:digits")
     assert "no run in runs/digits/kd has a last.ckpt" in fit("--ckpt_path=last")
-    assert "--config: expected one argument" in answer("fit", "--config")
+    assert "--config: expected one argument" in error_of("fit", "--config")
     Path("lone.ckpt").touch()
-    assert "give the config of its training run" in answer("test", "--ckpt_path", "lone.ckpt")
+    assert "give the config of its training run" in error_of("test", "--ckpt_path", "lone.ckpt")
 
 
-def test_nothing_to_run(answer) -> None:
-    assert "lkd fit requires a config, for example 'lkd fit --config digits/kd'" in answer("fit")
-    assert "lkd test requires a checkpoint, for example 'lkd test --ckpt_path runs/" in answer("test")
-    assert "lkd.DistillModule requires values for student" in answer(
+def test_nothing_to_run(error_of) -> None:
+    assert "lkd fit requires a config, for example 'lkd fit --config digits/kd'" in error_of("fit")
+    assert "lkd test requires a checkpoint, for example 'lkd test --ckpt_path runs/" in error_of("test")
+    assert "lkd.DistillModule requires values for student" in error_of(
         "fit", "--model=lkd.DistillModule", "--data=lkd.DigitsDataModule"
     )
 
 
-def test_yaml_that_is_none(answer) -> None:
+def test_invalid_yaml(error_of) -> None:
     Path("bad.yaml").write_text("model: {a: [1\ntrainer:\n\t- x")
-    assert "bad.yaml is not valid YAML" in answer("fit", "--config", "bad.yaml")
+    assert "bad.yaml is not valid YAML" in error_of("fit", "--config", "bad.yaml")
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("", "changed.yaml contains no settings; expected keys such as model"),
         ("- a\n- b", "changed.yaml contains no settings"),
@@ -190,14 +190,14 @@ def test_yaml_that_is_none(answer) -> None:
         ("model:", "changed.yaml: expected settings below 'model', got None"),
     ],
 )
-def test_yaml_of_another_form(answer, text, says) -> None:
+def test_invalid_structure_of_yaml(error_of, text, message) -> None:
     Path("changed.yaml").write_text(text)
-    assert says in answer("fit", "--config", "changed.yaml")
+    assert message in error_of("fit", "--config", "changed.yaml")
 
 
-def test_a_methods_views_before_the_data(answer) -> None:
-    says = answer("fit", "--config", "methods/mlkd", "--config", "data/digits", "--config", "pairs/digits")
-    assert says == "a config sets 'views' of the data before the data module is given; put --config data/NAME first"
+def test_views_of_a_method_before_the_data(error_of) -> None:
+    message = error_of("fit", "--config", "methods/mlkd", "--config", "data/digits", "--config", "pairs/digits")
+    assert message == "a config sets 'views' of the data before the data module is given; put --config data/NAME first"
 
 
 CRITERIA = """
@@ -211,23 +211,23 @@ class Number(DistillLoss):
 """
 
 
-def test_criterion_that_returns_no_scalar(answer, monkeypatch) -> None:
+def test_criterion_without_a_scalar(error_of, monkeypatch) -> None:
     Path("returns.py").write_text(CRITERIA)
     monkeypatch.syspath_prepend(Path.cwd())
     fit = ["fit", "--config", "digits/kd", *SHORT]
-    says = answer(*fit, "--model.init_args.criterion=returns.Vector")
-    assert "the criterion vector must return a scalar tensor or a dict of them, got a tensor of shape (64,)" in says
-    assert "got float" in answer(*fit, "--model.init_args.criterion=returns.Number")
+    message = error_of(*fit, "--model.init_args.criterion=returns.Vector")
+    assert "the criterion vector must return a scalar tensor or a dict of them, got a tensor of shape (64,)" in message
+    assert "got float" in error_of(*fit, "--model.init_args.criterion=returns.Number")
 
 
-def test_a_misspelt_option_that_is_no_setting(fit) -> None:
+def test_misspelt_option_that_is_not_a_setting(fit) -> None:
     assert "did you mean 'resume'?" in fit("--resum")
 
 
-def test_measuring_without_a_checkpoint(answer) -> None:
-    says = answer("test", "--config", "configs/digits/kd.yaml")
-    assert "lkd test requires a checkpoint" in says
-    assert "--ckpt_path" in says
+def test_evaluation_without_a_checkpoint(error_of) -> None:
+    message = error_of("test", "--config", "configs/digits/kd.yaml")
+    assert "lkd test requires a checkpoint" in message
+    assert "--ckpt_path" in message
 
 
 def test_class_counts(fit) -> None:
@@ -240,9 +240,9 @@ def test_class_counts(fit) -> None:
 
 
 def test_channels(fit) -> None:
-    says = fit("--model.init_args.student.init_args.in_channels=3")
-    assert "the student does not accept inputs of shape (1, 1, 8, 8)" in says
-    assert "in_channels" in says
+    message = fit("--model.init_args.student.init_args.in_channels=3")
+    assert "the student does not accept inputs of shape (1, 1, 8, 8)" in message
+    assert "in_channels" in message
 
 
 LABELS = """
@@ -265,16 +265,16 @@ class Foreign(lkd.DigitsDataModule):
 
 
 @pytest.mark.parametrize("kind", ["Known", "Foreign"])
-def test_label_out_of_range(answer, kind, monkeypatch) -> None:
+def test_label_out_of_range(error_of, kind, monkeypatch) -> None:
     Path(f"labels_{kind.lower()}.py").write_text(LABELS)
     monkeypatch.syspath_prepend(Path.cwd())
     config = ["--config", "pairs/digits", "--config", "methods/kd"]
-    says = answer("fit", *config, f"--data=labels_{kind.lower()}.{kind}", *SHORT)
-    assert ("such as 10" if kind == "Known" else "a label is out of range") in says
-    assert "0 to 9" in says or "0..9" in says
+    message = error_of("fit", *config, f"--data=labels_{kind.lower()}.{kind}", *SHORT)
+    assert ("such as 10" if kind == "Known" else "a label is out of range") in message
+    assert "0 to 9" in message or "0..9" in message
 
 
-def test_unknown_layer(answer) -> None:
+def test_unknown_layer(error_of) -> None:
     Path("hints.py").write_text(
         "from lkd import DistillLoss\n"
         "class Hint(DistillLoss):\n"
@@ -287,8 +287,8 @@ def test_unknown_layer(answer) -> None:
         "--model.init_args.criterion=hints.Hint",
         "--model.init_args.criterion.init_args.layer=layr2",
     ]
-    says = answer("fit", "--config", "digits/kd", *criterion)
-    assert "CIFARResNet has no layer 'layr2'; nearest names: layer2" in says
+    message = error_of("fit", "--config", "digits/kd", *criterion)
+    assert "CIFARResNet has no layer 'layr2'; nearest names: layer2" in message
 
 
 def _images(*names: str) -> str:
@@ -298,7 +298,7 @@ def _images(*names: str) -> str:
     return "--data.init_args.root=tree"
 
 
-def _folder(answer, root: str, *settings: str) -> str:
+def _folder(error_of, root: str, *settings: str) -> str:
     configs = ["--config", "data/folder", "--config", "pairs/resnet56_resnet20_10"]
     classes = [f"--model.init_args.{name}.init_args.num_classes=2" for name in ("student", "teacher")]
     small = [
@@ -306,21 +306,21 @@ def _folder(answer, root: str, *settings: str) -> str:
         "--data.init_args.batch_size=4",
         "--data.init_args.num_workers=0",
     ]
-    return answer("fit", *configs, *classes, *small, root, *SHORT, *settings)
+    return error_of("fit", *configs, *classes, *small, root, *SHORT, *settings)
 
 
-def test_image_folders(answer) -> None:
-    assert "nowhere" in _folder(answer, "--data.init_args.root=nowhere")
+def test_image_folders(error_of) -> None:
+    assert "nowhere" in _folder(error_of, "--data.init_args.root=nowhere")
     Path("tree/train").mkdir(parents=True)
-    assert "tree/train" in _folder(answer, "--data.init_args.root=tree")
+    assert "tree/train" in _folder(error_of, "--data.init_args.root=tree")
     Path("tree/train/cat").mkdir()
     Path("tree/train/dog").mkdir()
-    says = _folder(answer, _images("test/cat/0.png", "test/dog/0.png"))
-    assert "no images in these class folders of tree/train: cat, dog" in says
+    message = _folder(error_of, _images("test/cat/0.png", "test/dog/0.png"))
+    assert "no images in these class folders of tree/train: cat, dog" in message
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_corrupt_image(answer, workers: int) -> None:
+def test_corrupt_image(error_of, workers: int) -> None:
     root = _images(
         *(f"{split}/{name}/{i}.png" for split in ("train", "test") for name in ("cat", "dog") for i in range(8))
     )
@@ -330,51 +330,51 @@ def test_corrupt_image(answer, workers: int) -> None:
         "--data.init_args.batch_size=2",
         f"--data.init_args.num_workers={workers}",
     ]
-    says = _folder(answer, root, *settings)
-    assert "tree/train/dog/5.png cannot be read" in says
+    message = _folder(error_of, root, *settings)
+    assert "tree/train/dog/5.png cannot be read" in message
 
 
-def test_data_that_is_not_there(answer, monkeypatch) -> None:
+def test_missing_data(error_of, monkeypatch) -> None:
     def offline(*args: object, **rest: object) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
     torch.save(resnet14(num_classes=10).state_dict(), "teacher.pth")
     configs = ["--config", "data/cifar10", "--config", "pairs/resnet56_resnet20_10"]
-    says = answer("fit", *configs, *SHORT)
-    assert "cifar-10-python.tar.gz" in says
-    assert "data" in says
-    assert "configs/digits/kd.yaml needs no download" in says
+    message = error_of("fit", *configs, *SHORT)
+    assert "cifar-10-python.tar.gz" in message
+    assert "data" in message
+    assert "configs/digits/kd.yaml needs no download" in message
 
 
-def test_checkpoint_that_is_none(fit) -> None:
+def test_invalid_checkpoint(fit) -> None:
     Path("bytes.ckpt").write_bytes(b"no checkpoint")
     assert "bytes.ckpt is corrupt, or is not a checkpoint that PyTorch can read" in fit("--ckpt_path=bytes.ckpt")
     torch.save(resnet8(num_classes=10).state_dict(), "weights.pth")
-    says = fit("--ckpt_path=weights.pth")
+    message = fit("--ckpt_path=weights.pth")
     assert (
         "weights.pth is not a complete checkpoint as saved by `lkd fit`; load weights alone with --model.init_args"
-        in says
+        in message
     )
     assert main(["fit", "--config", "configs/digits/kd.yaml", *SHORT, "--checkpoint.save_weights_only=true"]) == 0
     assert "best.ckpt is not a complete checkpoint" in fit("--ckpt_path=best")
 
 
-def test_checkpoint_of_another_network(fit, answer) -> None:
+def test_checkpoint_of_another_network(fit, error_of) -> None:
     assert main(["fit", "--config", "configs/digits/kd.yaml", *SHORT]) == 0
     other = "--model.init_args.student=lkd.models.resnet14"
-    says = fit("--ckpt_path=last", other, "--model.init_args.student.init_args.in_channels=1")
-    assert "the checkpoint does not match this DistillModule; missing: model.layer1.1.conv1.weight" in says
-    assert "use the config of the run that saved it" in says
-    assert "this checkpoint was saved by lkd.DistillModule, not by ClassificationModule" in answer(
+    message = fit("--ckpt_path=last", other, "--model.init_args.student.init_args.in_channels=1")
+    assert "the checkpoint does not match this DistillModule; missing: model.layer1.1.conv1.weight" in message
+    assert "use the config of the run that saved it" in message
+    assert "this checkpoint was saved by lkd.DistillModule, not by ClassificationModule" in error_of(
         "test", "--config", "digits/student", "--ckpt_path", "runs/digits/kd/version_0/checkpoints/best.ckpt"
     )
 
 
-def test_weights_of_other_shapes(fit) -> None:
+def test_weights_of_different_shapes(fit) -> None:
     torch.save(resnet8(num_classes=12, in_channels=1).state_dict(), "twelve.pth")
-    says = fit("--model.init_args.teacher_ckpt=twelve.pth")
-    assert "fc.weight is (12, 64) in the file and (10, 64) in the network" in says
+    message = fit("--model.init_args.teacher_ckpt=twelve.pth")
+    assert "fc.weight is (12, 64) in the file and (10, 64) in the network" in message
 
 
 def test_numbers_out_of_range(fit) -> None:
@@ -384,39 +384,39 @@ def test_numbers_out_of_range(fit) -> None:
 
 def test_groups_of_layers_without_quotes(fit) -> None:
     at = "--model.init_args.criterion=lkd.losses.AT"
-    says = fit(at, "--model.init_args.criterion.init_args.student_layers=[@pooled]")
-    assert says.endswith("got [@pooled]; put names of layer groups in quotes, as in ['@stages']")
+    message = fit(at, "--model.init_args.criterion.init_args.student_layers=[@pooled]")
+    assert message.endswith("got [@pooled]; put names of layer groups in quotes, as in ['@stages']")
 
 
-def test_one_image_for_a_batchnorm(fit) -> None:
-    says = fit("--model.init_args.criterion=lkd.losses.PAD", "--data.init_args.batch_size=1")
-    assert says.endswith("set batch_size to 2 or more, or use larger images")
+def test_batch_norm_of_a_single_image(fit) -> None:
+    message = fit("--model.init_args.criterion=lkd.losses.PAD", "--data.init_args.batch_size=1")
+    assert message.endswith("set batch_size to 2 or more, or use larger images")
 
 
-def test_an_accelerator_that_is_not_there(fit, monkeypatch) -> None:
+def test_missing_accelerator(fit, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     remedy = "remove --trainer.accelerator, or set it to auto or cpu"
     assert fit("--trainer.accelerator=gpu") == f"no gpu found on this machine; {remedy}"
 
 
-def test_a_network_without_its_number_of_classes(answer) -> None:
+def test_network_without_num_classes(error_of) -> None:
     Path("flowers/a").mkdir(parents=True)
-    says = answer("fit", "--config=data/folder", "--config=finetune/resnet18", "--data.init_args.root=flowers")
+    message = error_of("fit", "--config=data/folder", "--config=finetune/resnet18", "--data.init_args.root=flowers")
     setting = "--model.init_args.model.init_args.num_classes"
-    assert says.endswith(f"lkd.models.torchvision_model requires a value for num_classes; set {setting}")
+    assert message.endswith(f"lkd.models.torchvision_model requires a value for num_classes; set {setting}")
 
 
-def test_a_schedule_without_epochs(fit) -> None:
+def test_schedule_without_epochs(fit) -> None:
     Path("schedule.yaml").write_text(
         "trainer: {callbacks: [{class_path: lkd.callbacks.Schedule, init_args: {attribute: hard_weight, epochs: 0}}]}"
     )
     assert fit("--config", "schedule.yaml") == "Schedule requires at least 1 epoch, got 0"
 
 
-def test_loss_that_is_not_finite(fit) -> None:
-    says = fit("--model.init_args.optimizer.init_args.lr=1e30")
-    assert "the loss is not finite from step" in says
-    assert "student logits not finite at that step" in says
+def test_non_finite_loss(fit) -> None:
+    message = fit("--model.init_args.optimizer.init_args.lr=1e30")
+    assert "the loss is not finite from step" in message
+    assert "student logits not finite at that step" in message
 
 
 def test_traceback_on_demand(monkeypatch) -> None:
@@ -437,17 +437,17 @@ def test_traceback_on_demand(monkeypatch) -> None:
     ],
 )
 def test_misspelt_settings_of_sections(fit, wrong: str, right: str) -> None:
-    """On the command line and in a file."""
+    """The setting is misspelt on the command line or in a file."""
     section, setting = wrong.split(".")
-    says = f"lkd has no setting {(wrong if '.' in right else section)!r}; did you mean {right!r}?"
+    message = f"lkd has no setting {(wrong if '.' in right else section)!r}; did you mean {right!r}?"
     Path("wrong.yaml").write_text(yaml.safe_dump({section: {setting: "x"}}))
-    assert says in fit(f"--{wrong}=x")
-    assert says in fit("--config=wrong.yaml")
+    assert message in fit(f"--{wrong}=x")
+    assert message in fit("--config=wrong.yaml")
 
 
-def test_the_teachers_weights_of_a_module_without_a_teacher(answer) -> None:
-    says = answer("fit", "--config", "digits/student", "--model.init_args.teacher_ckpt=runs/teacher")
-    assert says == (
+def test_teacher_weights_without_a_teacher(error_of) -> None:
+    message = error_of("fit", "--config", "digits/student", "--model.init_args.teacher_ckpt=runs/teacher")
+    assert message == (
         "lkd.ClassificationModule has no teacher and therefore no 'teacher_ckpt'; use --model lkd.DistillModule, with "
         "a student"
     )

@@ -1,4 +1,4 @@
-"""Module names of earlier versions, which saved configs and checkpoints contain, still load."""
+"""Module names of earlier versions, which occur in saved configs and checkpoints, are still supported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lkd.cli.config_files import find_config, read_config
 
 
 @pytest.mark.parametrize("old", MOVED)
-def test_former_modules_lead_to_the_new_ones(old: str) -> None:
+def test_former_modules_are_redirected(old: str) -> None:
     former = importlib.import_module(old)
     for new in MOVED[old]:
         module = importlib.import_module(new)
@@ -29,7 +29,7 @@ def test_former_modules_are_attributes_of_their_package() -> None:
         assert lkd.taps.FeatureExtractor is lkd.FeatureExtractor
 
 
-def test_a_config_may_name_a_former_module() -> None:
+def test_config_with_a_former_module() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--criterion", type=lkd.losses.DistillLoss)
     settings = {"class_path": "lkd.losses.logit_target.DKD", "init_args": {"beta": 2.0}}

@@ -1,4 +1,4 @@
-"""`lkd predict --images`: new images are prepared as the run's own, and what cannot be read is named."""
+"""`lkd predict --images`: new images are preprocessed like those of the run, and unreadable images are reported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _rows(number: int) -> dict[str, dict[str, str]]:
 
 @pytest.fixture
 def trained() -> Path:
-    """A short run on a folder of two classes, and what it predicts for its test images by their names."""
+    """Train briefly on a folder of two classes, and return the path of the best checkpoint."""
     rng = np.random.default_rng(0)
     for name, level in (("hat", 60), ("shoe", 190)):
         Path("shop", name).mkdir(parents=True)
@@ -47,7 +47,7 @@ def test_predictions_for_a_folder(trained, capsys, recwarn) -> None:
     own.setup("test")
     source = own.datasets["test"].source.original
     assert list(expected) == [source.path(index).relative_to("shop").as_posix() for index in range(len(source))]
-    shutil.move("shop", "new")  # the data that it was trained on is gone; the names are in the checkpoint
+    shutil.move("shop", "new")  # the data of the run does not exist any more; the class names are in the checkpoint
     gray = np.asarray(Image.open("new/hat/0.png").convert("L"))
     Image.fromarray(gray).save("new/grau ü.tiff")
     Image.open("new/hat/1.png").convert("RGBA").save("new/transparent.webp")
@@ -63,7 +63,7 @@ def test_predictions_for_a_folder(trained, capsys, recwarn) -> None:
     assert rows["broken.jpg"] == {"file": "broken.jpg", "class": "", "class_name": "", "probability": ""}
     warned = [str(warning.message) for warning in recwarn]
     assert any("1 of 27 images in new cannot be read" in message for message in warned)
-    assert not any("of another size" in message for message in warned)  # as the training images, which were resized too
+    assert not any("of another size" in message for message in warned)  # the training images were resized as well
     for name, row in expected.items():
         assert rows[name]["class"] == row["class"]
         assert rows[name]["class_name"] == row["class_name"] == ("hat", "shoe")[int(row["class"])]
@@ -83,7 +83,7 @@ def test_folders_without_images(folder, message, capsys) -> None:
     assert message in capsys.readouterr().err
 
 
-def test_images_need_a_checkpoint_and_data_that_tells_how_it_prepares_them(capsys) -> None:
+def test_images_require_a_checkpoint_and_a_supported_data_module(capsys) -> None:
     Path("new").mkdir()
     Image.new("RGB", (8, 8)).save("new/a.png")
     assert main(["predict", "--images", "new", "--config=digits/teacher", *CPU]) == 2
@@ -92,7 +92,7 @@ def test_images_need_a_checkpoint_and_data_that_tells_how_it_prepares_them(capsy
         lkd.datamodules.NewImages("new", lkd.datamodules.base.L.LightningDataModule())
 
 
-def test_images_of_another_size_than_the_training_images(capsys, recwarn) -> None:
+def test_images_of_another_size(capsys, recwarn) -> None:
     Path("new").mkdir()
     for name, size in (("a.png", (8, 8)), ("b.png", (30, 20)), ("c.png", (8, 9))):
         Image.new("L", size).save(Path("new", name))

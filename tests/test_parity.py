@@ -44,22 +44,22 @@ def test_equals_the_original(path: Path, case: str) -> None:
     assert compared, f"{path} has none of {sorted(values)}"
     for output in compared:
         torch.testing.assert_close(values[output], tensors[f"{case}.expected.{output}"], rtol=1e-10, atol=1e-14)
-        if values[output].dim():  # the files have gradients of scalars alone
+        if values[output].dim():  # the files contain gradients of scalars only
             continue
         given = [inputs[name] for name in wanted]
-        grads = [torch.zeros_like(tensor) for tensor in given]  # of what was only remembered
+        grads = [torch.zeros_like(tensor) for tensor in given]  # of values that were only stored
         if values[output].requires_grad:
             grads = torch.autograd.grad(values[output], given, retain_graph=True, materialize_grads=True)
-        for name, grad in zip(wanted, grads, strict=True):  # a gradient that the file does not have is 0
+        for name, grad in zip(wanted, grads, strict=True):  # a gradient that is missing in the file is 0
             expected = tensors.get(f"{case}.expected.grad.{output}.{name}", torch.zeros_like(grad))
             torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-14)
 
 
-def test_there_are_cases() -> None:
+def test_cases_exist() -> None:
     assert _cases(), f"no file in {FOLDER} is of a method that lkd has"
 
 
 def test_every_file_is_compared() -> None:
-    """Exceptions: weights of networks, and KDSVD, whose tests choose the signs of the singular vectors."""
+    """The exceptions are the weights of a network, and KDSVD, whose tests choose the signs of the singular vectors."""
     files = (Path(__file__).parent / "reference").glob("*.safetensors")
     assert {path.stem for path in files} - set(PARITY) == {"akamaster_resnet20", "kdsvd"}

@@ -1,4 +1,4 @@
-"""One seed, one run: the same bits again, and a record of what they were made with."""
+"""Runs with the same seed are bitwise identical, and record the versions and data that determine the result."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FIT = [f"--config={name}" for name in ("data/digits", "pairs/digits", "methods/c
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """The folder of a run with everything on."""
+    """Return the folder of a run with all features enabled."""
     folder = tmp_path_factory.mktemp("first")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -48,7 +48,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def _same(one: Path, other: Path) -> None:
-    """Equal checkpoints, with optimizers and metrics, and equal curves, bit by bit."""
+    """Check that checkpoints, including optimizers and metrics, and logged values are bitwise equal."""
     for name in ("best.ckpt", "last.ckpt"):
         states = [torch.load(run / "checkpoints" / name, weights_only=True) for run in (one, other)]
         for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
@@ -67,7 +67,7 @@ def _curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(point.step, point.value) for point in events.Scalars(name)] for name in names}
 
 
-def test_another_process_gives_the_same_bits(run: Path) -> None:
+def test_another_process_gives_identical_results(run: Path) -> None:
     Path("everything.yaml").write_text(EVERYTHING)
     done = warm.Forked(warm.module, "lkd", "fit", *FIT).wait()
     assert done.code == 0, done.stderr[-2000:]
@@ -75,14 +75,14 @@ def test_another_process_gives_the_same_bits(run: Path) -> None:
     _same(run, again)
 
 
-def test_its_config_gives_the_same_bits(run: Path, recwarn) -> None:
+def test_saved_config_gives_identical_results(run: Path, recwarn) -> None:
     assert main(["fit", "--config", str(run / "config.yaml")]) == 0
     (again,) = Path().glob("runs/*/version_0")
     _same(run, again)
     assert not [warning for warning in recwarn if "was started with" in str(warning.message)]
 
 
-def test_another_seed_gives_another_student(run: Path) -> None:
+def test_another_seed_gives_a_different_student(run: Path) -> None:
     assert main(["fit", "--config", str(run / "config.yaml"), "--seed_everything=1"]) == 0
     (other,) = Path().glob("runs/*/version_0")
     with pytest.raises(AssertionError, match="state_dict"):
@@ -106,7 +106,7 @@ def test_record(run: Path) -> None:
 
 def test_revision(monkeypatch) -> None:
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    assert _revision(Path()) is None  # no repository
+    assert _revision(Path()) is None  # not a repository
     Path("kept.txt").write_text("one")
     for command in (["init", "-q"], ["add", "kept.txt"], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *command], check=True)
@@ -117,11 +117,11 @@ def test_revision(monkeypatch) -> None:
     Path("kept.txt").write_text("two")
     assert _revision(Path()) == f"{commit}-dirty"
     monkeypatch.setenv("PATH", "")
-    assert _revision(Path()) is None  # no git
+    assert _revision(Path()) is None  # git is missing
 
 
 @pytest.mark.parametrize("how", ["run again", "taken up"])
-def test_what_has_changed_is_said(run: Path, recwarn, how: str) -> None:
+def test_changes_are_reported(run: Path, recwarn, how: str) -> None:
     place = Path("earlier", "version_0")
     place.mkdir(parents=True)
     (place / "config.yaml").write_text((run / "config.yaml").read_text())
@@ -133,21 +133,21 @@ def test_what_has_changed_is_said(run: Path, recwarn, how: str) -> None:
     (place / "run.yaml").write_text(yaml.safe_dump([record]))
     which = [f"--config={place}/config.yaml"] if how == "run again" else [f"--ckpt_path={place}/checkpoints/last.ckpt"]
     assert main(["fit", *which, "--trainer.max_epochs=3", "--trainer.logger=false"]) == 0
-    said = [str(warning.message) for warning in recwarn if "was started with" in str(warning.message)]
-    assert said == [
+    messages = [str(warning.message) for warning in recwarn if "was started with" in str(warning.message)]
+    assert messages == [
         f"this run was started with torch 1.0 (now {now}) and different training images; "
         "results may not be bitwise identical"
     ]
 
 
 class Theirs(L.LightningDataModule):
-    """Not lkd's: nothing tells which images these are."""
+    """A data module without lkd's identification of its images."""
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(TensorDataset(torch.zeros(8, 3, 8, 8), torch.arange(8) % 4), batch_size=4)
 
 
-def test_a_fit_in_the_same_folder_adds_its_part(distill, data, trainer, tmp_path: Path, recwarn) -> None:
+def test_second_fit_appends_to_the_record(distill, data, trainer, tmp_path: Path, recwarn) -> None:
     for images in (data, Theirs()):
         trainer(max_epochs=1, callbacks=[RunRecord(["fit"])]).fit(distill(), images)
     first, second = yaml.safe_load((tmp_path / "run.yaml").read_text())
@@ -158,7 +158,7 @@ def test_a_fit_in_the_same_folder_adds_its_part(distill, data, trainer, tmp_path
 
 
 def test_runs_of_one_folder_are_not_compared(distill, data, trainer, tmp_path: Path, recwarn) -> None:
-    """Some loggers have no folder for each run: what lies there is another run's, unless it is taken up."""
+    """Loggers may share a folder, so an existing record belongs to another run unless that run is resumed."""
     root = tmp_path / "not/there/yet"
     for images in (data, SyntheticDataModule(4, (3, 8, 8), train_size=32, val_size=0.25, batch_size=16)):
         trainer(max_epochs=1, callbacks=[RunRecord(["fit"])], default_root_dir=root).fit(distill(), images)
@@ -168,7 +168,7 @@ def test_runs_of_one_folder_are_not_compared(distill, data, trainer, tmp_path: P
 
 
 @pytest.mark.parametrize("text", ["", "{", "- 1", "a: b", "- versions"])
-def test_a_record_that_cannot_be_read_is_none(run: Path, recwarn, text: str) -> None:
+def test_unreadable_records_are_ignored(run: Path, recwarn, text: str) -> None:
     Path("run.yaml").write_text(text)
     assert _begun([Path("none.yaml"), Path("run.yaml")]) is None
     assert _begun([Path("run.yaml"), run / "run.yaml"])["seeds"]["run"] == 0
@@ -178,13 +178,13 @@ def _folder(root: Path, level: int = 0) -> Path:
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             for number in range(4):
-                path = root / split / name / f"{number}.bmp"  # its size does not tell its pixels
+                path = root / split / name / f"{number}.bmp"  # the file size does not depend on the pixels
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(np.full((8, 8, 3), number + level, np.uint8)).save(path)
     return root
 
 
-def test_images_keep_their_name_when_they_are_copied(tmp_path: Path) -> None:
+def test_copied_images_have_the_same_contents(tmp_path: Path) -> None:
     def contents(root: Path, limit: int, **settings) -> str | None:
         data = ImageFolderDataModule(root, image_size=8, val_size=2, resident_limit=limit, augment=[], **settings)
         data.setup("fit")

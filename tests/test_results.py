@@ -1,4 +1,4 @@
-"""`python -m benchmarks.results`: a small plan, interrupted, moved, shared and merged; its table."""
+"""`python -m benchmarks.results`: a small plan is interrupted, moved, shared and merged, and its table is written."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def _command(args: Sequence[str], log: Path) -> None:
 
 
 def started(plan: Path, store: Path, *args: str) -> multiprocessing.Process:
-    """The command, in a process of its own."""
+    """Start the command in a separate process."""
     process = CONTEXT.Process(target=_command, args=([str(plan), str(store), *args], plan.parent / "log.txt"))
     process.start()
     return process
 
 
 def finished(*processes: multiprocessing.Process) -> list[int | None]:
-    """The exit codes."""
+    """Return the exit codes."""
     for process in processes:
         process.join()
     return [process.exitcode for process in processes]
@@ -72,12 +72,12 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def figures(store: Path) -> dict[str, object]:
-    """All results but for their times."""
+    """Return all results except for their durations."""
     return {record["id"]: {**record, "seconds": None} for record in Store(store).results()}
 
 
 def lives(store: Path, method: str) -> int:
-    """How often a cell was begun or continued."""
+    """Return how often a cell was started or resumed."""
     (record,) = store.glob(f"runs/*-{method}-*/version_0/run.yaml")
     return len(yaml.safe_load(record.read_text()))
 
@@ -93,7 +93,7 @@ def plan(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(plan) -> Path:
-    """A store that was filled without an interruption."""
+    """Return a store that was filled without interruption."""
     store = plan.parent / "whole"
     assert finished(started(plan, store)) == [0]
     return store
@@ -104,14 +104,14 @@ def copy(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
-def test_interruptions_and_machines_change_no_figure(plan, whole, tmp_path, capsys) -> None:
+def test_interruptions_and_moves_do_not_change_the_results(plan, whole, tmp_path, capsys) -> None:
     begun, moved = tmp_path / "begun", tmp_path / "moved"
     process = started(plan, begun)
     until(lambda: list(begun.glob("runs/*-teacher-*/version_0/checkpoints/last.ckpt")))
     process.kill()
     assert finished(process) == [-signal.SIGKILL]
     (teacher,) = (begun / "runs").iterdir()
-    until(lambda: _is_free(begun, teacher.name))  # the process that trains stops by itself
+    until(lambda: _is_free(begun, teacher.name))  # the training process stops by itself
 
     assert main([str(plan), str(begun), "--bundle", f"{tmp_path}/parts", "--part-size", "100K"]) == 0
     parts = sorted(tmp_path.glob("parts.*"))
@@ -144,7 +144,7 @@ def _is_free(store: Path, cell: str) -> bool:
         return is_free
 
 
-def test_a_finished_store_has_nothing_to_do(plan, whole) -> None:
+def test_finished_store_trains_nothing(plan, whole) -> None:
     before = (plan.parent / "log.txt").read_text()
     assert finished(started(plan, whole)) == [0]
     assert (plan.parent / "log.txt").read_text() == before + "3 of 3 cells are finished\n"
@@ -181,8 +181,8 @@ def test_stores_are_merged(plan, whole, copy, tmp_path, capsys) -> None:
     assert len(figures(copy)) == 2
 
 
-def test_complete_configs_and_the_metric_of_their_task(tmp_path) -> None:
-    """A segmentation plan reports the mean IoU, and its students learn from the teacher that it trained."""
+def test_complete_configs_of_another_task(tmp_path) -> None:
+    """A segmentation plan reports the mean IoU, and its students learn from the teacher that the plan trained."""
     short = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "limit_test_batches": 1}
     configs = {TEACHER: "shapes/teacher", STUDENT: "shapes/student", "kd": "shapes/kd"}
     trainer = {"accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0, **short}
@@ -199,7 +199,7 @@ def test_complete_configs_and_the_metric_of_their_task(tmp_path) -> None:
     assert f"| kd | 1 | {found['kd']['best']['test']:.2f} |" in table
 
 
-def test_missing_cells_stay_empty(plan, copy, tmp_path) -> None:
+def test_missing_cells_are_empty(plan, copy, tmp_path) -> None:
     _without(copy, "kd")
     assert main([str(plan), str(copy), "--table", str(tmp_path)]) == 0
     assert "| kd |  |  |  |  |  |  |" in (tmp_path / "table.md").read_text()
@@ -209,14 +209,14 @@ def test_missing_cells_stay_empty(plan, copy, tmp_path) -> None:
     assert (tmp_path / "table.svg").stat().st_size > 1000
 
 
-def test_differences_are_paired_and_have_students_interval() -> None:
+def test_differences_are_paired_with_t_intervals() -> None:
     found = interval([1.0, 2.0, 3.0])
     assert [found[name] for name in ("mean", "low", "high")] == pytest.approx([2.0, 2 - 2.4841, 2 + 2.4841], abs=1e-4)
     assert interval([1.5]) == {"n": 1, "mean": 1.5, "low": None, "high": None}
     assert interval([2.0, 2.0]) == {"n": 2, "mean": 2.0, "low": 2.0, "high": 2.0}
 
 
-def test_the_best_student_has_its_accuracy(whole) -> None:
+def test_best_student_has_the_reported_accuracy(whole) -> None:
     network = best_student(whole, "digits", "kd")
     (kd,) = [record for record in Store(whole).results() if record["method"] == "kd"]
     engine = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
@@ -237,9 +237,9 @@ def test_tuned_settings_are_a_row(plan, copy) -> None:
     assert summary([*rows(read_plan(str(plan))), tuned], Store(copy))[-1]["n"] == 0
 
 
-def test_ids_are_functions_of_what_determines_the_figures() -> None:
+def test_ids_depend_on_all_inputs_of_a_cell() -> None:
     cell = Cell("a_b", "short", STUDENT, 0, "digits", {}, ({"seed_everything": 0}, {"trainer": {"a": 1, "b": 2}}))
-    assert cell.id == "a_b-short-student_alone-0-97f5e726"  # with another one, all stores would be trained again
+    assert cell.id == "a_b-short-student_alone-0-97f5e726"  # another id would cause all stores to be trained again
     assert replace(cell, configs=({"seed_everything": 0}, {"trainer": {"b": 2, "a": 1}})).id == cell.id
     changes = [{"label": "others"}, {"configs": ({"seed_everything": 1},)}, {"teacher": "other"}]
     assert len({cell.id, *(replace(cell, **change).id for change in changes)}) == 4
@@ -250,7 +250,7 @@ def test_plans_train_the_published_settings_in_order() -> None:
     trained = cells(table)
     names = [cell.method for cell in trained]
     assert names == sorted(names, key=lambda name: {TEACHER: 0, STUDENT: 1}.get(name, 2))
-    assert names.count(TEACHER) == 3  # two students share one
+    assert names.count(TEACHER) == 3  # two students share one teacher
     seeds = [cell.seed for cell in trained if cell.method not in (TEACHER, STUDENT)]
     assert seeds == sorted(seeds)
     by_name = {(row.pair, row.method): row for row in table}
@@ -275,7 +275,7 @@ def test_teacher_configs_are_the_pairs_teachers() -> None:
     assert trained == {name: yaml.safe_load(path.read_text()) for name, path in files.items()}
 
 
-def test_mistakes_in_a_plan(tmp_path, capsys) -> None:
+def test_invalid_plans(tmp_path, capsys) -> None:
     Path("plan.yaml").write_text(yaml.safe_dump({**PLAN, "seed": 1}))
     assert main(["plan.yaml", "store"]) == 2
     assert "plan.yaml is not a plan with the keys label, seeds, data" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A run that is taken up again goes on as if it had never stopped."""
+"""Resumed runs continue exactly like uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lkd.schedules import CosineDecay
 
 
 class Record(L.Callback):
-    """Which images each epoch has, in their order."""
+    """Records the images of each epoch, in order."""
 
     def __init__(self) -> None:
         self.seen: dict[int, list[int]] = {}
@@ -32,7 +32,7 @@ class Record(L.Callback):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("end", [False, True], ids=["saved after validation", "saved after the epoch"])
-def test_resumed_run_is_the_uninterrupted_one(distill, data, trainer, tmp_path, workers: int, end: bool) -> None:
+def test_resumed_run_equals_the_uninterrupted_one(distill, data, trainer, tmp_path, workers: int, end: bool) -> None:
     data.num_workers = workers
 
     def fit(epochs: int, ckpt_path: str | None = None) -> tuple[DistillModule, Record]:
@@ -54,7 +54,7 @@ def test_resumed_run_is_the_uninterrupted_one(distill, data, trainer, tmp_path, 
 
 
 class Curves(Logger):
-    """Every point that is logged."""
+    """Records all logged values."""
 
     name, version = "curves", 0
 
@@ -71,7 +71,7 @@ class Curves(Logger):
 
 
 class Stop(L.Callback):
-    """A crash after so many batches."""
+    """Raises an error after a number of batches."""
 
     def __init__(self, after: int) -> None:
         self.left = after
@@ -95,8 +95,8 @@ class Stop(L.Callback):
     ids=str,
 )
 @pytest.mark.parametrize("stopped_by", ["crash", "max_steps"])
-def test_a_run_goes_on_from_every_step(distill, data, trainer, tmp_path, settings, stopped_by) -> None:
-    data.batch_size = 8  # six batches an epoch
+def test_resume_from_every_step(distill, data, trainer, tmp_path, settings, stopped_by) -> None:
+    data.batch_size = 8  # six batches per epoch
     by_step = stopped_by == "crash" and not settings.get("check_val_every_n_epoch")  # max_steps changes the length
 
     def fit(path, *extra, ckpt_path=None, **limits):
@@ -116,7 +116,7 @@ def test_a_run_goes_on_from_every_step(distill, data, trainer, tmp_path, setting
             **{"callbacks": callbacks, "logger": curves, "enable_checkpointing": True, "num_sanity_val_steps": 0},
             **{"default_root_dir": path, "log_every_n_steps": 1, **settings, "max_epochs": 2, **limits},
         )
-        torch.manual_seed(0)  # adapters are made in fit
+        torch.manual_seed(0)  # `fit` creates the adapters
         with suppress(RuntimeError):
             engine.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
         return module, curves.points, engine
@@ -133,7 +133,7 @@ def test_a_run_goes_on_from_every_step(distill, data, trainer, tmp_path, setting
         resumed, rest, _ = fit(path, ckpt_path=path / last)
         first = {name: value for name, value in first.items() if name[1] < step}
         found = {**first, **rest}
-        if stopped_by == "max_steps":  # the end brings a validation that is not there otherwise
+        if stopped_by == "max_steps":  # the end of the shortened run adds a validation
             found = {name: value for name, value in found.items() if name in wanted}
         assert found == wanted, number
         for name, tensor in whole.state_dict().items():
@@ -141,7 +141,7 @@ def test_a_run_goes_on_from_every_step(distill, data, trainer, tmp_path, setting
 
 
 @pytest.mark.parametrize(("every", "warns"), [(2, True), (None, False)])
-def test_other_batches_within_an_epoch(distill, data, trainer, tmp_path, every, warns: bool) -> None:
+def test_other_batch_size_within_an_epoch(distill, data, trainer, tmp_path, every, warns: bool) -> None:
     def fit(*extra, **settings) -> LastCheckpoint:
         last = LastCheckpoint(every_n_train_steps=every)
         trainer(max_epochs=2, callbacks=[last, *extra], enable_checkpointing=True).fit(distill(), data, **settings)
@@ -153,5 +153,5 @@ def test_other_batches_within_an_epoch(distill, data, trainer, tmp_path, every, 
     path = tmp_path / "checkpoints/last.ckpt"
     with catch_warnings(record=True) as warned:
         fit(ckpt_path=path, weights_only=True)
-    told = "with batch size 16 and 1 process(es), and resumes with batch size 8 and 1"
-    assert any(told in str(warning.message) for warning in warned) == warns
+    expected = "with batch size 16 and 1 process(es), and resumes with batch size 8 and 1"
+    assert any(expected in str(warning.message) for warning in warned) == warns

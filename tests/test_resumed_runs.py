@@ -1,4 +1,4 @@
-"""What a user may do to a run before it goes on, and what is said and kept then."""
+"""Changes by the user before a run is resumed, and the messages and files that result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUN = Path("runs/digits/kd/version_0")
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory) -> Path:
-    """A folder with a run of two epochs."""
+    """Return a folder with a run of two epochs."""
     folder = tmp_path_factory.mktemp("begun")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -34,7 +34,7 @@ def begun(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def fit(begun, tmp_path, capfd):
-    """Goes on with that run for a third epoch; returns the exit code and what was said."""
+    """Return a function that resumes the run for a third epoch and returns exit code and output."""
     shutil.copytree(begun / "runs", tmp_path / "runs")
 
     def resume(*args: str, max_epochs: int = 3, how: str = "--resume") -> tuple[int, str]:
@@ -51,7 +51,7 @@ def _best() -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("student.init_args.depth=14", "the checkpoint does not match this DistillModule"),
         ("optimizer=torch.optim.Adam", "was started with model.init_args.optimizer.class_path torch.optim.SGD (now"),
@@ -59,18 +59,18 @@ def _best() -> dict[str, object]:
         ("lr_scheduler_interval=step", "was started with model.init_args.lr_scheduler_interval epoch (now step)"),
     ],
 )
-def test_a_refused_run_stays_as_it_was(fit, setting: str, said: str) -> None:
+def test_rejected_run_is_not_modified(fit, setting: str, message: str) -> None:
     before, points = (RUN / "config.yaml").read_text(), curves(RUN)
     code, text = fit(f"--model.init_args.{setting}", how="--ckpt_path=last")
     assert code == 2
-    assert said in text
+    assert message in text
     assert (RUN / "config.yaml").read_text() == before
     assert curves(RUN) == points
     assert fit()[0] == 0
 
 
-def test_another_process_is_refused_before_it_changes_anything(fit, monkeypatch) -> None:
-    def taken(*_: object) -> None:  # by this process, a lock would not be noticed
+def test_second_process_is_rejected_before_it_changes_files(fit, monkeypatch) -> None:
+    def taken(*_: object) -> None:  # the lock of the same process would have no effect
         raise BlockingIOError
 
     before, points = (RUN / "config.yaml").read_text(), curves(RUN)
@@ -82,21 +82,21 @@ def test_another_process_is_refused_before_it_changes_anything(fit, monkeypatch)
     assert curves(RUN) == points
 
 
-def _told(warned) -> list[str]:
+def _settings_warnings(warned) -> list[str]:
     return [str(warning.message) for warning in warned if "started with different settings" in str(warning.message)]
 
 
-def test_other_settings_are_told(fit, recwarn) -> None:
+def test_changed_settings_are_reported(fit, recwarn) -> None:
     others = ["--model.init_args.optimizer.init_args.lr=0.0001", "--seed_everything=7"]
     assert fit(*others, how="--ckpt_path=last")[0] == 0
-    assert _told(recwarn) == [
+    assert _settings_warnings(recwarn) == [
         "this run was started with different settings: seed_everything 0 (now 7), model.init_args.optimizer.init_args."
         "lr 0.1 (now 0.0001); optimizer and schedule keep their original values"
     ]
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("seed_everything=7", "seed_everything 0 (now 7)"),
         ("data.init_args.batch_size=32", "data.init_args.batch_size 64 (now 32)"),
@@ -106,34 +106,34 @@ def test_other_settings_are_told(fit, recwarn) -> None:
         ("model.init_args.teacher_ckpt=runs/digits/kd", "model.init_args.teacher_ckpt lkd:digits_resnet8 (now runs/"),
     ],
 )
-def test_another_run_is_not_resumed(fit, setting: str, said: str) -> None:
+def test_other_runs_are_not_resumed(fit, setting: str, message: str) -> None:
     before, points = (RUN / "config.yaml").read_text(), curves(RUN)
     code, text = fit(f"--{setting}")
     assert code == 2
     assert f"--resume found {RUN}/checkpoints/last.ckpt, whose run has different settings: " in text
-    assert said in text
+    assert message in text
     assert "set a different --name" in text
     assert (RUN / "config.yaml").read_text() == before
     assert curves(RUN) == points
 
 
-def test_what_may_differ(fit) -> None:
+def test_settings_that_may_differ(fit) -> None:
     csv = ["--trainer.logger=CSVLogger", "--trainer.logger.init_args.save_dir=csv"]
     assert fit("--data.init_args.num_workers=0", "--trainer.limit_val_batches=2", *csv)[0] == 0
     assert sorted(path.name for path in RUN.parent.iterdir()) == ["version_0"]
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 3
 
 
-def test_the_same_settings_are_not(fit, recwarn) -> None:
+def test_unchanged_settings_cause_no_warning(fit, recwarn) -> None:
     assert fit("--trainer.log_every_n_steps=3")[0] == 0
-    assert not _told(recwarn)
+    assert not _settings_warnings(recwarn)
     assert yaml.safe_load((RUN / "config.yaml").read_text())["ckpt_path"] is None
 
 
 @pytest.mark.parametrize("way", ["moved", "spelt otherwise", "on another disk"])
-def test_the_best_stays_the_best(fit, tmp_path, way: str) -> None:
+def test_best_checkpoint_is_kept(fit, tmp_path, way: str) -> None:
     wanted = _best()["best_model_score"]
-    args = ["--data.init_args.mean=[30.0]"]  # what is measured then is no better
+    args = ["--data.init_args.mean=[30.0]"]  # with these statistics, the metrics do not improve
     if way == "spelt otherwise":
         args.append(f"--trainer.default_root_dir={tmp_path}/runs")
     if way == "moved":
@@ -150,7 +150,7 @@ def test_the_best_stays_the_best(fit, tmp_path, way: str) -> None:
     assert torch.load(RUN / "checkpoints/best.ckpt", weights_only=True)["epoch"] < 2
 
 
-def test_a_run_that_left_no_checkpoint_is_not_the_newest(fit) -> None:
+def test_runs_without_checkpoint_are_skipped(fit) -> None:
     (RUN.parent / "version_10").mkdir()
     (RUN.parent / "version_10/config.yaml").touch()
     code, text = fit()
@@ -159,13 +159,13 @@ def test_a_run_that_left_no_checkpoint_is_not_the_newest(fit) -> None:
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 3
 
 
-def test_no_run_is_resumed(fit) -> None:
+def test_resume_starts_a_new_run(fit) -> None:
     code, text = fit("--name=other", "--trainer.limit_train_batches=1", max_epochs=1)
     assert code == 0
     assert "lkd: no checkpoint found in runs/other; starting a new run" in text
 
 
-def test_a_run_has_the_given_name(capsys) -> None:
+def test_name_of_a_run(capsys) -> None:
     assert main([*FIT, "--name=mine/first", "--trainer.fast_dev_run=true"]) == 0
     Path("name.yaml").write_text("name: mine/second")
     short = ["--config=name.yaml", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
@@ -179,24 +179,24 @@ def test_a_run_has_the_given_name(capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["--ckpt_path=best"], "remove either --resume or --ckpt_path"),
     ],
 )
-def test_what_makes_no_sense_with_resume(fit, args: list[str], said: str) -> None:
+def test_options_that_exclude_resume(fit, args: list[str], message: str) -> None:
     code, text = fit(*args)
     assert code == 2
-    assert said in text
+    assert message in text
 
 
-def test_less_than_was_made(fit) -> None:
+def test_max_epochs_below_completed_epochs(fit) -> None:
     code, text = fit(max_epochs=1)
     assert code == 2
     assert "this run has already completed 2 epochs; set --trainer.max_epochs above 2 to continue" in text
 
 
-def test_resume_is_for_fit_and_needs_a_name(capsys) -> None:
+def test_resume_requires_fit_and_a_name(capsys) -> None:
     assert main(["test", "--resume"]) == 2
     assert "--resume is only available in lkd fit" in capsys.readouterr().err
     assert main(["fit", "--resume"]) == 2
@@ -204,17 +204,17 @@ def test_resume_is_for_fit_and_needs_a_name(capsys) -> None:
 
 
 class Odd(L.Callback):
-    """Keeps what is not plain."""
+    """A callback whose state is not a plain object."""
 
     def state_dict(self) -> dict[str, object]:
         return {"x": np.array([1.5])}
 
 
-def test_state_that_needs_code_is_told_in_time(distill, data, trainer, recwarn) -> None:
+def test_state_that_requires_code_causes_a_warning(distill, data, trainer, recwarn) -> None:
     trainer(max_epochs=1, callbacks=[Odd(), LastCheckpoint()], enable_checkpointing=True).fit(distill(), data)
-    told = [str(warning.message) for warning in recwarn if "--weights_only false" in str(warning.message)]
-    assert len(told) == 1
-    assert "numpy" in told[0]
+    messages = [str(warning.message) for warning in recwarn if "--weights_only false" in str(warning.message)]
+    assert len(messages) == 1
+    assert "numpy" in messages[0]
 
 
 def test_remote_folder(distill, data, trainer) -> None:

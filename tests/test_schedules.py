@@ -1,4 +1,4 @@
-"""Schedules that follow the length of the run equal PyTorch's; what does not fit the run is rejected or reported."""
+"""Schedules that depend on the length of the run equal PyTorch's; unsuitable schedules are rejected or reported."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ CONFIGS = configs_folder()
 
 
 def optimizer(*rates: Any) -> Optimizer:
-    """An optimizer with a parameter group for each learning rate."""
+    """Return an optimizer with one parameter group for each learning rate."""
     return SGD([{"params": [torch.zeros(1, requires_grad=True)], "lr": deepcopy(rate)} for rate in rates or (0.1,)])
 
 
 def rates(schedule: LRScheduler, steps: int) -> list[list[float]]:
-    """Learning rates of all groups before each of so many steps, and after the last."""
+    """Return the learning rates of all groups before each of the steps, and after the last one."""
     found = []
     for _ in range(steps + 1):
         found.append([float(group["lr"]) for group in schedule.optimizer.param_groups])
@@ -46,24 +46,24 @@ def rates(schedule: LRScheduler, steps: int) -> list[list[float]]:
 
 
 def same(ours: LRScheduler, theirs: LRScheduler, steps: int) -> bool:
-    """Whether two schedules give the same learning rates, to rounding."""
+    """Return whether two schedules give the same learning rates, up to rounding."""
     pairs = zip(rates(ours, steps), rates(theirs, steps), strict=True)
     return all(own == pytest.approx(wanted, rel=1e-12, abs=1e-15) for own, wanted in pairs)
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 30, 240])
 @pytest.mark.parametrize("given", [(0.1,), (0.1, 3e-4), (torch.tensor(0.1, dtype=torch.float64),)], ids=str)
-def test_cosine_decay_is_pytorchs(total: int, given: tuple[Any, ...]) -> None:
+def test_cosine_decay_equals_pytorch(total: int, given: tuple[Any, ...]) -> None:
     assert same(CosineDecay(optimizer(*given), total=total), CosineAnnealingLR(optimizer(*given), total), total)
 
 
-def test_cosine_decay_to_a_share_is_pytorchs() -> None:
+def test_cosine_decay_to_a_fraction_equals_pytorch() -> None:
     ours, theirs = CosineDecay(optimizer(0.2), final=0.1, total=20), CosineAnnealingLR(optimizer(0.2), 20, 0.02)
     assert same(ours, theirs, 20)
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(20, 0.25), (100, 0.05), (3, 0.9), (1, 0.9), (10, 0.01)])
-def test_warm_up_is_pytorchs(total: int, warmup: float) -> None:
+def test_warm_up_equals_pytorch(total: int, warmup: float) -> None:
     ours, other = CosineDecay(optimizer(0.2, 0.1), warmup, total=total), optimizer(0.2, 0.1)
     steps = min(round(warmup * total), total - 1)
     theirs: LRScheduler = CosineAnnealingLR(other, total)
@@ -78,15 +78,15 @@ def test_warm_up_is_pytorchs(total: int, warmup: float) -> None:
     (240, [0.625, 0.75, 0.875], [150, 180, 210]),
     (100, [0.07, 0.3, 0.6, 0.9], [7, 30, 60, 90]),
     (7, [0.5, 0.75], [4, 6]),
-    (2, [0.625, 0.75], []),  # later than the last epoch's beginning
+    (2, [0.625, 0.75], []),  # after the start of the last epoch
     (1, [0.5], []),
 ])  # fmt: skip
-def test_step_decay_is_pytorchs_bit_by_bit(total: int, shares: list[float], milestones: list[int]) -> None:
+def test_step_decay_equals_pytorch_exactly(total: int, shares: list[float], milestones: list[int]) -> None:
     ours = rates(StepDecay(optimizer(0.1, 0.3), shares, total=total), total - 1)
     assert ours == rates(MultiStepLR(optimizer(0.1, 0.3), milestones), total - 1)
 
 
-OLD = {  # what the ready-made configs had: milestones of MultiStepLR; None: CosineAnnealingLR over the whole run
+OLD = {  # former milestones of MultiStepLR; other configs used CosineAnnealingLR over the whole run
     "cifar10/data_free_resnet56_resnet20": [160, 240],
     "cifar10/kd_resnet56_resnet20": [91, 136],
     "cifar10/student_resnet20": [91, 136],
@@ -102,7 +102,7 @@ WITH_SCHEDULE = sorted(
 
 
 @pytest.mark.parametrize("name", WITH_SCHEDULE)
-def test_ready_made_configs_have_the_learning_rates_they_had_and_stretch(name: str) -> None:
+def test_included_configs_keep_their_learning_rates_and_scale(name: str) -> None:
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     settings, epochs = config["model"]["init_args"], config.get("trainer", {}).get("max_epochs")
     given = settings["lr_scheduler"]
@@ -129,7 +129,7 @@ def test_ready_made_configs_have_the_learning_rates_they_had_and_stretch(name: s
 
 
 class Rates(L.Callback):
-    """The learning rates of each step."""
+    """Records the learning rates of each step."""
 
     def __init__(self) -> None:
         self.seen: list[list[float]] = []
@@ -140,7 +140,7 @@ class Rates(L.Callback):
 
 @pytest.fixture
 def fit(tiny, data, trainer) -> Callable[..., list[list[float]]]:
-    """Trains with a schedule, three steps an epoch; the learning rates of all batches."""
+    """Return a function that trains with a schedule and returns the learning rates of all batches (three per epoch)."""
 
     def run(make: Any, interval: str = "epoch", ckpt_path: Any = None, **settings: Any) -> list[list[float]]:
         seen, callbacks = Rates(), settings.pop("callbacks", [])
@@ -173,18 +173,18 @@ def _cosine(steps: int, total: int) -> list[float]:
     ],
     ids=str,
 )
-def test_the_length_is_the_runs(fit, interval: str, settings: dict[str, Any], wanted: list[float]) -> None:
+def test_length_is_that_of_the_run(fit, interval: str, settings: dict[str, Any], wanted: list[float]) -> None:
     assert [rate for (rate,) in fit(CosineDecay, interval, **settings)] == pytest.approx(wanted, rel=1e-12)
 
 
-def test_accumulation_that_changes_is_counted(fit) -> None:
+def test_varying_accumulation(fit) -> None:
     accumulate = GradientAccumulationScheduler({0: 1, 1: 3})
     found = fit(CosineDecay, "step", max_epochs=3, callbacks=[accumulate])
     assert [rate for (rate,) in found] == pytest.approx([_cosine(5, 5)[i] for i in (0, 1, 2, 3, 3, 3, 4, 4, 4)])
 
 
 class Groups(ClassificationModule):
-    """Builds its optimizer with two groups, and its schedule, itself."""
+    """A module that creates its optimizer with two groups, and its schedule, itself."""
 
     def configure_optimizers(self) -> Any:
         *first, last = self.model.parameters()
@@ -193,18 +193,18 @@ class Groups(ClassificationModule):
         return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def test_several_groups_of_a_module_that_builds_its_own(fit) -> None:
+def test_own_optimizer_with_several_groups(fit) -> None:
     found = fit(None, kind=Groups, max_epochs=2)
     assert found == rates(CosineDecay(optimizer(0.01, 0.1), warmup=0.5, total=6), 5)
 
 
-def test_a_schedule_of_its_own_length_keeps_it(fit, recwarn) -> None:
+def test_explicit_length_is_kept(fit, recwarn) -> None:
     found = fit(lambda made: CosineDecay(made, total=4), max_epochs=2)
     assert [rate for (rate,) in found[::3]] == pytest.approx(_cosine(2, 4))
     assert "CosineDecay has total 4, but this run steps it 2 times, once per epoch" in _warned(recwarn)
 
 
-def test_a_longer_run_follows_the_longer_schedule(fit, tmp_path, recwarn) -> None:
+def test_resume_with_a_longer_run(fit, tmp_path, recwarn) -> None:
     save = [LastCheckpoint()]
     keep = {"enable_checkpointing": True, "default_root_dir": tmp_path}
     fit(CosineDecay, max_epochs=2, callbacks=save, **keep)
@@ -218,7 +218,7 @@ def test_a_longer_run_follows_the_longer_schedule(fit, tmp_path, recwarn) -> Non
     )
 
 
-def test_the_state_is_plain_and_complete() -> None:
+def test_state_is_plain_and_complete() -> None:
     first = CosineDecay(optimizer(0.1, 0.2), warmup=0.2, total=10)
     head = rates(first, 4)
     file = io.BytesIO()
@@ -248,7 +248,7 @@ def test_arguments_are_checked(make: Callable[[Optimizer], RunSchedule], words: 
         make(optimizer())
 
 
-def test_without_a_run_there_is_no_length() -> None:
+def test_length_is_required_without_a_run() -> None:
     schedule = CosineDecay(optimizer(0.1))
     assert schedule.get_last_lr() == [0.1]
     schedule.optimizer.step()
@@ -257,12 +257,12 @@ def test_without_a_run_there_is_no_length() -> None:
 
 
 @pytest.mark.parametrize(("interval", "setting"), [("epoch", "max_epochs"), ("step", "max_steps")])
-def test_an_endless_run_has_no_length(fit, interval: str, setting: str) -> None:
+def test_unlimited_run_is_rejected(fit, interval: str, setting: str) -> None:
     with pytest.raises(ValueError, match=rf"number of {interval}s is unknown .*-1.*-1, 3 batches .*{setting}"):
         fit(CosineDecay, interval, max_epochs=-1, max_steps=-1, max_time="00:00:00:01")
 
 
-def test_a_part_of_another_schedule_needs_a_length(recwarn) -> None:
+def test_nested_schedule_requires_a_length(recwarn) -> None:
     def parts(**settings: Any) -> LRScheduler:
         made = optimizer()
         return SequentialLR(made, [LinearLR(made, total_iters=5), CosineDecay(made, **settings)], [5])
@@ -273,7 +273,7 @@ def test_a_part_of_another_schedule_needs_a_length(recwarn) -> None:
     assert not _warned(recwarn)
 
 
-def test_what_the_interval_may_be(fit) -> None:
+def test_valid_intervals(fit) -> None:
     with pytest.raises(ValueError, match="lr_scheduler_interval must be 'epoch' or 'step', got 'batch'"):
         fit(CosineDecay, "batch")
     with pytest.raises(ValueError, match=r"ReduceLROnPlateau reads val/loss after each epoch; set lr_.* to epoch"):
@@ -319,7 +319,7 @@ FITTING = [
 
 
 @pytest.mark.parametrize(("interval", "make"), FITTING)
-def test_schedules_that_fit(interval: str, make: Callable[[Optimizer], Any], recwarn) -> None:
+def test_suitable_schedules(interval: str, make: Callable[[Optimizer], Any], recwarn) -> None:
     fit_schedules(_run(make(optimizer()), interval))
     assert not _warned(recwarn)
 
@@ -401,36 +401,36 @@ def test_schedules_of_the_other_interval_are_rejected(interval: str, make: Calla
         ("epoch", 30, lambda made: pytorch.CyclicLR(made, 0.01, 0.1), "CyclicLR has a cycle of 4,000"),
     ],
 )
-def test_schedules_that_do_not_fit_are_reported(interval: str, epochs: int, make: Any, words: str, recwarn) -> None:
+def test_unsuitable_schedules_are_reported(interval: str, epochs: int, make: Any, words: str, recwarn) -> None:
     fit_schedules(_run(make(optimizer()), interval, epochs))
     assert words in _warned(recwarn)
 
 
 @pytest.mark.parametrize("make", [lambda made: pytorch.StepLR(made, 1), lambda made: CosineAnnealingLR(made, 4)])
-def test_small_numbers_are_not_taken_for_the_other_interval(make: Any, recwarn) -> None:
+def test_small_numbers_do_not_imply_the_other_interval(make: Any, recwarn) -> None:
     fit_schedules(_run(make(optimizer()), "epoch", epochs=1, batches=3))
     assert "but this run steps it 1 time, once per epoch" in _warned(recwarn)
 
 
-def test_a_schedule_of_the_other_interval_does_not_train(fit) -> None:
+def test_schedule_of_the_other_interval_is_rejected(fit) -> None:
     with pytest.raises(ValueError, match="set lr_scheduler_interval to step, which steps it 6 times"):
         fit(lambda made: pytorch.OneCycleLR(made, 0.1, 6), max_epochs=2)
     found = fit(lambda made: pytorch.OneCycleLR(made, 0.1, 6), "step", max_epochs=2)
     assert len({rate for (rate,) in found}) == 6
 
 
-def test_an_unknown_number_of_batches() -> None:
+def test_unknown_number_of_batches() -> None:
     assert run_length(_run(None, "epoch", batches=math.inf)) == (30, math.inf)  # type: ignore[arg-type]
 
 
-def test_every_module_takes_the_interval(distill) -> None:
+def test_all_modules_accept_the_interval(distill) -> None:
     module = distill(DistillModule, lr_scheduler=CosineDecay, lr_scheduler_interval="step")
     made = module.configure_optimizers()
     assert made["lr_scheduler"]["interval"] == "step"
 
 
 class EveryOther(ClassificationModule):
-    """Steps its schedule after every other step of the optimizer."""
+    """A module that steps its schedule after every second step of the optimizer."""
 
     def configure_optimizers(self) -> Any:
         made = SGD(self.model.parameters(), lr=0.1)
@@ -440,12 +440,12 @@ class EveryOther(ClassificationModule):
         }
 
 
-def test_a_schedule_that_is_stepped_less_often(fit) -> None:
+def test_schedule_that_is_stepped_less_often(fit) -> None:
     found = fit(None, kind=EveryOther, max_epochs=2, limit_train_batches=2)
     assert [rate for (rate,) in found] == pytest.approx([_cosine(2, 2)[i] for i in (0, 0, 1, 1)], rel=1e-12)
 
 
-def test_the_last_learning_rate_is_that_of_the_optimizer() -> None:
+def test_last_learning_rate_equals_the_optimizer() -> None:
     schedule = CosineDecay(optimizer(0.1, 0.2), warmup=0.5)
     schedule.set_length(8, "step")
     assert schedule.get_last_lr() == pytest.approx([0.02, 0.04])

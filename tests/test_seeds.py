@@ -1,4 +1,4 @@
-"""`lkd fit --seeds`: each run is the single run with its seed; interruptions, failures and mistakes."""
+"""`lkd fit --seeds`: each run equals a single run with its seed; interruptions, failures and errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _same(one: dict, other: dict) -> bool:
 
 @pytest.fixture
 def begun(monkeypatch) -> list[list[str]]:
-    """The arguments of each run; runs are trained in this process, which is faster."""
+    """Return the recorded arguments of each run; runs are trained in this process, which is faster."""
     calls: list[list[str]] = []
 
     def fit(args) -> int:
@@ -51,15 +51,15 @@ def begun(monkeypatch) -> list[list[str]]:
     return calls
 
 
-def test_each_run_is_the_single_run_with_its_seed(monkeypatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # each run has a process of its own
+def test_each_run_equals_a_single_run_with_its_seed(monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # each run has its own process
     assert main([*FIT, "--seeds=7,"]) == 0
     assert main([*FIT, "--seed_everything=7"]) == 0
     assert _same(_checkpoint(0), _checkpoint(1))
     assert _score(_checkpoint(0)) == _score(_checkpoint(1))
 
 
-def test_the_seed_is_recorded_and_modules_load_as_before() -> None:
+def test_seed_is_recorded_and_modules_are_loaded() -> None:
     assert main([*FIT, "--seed_everything=7"]) == 0
     assert yaml.safe_load((RUNS / "version_0" / "hparams.yaml").read_text())["seed_everything"] == 7
     checkpoint = _checkpoint(0)
@@ -78,9 +78,9 @@ def test_the_seed_is_recorded_and_modules_load_as_before() -> None:
     assert [b"seed_everything" in plugin for plugin in plugins] == [True]
 
 
-def test_resuming_continues_what_was_interrupted_and_skips_what_is_done(begun, capfd) -> None:
+def test_resume_continues_interrupted_runs_and_skips_completed_ones(begun, capfd) -> None:
     longer = "--trainer.max_epochs=2"
-    assert main([*FIT, "--seed_everything=1"]) == 0  # stands for a run that was interrupted after one epoch
+    assert main([*FIT, "--seed_everything=1"]) == 0  # represents a run that was interrupted after one epoch
     assert main([*FIT, "--seeds=2", "--resume", longer]) == 0
     last = RUNS / "version_0" / "checkpoints" / "last.ckpt"
     assert begun == [["--seed_everything=0"], ["--seed_everything=1", f"--ckpt_path={last}"]]
@@ -96,7 +96,7 @@ def test_resuming_continues_what_was_interrupted_and_skips_what_is_done(begun, c
     assert _same(_checkpoint(4), _checkpoint(1))
 
 
-def test_a_run_that_fails_leaves_the_others(begun, capfd, monkeypatch) -> None:
+def test_failed_run_does_not_affect_the_others(begun, capfd, monkeypatch) -> None:
     train = seeds._fit
     monkeypatch.setattr(seeds, "_fit", lambda args: train(args) or 2 * ("--seed_everything=1" in args))
     assert main([*FIT, "--seeds=3"]) == 2
@@ -112,12 +112,12 @@ def test_a_run_that_fails_leaves_the_others(begun, capfd, monkeypatch) -> None:
     assert len(begun) == 3
 
 
-def test_what_fails_before_training_ends_the_command(begun) -> None:
+def test_error_before_training_ends_the_command(begun) -> None:
     assert main([*FIT, "--seeds=3", "--model.init_args.teacher_ckpt=lkd:nothing"]) == 2
     assert len(begun) == 1
 
 
-def test_an_interruption_ends_the_command(capfd, monkeypatch) -> None:
+def test_interruption_ends_the_command(capfd, monkeypatch) -> None:
     monkeypatch.setattr(seeds, "_fit", lambda args: 143)
     assert main([*FIT, "--seeds", "2"]) == 143
     assert "--seeds 2 --resume" in capfd.readouterr().out
@@ -137,7 +137,7 @@ def test_an_interruption_ends_the_command(capfd, monkeypatch) -> None:
         (["--seeds=2", "--trainer.max_epoch=2"], "max_epoch"),
     ],
 )
-def test_mistakes(begun, capfd, args: list[str], says: str) -> None:
+def test_invalid_arguments(begun, capfd, args: list[str], says: str) -> None:
     assert main([*FIT, *args]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lkd: error: ")]
     assert says in line
@@ -149,7 +149,7 @@ def test_forms_of_seeds(text: str, wanted: list[int]) -> None:
     assert seeds._seeds(text) == wanted
 
 
-def test_the_report_has_the_deviation_of_a_sample(capsys) -> None:
+def test_report_has_the_sample_standard_deviation(capsys) -> None:
     results = [seeds.Result(seed, Path(f"version_{seed}"), "val/acc", value) for seed, value in enumerate((0.1, 0.4))]
     seeds._report(Path(), results)
     assert "mean 0.25, standard deviation 0.2121, n = 2" in capsys.readouterr().out

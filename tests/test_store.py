@@ -12,7 +12,7 @@ import torch
 from lkd.io.tensor_cache import cache_folder, fingerprint, load_tensors, replacing, save_tensors
 
 
-def test_fingerprint_tells_values_types_and_shapes_apart() -> None:
+def test_fingerprint_depends_on_values_types_and_shapes() -> None:
     tensor = torch.arange(6.0)
     others = [tensor + 1e-7, tensor.double(), tensor.view(2, 3), tensor[:5]]
     assert len({fingerprint(part) for part in [tensor, *others]}) == 5
@@ -20,7 +20,7 @@ def test_fingerprint_tells_values_types_and_shapes_apart() -> None:
     assert fingerprint("a", "b") != fingerprint("ab")
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_files_are_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
     with replacing(path) as written:
         written.write_bytes(b"first")
@@ -44,19 +44,19 @@ MADE_FROM = {"teacher": "a", "seed": "0"}
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+def stored(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     tensors = {
         "logits": torch.randn(50, 7).half(),
         "classes": torch.arange(12).view(3, 4).int(),
         "none": torch.zeros(0),
     }
-    path = tmp_path / "kept.safetensors"
+    path = tmp_path / "stored.safetensors"
     save_tensors(path, tensors, MADE_FROM)
     return path, tensors
 
 
-def test_tensors_come_back(kept: tuple[Path, dict[str, torch.Tensor]], recwarn: pytest.WarningsRecorder) -> None:
-    path, tensors = kept
+def test_tensors_are_restored(stored: tuple[Path, dict[str, torch.Tensor]], recwarn: pytest.WarningsRecorder) -> None:
+    path, tensors = stored
     found = load_tensors(path, MADE_FROM)
     assert found is not None
     assert found.keys() == tensors.keys()
@@ -65,49 +65,49 @@ def test_tensors_come_back(kept: tuple[Path, dict[str, torch.Tensor]], recwarn: 
     assert not recwarn
 
 
-def test_made_from_something_else(kept: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_different_inputs(stored: tuple[Path, dict[str, torch.Tensor]]) -> None:
     with pytest.warns(
-        UserWarning, match=r"kept.safetensors is ignored and will be recreated: .* different inputs: teacher, seed"
+        UserWarning, match=r"stored.safetensors is ignored and will be recreated: .* different inputs: teacher, seed"
     ):
-        assert load_tensors(kept[0], {"teacher": "b", "seed": "1"}) is None
+        assert load_tensors(stored[0], {"teacher": "b", "seed": "1"}) is None
     for wanted in ({"teacher": "a"}, {**MADE_FROM, "dtype": "half"}):
         with pytest.warns(UserWarning, match=r"will be recreated: it was created with different inputs: (seed|dtype)$"):
-            assert load_tensors(kept[0], wanted) is None
+            assert load_tensors(stored[0], wanted) is None
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.1, 0.5, 0.9, 0.999])
-def test_a_file_cut_short(kept: tuple[Path, dict[str, torch.Tensor]], share: float) -> None:
-    content = kept[0].read_bytes()
-    kept[0].write_bytes(content[: int(share * len(content))])
+def test_truncated_file(stored: tuple[Path, dict[str, torch.Tensor]], share: float) -> None:
+    content = stored[0].read_bytes()
+    stored[0].write_bytes(content[: int(share * len(content))])
     with pytest.warns(UserWarning, match="will be recreated"):
-        assert load_tensors(kept[0], MADE_FROM) is None
+        assert load_tensors(stored[0], MADE_FROM) is None
 
 
-def test_a_file_with_a_flipped_bit_anywhere(kept: tuple[Path, dict[str, torch.Tensor]]) -> None:
-    path, tensors = kept
+def test_flipped_bits_are_detected(stored: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    path, tensors = stored
     content = path.read_bytes()
     for place in range(len(content)):
-        spoilt = bytearray(content)
-        spoilt[place] ^= 1 << place % 8
-        path.write_bytes(spoilt)
+        corrupt = bytearray(content)
+        corrupt[place] ^= 1 << place % 8
+        path.write_bytes(corrupt)
         with warnings.catch_warnings(record=True):
             warnings.simplefilter("always")
             found = load_tensors(path, MADE_FROM)
-        # A bit that decides nothing (white space in the header) may be flipped: what is read is right all the same.
+        # A bit without effect, such as white space in the header, may be flipped, as long as the tensors are correct.
         assert found is None or all(torch.equal(found[name], tensors[name]) for name in tensors), place
 
 
-def test_a_file_of_noise(kept: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_random_file(stored: tuple[Path, dict[str, torch.Tensor]]) -> None:
     generator = torch.Generator().manual_seed(0)
     for size in (1, 8, 100, 5000):
-        kept[0].write_bytes(bytes(torch.randint(256, (size,), generator=generator).tolist()))
+        stored[0].write_bytes(bytes(torch.randint(256, (size,), generator=generator).tolist()))
         with pytest.warns(UserWarning, match="will be recreated"):
-            assert load_tensors(kept[0], MADE_FROM) is None
+            assert load_tensors(stored[0], MADE_FROM) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which file is written")
-def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And its folder behind it: otherwise a power cut could leave an empty file of that name."""
+def test_files_are_synchronized_before_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, a power failure could leave an empty file with this name; the folder is synchronized afterwards."""
     synced: list[tuple[str, bool]] = []
     path = tmp_path / "file"
     monkeypatch.setattr(

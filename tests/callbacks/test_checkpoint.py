@@ -24,14 +24,14 @@ def test_times_are_positive(settings) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"minutes": 1}, {"minutes": None, "every_n_train_steps": 2}], ids=str)
-def test_saved_by_time_or_steps(distill, data, trainer, tmp_path, monkeypatch, settings) -> None:
+def test_interval_in_time_or_steps(distill, data, trainer, tmp_path, monkeypatch, settings) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     saved = []
 
     class Clock(StepSeed):
         def on_train_batch_end(self, trainer, *args) -> None:
-            clock[0] += 40  # seconds a step; an epoch has three
+            clock[0] += 40  # seconds per step; an epoch has three steps
 
         def on_save_checkpoint(self, trainer, *args) -> None:
             saved.append(trainer.global_step)
@@ -42,7 +42,7 @@ def test_saved_by_time_or_steps(distill, data, trainer, tmp_path, monkeypatch, s
     assert sorted(path.name for path in last.path.parent.glob("*")) == [".lock", "last.ckpt", "previous.ckpt"]
 
 
-def test_steps_draw_the_same_whatever_came_before(distill, data, trainer) -> None:
+def test_steps_draw_the_same_random_numbers_in_any_state(distill, data, trainer) -> None:
     def draws(waste: bool) -> list[float]:
         drawn = []
 
@@ -69,7 +69,7 @@ def test_steps_of_processes_draw_differently() -> None:
     assert len(drawn) == 8
 
 
-def test_resume_begins_and_goes_on() -> None:
+def test_resume_starts_and_continues_a_run() -> None:
     assert main([*FIT, "--resume"]) == 0
     assert main([*FIT, "--resume", "--trainer.max_epochs=2"]) == 0
     (run,) = Path("runs/digits/kd").glob("version_*")
@@ -77,10 +77,10 @@ def test_resume_begins_and_goes_on() -> None:
     assert main(FIT) == 0  # a new run
     assert len(list(Path("runs/digits/kd").glob("version_*"))) == 2
     assert main([*FIT, "--ckpt_path", str(run / "checkpoints/best.ckpt"), "--trainer.max_epochs=3"]) == 0
-    assert len(list(Path("runs/digits/kd").glob("version_*"))) == 3  # from another than the last state
+    assert len(list(Path("runs/digits/kd").glob("version_*"))) == 3  # not the last state of the run
 
 
-def test_resume_or_a_checkpoint(capsys) -> None:
+def test_resume_excludes_a_checkpoint(capsys) -> None:
     assert main([*FIT, "--resume", "--ckpt_path", "last"]) == 2
     assert "remove either --resume or --ckpt_path" in capsys.readouterr().err
     assert main(["test", "--resume"]) == 2
@@ -102,12 +102,12 @@ def test_folder_of_a_resumed_run(path: str, version: int | None) -> None:
     assert run_version(Path(path), Path("runs/a")) == version
 
 
-def test_a_resumed_run_replaces_its_best(tmp_path) -> None:
+def test_resumed_run_replaces_its_best_checkpoint(tmp_path) -> None:
     assert BestCheckpoint(dirpath=tmp_path)._enable_version_counter is False
 
 
-def test_the_current_score_comes_back(tmp_path) -> None:
-    """It names the checkpoint of a resumed run."""
+def test_current_score_is_restored(tmp_path) -> None:
+    """The score determines the name of the checkpoint of a resumed run."""
     before, after = (BestCheckpoint(dirpath=tmp_path, monitor="val/loss") for _ in range(2))
     before.current_score = torch.tensor(0.25)
     after.load_state_dict(before.state_dict())
@@ -115,40 +115,40 @@ def test_the_current_score_comes_back(tmp_path) -> None:
     assert after.mode == "min"
 
 
-def test_the_newest_run_has_the_largest_number() -> None:
+def test_newest_run_has_the_largest_number() -> None:
     for number in (2, 10, 9):
         folder = Path(f"a/version_{number}/checkpoints")
         folder.mkdir(parents=True)
         torch.save({}, folder / "last.ckpt")
-        os.utime(folder / "last.ckpt", (number == 2, number == 2))  # whatever was copied when
+        os.utime(folder / "last.ckpt", (number == 2, number == 2))  # even if copying changed the times
     assert newest_checkpoint(Path("a"), "last") == Path("a/version_10/checkpoints/last.ckpt")
 
 
-def test_checkpoints_have_the_rights_of_any_file(tmp_path) -> None:
+def test_checkpoints_have_default_file_permissions(tmp_path) -> None:
     AtomicCheckpointIO().save_checkpoint({"a": torch.ones(2)}, tmp_path / "a.ckpt")
     (tmp_path / "b").write_text("")
     assert (tmp_path / "a.ckpt").stat().st_mode == (tmp_path / "b").stat().st_mode
     assert sorted(os.listdir(tmp_path)) == ["a.ckpt", "b"]  # noqa: PTH208
 
 
-def test_every_flipped_bit_is_noticed(tmp_path) -> None:
-    """But for those that change nothing: times, and the zip format's unused fields."""
+def test_flipped_bits_are_detected(tmp_path) -> None:
+    """Undetected bits are those without effect: times, and unused fields of the zip format."""
     path = tmp_path / "a.ckpt"
     torch.save({"state_dict": {"a": torch.arange(40.0)}}, path)
     content = path.read_bytes()
     wanted = torch.load(path, weights_only=True)["state_dict"]["a"]
-    unnoticed = 0
+    undetected = 0
     for position in range(len(content)):
         damaged = bytearray(content)
         damaged[position] ^= 1 << position % 8
         path.write_bytes(damaged)
         if not damage_of(path):
-            unnoticed += 1
+            undetected += 1
             assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["a"], wanted), position
-    assert 0 < unnoticed < len(content) / 2
+    assert 0 < undetected < len(content) / 2
 
 
-def test_damaged_file_is_refused_by_the_trainer(tmp_path) -> None:
+def test_corrupt_file_is_rejected_by_the_trainer(tmp_path) -> None:
     path = tmp_path / "a.ckpt"
     torch.save({"a": torch.arange(4000.0)}, path)
     os.truncate(path, 5000)

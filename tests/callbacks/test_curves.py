@@ -1,4 +1,4 @@
-"""Which curve chooses the best checkpoint, what the final table says, and curves that do not exist."""
+"""The metric that selects the best checkpoint, the final table, and metrics that do not exist."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def _best(folder: Path) -> dict[str, Any]:
     return best
 
 
-def test_features_alone(capfd, monkeypatch) -> None:
-    """The lowest distillation loss is best, also in a run that goes on; no accuracy of an untrained classifier."""
+def test_feature_distillation_without_labels(capfd, monkeypatch) -> None:
+    """The lowest distillation loss is the best, also after resuming; the untrained classifier has no accuracy."""
     assert main([*FEATURES, *PROBE, "--trainer.max_epochs=2"]) == 0
     shown = capfd.readouterr().out
     (folder,) = Path("runs").rglob("version_0")
@@ -67,7 +67,7 @@ def test_features_alone(capfd, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("criterion", "asked", "monitor", "mode"),
+    ("criterion", "requested", "monitor", "mode"),
     [
         (KD(), "val/acc", "val/acc", "max"),
         (KD(), "val/kd", "val/kd", "min"),
@@ -81,9 +81,9 @@ def test_features_alone(capfd, monkeypatch) -> None:
     ],
     ids=str,
 )
-def test_what_is_best(distill, data, trainer, criterion, asked, monitor, mode) -> None:
-    """With a hard_weight of 0, AT and CRD leave the classifier untrained."""
-    best, module = BestCheckpoint(asked), distill(criterion=criterion, hard_weight=0.0)
+def test_default_monitor(distill, data, trainer, criterion, requested, monitor, mode) -> None:
+    """With a hard_weight of 0, AT and CRD do not train the classifier."""
+    best, module = BestCheckpoint(requested), distill(criterion=criterion, hard_weight=0.0)
     module.trainer = trainer()
     module.trainer.datamodule = data
     data.setup("fit")
@@ -109,41 +109,41 @@ MISSPELT = {
 
 
 @pytest.mark.parametrize("name", MISSPELT)
-def test_a_monitor_that_does_not_exist(name: str, capfd, monkeypatch) -> None:
-    """It is reported before the first step."""
+def test_unknown_monitor(name: str, capfd, monkeypatch) -> None:
+    """The error is raised before the first step."""
     epochs: list[int] = []
     monkeypatch.setattr(ImagesPerSecond, "on_train_epoch_start", lambda *_: epochs.append(1))
     assert main([*FIT, *MISSPELT[name]]) == 2
-    said = capfd.readouterr().err.strip().splitlines()
-    assert len([line for line in said if "error" in line]) == 1
-    assert "cannot monitor 'val/accc': no such metric" in said[-1]
-    assert "did you mean 'val/acc'" in said[-1]
-    assert "val/agreement, val/kd, val/loss" in said[-1]
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert len([line for line in errors if "error" in line]) == 1
+    assert "cannot monitor 'val/accc': no such metric" in errors[-1]
+    assert "did you mean 'val/acc'" in errors[-1]
+    assert "val/agreement, val/kd, val/loss" in errors[-1]
     assert not epochs
     assert not list(Path("runs").rglob("*.ckpt"))
 
 
 @pytest.mark.parametrize("curve", ["val/accc", "train/los"])
-def test_without_a_sanity_check(curve: str, capfd) -> None:
+def test_unknown_monitor_without_a_sanity_check(curve: str, capfd) -> None:
     stopping = [
         "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping",
         f"--trainer.callbacks.monitor={curve}",
     ]
     assert main([*FIT, *stopping, "--trainer.num_sanity_val_steps=0"]) == 2
-    said = capfd.readouterr().err
-    assert f"cannot monitor '{curve}': no such metric" in said
-    assert "did you mean" in said
-    assert "Traceback" not in said
+    errors = capfd.readouterr().err
+    assert f"cannot monitor '{curve}': no such metric" in errors
+    assert "did you mean" in errors
+    assert "Traceback" not in errors
 
 
 def test_monitored_accuracy_of_untrained_logits(capfd) -> None:
     stopping = [STOPPING, "--trainer.callbacks.monitor=val/acc"]
     assert main([*FIT, "--config", "methods/backbone_kd", *stopping]) == 2
-    said = capfd.readouterr().err
+    errors = capfd.readouterr().err
     assert (
-        "EarlyStopping cannot monitor 'val/acc': it is not logged, because the loss does not train the logits" in said
+        "EarlyStopping cannot monitor 'val/acc': it is not logged, because the loss does not train the logits" in errors
     )
-    assert "val/backbonekd" in said
+    assert "val/backbonekd" in errors
 
 
 class LogsLater(Callback):
@@ -152,7 +152,7 @@ class LogsLater(Callback):
             pl_module.log("val/mine", float(trainer.current_epoch))
 
 
-def test_a_curve_that_a_callback_logs_later(distill, data, trainer) -> None:
+def test_monitor_that_a_callback_logs_later(distill, data, trainer) -> None:
     callbacks = [MonitorCheck(), LogsLater(), EarlyStopping("val/mine"), KNN(), EarlyStopping("val/knn_acc")]
     trainer(max_epochs=1, num_sanity_val_steps=-1, callbacks=callbacks).fit(distill(), data)
     wrong = [MonitorCheck(), LogsLater(), EarlyStopping("val/mines", check_on_train_epoch_end=False)]
@@ -160,8 +160,8 @@ def test_a_curve_that_a_callback_logs_later(distill, data, trainer) -> None:
         trainer(max_epochs=1, num_sanity_val_steps=-1, callbacks=wrong).fit(distill(), data)
 
 
-def test_features_get_better(trainer) -> None:
-    """As both classifiers see it, by the teacher's features alone; and what they cost leaves no trace."""
+def test_features_improve(trainer) -> None:
+    """Both classifiers improve with the teacher's features alone, and their evaluation does not change training."""
     states, curves = [], {}
     for callbacks in ([], [KNN(), LinearProbe(max_iter=20, every_n_epochs=2)]):
         L.seed_everything(0, verbose=False)
@@ -180,7 +180,7 @@ def test_features_get_better(trainer) -> None:
         assert engine.callback_metrics[name] > curves[name] + 0.05
 
 
-def test_neighbours_and_probe_are_scikit_learn_s(distill, data, trainer) -> None:
+def test_neighbours_and_probe_equal_scikit_learn(distill, data, trainer) -> None:
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -218,7 +218,7 @@ def test_features_that_cannot_be_evaluated(distill, data, trainer) -> None:
 
 
 def test_plain_training_images() -> None:
-    """Without augmentation and in order, while the training goes on as it would."""
+    """The images have no augmentation and a fixed order, and training is not affected."""
     data = DigitsDataModule(batch_size=64, val_size=0.2, label_size=0.5)
     data.setup("fit")
     epoch = [batch.input for batch in data.train_dataloader()]

@@ -16,8 +16,8 @@ from lkd.losses import AT, KD, DistillLoss
 from lkd.models import factories
 
 
-class Modes(Callback):
-    """Notes the mode of two layers in each training step."""
+class RecordModes(Callback):
+    """Records the modes of two layers in each training step."""
 
     def __init__(self) -> None:
         self.seen: set[tuple[bool, bool]] = set()
@@ -39,9 +39,9 @@ def test_counting_operations_keeps_the_mode_of_each_layer(tiny) -> None:
 
 
 @pytest.mark.parametrize(("criterion", "hard_weight"), [(KD(), 0.1), (AT(), 0.0)], ids=["kd", "at"])
-def test_a_frozen_batchnorm_stays_frozen(distill, data, trainer, criterion: DistillLoss, hard_weight: float) -> None:
-    """Through the summary, the loss's trial, validation, the evaluation of features, and the next epoch."""
-    module, modes = distill(criterion=criterion, hard_weight=hard_weight), Modes()
+def test_frozen_batchnorm_remains_frozen(distill, data, trainer, criterion: DistillLoss, hard_weight: float) -> None:
+    """The summary, the trial of the loss, validation, the evaluation of features and the next epoch keep the mode."""
+    module, modes = distill(criterion=criterion, hard_weight=hard_weight), RecordModes()
     frozen, other = module.student.bn1.eval(), module.student.layer1[0].bn1
     before = frozen.running_mean.clone(), other.running_mean.clone()
     callbacks = [NetworkSummary(), ImagesPerSecond(), Speed(), KNN(), LinearProbe(max_iter=2), modes]
@@ -51,20 +51,20 @@ def test_a_frozen_batchnorm_stays_frozen(distill, data, trainer, criterion: Dist
     assert not torch.equal(other.running_mean, before[1])
 
 
-def test_trying_a_network_on_small_images_keeps_the_mode_of_each_layer() -> None:
+def test_trial_on_small_images_keeps_the_mode_of_each_layer() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
     network[1].eval()
     factories._check_runs(network, "mine", network[0])
     assert [layer.training for layer in network] == [True, False, True]
 
 
-def test_speed_counts_each_image_once_and_leaves_validation_out(monkeypatch) -> None:
+def test_speed_counts_each_image_once_and_excludes_validation(monkeypatch) -> None:
     now, logged = [100.0], {}
     monkeypatch.setattr("lkd.callbacks.monitor.time.perf_counter", lambda: now[0])
     batch = Batch(torch.zeros(12, 1), torch.zeros(12), views=3)
     module = SimpleNamespace(unpack=lambda batch: batch, log=lambda name, value, **_: logged.update({name: value}))
     speed, engine = ImagesPerSecond(), SimpleNamespace(world_size=2)
-    for _ in range(2):  # an epoch starts anew
+    for _ in range(2):  # the second epoch starts from zero
         speed.on_train_epoch_start(engine, module)
         for seconds, call in ((1, "batch"), (50, "validation"), (3, "batch")):
             now[0] += seconds

@@ -39,13 +39,13 @@ def test_views_of_classes() -> None:
     ]
 
 
-def test_a_sheet_shows_the_images() -> None:
+def test_sheet_shows_the_images() -> None:
     red = torch.zeros(3, 4, 4, dtype=torch.uint8)
     red[0] = 255
     drawn = sheet([{"image": View("no. 1", red), "label": View("a long text " * 9)}])
     is_red = (drawn == torch.tensor([255, 0, 0]).view(3, 1, 1)).all(0)
     assert is_red.sum() == 140 * 140
-    assert (drawn[:, :, -3:] == 255).all()  # the text is shortened to its column
+    assert (drawn[:, :, -3:] == 255).all()  # the text is truncated to its column
 
 
 def _fit(trainer, folder, callbacks):
@@ -58,7 +58,7 @@ def _fit(trainer, folder, callbacks):
     return module, EventAccumulator(str(folder / "lightning_logs" / "version_0")).Reload()
 
 
-def test_training_is_the_same_with_images(trainer, tmp_path) -> None:
+def test_images_do_not_affect_training(trainer, tmp_path) -> None:
     plain, _ = _fit(trainer, tmp_path / "without", [])
     module, events = _fit(trainer, tmp_path / "with", [PredictionImages(num_images=3, every_n_epochs=2)])
     assert [image.step for image in events.Images("predictions")] == [6, 9]
@@ -66,7 +66,7 @@ def test_training_is_the_same_with_images(trainer, tmp_path) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_mistakes() -> None:
+def test_invalid_settings() -> None:
     class Silent(Classification):
         views = Task.views
 

@@ -34,7 +34,7 @@ PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 
 
 class Brightness(nn.Module):
-    """Classifies each pixel by the nearest of `LEVELS`: `-(x - level)^2`, without the term that is equal for all."""
+    """A network that classifies each pixel by the nearest of `LEVELS`; its logits are `-(x - level)^2` without x^2."""
 
     def forward(self, image: Tensor) -> Tensor:
         levels = torch.tensor(LEVELS, device=image.device).view(-1, 1, 1) / 255
@@ -115,7 +115,7 @@ def test_own_test_images_and_scaled_images(tmp_path, trainer) -> None:
     assert np.array_equal(big[inner], masks["big.png"][inner])
 
 
-def test_the_ignored_class_is_not_predicted(tmp_path, trainer) -> None:
+def test_ignored_class_is_not_predicted(tmp_path, trainer) -> None:
     masks = _photos(tmp_path / "new")
     folder = _predict(trainer, _module(ignore_index=1), new_images("new", _data(tmp_path)))
     for row in _rows(folder):
@@ -182,7 +182,7 @@ def test_each_prediction_has_its_own_folder(tmp_path, trainer, capsys) -> None:
 
 
 def test_new_images_that_differ_from_the_training_images(tmp_path, trainer, recwarn) -> None:
-    """Images in memory have one size; the network predicts others at their own size. What is broken is reported."""
+    """Images in memory have one size; other images are predicted at their own size. Unreadable images are reported."""
     masks = _photos(tmp_path / "new")
     Path("new/broken.png").write_bytes(b"no image")
     module = ClassificationModule(nn.Conv2d(3, 5, 3, padding=1), task=SemanticSegmentation(5))
@@ -190,8 +190,8 @@ def test_new_images_that_differ_from_the_training_images(tmp_path, trainer, recw
     assert {row["file"]: row["mask"] for row in _rows(folder)}["broken.png"] == ""
     sizes = {name: np.asarray(Image.open(folder / "masks" / Path(name).with_suffix(".png"))).shape for name in masks}
     assert sizes == {name: mask.shape for name, mask in masks.items()}
-    said = [str(warning.message) for warning in recwarn if "trained on images of" in str(warning.message)]
-    assert said == [
+    messages = [str(warning.message) for warning in recwarn if "trained on images of" in str(warning.message)]
+    assert messages == [
         "the network was trained on images of 32x32 pixels; images of another size in new: 3 of 5, for example a.png "
         "(31x20); they are predicted at their own size, which may reduce the accuracy"
     ]
@@ -205,7 +205,7 @@ def test_too_many_classes_for_masks(trainer) -> None:
 
 
 class Squares(nn.Module):
-    """A detector of one bright square on black: its box, and its class from its color channel."""
+    """A detector of one bright square on black, whose color channel is its class."""
 
     def forward(self, images: list[Tensor]) -> Predictions:
         return Predictions(self, 3, tuple(image.shape[1:] for image in images), None, {"images": images})
@@ -223,7 +223,7 @@ class Squares(nn.Module):
 
 @pytest.fixture
 def squares(tmp_path) -> CocoDetectionDataModule:
-    """Images of squares of two categories, 7 and 3, with annotations that the detector finds exactly."""
+    """Return images of squares of two categories, 7 and 3; the detector predicts their annotations exactly."""
     content: dict[str, Any] = {"images": [], "annotations": []}
     content["categories"] = [{"id": 7, "name": "green"}, {"id": 3, "name": "red"}]
     (tmp_path / "coco").mkdir()

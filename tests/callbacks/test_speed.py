@@ -1,4 +1,4 @@
-"""A lean step does the same arithmetic; what cannot be made lean runs as it is, and the log says so."""
+"""Optimizations do not change the arithmetic; those that do not apply are disabled and reported."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from lkd.models import CIFARResNet, mobilenetv2, resnet8, resnet20, torchvision_
 from lkd.models.fusion import fold_batch_norms
 
 
-class Flat(nn.Module):
-    """A network whose own code needs the channels first."""
+class ChannelsFirst(nn.Module):
+    """A network whose code requires channels-first tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,8 +39,8 @@ class Flat(nn.Module):
         return logits
 
 
-class Undecided(nn.Module):
-    """A teacher that cannot be traced: what it does depends on the values."""
+class Untraceable(nn.Module):
+    """A teacher that cannot be traced, because its control flow depends on values."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class MyAT(DistillLoss):
 
 @pytest.fixture
 def tiny() -> Callable[..., nn.Module]:
-    """As everywhere, but with channels enough for every CPU to have them last."""
+    """Return a function that creates networks with enough channels for channels-last on every CPU."""
 
     def make(seed: int = 0, num_classes: int = 4, in_channels: int = 3) -> nn.Module:
         torch.manual_seed(seed)
@@ -76,13 +76,13 @@ def tiny() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def fit(trainer, data, capfd) -> Callable[..., str]:
-    """Trains, and returns what is said of the step."""
+    """Return a function that trains a module and returns the reported optimizations."""
 
     def make(module: L.LightningModule, *speed: Speed, **settings: Any) -> str:
         capfd.readouterr()
         trainer(callbacks=list(speed), **settings).fit(module, data)
-        said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("Optimizations:")]
-        return said[0] if said else ""
+        report = [line for line in capfd.readouterr().out.splitlines() if line.startswith("Optimizations:")]
+        return report[0] if report else ""
 
     return make
 
@@ -91,12 +91,12 @@ def weights(module: DistillModule) -> list[Tensor]:
     return [tensor.clone() for tensor in module.student.state_dict().values()]
 
 
-def test_the_same_but_for_rounding(distill, fit) -> None:
+def test_optimizations_do_not_change_the_result(distill, fit) -> None:
     plain, lean = distill(), distill()
     assert fit(plain) == ""
     before = [tensor.clone() for tensor in lean.teacher.state_dict().values()]
-    said = fit(lean, Speed())
-    assert said.startswith("Optimizations: 32-true, channels last, teacher batch norms folded")
+    report = fit(lean, Speed())
+    assert report.startswith("Optimizations: 32-true, channels last, teacher batch norms folded")
     assert lean.student.conv1.weight.is_contiguous()  # as before the run
     for one, other in zip(weights(plain), weights(lean), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -106,8 +106,8 @@ def test_the_same_but_for_rounding(distill, fit) -> None:
 
 
 @pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
-def test_fused_optimizers_do_the_same_and_go_on(distill, data, trainer, tmp_path: Path, kind: type) -> None:
-    """Also from the checkpoint of a run that did without."""
+def test_fused_optimizers_give_the_same_result_and_resume(distill, data, trainer, tmp_path: Path, kind: type) -> None:
+    """Runs also resume from checkpoints of runs without fused optimizers."""
 
     def fit(epochs: int, fuse: bool, ckpt: Path | None = None) -> DistillModule:
         module = distill(optimizer=lambda parameters: kind(parameters, lr=0.01))
@@ -125,7 +125,7 @@ def test_fused_optimizers_do_the_same_and_go_on(distill, data, trainer, tmp_path
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_what_was_told_otherwise_is_not_fused(distill, fit) -> None:
+def test_explicit_optimizer_settings_are_kept(distill, fit) -> None:
     optimizers = [
         lambda parameters: SGD(parameters, lr=0.1, foreach=False),
         lambda parameters: SGD(parameters, lr=0.1, fused=False),
@@ -136,23 +136,23 @@ def test_what_was_told_otherwise_is_not_fused(distill, fit) -> None:
 
 
 class Listener(L.Callback):
-    """Uses one hook of a step."""
+    """A callback that uses one hook of a step."""
 
-    heard = 0
+    calls = 0
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.heard += 1
+        self.calls += 1
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_hooks_that_do_nothing_are_skipped_meanwhile(distill, data, trainer, monkeypatch, fails: bool) -> None:
+def test_empty_hooks_are_skipped_during_training(distill, data, trainer, monkeypatch, fails: bool) -> None:
     listener = Listener()
     run = trainer(callbacks=[Speed(), listener], max_epochs=1)
-    asked = []
+    skipped = []
 
     class Spy(DistillModule):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            asked.append([name for name, hook in vars(listener).items() if hook is None])
+            skipped.append([name for name, hook in vars(listener).items() if hook is None])
             if fails and batch_idx == 2:
                 raise RuntimeError("stop")
             return super().training_step(batch, batch_idx)
@@ -161,24 +161,24 @@ def test_hooks_that_do_nothing_are_skipped_meanwhile(distill, data, trainer, mon
         run.fit(distill(Spy), data)
     except RuntimeError:
         assert fails
-    assert listener.heard == (2 if fails else 3)
-    assert len(asked[0]) == 5
-    assert "on_after_backward" not in asked[0]
+    assert listener.calls == (2 if fails else 3)
+    assert len(skipped[0]) == 5
+    assert "on_after_backward" not in skipped[0]
     assert not any(
         value is None for callback in run.callbacks for name, value in vars(callback).items() if "on_" in name
     )
     assert "profile" not in vars(run.profiler)
 
 
-def test_hooks_of_an_instance_are_heard(distill, fit, data, trainer) -> None:
-    heard = []
-    own = LambdaCallback(on_train_batch_end=lambda *args: heard.append(1))
+def test_hooks_of_an_instance_are_called(distill, fit, data, trainer) -> None:
+    calls = []
+    own = LambdaCallback(on_train_batch_end=lambda *args: calls.append(1))
     trainer(callbacks=[Speed(), own], max_epochs=1).fit(distill(), data)
-    assert len(heard) == 3
+    assert len(calls) == 3
     assert callable(own.on_train_batch_end)
 
 
-def test_a_teacher_changed_meanwhile_is_asked_itself(distill, data, trainer) -> None:
+def test_modified_teacher_is_not_replaced(distill, data, trainer) -> None:
     class Change(L.Callback):
         def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
             folded.append(pl_module.teacher_extractor.network is not pl_module.teacher)
@@ -189,25 +189,25 @@ def test_a_teacher_changed_meanwhile_is_asked_itself(distill, data, trainer) -> 
     assert folded == [True, False]
 
 
-def test_a_teacher_with_hooks_is_not_folded(distill, fit) -> None:
+def test_teacher_with_hooks_is_not_folded(distill, fit) -> None:
     module = distill()
     module.teacher.layer3.register_forward_hook(lambda *args: None)
     assert "fold" not in fit(module, Speed())
 
 
-def test_everything_can_be_switched_off(distill, fit) -> None:
+def test_all_optimizations_can_be_disabled(distill, fit) -> None:
     plain, off = distill(), distill()
     fit(plain)
-    said = fit(
+    report = fit(
         off, Speed(channels_last=False, fold_teacher=False, compile="off", keep_memory=False, fuse_optimizer=False)
     )
-    assert said == "Optimizations: 32-true, torch.compile off"
+    assert report == "Optimizations: 32-true, torch.compile off"
     assert all(torch.equal(*pair) for pair in zip(weights(plain), weights(off), strict=True))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's allocator that is told so")
-def test_freed_memory_is_kept() -> None:
-    """Without it, a block of 64 MiB comes from the system each time, page by page, and goes back to it."""
+def test_freed_memory_is_reused() -> None:
+    """Otherwise, each block of 64 MiB is allocated by the system page by page, and returned to it."""
     program = """
 import resource, sys, torch
 from lkd.callbacks.speed import _keep_memory
@@ -236,7 +236,7 @@ def test_compiled(distill, fit) -> None:
     assert compiled.student._compiled_call_impl is None
 
 
-def test_what_cannot_be_compiled_runs_as_it_is(distill, fit, monkeypatch, tmp_path: Path) -> None:
+def test_compilation_failure_is_reported(distill, fit, monkeypatch, tmp_path: Path) -> None:
     import torch._inductor.config as inductor
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
@@ -244,34 +244,36 @@ def test_what_cannot_be_compiled_runs_as_it_is(distill, fit, monkeypatch, tmp_pa
     monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
     torch._dynamo.reset()
     plain, module = distill(), distill()
-    said = fit(module, Speed(compile="default", channels_last=False, fold_teacher=False, fuse_optimizer=False))
-    assert "torch.compile off (failed: " in said
-    assert "compiler" in said
+    report = fit(module, Speed(compile="default", channels_last=False, fold_teacher=False, fuse_optimizer=False))
+    assert "torch.compile off (failed: " in report
+    assert "compiler" in report
     fit(plain)
     assert all(torch.equal(*pair) for pair in zip(weights(plain), weights(module), strict=True))
 
 
-def test_a_network_that_needs_the_channels_first(fit) -> None:
-    assert "channels first (a network fails with channels last: view size" in fit(ClassificationModule(Flat()), Speed())
+def test_network_that_requires_channels_first(fit) -> None:
+    assert "channels first (a network fails with channels last: view size" in fit(
+        ClassificationModule(ChannelsFirst()), Speed()
+    )
 
 
-def test_a_user_s_criterion_keeps_the_layout_it_knows(distill, fit) -> None:
+def test_own_criteria_get_channels_first(distill, fit) -> None:
     assert "channels last" not in fit(distill(criterion=MyAT()), Speed())
     assert "channels last" in fit(distill(criterion=AT(["layer1"], ["layer1"])), Speed())
 
 
-def test_a_teacher_that_cannot_be_folded(distill, tiny, fit) -> None:
-    module = distill(teacher=Undecided(tiny(seed=2)))
+def test_teacher_that_cannot_be_folded(distill, tiny, fit) -> None:
+    module = distill(teacher=Untraceable(tiny(seed=2)))
     assert "teacher batch norms not folded (it cannot be traced: symbolically traced variables" in fit(module, Speed())
 
 
-def test_what_must_not_be_folded(distill, tiny, fit) -> None:
+def test_folding_is_disabled_for_features_and_changing_teachers(distill, tiny, fit) -> None:
     assert "fold" not in fit(distill(criterion=AT(["layer1"], ["layer1"])), Speed())
     assert "fold" not in fit(PastTeacherModule(tiny(seed=1)), Speed())
 
 
 @pytest.mark.parametrize("make", [lambda: resnet8(num_classes=5), lambda: torchvision_model("resnet18", num_classes=5)])
-def test_folded_networks_say_the_same(make: Callable[..., nn.Module]) -> None:
+def test_folded_networks_give_the_same_logits(make: Callable[..., nn.Module]) -> None:
     torch.manual_seed(0)
     network = make()
     for layer in network.modules():
@@ -290,7 +292,7 @@ def _called(network: Any) -> list[nn.Module]:
     return [network.get_submodule(node.target) for node in network.graph.nodes if node.op == "call_module"]
 
 
-def test_a_shared_convolution_is_not_folded_wrongly() -> None:
+def test_shared_convolution() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -330,7 +332,7 @@ def test_precision(monkeypatch, network, has_units: bool, precision: str) -> Non
 @pytest.mark.parametrize(
     ("capability", "channels", "unsafe"), [("AVX2", 4, True), ("AVX2", 8, False), ("AVX512", 4, False)]
 )
-def test_channels_stay_first_where_the_cpu_would_damage_memory(
+def test_channels_last_is_disabled_for_the_onednn_bug(
     monkeypatch, fit, capability: str, channels: int, unsafe: bool
 ) -> None:
     network = CIFARResNet(8, (channels, channels, 8, 8), num_classes=4)
@@ -344,11 +346,11 @@ def test_channels_stay_first_where_the_cpu_would_damage_memory(
 
 
 @pytest.mark.parametrize(("settings", "precision"), [([], "bf16-mixed"), (["--trainer.precision=32-true"], "32-true")])
-def test_the_command_line_chooses_and_tells(monkeypatch, capfd, settings: list[str], precision: str) -> None:
+def test_command_line(monkeypatch, capfd, settings: list[str], precision: str) -> None:
     monkeypatch.setattr("lkd.callbacks.speed._MEGAFLOPS", 0.01)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert main(["fit", "--config", "digits/kd", "--trainer.fast_dev_run=2", *settings]) == 0
-    assert f"Optimizations: {precision}, channels " in capfd.readouterr().out  # last or, where that is unsafe, first
+    assert f"Optimizations: {precision}, channels " in capfd.readouterr().out  # "last", or "first" if that is unsafe
     assert main(["fit", "--config", "digits/kd", "--trainer.max_steps=2", *settings]) == 0
     (saved,) = Path("runs").rglob("config.yaml")
     assert yaml.safe_load(saved.read_text())["trainer"]["precision"] == precision
@@ -357,13 +359,13 @@ def test_the_command_line_chooses_and_tells(monkeypatch, capfd, settings: list[s
 @pytest.mark.parametrize(
     ("precision", "fused"), [("32-true", True), ("bf16-mixed", True), ("16-mixed", False), ("16-true", False)]
 )
-def test_optimizers_are_not_fused_where_gradients_are_scaled(precision: str, fused: bool) -> None:
+def test_optimizers_are_not_fused_with_gradient_scaling(precision: str, fused: bool) -> None:
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     assert fuse(optimizer, precision) is fused
     assert optimizer.param_groups[0]["fused"] == (True if fused else None)
 
 
-def test_what_a_graph_takes_for_constant(distill) -> None:
+def test_constants_of_a_graph(distill) -> None:
     module = distill()
     before = constants_of(module)
     assert constants_of(module) == before

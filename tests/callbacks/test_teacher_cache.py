@@ -1,4 +1,4 @@
-"""Kept table: the numbers that are read are the teacher's, and nothing else is ever read."""
+"""Teacher cache: cached logits equal the teacher's, and stale or corrupt files are never used."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from lkd.callbacks.logit_table import LogitTable, Storage
 from lkd.datamodules import Mixup, RandomCrop, RandomHorizontalFlip, RotatedViews
 from lkd.losses import AT, KD, TfKD
 
-SAMPLE = 16  # images of which the teacher is asked although its table are kept, once for a version
-NUM_TRAIN = 80  # five batches of 16, or with batches of 24, three and a rest
+SAMPLE = 16  # number of images for which the teacher is run to verify a cached variant
+NUM_TRAIN = 80  # five batches of 16; with batches of 24, three and a remainder
 
 
-class Counting(nn.Module):
-    """A teacher that counts for how many images it was asked in training."""
+class CountingTeacher(nn.Module):
+    """A teacher that counts its input images."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.asked = 0
+        self.images = 0
 
     def forward(self, input: Tensor) -> Tensor:
-        self.asked += len(input)
-        answer: Tensor = self.network(input)
-        return answer
+        self.images += len(input)
+        logits: Tensor = self.network(input)
+        return logits
 
 
-class Heard(L.Callback):
-    """What the criterion was given as the teacher's logits: (epoch, index) to logits."""
+class RecordTeacherLogits(L.Callback):
+    """Records the teacher logits that the criterion gets, by (epoch, index)."""
 
     def __init__(self) -> None:
         self.logits: dict[tuple[int, int], Tensor] = {}
@@ -64,10 +64,11 @@ def images(**settings: Any) -> SyntheticDataModule:
 
 
 @pytest.fixture
-def run(tiny, trainer) -> Callable[..., tuple[DistillModule, Heard, int]]:
-    """Trains with kept table; what the student became, what it heard, and for how many images the teacher was asked.
+def run(tiny, trainer) -> Callable[..., tuple[DistillModule, RecordTeacherLogits, int]]:
+    """Return a function that trains with a teacher cache.
 
-    Without validation: what is asked there is not counted.
+    It returns the module, the recorded teacher logits, and the number of images for which the teacher was run.
+    Validation, which would increase that number, is disabled.
     """
 
     def make(
@@ -78,13 +79,13 @@ def run(tiny, trainer) -> Callable[..., tuple[DistillModule, Heard, int]]:
         module: dict[str, Any] | None = None,
         fit: dict[str, Any] | None = None,
         **cache: Any,
-    ) -> tuple[DistillModule, Heard, int]:
-        asked, heard = Counting(tiny(seed=teacher)), Heard()
-        trained = DistillModule(tiny(seed=1), asked, criterion or KD(temperature=2.0), **(module or {}))
-        callbacks = [TeacherCache(**{"versions": 2, **cache}), heard]
+    ) -> tuple[DistillModule, RecordTeacherLogits, int]:
+        counting, record = CountingTeacher(tiny(seed=teacher)), RecordTeacherLogits()
+        trained = DistillModule(tiny(seed=1), counting, criterion or KD(temperature=2.0), **(module or {}))
+        callbacks = [TeacherCache(**{"versions": 2, **cache}), record]
         engine = trainer(max_epochs=epochs, callbacks=callbacks, limit_val_batches=0, **(fit or {}))
         engine.fit(trained, images(**(data or {})))
-        return trained, heard, asked.asked - 1  # the blank image of the probe
+        return trained, record, counting.images - 1  # minus the blank image of the probe
 
     return make
 
@@ -99,39 +100,39 @@ def files() -> list[Path]:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_what_is_read_is_what_the_teacher_says_of_this_view(run, dtype: str) -> None:
-    module, heard, asked = run(epochs=6, dtype=dtype)
-    assert asked == 2 * NUM_TRAIN
+def test_cached_logits_are_those_of_the_variant(run, dtype: str) -> None:
+    module, record, computed = run(epochs=6, dtype=dtype)
+    assert computed == 2 * NUM_TRAIN
     data = images()
     data.setup("fit")
     train = data.datasets["train"]
-    assert len(heard.logits) == 6 * NUM_TRAIN
+    assert len(record.logits) == 6 * NUM_TRAIN
     for epoch in range(6):
-        index = torch.tensor([i for e, i in heard.logits if e == epoch])
+        index = torch.tensor([i for e, i in record.logits if e == epoch])
         fresh = module.teacher(train.make(torch.full_like(index, epoch % 2), index).input)
-        kept = torch.stack([heard.logits[epoch, i] for i in index.tolist()])
+        kept = torch.stack([record.logits[epoch, i] for i in index.tolist()])
         assert torch.equal(kept, fresh.to(getattr(torch, dtype)).float())
         other = module.teacher(train.make(torch.full_like(index, (epoch + 1) % 2), index).input)
         assert not torch.allclose(kept, other, atol=1e-2)
 
 
-def test_a_second_run_asks_nothing_and_ends_with_the_same_bits(run) -> None:
-    first, _, asked = run()
-    assert asked == 2 * NUM_TRAIN
+def test_second_run_reads_the_cache_and_gives_the_same_result(run) -> None:
+    first, _, computed = run()
+    assert computed == 2 * NUM_TRAIN
     assert len(files()) == 2
-    second, _, asked = run()
-    assert asked == 2 * SAMPLE
+    second, _, computed = run()
+    assert computed == 2 * SAMPLE
     assert same(first, second)
 
 
-def test_a_rest_that_fills_no_batch_is_asked_for_at_the_end(run) -> None:
-    _, heard, asked = run(epochs=1, data={"batch_size": 24})
-    assert len(heard.logits) == 72
-    assert asked == NUM_TRAIN
+def test_images_of_a_dropped_batch_are_computed_at_the_end(run) -> None:
+    _, record, computed = run(epochs=1, data={"batch_size": 24})
+    assert len(record.logits) == 72
+    assert computed == NUM_TRAIN
     assert run(epochs=1, data={"batch_size": 16})[2] == SAMPLE
 
 
-def test_what_was_not_seen_is_not_kept(tiny, trainer) -> None:
+def test_incomplete_epochs_are_not_cached(tiny, trainer) -> None:
     module = DistillModule(tiny(seed=1), tiny(seed=2))
     fit = trainer(max_epochs=1, callbacks=[TeacherCache(versions=1)], limit_train_batches=2)
     with pytest.warns(UserWarning, match="variant 0 .* was not cached: the epoch contained only 32 of 80 images"):
@@ -150,23 +151,23 @@ def test_what_was_not_seen_is_not_kept(tiny, trainer) -> None:
         pytest.param(lambda content: b"\xff" * len(content), id="noise"),
     ],
 )
-def test_a_spoilt_file_is_noticed_and_made_anew(run, spoil: Callable[[bytes], bytes]) -> None:
+def test_corrupt_files_are_rebuilt(run, spoil: Callable[[bytes], bytes]) -> None:
     first, _, _ = run()
     whole = [file.read_bytes() for file in files()]
     files()[1].write_bytes(spoil(whole[1]))
     with pytest.warns(UserWarning, match=r"1.safetensors is ignored and will be recreated"):
-        second, _, asked = run()
-    assert asked == NUM_TRAIN + SAMPLE
+        second, _, computed = run()
+    assert computed == NUM_TRAIN + SAMPLE
     assert same(first, second)
     assert [file.read_bytes() for file in files()] == whole
 
 
-def test_another_version_s_file_in_its_place(run) -> None:
+def test_file_of_another_variant_is_not_used(run) -> None:
     first, _, _ = run()
     files()[1].write_bytes(files()[0].read_bytes())
     with pytest.warns(UserWarning, match="it was created with different inputs: version"):
-        second, _, asked = run()
-    assert asked == NUM_TRAIN + SAMPLE
+        second, _, computed = run()
+    assert computed == NUM_TRAIN + SAMPLE
     assert same(first, second)
 
 
@@ -186,39 +187,39 @@ def test_another_version_s_file_in_its_place(run) -> None:
         ("teacher_normalization", {"module": {"teacher_normalization": Normalization((0.1,) * 3, (0.4,) * 3)}}),
     ],
 )
-def test_what_was_made_from_something_else_is_not_used(run, capfd, what: str, change: dict[str, Any]) -> None:
+def test_stale_files_are_not_used(run, capfd, what: str, change: dict[str, Any]) -> None:
     run(epochs=1)
     capfd.readouterr()
-    _, _, asked = run(epochs=1, **change)
-    assert asked >= 64
-    said = capfd.readouterr().out
-    assert re.search(rf"0 of 2 variants found .*another cache in this folder differs in .*{what}", said), said
+    _, _, computed = run(epochs=1, **change)
+    assert computed >= 64
+    output = capfd.readouterr().out
+    assert re.search(rf"0 of 2 variants found .*another cache in this folder differs in .*{what}", output), output
     (kept,) = {file.parent for file in files()} - {max(files(), key=lambda f: f.stat().st_mtime_ns).parent}
     (new,) = {file.parent for file in files()} - {kept}
-    for file in files():  # even under the right name
+    for file in files():  # even under the correct name
         (new / "0.safetensors").write_bytes((kept / file.name).read_bytes())
     with pytest.warns(UserWarning, match=f"created with different inputs: .*{what}"):
         assert run(epochs=1, **change)[2] >= 64
 
 
-def test_a_teacher_that_does_something_else_with_the_same_weights(run, tiny, trainer) -> None:
+def test_other_teacher_with_the_same_weights(run, tiny, trainer) -> None:
     run(epochs=1)
-    teacher = Counting(tiny(seed=2))
+    teacher = CountingTeacher(tiny(seed=2))
     teacher.network.forward = lambda image, own=teacher.network.forward: own(image).flip(1)
     module = DistillModule(tiny(seed=1), teacher, KD(temperature=2.0))
-    heard = Heard()
+    record = RecordTeacherLogits()
     with pytest.warns(UserWarning, match=r"0.safetensors is rebuilt: its logits of 16 sample images differ from the"):
-        trainer(max_epochs=1, callbacks=[TeacherCache(versions=2), heard], limit_val_batches=0).fit(module, images())
-    assert teacher.asked - 1 == SAMPLE + NUM_TRAIN
+        trainer(max_epochs=1, callbacks=[TeacherCache(versions=2), record], limit_val_batches=0).fit(module, images())
+    assert teacher.images - 1 == SAMPLE + NUM_TRAIN
 
 
-def test_logits_too_large_for_their_storage(trainer) -> None:
+def test_logits_too_large_for_the_dtype(trainer) -> None:
     class Large(KD):
         def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Any:
             return super().forward(student, Outputs(teacher.logits * 1e-5, {}), batch)
 
     def fit(dtype: str) -> None:
-        teacher = Counting(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)))
+        teacher = CountingTeacher(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)))
         nn.init.constant_(teacher.network[1].bias, 1e6)
         module = DistillModule(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)), teacher, Large())
         cache = TeacherCache(versions=1, dtype=dtype)
@@ -229,7 +230,7 @@ def test_logits_too_large_for_their_storage(trainer) -> None:
     fit("bfloat16")
 
 
-def test_labels_do_not_matter(run) -> None:
+def test_labels_do_not_invalidate_the_cache(run) -> None:
     run(epochs=1)
     assert run(epochs=1, data={"label_size": 0.5})[2] == SAMPLE
 
@@ -250,7 +251,7 @@ def test_top_k_keeps_the_largest_and_the_mass_of_the_rest() -> None:
     assert len(Storage(torch.float32, top_k=10).pack(logits)) == 1
 
 
-def test_rows_that_were_replaced_are_not_yet_seen() -> None:
+def test_load_resets_the_seen_rows() -> None:
     storage = Storage(torch.float32)
     table = LogitTable(storage, (torch.zeros(3, 1, 2),), torch.tensor([4, 0, 2]), 2, torch.device("cpu"))
     table.write(torch.tensor([2, 4]), torch.ones(2, 2))
@@ -262,27 +263,27 @@ def test_rows_that_were_replaced_are_not_yet_seen() -> None:
 
 
 class _FourViews(KD):
-    """KD over all rotations, of which the teacher's logits are compared with fresh ones."""
+    """KD over all rotated views that compares the cached teacher logits with fresh ones."""
 
     num_views = 4
 
     def __init__(self, teacher: nn.Module) -> None:
         super().__init__()
-        self.teacher = (teacher,)  # out of the module's tree
+        self.teacher = (teacher,)  # not part of the module tree
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Any:
         torch.testing.assert_close(teacher.logits, self.teacher[0](batch.input), atol=2e-3, rtol=1e-3)
         return super().forward(student, teacher, batch)
 
 
-def test_the_largest_are_read_again(run) -> None:
+def test_top_k_logits_are_reused(run) -> None:
     first, _, _ = run(epochs=2, top_k=2)
-    second, _, asked = run(epochs=2, top_k=2)
-    assert asked == 2 * SAMPLE
+    second, _, computed = run(epochs=2, top_k=2)
+    assert computed == 2 * SAMPLE
     assert same(first, second)
 
 
-def test_a_run_that_fails_leaves_nothing_behind(tiny, trainer) -> None:
+def test_failed_run_restores_module_and_data(tiny, trainer) -> None:
     data, module = images(), DistillModule(tiny(seed=1), tiny(seed=2))
 
     class Stop(L.Callback):
@@ -297,25 +298,25 @@ def test_a_run_that_fails_leaves_nothing_behind(tiny, trainer) -> None:
     assert not list(Path().rglob(".filling*"))
 
 
-def test_a_run_resumed_in_mid_epoch(tiny, trainer, tmp_path: Path) -> None:
-    def fit(ckpt: Path | None = None) -> tuple[DistillModule, Heard]:
-        module, heard = DistillModule(tiny(seed=1), tiny(seed=2)), Heard()
+def test_resume_within_an_epoch(tiny, trainer, tmp_path: Path) -> None:
+    def fit(ckpt: Path | None = None) -> tuple[DistillModule, RecordTeacherLogits]:
+        module, record = DistillModule(tiny(seed=1), tiny(seed=2)), RecordTeacherLogits()
         saved = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=7)
-        run = trainer(max_epochs=3, callbacks=[TeacherCache(versions=1), heard, saved], enable_checkpointing=True)
+        run = trainer(max_epochs=3, callbacks=[TeacherCache(versions=1), record, saved], enable_checkpointing=True)
         run.fit(module, images(val_size=0), ckpt_path=ckpt)
-        return module, heard
+        return module, record
 
     module, _ = fit()
-    _, heard = fit(tmp_path / "step=7.ckpt")
+    _, record = fit(tmp_path / "step=7.ckpt")
     data = images(val_size=0)
     data.setup("fit")
-    for (epoch, index), logits in heard.logits.items():
+    for (epoch, index), logits in record.logits.items():
         image = data.datasets["train"].make(torch.zeros(1, dtype=torch.int64), torch.tensor([index])).input
         torch.testing.assert_close(logits, module.teacher(image)[0], rtol=1e-2, atol=1e-3)
         assert epoch >= 1
 
 
-def test_a_refused_file_is_refused_again(tiny, trainer) -> None:
+def test_rejected_file_is_rejected_in_each_epoch(tiny, trainer) -> None:
     def fit(teacher: nn.Module, **settings: Any) -> None:
         trainer(callbacks=[TeacherCache(versions=1)], limit_val_batches=0, **settings).fit(
             DistillModule(tiny(seed=1), teacher), images()
@@ -324,12 +325,12 @@ def test_a_refused_file_is_refused_again(tiny, trainer) -> None:
     fit(tiny(seed=2), max_epochs=1)
     other = tiny(seed=2)
     other.forward = lambda image, own=other.forward: own(image).flip(1)
-    with pytest.warns(UserWarning, match="sample images differ from the teacher's") as said:
+    with pytest.warns(UserWarning, match="sample images differ from the teacher's") as output:
         fit(other, max_epochs=2, limit_train_batches=2)
-    assert sum("sample images differ from the teacher's" in str(warning.message) for warning in said) == 2
+    assert sum("sample images differ from the teacher's" in str(warning.message) for warning in output) == 2
 
 
-def test_a_teacher_that_is_changed_meanwhile(tiny, trainer) -> None:
+def test_teacher_modified_during_training(tiny, trainer) -> None:
     class Change(L.Callback):
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
             pl_module.teacher.conv1.weight.data.mul_(2)
@@ -341,38 +342,38 @@ def test_a_teacher_that_is_changed_meanwhile(tiny, trainer) -> None:
 
 
 def test_several_views(tiny, trainer) -> None:
-    modules, asked = [], []
+    modules, computed = [], []
     for _ in range(2):
-        teacher = Counting(tiny(seed=2))
+        teacher = CountingTeacher(tiny(seed=2))
         module = DistillModule(tiny(seed=1), teacher, criterion=_FourViews(tiny(seed=2).eval()))
         fit = trainer(max_epochs=3, callbacks=[TeacherCache(versions=1)], limit_val_batches=0)
         fit.fit(module, images(views=RotatedViews()))
         modules.append(module)
-        asked.append(teacher.asked - 1)
-    assert asked == [4 * NUM_TRAIN, 4 * SAMPLE]
+        computed.append(teacher.images - 1)
+    assert computed == [4 * NUM_TRAIN, 4 * SAMPLE]
     assert same(*modules)
 
 
 def test_two_processes_fill_one_file() -> None:
-    """What two processes write together, another two read, and one does too."""
+    """Two processes write one file, which two processes or one process read."""
     command = ["fit", "--config", "digits/kd", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
     command += ["--teacher_cache.versions=1", "--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"]
     command += ["--trainer.enable_checkpointing=false"]
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=32"]
-    said = []
+    output = []
     for number, settings in ((2, two), (2, two), (1, ["--trainer.devices=1"])):
         done, *others = warm.ranks(number, warm.module, "lkd", *command, *settings)
         assert [process.code for process in (done, *others)] == [0] * number, done.stderr[-2000:]
-        said.append(re.findall(r"Teacher cache: ([\d,]+) forward passes computed, ([\d,]+) avoided", done.stdout))
+        output.append(re.findall(r"Teacher cache: ([\d,]+) forward passes computed, ([\d,]+) avoided", done.stdout))
     total = 1150
-    batches = total // 2 // 32 * 64, total // 64 * 64  # what an epoch shows
-    (first,), (second,), (third,) = said
+    batches = total // 2 // 32 * 64, total // 64 * 64  # images in an epoch
+    (first,), (second,), (third,) = output
     assert second == (f"{2 * SAMPLE}", f"{2 * batches[0]:,}")
     assert third == (f"{SAMPLE}", f"{2 * batches[1]:,}")
     assert first == (f"{total:,}", f"{batches[0]:,}")
 
 
-def test_a_resumed_run_reads_on(tiny, trainer, tmp_path: Path) -> None:
+def test_resume_with_a_cache(tiny, trainer, tmp_path: Path) -> None:
     def fit(epochs: int, ckpt: Path | None = None) -> tuple[DistillModule, L.Trainer]:
         module = DistillModule(tiny(seed=1), tiny(seed=2))
         run = trainer(max_epochs=epochs, callbacks=[TeacherCache(versions=2)], limit_val_batches=0)
@@ -395,14 +396,14 @@ def test_a_resumed_run_reads_on(tiny, trainer, tmp_path: Path) -> None:
         (NoisyStudentModule, {}, "NoisyStudentModule overrides teacher_outputs"),
     ],
 )
-def test_answers_that_cannot_be_kept(tiny, trainer, kind, settings: dict[str, Any], words: str) -> None:
+def test_unsupported_teachers(tiny, trainer, kind, settings: dict[str, Any], words: str) -> None:
     teacher = () if kind is PastTeacherModule else (tiny(seed=2),)
     module = kind(tiny(seed=1), *teacher, **settings)
     with pytest.raises(ValueError, match=words):
         trainer(callbacks=[TeacherCache(versions=2)]).fit(module, images())
 
 
-def test_only_lkd_s_data_can_be_replayed(distill, trainer) -> None:
+def test_only_data_modules_of_lkd_are_supported(distill, trainer) -> None:
     data = images()
     data.setup("fit")
     with pytest.raises(ValueError, match="only lkd's data modules can repeat augmented images"):
@@ -412,28 +413,28 @@ def test_only_lkd_s_data_can_be_replayed(distill, trainer) -> None:
 
 
 @pytest.mark.parametrize("argument", ["versions", "top_k"])
-def test_bad_arguments(argument: str) -> None:
+def test_invalid_arguments(argument: str) -> None:
     with pytest.raises(ValueError, match=f"teacher_cache.{argument} must be at least 1, or null to disable it, got 0"):
         TeacherCache(**{argument: 0})
 
 
-def test_where_the_system_reserves_no_files(run, monkeypatch) -> None:
+def test_without_posix_fallocate(run, monkeypatch) -> None:
     monkeypatch.delattr("os.posix_fallocate")
     assert run(epochs=1)[2] == NUM_TRAIN
     assert run(epochs=1)[2] == SAMPLE
 
 
-def test_a_folder_that_cannot_be_written(run, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_written(run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match=r"cannot cache .*; set teacher_cache.folder to a writable folder"):
-        module, _, asked = run(folder=str(tmp_path / "file"))
-    assert asked == 3 * NUM_TRAIN
+        module, _, computed = run(folder=str(tmp_path / "file"))
+    assert computed == 3 * NUM_TRAIN
     assert module.teacher_cache is None
 
 
-def test_switched_off_nothing_is_replayed(run) -> None:
-    _, heard, asked = run(epochs=2, versions=None)
-    assert asked == 2 * NUM_TRAIN
+def test_disabled_cache(run) -> None:
+    _, record, computed = run(epochs=2, versions=None)
+    assert computed == 2 * NUM_TRAIN
     assert not files()
-    changed = [not torch.equal(heard.logits[0, i], heard.logits[1, i]) for e, i in heard.logits if e == 0]
+    changed = [not torch.equal(record.logits[0, i], record.logits[1, i]) for e, i in record.logits if e == 0]
     assert sum(changed) > 0.9 * NUM_TRAIN

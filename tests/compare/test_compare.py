@@ -1,4 +1,4 @@
-"""`lkd compare`: from checkpoints to tables, page and curves."""
+"""`lkd compare`: from checkpoints to tables, report and TensorBoard figures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FIT = ["--trainer.max_epochs=4", "--trainer.accelerator=cpu", "--trainer.enable_
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Two runs on the digits: with a teacher, and alone."""
+    """Return the folder of two runs on the digits, one with a teacher and one without."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -43,8 +43,8 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def answer(capsys, monkeypatch):
-    """What `lkd compare` says of a mistake."""
+def error_of(capsys, monkeypatch):
+    """Return a function that runs `lkd compare` and returns its error message."""
     monkeypatch.delenv("LKD_DEBUG", raising=False)
 
     def run(*args: str) -> str:
@@ -56,17 +56,17 @@ def answer(capsys, monkeypatch):
 
 
 class _Page(HTMLParser):
-    """Tags that were opened, closed ones apart, and the addresses that the page asks for."""
+    """Collects the tags and addresses of a page, and checks that all tags are closed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.asked: list[str] = []
+        self.addresses: list[str] = []
         self.seen: list[str] = []
 
     def handle_starttag(self, tag, attrs) -> None:
         self.seen.append(tag)
-        self.asked += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
@@ -74,7 +74,7 @@ class _Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_runs_are_compared(runs, capsys) -> None:
+def test_comparison_of_runs(runs, capsys) -> None:
     assert main(["compare", str(runs / "digits" / "kd"), f"alone={runs / 'digits' / 'student'}", *QUICK]) == 0
     shown = capsys.readouterr().out
     folder = Path("runs/compare/version_0")
@@ -101,7 +101,7 @@ def test_runs_are_compared(runs, capsys) -> None:
 
 
 def _digits(network: nn.Module):
-    """Probabilities of a network on the test images, and their classes, without lkd's measuring."""
+    """Compute a network's probabilities on the test images, and their classes, independently of lkd."""
     data = DigitsDataModule()
     data.setup("test")
     batches = list(data.test_dataloader())
@@ -110,15 +110,15 @@ def _digits(network: nn.Module):
     return logits.double().softmax(1).numpy(), torch.cat([batch.target for batch in batches]).numpy()
 
 
-def test_page_needs_nothing_else_and_escapes_names(runs, capsys) -> None:
+def test_page_is_self_contained_and_escapes_names(runs, capsys) -> None:
     named = f"<b>&kd={runs / 'digits' / 'kd'}"
     assert main(["compare", named, *QUICK, "--output=here"]) == 0
     text = Path("here/version_0/comparison.html").read_text()
     page = _Page()
     page.feed(text)
     assert not page.open
-    assert page.asked
-    assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.asked)
+    assert page.addresses
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
     assert "b" not in page.seen
     assert "&lt;b&gt;&amp;kd" in text
     assert page.seen.count("svg") == 4
@@ -126,7 +126,7 @@ def test_page_needs_nothing_else_and_escapes_names(runs, capsys) -> None:
     assert not re.search(r"@import|url\((?!#)", text)
 
 
-def test_curves_hold_the_same_figures(runs) -> None:
+def test_tensorboard_contains_the_same_figures(runs) -> None:
     assert main(["compare", str(runs / "digits" / "kd"), *QUICK]) == 0
     folder = Path("runs/compare/version_0")
     found = json.loads((folder / "comparison.json").read_text())["networks"]["kd"]["figures"]
@@ -139,7 +139,7 @@ def test_curves_hold_the_same_figures(runs) -> None:
     assert "compare/Accuracy and calibration/text_summary" in own["tensors"]
 
 
-def test_networks_of_others_with_a_normalization_of_their_own(tmp_path) -> None:
+def test_networks_with_their_own_normalization(tmp_path) -> None:
     network = "class_path: lkd.models.load_weights, init_args: {path: 'lkd:digits_resnet8', network: "
     network += "{class_path: lkd.models.resnet8, init_args: {num_classes: 10, in_channels: 1}}}"
     Path("others.yaml").write_text(
@@ -161,7 +161,7 @@ def test_networks_of_others_with_a_normalization_of_their_own(tmp_path) -> None:
     assert found["networks"]["shifted"]["figures"]["nll"] != found["networks"]["as_trained"]["figures"]["nll"]
 
 
-def test_disputed_images_are_those_that_differ_the_most(tiny, data, tmp_path) -> None:
+def test_disputed_images_differ_the_most(tiny, data, tmp_path) -> None:
     networks = {name: tiny(seed) for name, seed in (("teacher", 1), ("student", 2))}
     found = compare([Candidate(*each) for each in networks.items()], data, "teacher", seconds=0.01, accelerator="cpu")
     disputed, (theirs, ours) = found.predictions.disputed["student"], found.predictions.logits.values()
@@ -176,7 +176,7 @@ def test_disputed_images_are_those_that_differ_the_most(tiny, data, tmp_path) ->
     assert (tmp_path / "comparison.md").read_text().startswith("# teacher, student\n")
 
 
-def test_networks_are_given_back_as_they_were(tiny, data) -> None:
+def test_networks_are_not_modified(tiny, data) -> None:
     network = tiny().train()
     network.layer1.eval()
     next(network.parameters()).requires_grad_(False)
@@ -189,13 +189,13 @@ def test_networks_are_given_back_as_they_were(tiny, data) -> None:
     assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
 
 
-def test_exits_that_do_not_answer_cost_nothing(tiny) -> None:
+def test_cost_excludes_unused_exits(tiny) -> None:
     student = tiny()
     assert network_of(EarlyExitModule(student)) is student
     assert isinstance(network_of(EarlyExitModule(student, exit=1)), ModuleLogits)
 
 
-def test_a_dict_is_not_normalised_otherwise_in_silence(tiny, data) -> None:
+def test_dict_inputs_cannot_be_renormalized(tiny, data) -> None:
     class Dict(nn.Module):
         def forward(self, input):
             return input["image"].flatten(1)[:, :4]
@@ -211,7 +211,7 @@ def test_a_dict_is_not_normalised_otherwise_in_silence(tiny, data) -> None:
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.5, 0.25), ([0.5], np.array([0.25])), ((0.5,), torch.tensor([0.25]))])
-def test_statistics_in_every_form(mean, std) -> None:
+def test_types_of_mean_and_std(mean, std) -> None:
     class Data:
         pass
 
@@ -233,8 +233,8 @@ def test_many_classes(tmp_path) -> None:
     assert found.figures["b"].kl == pytest.approx(0, abs=1e-9)
 
 
-def test_networks_that_do_not_fit(tiny, data) -> None:
-    for candidates, teacher, says in (
+def test_invalid_networks(tiny, data) -> None:
+    for candidates, teacher, message in (
         ([], None, "must have unique names, got none"),
         ([Candidate("a", tiny()), Candidate("a", tiny())], None, "must have unique names, got a, a"),
         ([Candidate("a", tiny())], "b", "must be one of the networks a, got 'b'"),
@@ -242,11 +242,11 @@ def test_networks_that_do_not_fit(tiny, data) -> None:
         ([Candidate("a", tiny()), Candidate("b", tiny(num_classes=5))], None, "compare networks with the same classes"),
         ([Candidate("a", tiny(in_channels=1))], None, "a does not accept the input of this data"),
     ):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             compare(candidates, data, teacher, seconds=0.01, accelerator="cpu")
 
 
-def test_a_normalization_needs_the_datas(tiny, data) -> None:
+def test_normalization_requires_that_of_the_data(tiny, data) -> None:
     own = Candidate("a", tiny(), Normalization((0.0,) * 3, (1.0,) * 3))
     data.mean = None
     with pytest.raises(ValueError, match="does not provide mean and std"):
@@ -263,7 +263,7 @@ def _without_statistics(data):
     return Plain()
 
 
-def test_names_that_are_no_names(tiny, data, tmp_path) -> None:
+def test_unusual_names(tiny, data, tmp_path) -> None:
     names = ["a[/]", r"$\frac$", "..", "a/b", "a_b", "x" * 300]
     found = compare([Candidate(name, tiny()) for name in names], data, seconds=0.01, accelerator="cpu")
     write(found, tmp_path)
@@ -276,7 +276,7 @@ def test_names_that_are_no_names(tiny, data, tmp_path) -> None:
     assert len(folders) == len(names)
 
 
-def test_answers_that_are_not_finite(tiny, data) -> None:
+def test_non_finite_logits(tiny, data) -> None:
     broken = tiny()
     with torch.no_grad():
         next(broken.parameters()).fill_(float("nan"))
@@ -284,7 +284,7 @@ def test_answers_that_are_not_finite(tiny, data) -> None:
         compare([Candidate("broken", broken)], data, seconds=0.01, accelerator="cpu")
 
 
-def test_a_checkpoint_with_an_equals_sign(runs, tmp_path) -> None:
+def test_checkpoint_with_an_equals_sign(runs, tmp_path) -> None:
     run = shutil.copytree(runs / "digits" / "kd" / "version_0", tmp_path / "run")
     best = (run / "checkpoints" / "best.ckpt").rename(run / "checkpoints" / "epoch=1-step=40.ckpt")
     assert main(["compare", str(best), "--teacher=teacher", *QUICK]) == 0
@@ -292,19 +292,19 @@ def test_a_checkpoint_with_an_equals_sign(runs, tmp_path) -> None:
     assert list(found["networks"]) == ["teacher", "run"]
 
 
-def test_other_validation_images_are_told(runs) -> None:
+def test_other_validation_images_are_reported(runs) -> None:
     own = ["--data=lkd.DigitsDataModule", "--data.split_seed=5", "--split=val"]
     with pytest.warns(UserWarning, match="kd was trained with split_seed 0, but is evaluated with 5"):
         main(["compare", str(runs / "digits" / "kd"), *own, *QUICK])
 
 
-def test_an_output_that_cannot_be_written(answer, runs) -> None:
+def test_output_that_cannot_be_written(error_of, runs) -> None:
     Path("afile").write_text("")
-    assert "afile" in answer(str(runs / "digits" / "kd"), "--output=afile/x")
+    assert "afile" in error_of(str(runs / "digits" / "kd"), "--output=afile/x")
 
 
 def _another(run: Path, place: Path, seed: int, **settings: object) -> Path:
-    """A copy of a run as another seed would have left it: somewhat other weights."""
+    """Copy a run with slightly different weights, as if it had another seed."""
     shutil.copytree(run, place)
     config = yaml.safe_load((place / "config.yaml").read_text())
     (place / "config.yaml").write_text(yaml.safe_dump({**config, "seed_everything": seed, **settings}))
@@ -318,7 +318,7 @@ def _another(run: Path, place: Path, seed: int, **settings: object) -> Path:
     return path
 
 
-def test_runs_that_differ_only_by_seed_are_one_method(runs, tmp_path, capsys, monkeypatch) -> None:
+def test_runs_that_differ_only_by_seed_form_one_method(runs, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     kd, alone = runs / "digits" / "kd" / "version_0", runs / "digits" / "student" / "version_0"
     places = [kd, alone]
@@ -346,7 +346,7 @@ def test_runs_that_differ_only_by_seed_are_one_method(runs, tmp_path, capsys, mo
         assert methods_of({"kd": trained, "again": trained}) == {}
 
 
-def test_class_names_are_those_of_the_training(runs, tmp_path, recwarn) -> None:
+def test_class_names_come_from_training(runs, tmp_path, recwarn) -> None:
     synthetic = {"class_path": "lkd.SyntheticDataModule", "init_args": {"num_classes": 10, "input_shape": [1, 8, 8]}}
     kd = runs / "digits" / "kd" / "version_0"
     same, other = (_another(kd, tmp_path / name, 1, data=synthetic) for name in ("same", "other"))
@@ -354,32 +354,34 @@ def test_class_names_are_those_of_the_training(runs, tmp_path, recwarn) -> None:
     checkpoint["lkd"]["class_names"] = tuple("abcdefghij")
     torch.save(checkpoint, other)
     assert main(["compare", str(same), str(other), "--data=lkd.DigitsDataModule", *QUICK]) == 0
-    (said,) = [str(warning.message) for warning in recwarn if "class" in str(warning.message)]
-    assert said == (
+    (message,) = [str(warning.message) for warning in recwarn if "class" in str(warning.message)]
+    assert message == (
         "other was trained with the classes a, b, c, d, e and 5 more, but is evaluated with 0, 1, 2, 3, 4 and 5 more"
     )
 
 
-def test_mistakes(answer, runs) -> None:
-    assert "requires runs, or networks in a --config" in answer()
-    assert "runs/digits/nothing does not exist" in answer("runs/digits/nothing")
+def test_invalid_arguments(error_of, runs) -> None:
+    assert "requires runs, or networks in a --config" in error_of()
+    assert "runs/digits/nothing does not exist" in error_of("runs/digits/nothing")
     kd = str(runs / "digits" / "kd")
-    assert "each run must have a unique name" in answer(kd, kd)
-    assert "write NAME=PLACE" in answer(f"={kd}")
-    assert "must be one of the networks kd, got 'other'" in answer(kd, "--teacher=other")
-    assert "batch_sizes and seconds must be positive" in answer(kd, "--batch_sizes=[0]")
-    assert "lkd compare has no setting 'teachr'; did you mean 'teacher'?" in answer(kd, "--teachr=x")
-    assert "lkd compare has no setting 'model'; available: " in answer(kd, "--config", "digits/kd")
-    assert "there is no config 'nothing.yaml'" in answer("--config", "nothing.yaml")
-    assert "no images in its val split" in answer(kd, "--split=val", "--data=lkd.DigitsDataModule", "--data.val_size=0")
+    assert "each run must have a unique name" in error_of(kd, kd)
+    assert "write NAME=PLACE" in error_of(f"={kd}")
+    assert "must be one of the networks kd, got 'other'" in error_of(kd, "--teacher=other")
+    assert "batch_sizes and seconds must be positive" in error_of(kd, "--batch_sizes=[0]")
+    assert "lkd compare has no setting 'teachr'; did you mean 'teacher'?" in error_of(kd, "--teachr=x")
+    assert "lkd compare has no setting 'model'; available: " in error_of(kd, "--config", "digits/kd")
+    assert "there is no config 'nothing.yaml'" in error_of("--config", "nothing.yaml")
+    assert "no images in its val split" in error_of(
+        kd, "--split=val", "--data=lkd.DigitsDataModule", "--data.val_size=0"
+    )
     named = ["--networks.a.class_path=lkd.models.resnet8", "--networks.a.init_args.num_classes=10"]
-    assert "'num_classes' is set for a network without class_path" in answer(kd, *named)
-    assert "normalization applies only to the networks of the config" in answer(
+    assert "'num_classes' is set for a network without class_path" in error_of(kd, *named)
+    assert "normalization applies only to the networks of the config" in error_of(
         kd, "--normalization.x={mean: [0.], std: [1.]}"
     )
 
 
-def test_a_run_on_other_data_is_told(runs, capsys) -> None:
+def test_other_data_is_reported(runs, capsys) -> None:
     with pytest.warns(UserWarning, match="kd was trained on DigitsDataModule, but is evaluated on SyntheticDataModule"):
         main(
             [

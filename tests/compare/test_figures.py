@@ -1,4 +1,4 @@
-"""Figures equal what scikit-learn, torchmetrics, and the definitions give, computed another way."""
+"""Figures equal those of scikit-learn, torchmetrics, and independent computations of their definitions."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def target() -> torch.Tensor:
     return torch.randint(CLASSES, (400,), generator=torch.Generator().manual_seed(1))
 
 
-def answers(target: torch.Tensor, seed: int, scale: float = 3.0) -> torch.Tensor:
-    """Logits of a network that is right about two times in three, and sure of it by `scale`."""
+def random_logits(target: torch.Tensor, seed: int, scale: float = 3.0) -> torch.Tensor:
+    """Return logits with an accuracy of about two thirds, and a confidence given by `scale`."""
     noise = torch.randn(len(target), CLASSES, generator=torch.Generator().manual_seed(seed))
     return scale * (noise + 1.5 * torch.nn.functional.one_hot(target, CLASSES))
 
 
-def test_figures_are_those_of_scikit_learn_and_torchmetrics(target) -> None:
-    logits, teacher = answers(target, 2), answers(target, 3)
+def test_figures_equal_scikit_learn_and_torchmetrics(target) -> None:
+    logits, teacher = random_logits(target, 2), random_logits(target, 3)
     found = measure(logits, target, teacher)
     probabilities, chosen = softmax(logits.double().numpy(), 1), logits.argmax(1).numpy()
     labels = list(range(CLASSES))
@@ -56,8 +56,8 @@ def test_figures_are_those_of_scikit_learn_and_torchmetrics(target) -> None:
     assert confusion(logits, target).numpy() == pytest.approx(wanted)
 
 
-def test_images_without_a_label_count_for_the_teacher_alone(target) -> None:
-    logits, teacher = answers(target, 2), answers(target, 3)
+def test_unlabelled_images_count_only_for_agreement(target) -> None:
+    logits, teacher = random_logits(target, 2), random_logits(target, 3)
     partly = target.clone()
     partly[::4] = IGNORE_INDEX
     known = partly != IGNORE_INDEX
@@ -69,23 +69,23 @@ def test_images_without_a_label_count_for_the_teacher_alone(target) -> None:
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 10), (3, 10), (10, 10), (8103, 10_000)])
-def test_intervals_are_wilsons(count: int, total: int) -> None:
+def test_intervals_are_wilson_intervals(count: int, total: int) -> None:
     z, share = 1.959963984540054, count / total
     middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
     half = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
     assert Share(count, total).interval == pytest.approx((middle - half, middle + half), abs=1e-9)
 
 
-def test_temperature_is_the_best_of_many(target) -> None:
-    logits = answers(target, 2).double()
+def test_temperature_has_the_lowest_loss(target) -> None:
+    logits = random_logits(target, 2).double()
     grid = np.exp(np.linspace(np.log(0.05), np.log(20), 4001))
     losses = [-log_softmax(logits.numpy() / t, 1)[np.arange(400), target].mean() for t in grid]
     assert fitted_temperature(logits, target) == pytest.approx(grid[int(np.argmin(losses))], rel=3e-3)
     assert fitted_temperature(7 * logits, target) == pytest.approx(7 * fitted_temperature(logits, target), rel=1e-3)
 
 
-def test_no_image_is_measured_with_a_temperature_that_it_has_helped_to_find(target) -> None:
-    logits = answers(target, 2).double()
+def test_temperature_is_cross_fitted(target) -> None:
+    logits = random_logits(target, 2).double()
     scaled = cross_fitted(logits, target)
     part = torch.randperm(400, generator=torch.Generator().manual_seed(0)) % FOLDS
     for number in range(FOLDS):
@@ -97,7 +97,7 @@ def test_no_image_is_measured_with_a_temperature_that_it_has_helped_to_find(targ
     assert found.scaled_ece < found.ece
 
 
-def test_answers_that_are_all_right_have_a_temperature_all_the_same() -> None:
+def test_temperature_of_perfect_predictions() -> None:
     logits = 5 * torch.eye(3).repeat(4, 1)
     found = measure(logits, torch.arange(12) % 3)
     assert 0.05 <= found.temperature < 1
@@ -106,33 +106,33 @@ def test_answers_that_are_all_right_have_a_temperature_all_the_same() -> None:
 
 
 def test_mcnemar(target) -> None:
-    ours, theirs = answers(target, 2), answers(target, 3, scale=1.0)
+    ours, theirs = random_logits(target, 2), random_logits(target, 3, scale=1.0)
     found = difference("a", "b", ours, theirs, target)
     right, other = ours.argmax(1) == target, theirs.argmax(1) == target
     gained, lost = int((right & ~other).sum()), int((~right & other).sum())
     assert (found.only_first, found.only_second, found.total) == (gained, lost, 400)
-    # the exact test: twice the smaller tail of a fair coin
+    # the exact test: twice the smaller tail of a binomial distribution with p = 0.5
     assert found.p_value == pytest.approx(min(1, 2 * binom.cdf(min(gained, lost), gained + lost, 0.5)))
     assert found.value == pytest.approx(float(right.double().mean() - other.double().mean()))
 
 
-def test_the_interval_is_that_of_a_bootstrap_over_images(target) -> None:
-    ours, theirs = answers(target, 2), answers(target, 3)
+def test_interval_is_a_bootstrap_over_images(target) -> None:
+    ours, theirs = random_logits(target, 2), random_logits(target, 3)
     found = difference("a", "b", ours, theirs, target)
     gap = ((ours.argmax(1) == target).double() - (theirs.argmax(1) == target).double()).numpy()
     drawn = np.random.default_rng(5).choice(gap, (10_000, 400)).mean(1)
-    # the two are draws of their own: their quantiles differ by about a hundredth of the interval
+    # both are random: their quantiles differ by about a hundredth of the interval
     assert found.interval == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.004)
 
 
 def test_equal_networks_do_not_differ(target) -> None:
-    logits = answers(target, 2)
+    logits = random_logits(target, 2)
     found = difference("a", "b", logits, logits, target)
     assert (found.value, found.interval, found.p_value) == (0, (0, 0), 1)
 
 
-def test_reliability_adds_up_to_the_calibration_error(target) -> None:
-    logits = answers(target, 2).double()
+def test_reliability_sums_to_the_calibration_error(target) -> None:
+    logits = random_logits(target, 2).double()
     bins = reliability(logits, target)
     assert sum(one.share for one in bins) == pytest.approx(1)
     gap = sum(one.share * abs(one.accuracy - one.confidence) for one in bins if one.share)

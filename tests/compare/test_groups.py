@@ -1,4 +1,4 @@
-"""Means, intervals and tests over seeds; tables and plots of many networks."""
+"""Means, intervals and tests over seeds, and tables and plots of many networks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = ["teacher", *(f"kd/version_{n}" for n in range(4)), *(f"dkd/version_{n}"
 
 @pytest.fixture(scope="module")
 def nine() -> Comparison:
-    """A teacher, two methods with several seeds each, and one more network."""
+    """Return a comparison of a teacher, two methods with several seeds each, and one more network."""
     data = SyntheticDataModule(num_classes=10, input_shape=(1, 4, 4), train_size=20, test_size=200, batch_size=100)
     candidates = []
     for number, name in enumerate(NAMES):
@@ -34,17 +34,17 @@ def nine() -> Comparison:
     return compare(candidates, data, "teacher", seconds=0.01, accelerator="cpu")
 
 
-def test_mean_deviation_and_interval_of_five_seeds() -> None:
+def test_mean_standard_deviation_and_interval_of_five_seeds() -> None:
     spread = Spread((0.91, 0.93, 0.92, 0.95, 0.90))
     assert spread.mean == pytest.approx(0.922)
     assert spread.std == pytest.approx(np.std(spread.values, ddof=1))
-    half = 2.7764451051977987 * spread.std / math.sqrt(5)  # the 97.5 % quantile of t with 4 degrees of freedom
+    half = 2.7764451051977987 * spread.std / math.sqrt(5)  # 97.5 % quantile of t with 4 degrees of freedom
     assert spread.interval == pytest.approx((0.922 - half, 0.922 + half))
     assert math.isnan(Spread((0.9,)).std)
     assert math.isnan(Spread((0.9,)).interval[0])
 
 
-def test_welchs_test_is_that_of_the_definition() -> None:
+def test_welchs_test_equals_its_definition() -> None:
     ours, theirs = np.array([0.91, 0.93, 0.92, 0.95]), np.array([0.88, 0.92, 0.80])
     groups = [Group(name, (), {"top1": Spread(tuple(values))}) for name, values in (("a", ours), ("b", theirs))]
     found = method_difference(*groups)
@@ -59,7 +59,7 @@ def test_welchs_test_is_that_of_the_definition() -> None:
     assert math.isnan(method_difference(same, same).p_value)
 
 
-def test_groups_have_their_means(nine) -> None:
+def test_means_of_groups(nine) -> None:
     assert [(group.name, len(group.members)) for group in nine.groups] == [("kd", 4), ("dkd", 3)]
     top1s = [nine.figures[name].top1.value for name in NAMES[1:5]]
     assert nine.groups[0].measures["top1"].values == tuple(top1s)
@@ -70,7 +70,7 @@ def test_groups_have_their_means(nine) -> None:
     assert found["method_differences"][0]["difference"] == nine.method_differences[0].value
 
 
-def test_groups_and_single_networks_are_the_rows(nine) -> None:
+def test_rows_are_groups_and_single_networks(nine) -> None:
     first, of_networks, cost, methods, against, pairs, classes = tables(nine)
     assert [row[:2] for row in first.rows] == [["teacher", "1"], ["kd", "4"], ["dkd", "3"], ["alone", "1"]]
     assert first.rows[1][2] == f"{100 * nine.groups[0].measures['top1'].mean:.2f}"
@@ -90,18 +90,18 @@ def test_groups_and_single_networks_are_the_rows(nine) -> None:
     assert [row[0] for row in against.rows] == NAMES[1:]
 
 
-def test_differences_are_those_from_the_reference(nine) -> None:
+def test_differences_from_the_reference(nine) -> None:
     against = tables(nine)[4]
     gap = nine.figures["alone"].top1.value - nine.figures["teacher"].top1.value
     assert against.rows[0][1] == f"{100 * gap:+.2f}"
     one = next(pair for pair in nine.differences if (pair.first, pair.second) == ("teacher", "alone"))
     assert against.rows[0][3:5] == [str(one.only_second), str(one.only_first)]
-    low, high = one.interval  # of the difference the other way round
+    low, high = one.interval  # of the opposite difference
     assert against.rows[0][2] == f"[{-100 * high:+.2f}, {-100 * low:+.2f}]"
 
 
 @pytest.mark.parametrize("members", [False, True])
-def test_a_terminal_of_80_columns_breaks_no_cell(nine, members: bool) -> None:
+def test_tables_fit_80_columns(nine, members: bool) -> None:
     for table in tables(nine, members):
         console = Console(width=80, record=True, file=io.StringIO())
         console.print(*table.rich(80), sep="\n")
@@ -111,7 +111,7 @@ def test_a_terminal_of_80_columns_breaks_no_cell(nine, members: bool) -> None:
             assert all(f" {cell} " in text for cell in row)
 
 
-def test_sixteen_networks_have_marks_of_their_own() -> None:
+def test_sixteen_networks_have_different_markers() -> None:
     assert len({style(number) for number in range(64)}) == 64
 
 
@@ -125,11 +125,11 @@ def test_sixteen_networks_have_marks_of_their_own() -> None:
         (["x", "y"], "x (x to y)"),
     ],
 )
-def test_a_group_is_called_what_its_networks_share(members: list[str], wanted: str) -> None:
+def test_group_name_is_the_common_part(members: list[str], wanted: str) -> None:
     assert _group_name(members, set(members)) == wanted
 
 
-def test_methods_are_told_apart_by_settings_seeds_and_checkpoints() -> None:
+def test_methods_are_grouped_by_their_settings() -> None:
     runs = {}
     for name, seed, own, weight, checkpoint in (
         ("a/0", 0, None, 0.5, "best"),
@@ -146,6 +146,6 @@ def test_methods_are_told_apart_by_settings_seeds_and_checkpoints() -> None:
     assert methods_of(runs) == dict.fromkeys(("a/0", "a/1", "a/2"), "a")  # type: ignore[arg-type]
 
 
-def test_a_difference_among_many_pairs_needs_a_smaller_p() -> None:
+def test_p_values_are_corrected_for_many_pairs() -> None:
     assert [verdict(0.02, pairs) for pairs in (1, 2, 3)] == ["yes", "yes", "no"]
     assert verdict(math.nan, 1) == "-"

@@ -1,4 +1,4 @@
-"""Comparison of segmentation networks by counts of each image."""
+"""Comparison of segmentation networks by the counts of each image."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _predictions(networks, data):
     return classes, torch.cat([batch.target for batch in batches])
 
 
-def test_scores_are_those_of_torchmetrics(found, networks) -> None:
+def test_scores_equal_torchmetrics(found, networks) -> None:
     classes, target = _predictions(networks, found.data)
     settings = {"num_classes": 5, "ignore_index": IGNORE_INDEX}
     for name, own in classes.items():
@@ -58,8 +58,8 @@ def test_scores_are_those_of_torchmetrics(found, networks) -> None:
     assert not found.figures["teacher"].to_teacher
 
 
-def test_the_interval_is_that_of_drawn_images(found, networks) -> None:
-    """Images are drawn one by one, and the mean IoU is computed from the drawn images."""
+def test_interval_is_a_bootstrap_over_images(found, networks) -> None:
+    """The bootstrap resamples images and computes the mean IoU of each sample."""
     classes, target = _predictions(networks, found.data)
     random, drawn = np.random.default_rng(1), []
     for _ in range(400):
@@ -85,7 +85,7 @@ def test_differences_are_paired(found, networks) -> None:
     torch.testing.assert_close(again.per_class, samples[0].per_class, rtol=0, atol=0, equal_nan=True)
 
 
-def test_shown_images_are_those_that_overlap_the_least(found, networks) -> None:
+def test_shown_images_have_the_smallest_overlap(found, networks) -> None:
     classes, target = _predictions(networks, found.data)
     labelled = classes["teacher"].masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
     overlap = TASK.scores(TASK.tally(classes["student"], labelled))["mean IoU"]

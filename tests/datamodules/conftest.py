@@ -11,9 +11,10 @@ from tests.datamodules.sources import in_memory
 
 @pytest.fixture
 def write_tree(tmp_path):
-    """Writes `{split: {class: number of images}}` as JPEG files, each image of its own size and colour.
+    """Return a function that writes `{split: {class: number of images}}` as JPEG files of random sizes and pixels.
 
-    None is so large that it would be decoded at half its size for 18 pixels."""
+    The images are too small to be decoded at reduced size for 18 pixels.
+    """
 
     def write(counts, size=None, root=tmp_path):
         rng = np.random.default_rng(0)
@@ -32,7 +33,7 @@ def write_tree(tmp_path):
 
 @pytest.fixture
 def make(request, write_tree):
-    """Makes a data module in memory (of square images, if told so), or of files of different sizes."""
+    """Return a function that creates a data module, with images in memory or with files of different sizes."""
     if request.param != "files":
         return partial(in_memory, (3, 9, 9 if request.param == "square" else 7))
     root = write_tree({"train": {"cat": 45, "dog": 45}, "test": {"cat": 12, "dog": 11}})

@@ -1,4 +1,4 @@
-"""Images that several test files read."""
+"""Data shared by several test files."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ SHUFFLED = [RandomCrop(2), RandomHorizontalFlip()]
 
 
 def in_memory(shape: tuple[int, int, int] = (3, 9, 7), **settings: Any) -> SyntheticDataModule:
-    """Four classes of generated images, shifted and mirrored."""
+    """Return generated images of four classes with random crops and flips."""
     return SyntheticDataModule(4, shape, train_size=170, test_size=23, augment=SHUFFLED, **settings)

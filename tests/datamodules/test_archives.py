@@ -1,4 +1,4 @@
-"""The archives in torchvision's formats, written here with a few images."""
+"""Archives in the formats that torchvision reads, created here with a few images."""
 
 import pickle
 import re
@@ -76,7 +76,7 @@ def write_svhn(root, split, images, labels):
 def write_stl10(root, split, images, labels):
     folder = Path(root, "stl10_binary")
     folder.mkdir(exist_ok=True)
-    (folder / f"{split}_X.bin").write_bytes(images.transpose(0, 1, 3, 2).tobytes())  # by columns
+    (folder / f"{split}_X.bin").write_bytes(images.transpose(0, 1, 3, 2).tobytes())  # column by column
     (folder / f"{split}_y.bin").write_bytes(bytes(label + 1 for label in labels))
     (folder / "unlabeled_X.bin").touch()
     (folder / "class_names.txt").write_text("\n".join(STL10DataModule.class_names))
@@ -93,8 +93,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("cls", "write"), CASES)
-def test_archives_are_read(cls, write, tmp_path, monkeypatch):
-    for module in ("cifar", "svhn", "stl10"):  # their checksums are those of the real files
+def test_archives_are_loaded(cls, write, tmp_path, monkeypatch):
+    for module in ("cifar", "svhn", "stl10"):  # the checksums are those of the original files
         monkeypatch.setattr(
             getattr(torchvision.datasets, module), "check_integrity", lambda path, *_: Path(path).is_file()
         )
@@ -148,7 +148,7 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize("cls", ARCHIVES)
-def test_offline_the_message_says_what_to_put_where(cls, tmp_path, monkeypatch):
+def test_offline_error_names_files_and_folders(cls, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("Temporary failure in name resolution")
 
@@ -167,7 +167,7 @@ def test_offline_the_message_says_what_to_put_where(cls, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cls", ARCHIVES)
-def test_without_download_the_message_is_the_same(cls, tmp_path):
+def test_error_without_download_is_the_same(cls, tmp_path):
     datamodule = cls(str(tmp_path), download=False)
     datamodule.prepare_data()
     for stage in ("fit", "test"):

@@ -25,7 +25,7 @@ def _batches(data: SyntheticDetectionDataModule, epoch: int = 0, workers: int = 
 
 
 def _samples(batches: list[Batch]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Image and boxes by position in the source."""
+    """Return image and boxes for each index in the source."""
     return {
         index: (image, target["boxes"])
         for batch in batches
@@ -33,7 +33,7 @@ def _samples(batches: list[Batch]) -> dict[int, tuple[torch.Tensor, torch.Tensor
     }
 
 
-def test_order_and_flips_are_a_function_of_seed_epoch_and_index() -> None:
+def test_order_and_flips_depend_on_seed_epoch_and_index() -> None:
     data = SyntheticDetectionDataModule(train_size=40, val_size=8, batch_size=8, seed=3)
     data.setup("fit")
     first, again, second = (_batches(data, epoch) for epoch in (0, 0, 1))
@@ -90,7 +90,7 @@ def test_processes_evaluate_each_image_once() -> None:
         data.setup("fit")
 
 
-def test_boxes_that_do_not_fit_their_images() -> None:
+def test_invalid_boxes() -> None:
     images, labels, counts = [torch.zeros(3, 8, 8)] * 2, torch.ones(2, dtype=torch.int64), torch.tensor([1, 1])
     boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [1.0, 4.0, 3.0, 4.0]])
     with pytest.raises(ValueError, match=r"box \[1.0, 4.0, 3.0, 4.0\] of image 1 has no area"):
@@ -179,7 +179,7 @@ def _set(name: str, number: int, **values: object) -> Callable[[dict[str, Any]],
         (lambda content: content["images"].clear(), "must contain images"),
     ],
 )
-def test_what_is_wrong_with_a_coco_file(coco, change, message: str) -> None:
+def test_invalid_coco_files(coco, change, message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         coco(change).setup("fit")
 

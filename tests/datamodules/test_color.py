@@ -20,7 +20,7 @@ ALL = ColorJitter(0.4, 0.4, 0.4, 0.1)
 def images(batch, channels=3, height=21, width=26, seed=0):
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(256, (batch, channels, height, width), dtype=torch.uint8, generator=generator)
-    noise[1::5] = noise[1::5, :1]  # some of gray
+    noise[1::5] = noise[1::5, :1]  # some images are gray
     return noise // torch.tensor([1, 2, 4], dtype=torch.uint8)[torch.arange(batch) % 3].view(-1, 1, 1, 1)
 
 
@@ -35,7 +35,7 @@ def factors(transform, draws):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", CHANGES)
-def test_each_change_is_torchvisions_to_within_a_level(name, channels):
+def test_each_change_agrees_with_torchvision_within_one_level(name, channels):
     image, draws = images(150, channels), drawn(150)
     transform = ColorJitter(**{name: WIDE[name]})
     factor = factors(transform, draws)[:, list(CHANGES).index(name)]
@@ -46,14 +46,14 @@ def test_each_change_is_torchvisions_to_within_a_level(name, channels):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_brightness_is_torchvisions_to_the_bit(channels):
+def test_brightness_equals_torchvision(channels):
     image, draws, transform = images(150, channels), drawn(150), ColorJitter(0.9)
     factor = factors(transform, draws)[:, 0]
     expected = [TF.adjust_brightness(one, float(f)) for one, f in zip(image, factor, strict=True)]
     assert torch.equal(transform(image, draws), torch.stack(expected))
 
 
-def test_every_gray_level_is_the_weighted_sum_without_its_fraction():
+def test_gray_levels_are_truncated_weighted_sums():
     levels = torch.arange(256)
     red, green, blue = torch.meshgrid(levels, levels, levels[::5], indexing="ij")
     image = torch.stack((red, green, blue)).to(torch.uint8).flatten(1).view(1, 3, 256, -1)
@@ -61,7 +61,7 @@ def test_every_gray_level_is_the_weighted_sum_without_its_fraction():
     assert torch.equal(ColorJitter(saturation=(0.0, 0.0))(image, torch.zeros(1, 8)).long(), expected)
 
 
-def test_every_colour_turned_all_the_way_is_itself_and_none_is_another_colour():
+def test_hue_of_all_colours():
     levels = torch.arange(0, 256, 3)
     colours = torch.stack(torch.meshgrid(levels, levels, levels, indexing="ij")).to(torch.uint8)
     image = colours.flatten(1).view(1, 3, len(levels), -1)
@@ -74,7 +74,7 @@ def test_every_colour_turned_all_the_way_is_itself_and_none_is_another_colour():
         assert (turned.int() - TF.adjust_hue(image, factor).int()).abs().max() <= 1
 
 
-def test_changes_follow_one_another_in_the_order_of_the_last_draws():
+def test_order_of_changes_follows_the_last_draws():
     image, orders = images(24), list(itertools.permutations(range(4)))
     draws = drawn(24)
     draws[:, 4:] = torch.tensor(orders).argsort(1) / 4
@@ -88,8 +88,8 @@ def test_changes_follow_one_another_in_the_order_of_the_last_draws():
     assert torch.equal(ALL(image, draws), torch.stack(expected))
 
 
-def test_every_order_is_as_likely_as_another():
-    """Of factors so strong that levels are cut off, each order makes another image."""
+def test_all_orders_are_equally_likely():
+    """The factors saturate the pixels, so each of the 24 orders gives a different image."""
     image = images(1)[:, :, :4, :4].expand(24_000, -1, -1, -1)
     transform = ColorJitter((1.8, 1.8), (1.5, 1.5), (1.7, 1.7), (0.2, 0.2))
     _, counts = transform(image, drawn(24_000)).flatten(1).unique(dim=0, return_counts=True)
@@ -107,18 +107,18 @@ def test_factors_are_distributed_as_in_torchvision():
     assert torch.allclose(found.std(0), (high - low) / 12**0.5, rtol=0.05)
 
 
-def test_without_changes_the_image_stays_as_it_is():
+def test_without_changes_the_image_is_unchanged():
     for channels in (1, 3):
         assert torch.equal(ColorJitter()(images(10, channels), drawn(10)), images(10, channels))
 
 
-def test_gray_images_have_no_colour():
+def test_gray_images_remain_gray():
     image = images(10, 1)
     assert torch.equal(ColorJitter(saturation=0.9, hue=0.5)(image, drawn(10)), image)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 7), (3, 32, 32), (3, 97, 101)])
-def test_an_image_does_not_depend_on_the_others(shape):
+def test_images_are_independent_of_the_batch(shape):
     batch, draws = images(100, *shape), drawn(100)
     changed = ALL(batch, draws)
     assert changed.dtype == torch.uint8
@@ -126,7 +126,7 @@ def test_an_image_does_not_depend_on_the_others(shape):
         assert torch.equal(ALL(batch[i : i + 1], draws[i : i + 1])[0], changed[i])
 
 
-def test_the_input_stays_as_it_is():
+def test_input_is_not_modified():
     batch, draws = images(50), drawn(50)
     before = batch.clone()
     changed = ALL(batch, draws)
@@ -149,6 +149,6 @@ def test_the_input_stays_as_it_is():
         ),
     ],
 )
-def test_wrong_settings_are_refused(make, message):
+def test_invalid_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()

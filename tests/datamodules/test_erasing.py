@@ -19,7 +19,7 @@ def drawn(transform, batch, epoch=0):
 
 
 def erased(image, box, fill):
-    """torchvision's own erasing of one image."""
+    """Erase one image with torchvision."""
     top, left, height, width = (int(edge) for edge in box)
     level = torch.tensor(fill, dtype=torch.uint8).view(-1, 1, 1)
     return TF.erase(image, top, left, height, width, level)
@@ -27,7 +27,7 @@ def erased(image, box, fill):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [1, 4, 7, 60])
-def test_cutout_equals_torchvisions_erase_of_the_square_within_the_image(size, channels):
+def test_cutout_equals_torchvision(size, channels):
     image, transform = images(60, channels), Cutout(size, fill=9)
     draws, expected = drawn(transform, 60), []
     for one, draw in zip(image, draws, strict=True):
@@ -38,7 +38,7 @@ def test_cutout_equals_torchvisions_erase_of_the_square_within_the_image(size, c
     assert torch.equal(transform(image, draws), torch.stack(expected))
 
 
-def test_cutouts_centre_is_every_pixel_equally_often():
+def test_cutout_centers_are_uniform():
     white = torch.full((12_000, 1, 4, 6), 255, dtype=torch.uint8)
     holes = (Cutout(1)(white, drawn(Cutout(), 12_000)) == 0).sum((0, 1))
     assert holes.sum() == 12_000
@@ -46,15 +46,15 @@ def test_cutouts_centre_is_every_pixel_equally_often():
     assert holes.max() < 600
 
 
-def test_cutout_loses_as_much_as_the_square_overlaps():
-    """A square of 8 pixels around each of 16 rows has 8 - (4 + 3 + 2 + 1 + 1 + 2 + 3) / 16 of them inside."""
+def test_cutout_area():
+    """For 16 possible centers, a square of 8 pixels covers 8 - (4 + 3 + 2 + 1 + 1 + 2 + 3) / 16 rows on average."""
     white = torch.full((20_000, 1, 16, 16), 255, dtype=torch.uint8)
     lost = (Cutout(8)(white, drawn(Cutout(), 20_000)) == 0).sum((1, 2, 3)).double()
     assert lost.max() == 64
     assert lost.mean().item() == pytest.approx((8 - 16 / 16) ** 2, rel=0.02)
 
 
-def test_erasing_equals_torchvisions_erase_of_the_box():
+def test_erasing_equals_torchvision():
     image, transform = images(200), RandomErasing(fill=(1, 2, 3))
     draws = drawn(transform, 200)
     boxes = torch.stack(transform.box(21, 26, draws), dim=1)
@@ -83,13 +83,13 @@ def test_erasing_is_distributed_as_in_torchvision(height, width, ranges):
     assert (ours[:, 1] + ours[:, 3]).max() <= width
 
 
-def test_a_box_that_never_fits_leaves_the_image_as_it_is():
+def test_box_that_never_fits_changes_nothing():
     transform, image = RandomErasing(1.0, scale=(1.0, 1.0), ratio=(1.0, 1.0)), images(10, height=8, width=8)
     assert torch.equal(transform(image, drawn(transform, 10)), image)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
-def test_the_share_of_images_erased(p):
+def test_fraction_of_erased_images(p):
     transform, white = RandomErasing(p), torch.full((5000, 1, 16, 16), 255, dtype=torch.uint8)
     lost = (transform(white, drawn(transform, 5000)) == 0).flatten(1).any(1).double().mean()
     assert lost.item() == pytest.approx(p, abs=0.02)
@@ -97,7 +97,7 @@ def test_the_share_of_images_erased(p):
 
 @pytest.mark.parametrize("transform", PAIR)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 7), (3, 32, 32)])
-def test_an_image_does_not_depend_on_the_others(transform, shape):
+def test_images_are_independent_of_the_batch(transform, shape):
     batch, draws = images(100, *shape), drawn(transform, 100)
     changed = transform(batch, draws)
     assert changed.dtype == torch.uint8
@@ -106,7 +106,7 @@ def test_an_image_does_not_depend_on_the_others(transform, shape):
 
 
 @pytest.mark.parametrize("transform", PAIR)
-def test_the_input_stays_as_it_is(transform):
+def test_input_is_not_modified(transform):
     batch, draws = images(50), drawn(transform, 50)
     before = batch.clone(), draws.clone()
     changed = transform(batch, draws)
@@ -115,7 +115,7 @@ def test_the_input_stays_as_it_is(transform):
     assert not torch.equal(changed, batch)
 
 
-def test_in_a_data_module_each_draws_numbers_of_its_own():
+def test_transforms_of_a_data_module_use_separate_draws():
     datamodule = DigitsDataModule(augment=PAIR, seed=5)
     datamodule.setup("fit")
     dataset = datamodule.datasets["train"]
@@ -142,6 +142,6 @@ def test_in_a_data_module_each_draws_numbers_of_its_own():
         (lambda: RandomErasing(fill=(0, -1, 0)), r"RandomErasing: fill must be between 0 and 255, got \(0, -1, 0\)"),
     ],
 )
-def test_wrong_settings_are_refused(make, message):
+def test_invalid_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()

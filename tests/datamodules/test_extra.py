@@ -1,4 +1,4 @@
-"""Few labels or none, and training images from elsewhere."""
+"""Data modules with few or no labels, and with additional training images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lkd.types import IGNORE_INDEX
 
 
 def write(root: Path, names: list[str], size: tuple[int, int] = (8, 8), seed: int = 5) -> dict[str, np.ndarray]:
-    """Gray images as PNG; name to pixels."""
+    """Write gray images as PNG files and return their pixels by name."""
     generator = np.random.default_rng(seed)
     pixels = {}
     for name in names:
@@ -42,15 +42,15 @@ def digits(**settings) -> DigitsDataModule:
     return data
 
 
-def shown(data) -> dict[int, tuple[torch.Tensor, int]]:
-    """Index to image and target, of one epoch without what fills no batch."""
+def epoch_samples(data) -> dict[int, tuple[torch.Tensor, int]]:
+    """Return image and target by index, for the full batches of one epoch."""
     found = {}
     for batch in data.train_dataloader():
         found |= {int(i): (x, int(t)) for x, t, i in zip(batch.input, batch.target, batch.index, strict=True)}
     return found
 
 
-def test_without_labels_the_images_stay() -> None:
+def test_label_size_zero_keeps_the_images() -> None:
     data = digits(label_size=0)
     everything = digits()
     assert torch.equal(data.train_index, everything.train_index)
@@ -59,7 +59,7 @@ def test_without_labels_the_images_stay() -> None:
     assert set(val.target[val.index].tolist()) == set(range(10))
 
 
-def test_so_many_labels_of_each_class() -> None:
+def test_labels_per_class() -> None:
     data = digits(labels_per_class=4)
     target = data.datasets["train"].target[data.train_index]
     assert data.num_labelled == 40
@@ -71,7 +71,7 @@ def test_so_many_labels_of_each_class() -> None:
     assert set(few.train_index.tolist()) < more
 
 
-def test_impossible_numbers_of_labels_are_told() -> None:
+def test_invalid_numbers_of_labels() -> None:
     with pytest.raises(ValueError, match=r"labels_per_class must be between 1 and .*\(class 8 has 125\), got 200"):
         digits(labels_per_class=200)
     with pytest.raises(ValueError, match=r"labels_per_class must be between 1 and .*, got 0"):
@@ -82,26 +82,26 @@ def test_impossible_numbers_of_labels_are_told() -> None:
         digits(label_size=0, drop_unlabelled=True)
 
 
-def test_images_of_a_folder_come_beside_the_own(tmp_path) -> None:
+def test_images_of_a_folder_are_appended(tmp_path) -> None:
     pixels = write(tmp_path / "more", ["b.png", "a/deep/1.PNG", "a/0.png"])
     (tmp_path / "more" / "notes.txt").write_text("no image")
     plain, data = digits(), digits(extra=UnlabelledFolder(str(tmp_path / "more")), batch_size=1)
     own = len(plain.datasets["train"].target)
     assert data.num_samples == own + 3
     assert data.train_index.tolist() == [*plain.train_index.tolist(), own, own + 1, own + 2]
-    seen = shown(data)
+    seen = epoch_samples(data)
     for place, name in enumerate(["b.png", "a/0.png", "a/deep/1.PNG"]):
         image, target = seen[own + place]
         expected = (pixels[name] / 255 - 0.3057) / 0.3762
         assert target == IGNORE_INDEX
         assert np.allclose(image[0], expected, atol=1e-5)
-    for index, (image, target) in shown(plain).items():
+    for index, (image, target) in epoch_samples(plain).items():
         assert torch.equal(image, seen[index][0])
         assert target == seen[index][1]
 
 
-def test_a_transfer_set_is_all_that_is_trained_on(tmp_path, monkeypatch) -> None:
-    """Training images of one data set, validation and test images of another: of its training images none is read."""
+def test_training_on_a_transfer_set_only(tmp_path, monkeypatch) -> None:
+    """The training images come from one dataset only, the validation and test images from another."""
     write(tmp_path / "other" / "train", [f"class{i % 3}/{i}.png" for i in range(12)], (16, 11))
     names = [f"{split}/{name}/{i}.png" for split in ("train", "test") for name in ("cat", "dog") for i in range(10)]
     write(tmp_path / "own", names)
@@ -116,8 +116,8 @@ def test_a_transfer_set_is_all_that_is_trained_on(tmp_path, monkeypatch) -> None
     settings |= {"label_size": 0, "drop_unlabelled": True, "extra": UnlabelledFolder(str(tmp_path / "other"))}
     data = ImageFolderDataModule(**settings, batch_size=4, val_size=4)
     data.setup("fit")
-    assert len(shown(data)) == data.num_samples == 12
-    assert {target for _, target in shown(data).values()} == {IGNORE_INDEX}
+    assert len(epoch_samples(data)) == data.num_samples == 12
+    assert {target for _, target in epoch_samples(data).values()} == {IGNORE_INDEX}
     val = data.datasets["val"]
     held_out = {str(tmp_path / "own" / "train" / name.decode()) for name in val.source.original.files[val.index]}
     assert len(held_out) == 4
@@ -129,8 +129,8 @@ def test_a_transfer_set_is_all_that_is_trained_on(tmp_path, monkeypatch) -> None
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_random_parts_are_cut_from_both(tmp_path, in_memory) -> None:
-    """Images that are read anew in each epoch: the same as if one folder held all."""
+def test_random_crops_of_joined_images(tmp_path, in_memory) -> None:
+    """Random crops are read from the files in each epoch, as if one folder contained all images."""
     write(tmp_path / "one" / "train", [f"x/{i}.png" for i in range(3)], (20, 15), seed=1)
     write(tmp_path / "more", [f"{i}.png" for i in range(3)], (20, 15), seed=2)
     write(tmp_path / "all" / "train", [f"x/{i}.png" for i in range(3)], (20, 15), seed=1)
@@ -148,13 +148,13 @@ def test_random_parts_are_cut_from_both(tmp_path, in_memory) -> None:
         assert torch.equal(ours.index, theirs.index)
 
 
-def test_files_come_beside_images_in_memory(tmp_path) -> None:
+def test_files_are_joined_with_images_in_memory(tmp_path) -> None:
     pixels = write(tmp_path / "more", ["0.png"], (20, 15))["0.png"]
     settings = {"augment": [RandomResizedCrop((1.0, 1.0), (0.75, 0.75))], "batch_size": 1, "num_workers": 0}
     plain, data = digits(**settings), digits(**settings, extra=UnlabelledFolder(str(tmp_path / "more")))
     assert isinstance(data.datasets["train"].source, Joined)
-    seen = shown(data)
-    for index, (image, _) in shown(plain).items():
+    seen = epoch_samples(data)
+    for index, (image, _) in epoch_samples(plain).items():
         assert torch.equal(image, seen[index][0])
     whole = Image.fromarray(pixels).resize((8, 8), Image.Resampling.BILINEAR)
     expected = (np.asarray(whole) / 255 - 0.3057) / 0.3762
@@ -162,7 +162,7 @@ def test_files_come_beside_images_in_memory(tmp_path) -> None:
 
 
 def test_joined_images_have_names(tmp_path) -> None:
-    """By which kept answers, and runs that are made again, know them."""
+    """The teacher cache and repeated runs identify the dataset by these names."""
     write(tmp_path / "more", ["0.png", "1.png"])
     extra = UnlabelledFolder(str(tmp_path / "more"))
     for augment in ([], [RandomResizedCrop()]):
@@ -172,7 +172,7 @@ def test_joined_images_have_names(tmp_path) -> None:
         assert first.contents() == again.contents() != plain.contents()
 
 
-def test_a_broken_image_is_named(tmp_path) -> None:
+def test_corrupt_image(tmp_path) -> None:
     write(tmp_path / "more", ["0.png"])
     (tmp_path / "more" / "1.png").write_bytes(b"no image")
     extra = UnlabelledFolder(str(tmp_path / "more"))
@@ -190,7 +190,7 @@ def test_a_broken_image_is_named(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("made", "message"), [(False, "folder .* not found"), (True, "no images in")])
-def test_a_folder_without_images_is_told(tmp_path, made, message) -> None:
+def test_folder_without_images(tmp_path, made, message) -> None:
     if made:
         (tmp_path / "more").mkdir()
     with pytest.raises(FileNotFoundError, match=message):
@@ -198,7 +198,7 @@ def test_a_folder_without_images_is_told(tmp_path, made, message) -> None:
 
 
 def test_a_student_learns_without_labels(tiny, trainer) -> None:
-    """There is nothing but the teacher's answers to move it."""
+    """The student learns from the teacher's logits alone."""
     data = DigitsDataModule(label_size=0, batch_size=256)
     networks = [tiny(seed, num_classes=10, in_channels=1) for seed in (1, 2)]
     module = DistillModule(*networks, distill_weight=1.0, hard_weight=0.0)
@@ -210,7 +210,7 @@ def test_a_student_learns_without_labels(tiny, trainer) -> None:
     assert 0 < fit.callback_metrics["val/acc"] < 1
 
 
-def test_a_student_alone_needs_labels(tiny, trainer) -> None:
+def test_training_without_teacher_requires_labels(tiny, trainer) -> None:
     data = DigitsDataModule(label_size=0)
     networks = [tiny(seed, num_classes=10, in_channels=1) for seed in (1, 2)]
     for module in (ClassificationModule(networks[0]), DistillModule(*networks, distill_weight=0.0, hard_weight=1.0)):
@@ -219,7 +219,7 @@ def test_a_student_alone_needs_labels(tiny, trainer) -> None:
     trainer().validate(ClassificationModule(networks[0]), data, verbose=False)
 
 
-def test_the_command_line_takes_a_folder(tmp_path) -> None:
+def test_command_line(tmp_path) -> None:
     write(Path("data/unlabelled"), [f"x/{i}.png" for i in range(20)], (9, 9))
     overlays = ["data/digits", "pairs/digits", "methods/transfer_set", "methods/patient"]
     short = ["--trainer.max_epochs=1", "--data.init_args.batch_size=8", "--trainer.enable_progress_bar=false"]

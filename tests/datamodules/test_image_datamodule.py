@@ -23,7 +23,7 @@ CPU = SimpleNamespace(root_device=torch.device("cpu"))
 
 
 class Given(ImageDataModule):
-    """Images and labels given by the test."""
+    """A data module for the images and labels of a test."""
 
     num_classes = 3
     input_shape = (1, 4, 4)
@@ -49,16 +49,16 @@ def items(kind, size=30, shape=(4, 4)):
     return [(convert(array), i % 3) for i, array in enumerate(arrays)], arrays
 
 
-def everything(loader):
+def all_samples(loader):
     batches = list(loader)
     return Batch(*(torch.cat(parts) for parts in list(zip(*batches, strict=True))[:3]))
 
 
-def test_batches_are_normalised_and_typed():
+def test_batches_are_normalized_and_typed():
     source = tensors()
     datamodule = Given(source, batch_size=7, val_size=0)
     datamodule.setup("test")
-    batch = everything(datamodule.test_dataloader())
+    batch = all_samples(datamodule.test_dataloader())
     assert batch.input.dtype == torch.float32
     assert batch.target.dtype == batch.index.dtype == torch.int64
     assert torch.equal(batch.input, (source.tensors[0].float() / torch.tensor(255.0) - 0.5) / 0.5)
@@ -68,17 +68,17 @@ def test_batches_are_normalised_and_typed():
 
 
 @pytest.mark.parametrize("kind", ["pil", "array", "tensor"])
-def test_images_of_every_kind_give_the_same(kind):
+def test_image_types_give_equal_batches(kind):
     source, arrays = items(kind)
     datamodule = Given(source, num_workers=0)
     datamodule.setup("test")
-    batch = everything(datamodule.test_dataloader())
+    batch = all_samples(datamodule.test_dataloader())
     expected = (torch.as_tensor(np.stack(arrays))[:, None].float() / torch.tensor(255.0) - 0.5) / 0.5
     assert torch.equal(batch.input, expected)
     assert batch.target.tolist() == [i % 3 for i in range(30)]
 
 
-def test_colour_becomes_gray_and_sixteen_bits_become_eight():
+def test_images_are_converted_to_gray_and_eight_bits():
     deep = Image.fromarray(np.full((4, 4), 200 * 256 + 7, dtype=np.uint16))
     red = Image.new("RGB", (4, 4), (255, 0, 0))
     datamodule = Given([(deep, 0), (red, 1), (Image.new("RGBA", (4, 4), (9, 9, 9, 0)), 2)], num_workers=0)
@@ -87,19 +87,19 @@ def test_colour_becomes_gray_and_sixteen_bits_become_eight():
     assert image[:, 0, 0, 0].tolist() == [200, 76, 9]
 
 
-def test_training_and_validation_images_divide_the_source():
+def test_training_and_validation_images_are_disjoint():
     datamodule = Given(tensors(), val_size=0.2)
     datamodule.setup("fit")
     train, val = datamodule.datasets["train"].index, datamodule.datasets["val"].index
     assert (len(train), len(val)) == (24, 6)
     assert torch.equal(torch.cat((train, val)).sort().values, torch.arange(30))
-    batch = everything(datamodule.val_dataloader())
+    batch = all_samples(datamodule.val_dataloader())
     assert torch.equal(batch.index, val)
     assert torch.equal(batch.target, val % 3)
     assert batch.target.bincount().tolist() == [2, 2, 2]
 
 
-def test_split_depends_on_its_own_seed_alone():
+def test_split_depends_only_on_its_seed():
     def held_out(**kwargs):
         datamodule = Given(tensors(), val_size=6, **kwargs)
         datamodule.setup("validate")
@@ -125,14 +125,14 @@ def test_augmentation_never_reaches_validation_and_test():
         for epoch in (0, 1):
             a, b = getattr(plain, loader)(), getattr(heavy, loader)()
             b.sampler.set_epoch(epoch)
-            assert torch.equal(everything(a).input, everything(b).input)
-    a, b = everything(plain.train_dataloader()), everything(heavy.train_dataloader())
+            assert torch.equal(all_samples(a).input, all_samples(b).input)
+    a, b = all_samples(plain.train_dataloader()), all_samples(heavy.train_dataloader())
     assert torch.equal(a.index, b.index)
     assert not torch.equal(a.input, b.input)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
-def test_processes_count_each_test_image_once(processes):
+def test_processes_evaluate_each_test_image_once(processes):
     datamodule = Given(tensors(29), batch_size=4)
     datamodule.setup("test")
     counted, batches = [], set()
@@ -140,7 +140,7 @@ def test_processes_count_each_test_image_once(processes):
         datamodule.trainer = SimpleNamespace(world_size=processes, global_rank=rank, strategy=CPU)
         loader = datamodule.test_dataloader()
         batches.add(len(list(loader)))
-        batch = everything(loader)
+        batch = all_samples(loader)
         assert ((batch.index >= 0) & (batch.index < 29)).all()
         counted += batch.index[batch.target != IGNORE_INDEX].tolist()
     assert len(batches) == 1  # no process waits for another
@@ -148,7 +148,7 @@ def test_processes_count_each_test_image_once(processes):
 
 
 @pytest.mark.parametrize(("batch_size", "batches"), [(7, [7, 7, 7]), (24, [24]), (25, [24])])
-def test_an_incomplete_training_batch_is_left_out_unless_it_is_the_only_one(batch_size, batches):
+def test_incomplete_training_batch_is_dropped_unless_it_is_the_only_one(batch_size, batches):
     datamodule = Given(tensors(), batch_size=batch_size, val_size=6)
     datamodule.setup("fit")
     assert [len(b.target) for b in datamodule.train_dataloader()] == batches
@@ -157,9 +157,9 @@ def test_an_incomplete_training_batch_is_left_out_unless_it_is_the_only_one(batc
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (3, 0), (3, 1)])
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_a_limited_evaluation_takes_images_of_all_classes(split, processes, workers):
+def test_limited_evaluation_includes_all_classes(split, processes, workers):
     source = tensors(62)
-    source.tensors[1].copy_(torch.arange(62).div(21, rounding_mode="floor"))  # class by class
+    source.tensors[1].copy_(torch.arange(62).div(21, rounding_mode="floor"))  # sorted by class
     every = list(range(62))
 
     def seen(limit, batches=None, epoch=0, loader=split, **settings):
@@ -194,13 +194,13 @@ def test_no_validation():
     assert datamodule.val_dataloader() == []
 
 
-def test_images_without_a_label_are_kept_for_training():
+def test_unlabelled_images_are_used_for_training():
     source = tensors()
     source.tensors[1][:9] = IGNORE_INDEX
     datamodule = Given(source, val_size=6)
     datamodule.setup("fit")
-    assert (everything(datamodule.val_dataloader()).target >= 0).all()
-    assert (everything(datamodule.train_dataloader()).target == IGNORE_INDEX).sum() == 9
+    assert (all_samples(datamodule.val_dataloader()).target >= 0).all()
+    assert (all_samples(datamodule.train_dataloader()).target == IGNORE_INDEX).sum() == 9
 
 
 def test_resized_crop_works_on_images_in_memory():
@@ -211,7 +211,7 @@ def test_resized_crop_works_on_images_in_memory():
     assert datamodule.datasets["val"].stored is not None
 
 
-def test_workers_and_memory_pinning_fit_the_data():
+def test_workers_and_memory_pinning():
     datamodule = Given(tensors())
     datamodule.setup("fit")
     loader = datamodule.train_dataloader()
@@ -223,7 +223,7 @@ def test_workers_and_memory_pinning_fit_the_data():
 
 
 @pytest.mark.parametrize("label", [3, -1, 1000])
-def test_a_label_out_of_range_is_named(label):
+def test_label_out_of_range(label):
     source = tensors()
     source.tensors[1][:4] = label
     message = (
@@ -234,7 +234,7 @@ def test_a_label_out_of_range_is_named(label):
         Given(source).setup("fit")
 
 
-def test_an_unreadable_image_is_named_in_one_sentence():
+def test_unreadable_image():
     source, _ = items("pil")
     source[17] = (np.zeros((4, 4)), 2)
     datamodule = Given(source, num_workers=0, resident_limit=0)
@@ -247,7 +247,7 @@ def test_an_unreadable_image_is_named_in_one_sentence():
     )
 
 
-def test_mistakes_are_answered():
+def test_invalid_settings():
     def fails(message, error=ValueError, setup="fit", **kwargs):
         with pytest.raises(error, match=message):
             Given(**{"train": tensors(), **kwargs}).setup(setup)
@@ -269,7 +269,7 @@ def test_mistakes_are_answered():
         Given(tensors()).train_dataloader()
 
 
-def test_missing_attributes_are_named():
+def test_missing_attributes():
     class Nameless(ImageDataModule):
         def make_dataset(self, split):
             return tensors()
@@ -278,7 +278,7 @@ def test_missing_attributes_are_named():
         Nameless().setup("fit")
 
 
-def test_channels_that_no_image_file_has_are_refused():
+def test_unsupported_number_of_channels():
     class Spectral(Given):
         input_shape = (5, 4, 4)
         mean, std = (0.5,) * 5, (0.5,) * 5
@@ -294,7 +294,7 @@ def test_class_names_are_numbers_unless_given():
     assert datamodule.class_names == ("0", "1", "2")
 
 
-def test_setup_opens_the_data_once():
+def test_setup_opens_the_dataset_once():
     datamodule = Given(tensors())
     datamodule.setup("fit")
     before = dict(datamodule.datasets)
@@ -303,7 +303,7 @@ def test_setup_opens_the_data_once():
     assert datamodule.datasets == before
 
 
-def test_digits_are_those_of_scikit_learn():
+def test_digits_equal_scikit_learn():
     datamodule = DigitsDataModule(augment=[], val_size=0)
     datamodule.setup("fit")
     datamodule.setup("test")
@@ -326,7 +326,7 @@ def test_digits_are_those_of_scikit_learn():
     assert datamodule.std == pytest.approx((pixels.std(correction=0).item(),), abs=5e-5)
 
 
-def test_synthetic_images_are_fixed_and_can_be_learnt():
+def test_synthetic_images_are_deterministic_and_separable():
     def make(**kwargs):
         datamodule = SyntheticDataModule(num_classes=5, input_shape=(2, 8, 8), batch_size=1000, **kwargs)
         datamodule.setup("fit")
@@ -334,8 +334,8 @@ def test_synthetic_images_are_fixed_and_can_be_learnt():
         return datamodule
 
     datamodule, again = make(seed=0), make(seed=1)
-    train, test = (everything(getattr(datamodule, f"{s}_dataloader")()) for s in ("train", "test"))
-    assert torch.equal(test.input, everything(again.test_dataloader()).input)
+    train, test = (all_samples(getattr(datamodule, f"{s}_dataloader")()) for s in ("train", "test"))
+    assert torch.equal(test.input, all_samples(again.test_dataloader()).input)
     assert train.target.bincount().tolist() == [180] * 5
     centres = torch.stack([train.input[train.target == c].mean(0) for c in range(5)])
     nearest = torch.cdist(test.input.flatten(1), centres.flatten(1)).argmin(1)

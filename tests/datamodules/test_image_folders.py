@@ -52,7 +52,7 @@ def test_folder_equals_torchvision(write_tree):
     assert [ours.path(i) for i in range(len(ours))] == theirs
 
 
-def test_training_images_are_random_parts(write_tree):
+def test_training_images_are_random_crops(write_tree):
     datamodule = folder(write_tree(PETS), augment=None, val_size=0)
     datamodule.setup("fit")
     loader = datamodule.train_dataloader()
@@ -65,7 +65,7 @@ def test_training_images_are_random_parts(write_tree):
     assert not torch.isclose(first.input[order[0]], other.input[order[1]]).flatten(1).all(1).any()
 
 
-def test_splits_that_are_there_are_used(write_tree):
+def test_existing_splits_are_used(write_tree):
     root = write_tree({"train": {"a": 6, "b": 6}, "val": {"a": 2, "b": 2}, "test": {"a": 3, "b": 3}})
     datamodule = folder(root)
     datamodule.setup("fit")
@@ -73,7 +73,7 @@ def test_splits_that_are_there_are_used(write_tree):
     assert {s: len(d) for s, d in datamodule.datasets.items()} == {"train": 12, "val": 4, "test": 6}
 
 
-def test_val_is_the_test_set_where_there_is_no_test(write_tree):
+def test_val_is_the_test_set_if_test_is_missing(write_tree):
     datamodule = folder(write_tree({"train": {"a": 6, "b": 6}, "val": {"a": 2, "b": 3}}), val_size=4)
     datamodule.setup("fit")
     datamodule.setup("test")
@@ -102,7 +102,7 @@ def test_class_folders_without_splits_are_split_by_class(tmp_path, write_tree, m
     assert sum("dog" in name for name in split["val"]) in (3, 4)
     walk = os.walk
     monkeypatch.setattr(os, "walk", lambda *args, **rest: ((a, b[::-1], c[::-1]) for a, b, c in walk(*args, **rest)))
-    assert names() == split  # whatever the order in which the file system lists them
+    assert names() == split  # the order in which the file system lists files has no effect
     assert names(seed=1) == split
     assert names(split_seed=1)["test"] != split["test"]
     capfd.readouterr()
@@ -115,7 +115,7 @@ def test_class_folders_without_splits_are_split_by_class(tmp_path, write_tree, m
 
 
 @pytest.mark.parametrize("name", ["Training", "test", "valid"])
-def test_folders_of_splits_are_no_classes(name, tmp_path, write_tree):
+def test_split_folders_are_not_classes(name, tmp_path, write_tree):
     write_tree({name: {"dog": 4, "cat": 4}, "others": {"dog": 4, "cat": 4}})
     with pytest.raises(FileNotFoundError, match=r"folder .*train not found; expected"):
         folder(str(tmp_path)).setup("fit")
@@ -128,7 +128,7 @@ def test_gray_images(write_tree):
     assert len(datamodule.mean) == len(datamodule.std) == 1
 
 
-def test_nested_folders_odd_names_and_other_files(tmp_path, write_tree):
+def test_nested_folders_unusual_names_and_other_files(tmp_path, write_tree):
     root = Path(write_tree({"train": {"ä class": 2, "b": 1}}))
     (root / "train" / ".hidden").mkdir()
     (root / "train" / "b" / "notes.txt").write_text("no image")
@@ -141,10 +141,10 @@ def test_nested_folders_odd_names_and_other_files(tmp_path, write_tree):
 
 
 @pytest.mark.parametrize(
-    ("damage", "workers"),  # a worker that raised takes PyTorch 5 s to end: one case of it
+    ("damage", "workers"),  # PyTorch waits 5 s for a worker that raised an error, so only one case uses workers
     [("noise", 0), ("noise", 1), ("short", 0), ("empty", 0), ("gone", 0)],
 )
-def test_a_corrupt_image_is_named(write_tree, damage, workers):
+def test_corrupt_image(write_tree, damage, workers):
     root = write_tree(PETS)
     path = Path(root, "test", "dog", "0002.jpg")
     content = path.read_bytes()
@@ -161,7 +161,7 @@ def test_a_corrupt_image_is_named(write_tree, damage, workers):
     assert "\n" not in message
 
 
-def test_missing_and_empty_folders_are_named(tmp_path, write_tree):
+def test_missing_and_empty_folders(tmp_path, write_tree):
     def fails(message, error=FileNotFoundError, stage="fit", root=tmp_path):
         with pytest.raises(error, match=message):
             folder(str(root)).setup(stage)
@@ -178,13 +178,13 @@ def test_missing_and_empty_folders_are_named(tmp_path, write_tree):
     )
 
 
-def test_test_classes_must_be_those_of_training(write_tree):
+def test_test_classes_must_equal_training_classes(write_tree):
     root = write_tree({"train": {"a": 6, "b": 6}, "test": {"a": 2, "c": 2}})
     with pytest.raises(ValueError, match=r"test must have the same class folders .* missing: b; unknown: c"):
         folder(root).setup("test")
 
 
-def test_archives_read_a_folder_of_images_too(write_tree):
+def test_archives_also_read_image_folders(write_tree):
     names = CIFAR10DataModule.class_names
     root = write_tree({"train": dict.fromkeys(names, 3), "test": dict.fromkeys(names, 1)}, size=(32, 32))
     datamodule = CIFAR10DataModule(root, download=False, val_size=10, num_workers=0)
@@ -201,7 +201,7 @@ def test_archives_read_a_folder_of_images_too(write_tree):
 
 
 @pytest.mark.parametrize("prefix", ["", "class "])
-def test_class_folders_that_are_numbers_are_ordered_as_such(write_tree, prefix):
+def test_numeric_class_folders_are_ordered_by_number(write_tree, prefix):
     names = [f"{prefix}{i + 5}" for i in range(10)]  # 5 to 14
     root = write_tree({"train": dict.fromkeys(names, 2), "test": dict.fromkeys(names, 1)}, size=(28, 28))
     datamodule = MNISTDataModule(root, num_workers=0)
@@ -209,7 +209,7 @@ def test_class_folders_that_are_numbers_are_ordered_as_such(write_tree, prefix):
     assert datamodule.class_names == tuple(sorted(names) if prefix else names)
 
 
-def test_one_foreign_class_folder_must_not_change_the_order(write_tree):
+def test_unknown_class_folder(write_tree):
     names = ["plane" if name == "airplane" else name for name in CIFAR10DataModule.class_names]
     datamodule = CIFAR10DataModule(write_tree({"train": dict.fromkeys(names, 2)}))
     with pytest.raises(
@@ -233,7 +233,7 @@ def test_imagenet_checks_the_number_of_class_folders(write_tree):
 
 
 @pytest.mark.parametrize("inside", ["", "tiny-imagenet-200"])
-def test_tiny_imagenet_as_published(tmp_path, inside):
+def test_tiny_imagenet_in_the_published_layout(tmp_path, inside):
     root = tmp_path / inside
     names = [f"n{i:08}" for i in range(200)]
     image = Image.new("RGB", (64, 64), (200, 100, 50))

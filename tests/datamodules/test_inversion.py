@@ -1,4 +1,4 @@
-"""Images made from a network alone."""
+"""Training images synthesized from a network (DeepInversion)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lkd.datamodules import DeepInversion, DigitsDataModule
 from lkd.datamodules.inversion import statistics_distance, total_variation
 from lkd.models import load_weights, resnet8
 from lkd.types import Normalization
-from tests.datamodules.test_extra import shown
+from tests.datamodules.test_extra import epoch_samples
 
 GRAY = Normalization((0.3057,), (0.3762,))
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def inversion(network: nn.Module | None = None, **settings) -> DeepInversion:
     return DeepInversion(network or digits_teacher(), **{"number": 20, "steps": 2, "jitter": 1, **settings})
 
 
-def test_total_variation_is_that_of_all_neighbours() -> None:
+def test_total_variation_includes_all_neighbours() -> None:
     image = torch.rand(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = 0.0
     for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
@@ -39,8 +39,8 @@ def test_total_variation_is_that_of_all_neighbours() -> None:
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d, nn.BatchNorm1d])
-def test_statistics_are_those_of_the_layer_in_training(layer) -> None:
-    """What BatchNorm itself takes down of a batch, with momentum 1, is at a distance of 0, but for its correction."""
+def test_statistics_distance_uses_batch_statistics(layer) -> None:
+    """The distance is 0 for the statistics that BatchNorm with momentum 1 computes, up to its bias correction."""
     shape = (6, 3, 4, 5) if layer is nn.BatchNorm2d else (6, 3, 20)
     batch = 2 + 3 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     norm = layer(3, momentum=1.0).double().train()
@@ -52,7 +52,7 @@ def test_statistics_are_those_of_the_layer_in_training(layer) -> None:
     assert float(statistics_distance(batch, norm)) == pytest.approx(5 + 10, rel=1e-12)
 
 
-def test_gradients_are_right_and_finite_where_nothing_is_to_be_done() -> None:
+def test_gradients_are_correct_and_finite_at_zero() -> None:
     image = torch.rand(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     norm = nn.BatchNorm2d(2).double().eval()
     assert torch.autograd.gradcheck(lambda x: total_variation(x) + statistics_distance(x, norm), [image])
@@ -63,8 +63,8 @@ def test_gradients_are_right_and_finite_where_nothing_is_to_be_done() -> None:
     assert torch.equal(flat.grad, torch.zeros_like(flat))
 
 
-class Noted(nn.Module):
-    """A network that notes what it is given."""
+class RecordInputs(nn.Module):
+    """A network that records its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,13 +76,13 @@ class Noted(nn.Module):
         self.seen.append(image.detach().clone())
         return self.head(self.norm(image).flatten(1))
 
-    def __deepcopy__(self, memo: dict) -> Noted:
+    def __deepcopy__(self, memo: dict) -> RecordInputs:
         return self
 
 
-def test_a_step_is_adams_on_the_sum_of_the_terms() -> None:
+def test_step_is_adam_on_the_sum_of_the_terms() -> None:
     torch.manual_seed(0)
-    network, scale = Noted().eval(), Normalization((0.5,), (0.25,))
+    network, scale = RecordInputs().eval(), Normalization((0.5,), (0.25,))
     settings = {"statistics_weight": 3.0, "variation_weight": 2.0, "l2_weight": 0.5, "lr": 0.01, "jitter": 0}
     DeepInversion(network, number=4, steps=3, **settings).synthesise((1, 2, 2), 2, scale, CPU)
     first, second = network.seen[1:3]  # after the blank image
@@ -95,11 +95,11 @@ def test_a_step_is_adams_on_the_sum_of_the_terms() -> None:
     pairs = ((torch.cat((a, c)), torch.cat((b, d))), (torch.cat((a, b)), torch.cat((c, d))), (a, d), (b, c))
     loss = loss + 2 * sum((one - other).pow(2).sum().sqrt() for one, other in pairs)
     loss.backward()
-    expected = (first - 0.01 * image.grad.sign()).clamp(-2, 2)  # what Adam's first step is
+    expected = (first - 0.01 * image.grad.sign()).clamp(-2, 2)  # Adam's first step
     assert torch.allclose(second, expected, atol=1e-5)
 
 
-def test_images_become_what_was_asked_for() -> None:
+def test_images_match_their_targets() -> None:
     network = digits_teacher()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     right, distance = {}, {}
@@ -118,7 +118,7 @@ def test_images_become_what_was_asked_for() -> None:
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_a_seed_makes_the_images_and_nothing_else_is_drawn() -> None:
+def test_images_depend_only_on_the_seed() -> None:
     network, untouched = digits_teacher(), torch.get_rng_state()
     first, again, other = (inversion(network, seed=seed).synthesise((1, 8, 8), 10, GRAY, CPU)[0] for seed in (0, 0, 1))
     assert torch.equal(first, again)
@@ -126,7 +126,7 @@ def test_a_seed_makes_the_images_and_nothing_else_is_drawn() -> None:
     assert torch.equal(torch.get_rng_state(), untouched)
 
 
-def test_images_are_kept_and_made_anew_where_they_must(tmp_path, monkeypatch, recwarn) -> None:
+def test_images_are_cached_and_rebuilt(tmp_path, monkeypatch, recwarn) -> None:
     made, synthesise = [], DeepInversion.synthesise
     monkeypatch.setattr(DeepInversion, "synthesise", lambda self, *rest: made.append(1) or synthesise(self, *rest))
 
@@ -155,19 +155,19 @@ def test_images_are_kept_and_made_anew_where_they_must(tmp_path, monkeypatch, re
     assert len(made) == 5
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch) -> None:
+def test_cache_that_cannot_be_written(tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LKD_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="synthesized images cannot be cached"):
         assert len(inversion().images((1, 8, 8), 10, GRAY, CPU)) == 20
 
 
-def test_no_real_image_is_trained_on() -> None:
+def test_training_uses_only_synthesized_images() -> None:
     extra = inversion(number=30)
     data = DigitsDataModule(label_size=0, drop_unlabelled=True, extra=extra, augment=[], batch_size=10)
     data.setup("fit")
     image, target = extra.images((1, 8, 8), 10, GRAY, CPU).tensors
-    seen = shown(data)
+    seen = epoch_samples(data)
     assert sorted(seen) == list(range(30))
     for index, (given, label) in seen.items():
         assert torch.allclose(given, (image[index] / 255 - 0.3057) / 0.3762, atol=1e-6)
@@ -175,7 +175,7 @@ def test_no_real_image_is_trained_on() -> None:
     assert len(data.datasets["val"]) == 144
 
 
-def test_to_measure_no_image_is_made(tmp_path, monkeypatch) -> None:
+def test_evaluation_synthesizes_no_images(tmp_path, monkeypatch) -> None:
     data = DigitsDataModule(label_size=0, drop_unlabelled=True, extra=inversion())
     with monkeypatch.context() as patch:
         patch.setattr(DeepInversion, "images", lambda *_: pytest.fail("images were made"))
@@ -193,7 +193,7 @@ def test_to_measure_no_image_is_made(tmp_path, monkeypatch) -> None:
         ((1, 8, 8), 11, r"must return logits of shape \(batch, 11\), got \(1, 10\)"),
     ],
 )
-def test_a_network_for_other_data_is_refused(shape, num_classes, message) -> None:
+def test_network_for_other_data_is_rejected(shape, num_classes, message) -> None:
     with pytest.raises(ValueError, match=message):
         inversion().images(shape, num_classes, GRAY, CPU)
 
@@ -208,6 +208,6 @@ def test_a_network_for_other_data_is_refused(shape, num_classes, message) -> Non
         ({"network": nn.Linear(2, 2)}, "Linear has none; use a teacher with BatchNorm"),
     ],
 )
-def test_impossible_settings_are_refused(settings, message) -> None:
+def test_invalid_settings(settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         inversion(**settings)

@@ -32,7 +32,7 @@ def _write(folder: Path, name: str, mask: np.ndarray, suffix: str = ".png") -> N
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Images of different sizes with classes 1 to 4 in blocks of 3x3 pixels."""
+    """Write images of different sizes with classes 1 to 4 in blocks of 3x3 pixels, and return their folder."""
     generator = np.random.default_rng(0)
     for split, number in (("train", 12), ("val", 4), ("test", 4)):
         for i in range(number):
@@ -52,7 +52,7 @@ def _data(root: Path, **settings) -> SegmentationFolderDataModule:
 
 
 def _classes(batch: Batch) -> torch.Tensor:
-    """Read the class of each pixel from the image; -1 where it is interpolated between classes, 0 for padding."""
+    """Read the class of each pixel from the image; -1 for values interpolated between classes, 0 for padding."""
     level = batch.input * 255 / 50
     return torch.where((level - level.round()).abs().amax(1) < 1e-3, level[:, 0].round(), -1.0).long()
 
@@ -83,7 +83,7 @@ def test_masks_are_scaled_and_cropped_like_their_images(root, augment) -> None:
     assert found > 200
 
 
-def test_a_crop_is_a_function_of_seed_epoch_and_index(root) -> None:
+def test_crops_depend_on_seed_epoch_and_index(root) -> None:
     def samples(**settings) -> dict[tuple[int, int], Batch]:
         batches = _epochs(_data(root, image_size=(16, 16), val_size=0, **settings), 2)
         rows = (
@@ -114,7 +114,7 @@ def test_evaluation_uses_whole_images(root) -> None:
     assert labelled.tolist() == [11 * 16, 16 * 11, 16 * 16, 9 * 12]
 
 
-def test_without_a_crop_whole_images_are_held_in_memory(root) -> None:
+def test_whole_images_are_held_in_memory_without_a_crop(root) -> None:
     data = _data(root, augment=[RandomHorizontalFlip()])
     assert data.input_shape == data.whole_shape == (3, 32, 32)
     assert data.datasets["train"].stored is not None
@@ -137,7 +137,7 @@ def test_lists_of_files(root) -> None:
     assert torch.equal(batch.input, expected.input)
 
 
-def test_the_cache_notices_a_changed_mask(root) -> None:
+def test_cache_detects_a_changed_mask(root) -> None:
     first = next(iter(_data(root).test_dataloader()))
     mask = np.asarray(Image.open(root / "test/masks/00.png")).copy()
     mask[:] = 1
@@ -179,7 +179,7 @@ def _mislabelled(mask: Path) -> None:
         (lambda mask: mask.unlink(), r"1 of 4 images in \S+test/images have no mask in \S+test/masks: 00; add the"),
     ],
 )
-def test_wrong_masks(root, spoil, message) -> None:
+def test_invalid_masks(root, spoil, message) -> None:
     """Each error is one sentence, in memory or read one by one; images with unreadable masks can be skipped."""
     spoil(root / "test/masks/00.png")
     for settings in ({}, {"resident_limit": 0}):
@@ -202,12 +202,12 @@ def test_wrong_masks(root, spoil, message) -> None:
         ({"augment": [RandomHorizontalFlip(), RandomScaledCrop()]}, "RandomScaledCrop must be the first transform"),
     ],
 )
-def test_wrong_settings(root, settings, message) -> None:
+def test_invalid_settings(root, settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         _data(root, **settings)
 
 
-def test_missing_folders_and_wrong_lists(root) -> None:
+def test_missing_folders_and_invalid_lists(root) -> None:
     with pytest.raises(FileNotFoundError, match=r"folder \S+nowhere/train/images not found; expected images in it"):
         _data(root / "nowhere")
     (root / "train.txt").write_text("train/images/00.png train/masks/00.png\ntrain/images/01.png\n")
@@ -272,6 +272,6 @@ def test_published_datasets(tmp_path, write, module, settings, stored, expected)
     assert batch.target[0, 0, :3].tolist() == expected
 
 
-def test_cityscapes_needs_a_registration(tmp_path) -> None:
+def test_cityscapes_requires_a_registration(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"Cityscapes was not found in \S+ \(it requires a registration"):
         CityscapesDataModule(str(tmp_path / "none")).prepare_data()

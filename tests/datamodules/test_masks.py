@@ -1,4 +1,4 @@
-"""Images with masks: moved alike, a function of (seed, epoch, index), and checked."""
+"""Images with masks: equal transforms of both, dependence on (seed, epoch, index) only, and invalid masks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lkd.types import IGNORE_INDEX, Batch
 
 
 class Striped(SegmentationDataModule):
-    """Each pixel of an image is 50 times its class, so that a mask can be read from its image."""
+    """A data module whose pixels are 50 times their class, so that the mask can be computed from the image."""
 
     num_classes, input_shape, mean, std = 4, (3, 12, 12), (0.0,) * 3, (1.0,) * 3
 
@@ -47,7 +47,7 @@ def _batches(data: SegmentationDataModule, epochs: int = 1) -> list[Batch]:
 
 @pytest.mark.parametrize("augment", [[], [RandomHorizontalFlip()], [RandomCrop(3), RandomHorizontalFlip()]])
 def test_masks_follow_their_images(augment) -> None:
-    """Pixels that a crop fills are ignored."""
+    """Pixels that a crop pads are ignored."""
     batches = _batches(Striped(batch_size=8, augment=augment), 2)
     for batch in batches:
         classes = (batch.input[:, 0] * 255 / 50).round().long()
@@ -70,7 +70,7 @@ def test_other_transforms_change_only_the_image() -> None:
         assert not torch.equal(one.input, other.input)
 
 
-def test_a_sample_is_a_function_of_seed_epoch_and_index() -> None:
+def test_samples_depend_on_seed_epoch_and_index() -> None:
     def samples(**settings) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
         augment = [RandomCrop(3), RandomHorizontalFlip()]
         batches = _batches(SyntheticSegmentationDataModule(16, 48, 8, augment=augment, val_size=8, **settings), 2)
@@ -88,7 +88,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index() -> None:
     assert not all(torch.equal(other[key][0], many[key][0]) for key in other.keys() & many.keys())
 
 
-def test_the_shapes_are_the_same_in_every_run() -> None:
+def test_shapes_are_equal_in_every_run() -> None:
     image, mask = SyntheticSegmentationDataModule(size=24, train_size=20).make_masks("train")
     torch.manual_seed(7)
     again = SyntheticSegmentationDataModule(size=24, train_size=20).make_masks("train")
@@ -97,8 +97,8 @@ def test_the_shapes_are_the_same_in_every_run() -> None:
     assert set(mask.unique().tolist()) == {0, 1, 2, 3, 4, 255}
 
 
-def test_images_without_a_label() -> None:
-    """They remain in training, and their masks are ignored."""
+def test_unlabelled_images() -> None:
+    """Unlabelled images remain in the training set, and their masks are ignored."""
     batches = _batches(Striped(batch_size=36, augment=[], label_size=10))
     ignored = torch.cat([(batch.target == IGNORE_INDEX).flatten(1).all(1) for batch in batches])
     assert (int(ignored.sum()), len(ignored)) == (26, 36)
@@ -112,7 +112,7 @@ def test_images_without_a_label() -> None:
         (torch.zeros(40, 12, 12, dtype=torch.int64), "uint8 masks"),
     ],
 )
-def test_masks_that_do_not_fit(mask, message) -> None:
+def test_invalid_masks(mask, message) -> None:
     data = Striped(mask)
     if message is None:
         data.make_masks = lambda split: (torch.zeros(40, 3, 12, 12, dtype=torch.uint8), mask)
@@ -121,6 +121,6 @@ def test_masks_that_do_not_fit(mask, message) -> None:
         data.setup("fit")
 
 
-def test_settings_that_masks_do_not_support() -> None:
+def test_unsupported_settings() -> None:
     with pytest.raises(ValueError, match="Striped does not support mix"):
         Striped(mix=Mixup())

@@ -1,4 +1,4 @@
-"""Mixed images: pure functions of (seed, epoch, index) as well, with the shares that the batch tells."""
+"""Mixed images depend on (seed, epoch, index) only, and the batch contains the mixing weights."""
 
 import pickle
 from types import SimpleNamespace
@@ -44,13 +44,13 @@ def whole(dataset, epoch=0):
 
 
 def rows(batch):
-    """Each image with all that belongs to it, by its index."""
+    """Return each image's part of the batch by its index."""
     parts = (batch.input, batch.target, batch.version, batch.mixed.target, batch.mixed.weight)
     return {int(index): row for index, *row in zip(batch.index, *parts, strict=True)}
 
 
 def read(datamodule, epoch, processes=1):
-    """All images of one epoch that the processes see, by index."""
+    """Return all images of one epoch in all processes, by index."""
     datamodule.setup("fit")
     seen = {}
     for rank in range(processes):
@@ -63,7 +63,7 @@ def read(datamodule, epoch, processes=1):
 
 
 def partners(dataset, epoch, index, number=0):
-    """The partners, told from the draws."""
+    """Compute the indices of the partners from the random draws."""
     draw = uniform(dataset.seed, epoch, index, number * VIEW + MIX)[:, 1]
     chosen = dataset.index[(draw * (len(dataset) - 1)).long()]
     return torch.where(chosen == index, dataset.index[-1], chosen)
@@ -71,7 +71,7 @@ def partners(dataset, epoch, index, number=0):
 
 @every
 @both
-def test_same_tensors_for_any_batch_size_and_number_of_workers_and_processes(make, mix):
+def test_images_do_not_depend_on_batch_size_workers_and_processes(make, mix):
     dataset, expected = training(make(mix=mix)), {}
     for position in range(len(dataset)):
         expected |= rows(dataset[Key(3, position)])
@@ -84,16 +84,16 @@ def test_same_tensors_for_any_batch_size_and_number_of_workers_and_processes(mak
 
 @every
 @both
-def test_epoch_and_seed_change_partners_and_shares(make, mix):
+def test_partners_and_weights_depend_on_epoch_and_seed(make, mix):
     first = whole(training(make(seed=0, mix=mix)), 0)
     for other in (whole(training(make(seed=0, mix=mix)), 1), whole(training(make(seed=1, mix=mix)), 0)):
         assert torch.equal(first.index, other.index)
         same = (first.input == other.input).flatten(1).all(1).sum() + (first.mixed.weight == other.mixed.weight).sum()
-        assert same < 0.35 * 2 * len(first.index)  # those that neither epoch mixes have a weight of 1
+        assert same < 0.35 * 2 * len(first.index)  # unmixed images in both epochs have a weight of 1
 
 
 @both
-def test_mixup_is_the_weighted_sum_of_both_as_they_are_augmented_in_that_epoch(make):
+def test_mixup_is_the_weighted_sum_of_augmented_images(make):
     dataset, plain = training(make(mix=Mixup())), training(make())
     batch = whole(dataset, 2)
     partner = partners(dataset, 2, batch.index)
@@ -106,7 +106,7 @@ def test_mixup_is_the_weighted_sum_of_both_as_they_are_augmented_in_that_epoch(m
 
 
 @both
-def test_cutmix_has_a_box_of_the_partner_at_the_same_place_and_tells_what_remains(make):
+def test_cutmix_pastes_a_box_of_the_partner(make):
     dataset, plain = training(make(mix=CutMix(0.7))), training(make())
     batch = whole(dataset, 2)
     own, other = (plain.batch(batch.version, index) for index in (batch.index, partners(dataset, 2, batch.index)))
@@ -126,7 +126,7 @@ def test_cutmix_has_a_box_of_the_partner_at_the_same_place_and_tells_what_remain
 
 
 def boxes(alpha=1.0, size=(16, 20), count=20_000):
-    """CutMix of black images with white ones: the boxes `(B, H, W)`, and the images' own shares."""
+    """Apply CutMix to black images and white partners; return boxes `(B, H, W)`, weights and drawn areas."""
     draws = uniform(0, 0, torch.arange(count), torch.arange(2)[:, None])
     black = torch.zeros(count, 1, *size)
     share = smaller_share(alpha, draws[0, :, 2])
@@ -134,13 +134,13 @@ def boxes(alpha=1.0, size=(16, 20), count=20_000):
     return image.squeeze(1), own, share
 
 
-def test_cutmix_boxes_are_centred_anywhere_and_cover_the_share_or_less():
+def test_cutmix_boxes_have_uniform_centers_and_at_most_the_drawn_area():
     box, own, share = boxes()
     assert torch.equal(own, (1 - box.double().mean((1, 2))).float())
     assert (1 - own <= share).all()
     assert own.min() >= 0.5
     height, width = box.any(2).sum(1), box.any(1).sum(1)
-    assert torch.equal(height * width, box.sum((1, 2)).long())  # they are boxes
+    assert torch.equal(height * width, box.sum((1, 2)).long())  # each is a box
     inner = (height == (share.sqrt() * 16).long()) & (width == (share.sqrt() * 20).long())
     assert 0.2 < inner.double().mean() < 0.8
     small = (share.sqrt() * 16).long() == 1
@@ -150,7 +150,7 @@ def test_cutmix_boxes_are_centred_anywhere_and_cover_the_share_or_less():
 
 
 @pytest.mark.parametrize("alpha", [0.02, 0.05, 0.2, 0.5, 1.0, 1.05, 1.5, 2.0, 8.0, 32.0, 100.0, 1000.0])
-def test_shares_are_the_quantiles_of_the_beta_distribution(alpha):
+def test_shares_are_quantiles_of_the_beta_distribution(alpha):
     draw = torch.cat((torch.arange(0, 1, 1 / 50_001), 2.0 ** -torch.arange(1, 25), 1 - 2.0 ** -torch.arange(1, 25)))
     share = smaller_share(alpha, draw.clamp(max=1 - 2**-24))
     assert share.dtype == torch.float64
@@ -162,19 +162,19 @@ def test_shares_are_the_quantiles_of_the_beta_distribution(alpha):
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
-def test_the_weights_of_an_epoch_have_the_folded_beta_distribution(alpha):
+def test_weights_follow_the_folded_beta_distribution(alpha):
     dataset = training(DigitsDataModule(mix=Mixup(alpha)))
     weight = torch.cat([whole(dataset, epoch).mixed.weight for epoch in range(3)]).numpy()
     assert len(weight) > 3000
     assert weight.min() >= 0.5
     assert weight.max() <= 1
     drawn = stats.beta.rvs(alpha, alpha, size=20_000, random_state=0)
-    folded = np.maximum(drawn, 1 - drawn).astype(np.float32)  # as weights are: many of a small alpha are 1
+    folded = np.maximum(drawn, 1 - drawn).astype(np.float32)  # weights are float32: many round to 1
     assert stats.ks_2samp(weight, folded).pvalue > 0.01
 
 
 @pytest.mark.parametrize("own", [0, 4, 10])
-def test_every_other_image_is_as_likely_a_partner(own):
+def test_all_partners_are_equally_likely(own):
     dataset = training(SyntheticDataModule(11, (1, 4, 4), train_size=11, val_size=0, mix=Mixup()))
     found = dataset.batch(torch.arange(6000), torch.full((6000,), own)).mixed.target.bincount(minlength=11)
     assert found[own] == 0
@@ -188,7 +188,7 @@ def test_partners_are_training_images():
     assert len(dataset) < 170
 
 
-def test_an_image_alone_is_its_own_partner():
+def test_single_image_is_its_own_partner():
     dataset = training(SyntheticDataModule(1, (1, 4, 4), train_size=1, val_size=0, mix=CutMix()))
     plain = training(SyntheticDataModule(1, (1, 4, 4), train_size=1, val_size=0))
     assert torch.equal(dataset[0].input, plain[0].input)
@@ -196,7 +196,7 @@ def test_an_image_alone_is_its_own_partner():
 
 @pytest.mark.parametrize("kind", [Mixup, CutMix])
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_those_that_are_not_mixed_are_as_ever_and_have_no_partner(kind, p):
+def test_unmixed_images_are_unchanged_and_have_no_partner(kind, p):
     batch, plain = (whole(training(DigitsDataModule(mix=mix))) for mix in (kind(p=p), None))
     alone = batch.mixed.target == IGNORE_INDEX
     assert (~alone).double().mean().item() == pytest.approx(p, abs=0.05)
@@ -206,7 +206,7 @@ def test_those_that_are_not_mixed_are_as_ever_and_have_no_partner(kind, p):
         assert torch.equal(getattr(batch, name), getattr(plain, name))
 
 
-def test_images_without_a_label_are_partners_without_a_label():
+def test_unlabelled_partners():
     dataset = training(DigitsDataModule(label_size=100, mix=Mixup()))
     batch = whole(dataset)
     partner = partners(dataset, 0, batch.index)
@@ -215,7 +215,7 @@ def test_images_without_a_label_are_partners_without_a_label():
 
 
 @every
-def test_each_view_is_mixed_by_draws_of_its_own(mix):
+def test_each_view_is_mixed_with_separate_draws(mix):
     dataset = training(in_memory(mix=mix, views=StrongView(SHUFFLED)))
     plain = training(in_memory(views=StrongView(SHUFFLED)))
     batch, size = whole(dataset, 1), len(dataset)
@@ -235,7 +235,7 @@ def test_each_view_is_mixed_by_draws_of_its_own(mix):
             assert torch.allclose(view.input, own * share + other * (1 - share))
 
 
-def test_turned_and_partner_views_carry_what_they_were_mixed_with():
+def test_rotated_and_partner_views_contain_their_mixing_targets():
     for views, number in ((RotatedViews(), 4), (ClassPartner(), 2)):
         module = SyntheticDataModule(4, (3, 9, 9), train_size=100, mix=Mixup(), views=views)
         batch = whole(training(module))
@@ -244,7 +244,7 @@ def test_turned_and_partner_views_carry_what_they_were_mixed_with():
         assert ((batch.target == IGNORE_INDEX).sum() / len(batch.target)).item() == pytest.approx(1 - 1 / number)
 
 
-def test_views_of_which_some_are_mixed():
+def test_views_that_are_not_mixed():
     class Clean(StrongView):
         def plan(self, seed, epoch, index, classes):
             return [View(index), View(index, 1, is_mixed=False)]
@@ -257,7 +257,7 @@ def test_views_of_which_some_are_mixed():
 
 
 @every
-def test_evaluation_mixes_nothing(mix):
+def test_evaluation_is_not_mixed(mix):
     datamodule, plain = in_memory(mix=mix, batch_size=10), in_memory(batch_size=10)
     for each in (datamodule, plain):
         each.setup("fit")
@@ -269,14 +269,14 @@ def test_evaluation_mixes_nothing(mix):
 
 
 @every
-def test_survives_pickling_for_spawned_workers(mix):
+def test_dataset_can_be_pickled_for_workers(mix):
     dataset = training(in_memory(mix=mix))
     before, after = whole(dataset), whole(pickle.loads(pickle.dumps(dataset)))
     assert torch.equal(before.input, after.input)
     assert torch.equal(before.mixed.weight, after.mixed.weight)
 
 
-def test_the_stored_images_stay_as_they_are():
+def test_stored_images_are_not_modified():
     dataset = training(in_memory(mix=CutMix()))
     before = dataset.stored.clone()
     whole(dataset)
@@ -284,9 +284,9 @@ def test_the_stored_images_stay_as_they_are():
 
 
 def test_streams_do_not_meet():
-    """Those of transforms, of mixing and of reading, for as many views as there are streams for."""
+    """Transforms, mixing and reading use disjoint streams, for the maximum number of views."""
     used = {ORDER, SPLIT, PARTNER}
-    last = (IMAGE // VIEW) - 2  # the last view before the streams of an image's reading would reach the topmost
+    last = (IMAGE // VIEW) - 2  # the last view whose streams for reading an image stay below the largest stream
     for number in (0, 1, 2, 3, last):
         own = {number * VIEW + stream for stream in (*range(200), *range(MIX, MIX + 2))}
         own |= {IMAGE + number * VIEW + stream for stream in range(10)}
@@ -326,6 +326,6 @@ def test_own_mix():
         (lambda: CutMix(p=1.5), "CutMix: the probability p must be between 0 and 1, got 1.5"),
     ],
 )
-def test_wrong_settings_are_refused(make_mix, message):
+def test_invalid_settings(make_mix, message):
     with pytest.raises(ValueError, match=message):
         make_mix()

@@ -1,4 +1,4 @@
-"""The image of (seed, epoch, index) is the same tensor, whatever reads it."""
+"""The image of (seed, epoch, index) is the same tensor in any batch, worker and process."""
 
 import pickle
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ CPU = SimpleNamespace(root_device=torch.device("cpu"))
 
 
 def read(datamodule, epoch, processes=1):
-    """All images of one epoch that the processes see, by index."""
+    """Return all images of one epoch in all processes, by index."""
     datamodule.setup("fit")
     seen = {}
     for rank in range(processes):
@@ -33,7 +33,7 @@ def read(datamodule, epoch, processes=1):
 
 
 def reference(datamodule, epoch):
-    """The same images, one at a time."""
+    """Return the same images, read one at a time."""
     datamodule.setup("fit")
     dataset = datamodule.datasets["train"]
     batches = [dataset[Key(epoch, i)] for i in range(len(dataset))]
@@ -47,7 +47,7 @@ def assert_same(seen, expected):
 
 
 @pytest.mark.parametrize("make", ["memory", "files"], indirect=True)
-def test_same_tensor_for_any_batch_size_and_number_of_workers_and_processes(make):
+def test_images_do_not_depend_on_batch_size_workers_and_processes(make):
     expected = reference(make(), epoch=3)
     for batch_size, workers, processes in [
         (1, 0, 1),
@@ -61,7 +61,7 @@ def test_same_tensor_for_any_batch_size_and_number_of_workers_and_processes(make
 
 
 @pytest.mark.parametrize("make", ["memory", "files"], indirect=True)
-def test_epoch_and_seed_change_the_images(make):
+def test_images_depend_on_epoch_and_seed(make):
     first = reference(make(seed=0), epoch=0)
     for other in (reference(make(seed=0), epoch=1), reference(make(seed=1), epoch=0)):
         assert other.keys() == first.keys()  # the split is the same
@@ -70,7 +70,7 @@ def test_epoch_and_seed_change_the_images(make):
 
 
 @pytest.mark.parametrize("make", ["memory", "files"], indirect=True)
-def test_workers_that_live_on_know_the_epoch(make):
+def test_persistent_workers_get_the_epoch(make):
     datamodule = make(batch_size=20, num_workers=2)
     datamodule.setup("fit")
     loader = datamodule.train_dataloader()
@@ -86,7 +86,7 @@ def test_workers_that_live_on_know_the_epoch(make):
     assert len(set(orders)) == 3
 
 
-def test_view_of_a_whole_batch_on_the_device_is_what_the_loader_gives():
+def test_device_batches_equal_those_of_the_loader():
     datamodule = in_memory(batch_size=32)
     datamodule.setup("fit")
     dataset = datamodule.datasets["train"]
@@ -97,7 +97,7 @@ def test_view_of_a_whole_batch_on_the_device_is_what_the_loader_gives():
     assert torch.equal(dataset.view(dataset.stored[batch.index], epoch, batch.index), batch.input)
 
 
-def test_seed_is_the_runs_unless_given(monkeypatch):
+def test_default_seed_is_that_of_the_run(monkeypatch):
     def same(a, b):
         return all(torch.equal(a[i], b[i]) for i in a)
 
@@ -107,7 +107,7 @@ def test_seed_is_the_runs_unless_given(monkeypatch):
     assert same(reference(datamodule, 0), given[7])
     assert not same(reference(datamodule, 0), given[8])
     assert same(reference(in_memory(seed=8), 0), given[8])
-    monkeypatch.setenv("PL_GLOBAL_SEED", "8")  # the next run, with the same data module
+    monkeypatch.setenv("PL_GLOBAL_SEED", "8")  # the next run with the same data module
     assert same(reference(datamodule, 0), given[8])
     assert datamodule.train_dataloader().sampler.seed == 8
     monkeypatch.delenv("PL_GLOBAL_SEED")
@@ -115,7 +115,7 @@ def test_seed_is_the_runs_unless_given(monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_nothing_global_is_drawn(workers):
+def test_global_random_state_is_not_used(workers):
     datamodule = in_memory(batch_size=16, num_workers=workers)
     torch.manual_seed(0)
     read(datamodule, 0)
@@ -124,7 +124,7 @@ def test_nothing_global_is_drawn(workers):
     assert torch.equal(drawn, torch.rand(3))
 
 
-def test_data_set_survives_pickling_for_spawned_workers():
+def test_dataset_can_be_pickled_for_workers():
     datamodule = in_memory()
     datamodule.setup("fit")
     dataset = datamodule.datasets["train"]
@@ -183,7 +183,7 @@ def test_under_a_trainer(workers):
     assert torch.equal(predicted, torch.arange(359))
 
 
-def test_overfit_batches_hands_plain_positions_over():
+def test_overfit_batches():
     module = Recorder()
     trainer = L.Trainer(
         max_epochs=1,
@@ -199,7 +199,7 @@ def test_overfit_batches_hands_plain_positions_over():
     assert module.seen[0][1] == datamodule.datasets["train"].index[:8].tolist()
 
 
-def test_a_loader_changed_by_its_user_does_what_he_says():
+def test_loader_can_be_modified():
     datamodule = in_memory(batch_size=16)
     datamodule.setup("fit")
     loader = datamodule.train_dataloader()

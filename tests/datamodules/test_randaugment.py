@@ -17,19 +17,18 @@ from lkd.datamodules.transforms.randaugment import OPERATIONS
 def images(batch, channels=3, height=21, width=26, seed=0):
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(256, (batch, channels, height, width), dtype=torch.uint8, generator=generator)
-    return noise // torch.tensor([1, 2, 4], dtype=torch.uint8)[torch.arange(batch) % 3].view(
-        -1, 1, 1, 1
-    )  # some of low contrast
+    reduction = torch.tensor([1, 2, 4], dtype=torch.uint8)[torch.arange(batch) % 3]  # of the contrast
+    return noise // reduction.view(-1, 1, 1, 1)
 
 
-def choosing(operation, negative, batch):
-    """The draws that choose one operation, and its sign."""
+def draws_for(operation, negative, batch):
+    """Return draws that select one operation and its sign."""
     kind = (list(OPERATIONS).index(operation) + 0.5) / len(OPERATIONS)
     return torch.tensor([kind, 0.2 if negative else 0.8, 0.0, 0.0]).expand(batch, 4)
 
 
 def torchvisions(monkeypatch, operation, negative, magnitude):
-    """torchvision's RandAugment with that operation alone."""
+    """Return torchvision's RandAugment with this operation only."""
     transform = v2.RandAugment(1, magnitude)
     monkeypatch.setattr(transform, "_AUGMENTATION_SPACE", {operation: transform._AUGMENTATION_SPACE[operation]})
     monkeypatch.setattr(torch, "rand", lambda shape: torch.tensor(0.2 if negative else 0.8))
@@ -39,21 +38,21 @@ def torchvisions(monkeypatch, operation, negative, magnitude):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("magnitude", [0, 1, 10, 30])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_each_operation_is_torchvisions(operation, magnitude, channels, monkeypatch):
+def test_each_operation_equals_torchvision(operation, magnitude, channels, monkeypatch):
     batch = images(9, channels)
     for negative in (False, True):
         transform = torchvisions(monkeypatch, operation, negative, magnitude)
         expected = torch.stack([transform(image) for image in batch])
-        assert torch.equal(RandAugment(1, magnitude)(batch, choosing(operation, negative, 9)), expected)
+        assert torch.equal(RandAugment(1, magnitude)(batch, draws_for(operation, negative, 9)), expected)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_each_trivial_operation_is_torchvisions_at_every_strength(operation, channels, monkeypatch):
+def test_each_trivial_operation_equals_torchvision_at_every_strength(operation, channels, monkeypatch):
     batch, transform = images(31, channels), v2.TrivialAugmentWide()
     monkeypatch.setattr(transform, "_AUGMENTATION_SPACE", {operation: transform._AUGMENTATION_SPACE[operation]})
     for negative in (False, True):
-        draws, expected = choosing(operation, negative, 31).clone(), []
+        draws, expected = draws_for(operation, negative, 31).clone(), []
         draws[:, 2] = (torch.arange(31) + 0.5) / 31
         monkeypatch.setattr(torch, "rand", lambda shape, negative=negative: torch.tensor(0.2 if negative else 0.8))
         for strength, image in enumerate(batch):
@@ -63,7 +62,7 @@ def test_each_trivial_operation_is_torchvisions_at_every_strength(operation, cha
 
 
 @pytest.mark.parametrize("theirs", [v2.RandAugment, v2.TrivialAugmentWide])
-def test_the_operations_are_torchvisions(theirs):
+def test_operations_are_those_of_torchvision(theirs):
     assert list(OPERATIONS) == list(theirs._AUGMENTATION_SPACE)
     signed = {name: signed for name, (_, signed) in theirs._AUGMENTATION_SPACE.items()}
     assert {name: operation.signed for name, operation in OPERATIONS.items()} == signed
@@ -71,7 +70,7 @@ def test_the_operations_are_torchvisions(theirs):
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 7), (3, 32, 32)])
 @pytest.mark.parametrize("transform", [RandAugment(), TrivialAugment()])
-def test_an_image_does_not_depend_on_the_others(transform, shape):
+def test_images_are_independent_of_the_batch(transform, shape):
     batch, draws = images(200, *shape), uniform(0, 0, torch.arange(200), 0)
     changed = transform(batch, draws)
     assert changed.dtype == torch.uint8
@@ -79,7 +78,7 @@ def test_an_image_does_not_depend_on_the_others(transform, shape):
         assert torch.equal(transform(batch[i : i + 1], draws[i : i + 1])[0], changed[i])
 
 
-def test_one_operation_follows_another():
+def test_operations_are_applied_in_order():
     batch, draws = images(100), uniform(0, 0, torch.arange(100), torch.arange(2)[:, None]).transpose(0, 1).flatten(1)
     assert RandAugment(3).num_draws == 8
     step, expected = RandAugment(1), batch
@@ -89,7 +88,7 @@ def test_one_operation_follows_another():
     assert not torch.equal(RandAugment(2)(batch, draws), expected)
 
 
-def test_every_operation_and_sign_is_as_likely_as_another(monkeypatch):
+def test_all_operations_and_signs_are_equally_likely(monkeypatch):
     seen = {}
     for name, operation in OPERATIONS.items():
 
@@ -105,7 +104,7 @@ def test_every_operation_and_sign_is_as_likely_as_another(monkeypatch):
         assert count == pytest.approx(1000 if OPERATIONS[name].signed else 2000, rel=0.1)
 
 
-def test_every_trivial_strength_is_as_likely_as_another(monkeypatch):
+def test_all_trivial_strengths_are_equally_likely(monkeypatch):
     seen = []
     for name, operation in OPERATIONS.items():
         change = lambda image, level: seen.extend([abs(level)] * len(image)) or image  # noqa: E731
@@ -118,7 +117,7 @@ def test_every_trivial_strength_is_as_likely_as_another(monkeypatch):
 
 
 @pytest.mark.parametrize("transform", [RandAugment(), TrivialAugment()])
-def test_the_input_stays_as_it_is(transform):
+def test_input_is_not_modified(transform):
     batch = images(50)
     before = batch.clone()
     changed = transform(batch, uniform(0, 0, torch.arange(50), 0))
@@ -126,8 +125,8 @@ def test_the_input_stays_as_it_is(transform):
     assert not torch.equal(changed, before)
 
 
-def test_transforms_behind_it_draw_numbers_of_their_own():
-    """Each transform has as many streams as it needs, in their order."""
+def test_following_transforms_use_separate_draws():
+    """Each transform uses as many streams as it requires, in order."""
     augment = [RandAugment(3), RandomCrop(1), RandomHorizontalFlip()]
     datamodule = DigitsDataModule(augment=augment, seed=5)
     datamodule.setup("fit")
@@ -157,6 +156,6 @@ def test_transforms_behind_it_draw_numbers_of_their_own():
         ),
     ],
 )
-def test_wrong_settings_are_refused(make, message):
+def test_invalid_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Decoded once, the images are those of the ordinary loader; what is kept is used again, or noticed as damaged."""
+"""In-memory datasets give the images of the ordinary loader, reuse their cache, and rebuild corrupt cache files."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def pixels(datamodule, split="test") -> torch.Tensor:
     return dataset.images(torch.zeros_like(index), index)
 
 
-def kept() -> list[Path]:
+def cache_files() -> list[Path]:
     return sorted(cache_folder("images").iterdir()) if cache_folder("images").exists() else []
 
 
 def batches(datamodule, epoch, processes=1, loader="train_dataloader"):
-    """What the processes see of an epoch, one after the other."""
+    """Return the batches of an epoch in all processes, one process after the other."""
     seen = []
     for rank in range(processes):
         datamodule.trainer = SimpleNamespace(world_size=processes, global_rank=rank, strategy=CPU)
@@ -95,7 +95,7 @@ def batches(datamodule, epoch, processes=1, loader="train_dataloader"):
         ({"batch_size": 4}, 3),
     ],
 )
-def test_batches_are_those_of_the_ordinary_loader(root, settings, processes) -> None:
+def test_batches_equal_those_of_the_ordinary_loader(root, settings, processes) -> None:
     ordinary = opened(root, "fit", resident_limit=0, **settings)
     decoded = opened(root, "fit", **settings)
     assert isinstance(decoded.datasets["train"].source, Resident)
@@ -111,7 +111,7 @@ def test_batches_are_those_of_the_ordinary_loader(root, settings, processes) -> 
                 assert torch.equal(getattr(ours, name), getattr(theirs, name))
 
 
-def test_workers_decode_what_takes_long_and_draw_nothing_global(root, monkeypatch) -> None:
+def test_workers_decode_without_global_random_numbers(root, monkeypatch) -> None:
     expected = pixels(opened(root, resident_limit=0))
     monkeypatch.setattr(module, "_PATIENCE", 0.0)
     monkeypatch.setattr(module, "_PIECE", 4 * 16 * 16 * 3)
@@ -122,24 +122,24 @@ def test_workers_decode_what_takes_long_and_draw_nothing_global(root, monkeypatc
     assert torch.equal(torch.rand(3), drawn)
 
 
-def test_kept_images_are_used_again(root, capfd) -> None:
+def test_cached_images_are_reused(root, capfd) -> None:
     first = opened(root)
     assert f"Decoded 9 images in 0.0 s; cached in {cache_folder('images')}" in capfd.readouterr().err
-    (file,) = kept()
+    (file,) = cache_files()
     before = file.stat().st_mtime_ns, pixels(first)
     for path in Path(root, "test").rglob(
         "*.jpg"
-    ):  # other bytes of the same size and time: were they read, it would show
+    ):  # zeros with the same size and time, so that reading them would change the images
         stat = path.stat()
         path.write_bytes(bytes(stat.st_size))
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     again = opened(root)
     assert torch.equal(pixels(again), before[1])
-    assert (kept(), file.stat().st_mtime_ns) == ([file], before[0])
+    assert (cache_files(), file.stat().st_mtime_ns) == ([file], before[0])
     assert capfd.readouterr().err == ""
 
 
-def test_a_changed_file_is_decoded_anew(root) -> None:
+def test_changed_files_are_decoded_again(root) -> None:
     path = Path(root, "test", "dog", "0003.jpg")
     names = []
     for change in (
@@ -150,14 +150,14 @@ def test_a_changed_file_is_decoded_anew(root) -> None:
     ):
         change()
         assert torch.equal(pixels(opened(root)), pixels(opened(root, resident_limit=0)))
-        names.append(kept())
+        names.append(cache_files())
     assert [len(files) for files in names] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("settings", [{"crop_ratio": 0.8}, {"in_channels": 1}])
-def test_other_settings_have_their_own_file(root, settings) -> None:
+def test_other_settings_have_another_cache_file(root, settings) -> None:
     assert not torch.equal(pixels(opened(root)).float().mean(1), pixels(opened(root, **settings)).float().mean(1))
-    assert len(kept()) == 2
+    assert len(cache_files()) == 2
 
 
 def _cut(share):
@@ -188,28 +188,28 @@ def _another_s(file) -> None:
         _another_s,
     ],
 )
-def test_a_damaged_file_is_noticed_and_made_again(root, damage) -> None:
+def test_corrupt_cache_files_are_rebuilt(root, damage) -> None:
     expected = pixels(opened(root)).clone()
-    (file,) = kept()
+    (file,) = cache_files()
     whole = file.read_bytes()
     damage(file)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert torch.equal(pixels(opened(root)), expected)
-    said = [str(warning.message) for warning in caught if str(file.parent) in str(warning.message)]
-    assert len(said) == 1
-    if file.is_dir():  # nothing can take its place
-        assert "cannot be cached" in said[0]
+    messages = [str(warning.message) for warning in caught if str(file.parent) in str(warning.message)]
+    assert len(messages) == 1
+    if file.is_dir():  # a folder cannot be replaced
+        assert "cannot be cached" in messages[0]
         file.rmdir()
     else:
-        assert said[0].startswith(f"{file} is ignored and will be recreated: ")
+        assert messages[0].startswith(f"{file} is ignored and will be recreated: ")
         assert file.read_bytes() == whole
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(pixels(opened(root)), expected)
 
 
-def test_where_nothing_can_be_kept_images_are_decoded_in_every_run(root, tmp_path, monkeypatch) -> None:
+def test_images_are_decoded_if_the_cache_cannot_be_written(root, tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("LKD_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match=r"set LKD_CACHE to a folder with 0 MB of free space, or resident_limit to 0"):
@@ -218,7 +218,7 @@ def test_where_nothing_can_be_kept_images_are_decoded_in_every_run(root, tmp_pat
     assert torch.equal(pixels(datamodule), pixels(opened(root, resident_limit=0)))
 
 
-def test_a_full_disk_leaves_nothing_behind(root, monkeypatch) -> None:
+def test_full_disk(root, monkeypatch) -> None:
     cache_folder("images").mkdir(parents=True)
     save = tensor_cache.save_file
 
@@ -235,11 +235,11 @@ def test_a_full_disk_leaves_nothing_behind(root, monkeypatch) -> None:
     monkeypatch.setattr(tensor_cache, "save_file", full)
     with pytest.warns(UserWarning, match="cannot be cached"):
         datamodule = opened(root)
-    assert kept() == []
+    assert cache_files() == []
     assert torch.equal(pixels(datamodule), pixels(opened(root, resident_limit=0)))
 
 
-def test_the_limit_is_the_size_of_the_decoded_images(root) -> None:
+def test_limit_of_the_decoded_size(root) -> None:
     size = 48 * 3 * 16 * 16
     for limit, decoded in ((size, True), (size - 1, False), (0, False)):
         datamodule = opened(root, "fit", resident_limit=limit)
@@ -247,13 +247,13 @@ def test_the_limit_is_the_size_of_the_decoded_images(root) -> None:
         assert isinstance(datamodule.datasets["val"].source, Resident) == decoded
 
 
-def test_random_parts_are_cut_out_of_the_files(root) -> None:
+def test_random_crops_read_the_files(root) -> None:
     datamodule = opened(root, "fit", augment=None)
     datamodule.setup("test")
     assert [datamodule.datasets[s].stored is None for s in ("train", "val", "test")] == [True, True, False]
 
 
-def test_a_broken_image_is_named(root, monkeypatch) -> None:
+def test_corrupt_image(root, monkeypatch) -> None:
     path = Path(root, "train", "dog", "0007.jpg")
     path.write_bytes(path.read_bytes()[:300])
     for workers, patience in ((0, 1.0), (1, 0.0)):
@@ -266,17 +266,17 @@ def test_a_broken_image_is_named(root, monkeypatch) -> None:
     path.symlink_to("nowhere.jpg")
     with pytest.raises(ValueError, match=rf"image {path} cannot be read \(FileNotFoundError"):
         opened(root, "fit")
-    assert kept() == []
+    assert cache_files() == []
 
 
 def test_settings_are_checked_before_images_are_decoded(root) -> None:
     with pytest.raises(ValueError, match="val_size"):
         opened(root, "fit", val_size=1000)
-    assert kept() == []
+    assert cache_files() == []
 
 
 class Own(ImageDataModule):
-    """A source of the user's, that counts how often it is read."""
+    """A user's dataset that counts how often it is read."""
 
     num_classes = 3
     input_shape = (1, 6, 6)
@@ -299,33 +299,33 @@ class Own(ImageDataModule):
         return np.full((6 + i % 2, 8), 8 * i, dtype=np.uint8), i % 3
 
 
-def test_a_source_of_ones_own_is_read_once_and_not_kept() -> None:
+def test_own_dataset_is_read_once_and_not_cached() -> None:
     datamodule = Own(augment=SHIFTED, batch_size=6)
     datamodule.setup("fit")
     for epoch in range(2):
         assert len(batches(datamodule, epoch)) == 4
     assert datamodule.reads == 30
     assert torch.equal(pixels(datamodule, "train")[:, 0, 2, 2], 8 * torch.arange(30, dtype=torch.uint8))
-    assert kept() == []
+    assert cache_files() == []
 
 
 class Corner(CenterCrop):
-    """A way to bring images to size whose own settings nobody knows."""
+    """A resize transform of a user, whose settings are unknown."""
 
     def reduced(self, image, full, size, draws):
         return image.crop((0, 0, size[1], size[0]))
 
 
-def test_images_brought_to_size_in_ones_own_way_are_not_kept(root) -> None:
+def test_images_of_an_own_resize_are_not_cached(root) -> None:
     datamodule = folder(root)
     datamodule.resize = Corner()
     datamodule.setup("test")
     first = Image.open(next(iter(sorted(Path(root, "test", "cat").iterdir()))))
     assert np.array_equal(pixels(datamodule)[0].permute(1, 2, 0), np.asarray(first)[:16, :16])
-    assert kept() == []
+    assert cache_files() == []
 
 
-def test_a_pickled_data_set_has_the_name_of_its_file_instead_of_the_pixels(root) -> None:
+def test_pickled_dataset_contains_the_file_name_instead_of_pixels(root) -> None:
     dataset = opened(root, "fit", batch_size=20).datasets["train"]
     for _ in range(3):
         expected = dataset.__getitems__(range(20))
@@ -336,9 +336,9 @@ def test_a_pickled_data_set_has_the_name_of_its_file_instead_of_the_pixels(root)
     assert torch.equal(again.__getitems__(range(20)).input, expected.input)
 
 
-def test_writing_to_the_pixels_does_not_reach_the_file(root) -> None:
+def test_modified_pixels_do_not_change_the_file(root) -> None:
     datamodule = opened(root)
-    (file,) = kept()
+    (file,) = cache_files()
     before = file.read_bytes()
     datamodule.datasets["test"].stored.zero_()
     assert file.read_bytes() == before
@@ -350,7 +350,7 @@ def _setup(root, cache, start, results) -> None:
     results.put(pixels(opened(root)).sum().item())
 
 
-def test_processes_that_race_do_no_harm(root) -> None:
+def test_concurrent_processes(root) -> None:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     start, results = context.Event(), context.Queue()
     racing = [context.Process(target=_setup, args=(root, os.environ["LKD_CACHE"], start, results)) for _ in range(4)]
@@ -361,7 +361,7 @@ def test_processes_that_race_do_no_harm(root) -> None:
     for process in racing:
         process.join()
     assert sums == {pixels(opened(root, resident_limit=0)).sum().item()}
-    assert len(kept()) == 1
+    assert len(cache_files()) == 1
 
 
 COUNT = """
@@ -376,7 +376,7 @@ COUNT = """
 """
 
 
-def test_one_process_decodes_for_all(root) -> None:
+def test_one_process_decodes_for_all_ranks(root) -> None:
     Path("count.py").write_text(textwrap.dedent(COUNT))
     command = ["fit", "--config", "digits/kd", "--data", "count.Image"]
     data = [f"--data.root={root}", "--data.image_size=8", "--data.in_channels=1", "--data.augment=[]"]
@@ -388,11 +388,11 @@ def test_one_process_decodes_for_all(root) -> None:
     assert [done.code for done in both] == [0, 0], both
     assert "".join(done.stdout + done.stderr for done in both).count("Decoded 48 images in") == 1
     assert sorted(Path("setups").read_text().split()) == ["0", "0", "1"]
-    assert len(kept()) == 1
+    assert len(cache_files()) == 1
 
 
 @pytest.mark.parametrize("views", [None, StrongView([RandomResizedCrop()]), ClassPartner()])
-def test_batches_made_on_a_device_are_the_same(root, views) -> None:
+def test_device_batches_equal_those_of_the_loader(root, views) -> None:
     datamodule = opened(root, "fit", batch_size=9, views=views)
     dataset = datamodule.datasets["train"]
     before = dataset.stored.clone(), dataset.target.clone(), dataset.index.clone()
@@ -404,7 +404,7 @@ def test_batches_made_on_a_device_are_the_same(root, views) -> None:
         ours, theirs = moved.__getitems__(keys), dataset.__getitems__(keys)
         for name in ("input", "target", "index", "version"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
-    if isinstance(views, ClassPartner):  # it too lies on the device
+    if isinstance(views, ClassPartner):  # its index of classes is on the device as well
         assert moved.to(torch.device("cpu"))._classes is not moved._classes
     now = dataset.stored, dataset.target, dataset.index
     assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
@@ -412,7 +412,7 @@ def test_batches_made_on_a_device_are_the_same(root, views) -> None:
         opened(root, "fit", resident_limit=0).datasets["train"].to(torch.device("cpu"))
 
 
-def test_versions_that_come_again_are_the_same(root) -> None:
+def test_repeated_variants_are_equal(root) -> None:
     dataset, plain = (opened(root, "fit").datasets["train"] for _ in range(2))
     dataset.replay = 2
     for epoch in (4, 4, 4, 5, 5, 5, 0, 0, 0):
@@ -421,8 +421,8 @@ def test_versions_that_come_again_are_the_same(root) -> None:
         assert torch.equal(batch.input, plain.__getitems__([Key(epoch % 2, i) for i in range(7)]).input)
 
 
-def test_everything_is_moved(root) -> None:
-    """On the device that holds no values, an operation with a tensor of another device fails."""
+def test_all_tensors_are_moved(root) -> None:
+    """On the meta device, an operation with a tensor of another device fails."""
     dataset = opened(root, "fit").datasets["train"]
     moved = dataset.to(torch.device("meta"))
     batch = moved.__getitems__(range(5))
@@ -432,7 +432,7 @@ def test_everything_is_moved(root) -> None:
 
 
 class Reader(L.LightningModule):
-    """Keeps what it sees."""
+    """Records the batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -463,8 +463,8 @@ class Reader(L.LightningModule):
 
 
 @pytest.mark.parametrize("free", [10**9, 1])
-def test_a_run_whose_batches_are_made_on_the_device_sees_the_same(root, monkeypatch, trainer, free) -> None:
-    """The processor stands for a GPU, where there is none: all but the kind of memory is the same."""
+def test_run_with_device_batches_sees_the_same_images(root, monkeypatch, trainer, free) -> None:
+    """The CPU represents a GPU; only the kind of memory differs."""
     readers = []
     for gpu in (None, torch.device("cpu")):
         monkeypatch.setattr(base, "_gpu", lambda trainer, gpu=gpu: gpu)

@@ -22,13 +22,13 @@ def test_processes_share_one_order(processes):
         sampler.set_epoch(epoch)
     shares = [list(sampler) for sampler in ranks]
     assert {len(share) for share in shares} == {len(ranks[0])}
-    dealt = [key for turn in zip(*shares, strict=True) for key in turn]  # as one process would see them
+    interleaved = [key for turn in zip(*shares, strict=True) for key in turn]  # as one process
     order = permutation(seed, epoch, size).tolist()
-    assert dealt == [Key(epoch, order[i % size], False) for i in range(len(dealt))]
+    assert interleaved == [Key(epoch, order[i % size], False) for i in range(len(interleaved))]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7, 11])
-def test_evaluation_counts_every_sample_once(processes):
+def test_evaluation_includes_every_sample_once(processes):
     shares = [list(sampler) for sampler in samplers(8, processes, shuffle=False)]
     assert {len(share) for share in shares} == {-(-8 // processes)}
     read = read_keys([key for share in shares for key in share])
@@ -38,7 +38,7 @@ def test_evaluation_counts_every_sample_once(processes):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
-def test_without_padding_every_sample_is_there_once(processes):
+def test_unpadded_shares_contain_every_sample_once(processes):
     shares = [list(sampler) for sampler in samplers(8, processes, shuffle=False, padded=False)]
     assert [len(share) for share in shares] == [len(sampler) for sampler in samplers(8, processes, padded=False)]
     assert sorted(position for share in shares for position in positions(share)) == list(range(8))
@@ -55,7 +55,7 @@ def test_order_differs_by_epoch_and_seed():
     assert len(orders) == 16
 
 
-def test_it_is_what_lightning_leaves_alone():
+def test_sampler_is_a_distributed_sampler():
     assert isinstance(EpochSampler(range(3)), DistributedSampler)
 
 
@@ -65,6 +65,6 @@ def test_more_processes_than_samples():
     assert torch.equal(read_keys([share[0] for share in shares])[1], permutation(1, 0, 2)[torch.arange(5) % 2])
 
 
-def test_a_key_says_all_three():
+def test_key_contains_epoch_index_and_padding():
     keys = [Key(0, 7), Key(3, 0), Key(2**22 - 1, 2**39 - 1, True), 5]
     assert read_keys(keys).T.tolist() == [[0, 7, 0], [3, 0, 0], [2**22 - 1, 2**39 - 1, 1], [0, 5, 0]]

@@ -16,52 +16,52 @@ def targets(*counts):
         ((100, 100, 100), 0.1, (10, 10, 10)),
         ((100, 200, 300), 0.05, (5, 10, 15)),
         ((100, 200, 300), 60, (10, 20, 30)),
-        ((10, 10, 10), 7, (3, 2, 2)),  # one over: to the first of equals
+        ((10, 10, 10), 7, (3, 2, 2)),  # the remaining image goes to the first of equal classes
         ((55, 25, 20), 10, (6, 2, 2)),  # 5.5, 2.5, 2.0
         ((13, 18, 29), 0.25, (3, 5, 7)),  # 3.25, 4.5, 7.25
     ],
 )
-def test_classes_get_their_share(counts, size, expected):
+def test_classes_are_stratified(counts, size, expected):
     target = targets(*counts)
     chosen = stratified(target, size, seed=0)
     assert tuple(target[chosen].bincount().tolist()) == expected
     assert torch.equal(chosen, chosen.unique())
 
 
-def test_choice_depends_on_the_seed_alone_and_takes_everyone_in_turn():
+def test_choice_depends_only_on_the_seed_and_is_uniform():
     target = targets(40, 40)
     assert torch.equal(stratified(target, 0.25, 3), stratified(target, 0.25, 3))
-    often = torch.zeros(80)
+    counts = torch.zeros(80)
     for seed in range(400):
-        often[stratified(target, 0.25, seed)] += 1
-    assert often.min() > 60  # 100 expected, deviation 8.7
-    assert often.max() < 140
+        counts[stratified(target, 0.25, seed)] += 1
+    assert counts.min() > 60  # 100 expected, standard deviation 8.7
+    assert counts.max() < 140
 
 
-def test_samples_without_a_label_are_not_chosen():
+def test_unlabelled_samples_are_not_chosen():
     target = torch.cat((targets(20, 20), torch.full((60,), IGNORE_INDEX)))
     chosen = stratified(target, 0.5, 0)
     assert target[chosen].bincount().tolist() == [10, 10]
 
 
 @pytest.mark.parametrize("size", [-0.1, -3, 30, 31, 2.5, 0.001, 0.999])
-def test_impossible_sizes_are_refused(size):
+def test_invalid_sizes(size):
     message = f"val_size must be a fraction between 0 and 1, .* below 30 .* got {size}"
     with pytest.raises(ValueError, match=message):
         stratified(targets(15, 15), size, 0)
 
 
-def test_a_class_without_validation_images_is_refused():
+def test_class_without_validation_images():
     with pytest.raises(ValueError, match="val_size 5 leaves no validation image of class 1, which has 2 of the 52"):
         stratified(targets(50, 2), 5, 0)
 
 
-def test_a_class_without_training_images_is_refused():
+def test_class_without_training_images():
     with pytest.raises(ValueError, match=r"val_size 0.9 leaves no training image of class 0, which has 1 of the 51"):
         stratified(targets(1, 50), 0.9, 0)
 
 
-def test_some_images_keep_their_label():
+def test_label_size():
     from lkd import SyntheticDataModule
 
     def training(**settings):
@@ -84,7 +84,7 @@ def test_some_images_keep_their_label():
         training(label_size=3)
 
 
-def test_each_class_gives_as_many_and_fewer_are_among_them():
+def test_labels_per_class_are_nested():
     target = torch.cat((targets(9, 40, 20), torch.full((30,), IGNORE_INDEX)))
     many, few, other = (of_each_class(target, number, seed) for number, seed in ((7, 0), (3, 0), (3, 1)))
     assert target[many].bincount().tolist() == [7, 7, 7]
@@ -95,7 +95,7 @@ def test_each_class_gives_as_many_and_fewer_are_among_them():
 
 
 @pytest.mark.parametrize(("number", "rarest"), [(0, "class 0 has 3"), (4, "class 0 has 3"), (1, "none has a label")])
-def test_more_of_each_class_than_there_are_is_refused(number, rarest):
+def test_too_many_labels_per_class(number, rarest):
     target = torch.full((4,), IGNORE_INDEX) if "none" in rarest else targets(3, 5)
     with pytest.raises(ValueError, match=rf"training images of the smallest class \({rarest}\), got {number}"):
         of_each_class(target, number, 0)

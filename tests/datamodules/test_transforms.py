@@ -28,7 +28,7 @@ def test_crop_equals_torchvision_one_image_at_a_time(padding, channels):
     assert torch.equal(RandomCrop(padding)(image, draws), torch.stack(expected))
 
 
-def test_crop_reaches_every_offset_equally_often():
+def test_crop_offsets_are_uniform():
     marked = torch.zeros(9000, 1, 5, 5, dtype=torch.uint8)
     marked[:, :, 2, 2] = 1
     moved = RandomCrop(1)(marked, uniform(0, 0, torch.arange(9000), 0)).sum((0, 1))
@@ -64,19 +64,19 @@ def test_center_crop_equals_torchvision(height, width, size, scaled):
     assert np.array_equal(np.asarray(result), np.asarray(expected))
 
 
-def test_center_crop_leaves_images_of_the_right_size_alone():
+def test_center_crop_keeps_images_of_the_requested_size():
     image = photo(32, 32)
     assert CenterCrop(0.875)(image, (32, 32), torch.zeros(10, 4)) is image
 
 
-def test_center_crop_covers_sizes_that_are_not_square():
+def test_center_crop_fills_non_square_sizes():
     for height, width in [(33, 20), (20, 33), (24, 49), (10, 100)]:
         result = CenterCrop(0.9)(photo(height, width), (24, 48), torch.zeros(10, 4))
         assert result.size == (48, 24)
         assert np.asarray(result).min(-1).max() > 0  # no black borders
 
 
-def test_resized_crop_cuts_and_scales_as_torchvision_does():
+def test_resized_crop_equals_torchvision():
     image, draws = photo(60, 80), uniform(0, 0, torch.tensor(5), torch.arange(10))
     crop = RandomResizedCrop()
     top, left, height, width = crop.box(60, 80, draws)
@@ -112,13 +112,13 @@ def test_resized_crop_is_distributed_as_in_torchvision(height, width):
         (lambda: RandomResizedCrop(ratio=(2.0, 1.0)), "RandomResizedCrop: ratio must satisfy 0 < low"),
     ],
 )
-def test_wrong_settings_are_refused(make, message):
+def test_invalid_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
 def smooth(height, width):
-    """Something like a photo: what a JPEG file keeps."""
+    """Return an image as smooth as a photo, so that JPEG preserves it."""
     coarse = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     fine = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
     return TF.to_pil_image(fine[0])
@@ -128,7 +128,7 @@ def smooth(height, width):
     "transform", [CenterCrop(), CenterCrop(0.875), RandomResizedCrop(), RandomResizedCrop((0.5, 1))]
 )
 @pytest.mark.parametrize(("full", "size"), [((375, 500), (40, 40)), ((501, 333), (30, 70)), ((300, 299), (200, 100))])
-def test_an_image_decoded_smaller_gives_nearly_the_same(tmp_path, transform, full, size):
+def test_reduced_decoding_gives_nearly_the_same_image(tmp_path, transform, full, size):
     smooth(*full).save(tmp_path / "photo.jpg", quality=95)
     whole, factors = Image.open(tmp_path / "photo.jpg").convert("RGB"), set()
     for draws in uniform(0, 0, torch.arange(12)[:, None], torch.arange(10)):
@@ -148,7 +148,7 @@ def test_an_image_decoded_smaller_gives_nearly_the_same(tmp_path, transform, ful
     assert (max(factors) > 1) == (size != (200, 100))
 
 
-def test_the_chosen_part_of_an_image_decoded_smaller_has_the_sizes_pixels():
+def test_reduced_crop_has_at_least_the_requested_pixels():
     crop, full, size = RandomResizedCrop(), (700, 900), (48, 64)
     for draws in uniform(0, 0, torch.arange(300)[:, None], torch.arange(10)):
         (height, width), (_, _, part_height, part_width) = crop.least(full, size, draws), crop.box(*full, draws)
@@ -156,7 +156,7 @@ def test_the_chosen_part_of_an_image_decoded_smaller_has_the_sizes_pixels():
         assert part_width * width >= size[1] * full[1]
 
 
-def test_an_own_transform_needs_the_whole_image_unless_it_says_otherwise():
+def test_own_transforms_get_the_whole_image_by_default():
     class Own(ImageTransform):
         def __call__(self, image, size, draws):
             return image.resize(size[::-1])

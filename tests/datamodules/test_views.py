@@ -1,4 +1,4 @@
-"""Several views of an image: pure functions of (seed, epoch, index) as well, and the first is the image as usual."""
+"""Views of an image depend on (seed, epoch, index) only, and the first view is the image without views."""
 
 import pickle
 from functools import partial
@@ -43,15 +43,15 @@ def training(datamodule):
     return datamodule.datasets["train"]
 
 
-def taken_apart(batch):
-    """Each image's views: its index to `(views, C, H, W)`, their targets and their indices."""
+def views_by_index(batch):
+    """Return `(views, C, H, W)`, targets and indices of each image's views, by the image's index."""
     size = len(batch.target) // batch.views
     rows = [part.reshape(batch.views, size, *part.shape[1:]).transpose(0, 1) for part in batch[:3]]
     return {int(index[0]): (image, target, index) for image, target, index in zip(*rows, strict=True)}
 
 
 def read(datamodule, epoch, processes=1):
-    """All images of one epoch that the processes see, by index."""
+    """Return all images of one epoch in all processes, by index."""
     datamodule.setup("fit")
     seen = {}
     for rank in range(processes):
@@ -59,16 +59,16 @@ def read(datamodule, epoch, processes=1):
         loader = datamodule.train_dataloader()
         loader.sampler.set_epoch(epoch)
         for batch in loader:
-            seen |= taken_apart(batch)
+            seen |= views_by_index(batch)
     return seen
 
 
 def reference(datamodule, epoch):
-    """The same images, one at a time."""
+    """Return the same images, read one at a time."""
     dataset = training(datamodule)
     found = {}
     for position in range(len(dataset)):
-        found |= taken_apart(dataset[Key(epoch, position)])
+        found |= views_by_index(dataset[Key(epoch, position)])
     return found
 
 
@@ -78,7 +78,7 @@ def equal(one, other):
 
 @every
 @both
-def test_same_tensors_for_any_batch_size_and_number_of_workers_and_processes(make, name):
+def test_images_do_not_depend_on_batch_size_workers_and_processes(make, name):
     expected = reference(make(views=VIEWS[name]), epoch=3)
     for batch_size, workers, processes in [(1, 0, 1), (7, 2, 1), (64, 0, 1), (7, 0, 3), (20, 2, 2)]:
         seen = read(make(batch_size=batch_size, num_workers=workers, views=VIEWS[name]), 3, processes)
@@ -88,7 +88,7 @@ def test_same_tensors_for_any_batch_size_and_number_of_workers_and_processes(mak
 
 @every
 @both
-def test_epoch_and_seed_change_every_view(make, name):
+def test_views_depend_on_epoch_and_seed(make, name):
     first = reference(make(seed=0, views=VIEWS[name]), epoch=0)
     for other in (
         reference(make(seed=0, views=VIEWS[name]), epoch=1),
@@ -102,7 +102,7 @@ def test_epoch_and_seed_change_every_view(make, name):
 
 @every
 @both
-def test_the_first_view_is_the_image_as_without_views(make, name):
+def test_first_view_is_the_image_without_views(make, name):
     plain, views = (training(make(batch_size=16, views=v)) for v in (None, VIEWS[name]))
     keys = [Key(2, position) for position in range(16)]
     one, several = plain.__getitems__(keys), views.__getitems__(keys)
@@ -112,7 +112,7 @@ def test_the_first_view_is_the_image_as_without_views(make, name):
 
 
 @every
-def test_evaluation_sees_one_view(name):
+def test_evaluation_has_one_view(name):
     datamodule = in_memory(views=VIEWS[name], batch_size=10)
     datamodule.setup("fit")
     datamodule.setup("test")
@@ -122,14 +122,14 @@ def test_evaluation_sees_one_view(name):
 
 
 @every
-def test_views_survive_pickling_for_spawned_workers(name):
+def test_views_can_be_pickled_for_workers(name):
     dataset = training(in_memory(views=VIEWS[name]))
     keys = [Key(1, 3), Key(1, 5)]
     before = dataset.__getitems__(keys)
     assert equal(pickle.loads(pickle.dumps(dataset)).__getitems__(keys)[:3], before[:3])
 
 
-def test_a_strong_view_is_what_its_augmentation_says():
+def test_strong_view_applies_its_augmentation():
     images, labels = torch.randint(256, (30, 3, 8, 8), dtype=torch.uint8), torch.arange(30) % 3
     crop, flip, changes = RandomCrop(1), RandomHorizontalFlip(0.5), RandAugment(2, 10)
 
@@ -148,10 +148,10 @@ def test_a_strong_view_is_what_its_augmentation_says():
     unchanged = batch(views=StrongView([])).input[30:]
     assert torch.equal(unchanged, (images / torch.tensor(255.0) - 0.5) / 0.25)
     again = batch(views=StrongView([crop, flip])).input
-    assert sum(torch.equal(*pair) for pair in zip(*again.chunk(2), strict=True)) < 10  # by other draws
+    assert sum(torch.equal(*pair) for pair in zip(*again.chunk(2), strict=True)) < 10  # the views use different draws
 
 
-def test_a_strong_view_of_files_may_have_its_own_crop(write_tree):
+def test_strong_view_of_files_with_another_crop(write_tree):
     root = write_tree({"train": {"cat": 20, "dog": 20}, "test": {"cat": 2, "dog": 2}})
 
     def views(*augment):
@@ -174,18 +174,18 @@ def test_rotated_views():
     assert batch.index.view(4, 2).unique(dim=0).shape == (1, 2)
 
 
-def test_rotated_views_need_squares():
+def test_rotated_views_require_square_images():
     with pytest.raises(ValueError, match="must be square, got 9x7"):
         SyntheticDataModule(4, (3, 9, 7), views=RotatedViews()).setup("fit")
     SyntheticDataModule(4, (3, 9, 7), views=RotatedViews()).setup("test")
 
 
 def partners(datamodule, epoch):
-    """Each image's index to its partner's."""
+    """Return the partner's index of each image."""
     return {index: int(found[2][1]) for index, found in reference(datamodule, epoch).items()}
 
 
-def test_a_partner_is_another_training_image_of_the_class():
+def test_partner_is_another_training_image_of_the_class():
     datamodule = in_memory(views=ClassPartner())
     by_epoch = [partners(datamodule, epoch) for epoch in range(30)]
     target = datamodule.datasets["train"].target
@@ -195,11 +195,11 @@ def test_a_partner_is_another_training_image_of_the_class():
         assert index not in others
         assert others <= every
         assert {int(target[other]) for other in others} == {int(target[index])}
-    # 38 images in a class: of 37 partners, 30 draws find 20.7 on average
+    # 38 images in a class: with 37 possible partners, 30 draws find 20.7 on average
     assert 19 < sum(len(others) for others in chosen.values()) / len(every) < 22
 
 
-def test_every_partner_is_as_likely_as_another():
+def test_all_partners_are_equally_likely():
     dataset = training(SyntheticDataModule(2, (1, 4, 4), train_size=12, val_size=0, views=ClassPartner()))
     epoch, index = torch.arange(4000), torch.full((4000,), 4)
     counts = dataset.make(epoch, index).index[4000:].bincount(minlength=12)
@@ -207,7 +207,7 @@ def test_every_partner_is_as_likely_as_another():
     assert counts[[0, 2, 6, 8, 10]].min() > 700
 
 
-def test_the_partner_has_no_label_and_other_draws_than_in_its_own_place():
+def test_partner_has_no_label_and_separate_draws():
     dataset = training(in_memory(views=ClassPartner()))
     batch = dataset.__getitems__([Key(0, position) for position in range(50)])
     assert (batch.target[50:] == IGNORE_INDEX).all()
@@ -215,7 +215,7 @@ def test_the_partner_has_no_label_and_other_draws_than_in_its_own_place():
     assert sum(torch.equal(*pair) for pair in zip(own, batch.input[50:], strict=True)) < 10
 
 
-def test_an_image_alone_is_its_own_partner():
+def test_single_image_is_its_own_partner():
     class Given(SyntheticDataModule):
         def make_dataset(self, split):
             target = torch.tensor([0, 1, 1, IGNORE_INDEX, IGNORE_INDEX, 3])
@@ -224,7 +224,7 @@ def test_an_image_alone_is_its_own_partner():
     assert partners(Given(4, (3, 8, 8), val_size=0, views=ClassPartner()), 0) == {0: 0, 1: 2, 2: 1, 3: 3, 4: 4, 5: 5}
 
 
-def test_few_labels_choose_among_themselves():
+def test_labelled_images_are_partners_of_each_other():
     datamodule = DigitsDataModule(label_size=40, views=ClassPartner())
     found = partners(datamodule, 0)
     labelled = (datamodule.datasets["train"].target != IGNORE_INDEX).nonzero().squeeze(1).tolist()
@@ -246,12 +246,12 @@ def test_own_views():
     assert not torch.equal(*batch.input)
 
 
-def test_a_crop_behind_other_changes_is_refused():
+def test_crop_must_be_the_first_transform():
     with pytest.raises(ValueError, match="RandomResizedCrop must be the first transform"):
         StrongView([RandomCrop(1), RandomResizedCrop()])
 
 
-def test_padding_has_no_label_in_any_view():
+def test_padding_is_unlabelled_in_all_views():
     batch = Batch(torch.zeros(4, 1), torch.arange(4), views=2)
     assert without_labels(batch, torch.tensor([False, True])).target.tolist() == [0, IGNORE_INDEX, 2, IGNORE_INDEX]
     assert without_labels(batch, torch.tensor([False, False])) is batch

@@ -1,4 +1,4 @@
-"""Streamed shards: each image once in evaluation, whatever the workers and processes; orders by seed and epoch."""
+"""Streamed shards: evaluation reads each image once in all workers and processes; orders depend on seed and epoch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _tar(path: str, members: list[tuple[str, bytes]], mode: str = "w") -> str:
 
 
 def _shards(folder: str, sizes: tuple[int, ...]) -> str:
-    """Shards of images each of which has a level of its own, 0, 1, 2, ..., and that modulo 4 as class."""
+    """Write shards in which image i has the gray level i and the class i modulo 4."""
     from webdataset import ShardWriter
 
     Path(folder).mkdir()
@@ -70,17 +70,17 @@ def _levels(batches) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2, 9])
-def test_evaluation_shows_each_image_once(workers: int) -> None:
+def test_evaluation_reads_each_image_once(workers: int) -> None:
     train, sizes, seen = _shards("a", (7, 1, 5)), [], []
     for rank in range(2):
         batches = list(_module(train, 2, rank, num_workers=workers).test_dataloader())
         seen += _levels(batches)
         sizes.append([len(batch.target) for batch in batches])
     assert sorted(seen) == list(range(13))
-    assert sizes[0] == sizes[1]  # one that had fewer batches would leave the other waiting
+    assert sizes[0] == sizes[1]  # otherwise, one process would wait for the other
 
 
-def test_one_reader_tells_the_index_and_keeps_the_order() -> None:
+def test_prediction_has_indices_and_keeps_the_order() -> None:
     data = _module(_shards("a", (7, 1, 5)), num_workers=3)
     batches = list(data.predict_dataloader())
     assert torch.cat([batch.index for batch in batches]).tolist() == list(range(13)) == _levels(batches)
@@ -90,7 +90,7 @@ def test_one_reader_tells_the_index_and_keeps_the_order() -> None:
     assert [sum(len(batch.target) for batch in batches) for batches in unpadded] == [7, 6]
 
 
-def test_training_order_is_a_function_of_seed_and_epoch() -> None:
+def test_training_order_depends_on_seed_and_epoch() -> None:
     _shards("a", (5, 5, 5, 5))
 
     def order(**settings) -> list[int]:
@@ -104,8 +104,8 @@ def test_training_order_is_a_function_of_seed_and_epoch() -> None:
     assert sorted(order(seed=1, num_workers=2, batch_size=5)) == list(range(20))  # two shards each
 
 
-def test_processes_train_on_other_images_in_equally_many_batches() -> None:
-    _shards("a", (8, 2, 3))  # uneven: who has less begins again
+def test_processes_train_on_disjoint_images_in_equally_many_batches() -> None:
+    _shards("a", (8, 2, 3))  # uneven: a process with fewer images starts over
     batches = [list(_module("a", 2, rank, train_size=27).train_dataloader()) for rank in (0, 1)]
     assert [len(part) for part in batches] == [3, 3] == [len(_module("a", 2, 0, train_size=27).train_dataloader())] * 2
     assert all(len(batch.target) == 4 and batch.index is None for part in batches for batch in part)
@@ -116,7 +116,7 @@ def test_processes_train_on_other_images_in_equally_many_batches() -> None:
         _module("a", 2, batch_size=16).train_dataloader()
 
 
-def test_an_images_augmentation_depends_on_seed_epoch_and_image_alone() -> None:
+def test_augmentation_depends_only_on_seed_epoch_and_image() -> None:
     rng = np.random.default_rng(0)
     members = []
     for number in range(6):
@@ -141,12 +141,12 @@ def test_views_and_mixing() -> None:
     (batch, *_) = _module("a", views=RotatedViews(), mix=CutMix()).train_dataloader()
     assert batch.views == 4
     assert len(batch.input) == len(batch.target) == len(batch.mixed.target) == 16
-    assert set(batch.mixed.target[:4].tolist()) <= set(batch.target[:4].tolist())  # partners are of the batch
+    assert set(batch.mixed.target[:4].tolist()) <= set(batch.target[:4].tolist())  # partners are images of the batch
     with pytest.raises(ValueError, match="ClassPartner requires random access to images"):
         _module("a", views=ClassPartner())
 
 
-def test_a_pickle_in_a_shard_is_not_loaded() -> None:
+def test_pickle_in_a_shard_is_not_loaded() -> None:
     class Bomb:
         def __reduce__(self):
             return (Path.touch, (Path("bomb"),))
@@ -182,7 +182,7 @@ def _cut(length: int) -> None:
 
 def _damaged() -> None:
     content = bytearray(Path(_tar("a/0.tar", GOOD)).read_bytes())
-    content[1024 : 1024 + 100] = b"x" * 100  # the second member's header
+    content[1024 : 1024 + 100] = b"x" * 100  # the header of the second member
     Path("a/0.tar").write_bytes(content)
 
 
@@ -207,7 +207,7 @@ def _damaged() -> None:
         (lambda: _tar("a/0.tar", [("0.png", b"none"), GOOD[1]]), "image a/0.tar: 0 cannot be read"),
     ],
 )
-def test_what_is_wrong_with_a_shard_is_said_in_one_sentence(make, message: str) -> None:
+def test_invalid_shards(make, message: str) -> None:
     Path("a").mkdir()
     make()
     with pytest.raises(ImageError, match=message) as caught:
@@ -217,13 +217,13 @@ def test_what_is_wrong_with_a_shard_is_said_in_one_sentence(make, message: str) 
         list(_module("a").train_dataloader())
 
 
-def test_what_a_worker_says_is_one_sentence_too() -> None:
+def test_error_of_a_worker() -> None:
     _tar("a/0.tar", GOOD[:1])
     with pytest.raises(ImageError, match=r"^sample a/0.tar: 0 has no class; .*after it$"):
         list(_module("a", num_workers=1).test_dataloader())
 
 
-def test_an_image_without_a_label_is_marked() -> None:
+def test_unlabelled_images() -> None:
     _tar("a/0.tar", [GOOD[0], ("0.cls", str(IGNORE_INDEX).encode())])
     (batch,) = _module("a").test_dataloader()
     assert batch.target.tolist() == [IGNORE_INDEX]
@@ -246,7 +246,7 @@ def test_patterns() -> None:
         find_shards("a/${NOTHING}.tar")
 
 
-def test_a_missing_extra_is_named(monkeypatch) -> None:
+def test_missing_extra(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "webdataset", None)
     with pytest.raises(
         ValueError, match=r"requires webdataset, which is not installed; pip install 'lightning-kd\[webdataset\]'"
@@ -254,7 +254,7 @@ def test_a_missing_extra_is_named(monkeypatch) -> None:
         _module("a")
 
 
-def test_wrong_settings() -> None:
+def test_invalid_settings() -> None:
     for name in ("num_classes", "train_size", "batch_size", "shuffle_size"):
         with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
             WebDatasetDataModule("a", **{**PLAIN, "train_size": 1, name: 0})
@@ -263,7 +263,7 @@ def test_wrong_settings() -> None:
         data.setup("test")
 
 
-def test_criteria_that_need_indices_and_kept_answers_are_refused(tiny, trainer) -> None:
+def test_indices_and_teacher_cache_are_not_supported(tiny, trainer) -> None:
     from lkd.callbacks import TeacherCache
 
     _shards("a", (8, 8))
@@ -299,7 +299,7 @@ CONFIG = {
 }
 
 
-def test_a_run_from_yaml(capsys) -> None:
+def test_run_from_yaml(capsys) -> None:
     _shards("a", (8, 8, 8, 8))
     _shards("b", (5, 2))
     Path("shards.yaml").write_text(yaml.safe_dump(CONFIG))
@@ -313,7 +313,7 @@ def test_a_run_from_yaml(capsys) -> None:
     assert "webdataset" not in capsys.readouterr().err.lower()
 
 
-def test_two_processes_count_each_image_once() -> None:
+def test_two_processes_evaluate_each_image_once() -> None:
     _shards("a", (8, 8, 8, 8))
     _shards("b", (5, 2))
     Path("count.py").write_text(

@@ -1,4 +1,4 @@
-"""`lkd export`: every file answers as the checkpoint does, and without lkd."""
+"""`lkd export`: each file reproduces the checkpoint's outputs, without lkd."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ for tensor in bare.state_dict().values():
     tensor.zero_()
 bare.load_state_dict(load_file("model.safetensors"))
 session = onnxruntime.InferenceSession("model.onnx")
-answers = {
+programs = {
     "torch": lambda batch: program(torch.from_numpy(batch)).detach().numpy(),
     "safetensors": lambda batch: bare(torch.from_numpy(batch)).detach().numpy(),
     "onnx": lambda batch: session.run(["logits"], {"image": batch})[0],
 }
-apart = {
-    f"{name}, {size}": max(float(abs(answer(image[i : i + size]) - logits[i : i + size]).max())
+differences = {
+    f"{name}, {size}": max(float(abs(run(image[i : i + size]) - logits[i : i + size]).max())
                            for i in range(0, min(len(image), 64 * size), size))
-    for name, answer in answers.items() for size in (1, 100, len(image))
+    for name, run in programs.items() for size in (1, 100, len(image))
 }
 blocks = re.findall(r"```python\\n(.*?)```", open("README.md", encoding="utf-8").read(), re.S)
 card = []
@@ -74,12 +74,12 @@ for block in blocks[1:]:
     names = {"print": lambda *_: None}
     exec(blocks[0] + block, names)
     card.append(float(abs(np.asarray(names["logits"]) - logits[:1]).max()))
-print(json.dumps({"images": len(image), "apart": apart, "card": card, "lkd": "lkd" in sys.modules}))
+print(json.dumps({"images": len(image), "differences": differences, "card": card, "lkd": "lkd" in sys.modules}))
 """
 
 
 def fit(folder: Path, *args: str) -> str:
-    """Trains a little; the run's folder."""
+    """Train briefly and return the run's folder."""
     assert main(["fit", *args, *QUICK, f"--trainer.default_root_dir={folder}"]) == 0
     return str(next(folder.rglob("best.ckpt")).parents[1])
 
@@ -91,13 +91,13 @@ def run(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def done(run):
-    """The run, exported in every way."""
+    """Return the run's export in all formats."""
     return export(run, int8=True, license="apache-2.0")
 
 
 @pytest.fixture
-def answer(capsys, monkeypatch):
-    """What `lkd export` says of a mistake."""
+def error_of(capsys, monkeypatch):
+    """Return a function that runs `lkd export` and returns its error message."""
     monkeypatch.delenv("LKD_DEBUG", raising=False)
 
     def ask(*args: str) -> str:
@@ -109,7 +109,7 @@ def answer(capsys, monkeypatch):
 
 
 def digits(run: str):
-    """All test images `(359, 1, 8, 8)`, and the checkpoint's logits."""
+    """Return all test images `(359, 1, 8, 8)`, and the checkpoint's logits."""
     trained = load_run(run)
     trained.data.setup("test")
     image = torch.cat([batch.input for batch in trained.data.test_dataloader()])
@@ -117,7 +117,7 @@ def digits(run: str):
         return image, trained.module(image)
 
 
-def test_files_answer_without_lkd_as_the_checkpoint_does(run, done, tmp_path) -> None:
+def test_files_reproduce_the_checkpoint_without_lkd(run, done, tmp_path) -> None:
     image, logits = digits(run)
     np.savez(tmp_path / "given.npz", image=image.numpy(), logits=logits.numpy())
     pixels = (image[0, 0] * 0.3762 + 0.3057) * 255
@@ -129,15 +129,15 @@ def test_files_answer_without_lkd_as_the_checkpoint_does(run, done, tmp_path) ->
     found = json.loads(ran.stdout)
     assert found["images"] == 359
     assert not found["lkd"]
-    assert len(found["apart"]) == 9
-    assert max(found["apart"].values()) <= 1e-4, found["apart"]
+    assert len(found["differences"]) == 9
+    assert max(found["differences"].values()) <= 1e-4, found["differences"]
     *float32, int8 = found["card"]
     assert len(float32) == 3
     assert max(float32) <= 1e-4
     assert 1e-4 < int8 < 1
 
 
-def test_what_is_measured(done) -> None:
+def test_measurements(done) -> None:
     assert [one.file for one in done.files] == list(FILES)
     for one in done.files:
         assert one.images == one.labelled == 359
@@ -150,7 +150,7 @@ def test_what_is_measured(done) -> None:
     assert int8.agreement > 0.9
 
 
-def test_preprocessing_is_in_every_file(done) -> None:
+def test_all_files_contain_the_preprocessing(done) -> None:
     import onnx
 
     text = (done.folder / "preprocessing.json").read_text()
@@ -169,7 +169,7 @@ def test_preprocessing_is_in_every_file(done) -> None:
     assert (facts["license"], facts["lkd"]) == ("apache-2.0", __version__)
 
 
-def test_batches_are_of_any_size(done) -> None:
+def test_batches_of_any_size(done) -> None:
     import onnx
 
     for name in ("model.onnx", "model.int8.onnx"):
@@ -194,7 +194,7 @@ def test_int8_computes_with_8_bits(done) -> None:
         assert kinds[weight.input[0]] == onnx.TensorProto.INT8
 
 
-def test_files_tell_nothing_of_this_machine_and_have_no_image(run, done) -> None:
+def test_files_contain_no_paths_and_no_images(run, done) -> None:
     private = [str(Path(run).parents[1]), str(Path(__file__).parents[2]), "site-packages", "resnet.py"]
     for path in done.folder.iterdir():
         parts = [path.read_bytes()]
@@ -207,7 +207,7 @@ def test_files_tell_nothing_of_this_machine_and_have_no_image(run, done) -> None
     assert not example.any()
 
 
-def test_the_card(done) -> None:
+def test_card(done) -> None:
     _, front, text = (done.folder / CARD).read_text().split("---\n", 2)
     found = yaml.safe_load(front)
     assert found["license"] == "apache-2.0"
@@ -229,21 +229,21 @@ def test_the_card(done) -> None:
         assert words in text
 
 
-@pytest.mark.parametrize("apart", [2e-4, float("nan")])
-def test_a_file_that_answers_otherwise_is_not_left(run, tmp_path, monkeypatch, apart) -> None:
+@pytest.mark.parametrize("error", [2e-4, float("nan")])
+def test_file_with_different_outputs_is_rejected(run, tmp_path, monkeypatch, error) -> None:
     file, write = WRITERS["torch"]
 
-    def otherwise(network, path, metadata):
-        answer = write(network, path, metadata)
-        return lambda image: answer(image) + apart
+    def with_error(network, path, metadata):
+        forward = write(network, path, metadata)
+        return lambda image: forward(image) + error
 
-    monkeypatch.setitem(WRITERS, "torch", (file, otherwise))
+    monkeypatch.setitem(WRITERS, "torch", (file, with_error))
     with pytest.raises(ValueError, match=r"model.pt2 does not reproduce the checkpoint: on 359 .*nothing was exp"):
         export(run, tmp_path / "out" / "here", ["safetensors", "torch"])
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_an_export_that_fails_leaves_the_older_one(run, tmp_path, monkeypatch) -> None:
+def test_failed_export_keeps_the_previous_one(run, tmp_path, monkeypatch) -> None:
     out = tmp_path / "out"
     export(run, out, ["safetensors"])
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -258,20 +258,20 @@ def test_an_export_that_fails_leaves_the_older_one(run, tmp_path, monkeypatch) -
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_batches_of_one_and_of_several_are_compared(run, monkeypatch, size) -> None:
+def test_batches_of_one_and_of_several_images_are_compared(run, monkeypatch, size) -> None:
     file, write = WRITERS["safetensors"]
 
     def for_one_size(*given):
-        answer = write(*given)
-        return lambda image: answer(image) + ((len(image) == 1) == (size == 1))
+        forward = write(*given)
+        return lambda image: forward(image) + ((len(image) == 1) == (size == 1))
 
     monkeypatch.setitem(WRITERS, "safetensors", (file, for_one_size))
     with pytest.raises(ValueError, match=r"logits differ by up to 1,"):
         export(run, "out", ["safetensors"], images=10, settings=["--data.init_args.batch_size=1"])
 
 
-def test_only_what_is_asked_for(run, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("lkd.export.files.find_spec", lambda name: None)  # nothing of ONNX is needed for that
+def test_selected_formats(run, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("lkd.export.files.find_spec", lambda name: None)  # these formats do not require ONNX
     assert main(["export", run, "--format", "safetensors,torch", "--output", "out", "--images", "300"]) == 0
     assert {path.name for path in Path("out").iterdir()} == {*FILES[:2], "preprocessing.json", CARD}
     shown = capsys.readouterr().out
@@ -279,31 +279,31 @@ def test_only_what_is_asked_for(run, tmp_path, capsys, monkeypatch) -> None:
     assert "model.pt2" in shown
 
 
-def test_an_export_is_not_lost(run, answer) -> None:
+def test_existing_exports_are_not_overwritten(run, error_of) -> None:
     small = (run, "--format", "safetensors", "--output", "out")
     assert main(["export", *small]) == 0
     before = Path("out/model.safetensors").stat().st_mtime_ns
-    assert answer(*small) == "out already contains an export; use another --output, or --overwrite to replace it"
+    assert error_of(*small) == "out already contains an export; use another --output, or --overwrite to replace it"
     assert Path("out/model.safetensors").stat().st_mtime_ns == before
     assert main(["export", *small, "--overwrite"]) == 0
     assert Path("out/model.safetensors").stat().st_mtime_ns > before
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
-    said = answer(run, "--format", "safetensors", "--output", "mine", "--overwrite")
-    assert said == "mine exists but is not an export of lkd; use a new folder as --output"
+    message = error_of(run, "--format", "safetensors", "--output", "mine", "--overwrite")
+    assert message == "mine exists but is not an export of lkd; use a new folder as --output"
     assert {path.name for path in Path().iterdir()} >= {"mine", "out"}
     assert not [path for path in Path().iterdir() if path.name.startswith(".")]
 
 
-def test_files_that_are_no_exports_own_are_not_lost(run, answer) -> None:
+def test_other_files_are_not_deleted(run, error_of) -> None:
     small = (run, "--format", "safetensors", "--output", "out")
     assert main(["export", *small]) == 0
     Path("out/NOTES.md").write_text("mine")
-    assert "out contains 'NOTES.md', which is not part of an export" in answer(*small, "--overwrite")
+    assert "out contains 'NOTES.md', which is not part of an export" in error_of(*small, "--overwrite")
     assert Path("out/NOTES.md").read_text() == "mine"
 
 
-def test_a_data_modules_hooks_are_kept(distill) -> None:
+def test_hooks_of_the_data_module_are_applied(distill) -> None:
     class Shifted(L.LightningDataModule):
         def on_before_batch_transfer(self, batch, dataloader_idx):
             return [batch[0] + 1, batch[1]]
@@ -331,13 +331,13 @@ def test_a_data_modules_hooks_are_kept(distill) -> None:
         (["RUN", "--output", "out", "--nothing=1"], "lkd has no setting 'nothing'"),
     ],
 )
-def test_mistakes_get_one_sentence(run, answer, args, words) -> None:
-    assert words in answer(*(arg.replace("RUN", run) for arg in args))
+def test_invalid_arguments(run, error_of, args, words) -> None:
+    assert words in error_of(*(arg.replace("RUN", run) for arg in args))
 
 
-def test_a_missing_extra_is_named(run, answer, monkeypatch) -> None:
+def test_missing_extra(run, error_of, monkeypatch) -> None:
     monkeypatch.setattr("lkd.export.files.find_spec", lambda name: None if name == "onnxscript" else name)
-    assert answer(run, "--output", "out") == (
+    assert error_of(run, "--output", "out") == (
         "--format onnx requires onnxscript, which is not installed; pip install 'lightning-kd[onnx]', or use "
         "--format safetensors,torch"
     )
@@ -347,13 +347,13 @@ def test_a_missing_extra_is_named(run, answer, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("method", "settings", "own_names"),
     [
-        ("simkd", (), False),  # the teacher's classifier answers
-        ("byot", ("--model.init_args.exit=1",), False),  # an exit does
-        ("byot", (), True),  # the network alone does, though its module has exits
+        ("simkd", (), False),  # the output of the teacher's classifier
+        ("byot", ("--model.init_args.exit=1",), False),  # the output of an exit
+        ("byot", (), True),  # the output of the network, although the module has exits
         ("ema_teacher", (), True),
     ],
 )
-def test_modules_that_answer_in_their_own_way(tmp_path, method, settings, own_names) -> None:
+def test_modules_with_other_outputs(tmp_path, method, settings, own_names) -> None:
     run = fit(tmp_path / "runs", *PAIR, f"--config=methods/{method}", *settings)
     done = export(run, "out", ["safetensors"] if own_names else ["safetensors", "torch", "onnx"])
     assert max(one.difference for one in done.files) <= 1e-4
@@ -394,7 +394,7 @@ def fit_own(folder: Path, network: str) -> str:
     return fit(folder, "--config=data/digits", *module)
 
 
-def test_a_network_that_returns_a_dict_and_ties_weights(tmp_path) -> None:
+def test_network_with_dict_output_and_tied_weights(tmp_path) -> None:
     done = export(fit_own(tmp_path, "Tied"), "out")
     assert max(one.difference for one in done.files) <= 1e-4
     assert "own_nets.Tied()" in Path("out", CARD).read_text()
@@ -403,18 +403,18 @@ def test_a_network_that_returns_a_dict_and_ties_weights(tmp_path) -> None:
         assert set(file.keys()) == set(program.module().state_dict())
 
 
-def test_a_network_that_cannot_be_traced(tmp_path, answer) -> None:
+def test_network_that_cannot_be_traced(tmp_path, error_of) -> None:
     run = fit_own(tmp_path, "Choosy")
-    said = answer(run, "--format", "torch", "--output", "out")
-    assert said.startswith("torch.export cannot trace Choosy for batches of any size (Could not guard")
-    assert said.endswith("use --format safetensors to export only its weights")
+    message = error_of(run, "--format", "torch", "--output", "out")
+    assert message.startswith("torch.export cannot trace Choosy for batches of any size (Could not guard")
+    assert message.endswith("use --format safetensors to export only its weights")
     assert not Path("out").exists()
     assert main(["export", run, "--format", "safetensors", "--output", "out"]) == 0
 
 
 @pytest.fixture
 def folder(tmp_path) -> ImageFolderDataModule:
-    """Images of all shapes."""
+    """Return a data module with images of different shapes."""
     sizes = [(40, 30), (30, 47), (16, 16), (20, 20), (91, 17), (12, 10), (33, 64), (25, 25)]
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
@@ -425,7 +425,7 @@ def folder(tmp_path) -> ImageFolderDataModule:
     return ImageFolderDataModule(str(tmp_path / "images"), image_size=16, num_workers=0, val_size=0)
 
 
-def test_the_cards_code_prepares_an_image_as_the_data_module_does(folder, tmp_path) -> None:
+def test_code_of_the_card_preprocesses_like_the_data_module(folder, tmp_path) -> None:
     folder.setup("test")
     (batch,) = folder.test_dataloader()
     network = Network(ClassificationModule(nn.Sequential(nn.Flatten(), nn.Linear(768, 2))), batch.input)
@@ -442,7 +442,7 @@ def test_the_cards_code_prepares_an_image_as_the_data_module_does(folder, tmp_pa
 
 
 def _executed(card: str) -> Iterator[dict[str, Any]]:
-    """Run the card's code for each file, in the export's folder; what each leaves, and what it printed."""
+    """Run the card's code for each file in the export's folder, and yield its variables and printed values."""
     prepare, *uses = re.findall(r"```python\n(.*?)```", card, re.S)
     for code in uses:
         names: dict[str, Any] = {"printed": []}
@@ -451,7 +451,7 @@ def _executed(card: str) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("chosen", [2, 9])
-def test_a_network_with_more_outputs_than_the_data_has_classes(tmp_path, monkeypatch, recwarn, chosen: int) -> None:
+def test_network_with_more_outputs_than_classes(tmp_path, monkeypatch, recwarn, chosen: int) -> None:
     rng, animals = np.random.default_rng(0), ["ant", "bee", "cat", "dog"]
     for split, number, animal in product(("train", "test"), range(4), animals):
         path = tmp_path / "animals" / split / animal / f"{number}.png"
@@ -462,8 +462,8 @@ def test_a_network_with_more_outputs_than_the_data_has_classes(tmp_path, monkeyp
     sizes = "--data.init_args.batch_size=4", "--data.init_args.val_size=4", "--data.init_args.num_workers=0"
     kinds = "--model=lkd.ClassificationModule", "--data=lkd.ImageFolderDataModule"
     run = fit(tmp_path / "runs", *kinds, *network, *images, *sizes)
-    said = "the model has 10 outputs, but the data has only 4 classes; set num_classes to 4"
-    assert len([one for one in recwarn if said in str(one.message)]) == 1
+    message = "the model has 10 outputs, but the data has only 4 classes; set num_classes to 4"
+    assert len([one for one in recwarn if message in str(one.message)]) == 1
 
     best = Path(run, "checkpoints/best.ckpt")
     checkpoint = torch.load(best, weights_only=True)
@@ -480,13 +480,13 @@ def test_a_network_with_more_outputs_than_the_data_has_classes(tmp_path, monkeyp
     Path("image.png").write_bytes((tmp_path / "animals/test/bee/0.png").read_bytes())
     found = list(_executed(card))
     assert [names["printed"] for names in found] == [[facts["class_names"][chosen]]] * 3
-    if chosen == 9:  # lkd predict names what it can
+    if chosen == 9:  # `lkd predict` adds the names that exist
         assert main(["predict", "--ckpt_path", str(best), *images, "--trainer.enable_progress_bar=false"]) == 0
         rows = list(csv.DictReader(Path("runs/predict/version_0/predictions.csv").read_text().splitlines()))
         assert [(row["class"], row["class_name"]) for row in rows] == [("9", "")] * 16
 
 
-def test_the_cards_code_knows_the_names_where_the_input_is_not_prepared(done, monkeypatch) -> None:
+def test_code_of_the_card_without_preprocessing(done, monkeypatch) -> None:
     monkeypatch.chdir(done.folder)
     facts = json.loads(Path("preprocessing.json").read_text())
     facts = {name: fact for name, fact in facts.items() if name not in ("mean", "std", "mode")}
@@ -496,10 +496,10 @@ def test_the_cards_code_knows_the_names_where_the_input_is_not_prepared(done, mo
         assert names["printed"][0] in facts["class_names"]
 
 
-def test_calibration_sees_training_images_as_they_are_in_use(folder, distill) -> None:
+def test_calibration_uses_training_images_without_augmentation(folder, distill) -> None:
     images = torch.cat(list(training_images(folder, distill())))
     train = folder.datasets["train"]
-    assert train.augment  # which is left out
+    assert train.augment  # not applied here
     again = torch.cat(list(training_images(folder, distill())))
     assert torch.equal(images, again)
     squares = [i for i, number in enumerate(train.index.tolist()) if train.source[number][0].size == (16, 16)]
@@ -511,16 +511,16 @@ def test_calibration_sees_training_images_as_they_are_in_use(folder, distill) ->
     assert len(images) == 8
 
 
-def test_the_card_counts_the_epochs_of_any_checkpoint(run) -> None:
+def test_epochs_of_a_checkpoint(run) -> None:
     folder = Path(run) / "checkpoints"
     best, last = (torch.load(folder / f"{name}.ckpt", weights_only=True) for name in ("best", "last"))
     assert best["global_step"] == last["global_step"]  # one epoch
     assert _epochs(best) == _epochs(last) == 1
-    del best["loops"]  # as in a checkpoint of weights alone
+    del best["loops"]  # as in a checkpoint that contains only weights
     assert _epochs(best) == 1
 
 
-def test_a_file_is_measured_by_its_own_answers() -> None:
+def test_metrics_of_a_file_use_its_own_outputs() -> None:
     checked = Checked("model.onnx", 1, Classification())
     got, expected = torch.eye(4), torch.eye(4)[[0, 1, 3, 3]]
     checked.see(got, expected, torch.tensor([0, 2, 2, IGNORE_INDEX]))
@@ -528,7 +528,7 @@ def test_a_file_is_measured_by_its_own_answers() -> None:
     assert (checked.score, checked.expected_score) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
 
 
-def test_some_test_images_are_spread_over_all() -> None:
+def test_subset_of_test_images_is_evenly_spaced() -> None:
     data = DigitsDataModule(num_workers=0)
     data.prepare_data()
     data.setup("test")

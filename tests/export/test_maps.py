@@ -55,7 +55,7 @@ def test_files_equal_the_checkpoint_at_other_sizes(run, done) -> None:
         torch.testing.assert_close(torch.from_numpy(got), expected, rtol=0, atol=1e-4)
 
 
-def test_the_mean_iou_of_each_file(done) -> None:
+def test_mean_iou_of_each_file(done) -> None:
     *float32, int8 = done.files
     assert len(float32) == 3
     for one in float32:
@@ -68,7 +68,7 @@ def test_the_mean_iou_of_each_file(done) -> None:
     assert 0.5 < int8.agreement < 1
 
 
-def test_the_code_of_the_card_pads_an_image_of_any_size(run, done, tmp_path, monkeypatch) -> None:
+def test_code_of_the_card_pads_images_of_any_size(run, done, tmp_path, monkeypatch) -> None:
     card = (done.folder / CARD).read_text()
     for words in (
         "A network for image segmentation with 5 classes and 13,589 parameters",
@@ -96,7 +96,7 @@ def test_the_code_of_the_card_pads_an_image_of_any_size(run, done, tmp_path, mon
 
 
 class Positions(nn.Module):
-    """A network with one weight for each pixel, and a map of half the size."""
+    """A network with one weight per pixel, and a map of half the size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,8 +120,8 @@ class Strided(nn.Module):
         return self.up(self.down(image))
 
 
-class Undecided(nn.Conv2d):
-    """A network for images of any size that `torch.export` can only trace for one."""
+class TracedForOneSize(nn.Conv2d):
+    """A network for images of any size that `torch.export` can only trace for one size."""
 
     def forward(self, image: Tensor) -> Tensor:
         return super().forward(image) * int(image.shape[-1])
@@ -129,9 +129,15 @@ class Undecided(nn.Conv2d):
 
 @pytest.mark.parametrize(
     ("network", "step"),
-    [(Positions(), None), (nn.Conv2d(3, 2, 1), 1), (UNet([4, 4, 4], 2), 1), (Strided(), 4), (Undecided(3, 2, 1), None)],
+    [
+        (Positions(), None),
+        (nn.Conv2d(3, 2, 1), 1),
+        (UNet([4, 4, 4], 2), 1),
+        (Strided(), 4),
+        (TracedForOneSize(3, 2, 1), None),
+    ],
 )
-def test_sizes_that_a_network_accepts(network: nn.Module, step: int | None) -> None:
+def test_accepted_sizes(network: nn.Module, step: int | None) -> None:
     module = ClassificationModule(network, task=SemanticSegmentation(2)).eval()
     found = Network(module, torch.zeros(1, 3, 8, 8))
     assert found.size_step == step
@@ -141,15 +147,15 @@ def test_sizes_that_a_network_accepts(network: nn.Module, step: int | None) -> N
             assert torch.equal(found.program.module()(image), found(image))
 
 
-def test_weights_alone_need_no_program() -> None:
+def test_weights_alone_require_no_program() -> None:
     found = Network(
-        ClassificationModule(Undecided(3, 2, 1), task=SemanticSegmentation(2)), torch.zeros(1, 3, 8, 8), False
+        ClassificationModule(TracedForOneSize(3, 2, 1), task=SemanticSegmentation(2)), torch.zeros(1, 3, 8, 8), False
     )
     assert found.size_step == 1
     assert set(found.weights) == {"weight", "bias"}
 
 
-def test_a_task_without_classes(tmp_path) -> None:
+def test_task_without_classes(tmp_path) -> None:
     class Estimate(Classification):
         has_classes = False
 
@@ -165,13 +171,13 @@ def test_a_task_without_classes(tmp_path) -> None:
     assert network.num_outputs is None
 
 
-def test_detection_is_refused(tmp_path, capsys, monkeypatch) -> None:
+def test_detection_is_rejected(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.delenv("LKD_DEBUG", raising=False)
     sizes = ("--data.init_args.train_size=20", "--data.init_args.test_size=4", "--data.init_args.val_size=4")
     root = f"--trainer.default_root_dir={tmp_path}"
     assert main(["fit", "--config=detection/student", *SHORT, *sizes, "--data.init_args.batch_size=4", root]) == 0
     assert main(["export", str(next(tmp_path.rglob("best.ckpt"))), "--output", "out"]) == 2
-    said = "lkd export does not support the task Detection; `lkd test` evaluates it, and the checkpoint contains the"
-    assert said in capsys.readouterr().err
+    message = "lkd export does not support the task Detection; `lkd test` evaluates it, and the checkpoint contains the"
+    assert message in capsys.readouterr().err
     assert not Path("out").exists()
     assert not Detection.exports

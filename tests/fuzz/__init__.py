@@ -1,1 +1,1 @@
-"""Hostile inputs for everything that reads files: `python -m tests.fuzz`."""
+"""Fuzz tests of everything that reads files: `python -m tests.fuzz`."""

@@ -1,4 +1,4 @@
-"""What is kept between runs: `lkd.io.tensor_cache.load_tensors`, `made_from`, and the list of unreadable images."""
+"""Fuzz cached tensors (`lkd.io.tensor_cache.load_tensors` and `made_from`) and the list of unreadable images."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lkd.io.tensor_cache import load_tensors, made_from, save_tensors
 from tests.fuzz.mutate import mutate
 from tests.fuzz.weights import _lying
 
-REFUSALS = ()  # a damaged file is rebuilt, and never ends a run
+REFUSALS = ()  # corrupt files are rebuilt and never end a run
 MEMORY = 2**28
 _FROM = {"teacher": "a", "seed": "0"}
 
 
 class Fuzz:
-    """Makes kept files, and reads them."""
+    """Create and read cache files."""
 
     def __init__(self) -> None:
         self.tensors = {"logits": torch.arange(60.0).view(12, 5).half(), "classes": torch.arange(12).int()}
         self.content: bytes | None = None
 
     def make(self, rng: random.Random, folder: Path) -> Path:
-        """Write one hostile file."""
+        """Write one malicious file."""
         path, way = folder / "kept.safetensors", rng.random()
         if self.content is None:
             save_tensors(path, self.tensors, _FROM)
@@ -64,7 +64,7 @@ class Fuzz:
         return path
 
     def read(self, path: Path) -> str:
-        """Read it: what comes is what was kept, or nothing."""
+        """Read the file; it must give the cached tensors, or be rebuilt."""
         if path.suffix == ".json":
             return "rebuilt" if _kept(path, 10) is None else "accepted"
         made_from(path)

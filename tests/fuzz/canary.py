@@ -1,4 +1,4 @@
-"""What a hostile file would have run: it leaves a mark, and the audit hook hears what else is started."""
+"""Detect executed code: the payload leaves a mark, and an audit hook records other processes and calls."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _FORBIDDEN = {
     "shutil.rmtree",
     "os.putenv",
 }
-# How jsonargparse finds the stubs of a class whose arguments have no types: nothing in it comes from a file.
+# Command with which jsonargparse locates the stubs of classes without annotations; it does not depend on any file.
 _STUBS = [sys.executable, "-c", "import sys, json; print(json.dumps(sys.path))"]
 heard: list[str] = []
 _listening = False
 
 
 def ring(*_: object) -> None:
-    """The payload."""
+    """Record that the payload ran."""
     heard.append("canary")
 
 
 def listen(on: bool) -> None:
-    """From now on, or no longer."""
+    """Start or stop recording events."""
     global _listening
     _listening = on
 
 
 def install() -> None:
-    """Once in a process; a hook cannot be taken away."""
+    """Install the audit hook, once per process; a hook cannot be removed."""
     sys.addaudithook(_hear)
 
 

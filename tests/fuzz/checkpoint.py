@@ -1,4 +1,4 @@
-"""Checkpoints: `read_checkpoint`, which looks through what `--ckpt_path` names before Lightning does."""
+"""Fuzz `read_checkpoint`, which checks the file of `--ckpt_path` before Lightning reads it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEMORY = 2**28
 
 
 class Fuzz:
-    """Makes checkpoints, and reads them."""
+    """Create and read checkpoints."""
 
     def __init__(self) -> None:
         self.state = {f"model.{name}": tensor.clone() for name, tensor in _network().state_dict().items()}
@@ -32,7 +32,7 @@ class Fuzz:
         self.files = [_saved(self.content, zipped) for zipped in (True, False)]
 
     def make(self, rng: random.Random, folder: Path) -> Path:
-        """Write one hostile file."""
+        """Write one malicious file."""
         path, way = folder / "last.ckpt", rng.random()
         if way < 0.25:
             content = mutate(rng, rng.choice(self.files))
@@ -59,7 +59,7 @@ class Fuzz:
         return content
 
     def read(self, path: Path) -> str:
-        """Read it."""
+        """Read the checkpoint; its weights must not contain NaN."""
         content = read_checkpoint(path, whole=True)
         if any(
             (t != t).any()

@@ -1,4 +1,4 @@
-"""Configs: all of `lkd fit --config FILE` up to the training, with its modules and networks built."""
+"""Fuzz `lkd fit --config FILE` up to the instantiation of modules and networks."""
 
 from __future__ import annotations
 
@@ -80,17 +80,17 @@ _SCALARS = [
 
 
 class ParseOnly(LkdCLI):
-    """The command line without its run."""
+    """A command line that only parses its arguments."""
 
     def instantiate_classes(self) -> None:
-        """Not yet."""
+        """Skip the instantiation."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Not at all."""
+        """Skip the command."""
 
 
 class Fuzz:
-    """Makes configs, and reads them."""
+    """Create and read configs."""
 
     def __init__(self) -> None:
         names = ("digits/kd", "digits/teacher", "digits/mutual", "cifar10/kd_resnet56_resnet20")
@@ -99,7 +99,7 @@ class Fuzz:
         self.cli = ParseOnly(*prepare(["fit", "--config", "digits/kd"]))
 
     def make(self, rng: random.Random, folder: Path) -> Path:
-        """Write one hostile config."""
+        """Write one malicious config."""
         path, way = folder / "config.yaml", rng.random()
         if way < 0.03:
             content = rng.choice(self.texts).encode()
@@ -118,7 +118,7 @@ class Fuzz:
         return path
 
     def _changed(self, rng: random.Random) -> str:
-        """A good config of which one line has another value, or key, or depth."""
+        """Return a valid config in which the value, key or indentation of one line is changed."""
         lines = rng.choice(self.texts).splitlines()
         number = rng.randrange(len(lines))
         line = lines[number]
@@ -137,7 +137,7 @@ class Fuzz:
         return "\n".join(lines)
 
     def read(self, path: Path) -> str:
-        """Parse it; where the numbers are those of the original, build its networks, too."""
+        """Parse the config."""
         try:
             args = prepare(["fit", "--config", str(path)]).args
             self.cli.parse_arguments(self.cli.parser, args)
@@ -159,7 +159,7 @@ def _value(rng: random.Random, depth: int) -> str:
 
 
 def _swapped(rng: random.Random, settings: Any) -> Any:
-    """The settings with one class, or value, in place of another."""
+    """Return the settings with one class or value replaced."""
     if isinstance(settings, dict) and settings:
         chosen = rng.choice(list(settings))
         new = rng.choice(_CLASSES) if chosen == "class_path" and rng.random() < 0.7 else _swapped(rng, settings[chosen])
@@ -170,7 +170,7 @@ def _swapped(rng: random.Random, settings: Any) -> Any:
 
 
 def _explosion(rng: random.Random) -> str:
-    """Names for values, which hold one another."""
+    """Return YAML anchors that contain each other, whose expansion is exponentially large."""
     levels, width = rng.choice([(3, 3), (10, 10), (30, 9), (200, 2)]), 0
     depth, width = levels
     merge = rng.random() < 0.4

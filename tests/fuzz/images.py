@@ -1,4 +1,4 @@
-"""Folders of images: `ImageFolderDataModule`, by both policies, decoded once or in every epoch."""
+"""Fuzz folders of images with `ImageFolderDataModule`, for both policies, in memory or read in each epoch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lkd.datamodules import ImageFolderDataModule
 from tests.fuzz.mutate import mutate
 
 REFUSALS = (ValueError, OSError)  # ImageError is a ValueError
-MEMORY = 2**31  # what Pillow lets through: 179 million pixels, in four bytes each, and their copy
+MEMORY = 2**31  # Pillow accepts 179 million pixels; four bytes each, and a copy
 _MODES = ["RGB", "L", "CMYK", "P", "RGBA", "LA", "1", "I", "I;16", "F", "YCbCr", "LAB", "PA"]
 _FORMATS = ["JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "EPS", "ICO", "PDF", "TGA"]
 _NAMES = [
@@ -37,7 +37,7 @@ _NAMES = [
 
 
 class Fuzz:
-    """Makes a folder with one class of good images and one of others, and reads it."""
+    """Create and read a folder with one class of valid images and one of others."""
 
     def __init__(self) -> None:
         noise = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)
@@ -95,7 +95,7 @@ class Fuzz:
             path.write_bytes(b"")
 
     def read(self, path: Path) -> str:
-        """Read every image, by one of the policies."""
+        """Read all images with the chosen policy."""
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             data = ImageFolderDataModule(
@@ -114,7 +114,7 @@ class Fuzz:
 
 
 def _encoded(image: Image.Image, kind: str, mode: str = "RGB") -> bytes:
-    """A file of a kind and mode; empty if there are none."""
+    """Encode an image in a format and mode; return no bytes if they are not supported."""
     file = io.BytesIO()
     try:
         image.convert("L" if mode in ("LA", "PA", "I", "F", "I;16") else "RGB").convert(mode).save(file, kind)
@@ -124,11 +124,11 @@ def _encoded(image: Image.Image, kind: str, mode: str = "RGB") -> bytes:
 
 
 def _bomb(rng: random.Random) -> bytes:
-    """A small file that says it is large; some are."""
+    """Return a small file whose header declares a large image; some of the images are indeed large."""
     width, height = rng.choice(
         [(2**31 - 1, 2**31 - 1), (60_000, 60_000), (10**6, 1), (1, 10**6), (0, 5), (12_000, 12_000), (65_535, 2)]
     )
-    if width == 12_000 and rng.random() < 0.8:  # it takes seconds
+    if width == 12_000 and rng.random() < 0.8:  # this size takes seconds
         width = 600
     if rng.random() < 0.3:
         return f"P{rng.choice('56')} {width} {height} {rng.choice([255, 65535, 10**9, 0])}\n".encode() + bytes(100)

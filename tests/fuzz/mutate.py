@@ -1,4 +1,4 @@
-"""What is done to the bytes of a file, whatever it is."""
+"""Random changes to the bytes of any file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _NUMBERS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**4
 
 
 def mutate(rng: random.Random, content: bytes) -> bytes:
-    """One to three changes."""
+    """Apply one to three changes."""
     for _ in range(rng.randint(1, 3)):
         content = rng.choice(_WAYS)(rng, bytearray(content))
     return bytes(content)
@@ -17,7 +17,7 @@ def mutate(rng: random.Random, content: bytes) -> bytes:
 
 def _place(rng: random.Random, content: bytearray) -> int:
     size = len(content)
-    near = rng.choice([size, min(size, 64), min(size, 1024)])  # headers stand at the beginning, or at the end
+    near = rng.choice([size, min(size, 64), min(size, 1024)])  # headers are at the start or at the end
     place = rng.randrange(near) if near else 0
     return size - 1 - place if rng.random() < 0.3 and size else place
 

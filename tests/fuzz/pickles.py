@@ -1,4 +1,4 @@
-"""Pickles that nobody's `pickle.dumps` writes, in the three layouts in which PyTorch meets them."""
+"""Unusual and malicious pickles, in the three layouts that PyTorch reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NONE, _TRUE, _FALSE, _DICT = b"N", b"\x88", b"\x89", b"}"
 
 
 class _Code:
-    """What `pickle` itself, without torch's checks, turns into a call of `eval`."""
+    """An object whose pickle calls `eval` when it is read without torch's checks."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return eval, (_CODE,)
@@ -47,17 +47,17 @@ def _global(name: str) -> bytes:
 
 
 def _made(name: str, *args: bytes) -> bytes:
-    """The instructions that put the result of a call on the stack; each argument is the instructions that make it."""
+    """Return the instructions that put the result of a call on the stack; arguments are given as instructions."""
     return _global(name) + b"(" + b"".join(args) + b"tR"
 
 
 def _run(function: bytes, *args: bytes, returns: bytes = b"N") -> bytes:
-    """Call a function that is on the stack and need not be allowed itself: torch allows what calls it."""
+    """Call a function on the stack that torch need not allow, by means of a function that torch allows."""
     return _made("torch._tensor _rebuild_from_type_v2", function, returns, b"(" + b"".join(args) + b"t", _NONE)
 
 
 def _keys(function: bytes) -> bytes:
-    """Call a function that is on the stack, without arguments: OrderedDict asks an object that has `keys` for them."""
+    """Call a function on the stack without arguments, by means of OrderedDict, which calls an object's `keys`."""
     namespace = _made("argparse Namespace") + b"}" + _text("keys") + function + b"sb"
     return _made("collections OrderedDict", namespace)
 
@@ -151,15 +151,15 @@ ATTACKS = {
     "lkd.io.tensor_cache save_tensors": _made("lkd.io.tensor_cache save_tensors", _text(HARM), _DICT, _DICT),
     "lkd.io.safe_load read_torch": _made("lkd.io.safe_load read_torch", _text("payload.pth")),
 }
-"""Functions that an attack needs, `module name`, separated by commas, and the instructions of the attack.
+"""Instructions of each attack, by the functions that it requires: `module name`, separated by commas.
 
-Each succeeds if exactly these functions are allowed. Most then leave the file `HARM`. The files that some read are made
-by `bystanders`.
+Each succeeds if exactly these functions are allowed. Most then leave the file `HARM`. `bystanders` writes
+the files that some of them read.
 """
 
 
 def bystanders(folder: Path) -> None:
-    """Write the files that attacks read, as they may come in the same download."""
+    """Write the files that attacks read, as if they came with the same download."""
     hub = folder / "hub/pytorch_vision_main"  # below $TORCH_HOME
     hub.mkdir(parents=True, exist_ok=True)
     for script in (folder / "payload.py", hub / "hubconf.py"):
@@ -185,7 +185,7 @@ _TEXTS = ["", "storage", "0", "1", "cpu", "cuda", "state_dict", "fc.weight", "f8
 
 
 def program(rng: random.Random) -> bytes:
-    """A stream of instructions, most of which find on the stack what they need."""
+    """Return a stream of instructions, most of which find their operands on the stack."""
     out, depth, stored, marks = bytearray(b"\x80\x02"), 0, 0, []
     for _ in range(rng.randint(3, 60)):
         kind = rng.random()
@@ -231,17 +231,17 @@ def _push(rng: random.Random) -> bytes:
 
 
 def call(name: str, *args: bytes) -> bytes:
-    """A whole pickle that calls something with arguments, each the instructions that make it."""
+    """Return a complete pickle of one call; each argument is given by its instructions."""
     return whole(_made(name, *args))
 
 
 def whole(instructions: bytes) -> bytes:
-    """A pickle of which the given instructions are all that it does."""
+    """Return a pickle that consists of the given instructions."""
     return b"\x80\x02" + instructions + b"."
 
 
 def attack(rng: random.Random) -> bytes:
-    """What would do harm if it were done."""
+    """Return a pickle that would do harm if it were executed."""
     levels = rng.choice([30, 100, 3000])
     number = b"\x8a\x08" + struct.pack("<q", rng.choice([2**33, 2**40, 2**50]))
     doubled = b"\x80\x02}(K\x00" + b"".join(b"q\x00h\x00\x86" for _ in range(levels))
@@ -257,21 +257,21 @@ def attack(rng: random.Random) -> bytes:
                 b"X" + struct.pack("<I", 40_000) + b"\xc3\xa4" * 20_000,
                 b"X\x08\x00\x00\x00punycode",
             ),
-            doubled + b"K\x01u.",  # as a key: hashed
+            doubled + b"K\x01u.",  # a key, which is hashed
             doubled + b"K\x01sR.",
-            b"\x80\x02]q\x00" + b"h\x00h\x00a" * levels + b".",  # holds itself
+            b"\x80\x02]q\x00" + b"h\x00h\x00a" * levels + b".",  # contains itself
             b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.",
             b"\x80\x02N" + b"\x85" * rng.choice([50, 500, 30_000]) + b".",
             b"\x80\x02}N" + b"\x85" * 30_000 + b"K\x01s.",
             b"\x80\x02}(K\x00" + b"q\x00](h\x00h\x00e" * levels + b"u.",
-            b"\x80\x02" + b"q\x00](h\x00h\x00e".join([b"]"] + [b""] * levels) + b")R.",  # printed in the error
+            b"\x80\x02" + b"q\x00](h\x00h\x00e".join([b"]"] + [b""] * levels) + b")R.",  # printed in the error message
             b"\x80\x02cnumpy\ndtype\n(X\x0b\x00\x00\x00V2000000000tR.",
         ]
     )
 
 
 def wrapped(rng: random.Random, pickled: bytes, storages: Sequence[bytes] = (b"\0" * 64,)) -> bytes:
-    """A pickle as PyTorch keeps it: in a zip archive, behind its magic number, or bare."""
+    """Return a pickle in one of PyTorch's layouts: a zip archive, the legacy format, or a bare pickle."""
     way = rng.random()
     if way < 0.1:
         return pickled
@@ -281,7 +281,7 @@ def wrapped(rng: random.Random, pickled: bytes, storages: Sequence[bytes] = (b"\
 
 
 def legacy(pickled: bytes, storages: Sequence[bytes] = ()) -> bytes:
-    """The layout of `torch.save` before 1.6."""
+    """Return the layout of `torch.save` before version 1.6."""
     head = (pickle.dumps(part, 2) for part in (torch.serialization.MAGIC_NUMBER, 1001, {"little_endian": True}))
     keys = pickle.dumps([str(i) for i in range(len(storages))], 2)
     body = b"".join(struct.pack("<q", len(storage) // 4) + storage for storage in storages)
@@ -289,7 +289,7 @@ def legacy(pickled: bytes, storages: Sequence[bytes] = ()) -> bytes:
 
 
 def zipped(pickled: bytes, storages: Sequence[bytes] = (), compression: int = zipfile.ZIP_STORED) -> bytes:
-    """The layout of today's `torch.save`."""
+    """Return the current layout of `torch.save`."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -301,7 +301,7 @@ def zipped(pickled: bytes, storages: Sequence[bytes] = (), compression: int = zi
 
 
 def rewritten(rng: random.Random, content: bytes, change: object) -> bytes:
-    """A zip archive of which one file is changed and all checksums are right."""
+    """Return a zip archive in which one file is changed and all checksums are valid."""
     source, target = zipfile.ZipFile(io.BytesIO(content)), io.BytesIO()
     chosen = rng.choice([name for name in source.namelist() if name.endswith(".pkl")] * 3 + source.namelist())
     with zipfile.ZipFile(target, "w", rng.choice([zipfile.ZIP_STORED] * 9 + [zipfile.ZIP_DEFLATED])) as archive:

@@ -1,4 +1,4 @@
-"""Inputs are read in a process of their own, within limits: what crashes, hangs or runs something is noticed."""
+"""Read inputs in a separate process with limits, and detect crashes, hangs and executed code."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 READERS = ("config", "weights", "checkpoint", "images", "cache")
-SECONDS = 60.0  # by the clock, which a hang must not stop; a busy machine may take long for what is quick
+SECONDS = 60.0  # wall-clock time, which also elapses during a hang; generous for busy machines
 _MEMORY = "/dev/shm"
-_START = 300.0  # seconds, to import and to prepare
-_ADDRESS_SPACE = 6 * 2**30  # bytes above what the process has when it starts
+_START = 300.0  # seconds for imports and preparation
+_ADDRESS_SPACE = 6 * 2**30  # bytes in addition to those at the start of the process
 _PLAIN = ("accepted", "accepted, some left out", "rebuilt")
 
 
 @dataclass
 class Result:
-    """What came of a reader's inputs."""
+    """Results of a reader's inputs."""
 
     kinds: Counter[str] = field(default_factory=Counter)
     findings: list[str] = field(default_factory=list)
@@ -44,16 +44,16 @@ class Result:
 
 
 def fuzz(readers: list[str], indices: range, seed: int, processes: int = 2) -> Iterator[tuple[str, Result]]:
-    """Give every reader its inputs; an input is a function of reader, seed and index.
+    """Feed inputs to each reader; an input is a function of reader, seed and index.
 
     Args:
         readers: Names from `READERS`.
-        indices: Which inputs.
-        seed: The seed.
-        processes: How many readers at a time.
+        indices: Indices of the inputs.
+        seed: Seed of the inputs.
+        processes: Number of readers that run at the same time.
 
     Yields:
-        A reader, as soon as it has had all its inputs, and what came of them.
+        Each reader that has finished, and its results.
     """
     with ThreadPoolExecutor(processes) as pool:
         waiting = {pool.submit(_fuzz, name, indices, seed): name for name in readers}
@@ -84,7 +84,7 @@ def _fuzz(name: str, indices: range, seed: int) -> Result:
 
 
 def _listen(pipe: Connection, name: str, waiting: list[int], result: Result) -> int:
-    """Take what the process says; how many inputs it got through."""
+    """Receive the results of the process and return the number of inputs that it has read."""
     told = pipe.recv() if pipe.poll(_START) else "it takes too long"
     if told != "ready":
         raise RuntimeError(f"the fuzz of {name} cannot begin: {told}")
@@ -111,7 +111,7 @@ def _work(pipe: Connection, name: str, waiting: list[int], seed: int, folder: st
     os.chdir(folder)
     pickles.bystanders(Path(folder))
     warnings.simplefilter("ignore")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what readers say of each file
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # messages of the readers about each file
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     canary.install()
     try:
@@ -129,13 +129,13 @@ def _work(pipe: Connection, name: str, waiting: list[int], seed: int, folder: st
 
 
 def _read(own: Any, module: Any, path: Path) -> tuple[str, str, float, int]:
-    """Read one input: what came of it, what is wrong with that, seconds, bytes of memory."""
+    """Read one input and return its outcome, what is wrong with it, seconds, and bytes of memory."""
     from tests.fuzz import canary, pickles
 
     canary.heard.clear()
     harm = Path(pickles.HARM)
     harm.unlink(missing_ok=True)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak memory
     before, start = _status("VmRSS"), time.perf_counter()
     canary.listen(True)
     wrong = ""
@@ -144,7 +144,7 @@ def _read(own: Any, module: Any, path: Path) -> tuple[str, str, float, int]:
         wrong = "" if kind in _PLAIN else f"said {kind}"
     except module.REFUSALS as error:
         kind = type(error).__name__
-        if "\n" in str(error) and module.__name__ != "tests.fuzz.config":  # whose parser's lines `explain` joins
+        if "\n" in str(error) and module.__name__ != "tests.fuzz.config":  # `explain` joins the lines of this parser
             wrong = f"{kind} of several lines: {error}"[:300]
     except BaseException as error:
         kind, wrong = type(error).__name__, f"{type(error).__name__}: {error}"[:300]

@@ -1,4 +1,4 @@
-"""Weights files: `lkd.models.load_weights`."""
+"""Fuzz `lkd.models.load_weights`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _network() -> CIFARResNet:
 
 
 class Fuzz:
-    """Makes weights files, and reads them."""
+    """Create and read weights files."""
 
     def __init__(self) -> None:
         self.network = _network()
@@ -38,7 +38,7 @@ class Fuzz:
         self.tensors = save(self.state)
 
     def make(self, rng: random.Random, folder: Path) -> Path:
-        """Write one hostile file."""
+        """Write one malicious file."""
         way = rng.random()
         path = folder / ("w.safetensors" if way < 0.3 else rng.choice(["w.pth", "w.ckpt", "w\n.pt", "-w.pt"]))
         if way < 0.03:
@@ -61,7 +61,7 @@ class Fuzz:
         return path
 
     def read(self, path: Path) -> str:
-        """Read it; whatever comes, the network must stay one of finite numbers."""
+        """Read the file; the network's tensors must remain finite, and unchanged if the file is rejected."""
         before = self._sum()
         try:
             load_weights(self.network, path)
@@ -77,7 +77,7 @@ class Fuzz:
         return sum(float(tensor.double().sum()) for tensor in self.network.state_dict().values())
 
     def _strange(self, rng: random.Random) -> object:
-        """A state dict with one tensor, or name, that is none."""
+        """Return a state dict with one invalid tensor or name."""
         state: dict[Any, Any] = dict(self.state)
         name = rng.choice(list(state))
         own = state[name]
@@ -119,7 +119,7 @@ def _saved(content: object, zipped: bool) -> bytes:
 
 
 def _lying(rng: random.Random, content: bytes) -> bytes:
-    """A safetensors file whose header says something else."""
+    """Return a safetensors file with a wrong header."""
     size = struct.unpack("<Q", content[:8])[0]
     header, body = json.loads(content[8 : 8 + size]), content[8 + size :]
     for _ in range(rng.randint(1, 2)):

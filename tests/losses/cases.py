@@ -104,10 +104,10 @@ class FeatureCase:
         criterion, networks = self.make(), (self.student_network(), self.teacher_network())
         if seed:
             torch.manual_seed(seed)
-        criterion.build(*(Probe(*pair) for pair in zip(networks, self.answers(2), strict=True)))
+        criterion.build(*(Probe(*pair) for pair in zip(networks, self.outputs(2), strict=True)))
         return criterion
 
-    def answers(self, samples: int = SAMPLES, size: float = 1.0, seed: int = 0) -> tuple[Outputs, Outputs]:
+    def outputs(self, samples: int = SAMPLES, size: float = 1.0, seed: int = 0) -> tuple[Outputs, Outputs]:
         """Return random outputs of student and teacher for a batch, in all views; features are non-negative."""
         generator = torch.Generator().manual_seed(seed)
         both = []
@@ -149,9 +149,9 @@ class SegmentationCase(FeatureCase):
         other = self.teacher_logits and smaller(self.teacher_logits)
         return replace(case, logits=smaller(self.logits), teacher_logits=other, mask=smaller(self.mask))
 
-    def answers(self, samples: int = SAMPLES, size: float = 1.0, seed: int = 0) -> tuple[Outputs, Outputs]:
+    def outputs(self, samples: int = SAMPLES, size: float = 1.0, seed: int = 0) -> tuple[Outputs, Outputs]:
         """Return random outputs of student and teacher for a batch; features are non-negative."""
-        both = super().answers(samples, size, seed)
+        both = super().outputs(samples, size, seed)
         generator = torch.Generator().manual_seed(seed + 1)
 
         def logits(rows: int, columns: int) -> Tensor:
@@ -183,7 +183,7 @@ def changed(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
 
 
 def tensors(outputs: Outputs) -> list[Tensor]:
-    """Logits and features."""
+    """Return the logits and features."""
     return [outputs.logits, *outputs.features.values()]
 
 

@@ -1,7 +1,7 @@
-"""Every criterion once in several processes (gloo), and once in one with all their images.
+"""Run every criterion in several processes (gloo), and in one process with all their images.
 
-`python -m tests.losses.processes FOLDER` writes FOLDER/found.json: name of the case to what was found. There are two
-processes, or as many as `LKD_PROCESSES` says: 2, 4.
+`python -m tests.losses.processes FOLDER` writes FOLDER/found.json, a mapping from each case to the results. The
+environment variable `LKD_PROCESSES` sets the number of processes (2 by default; 4 is possible, too).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from tests.losses.cases import FeatureCase, changed, tensors, value
 from tests.losses.collected import FEATURE_CASES, LOGIT_CASES
 
 PROCESSES = int(os.environ.get("LKD_PROCESSES", "2"))
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # each process's own, as everywhere with DDP
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # not synchronized, as usual with DDP
 
 
 def table() -> dict[str, FeatureCase]:
-    """All cases; those of logits as cases without features."""
+    """Return all cases; logit cases are converted to cases without features."""
     of_logits = {
         name: FeatureCase(
             case.make,
@@ -44,13 +44,13 @@ def table() -> dict[str, FeatureCase]:
 
 
 class _Student(nn.Module):
-    """A student with a weight for each number that it says of an image, and the criterion: what DDP sees of a step."""
+    """The criterion with a student that has one weight per output value, as the module that DDP wraps."""
 
     def __init__(self, criterion: DistillLoss, student: Outputs) -> None:
         super().__init__()
         self.criterion = criterion
         self.weights = nn.ParameterList(torch.ones_like(tensor[:1]) for tensor in tensors(student))
-        self._ddp_params_and_buffers_to_ignore = buffers_same_everywhere(self)  # as DistillModule has it
+        self._ddp_params_and_buffers_to_ignore = buffers_same_everywhere(self)  # as in DistillModule
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         weights = iter(self.weights)
@@ -61,30 +61,35 @@ class _Student(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def gradient(self) -> Tensor:
-        """Of all that trains, in one row."""
+        """Return the gradients of all trainable parameters as one vector."""
         return torch.cat([parameter.grad.flatten() for parameter in self._training()])
 
 
 def _data(case: FeatureCase, labels: str) -> tuple[Outputs, Outputs, Batch]:
-    """All images; with few labels, the first ones have none, so that processes have different numbers of them."""
+    """Return the data of all processes.
+
+    With labels="few", the first images are unlabelled, so the number of labels differs between processes.
+    """
     batch = case.batch()
     if labels == "few":
         first = (batch.index < 3).nonzero().flatten()
         batch = batch._replace(target=batch.target.index_fill(0, first, IGNORE_INDEX))
-    student, teacher = (changed(outputs, Tensor.double) for outputs in case.answers())
+    student, teacher = (changed(outputs, Tensor.double) for outputs in case.outputs())
     return student, teacher, batch
 
 
 def _share(data: tuple[Outputs, Outputs, Batch], rank: int) -> tuple[Outputs, Outputs, Batch]:
-    """One process's images, in all views."""
+    """Return one process's images, in all views."""
     batch = data[2]
     rows = torch.arange(len(batch.target)).view(batch.views, PROCESSES, -1)[:, rank].flatten()
     student, teacher = (changed(outputs, lambda tensor: tensor[rows]) for outputs in data[:2])
     return student, teacher, batch._replace(target=batch.target[rows], index=batch.index[rows])
 
 
-def _difference(model: DistributedDataParallel, alone: _Student, case: FeatureCase, labels: str, rank: int) -> float:
-    """By how much the processes' gradient differs from that of one process, relative to its largest number."""
+def _gradient_error(
+    model: DistributedDataParallel, alone: _Student, case: FeatureCase, labels: str, rank: int
+) -> float:
+    """Return the maximum difference from the gradient of one process, relative to that gradient's largest entry."""
     data = _data(case, labels)
     for network, images in ((model, _share(data, rank)), (alone, data)):
         network.eval().zero_grad()
@@ -94,26 +99,26 @@ def _difference(model: DistributedDataParallel, alone: _Student, case: FeatureCa
 
 
 def check(name: str, case: FeatureCase, rank: int) -> dict[str, Any]:
-    """One step in all processes.
+    """Run one step in all processes.
 
     Args:
-        name: The case's name.
+        name: Name of the case.
         case: The case.
-        rank: This process's number.
+        rank: Rank of this process.
 
     Returns:
-        By how much the gradient differs from that of one process, adapters in eval mode, with all labels and with few;
-        whether after a step in training the processes have equal parameters and memories, and whether those memories
-        that are to be are those of one process.
+        Under `all` and `few`, the relative error of the gradient against one process, with adapters in eval mode, with
+        all labels and with few labels. Under `equal`, whether parameters and memories are finite and equal in all
+        processes after a training step. Under `memories`, whether `case.memories` equal those of one process.
     """
     data = _data(case, "all")
-    # What each process draws for its adapters is its own, as without a seed.
+    # Initialize the adapters differently in each process, as without a seed.
     model = DistributedDataParallel(_Student(case.criterion(seed=rank).double(), data[0]))
     alone = _Student(case.criterion().double(), data[0])
-    found: dict[str, Any] = {labels: _difference(model, alone, case, labels, rank) for labels in ("all", "few")}
+    found: dict[str, Any] = {labels: _gradient_error(model, alone, case, labels, rank) for labels in ("all", "few")}
     model.train().zero_grad()
     model(*_share(data, rank)).backward()
-    with patch.object(dist, "is_initialized", return_value=False):  # one process has no others to gather from
+    with patch.object(dist, "is_initialized", return_value=False):  # a single process has none to gather from
         alone.train().zero_grad()
         alone(*data).backward()
     torch.optim.SGD(model.parameters(), lr=0.01).step()
@@ -130,7 +135,7 @@ def check(name: str, case: FeatureCase, rank: int) -> dict[str, Any]:
 
 
 def work(folder: str) -> None:
-    """What one process does: all cases, one after the other; a criterion that fails is named."""
+    """Run all cases in one process; progress on stderr shows which criterion fails."""
     rank = int(os.environ["LOCAL_RANK"])
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", PROCESSES)

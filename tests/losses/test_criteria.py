@@ -32,7 +32,7 @@ def logits() -> tuple[Tensor, Tensor]:
 
 
 @every
-def test_gradient_reaches_the_student_alone(case: LogitCase, logits: tuple[Tensor, Tensor]) -> None:
+def test_only_the_student_gets_a_gradient(case: LogitCase, logits: tuple[Tensor, Tensor]) -> None:
     student, teacher = (tensor.clone().requires_grad_() for tensor in logits)
     _value(case.make(), student, teacher.detach()).backward()
     assert student.grad is not None
@@ -41,15 +41,15 @@ def test_gradient_reaches_the_student_alone(case: LogitCase, logits: tuple[Tenso
 
 
 @every
-def test_inputs_stay_as_they_are(case: LogitCase, logits: tuple[Tensor, Tensor]) -> None:
+def test_inputs_are_not_modified(case: LogitCase, logits: tuple[Tensor, Tensor]) -> None:
     before = [tensor.clone() for tensor in logits]
     _value(case.make(), *logits)
     assert all(torch.equal(*pair) for pair in zip(before, logits, strict=True))
 
 
 @every
-def test_the_best_student(case: LogitCase, logits: tuple[Tensor, Tensor]) -> None:
-    """Where the paper has it: no gradient, less than elsewhere, and 0 if it is a distance."""
+def test_minimum(case: LogitCase, logits: tuple[Tensor, Tensor]) -> None:
+    """The loss has its minimum where the paper states it: the gradient vanishes, and a distance is 0."""
     student, teacher = (tensor.double() for tensor in logits)
     best = case.best(teacher, _target(teacher)).clone()
     lowest, value = (_value(case.make(), tensor.requires_grad_(), teacher) for tensor in (best, student))
@@ -75,7 +75,7 @@ def test_invariances(case: LogitCase, logits: tuple[Tensor, Tensor]) -> None:
 
 
 @every
-def test_images_without_a_label(case: LogitCase, logits: tuple[Tensor, Tensor]) -> None:
+def test_unlabelled_images(case: LogitCase, logits: tuple[Tensor, Tensor]) -> None:
     student, teacher = logits
     target = _target(student)
     some = torch.where(torch.arange(8) % 2 == 0, IGNORE_INDEX, target)
@@ -94,7 +94,7 @@ def test_images_without_a_label(case: LogitCase, logits: tuple[Tensor, Tensor]) 
 
 
 @every
-def test_a_last_batch_of_one(case: LogitCase, logits: tuple[Tensor, Tensor]) -> None:
+def test_batch_of_one(case: LogitCase, logits: tuple[Tensor, Tensor]) -> None:
     student, teacher = (tensor[:1] for tensor in logits)
     student = student.clone().requires_grad_()
     value = _value(case.make(), student, teacher)
@@ -106,7 +106,7 @@ def test_a_last_batch_of_one(case: LogitCase, logits: tuple[Tensor, Tensor]) -> 
 
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near_single(case: LogitCase, logits: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+def test_half_precision(case: LogitCase, logits: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
     student, teacher = (tensor.to(dtype) for tensor in logits)
     value = _value(case.make(), student, teacher)
     assert value.dtype == torch.float32
@@ -123,7 +123,7 @@ def test_autocast_keeps_single_precision(case: LogitCase, logits: tuple[Tensor, 
 
 @every
 @pytest.mark.parametrize("size", [1e4, -1e4])
-def test_extreme_logits_are_finite(case: LogitCase, size: float) -> None:
+def test_extreme_logits(case: LogitCase, size: float) -> None:
     student = torch.zeros(2, 5)
     student[:, 0] = size
     student.requires_grad_()
@@ -137,7 +137,7 @@ def test_extreme_logits_are_finite(case: LogitCase, size: float) -> None:
 
 
 @every
-def test_descent_lowers_it(case: LogitCase, logits: tuple[Tensor, Tensor]) -> None:
+def test_gradient_descent_reduces_the_loss(case: LogitCase, logits: tuple[Tensor, Tensor]) -> None:
     student, teacher = logits
     floor = _value(case.make(), case.best(teacher, _target(teacher)), teacher)
     student = student.clone().requires_grad_()

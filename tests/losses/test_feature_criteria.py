@@ -1,4 +1,4 @@
-"""Properties that every criterion of features guarantees, for all `FeatureCase`s of tests/losses/methods/."""
+"""Properties that every feature criterion guarantees, for all `FeatureCase`s of tests/losses/methods/."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 @every
-def test_gradient_reaches_student_and_adapters_alone(case: FeatureCase) -> None:
+def test_only_student_and_adapters_get_gradients(case: FeatureCase) -> None:
     criterion = case.criterion()
-    answers = case.answers()
-    student, teacher = (changed(outputs, _leaf) for outputs in answers)
+    student, teacher = (changed(outputs, _leaf) for outputs in case.outputs())
     value(criterion, student, changed(teacher, Tensor.detach), case.batch()).backward()
     reached = [tensor for tensor in tensors(student) if tensor.grad is not None and tensor.grad.any()]
     assert reached
@@ -33,9 +32,9 @@ def test_gradient_reaches_student_and_adapters_alone(case: FeatureCase) -> None:
 
 
 @every
-def test_a_teacher_that_wants_gradients_gets_none(case: FeatureCase) -> None:
-    """DistillModule runs the teacher without gradient; a criterion called by hand must not need that."""
-    criterion, (student, teacher) = case.criterion(), case.answers()
+def test_inputs_are_not_modified(case: FeatureCase) -> None:
+    """A criterion leaves its inputs unchanged."""
+    criterion, (student, teacher) = case.criterion(), case.outputs()
     with torch.no_grad():
         before = [tensor.clone() for tensor in (*tensors(student), *tensors(teacher))]
         value(criterion, student, teacher, case.batch())
@@ -43,8 +42,8 @@ def test_a_teacher_that_wants_gradients_gets_none(case: FeatureCase) -> None:
 
 
 @every
-def test_equal_answers(case: FeatureCase) -> None:
-    _, teacher = case.answers()
+def test_equal_outputs(case: FeatureCase) -> None:
+    _, teacher = case.outputs()
     if not case.zero_at_equality:
         criterion = case.criterion()
         differ = case.student != case.teacher or list(criterion.parameters()) or not criterion.needs_teacher
@@ -54,7 +53,7 @@ def test_equal_answers(case: FeatureCase) -> None:
     criterion = case.criterion().double()
     names = zip(case.student, teacher.features.values(), strict=True)
     student = changed(teacher._replace(features=dict(names)), _leaf)
-    other = changed(case.answers(seed=1)[0], lambda tensor: _leaf(tensor.double()))
+    other = changed(case.outputs(seed=1)[0], lambda tensor: _leaf(tensor.double()))
     zero, more = (value(criterion, outputs, teacher, case.batch()) for outputs in (student, other))
     assert zero.abs() < 1e-5 * more
     zero.backward()
@@ -67,9 +66,9 @@ def test_equal_answers(case: FeatureCase) -> None:
 
 
 @every
-def test_images_without_a_label(case: FeatureCase) -> None:
+def test_unlabelled_images(case: FeatureCase) -> None:
     criterion, batch = case.criterion(), case.batch()
-    student, teacher = (changed(outputs, _leaf) for outputs in case.answers())
+    student, teacher = (changed(outputs, _leaf) for outputs in case.outputs())
     nothing = value(criterion, student, teacher, batch._replace(target=torch.full_like(batch.target, IGNORE_INDEX)))
     assert nothing.isfinite()
     if not case.reads_target:
@@ -79,8 +78,8 @@ def test_images_without_a_label(case: FeatureCase) -> None:
 
 
 @every
-def test_a_small_batch(case: FeatureCase) -> None:
-    student, teacher = case.answers(case.min_samples)
+def test_smallest_batch(case: FeatureCase) -> None:
+    student, teacher = case.outputs(case.min_samples)
     student = changed(student, _leaf)
     loss = value(case.criterion(), student, teacher, case.batch(case.min_samples))
     loss.backward()
@@ -89,12 +88,12 @@ def test_a_small_batch(case: FeatureCase) -> None:
 
 
 @every
-def test_the_mean_over_the_batch(case: FeatureCase) -> None:
+def test_batch_mean(case: FeatureCase) -> None:
     if not case.batch_mean:
         return
     criterion = case.criterion().eval().double()
     assert not criterion.compares_samples
-    student, teacher = (changed(outputs, Tensor.double) for outputs in case.answers())
+    student, teacher = (changed(outputs, Tensor.double) for outputs in case.outputs())
     whole = value(criterion, student, teacher, case.batch())
     halves = []
     for half in torch.arange(SAMPLES * case.views).view(case.views, 2, -1).unbind(1):
@@ -107,9 +106,9 @@ def test_the_mean_over_the_batch(case: FeatureCase) -> None:
 
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near_single(case: FeatureCase, dtype: torch.dtype) -> None:
-    """As under autocast: the networks' answers are in half precision, the adapters' parameters are not."""
-    rounded = [changed(outputs, lambda tensor: tensor.to(dtype)) for outputs in case.answers()]
+def test_half_precision(case: FeatureCase, dtype: torch.dtype) -> None:
+    """Losses under autocast are close to float32, with outputs in half precision and float32 adapters."""
+    rounded = [changed(outputs, lambda tensor: tensor.to(dtype)) for outputs in case.outputs()]
     with torch.autocast("cpu", dtype):
         loss = value(case.criterion(), *rounded, case.batch())
     assert loss.dtype == torch.float32
@@ -119,8 +118,8 @@ def test_half_precision_is_near_single(case: FeatureCase, dtype: torch.dtype) ->
 
 @every
 @pytest.mark.parametrize("size", [1e4, 1e-4, 0.0])
-def test_extreme_answers_are_finite(case: FeatureCase, size: float) -> None:
-    student, teacher = case.answers(size=size)
+def test_extreme_outputs(case: FeatureCase, size: float) -> None:
+    student, teacher = case.outputs(size=size)
     student = changed(student, _leaf)
     criterion = case.criterion()
     loss = value(criterion, student, teacher, case.batch())
@@ -131,11 +130,11 @@ def test_extreme_answers_are_finite(case: FeatureCase, size: float) -> None:
 
 
 @every
-def test_descent_lowers_it(case: FeatureCase) -> None:
+def test_gradient_descent_reduces_the_loss(case: FeatureCase) -> None:
     criterion = case.criterion()
-    student, teacher = case.answers()
+    student, teacher = case.outputs()
     student = changed(student, _leaf)
-    memory = deepcopy(criterion)  # what a criterion remembers is not to change between the two readings
+    memory = deepcopy(criterion)  # so that both values are computed with the same memories
     first = value(deepcopy(memory), student, teacher, case.batch())
     optimizer = torch.optim.Adam([*tensors(student), *criterion.parameters()], lr=case.lr)
     for _ in range(40):
@@ -156,38 +155,38 @@ def test_compiled_equals_eager(case: FeatureCase, request: pytest.FixtureRequest
     name = request.node.callspec.id
     is_variant = name.partition("-")[0] in FEATURE_CASES.keys() - {name}
     compiled = torch.compile(case.criterion(), fullgraph=True, backend="eager" if is_variant else "aot_eager")
-    answers, batch = case.answers(), case.batch()
-    torch.testing.assert_close(value(compiled, *answers, batch), value(case.criterion(), *answers, batch))
+    both, batch = case.outputs(), case.batch()
+    torch.testing.assert_close(value(compiled, *both, batch), value(case.criterion(), *both, batch))
 
 
 @every
-def test_adapters_and_memories_are_saved(case: FeatureCase) -> None:
-    """What was learned and remembered comes back from the state dict, bit by bit."""
+def test_adapters_and_memories_are_restored(case: FeatureCase) -> None:
+    """The state dict restores adapters and memories exactly: the restored criterion computes the same loss."""
     criterion = case.criterion()
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True), *criterion.parameters()], lr=0.01)
     for seed in (1, 2):
         optimizer.zero_grad()
-        student, teacher = case.answers(seed=seed)
+        student, teacher = case.outputs(seed=seed)
         value(criterion, changed(student, _leaf), teacher, case.batch()).backward()
         optimizer.step()
     torch.manual_seed(5)
     again = case.make()
     again.build(*_probes(case))
     again.load_state_dict(deepcopy(criterion.state_dict()))
-    answers = case.answers(seed=3)
-    assert torch.equal(value(again, *answers, case.batch()), value(criterion, *answers, case.batch()))
+    both = case.outputs(seed=3)
+    assert torch.equal(value(again, *both, case.batch()), value(criterion, *both, case.batch()))
 
 
 def _probes(case: FeatureCase) -> tuple[Probe, Probe]:
     torch.manual_seed(0)
     networks = (case.student_network(), case.teacher_network())
-    student, teacher = (Probe(*pair) for pair in zip(networks, case.answers(2), strict=True))
+    student, teacher = (Probe(*pair) for pair in zip(networks, case.outputs(2), strict=True))
     return student, teacher
 
 
 @every
-def test_channels_last_says_the_same(case: FeatureCase) -> None:
-    """As networks return them when `Speed` lays their weights out so."""
+def test_channels_last(case: FeatureCase) -> None:
+    """Channels-last features, as `Speed` produces them, give the same loss."""
 
     def laid_out(tensor: Tensor) -> Tensor:
         if tensor.dim() == 4:
@@ -195,9 +194,9 @@ def test_channels_last_says_the_same(case: FeatureCase) -> None:
         return tensor.detach().requires_grad_()
 
     torch.manual_seed(1)
-    expected = value(case.criterion(), *case.answers(), case.batch())
+    expected = value(case.criterion(), *case.outputs(), case.batch())
     torch.manual_seed(1)
-    student, teacher = (changed(outputs, laid_out) for outputs in case.answers())
+    student, teacher = (changed(outputs, laid_out) for outputs in case.outputs())
     found = value(case.criterion(), student, changed(teacher, Tensor.detach), case.batch())
     found.backward()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

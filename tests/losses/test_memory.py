@@ -1,4 +1,4 @@
-"""Memories of features are rings."""
+"""Memories of features are ring buffers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from lkd.losses._memory import enqueue
 
 
-def test_a_ring_starts_again_at_its_end() -> None:
+def test_ring_buffer_wraps_around() -> None:
     memory, pointer = torch.zeros(2, 5, 1), torch.tensor([3, 0])
     rows = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
     enqueue(memory, pointer, rows, torch.tensor([3, 2]))

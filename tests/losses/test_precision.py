@@ -7,7 +7,7 @@ import torch
 from lkd import functional as KF
 
 
-def test_tensors_by_name_are_widened() -> None:
+def test_keyword_arguments_are_converted() -> None:
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.rand(2, 8, 4, 4, generator=generator).bfloat16() for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,6 +1,6 @@
-"""Every criterion in several processes: equal afterwards, and with the gradient of one where that is promised.
+"""Every criterion in several processes: equal states, and the gradient of one process where this is guaranteed.
 
-Two processes; `LKD_PROCESSES=4 pytest tests/losses/test_processes.py` takes four.
+There are two processes; `LKD_PROCESSES=4 pytest tests/losses/test_processes.py` runs four.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def found(tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", table())
 def test_several_processes(name: str, found: dict[str, dict[str, Any]]) -> None:
-    """The gradient differs where it is not a mean over the images, or one over those that have a label."""
+    """The gradient of one process is guaranteed only for means over all images, or over all labelled images."""
     case, here = table()[name], found[name]
     assert here["equal"]
     assert here["memories"]
@@ -35,8 +35,8 @@ def test_several_processes(name: str, found: dict[str, dict[str, Any]]) -> None:
         assert here[labels] < EQUAL if promised else here[labels] > DIFFERENT
 
 
-def test_what_is_listed_is_so(found: dict[str, dict[str, Any]]) -> None:
-    """The README's column: as one means equal in every form; what each process does by itself, different in one."""
+def test_per_process_matches_the_gradients(found: dict[str, dict[str, Any]]) -> None:
+    """The method table's column `per_process` is filled exactly for criteria whose gradient differs in some case."""
     differences: dict[tuple[type, str], list[float]] = {}
     for name, case in table().items():
         criterion = case.criterion()

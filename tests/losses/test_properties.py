@@ -1,6 +1,6 @@
-"""Numbers that misbehave: every criterion keeps the promise of `DistillLoss`, whatever finite answers it compares.
+"""Property-based tests: every criterion has a finite value and gradient for all finite outputs.
 
-`HYPOTHESIS_PROFILE=search pytest tests/losses/test_properties.py` looks at more of them, other ones each time.
+`HYPOTHESIS_PROFILE=search pytest tests/losses/test_properties.py` tries more examples, different ones in each run.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ LABELS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Situation:
-    """What a step may meet.
+    """Properties of the inputs of one step.
 
     Attributes:
-        samples: Images in the batch.
-        classes: Classes, where the case's networks leave a choice.
-        shrink: By what the feature maps are smaller than in the table.
-        dtype: What the networks answer in; in half precision under autocast, as in a run.
-        sizes: Size of the student's answers, and of the teacher's.
-        forms: Form of the student's answers, and of the teacher's.
-        labels: Which images have a label.
-        same_index: Whether all images are the same one of the data set.
-        equal: Whether the student says what the teacher says, where shapes agree.
-        seed: What the answers are drawn from.
+        samples: Number of images in the batch.
+        classes: Number of classes, if the case's networks do not fix it.
+        shrink: Factor by which the feature maps are smaller than in the case.
+        dtype: Data type of the outputs. Half precision is used under autocast, as in a run.
+        sizes: Scale of the student's outputs, and of the teacher's.
+        forms: Form of the student's outputs, and of the teacher's.
+        labels: Which images are labelled.
+        same_index: Whether all images have the same index in the dataset.
+        equal: Whether the student's outputs equal the teacher's where the shapes agree.
+        seed: Seed of the random outputs.
     """
 
     samples: int = 8
@@ -77,10 +77,10 @@ class Situation:
     equal: bool = False
     seed: int = 0
 
-    def answers(self, case: FeatureCase) -> tuple[Outputs, Outputs]:
-        """What student and teacher say."""
+    def outputs(self, case: FeatureCase) -> tuple[Outputs, Outputs]:
+        """Return random outputs of student and teacher."""
         limit = HALF.get(self.dtype, LARGEST)
-        both = zip(case.answers(self.samples, seed=self.seed), self.sizes, self.forms, strict=True)
+        both = zip(case.outputs(self.samples, seed=self.seed), self.sizes, self.forms, strict=True)
         student, teacher = (
             changed(
                 outputs,
@@ -95,13 +95,13 @@ class Situation:
         return changed(student, lambda tensor: tensor.clone().requires_grad_()), teacher
 
     def batch(self, case: FeatureCase) -> Batch:
-        """Labels and positions."""
+        """Return the labels and indices of the batch."""
         batch = case.batch(self.samples)
         target = LABELS[self.labels](batch.target)
         return batch._replace(target=target, index=torch.zeros_like(batch.index) if self.same_index else batch.index)
 
-    def may_refuse(self) -> bool:
-        """Whether a criterion may say that it cannot work here: too few classes, images or pixels."""
+    def may_raise(self) -> bool:
+        """Return whether a criterion may raise an error: there are too few classes, images or pixels."""
         return self.classes < 3 or self.samples == 1 or self.shrink > 1
 
 
@@ -125,8 +125,8 @@ situations = st.builds(
 
 
 def _loss(criterion: DistillLoss, case: FeatureCase, situation: Situation) -> tuple[Tensor, Outputs]:
-    """The value, as a run computes it, and what the student said."""
-    (student, teacher), batch = situation.answers(case), situation.batch(case)
+    """Return the loss, computed in the precision of a run, and the student's outputs."""
+    (student, teacher), batch = situation.outputs(case), situation.batch(case)
     if situation.dtype in HALF:
         with torch.autocast("cpu", situation.dtype):
             return value(criterion, student, teacher, batch), student
@@ -149,18 +149,18 @@ def _loss(criterion: DistillLoss, case: FeatureCase, situation: Situation) -> tu
 @example(Situation(dtype=torch.float16, forms=("one number", "any")))
 @example(Situation(sizes=(1e-41, 1.0)))
 @given(situation=situations)
-def test_finite_answers(name: str, situation: Situation) -> None:
-    """Value and gradient are finite; or too few classes, images or pixels are refused in a sentence."""
+def test_finite_outputs(name: str, situation: Situation) -> None:
+    """Value and gradient are finite, unless an error reports too few classes, images or pixels."""
     case = TABLE[name].of(situation.classes, situation.shrink)
     try:
         criterion = case.criterion()
         loss, student = _loss(criterion, case, situation)
     except ValueError:
-        if not situation.may_refuse():
+        if not situation.may_raise():
             raise
         return
     assert loss.isfinite(), loss
-    # In float16 a gradient may be too large, until the loss scaler of mixed precision has halved it often enough.
+    # A float16 gradient may overflow until the loss scaler of mixed precision has reduced the scale far enough.
     (loss * 2**-40 if situation.dtype == torch.float16 else loss).backward()
     grads = [tensor.grad for tensor in (*tensors(student), *criterion.parameters()) if tensor.grad is not None]
     assert all(grad.isfinite().all() for grad in grads), [grad.shape for grad in grads if not grad.isfinite().all()]
@@ -168,15 +168,15 @@ def test_finite_answers(name: str, situation: Situation) -> None:
 
 @every
 @pytest.mark.parametrize("form", FORMS)
-def test_the_gradient_where_little_is_said(name: str, form: str) -> None:
-    """Images that a student sees alike, and neurons that say nothing, do not blow the gradient up."""
+def test_gradient_of_degenerate_outputs(name: str, form: str) -> None:
+    """The gradient stays bounded if all images have equal features or neurons are inactive."""
     loss, student = _loss(TABLE[name].criterion(), TABLE[name], Situation(forms=(form, "any")))
     loss.backward()
     assert all(tensor.grad.abs().max() < 1e8 for tensor in tensors(student) if tensor.grad is not None)
 
 
-def _with(outputs: Outputs, layer: str, place: int, number: float) -> Outputs:
-    """The answers with one number changed, of a layer or, without a name, of the logits."""
+def _replaced(outputs: Outputs, layer: str, place: int, number: float) -> Outputs:
+    """Return the outputs with one entry of a layer replaced; an empty name selects the logits."""
     tensor = outputs.features[layer] if layer else outputs.logits
     other = tensor.flatten().index_fill(0, torch.tensor([place % tensor.numel()]), number).view_as(tensor)
     return outputs._replace(features={**outputs.features, layer: other}) if layer else outputs._replace(logits=other)
@@ -184,12 +184,12 @@ def _with(outputs: Outputs, layer: str, place: int, number: float) -> Outputs:
 
 @every
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
-def test_a_broken_teacher_is_not_hidden(name: str, broken: float) -> None:
-    """The value is not finite, unless it stands where nothing is read: the value is the same for any number."""
+def test_invalid_teacher_outputs_are_not_hidden(name: str, broken: float) -> None:
+    """A non-finite teacher output makes the loss non-finite, unless the loss does not depend on that entry."""
     case = TABLE[name]
     if case.signs_only and broken == torch.inf:
         return
-    student, teacher = case.answers()
+    student, teacher = case.outputs()
 
     def compared(other: Outputs) -> Tensor:
         return value(case.criterion(), student, other, case.batch())
@@ -197,8 +197,8 @@ def test_a_broken_teacher_is_not_hidden(name: str, broken: float) -> None:
     shown = not case.criterion().needs_teacher
     for layer in ("", *case.teacher):
         for place in (0, 123, -1):
-            if compared(_with(teacher, layer, place, broken)).isfinite():
-                values = [compared(_with(teacher, layer, place, number)) for number in (1e4, -1e4)]
+            if compared(_replaced(teacher, layer, place, broken)).isfinite():
+                values = [compared(_replaced(teacher, layer, place, number)) for number in (1e4, -1e4)]
                 assert values[0] == values[1]
             else:
                 shown = True
@@ -208,44 +208,44 @@ def test_a_broken_teacher_is_not_hidden(name: str, broken: float) -> None:
 @every
 @pytest.mark.parametrize("label", [-1, 5, 1000])
 def test_labels_out_of_range(name: str, label: int) -> None:
-    """They get a sentence, unless only which images have a label is read."""
+    """Invalid labels raise an error, unless the criterion reads only which images are labelled."""
     case = TABLE[name]
     batch = case.batch()
 
     def compared(label: int) -> Tensor:
         target = batch.target.index_fill(0, torch.tensor([1]), label)
-        return value(case.criterion(), *case.answers(), batch._replace(target=target))
+        return value(case.criterion(), *case.outputs(), batch._replace(target=target))
 
-    says = ""
+    message = ""
     try:
         found = compared(label)
     except ValueError as error:
-        says = str(error)
-    if says:
-        assert "a label is out of range" in says
-        assert "labels must lie in 0..4, or be -100" in says
+        message = str(error)
+    if message:
+        assert "a label is out of range" in message
+        assert "labels must lie in 0..4, or be -100" in message
     else:
         assert all(torch.equal(compared(number), found) for number in range(5))
 
 
 @every
 def test_masks_for_criteria_of_images(name: str) -> None:
-    """They are rejected, unless the labels are not read."""
+    """Masks raise an error, unless the criterion does not read the labels."""
     case = TABLE[name]
     batch = case.batch()
     if not isinstance(batch.target, Tensor):
         return  # boxes
     masks = batch._replace(target=batch.target.view(len(batch.target), -1)[:, :1, None].repeat(1, 8, 8))
-    says = ""
+    message = ""
     try:
-        found = value(case.criterion(), *case.answers(), masks)
+        found = value(case.criterion(), *case.outputs(), masks)
     except ValueError as error:
-        says = str(error)
-    assert "one class per image" in says if says else found.isfinite()
+        message = str(error)
+    assert "one class per image" in message if message else found.isfinite()
 
 
-def _numbers() -> list[tuple[type[DistillLoss], str]]:
-    """All settings of all criteria that are one number."""
+def _numeric_settings() -> list[tuple[type[DistillLoss], str]]:
+    """Return all numeric settings of all criteria."""
     kinds = (getattr(lkd.losses, name) for name in lkd.losses.__all__)
     criteria = [kind for kind in kinds if inspect.isclass(kind) and issubclass(kind, DistillLoss)]
     return [
@@ -256,11 +256,11 @@ def _numbers() -> list[tuple[type[DistillLoss], str]]:
     ]
 
 
-@pytest.mark.parametrize(("kind", "setting"), _numbers())
+@pytest.mark.parametrize(("kind", "setting"), _numeric_settings())
 @pytest.mark.parametrize("number", [-1.0, float("nan"), float("inf")])
-def test_settings_that_make_no_sense(kind: type[DistillLoss], setting: str, number: float) -> None:
+def test_invalid_settings(kind: type[DistillLoss], setting: str, number: float) -> None:
     if number == float("inf") and (kind, setting) in {(KTA, "p"), (KTA, "q"), (FT, "p")}:
-        return  # of a norm, the largest entry
+        return  # an infinite p selects the maximum norm
     parts = {"criterion": KD()} if kind is LogitStandardization else {}
     with pytest.raises(ValueError, match=rf"{setting}\b.* got .*{number}"):
         kind(**parts, **{setting: number})

@@ -23,7 +23,7 @@ Shape = tuple[str, ...]
 
 
 def _documented(function: Callable[..., Any]) -> dict[str, list[Shape]]:
-    """Argument to the shapes that its docstring allows, for all arguments that are tensors or lists of tensors."""
+    """Return the shapes that the docstring allows for each argument that is a tensor or a list of tensors."""
     args = (inspect.getdoc(function) or "").partition("Args:\n")[2].partition("\n\n")[0]
     found = {}
     for parameter in inspect.signature(function).parameters.values():
@@ -36,7 +36,7 @@ def _documented(function: Callable[..., Any]) -> dict[str, list[Shape]]:
 
 
 def _size(name: str, layer: int = 0) -> tuple[int, ...]:
-    """The size of one dimension: `4 * B`, `K`, `C_l`; of `*` and `...`, two dimensions."""
+    """Return the sizes of one dimension, such as `4 * B`, `K` or `C_l`; `*` and `...` stand for two dimensions."""
     if name in ("*", "..."):
         return (2, 3)
     factor, _, name = name.rpartition(" * ")
@@ -61,7 +61,7 @@ SETTINGS: dict[str, Any] = {"image_sizes": [(8, 8), (8, 8)], "size": (4, 4), "nu
 
 
 def _call(function: Callable[..., Any], shapes: dict[str, Any]) -> Tensor:
-    """The function's value for tensors of the shapes; a list of shapes makes a list of tensors."""
+    """Call the function with tensors of the shapes; a list of shapes becomes a list of tensors."""
     settings = SETTINGS.keys() & inspect.signature(function).parameters.keys()
     result: Tensor | tuple[Tensor, ...] = function(
         **{name: SETTINGS[name] for name in settings},
@@ -74,12 +74,12 @@ def _call(function: Callable[..., Any], shapes: dict[str, Any]) -> Tensor:
 
 
 def _correct(function: Callable[..., Any]) -> Iterator[tuple[dict[str, Shape], dict[str, Any]]]:
-    """What the docstring allows: names of the sizes, and shapes."""
+    """Yield the combinations of shapes that the docstring allows, as names of dimensions and as sizes."""
     documented, parameters = _documented(function), inspect.signature(function).parameters
     for choice in product(*documented.values()):
         forms = dict(zip(documented, choice, strict=True))
         if len({len(form) for name, form in forms.items() if len(documented[name]) > 1 and name != "temperature"}) > 1:
-            continue  # alternatives of two arguments belong together
+            continue  # the alternatives of two arguments correspond to each other
         yield (
             forms,
             {
@@ -92,7 +92,7 @@ def _correct(function: Callable[..., Any]) -> Iterator[tuple[dict[str, Shape], d
 
 
 def _wrong(forms: dict[str, Shape], documented: dict[str, list[Shape]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Argument to a shape that the docstring does not allow, one at a time."""
+    """Yield shapes that the docstring does not allow, one argument at a time."""
     for name, form in forms.items():
         shape, allowed = _shape(form), {len(_shape(other)) for other in documented[name]}
         is_open = form[-1:] in (("...",), ("*",))
@@ -106,7 +106,7 @@ def _wrong(forms: dict[str, Shape], documented: dict[str, list[Shape]]) -> Itera
 
 
 @pytest.mark.parametrize("name", KF.__all__)
-def test_shapes_of_the_docstring(name: str) -> None:
+def test_documented_shapes(name: str) -> None:
     function = getattr(KF, name)
     documented, tried = _documented(function), 0
     assert documented
@@ -122,16 +122,19 @@ def test_shapes_of_the_docstring(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, case in TABLE.items() if case.criterion().reads_logits])
-def test_criteria_refuse_other_logits(name: str) -> None:
-    """Also those that do not call a public function as a whole: maps of logits, and a teacher of other classes."""
+def test_criteria_reject_other_logit_shapes(name: str) -> None:
+    """Criteria check the shape of the logits even if they do not pass them to a public function unchanged.
+
+    Examples are criteria of logit maps, and a teacher with another number of classes.
+    """
     case = TABLE[name]
-    student, teacher = case.answers()
+    student, teacher = case.outputs()
 
     def compared(logits: Tensor) -> Tensor:
         return value(case.criterion(), student, teacher._replace(logits=logits), case.batch())
 
     if torch.equal(compared(teacher.logits), compared(2 * teacher.logits)):
-        return  # it reads other layers
+        return  # it reads features instead of logits
     is_map = teacher.logits.dim() == 4
     other = teacher.logits.mean((2, 3)) if is_map else teacher.logits[:, :, None, None].expand(-1, -1, 2, 2)
     for wrong in (teacher.logits[:, :1], other):
@@ -141,7 +144,7 @@ def test_criteria_refuse_other_logits(name: str) -> None:
             compared(wrong)
 
 
-def test_lists_are_as_long() -> None:
+def test_list_lengths() -> None:
     features = [torch.rand(2, 3, 4, 4) for _ in range(3)]
     with pytest.raises(ValueError, match="fsp_loss expects 3 teacher_features, one for each layer, got 2"):
         KF.fsp_loss(features, features[:2])
@@ -152,8 +155,8 @@ def test_lists_are_as_long() -> None:
         KF.kdsvd_loss(features, features, num_vectors=4)
 
 
-def test_compiled_and_mapped() -> None:
-    """Neither breaks the graph, and each refuses a wrong shape as the function itself does."""
+def test_compile_and_vmap() -> None:
+    """`torch.compile` and `vmap` both work with the shape checks, and `vmap` still rejects invalid shapes."""
     student, teacher = torch.randn(2, 8, 5)
     compiled = torch.compile(KF.dist_loss, fullgraph=True, backend="eager")
     assert torch.equal(compiled(student, teacher), KF.dist_loss(student, teacher))
@@ -163,6 +166,6 @@ def test_compiled_and_mapped() -> None:
         torch.func.vmap(lambda own, other: KF.kd_loss(own[None], other[None]))(student[None], teacher[None])
 
 
-def test_a_misspelt_argument_is_found_at_once() -> None:
+def test_misspelt_argument_raises_at_decoration() -> None:
     with pytest.raises(ValueError, match="'logit' is not in list"):
         check_shapes(logit="B K")(KF.standardize)

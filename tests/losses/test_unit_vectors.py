@@ -1,4 +1,4 @@
-"""Vectors brought to length 1: as PyTorch does it, but where there is no direction."""
+"""`unit_vectors` agrees with PyTorch's `normalize`, except for zero vectors and overflow."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lkd.losses._unit_vectors import unit_vectors
 
 @pytest.mark.parametrize("p", [1.0, 2.0])
 @pytest.mark.parametrize("size", [1e15, 1.0, 1e-10, 1e-13])
-def test_directions_are_pytorch_s(size: float, p: float) -> None:
+def test_agrees_with_pytorch(size: float, p: float) -> None:
     vectors = size * torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(unit_vectors(vectors, 1, p), F.normalize(vectors, p, 1))
 
 
-def test_zeros_have_none_and_get_no_gradient() -> None:
+def test_zero_vectors_have_zero_value_and_gradient() -> None:
     vectors = torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True)
     found = unit_vectors(vectors, dim=1)
     (found * torch.tensor([[1.0, 2.0], [0.0, 1.0]])).sum().backward()
@@ -24,5 +24,5 @@ def test_zeros_have_none_and_get_no_gradient() -> None:
     torch.testing.assert_close(vectors.grad, torch.tensor([[0.0, 0.0], [-0.096, 0.072]]))
 
 
-def test_a_length_that_overflows_is_not_hidden() -> None:
+def test_overflow_gives_nan() -> None:
     assert unit_vectors(torch.tensor([[1e30, 1.0]]), dim=1).isnan().all()

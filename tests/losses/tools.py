@@ -27,7 +27,7 @@ def outputs(logits: Tensor | None = None, **features: Tensor) -> Outputs:
     return Outputs(logits, features)
 
 
-def answers(student: Tensor, teacher: Tensor) -> tuple[Outputs, Outputs]:
+def output_pair(student: Tensor, teacher: Tensor) -> tuple[Outputs, Outputs]:
     """Return outputs with the student's layer a and the teacher's layer c."""
     return outputs(a=student), outputs(c=teacher)
 

@@ -1,6 +1,6 @@
-"""The networks of the CIFAR-100 benchmark against its original code, whose answers are in reference/models.json.
+"""Networks of the CIFAR-100 benchmark agree with the original code, whose outputs are in reference/models.json.
 
-`LKD_FIXTURES=<folder>` reads the models.json of another folder, in which more networks may have numbers.
+`LKD_FIXTURES=<folder>` reads another folder's models.json, which may contain values for more networks.
 """
 
 import json
@@ -42,7 +42,7 @@ def shapes(name: str) -> list[tuple[int, ...]]:
 
 
 def layers(network: nn.Module) -> tuple[list[str], list[str]]:
-    """What the benchmark calls `feats` and `preact_feats`."""
+    """Return the layers that the benchmark calls `feats` and `preact_feats`."""
     if isinstance(network, models.WideResNet):
         return ["conv1", "block1", "block2", "block3"], ["conv1", "block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"]
     if isinstance(network, models.VGG):
@@ -58,15 +58,15 @@ def layers(network: nn.Module) -> tuple[list[str], list[str]]:
     return ["relu", *stages], ["relu", *sums]
 
 
-def without_numbers(name: str, **settings: int) -> nn.Module:
+def on_meta_device(name: str, **settings: int) -> nn.Module:
     with torch.device("meta"):
         return getattr(models, name.lower())(**{"num_classes": 100, **settings})
 
 
 @torch.no_grad()
 def filled(name: str) -> nn.Module:
-    """The network in float64 with the fill `strong`, as models.json describes it."""
-    network = without_numbers(name).double().to_empty(device="cpu").eval()
+    """Return the network in float64 with the weights `strong`, as described in models.json."""
+    network = on_meta_device(name).double().to_empty(device="cpu").eval()
     norms = {name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
     for k, (name, tensor) in enumerate(network.state_dict().items()):
         i = torch.arange(tensor.numel(), dtype=torch.int64)
@@ -94,7 +94,7 @@ def assert_relatively_equal(value: Tensor, expected: Tensor) -> None:
     assert (value - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
-def test_all_networks_are_there() -> None:
+def test_all_networks_exist() -> None:
     families = ("resnet", "wrn", "vgg", "mobilenet", "shuffle")
     assert {name for name in models.__all__ if name.startswith(families)} == {name.lower() for name in REFERENCE}
     if OTHER == OWN:
@@ -104,7 +104,7 @@ def test_all_networks_are_there() -> None:
 
 @pytest.mark.parametrize("name", REFERENCE)
 def test_names_shapes_and_order(name: str) -> None:
-    network = without_numbers(name)
+    network = on_meta_device(name)
     given = REFERENCE[name]["state_dict"]
     expected = given.items() if isinstance(given, dict) else [entry[:2] for entry in given]
     state = network.state_dict().items()
@@ -114,14 +114,14 @@ def test_names_shapes_and_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFERENCE)
 def test_published_checkpoints_load(name: str, tmp_path: Path) -> None:
-    """Every tensor has a value of its own, and comes to where its name says."""
+    """Each tensor has a distinct value, which is loaded into the tensor of that name."""
     state = {
         key: torch.tensor(k).expand(tensor.shape).to(tensor.dtype)
-        for k, (key, tensor) in enumerate(without_numbers(name).state_dict().items())
+        for k, (key, tensor) in enumerate(on_meta_device(name).state_dict().items())
     }
     file = tmp_path / "ckpt_epoch_240.pth"
     torch.save({"epoch": 240, "model": state, "accuracy": torch.tensor(76.4)}, file)
-    network = load_weights(without_numbers(name).to_empty(device="cpu"), file)
+    network = load_weights(on_meta_device(name).to_empty(device="cpu"), file)
     for k, (key, tensor) in enumerate(network.state_dict().items()):
         assert (tensor == k).all(), key
 
@@ -144,7 +144,7 @@ def test_logits_and_features(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFERENCE)
 def test_shapes_of_the_features(name: str) -> None:
-    network = without_numbers(name).eval()
+    network = on_meta_device(name).eval()
     features, sums = layers(network)
     outputs = FeatureExtractor(network, [*features, "flatten", *sums])(torch.empty(2, 3, 32, 32, device="meta"))
     assert outputs.logits.shape == (2, 100)
@@ -155,7 +155,7 @@ def test_shapes_of_the_features(name: str) -> None:
 
 
 def torchvisions(name: str) -> tuple[nn.Module, list[str]]:
-    """Torchvision's network with the benchmark's stem and head, and its names of the stages."""
+    """Return torchvision's network with the benchmark's stem and head, and the names of its stages."""
     if name == "ShuffleV2":
         network = torchvision.models.shufflenet_v2_x1_0(num_classes=100)
         network.conv1[0] = nn.Conv2d(3, 24, kernel_size=1, bias=False)
@@ -173,7 +173,7 @@ def torchvisions(name: str) -> tuple[nn.Module, list[str]]:
 @pytest.mark.parametrize(("name", "size"), [("ResNet18", 16), ("ResNet50", 16), ("ShuffleV2", 16), ("vgg11", 64)])
 @torch.no_grad()
 def test_equals_torchvision(name: str, size: int) -> None:
-    """Where the reference has no numbers, torchvision's network with the same weights, in the same order, has them."""
+    """Networks without reference values agree with torchvision's, with the same weights in the same order."""
     network = filled(name)
     with torch.device("meta"):
         other, stages = torchvisions(name)
@@ -189,7 +189,7 @@ def test_equals_torchvision(name: str, size: int) -> None:
 
 @torch.no_grad()
 def test_shuffled_pre_activations() -> None:
-    """ShuffleV2 shuffles behind the ReLU: the features are the rectified sums in another order."""
+    """ShuffleV2 shuffles channels after the ReLU, so the features are the rectified sums in another order."""
     network = filled("ShuffleV2")
     features, sums = layers(network)
     outputs = FeatureExtractor(network, [*features, *sums])(reference_image(16)).features
@@ -210,7 +210,7 @@ def test_training_on_gray_images(name: str) -> None:
     assert all(parameter.grad is not None for parameter in network.parameters())
     assert all(parameter.grad.any() for parameter in network.parameters() if parameter.ndim > 1)
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert {int(norm.num_batches_tracked) for norm in norms} == {1}  # reading the pre-activations counts no batch twice
+    assert {int(norm.num_batches_tracked) for norm in norms} == {1}  # pre-activations need no second update
     assert not any(module.inplace for module in network.modules() if isinstance(module, nn.ReLU))
 
 
@@ -262,6 +262,6 @@ def test_networks_from_yaml(name: str) -> None:
         ("WideResNet", {"in_channels": -1}, r"in_channels must be at least 1, got -1"),
     ],
 )
-def test_mistakes(name: str, changes: dict[str, object], message: str) -> None:
+def test_invalid_arguments(name: str, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         getattr(models, name)(**{**SMALL[name], "num_classes": 10, **changes})

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm: classes, channels, small stems, weights, and answers to mistakes."""
+"""Networks of torchvision and timm: classes, channels, stems for small images, weights, and errors."""
 
 import socket
 import sys
@@ -35,28 +35,28 @@ CONVOLUTIONAL = [
 @pytest.mark.filterwarnings("ignore:The default weight initialization")
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
 @torch.no_grad()
-def test_small_images_reach_the_second_layer_whole(name: str) -> None:
+def test_small_images_keep_their_size_in_the_stem(name: str) -> None:
     sizes = []
-    with torch.device("meta"):  # shapes without numbers: quick
+    with torch.device("meta"):  # shapes without values, which is fast
         network = torchvision_model(name, num_classes=7, in_channels=2, small_images=True)
         convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
         convolutions[1].register_forward_pre_hook(lambda layer, args: sizes.append(tuple(args[0].shape[2:])))
-        assert network.train()(torch.rand(2, 2, 32, 32)).shape == (2, 7)  # no tuple with auxiliary logits
+        assert network.train()(torch.rand(2, 2, 32, 32)).shape == (2, 7)  # not a tuple with auxiliary logits
     assert sizes == [(32, 32)]
 
 
-def test_small_images_resnet_is_the_benchmarks() -> None:
-    """ResNet-18 for CIFAR: 3x3 stem, no pooling, so that the last stage sees 4x4."""
+def test_resnet_for_small_images_equals_the_benchmark() -> None:
+    """ResNet-18 for CIFAR has a 3x3 stem and no pooling, so the last stage outputs 4x4 maps."""
     network = torchvision_model("resnet18", num_classes=100, small_images=True)
     assert sum(parameter.numel() for parameter in network.parameters()) == 11_220_132  # as in models.json
     seen = []
     network.layer4.register_forward_hook(lambda layer, args, output: seen.append(tuple(output.shape)))
     network(torch.zeros(2, 3, 32, 32))
     assert seen == [(2, 512, 4, 4)]
-    assert network.conv1.weight.std() > 0.05  # drawn anew for the small kernel, not what was in memory
+    assert network.conv1.weight.std() > 0.05  # the smaller kernel is initialized
 
 
-def test_stem_without_stride_stays() -> None:
+def test_stem_without_stride_is_unchanged() -> None:
     with torch.device("meta"):
         stem = torchvision_model("vgg11_bn", num_classes=2, small_images=True).features
     assert [type(layer) for layer in stem[:4]] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
@@ -69,8 +69,8 @@ def test_patches_cannot_be_adapted(name: str) -> None:
         torchvision_model(name, num_classes=2, small_images=True)
 
 
-def put_into_cache(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """Random weights where torch.hub keeps what it downloaded; returns the network that has them."""
+def store_download(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """Store random weights as a download of torch.hub, and return the network with these weights."""
     monkeypatch.setenv("TORCH_HOME", str(folder))
     network = torchvision.models.get_model(name, weights=None)
     url = torchvision.models.get_model_weights(name)["DEFAULT"].url
@@ -82,8 +82,8 @@ def put_into_cache(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "squeezenet1_1"])
 @torch.no_grad()
-def test_trained_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = put_into_cache(name, tmp_path, monkeypatch)
+def test_pretrained_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = store_download(name, tmp_path, monkeypatch)
     color, gray = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 64, 64)
 
     same = torchvision_model(name, num_classes=1000, weights="DEFAULT").eval()
@@ -99,8 +99,8 @@ def test_trained_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {key.rpartition(".")[0] for key in changed} <= {"fc", "classifier.1"}
 
 
-def test_small_images_keep_the_middle_of_trained_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = put_into_cache("squeezenet1_0", tmp_path, monkeypatch)
+def test_small_images_crop_pretrained_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = store_download("squeezenet1_0", tmp_path, monkeypatch)
     network = torchvision_model("squeezenet1_0", num_classes=1000, weights="DEFAULT", small_images=True)
     assert torch.equal(network.features[0].weight, trained.features[0].weight[:, :, 2:5, 2:5])
     assert torch.equal(network.features[0].bias, trained.features[0].bias)
@@ -134,18 +134,20 @@ def test_offline_fails_at_once(
         assert time.monotonic() - begin < 2
 
 
-def test_connections_go_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: asked.append(address) or socket.socket())
+def test_connections_use_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = []
+    monkeypatch.setattr(
+        socket, "create_connection", lambda address, timeout: addresses.append(address) or socket.socket()
+    )
     for proxy in (None, "http://proxy.lan:3128", "proxy.lan:3128"):
         if proxy:
             monkeypatch.setenv("https_proxy", proxy)
         assert unreachable("https://huggingface.co/timm") == ""
-    assert asked == [("huggingface.co", 443), ("proxy.lan", 3128), ("proxy.lan", 3128)]
+    assert addresses == [("huggingface.co", 443), ("proxy.lan", 3128), ("proxy.lan", 3128)]
 
 
 @torch.no_grad()
-def test_timm_weights_in_the_cache_need_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_timm_weights_require_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(socket, "create_connection", refused)
     trained = timm_model("test_resnet", num_classes=1000)
@@ -182,7 +184,7 @@ def test_interrupted_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_timm() -> None:
     network = timm_model("test_resnet", num_classes=5, in_channels=2)
     assert network(torch.rand(2, 2, 64, 64)).shape == (2, 5)
-    network = timm_model("resnet10t", num_classes=5, small_images=True)  # a stem of three convolutions
+    network = timm_model("resnet10t", num_classes=5, small_images=True)  # its stem has three convolutions
     seen = []
     network.layer1.register_forward_hook(lambda layer, args, output: seen.append(tuple(args[0].shape[2:])))
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, 5)

@@ -1,4 +1,4 @@
-"""Reading weights files of other people's making: layouts, names, types, mistakes, and files that attack."""
+"""Loading weights files from other sources: layouts, names, types, errors, and malicious files."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ def without_counts(state: State) -> State:
 
 
 def akamaster(state: State) -> dict[str, object]:
-    """The layout of the public CIFAR-10 teachers: from DataParallel and an old PyTorch, `linear` for `fc`."""
+    """Return the layout of the public CIFAR-10 teachers: DataParallel, an old PyTorch, and `linear` instead of `fc`."""
     renamed = {re.sub("^fc", "linear", name): tensor for name, tensor in without_counts(state).items()}
     return {"state_dict": prefixed("module.", renamed), "best_prec1": 91.78}
 
@@ -56,7 +56,7 @@ LAYOUTS: dict[str, Callable[[State], object]] = {
 def trained(seed: int = 1) -> nn.Module:
     torch.manual_seed(seed)
     network = resnet8(num_classes=5)
-    network(torch.rand(4, 3, 8, 8))  # moves the running statistics, so that they too are tested
+    network(torch.rand(4, 3, 8, 8))  # changes the running statistics, so that the test covers them
     return network
 
 
@@ -79,7 +79,7 @@ def test_layouts(layout: str, legacy: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
-def test_numpy_scalars_beside_the_weights(module: str, tmp_path: Path) -> None:
+def test_numpy_scalars_in_the_file(module: str, tmp_path: Path) -> None:
     beside = {"accuracy": np.float64(0.9), "epoch": np.int64(3), "loss": np.float32(0.1), "done": np.bool_(True)}
     torch.save({"model": trained().state_dict(), **beside}, tmp_path / "it.pth", _use_new_zipfile_serialization=False)
     content = (tmp_path / "it.pth").read_bytes()
@@ -108,7 +108,7 @@ def test_lightning_checkpoint(tmp_path: Path) -> None:
 
 
 class Wrapped(nn.Module):
-    """A user's network whose own layer is called `model`."""
+    """A user's network with a layer called `model`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,14 +116,14 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "module.model."])
-def test_a_networks_own_layer_called_model(prefix: str, tmp_path: Path) -> None:
+def test_layer_called_model(prefix: str, tmp_path: Path) -> None:
     source, network = Wrapped(), Wrapped()
     torch.save(prefixed(prefix, source.state_dict()), tmp_path / "weights.pt")
     assert_same_weights(load_weights(network, tmp_path / "weights.pt"), source, rtol=0, atol=0)
 
 
 def test_benchmark_resnet18_fits_torchvision(tmp_path: Path) -> None:
-    """The benchmark's ResNet-18 says `shortcut` and `linear` where torchvision says `downsample` and `fc`."""
+    """The benchmark's ResNet-18 has layers `shortcut` and `linear` instead of torchvision's `downsample` and `fc`."""
     shapes = json.loads((REFERENCE / "models.json").read_text())["models"]["ResNet18"]["state_dict"]
     state = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(shapes.items())}
     save_file(state, tmp_path / "resnet18.safetensors")
@@ -134,8 +134,8 @@ def test_benchmark_resnet18_fits_torchvision(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["plain", "akamaster"])
-def test_a_new_head(layout: str, tmp_path: Path) -> None:
-    """Fine-tuning: the file's classes are others; everything but the head comes from it."""
+def test_new_head(layout: str, tmp_path: Path) -> None:
+    """For fine-tuning with other classes, all weights except for the head are loaded from the file."""
     state = trained().state_dict()
     torch.save(LAYOUTS[layout](state), tmp_path / "five.pth")
     with pytest.raises(ValueError, match=r"do not match .* only the head fc does not match: .* and drop_head: true"):
@@ -147,14 +147,14 @@ def test_a_new_head(layout: str, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in without_counts(network.state_dict()).items())
     same = resnet8(num_classes=5)
     assert not torch.equal(load_weights(same, tmp_path / "five.pth", drop_head=True).fc.weight, state["fc.weight"])
-    for drop_head in (True, False):  # what fails elsewhere is not the head's fault
+    for drop_head in (True, False):  # mismatches elsewhere are not attributed to the head
         with pytest.raises(ValueError, match="do not match") as error:
             load_weights(resnet8(num_classes=3, in_channels=1), tmp_path / "five.pth", drop_head=drop_head)
         assert "conv1" in str(error.value)
         assert "drop_head" not in str(error.value)
 
 
-def test_layers_whose_names_begin_with_the_heads_are_not_dropped(tmp_path: Path) -> None:
+def test_layers_with_the_heads_prefix_are_kept(tmp_path: Path) -> None:
     networks = [nn.Sequential() for _ in range(2)]
     for network in networks:
         network.add_module("fc_norm", nn.BatchNorm1d(4))
@@ -174,7 +174,7 @@ def test_no_head_to_drop(tmp_path: Path) -> None:
         load_weights(network, tmp_path / "conv.pth", drop_head=True)
 
 
-def test_mismatch_is_one_message_and_changes_nothing(tmp_path: Path) -> None:
+def test_mismatch_raises_one_error_and_changes_nothing(tmp_path: Path) -> None:
     source = models.resnet14(num_classes=100, in_channels=1, shortcut="A").state_dict()
     torch.save(prefixed("module.", source), tmp_path / "teacher.pth")
     network, before = trained(), trained()
@@ -183,7 +183,7 @@ def test_mismatch_is_one_message_and_changes_nothing(tmp_path: Path) -> None:
     message = str(error.value)
     assert str(tmp_path / "teacher.pth") in message
     assert "missing: layer2.0.downsample.0.weight, " in message
-    assert "and 6 more" in message  # of 10: of BatchNorm's five tensors the count may be missing
+    assert "and 6 more" in message  # of 10: the batch counts of BatchNorm may be missing
     assert "unexpected: layer1.1.conv1.weight, " in message
     assert "conv1.weight is (16, 1, 3, 3) in the file and (16, 3, 3, 3) in the network" in message
     assert "fc.weight is (100, 64) in the file and (5, 64) in the network" in message
@@ -193,7 +193,7 @@ def test_mismatch_is_one_message_and_changes_nothing(tmp_path: Path) -> None:
 
 
 class Attack:
-    """Pickled, it asks to run a command when it is read."""
+    """An object whose unpickling runs a command."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -218,7 +218,7 @@ def test_code_in_a_file_is_not_run(write: str, force: bool, tmp_path: Path, monk
     with pytest.raises(ValueError, match=reason):
         load_weights(resnet8(num_classes=5), file)
     assert not marker.exists()
-    if write != "safetensors":  # the attack is a real one
+    if write != "safetensors":  # the attack works if the file is read without protection
         torch.load(file, weights_only=False) if not write.startswith("pickle") else pickle.loads(file.read_bytes())
         assert marker.exists()
 
@@ -286,7 +286,7 @@ if "LKD_WEIGHTS" in os.environ:
     @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
     @torch.no_grad()
     def test_real_teachers(file: Path) -> None:
-        """The public CIFAR-10 teachers give the original code's numbers, on eight images of planes."""
+        """The public CIFAR-10 teachers give the original code's outputs on eight images of aeroplanes."""
         depth = int(re.match(r"resnet(\d+)", file.name)[1])
         network = load_weights(getattr(models, f"resnet{depth}")(num_classes=10, shortcut="A"), file).eval()
         reference = load_file(REFERENCE / "akamaster_resnet20.safetensors")
@@ -307,7 +307,7 @@ if "LKD_WEIGHTS" in os.environ:
 
 
 @pytest.mark.parametrize(("trained", "built"), [("A", "B"), ("B", "A")])
-def test_the_other_shortcut_is_suggested(tmp_path: Path, trained: str, built: str) -> None:
+def test_other_shortcut_is_suggested(tmp_path: Path, trained: str, built: str) -> None:
     torch.save(resnet8(num_classes=4, shortcut=trained).state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match=f"set shortcut of the network to {trained}"):
         load_weights(resnet8(num_classes=4, shortcut=built), str(tmp_path / "other.pth"))

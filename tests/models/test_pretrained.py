@@ -1,4 +1,4 @@
-"""The teachers included in lkd reach the metrics that their files state."""
+"""The pretrained teachers reach the metrics that their files record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEACHERS = {
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_the_record_is_true(name: str, trainer) -> None:
+def test_recorded_metrics(name: str, trainer) -> None:
     network, task, data_module = TEACHERS[name]
     with safe_open(PRETRAINED / f"{name}.safetensors", "pt") as file:
         record = file.metadata()
@@ -33,6 +33,6 @@ def test_the_record_is_true(name: str, trainer) -> None:
     assert json.loads(record["seed"]) == 0
 
 
-def test_they_are_small() -> None:
+def test_file_sizes() -> None:
     assert {path.stem for path in PRETRAINED.glob("*.safetensors")} == set(TEACHERS)
     assert all(path.stat().st_size <= 300_000 for path in PRETRAINED.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""The CIFAR ResNets beyond what test_benchmark.py compares: shortcut A, small images, mistakes, YAML."""
+"""Features of the CIFAR ResNets that test_benchmark.py does not cover: shortcut A, small images, errors, and YAML."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_small_gray_images_and_gradients(shortcut: str) -> None:
         ({"num_filters": (16, 8, 8, 8), "shortcut": "A"}, r"cannot reduce the number of channels, .* 16 to 8; use"),
     ],
 )
-def test_mistakes(changes: dict[str, object], message: str) -> None:
+def test_invalid_arguments(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         models.CIFARResNet(**{"depth": 8, "num_filters": (4, 4, 8, 16), "num_classes": 10, **changes})
 

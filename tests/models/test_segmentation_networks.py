@@ -24,7 +24,7 @@ MOBILENET = [(24, 16, 32), (40, 8, 16), (112, 4, 8), (960, 4, 8)]
 
 
 def shapes(network: nn.Module, *groups: str) -> list[tuple[int, ...]]:
-    """Return the shapes of the layers of some groups, for two images of 64x128 pixels with two channels."""
+    """Return the shapes of the layers of the groups, for two images of 64x128 pixels with two channels."""
     outputs = FeatureExtractor(network.eval(), groups, TASK.logits)(torch.zeros(2, 2, 64, 128))
     return [tuple(feature.shape[1:]) for feature in outputs.features.values()]
 
@@ -75,7 +75,7 @@ def _cached(name: str, weights: str, monkeypatch: pytest.MonkeyPatch, **settings
 
 
 @torch.no_grad()
-def test_trained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     trained = _cached(DEEPLAB, "DEFAULT", monkeypatch, weights_backbone=None, aux_loss=True)
     gray = torch.rand(1, 1, 64, 64)
@@ -90,7 +90,7 @@ def test_trained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert changed == {"classifier.4", "aux_classifier.4"}
 
 
-def test_trained_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     trained = _cached("mobilenet_v3_large", "IMAGENET1K_V1", monkeypatch)
     network = torchvision_segmentation("lraspp_mobilenet_v3_large", num_classes=5, weights_backbone="IMAGENET1K_V1")
@@ -144,7 +144,7 @@ def test_groups_of_smp(architecture: str, encoder: str, stages: list, decoder: i
     assert shapes(network, "@map", "@head") == [last, (5, *last[1:])]
 
 
-def test_smp_encoders_whose_maps_are_no_outputs_of_layers() -> None:
+def test_smp_encoders_without_layers_for_their_maps() -> None:
     network = smp_model("segformer", "mit_b0", num_classes=5)
     with pytest.raises(ValueError, match="the layers @stages of Segformer are unknown"):
         FeatureExtractor(network, ["@stages"])

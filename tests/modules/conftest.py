@@ -10,11 +10,11 @@ from torch import Tensor
 
 @pytest.fixture
 def resume(data, trainer, tmp_path) -> Callable[..., None]:
-    """Checks that two epochs and then two more, from the checkpoint, are four epochs: every tensor that is saved."""
+    """Return a check that resuming after two of four epochs reproduces every saved tensor of an uninterrupted run."""
 
     def check(make: Callable[[], L.LightningModule]) -> dict[str, Tensor]:
         whole, first, second = make(), make(), make()
-        torch.manual_seed(0)  # adapters are made in fit
+        torch.manual_seed(0)  # `fit` creates the adapters
         trainer(max_epochs=4, num_sanity_val_steps=0).fit(whole, data)
         torch.manual_seed(0)
         engine = trainer(max_epochs=2, num_sanity_val_steps=0)

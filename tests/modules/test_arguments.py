@@ -19,8 +19,8 @@ MODULES = [
 
 
 @pytest.mark.parametrize("kind", MODULES)
-def test_the_command_line_help_and_checkpoints_agree(kind: type[L.LightningModule]) -> None:
-    """jsonargparse follows `**kwargs` in the source code, lkd by `replaced_arguments`; both find the same arguments."""
+def test_command_line_and_help_list_the_same_arguments(kind: type[L.LightningModule]) -> None:
+    """jsonargparse reads the source code, lkd uses `replaced_arguments`; both find the same arguments."""
     found = settings(kind)
     assert {one.name for one in found} == {name.removeprefix("m.") for name in _arguments(kind)}
     assert all(one.description for one in found)
@@ -30,6 +30,6 @@ def _arguments(kind: type[L.LightningModule]) -> list[str]:
     return ArgumentParser(exit_on_error=False).add_class_arguments(kind, "m")
 
 
-def test_a_replaced_argument_is_refused(tiny) -> None:
+def test_replaced_arguments_are_rejected(tiny) -> None:
     with pytest.raises(TypeError, match="model_ckpt"):
         lkd.DistillModule(tiny(), tiny(), model_ckpt="weights.pt")

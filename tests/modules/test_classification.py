@@ -1,4 +1,4 @@
-"""What holds for every module, also for a user's own."""
+"""Properties of all modules, including users' own ones."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class OwnSettings(DistillModule):
         self.stretch = stretch
 
 
-def test_networks_stay_out_of_the_hyperparameters(distill, data, trainer, tmp_path) -> None:
+def test_networks_are_not_hyperparameters(distill, data, trainer, tmp_path) -> None:
     module, engine = distill(OwnSettings, extra=nn.Linear(2, 2), stretch=3.0, hard_weight=0.5), trainer(max_epochs=1)
     engine.fit(module, data)
     engine.save_checkpoint(tmp_path / "own.ckpt")
@@ -56,7 +56,7 @@ def test_networks_stay_out_of_the_hyperparameters(distill, data, trainer, tmp_pa
     assert not {"student", "teacher", "extra", "optimizer", "networks", "number"} & set(kept)
 
 
-def test_a_hard_loss_of_ones_own_need_not_know_of_mixed_images(tiny, data, trainer) -> None:
+def test_own_hard_loss_without_mixing(tiny, data, trainer) -> None:
     class Own(lkd.ClassificationModule):
         def hard_loss(self, logits, target):
             return super().hard_loss(logits, target)
@@ -64,14 +64,14 @@ def test_a_hard_loss_of_ones_own_need_not_know_of_mixed_images(tiny, data, train
     trainer(max_epochs=1).fit(Own(tiny()), data)
 
 
-def test_the_loss_of_an_evaluation_is_the_mean_over_the_images(tiny, trainer) -> None:
-    """Not that over batches: the last one is smaller, and in others labels are missing."""
+def test_evaluation_loss_is_the_mean_over_images(tiny, trainer) -> None:
+    """The mean is taken over labelled images, not over batches: batches may be smaller or contain unlabelled images."""
     data = lkd.SyntheticDataModule(4, (3, 8, 8), train_size=64, val_size=16, test_size=37, batch_size=16)
     data.prepare_data()
     data.setup("test")
     batches = list(data.test_dataloader())
     batches[0] = batches[0]._replace(target=batches[0].target.masked_fill(batches[0].target != 1, IGNORE_INDEX))
-    module = lkd.ClassificationModule(tiny(), label_smoothing=0.3).eval()  # which is for the training alone
+    module = lkd.ClassificationModule(tiny(), label_smoothing=0.3).eval()  # label smoothing applies only in training
     values = [module(batch.input)[batch.target != IGNORE_INDEX] for batch in batches]
     targets = [batch.target[batch.target != IGNORE_INDEX] for batch in batches]
     expected = cross_entropy(torch.cat(values), torch.cat(targets)).item()
@@ -83,14 +83,14 @@ def test_the_loss_of_an_evaluation_is_the_mean_over_the_images(tiny, trainer) ->
 
 
 class WithMargin(DistillModule):
-    """Passes what it does not know on."""
+    """A module that forwards unknown arguments to its base class."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, *, margin: float = 0.5, **settings: Any) -> None:
         super().__init__(student, teacher, **settings)
         self.margin = margin
 
 
-def test_a_subclass_that_passes_settings_on_is_loaded(tiny, data, trainer, tmp_path) -> None:
+def test_subclass_that_forwards_arguments_is_loaded(tiny, data, trainer, tmp_path) -> None:
     module = WithMargin(tiny(1), tiny(2), margin=0.7, hard_weight=0.3)
     engine = trainer(max_steps=1)
     engine.fit(module, data)
@@ -100,7 +100,7 @@ def test_a_subclass_that_passes_settings_on_is_loaded(tiny, data, trainer, tmp_p
     assert loaded.student.conv1.weight.equal(module.student.conv1.weight)
 
 
-def test_a_forward_of_ones_own_is_trained(tiny, data, trainer) -> None:
+def test_own_forward(tiny, data, trainer) -> None:
     class Doubled(lkd.ClassificationModule):
         def forward(self, input):
             return 2 * super().forward(input)

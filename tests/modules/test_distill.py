@@ -24,8 +24,8 @@ def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-class Watch(Callback):
-    """What a training step sees of the teacher."""
+class RecordModes(Callback):
+    """Records the training modes of teacher and student in each training step."""
 
     def __init__(self) -> None:
         self.modes: set[bool] = set()
@@ -37,7 +37,7 @@ class Watch(Callback):
 
 
 class Hint(DistillLoss):
-    """Has an adapter, which exists only once shapes are known."""
+    """A criterion with an adapter, which is created once the shapes are known."""
 
     reads_logits = False
 
@@ -60,7 +60,7 @@ def test_teacher_is_invisible_to_training(distill, data, trainer, precision: str
     if compiled:
         module.student.compile(backend="aot_eager")
         module.teacher.compile(backend="aot_eager")
-    watch = Watch()
+    watch = RecordModes()
     trainer(precision=precision, callbacks=[watch]).fit(module, data)
     assert _equal(teacher, _state(module.teacher))
     assert not _equal(student, _state(module.student))
@@ -70,7 +70,7 @@ def test_teacher_is_invisible_to_training(distill, data, trainer, precision: str
 
 
 @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
-def test_nothing_changes_in_evaluation(distill, data, trainer, loop: str) -> None:
+def test_evaluation_changes_nothing(distill, data, trainer, loop: str) -> None:
     module = distill()
     before = _state(module), _state(module.teacher)
     getattr(trainer(), loop)(module, data)
@@ -79,13 +79,13 @@ def test_nothing_changes_in_evaluation(distill, data, trainer, loop: str) -> Non
 
 
 def _few_layers(seed: int) -> nn.Module:
-    """A network that is traced in a moment."""
+    """Return a network with few layers, which is fast to trace."""
     torch.manual_seed(seed)
     layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)
     return nn.Sequential(*layers)
 
 
-def test_compiled_module_trains_as_the_eager_one(data, trainer) -> None:
+def test_compiled_module_trains_like_the_eager_one(data, trainer) -> None:
     sgd = partial(SGD, lr=0.1, momentum=0.9)
     modules = [DistillModule(_few_layers(1), _few_layers(2), optimizer=sgd) for _ in range(2)]
     trainer(max_epochs=1).fit(modules[0], data)
@@ -101,7 +101,7 @@ def test_teacher_is_not_in_the_optimizer(distill) -> None:
     assert trained == {id(parameter) for parameter in module.student.parameters()}
 
 
-def test_train_mode_leaves_the_teacher_in_eval(distill) -> None:
+def test_train_keeps_the_teacher_in_eval_mode(distill) -> None:
     module = distill()
     module.train()
     assert module.student.training
@@ -150,14 +150,14 @@ def test_loss_is_the_weighted_sum(distill) -> None:
     torch.testing.assert_close(terms["hard"], 0.2 * F.cross_entropy(student[:5], target[:5]))
 
 
-def test_terms_with_weight_zero_are_left_out(distill) -> None:
+def test_terms_with_zero_weight_are_omitted(distill) -> None:
     batch = Batch(torch.randn(2, 3, 8, 8), torch.tensor([-100, -100]))
     assert set(distill(hard_weight=0.0).losses(batch)[1]) == {"kd"}
     assert set(distill(distill_weight=0.0).losses(batch)[1]) == {"hard"}
 
 
-def test_what_a_weight_of_zero_leaves_out_has_a_gradient_of_zero(distill) -> None:
-    """As with DDP, which waits for it: weight decay is to do the same in one process."""
+def test_zero_weight_gives_zero_gradients(distill) -> None:
+    """Unused parameters get a gradient of 0, as under DDP, so that weight decay applies to them in one process, too."""
     batch = Batch(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
     features, labels = distill(criterion=AT(), hard_weight=0.0), distill(criterion=FitNet(), distill_weight=0.0)
     for module in (features, labels):
@@ -174,15 +174,15 @@ def test_batch_without_labels_has_a_finite_loss(distill) -> None:
     assert terms["kd"] > 0
 
 
-class Mine(DistillModule):
-    """The short style: fifteen lines of a user's own."""
+class OwnDistillLoss(DistillModule):
+    """A user's module that overrides `distill_loss`."""
 
     def distill_loss(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         return F.mse_loss(student.logits, teacher.logits)
 
 
 def test_overriding_distill_loss(distill) -> None:
-    module = distill(Mine, distill_weight=2.0).eval()
+    module = distill(OwnDistillLoss, distill_weight=2.0).eval()
     batch = Batch(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
     _, terms = module.losses(batch)
     expected = F.mse_loss(module.student(batch.input), module.teacher(batch.input))
@@ -197,7 +197,7 @@ def test_criteria_are_logged_by_name(distill, data, trainer) -> None:
     assert {name.removeprefix("train/") for name in engine.callback_metrics if name.startswith("train/")} == names
 
 
-def test_adapters_train_and_come_back(distill, data, trainer, tmp_path) -> None:
+def test_adapters_are_trained_and_restored(distill, data, trainer, tmp_path) -> None:
     module = distill(criterion=Hint())
     engine = trainer(max_epochs=1)
     engine.fit(module, data)
@@ -249,7 +249,7 @@ def test_teacher_accuracy_and_agreement(distill, data, trainer) -> None:
     assert metrics["val/agreement"] == pytest.approx((student == teacher).float().mean().item())
 
 
-def test_a_limited_validation_compares_answers_to_the_same_images(distill, trainer) -> None:
+def test_limited_validation_compares_the_same_images(distill, trainer) -> None:
     data = SyntheticDataModule(4, (3, 8, 8), train_size=64, test_size=24, val_size=16, batch_size=4)
     module, measured = distill(), []
 
@@ -257,12 +257,12 @@ def test_a_limited_validation_compares_answers_to_the_same_images(distill, train
         def on_validation_end(self, trainer, pl_module):
             batches = list(trainer.val_dataloaders)[:2]
             with torch.no_grad():
-                answers = [
+                predictions = [
                     torch.cat([network(batch.input).argmax(1) for batch in batches])
                     for network in (module.student, module.teacher)
                 ]
             target = torch.cat([batch.target for batch in batches])
-            expected = [float((answers[1] == other).float().mean()) for other in (target, answers[0])]
+            expected = [float((predictions[1] == other).float().mean()) for other in (target, predictions[0])]
             found = [float(trainer.callback_metrics[f"val/{name}"]) for name in ("teacher_acc", "agreement")]
             measured.append((found, expected))
 
@@ -274,13 +274,13 @@ def test_a_limited_validation_compares_answers_to_the_same_images(distill, train
 
 def test_teacher_is_measured_before_the_first_epoch(distill, data, trainer, tiny, capsys) -> None:
     teacher = tiny()
-    nn.init.zeros_(teacher.fc.weight)  # always the same class
+    nn.init.zeros_(teacher.fc.weight)  # always predicts the same class
     with pytest.warns(UserWarning, match=r"near chance.*teacher_ckpt.*order of its classes.*teacher_normalization"):
         trainer(num_sanity_val_steps=-1, max_epochs=1).fit(distill(teacher=teacher), data)
     assert "Teacher accuracy on the validation images: " in capsys.readouterr().out
 
 
-def test_good_teacher_draws_no_warning(distill, data, trainer, tiny, capsys, recwarn) -> None:
+def test_good_teacher_causes_no_warning(distill, data, trainer, tiny, capsys, recwarn) -> None:
     from lkd import ClassificationModule
 
     teacher = ClassificationModule(tiny(), optimizer=lambda parameters: SGD(parameters, lr=0.1, momentum=0.9))
@@ -290,8 +290,8 @@ def test_good_teacher_draws_no_warning(distill, data, trainer, tiny, capsys, rec
     assert not [warning for warning in recwarn if "near chance" in str(warning.message)]
 
 
-class Blow(nn.Module):
-    """A network whose answers are not finite from its n-th training pass on."""
+class BecomesNonFinite(nn.Module):
+    """A network with non-finite logits from the n-th training pass on."""
 
     def __init__(self, network: nn.Module, after: int) -> None:
         super().__init__()
@@ -303,21 +303,21 @@ class Blow(nn.Module):
         return logits * torch.nan if self.calls > abs(self.after) else logits
 
 
-def test_loss_that_is_not_finite_names_the_student(data, trainer, tiny) -> None:
-    module = DistillModule(Blow(tiny(), after=2), tiny())
+def test_non_finite_loss_names_the_student(data, trainer, tiny) -> None:
+    module = DistillModule(BecomesNonFinite(tiny(), after=2), tiny())
     with pytest.raises(ValueError, match=r"not finite from step 2 on \(terms: hard, kd; student logits not finite"):
         trainer().fit(module, data)
 
 
-def test_loss_that_is_not_finite_names_the_teacher(data, trainer, tiny) -> None:
-    module = DistillModule(tiny(), Blow(tiny(), after=-3))
+def test_non_finite_loss_names_the_teacher(data, trainer, tiny) -> None:
+    module = DistillModule(tiny(), BecomesNonFinite(tiny(), after=-3))
     with pytest.raises(ValueError, match=r"from step \d+ on \(terms: kd; teacher logits .* check its weights"):
         trainer(num_sanity_val_steps=0, limit_val_batches=0).fit(module, data)
 
 
-def test_loss_that_fails_late_is_noticed_without_validation(data, trainer, tiny) -> None:
+def test_late_non_finite_loss_is_detected_without_validation(data, trainer, tiny) -> None:
     data.batch_size = 8
-    module = DistillModule(Blow(tiny(), after=5), tiny())
+    module = DistillModule(BecomesNonFinite(tiny(), after=5), tiny())
     with pytest.raises(ValueError, match="not finite from step 5 on"):
         trainer(max_epochs=1, log_every_n_steps=4, limit_val_batches=0).fit(module, data)
 
@@ -335,12 +335,12 @@ class Infinite(DistillLoss):
         return student.logits.sum() * torch.inf
 
 
-def test_loss_that_is_not_finite_names_the_criterion(distill, data, trainer) -> None:
+def test_non_finite_loss_names_the_criterion(distill, data, trainer) -> None:
     with pytest.raises(ValueError, match=r"from step 0 on \(terms: infinite; all logits finite"):
         trainer(num_sanity_val_steps=0).fit(distill(criterion=Infinite()), data)
 
 
-def test_mistakes_in_the_constructor(distill, tiny) -> None:
+def test_invalid_arguments(distill, tiny) -> None:
     with pytest.raises(ValueError, match=r"hard_weight must be a finite number of at least 0, got -1"):
         distill(hard_weight=-1)
     with pytest.raises(ValueError, match=r"distill_weight must be a finite number of at least 0, got nan"):
@@ -368,7 +368,7 @@ def test_class_counts_must_agree(tiny, data, trainer) -> None:
         trainer().fit(DistillModule(tiny(num_classes=3), tiny()), data)
 
 
-def test_features_may_come_from_a_teacher_of_other_classes(tiny, data, trainer) -> None:
+def test_feature_distillation_allows_other_classes(tiny, data, trainer) -> None:
     engine = trainer(max_epochs=1)
     engine.fit(DistillModule(tiny(), tiny(num_classes=7), criterion=Hint()), data)
     assert "val/acc" in engine.callback_metrics
@@ -393,7 +393,7 @@ def test_criterion_that_needs_indices(distill) -> None:
 
 
 class Plain(L.LightningDataModule):
-    """Someone's own data: tuples, and no `input_shape`."""
+    """A user's data module with tuples as batches and without `input_shape`."""
 
     def train_dataloader(self):
         images = torch.randn(32, 3, 8, 8)
@@ -404,7 +404,7 @@ class Plain(L.LightningDataModule):
     val_dataloader = train_dataloader
 
 
-def test_plain_data_will_do(distill, trainer) -> None:
+def test_plain_data_module(distill, trainer) -> None:
     engine = trainer(max_epochs=1)
     engine.fit(distill(), Plain())
     assert "val/agreement" in engine.callback_metrics
@@ -421,17 +421,17 @@ def test_plain_data_will_do(distill, trainer) -> None:
     ],
     ids=["at", "pkt", "cc", "sum", "standardized"],
 )
-def test_where_nothing_is_built_plain_data_will_do(distill, trainer, make) -> None:
+def test_plain_data_module_for_criteria_without_adapters(distill, trainer, make) -> None:
     trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(distill(criterion=make()), Plain())
 
 
 @pytest.mark.parametrize("around", [lambda hint: WeightedSum({"kd": KD(), "hint": hint}), LogitStandardization])
-def test_what_a_part_builds_needs_the_input_shape(distill, trainer, around) -> None:
+def test_nested_adapters_require_the_input_shape(distill, trainer, around) -> None:
     with pytest.raises(ValueError, match=r"builds its adapters.*input_shape.*example_input_array"):
         trainer().fit(distill(criterion=around(Hint())), Plain())
 
 
-def test_adapters_need_the_input_shape(distill, trainer) -> None:
+def test_adapters_require_the_input_shape(distill, trainer) -> None:
     with pytest.raises(ValueError, match=r"Hint builds its adapters.*input_shape.*example_input_array"):
         trainer().fit(distill(criterion=Hint()), Plain())
     module = distill(criterion=Hint())
@@ -444,7 +444,7 @@ def test_adapters_need_the_input_shape(distill, trainer) -> None:
     )
 
 
-def test_normalization_needs_the_data_s(distill, data, trainer) -> None:
+def test_teacher_normalization_requires_that_of_the_data(distill, data, trainer) -> None:
     wanted = Normalization((0.1,), (0.4,))
     with pytest.raises(ValueError, match="teacher_normalization requires the normalization of the data"):
         trainer().fit(distill(teacher_normalization=wanted), Plain())
@@ -453,10 +453,10 @@ def test_normalization_needs_the_data_s(distill, data, trainer) -> None:
 
 
 class Hard(KD):
-    """Its curve would hide the cross-entropy's."""
+    """Its logged name would be that of the cross-entropy."""
 
 
-def test_names_of_other_curves_are_taken(distill) -> None:
+def test_reserved_names(distill) -> None:
     with pytest.raises(ValueError, match=r"the criterion Hard would be logged as 'hard', which is reserved"):
         distill(criterion=Hard())
 
@@ -471,14 +471,14 @@ class One(KD):
         return {"c": super().forward(student, teacher, batch)}
 
 
-def test_no_term_is_lost_in_a_sum(distill) -> None:
+def test_terms_with_equal_names_are_rejected(distill) -> None:
     module = distill(criterion=WeightedSum({"a": Two(), "a_b": One()}))
     with pytest.raises(ValueError, match="two criteria in WeightedSum have a term named 'a_b_c'"):
         module.losses(Batch(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])))
 
 
 def test_accuracy_in_training_counts_labelled_images(distill, data, trainer) -> None:
-    """Against a count by hand, with a student that does not change."""
+    """Compare with the counted predictions of a student that does not change."""
     data.label_size = 12
     module = distill(optimizer=lambda parameters: SGD(parameters, lr=0.0), hard_weight=1.0)
     right = seen = 0
@@ -500,8 +500,8 @@ def test_accuracy_in_training_counts_labelled_images(distill, data, trainer) -> 
     assert float(engine.callback_metrics["train/acc"]) == pytest.approx(right / seen)
 
 
-class Asked(nn.Module):
-    """A teacher that counts the images it is shown."""
+class CountingTeacher(nn.Module):
+    """A teacher that counts its input images."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -513,7 +513,7 @@ class Asked(nn.Module):
         return self.network(input)
 
 
-def test_a_criterion_that_asks_no_teacher_needs_none(tiny, data, trainer, tmp_path) -> None:
+def test_criterion_without_a_teacher(tiny, data, trainer, tmp_path) -> None:
     module = DistillModule(tiny(), criterion=TfKD(), distill_weight=0.5, hard_weight=0.5)
     fitted = trainer()
     fitted.fit(module, data)
@@ -526,14 +526,14 @@ def test_a_criterion_that_asks_no_teacher_needs_none(tiny, data, trainer, tmp_pa
 
 
 @pytest.mark.parametrize(("criterion", "weight"), [(TfKD, 1.0), (KD, 0.0)])
-def test_a_teacher_is_not_run_for_nothing(tiny, data, trainer, criterion, weight: float) -> None:
-    teacher = Asked(tiny(seed=2))
+def test_unused_teacher_is_not_run(tiny, data, trainer, criterion, weight: float) -> None:
+    teacher = CountingTeacher(tiny(seed=2))
     module = DistillModule(tiny(), teacher, criterion(), distill_weight=weight, hard_weight=1.0)
     trainer(limit_val_batches=0, max_epochs=1).fit(module, data)
     assert teacher.seen == 1  # the blank image
 
 
-def test_a_teacher_that_is_missed(tiny, data) -> None:
+def test_missing_teacher(tiny, data) -> None:
     with pytest.raises(ValueError, match="the criterion KD requires a teacher, but there is none"):
         DistillModule(tiny())
     with pytest.raises(ValueError, match=r"teacher_ckpt is set to 'x.pth', but there is no teacher"):
@@ -541,7 +541,7 @@ def test_a_teacher_that_is_missed(tiny, data) -> None:
 
 
 class Pair(DistillLoss):
-    """Reads two views, and how many images there are."""
+    """A criterion that reads two views and the number of images."""
 
     num_views = 2
     needs_index = True
@@ -557,7 +557,7 @@ class Pair(DistillLoss):
         return F.mse_loss(*student.logits.chunk(2))
 
 
-def test_views_are_counted(distill) -> None:
+def test_number_of_views_is_checked(distill) -> None:
     module = distill(criterion=Pair())
     batch = Batch(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64), torch.arange(4))
     with pytest.raises(
@@ -567,21 +567,21 @@ def test_views_are_counted(distill) -> None:
     assert module.losses(batch._replace(views=2))[1]["pair"].isfinite()
 
 
-def test_a_criterion_learns_how_many_images_there_are(distill, data, trainer, tmp_path, monkeypatch) -> None:
+def test_criterion_gets_the_number_of_images(distill, data, trainer, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Pair, "num_views", 1)
     module, fitted = distill(criterion=Pair()), trainer(max_epochs=1)
     fitted.fit(module, data)
     fitted.save_checkpoint(tmp_path / "run.ckpt")
     assert module.criterion.memory.shape == (64,)
-    assert module.criterion.batch_size == 7  # given, so kept
+    assert module.criterion.batch_size == 7  # set explicitly, so unchanged
     again = DistillModule.load_from_checkpoint(
         tmp_path / "run.ckpt", student=module.student, teacher=module.teacher, criterion=Pair()
     )
     assert again.criterion.memory.shape == (64,)
 
 
-def test_memories_hold_training_images_alone(distill, data, trainer, tmp_path) -> None:
-    """Not those cut off for validation or without a label; and DDP does not send the memories in every step."""
+def test_memories_contain_only_training_images(distill, data, trainer, tmp_path) -> None:
+    """Memories exclude validation and unlabelled images, and DDP does not broadcast them in each step."""
     data.label_size, data.drop_unlabelled = 24, True
 
     def make() -> WeightedSum:
@@ -603,8 +603,11 @@ def test_memories_hold_training_images_alone(distill, data, trainer, tmp_path) -
     assert torch.equal(again.criterion.criteria["crd"].is_drawn, crd.is_drawn)
 
 
-def test_what_the_data_does_not_tell_a_checkpoint_does(distill, data, trainer, tmp_path) -> None:
-    """A test opens no training images, and restores the weights after `setup`."""
+def test_number_of_images_is_restored_from_the_checkpoint(distill, data, trainer, tmp_path) -> None:
+    """A checkpoint restores the number of training images: `test` does not load the training set.
+
+    Lightning restores the weights after `setup`.
+    """
 
     def make() -> DistillModule:
         return distill(criterion=CRD(feat_dim=4, num_negatives=8))
@@ -625,7 +628,7 @@ def test_what_the_data_does_not_tell_a_checkpoint_does(distill, data, trainer, t
 
 
 class TwoOutputs(nn.Module):
-    """Its layer `maps` returns a tuple."""
+    """A network whose layer `maps` returns a tuple."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -638,41 +641,41 @@ class TwoOutputs(nn.Module):
 
 @pytest.mark.parametrize("make", [AT, PKT, FitNet, OFAKD, SemCKD, BYOT])
 @pytest.mark.parametrize(
-    ("layers", "says"),
+    ("layers", "message"),
     [
         (["maps"], "the layer 'maps' returns a tuple; use a layer that returns a single tensor"),
         ([], "reads features, but no layers are set"),
     ],
 )
-def test_layers_that_cannot_be_compared(data, trainer, make, layers: list[str], says: str) -> None:
+def test_invalid_layers(data, trainer, make, layers: list[str], message: str) -> None:
     sides = ["student_layers", "teacher_layers"] if make not in (OFAKD, BYOT) else ["student_layers"]
     module = DistillModule(TwoOutputs(), TwoOutputs(), make(**dict.fromkeys(sides, layers)))
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         trainer(num_sanity_val_steps=0).fit(module, data)
 
 
-def test_validation_images_may_have_no_labels(distill, trainer) -> None:
+def test_unlabelled_validation_images(distill, trainer) -> None:
     images, target = torch.randn(8, 3, 8, 8), torch.full((8,), -100)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, target), batch_size=4)
     trainer(max_epochs=1).fit(distill(), Plain().train_dataloader(), loader)
 
 
-class Spoil(Callback):
-    """Breaks the student behind the last step of the first epoch."""
+class BreakStudent(Callback):
+    """Makes the student's weights non-finite after the last step of each epoch."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.is_last_batch:
             nn.init.constant_(pl_module.student.fc.bias, torch.nan)
 
 
-def test_a_student_that_the_last_step_has_spoilt(distill, data, trainer, tmp_path) -> None:
+def test_non_finite_student_after_the_last_step(distill, data, trainer, tmp_path) -> None:
     best = ModelCheckpoint(tmp_path, monitor="val/acc", mode="max")
     with pytest.raises(ValueError, match=r"from step \d+ on \(terms: val/loss; student logits not finite"):
-        trainer(callbacks=[Spoil(), best], enable_checkpointing=True).fit(distill(), data)
+        trainer(callbacks=[BreakStudent(), best], enable_checkpointing=True).fit(distill(), data)
     assert not list(tmp_path.glob("*.ckpt"))
 
 
-def test_groups_of_layers_are_found(distill) -> None:
+def test_layer_groups_are_resolved(distill) -> None:
     criterion = WeightedSum({"at": AT(), "hint": FitNet(["@last_stage"], ["layer2"])})
     module = distill(criterion=criterion)
     assert module.criterion.student_layers == ("layer1", "layer2", "layer3", "layer3")
@@ -680,8 +683,8 @@ def test_groups_of_layers_are_found(distill) -> None:
     assert module.student_extractor.layers == ("layer1", "layer2", "layer3")
 
 
-def test_agreement_counts_labelled_images_alone(distill) -> None:
-    """As the others only fill up a process's share of the images."""
+def test_agreement_counts_only_labelled_images(distill) -> None:
+    """Unlabelled images only pad a process's share of the images."""
     module = distill().eval()
     batch = Batch(torch.randn(6, 3, 8, 8), torch.tensor([0, IGNORE_INDEX, 1, IGNORE_INDEX, 2, 3]))
     metrics = module.make_metrics()

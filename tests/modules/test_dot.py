@@ -22,8 +22,8 @@ def _dot(parameters, **settings) -> DOT:
     return DOT(parameters, **{"lr": LR, "momentum": MOMENTUM, "delta": DELTA, "weight_decay": DECAY, **settings})
 
 
-class Plain:
-    """The method by hand: two backward passes, two momenta; nothing of lkd's optimizer."""
+class PlainDOT:
+    """DOT implemented independently of lkd's optimizer, with two backward passes and two momenta."""
 
     def __init__(self, parameters: list[Tensor], delta: float = DELTA) -> None:
         self.parameters, self.delta = parameters, delta
@@ -52,13 +52,13 @@ def _weight() -> Tensor:
     return torch.randn(4, 3, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-def test_optimizer_is_the_paper_s() -> None:
+def test_optimizer_equals_the_paper() -> None:
     ours, theirs = _weight(), _weight()
-    optimizer, plain = _dot([ours]), Plain([theirs])
+    optimizer, plain = _dot([ours]), PlainDOT([theirs])
     for seed in range(5):
         optimizer.zero_grad()
         hard, soft = _losses(ours, seed)
-        weight = seed != 3  # a step without distillation: its momentum decays all the same
+        weight = seed != 3  # in a step without distillation, the distillation momentum still decays
         if weight:
             optimizer.add_distill_gradients([ours], torch.autograd.grad(soft, [ours], retain_graph=True))
         (hard + weight * soft).backward()
@@ -70,7 +70,7 @@ def test_optimizer_is_the_paper_s() -> None:
 
 @pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
 def test_without_delta_it_is_sgd(told: bool) -> None:
-    """And so it is for a parameter that only one of the losses reaches, with any delta."""
+    """This also holds with any delta for a parameter that gets a gradient from only one of the losses."""
     ours, theirs = _weight(), _weight()
     optimizer = _dot([ours], delta=0.0) if told else _dot([ours])
     sgd = SGD([theirs], lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
@@ -85,7 +85,7 @@ def test_without_delta_it_is_sgd(told: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
-def test_optimizer_s_state_comes_back() -> None:
+def test_optimizer_state_is_restored() -> None:
     ours, again = _weight(), _weight()
     optimizer = _dot([ours])
     for seed in range(2):
@@ -112,8 +112,8 @@ def _flat(seed: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
-class Keep(L.Callback):
-    """The batches as the module saw them."""
+class RecordBatches(L.Callback):
+    """Records the batches of training."""
 
     def __init__(self) -> None:
         self.batches: list = []
@@ -132,15 +132,15 @@ class Keep(L.Callback):
     ],
     ids=["plain", "without delta", "accumulated", "clipped"],
 )
-def test_module_is_a_plain_loop(data, trainer, settings, delta: float) -> None:
-    """Trained by Lightning, in float64, and by hand, on the same batches."""
-    keep, student, own, teacher = Keep(), _flat(1), _flat(1).double(), _flat(2)
+def test_module_equals_a_plain_loop(data, trainer, settings, delta: float) -> None:
+    """Training with Lightning in float64 equals a plain loop over the same batches."""
+    keep, student, own, teacher = RecordBatches(), _flat(1), _flat(1).double(), _flat(2)
     module = DOTModule(
         student, teacher, KD(2.0), distill_weight=0.6, hard_weight=0.3, optimizer=lambda p: _dot(p, delta=delta)
     )
     engine = trainer(max_epochs=2, precision="64-true", callbacks=[keep], num_sanity_val_steps=0, **settings)
     engine.fit(module, data)
-    plain, many = Plain(list(own.parameters()), delta), settings.get("accumulate_grad_batches", 1)
+    plain, many = PlainDOT(list(own.parameters()), delta), settings.get("accumulate_grad_batches", 1)
     groups = [keep.batches[start : start + many] for start in range(0, len(keep.batches), many)]
     assert len(groups) == (6 if many == 1 else 2)
     for batches in groups:
@@ -162,7 +162,7 @@ def test_module_is_a_plain_loop(data, trainer, settings, delta: float) -> None:
 
 
 def test_without_delta_it_is_a_distill_module(distill, data, trainer) -> None:
-    """With BatchNorm, adapters, and a criterion that the classifier's gradient does not know."""
+    """The modules have BatchNorm, adapters, and a criterion that gives the classifier no gradient."""
     kinds = {DOTModule: lambda p: _dot(p, delta=0.0), DistillModule: lambda p: SGD(p, LR, MOMENTUM, weight_decay=DECAY)}
     states = []
     for kind, optimizer in kinds.items():
@@ -174,7 +174,7 @@ def test_without_delta_it_is_a_distill_module(distill, data, trainer) -> None:
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_parameters_that_one_loss_reaches_have_one_momentum(distill, data, trainer) -> None:
+def test_parameters_of_one_loss_have_one_momentum(distill, data, trainer) -> None:
     module = distill(DOTModule, criterion=FitNet(), optimizer=_dot)
     engine = trainer(max_epochs=1)
     engine.fit(module, data)
@@ -184,8 +184,8 @@ def test_parameters_that_one_loss_reaches_have_one_momentum(distill, data, train
     assert kept[id(module.criterion.regressors[0][0].weight)] == {"momentum"}
 
 
-def test_loss_scaler_is_taken_out(data, trainer) -> None:
-    """Half precision with a loss scaler: the distillation's gradient is near that of single precision, unscaled."""
+def test_distillation_gradient_is_unscaled(data, trainer) -> None:
+    """With a loss scaler in half precision, the distillation gradient is unscaled and close to that of float32."""
     found = []
     for plugins in ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))]):
         student, teacher = _flat(1), _flat(2)
@@ -197,11 +197,11 @@ def test_loss_scaler_is_taken_out(data, trainer) -> None:
         torch.testing.assert_close(half, single, rtol=0.05, atol=1e-3)
 
 
-def test_training_goes_on_from_a_checkpoint(distill, resume) -> None:
+def test_training_resumes_from_a_checkpoint(distill, resume) -> None:
     resume(lambda: distill(DOTModule, criterion=FitNet(), optimizer=_dot))
 
 
-def test_mistakes(distill, data, trainer) -> None:
+def test_invalid_arguments(distill, data, trainer) -> None:
     with pytest.raises(ValueError, match=r"DOTModule requires the optimizer lkd.DOT, got SGD; set `optimizer`"):
         trainer().fit(distill(DOTModule), data)
     with pytest.raises(ValueError, match="cannot clip gradients by value"):

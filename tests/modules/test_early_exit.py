@@ -29,7 +29,7 @@ def _built(network, **settings) -> EarlyExitModule:
     return module
 
 
-def test_loss_is_the_paper_s(tiny, batch) -> None:
+def test_loss_equals_the_paper(tiny, batch) -> None:
     criterion = BYOT(temperature=2.0, kd_weight=0.4, hint_weight=0.1)
     module = _built(tiny(), criterion=criterion, hard_weight=0.5, distill_weight=2.0).eval()
     logits, terms = module.losses(batch)
@@ -49,7 +49,7 @@ def test_loss_is_the_paper_s(tiny, batch) -> None:
     torch.testing.assert_close(terms["byot_hint"], 2 * 0.1 * hint)
 
 
-def test_deepest_stage_teaches_and_does_not_learn(tiny, batch) -> None:
+def test_deepest_stage_gets_no_distillation_gradient(tiny, batch) -> None:
     module = _built(tiny())
     _, terms = module.losses(batch)
     sum(term for name, term in terms.items() if name != "hard").backward()
@@ -58,8 +58,8 @@ def test_deepest_stage_teaches_and_does_not_learn(tiny, batch) -> None:
     assert all(parameter.grad is not None for parameter in module.criterion.parameters())
 
 
-def test_exits_reach_the_deepest_form() -> None:
-    """Of a network with four stages, and maps of 8, 4, 2 and 1 pixels."""
+def test_exits_downsample_to_the_last_stage() -> None:
+    """The network has four stages with maps of 8, 4, 2 and 1 pixels."""
     network = resnet18(num_classes=4)
     assert isinstance(network, ImageNetResNet)
     module = _built(network)
@@ -68,43 +68,43 @@ def test_exits_reach_the_deepest_form() -> None:
     assert strides == [[(2, 2)] * 3, [(2, 2)] * 2, [(2, 2)]]
 
 
-def test_exits_are_measured(tiny, data, trainer) -> None:
+def test_exits_are_evaluated(tiny, data, trainer) -> None:
     module = _built(tiny())
     (found,) = trainer().validate(module, data, verbose=False)
     batch = next(iter(data.val_dataloader()))
     module.eval()
     with torch.no_grad():
-        answers = module.exit_logits(batch.input)
-        right = [(logits.argmax(1) == batch.target).float().mean().item() for logits in answers]
+        exits = module.exit_logits(batch.input)
+        right = [(logits.argmax(1) == batch.target).float().mean().item() for logits in exits]
     assert [found[f"val/{name}"] for name in ("acc_exit1", "acc_exit2", "acc")] == pytest.approx(right)
     assert "val/teacher_acc" not in found
 
 
-def test_an_exit_answers(tiny, data, trainer) -> None:
+def test_prediction_of_an_exit(tiny, data, trainer) -> None:
     module = _built(tiny(), exit=1)
     (found,) = trainer().validate(module, data, verbose=False)
     assert found["val/acc"] == found["val/acc_exit1"]
     batch = next(iter(data.val_dataloader()))
-    (said,) = trainer().predict(module, data.val_dataloader())
+    (predicted,) = trainer().predict(module, data.val_dataloader())
     module.eval()
-    torch.testing.assert_close(said, module.exit_logits(batch.input)[0])
+    torch.testing.assert_close(predicted, module.exit_logits(batch.input)[0])
 
 
 @pytest.mark.parametrize("exit", [None, 2])
-def test_one_pass_measures_all(tiny, data, trainer, exit) -> None:
+def test_one_forward_pass_evaluates_all_exits(tiny, data, trainer, exit) -> None:
     module, calls = _built(tiny(), exit=exit), []
-    module.setup = lambda stage: None  # it runs a blank image
+    module.setup = lambda stage: None  # skips the blank image of `setup`
     module.student.register_forward_hook(lambda *_: calls.append(1))
     trainer().validate(module, data, verbose=False)
     assert len(calls) == len(data.val_dataloader())
 
 
-def test_exits_come_back(tiny, resume) -> None:
+def test_exits_are_restored(tiny, resume) -> None:
     saved = resume(lambda: EarlyExitModule(tiny()))
     assert "criterion.exits.1.fc.weight" in saved
 
 
-def test_mistakes(tiny, data, trainer) -> None:
+def test_invalid_arguments(tiny, data, trainer) -> None:
     with pytest.raises(ValueError, match="exit must be between 1 and 2, or null for the final classifier, got 3"):
         EarlyExitModule(tiny(), exit=3)
     with pytest.raises(ValueError, match=r"kd_weight must be between 0 and 1, got 1\.5"):

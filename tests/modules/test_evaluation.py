@@ -1,4 +1,4 @@
-"""What validation measures of a distillation, and whether the logits count."""
+"""Metrics of distillation in validation, and whether the loss trains the logits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lkd.callbacks import Schedule
 from lkd.losses import AT, BYOT, CRD, KD, MGD, RKD, SSKD, BackboneKD, FitNet, SemCKD, SimKD, TfKD, WeightedSum
 
 SIZES = [16, 8]
-"""Images in the batches of a validation of 24."""
+"""Number of images in each batch of the 24 validation images."""
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def _curves(engine: Any, stage: str = "val") -> dict[str, float]:
 
 
 class Labelled(DistillLoss):
-    """A mean over the images that have a label, in two terms."""
+    """A mean over the labelled images, in two terms."""
 
     skips_unlabelled = True
 
@@ -55,7 +55,7 @@ class Labelled(DistillLoss):
     [KD(), BackboneKD(), RKD(), Labelled(), TfKD(), WeightedSum({"soft": KD(), "hint": FitNet()}, {"hint": 3.0})],
     ids=lambda criterion: type(criterion).__name__,
 )
-def test_the_criterion_is_measured_as_it_is_trained(distill, data, trainer, criterion: DistillLoss) -> None:
+def test_criterion_is_evaluated_as_in_training(distill, data, trainer, criterion: DistillLoss) -> None:
     module, engine = distill(criterion=criterion, distill_weight=0.7), trainer(max_epochs=2)
     engine.fit(module, data)
     found = _curves(engine)
@@ -72,7 +72,7 @@ def test_the_criterion_is_measured_as_it_is_trained(distill, data, trainer, crit
 
 
 class Unmeasured(DistillModule):
-    """As lkd was before it measured criteria."""
+    """A module that does not evaluate its criterion."""
 
     validates_criterion = False
 
@@ -82,10 +82,8 @@ class Unmeasured(DistillModule):
     [CRD, MGD, FitNet, lambda: WeightedSum({"mgd": MGD(), "at": AT()})],
     ids=["CRD", "MGD", "FitNet", "+"],
 )
-def test_measuring_leaves_no_trace_in_the_training(
-    distill, data, trainer, criterion: Callable[[], DistillLoss]
-) -> None:
-    """Neither in weights and memories, nor in statistics, nor in what the training draws at random."""
+def test_evaluation_does_not_affect_training(distill, data, trainer, criterion: Callable[[], DistillLoss]) -> None:
+    """Evaluation of the criterion changes no weights, memories or statistics, and no random numbers of training."""
     states = []
     for kind in (DistillModule, Unmeasured):
         module = distill(kind, criterion=criterion())
@@ -96,7 +94,7 @@ def test_measuring_leaves_no_trace_in_the_training(
 
 
 @pytest.mark.parametrize("kind", [PastTeacherModule, MutualModule, EarlyExitModule])
-def test_other_loops_measure_theirs(tiny, data, trainer, kind: type[DistillModule]) -> None:
+def test_criteria_of_other_modules_are_evaluated(tiny, data, trainer, kind: type[DistillModule]) -> None:
     module = kind([tiny(0), tiny(1)] if kind is MutualModule else tiny())
     engine = trainer(max_epochs=1)
     engine.fit(module, data)
@@ -107,12 +105,12 @@ def test_other_loops_measure_theirs(tiny, data, trainer, kind: type[DistillModul
 
 
 @pytest.mark.parametrize("criterion", [CRD(), SSKD(), WeightedSum({"kd": KD(), "crd": CRD()})], ids=str)
-def test_what_evaluation_batches_lack(distill, data, criterion: DistillLoss) -> None:
+def test_criteria_that_cannot_be_evaluated(distill, data, criterion: DistillLoss) -> None:
     assert not distill(criterion=criterion).validates_criterion
     assert not distill(distill_weight=0.0).validates_criterion
 
 
-def test_a_criterion_for_one_size_of_batches(distill, data, trainer) -> None:
+def test_criterion_with_a_fixed_batch_size(distill, data, trainer) -> None:
     engine, module = trainer(max_epochs=1), distill(criterion=SemCKD())
     engine.fit(module, data)
     module.eval()
@@ -122,7 +120,7 @@ def test_a_criterion_for_one_size_of_batches(distill, data, trainer) -> None:
 
 
 class Fragile(DistillLoss):
-    """Works in training and, in evaluation, with full batches only."""
+    """A criterion that raises an error in evaluation for incomplete batches."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         if len(batch.target) != SIZES[0]:
@@ -130,7 +128,7 @@ class Fragile(DistillLoss):
         return (student.logits - teacher.logits).square().mean()
 
 
-def test_a_criterion_that_fails_in_evaluation_ends_no_run(distill, data, trainer, recwarn) -> None:
+def test_criterion_that_fails_in_evaluation(distill, data, trainer, recwarn) -> None:
     module, engine = distill(criterion=Fragile()), trainer(max_epochs=2)
     engine.fit(module, data)
     warned = [str(warning.message) for warning in recwarn if "not evaluated" in str(warning.message)]
@@ -143,7 +141,7 @@ def test_a_criterion_that_fails_in_evaluation_ends_no_run(distill, data, trainer
     assert _curves(engine)["fragile"] == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_a_weight_that_begins_at_0(distill, data, trainer) -> None:
+def test_weight_of_zero_at_first(distill, data, trainer) -> None:
     module, engine = distill(distill_weight=0.0), trainer(max_epochs=1)
     engine.fit(module, data)
     assert "kd" not in _curves(engine)
@@ -154,13 +152,13 @@ def test_a_weight_that_begins_at_0(distill, data, trainer) -> None:
 
 
 class HeadAsFeature(FitNet):
-    """Compares logits as features of a layer."""
+    """A criterion that compares logits as features of a layer."""
 
     def __init__(self) -> None:
         super().__init__(["fc"], ["fc"])
 
     def build(self, student: Any, teacher: Any) -> None:
-        """It has no adapter."""
+        """Build no adapter."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         return (student.features["fc"] - teacher.features["fc"]).square().mean()
@@ -214,7 +212,7 @@ LABELS: dict[str, tuple[Callable[..., DistillModule], bool]] = {
 
 
 @pytest.mark.parametrize("name", LABELS)
-def test_whether_the_loss_trains_the_logits(distill, tiny, data, trainer, name: str, recwarn) -> None:
+def test_trains_logits(distill, tiny, data, trainer, name: str, recwarn) -> None:
     make, trains = LABELS[name]
     module, engine = make(distill, tiny), trainer(max_epochs=1, limit_train_batches=1)
     if name == "views":
@@ -241,7 +239,7 @@ def test_untrained_logits_are_not_logged(distill, data, trainer) -> None:
     assert set(_curves(engine, "test")) == {"at", "teacher_acc"}
 
 
-def test_labels_that_begin_to_count_later(distill, data, trainer) -> None:
+def test_hard_weight_that_increases_later(distill, data, trainer) -> None:
     module, engine = distill(criterion=AT(), hard_weight=1.0), trainer(max_epochs=1)
     engine.callbacks.append(Schedule("hard_weight", epochs=1, shape="step"))
     engine.fit(module, data)
@@ -253,7 +251,7 @@ def test_labels_that_begin_to_count_later(distill, data, trainer) -> None:
     assert set(_curves(engine)) == {"at", "teacher_acc"}
 
 
-def test_trying_the_loss_leaves_no_trace(distill, data, trainer) -> None:
+def test_trial_of_the_loss_does_not_affect_training(distill, data, trainer) -> None:
     states = []
     for known in (None, True):
         module = distill(criterion=FitNet(), hard_weight=0.0)
@@ -264,7 +262,7 @@ def test_trying_the_loss_leaves_no_trace(distill, data, trainer) -> None:
     assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
 
 
-def test_names_that_are_taken(distill) -> None:
+def test_reserved_names(distill) -> None:
     class Agreement(KD):
         pass
 
@@ -274,7 +272,7 @@ def test_names_that_are_taken(distill) -> None:
         WeightedSum({"distill": KD()})
 
 
-def test_which_curves_are_losses(distill) -> None:
+def test_is_loss(distill) -> None:
     module = distill(criterion=WeightedSum({"soft": KD(), "hint": FitNet()}))
     curves = {"val/distill", "val/soft", "val/hint", "train/hint_layer", "train/hard", "val/loss"}
     assert {name for name in {*curves, "val/acc", "val/agreement", "val/softness"} if module.is_loss(name)} == curves

@@ -15,7 +15,7 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _changed(before: dict[str, torch.Tensor], module: nn.Module) -> set[str]:
-    """First parts of the names of what has changed."""
+    """Return the first parts of the names of the changed tensors."""
     after = module.state_dict()
     return {name.split(".")[0] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
 
@@ -28,8 +28,8 @@ def _changed(before: dict[str, torch.Tensor], module: nn.Module) -> set[str]:
         ({"backbone_lr_factor": 0.0}, {"fc"}),
     ],
 )
-def test_frozen_layers_stay_as_they_are(settings, trained, tiny, data, trainer) -> None:
-    """Their BatchNorm too: it neither learns, nor counts, nor normalises with the batch's statistics."""
+def test_frozen_layers_do_not_change(settings, trained, tiny, data, trainer) -> None:
+    """Frozen BatchNorms learn nothing, update no statistics and do not normalize with those of the batch."""
     module = FineTuneModule(tiny(), **settings)
     before = _state(module.model)
     trainer(max_epochs=1, num_sanity_val_steps=1).fit(module, data)
@@ -39,7 +39,7 @@ def test_frozen_layers_stay_as_they_are(settings, trained, tiny, data, trainer) 
     assert {name for name, layer in module.eval().train().model.named_children() if layer.training} >= trained
 
 
-def test_the_backbone_learns_more_slowly(tiny) -> None:
+def test_learning_rate_of_the_backbone(tiny) -> None:
     module = FineTuneModule(
         tiny(),
         frozen=["conv1"],
@@ -61,7 +61,7 @@ def test_the_backbone_learns_more_slowly(tiny) -> None:
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.01])
 
 
-def test_steps_are_those_of_a_plain_loop(tiny, data, trainer) -> None:
+def test_training_equals_a_plain_loop(tiny, data, trainer) -> None:
     module, network = FineTuneModule(tiny(seed=3), frozen=["conv1", "bn1"]), tiny(seed=3)
     trainer(max_epochs=1, num_sanity_val_steps=0, limit_val_batches=0).fit(module, data)
     backbone = [p for name, p in network.named_parameters() if name.startswith("layer")]
@@ -88,12 +88,12 @@ def test_steps_are_those_of_a_plain_loop(tiny, data, trainer) -> None:
         ({"model": nn.Conv2d(3, 4, 1)}, "Conv2d has no linear layer to fine-tune; use ClassificationModule"),
     ],
 )
-def test_mistakes_are_explained(settings, message, tiny) -> None:
+def test_invalid_arguments(settings, message, tiny) -> None:
     with pytest.raises(ValueError, match=message):
         FineTuneModule(**{"model": tiny(), **settings})
 
 
-def test_a_schedule_that_ignores_the_factor_is_refused(tiny) -> None:
+def test_schedule_that_ignores_the_factor_is_rejected(tiny) -> None:
     def cycle(max_lr):
         return FineTuneModule(tiny(), lr_scheduler=lambda optimizer: OneCycleLR(optimizer, max_lr, total_steps=10))
 
@@ -102,7 +102,7 @@ def test_a_schedule_that_ignores_the_factor_is_refused(tiny) -> None:
     assert cycle([0.1, 0.01]).configure_optimizers()
 
 
-def test_its_checkpoint_is_a_teachers(tiny, data, trainer, distill, tmp_path) -> None:
+def test_checkpoint_provides_a_teacher(tiny, data, trainer, distill, tmp_path) -> None:
     module, engine = FineTuneModule(tiny(seed=4), optimizer=lambda groups: Adam(groups, lr=0.01)), trainer(max_epochs=1)
     engine.fit(module, data)
     engine.save_checkpoint(tmp_path / "teacher.ckpt")

@@ -1,4 +1,4 @@
-"""Inputs that are no images: tuples of tensors, batches of the user's own form."""
+"""Inputs other than images: tuples of tensors, and user-defined batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lkd.callbacks import ImagesPerSecond, NetworkSummary, Speed
 
 
 class Pair(nn.Module):
-    """Two inputs, one of them whole numbers."""
+    """A network with two inputs, one of them integers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Pair(nn.Module):
 
 
 class Widened(DistillLoss):
-    """A criterion whose adapter's size only a blank input tells."""
+    """A criterion with an adapter whose size is determined by a blank input."""
 
     def __init__(self) -> None:
         super().__init__(["@pooled"], ["@pooled"])
@@ -68,7 +68,7 @@ class PairData(L.LightningDataModule):
     train_dataloader = val_dataloader = _loader
 
 
-def test_tuples_and_batches_of_an_own_form(trainer, tmp_path, capsys) -> None:
+def test_tuples_and_user_defined_batches(trainer, tmp_path, capsys) -> None:
     module = Named(Pair(4), Pair(8), Widened())
     engine = trainer(callbacks=[Speed(), NetworkSummary(), ImagesPerSecond()])
     engine.fit(module, PairData())
@@ -81,7 +81,7 @@ def test_tuples_and_batches_of_an_own_form(trainer, tmp_path, capsys) -> None:
     assert again.criterion.adapter.weight.equal(module.criterion.adapter.weight)  # built without the data
 
 
-def test_an_input_of_a_class_is_not_kept_in_checkpoints(trainer, tmp_path) -> None:
+def test_example_inputs_of_user_classes_are_not_saved(trainer, tmp_path) -> None:
     class Own(tuple):
         __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""The loops that differ, in two processes (gloo): all processes equal, and DOT as in one process."""
+"""Other training loops in two processes (gloo): all processes end equal, and DOT matches one process."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ SCRIPT = """
     with open(f"{devices}_{trainer.global_rank}.json", "w") as file:
         json.dump(found, file)
 """
-SILENT = ("features", "mutual features", "mutual labels")  # a weight is 0, and nothing else reaches some parameters
+SILENT = ("features", "mutual features", "mutual labels")  # one weight is 0: some parameters get no gradient
 NAMES = ("mutual", "past", "average", "exits", "dot", *SILENT)
 
 
@@ -96,7 +96,7 @@ def _run(folder: Path, devices: int, names: tuple[str, ...]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory) -> tuple[dict, dict, dict]:
-    """What one process found, and what each of two."""
+    """Return the results of one process, and of each of two."""
     folder = tmp_path_factory.mktemp("ddp")
     (folder / "train.py").write_text(textwrap.dedent(SCRIPT))
     return (*_run(folder, 1, ("dot", *SILENT)), *_run(folder, 2, NAMES))
@@ -108,12 +108,12 @@ def test_processes_end_equal(name: str, processes) -> None:
     assert first[name]["digest"] == second[name]["digest"]
 
 
-def test_teacher_is_part_of_it(processes) -> None:
+def test_teacher_is_saved(processes) -> None:
     assert processes[1]["average"]["keys"] == ["model", "teacher"]
 
 
-def test_dot_averages_the_distillation_s_gradient(processes) -> None:
-    """Over processes and accumulated batches; with two processes every batch is halved."""
+def test_dot_averages_the_distillation_gradient(processes) -> None:
+    """The gradient is averaged over processes and accumulated batches; with two processes, each batch is halved."""
     alone, first, _ = processes
     for key in ("weights", "momenta"):
         flat = [_flatten(found["dot"][key]) for found in (alone, first)]
@@ -121,7 +121,7 @@ def test_dot_averages_the_distillation_s_gradient(processes) -> None:
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_what_the_loss_does_not_reach_decays_alike(name: str, processes) -> None:
+def test_parameters_without_gradient_decay_equally(name: str, processes) -> None:
     alone, first, _ = (found[name]["silent"] for found in processes)
     assert alone
     assert _flatten(first) == pytest.approx(_flatten(alone), rel=1e-5)

@@ -12,7 +12,7 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def test_means_since_the_last_reading() -> None:
+def test_means_since_the_last_call() -> None:
     meter = Meter()
     for step, value in enumerate((1.0, 2.0, 6.0)):
         meter.update({A: torch.tensor(value), B: torch.tensor(step)}, step)
@@ -28,7 +28,7 @@ def test_means_over_processes() -> None:
     assert meter.means(lambda sums: torch.stack([sums, sums + 2])) == {A: 2.0, B: 3.0}
 
 
-def test_first_step_that_is_not_finite() -> None:
+def test_first_non_finite_step() -> None:
     meter = Meter()
     for step, value in enumerate((1.0, float("inf"), 1.0, float("nan"))):
         meter.update({A: torch.tensor(value), B: torch.tensor(1.0)}, 10 + step)
@@ -39,7 +39,7 @@ def test_first_step_that_is_not_finite() -> None:
     assert meter.first_bad(_alone) == {}
 
 
-def test_other_names_start_again() -> None:
+def test_new_names_reset_the_means() -> None:
     meter = Meter()
     meter.update({A: torch.tensor(9.0)}, 0)
     meter.update({A: torch.tensor(1.0), B: torch.tensor(2.0)}, 1)
@@ -62,14 +62,14 @@ def test_many_steps() -> None:
     assert meter.means(_alone) == {A: 74.5, B: torch.inf}
 
 
-def test_goes_on_from_its_state() -> None:
+def test_state_is_restored() -> None:
     values = [torch.tensor(0.1 * step) for step in range(150)]  # more than are summed together
     whole, first = Meter(), Meter()
     for step, value in enumerate(values):
         whole.update({A: value}, step)
         if step < 100:
             first.update({A: value}, step)
-    state = first.state(lambda part: torch.stack([part + 7, part]))  # of two processes, this is the second
+    state = first.state(lambda part: torch.stack([part + 7, part]))  # this process is the second of two
     second = Meter()
     second.restore(state, 1, torch.device("cpu"))
     for step, value in enumerate(values[100:], 100):

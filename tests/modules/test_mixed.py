@@ -1,4 +1,4 @@
-"""What modules make of mixed images."""
+"""Modules with mixed images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def mixed_batch(samples: int = 9) -> Batch:
 
 
 def soft_labels(target: Tensor, mixed: Mixed, smoothing: float = 0.0) -> Tensor:
-    """Labels as probabilities, of images that all have two."""
+    """Return the labels as probabilities; each image has two."""
     weight = mixed.weight.double()[:, None]
     hard = weight * F.one_hot(target, CLASSES) + (1 - weight) * F.one_hot(mixed.target, CLASSES)
     return (1 - smoothing) * hard + smoothing / CLASSES
@@ -49,13 +49,13 @@ def test_hard_loss_is_cross_entropy_with_the_mixed_labels(tiny, smoothing: float
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
 
 
-def test_labels_that_are_missing_count_nothing(tiny) -> None:
+def test_missing_labels_are_ignored(tiny) -> None:
     module, (_, target, *_, mixed) = ClassificationModule(tiny()), mixed_batch(4)
     target[1], mixed.target[2] = IGNORE_INDEX, IGNORE_INDEX
     logits = torch.randn(4, CLASSES, dtype=torch.float64)
     each = [-logits[i].log_softmax(0) for i in range(4)]
     weight = mixed.weight.double()
-    expected = weight[2] * each[2][target[2]]  # of its partner nothing is known
+    expected = weight[2] * each[2][target[2]]  # the partner is unlabelled
     for i in (0, 3):
         expected = expected + weight[i] * each[i][target[i]] + (1 - weight[i]) * each[i][mixed.target[i]]
     torch.testing.assert_close(module.hard_loss(logits, target, mixed), expected / 3, rtol=1e-7, atol=0)
@@ -63,20 +63,20 @@ def test_labels_that_are_missing_count_nothing(tiny) -> None:
     assert module.hard_loss(logits, none, mixed) == 0
 
 
-def test_images_that_are_not_mixed_count_as_ever(tiny) -> None:
+def test_unmixed_images_have_the_usual_loss(tiny) -> None:
     module, (_, target, *_) = ClassificationModule(tiny()), mixed_batch()
     logits = torch.randn(9, CLASSES)
-    logits[0, (target[0] + 1) % CLASSES] = -torch.inf  # another class's probability is no concern of this image
+    logits[0, (target[0] + 1) % CLASSES] = -torch.inf  # the probability of another class does not affect this image
     torch.testing.assert_close(module.hard_loss(logits, target, Mixed.none(target)), module.hard_loss(logits, target))
 
 
-def test_a_partners_label_out_of_range_gets_a_sentence(tiny) -> None:
+def test_invalid_label_of_a_partner(tiny) -> None:
     target = torch.tensor([0, 1])
     with pytest.raises(ValueError, match="the network has 4 classes, so labels must lie in"):
         ClassificationModule(tiny()).hard_loss(torch.randn(2, 4), target, Mixed(target + 3, torch.ones(2)))
 
 
-def test_every_module_counts_both_labels(tiny, distill) -> None:
+def test_all_modules_use_both_labels(tiny, distill) -> None:
     batch = mixed_batch()
     expected = soft_labels(batch.target, batch.mixed).float()
     alone, student = ClassificationModule(tiny()), distill(hard_weight=0.3)
@@ -90,14 +90,14 @@ def test_every_module_counts_both_labels(tiny, distill) -> None:
 
 @pytest.mark.parametrize(("views", "workers"), [(None, 0), (RotatedViews(), 0), (None, 1)])
 @pytest.mark.parametrize("mix", [Mixup(), CutMix(p=0.5)])
-def test_a_network_learns_from_mixed_images(mix, views, workers, tiny, trainer) -> None:
+def test_training_with_mixed_images(mix, views, workers, tiny, trainer) -> None:
     settings = {"batch_size": 16, "mix": mix, "views": views, "num_workers": workers}
     engine = trainer(max_epochs=3)
     engine.fit(ClassificationModule(tiny()), SyntheticDataModule(CLASSES, (3, 8, 8), train_size=400, **settings))
     assert engine.callback_metrics["val/acc"] > 0.8
 
 
-def test_a_student_of_two_views_mixed_apart_is_refused(distill, trainer) -> None:
+def test_views_mixed_with_different_partners_are_rejected(distill, trainer) -> None:
     with pytest.raises(ValueError, match="mixes each view with a different partner; remove its `mix`"):
         trainer().fit(distill(NoisyStudentModule), mixing(views=StrongView()))
 

@@ -32,16 +32,16 @@ def _wide() -> nn.Module:
     return CIFARResNet(8, (4, 8, 8, 8), 4)
 
 
-def test_loss_is_each_student_s(tiny) -> None:
-    """Labels, and the mean divergence of the peers."""
+def test_each_student_has_its_losses(tiny) -> None:
+    """Each student's loss consists of the cross-entropy and the mean divergence from its peers."""
     students, batch = _students(tiny), _batch()
     module = MutualModule(students, distill_weight=0.7, hard_weight=0.2).eval()
     logits, terms = module.losses(batch)
-    said = [student(batch.input) for student in students]
-    torch.testing.assert_close(logits, said[0])
-    for number, own in enumerate(said):
+    logits_of = [student(batch.input) for student in students]
+    torch.testing.assert_close(logits, logits_of[0])
+    for number, own in enumerate(logits_of):
         suffix = f"_{number + 1}" if number else ""
-        peers = [peer.softmax(1) for other, peer in enumerate(said) if other != number]
+        peers = [peer.softmax(1) for other, peer in enumerate(logits_of) if other != number]
         soft = [(p * (p.log() - own.log_softmax(1))).sum(1).mean() for p in peers]
         torch.testing.assert_close(terms[f"kd{suffix}"], 0.7 * torch.stack(soft).mean())
         torch.testing.assert_close(terms[f"hard{suffix}"], 0.2 * F.cross_entropy(own, batch.target))
@@ -57,7 +57,7 @@ def test_peers_get_no_gradient(tiny) -> None:
 
 
 class Crossed(DistillLoss):
-    """Reads other layers of the student than of the peer, and nothing but those."""
+    """A criterion that reads other layers of the student than of the peer, and no logits."""
 
     reads_logits = False
 
@@ -74,7 +74,7 @@ class Crossed(DistillLoss):
 
 
 @pytest.mark.parametrize("criterion", [FitNet, Crossed], ids=["FitNet", "Crossed"])
-def test_each_ordered_pair_has_its_adapter(criterion, tiny, data, trainer) -> None:
+def test_each_ordered_pair_has_an_adapter(criterion, tiny, data, trainer) -> None:
     module = MutualModule([tiny(0), _wide()], criterion())
     engine = trainer(max_epochs=1)
     engine.fit(module, data)
@@ -97,7 +97,7 @@ def test_several_criteria_are_logged_for_each_student(tiny, data, trainer) -> No
     assert measured == {"val/loss", "val/acc", "val/acc_2", *terms}
 
 
-def test_accuracies_are_each_student_s(tiny, data, trainer) -> None:
+def test_each_student_has_an_accuracy(tiny, data, trainer) -> None:
     students = _students(tiny)
     module = MutualModule(students)
     (found,) = trainer().validate(module, data, verbose=False)
@@ -108,9 +108,9 @@ def test_accuracies_are_each_student_s(tiny, data, trainer) -> None:
     assert [found[name] for name in ("val/acc", "val/acc_2", "val/acc_3")] == pytest.approx(right)
 
 
-def test_students_teach_each_other_from_different_beginnings(tiny, data, trainer) -> None:
-    """Agreement grows by the criterion, not by the labels alone."""
-    apart = []
+def test_distillation_reduces_the_distance_between_students(tiny, data, trainer) -> None:
+    """The criterion, not only the labels, increases agreement."""
+    distances = []
     for weight in (0.0, 20.0):
         students = _students(tiny, 2)
         sgd = {"optimizer": lambda parameters: SGD(parameters, lr=0.02)}
@@ -118,11 +118,11 @@ def test_students_teach_each_other_from_different_beginnings(tiny, data, trainer
         batch = next(iter(data.val_dataloader()))
         with torch.no_grad():
             first, second = (student.eval()(batch.input).softmax(1) for student in students)
-        apart.append((first - second).abs().mean())
-    assert apart[1] < 0.5 * apart[0]
+        distances.append((first - second).abs().mean())
+    assert distances[1] < 0.5 * distances[0]
 
 
-def test_all_students_come_back(tiny, resume) -> None:
+def test_all_students_are_restored(tiny, resume) -> None:
     saved = resume(lambda: MutualModule([tiny(0), _wide()], FitNet()))
     assert {name.split(".")[0] for name in saved} == {"model", "student_2", "criterion"}
 
@@ -137,7 +137,7 @@ def test_first_student_of_a_checkpoint_teaches(tiny, data, trainer, tmp_path) ->
     assert "students" not in torch.load(tmp_path / "mutual.ckpt", weights_only=True)["hyper_parameters"]
 
 
-def test_mistakes(tiny, data, trainer) -> None:
+def test_invalid_arguments(tiny, data, trainer) -> None:
     with pytest.raises(ValueError, match="at least two students, got 1"):
         MutualModule([tiny()])
     with pytest.raises(ValueError, match="the students have 4, 5 classes, but the criterion compares their logits"):
@@ -168,7 +168,7 @@ def test_command_line() -> None:
     assert torch.equal(load_weights(student, best).fc.weight, saved["model.fc.weight"])
 
 
-def test_plain_data_will_do(tiny, trainer) -> None:
+def test_plain_data(tiny, trainer) -> None:
     images, target = torch.randn(8, 3, 8, 8), torch.arange(8) % 4
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, target), batch_size=4)
     trainer(max_epochs=1).fit(MutualModule(_students(tiny, 2)), loader)
@@ -176,10 +176,10 @@ def test_plain_data_will_do(tiny, trainer) -> None:
         trainer(max_epochs=1).fit(MutualModule(_students(tiny, 2), FitNet()), loader)
 
 
-def test_each_student_has_the_curve_of_its_number(tiny) -> None:
+def test_accuracies_are_assigned_to_their_students(tiny) -> None:
     students = _students(tiny)
     for number, student in enumerate(students):
-        student.fc.bias.data[number] += 1000  # always chosen
+        student.fc.bias.data[number] += 1000  # always predicts the class `number`
     module = MutualModule(students).eval()
     metrics = module.stage_metrics("val")
     module.update_metrics(metrics, _batch()._replace(target=torch.tensor([0, 1, 1, 2, 2, 2])))

@@ -12,8 +12,8 @@ from lkd.losses import KD, MLKD
 from lkd.types import IGNORE_INDEX
 
 
-class Watched(nn.Module):
-    """A network that remembers what it saw in each mode of the student."""
+class RecordInputs(nn.Module):
+    """A network that records its inputs."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ def first_batch(data: SyntheticDataModule):
     return next(iter(data.train_dataloader()))
 
 
-def test_the_teacher_sees_the_weak_view_and_the_student_the_strong_one(tiny) -> None:
-    student, teacher = Watched(tiny(seed=1)), Watched(tiny(seed=2))
+def test_teacher_gets_the_weak_view_and_student_the_strong_one(tiny) -> None:
+    student, teacher = RecordInputs(tiny(seed=1)), RecordInputs(tiny(seed=2))
     module = NoisyStudentModule(student, teacher, KD(1.0), distill_weight=2.0, hard_weight=0.5)
     batch = first_batch(images(label_size=12))
     weak, strong = batch.input.chunk(2)
@@ -52,7 +52,7 @@ def test_the_teacher_sees_the_weak_view_and_the_student_the_strong_one(tiny) -> 
         torch.testing.assert_close(terms["hard"], 0.5 * F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX))
 
 
-def test_it_trains_and_measures_single_views(distill, trainer) -> None:
+def test_fit_and_evaluation_on_single_views(distill, trainer) -> None:
     module, data = distill(NoisyStudentModule), images(label_size=12)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     run = trainer(max_epochs=2)
@@ -63,8 +63,8 @@ def test_it_trains_and_measures_single_views(distill, trainer) -> None:
     assert 0 <= measured["test/agreement"] <= 1
 
 
-def test_the_teachers_normalisation_is_its_own(tiny) -> None:
-    teacher = Watched(tiny(seed=2))
+def test_teacher_normalization(tiny) -> None:
+    teacher = RecordInputs(tiny(seed=2))
     module = NoisyStudentModule(
         tiny(seed=1), teacher, teacher_normalization=Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     )
@@ -79,11 +79,11 @@ def test_the_teachers_normalisation_is_its_own(tiny) -> None:
 
 
 @pytest.mark.parametrize(("views", "number"), [(None, 1), (RotatedViews(), 4)])
-def test_other_numbers_of_views_are_refused(distill, trainer, views, number: int) -> None:
+def test_other_numbers_of_views_are_rejected(distill, trainer, views, number: int) -> None:
     with pytest.raises(ValueError, match=rf"weak and a strong one, .* batches have {number}; set `views`"):
         trainer().fit(distill(NoisyStudentModule), images(views=views))
 
 
-def test_a_criterion_that_compares_views_has_no_place_here(distill, trainer) -> None:
+def test_criteria_that_compare_views_are_rejected(distill, trainer) -> None:
     with pytest.raises(ValueError, match="criterion MLKD requires 2 views of each image"):
         trainer().fit(distill(NoisyStudentModule, criterion=MLKD()), images())

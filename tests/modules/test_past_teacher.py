@@ -30,8 +30,8 @@ def _module(tiny, **settings) -> PastTeacherModule:
     return PastTeacherModule(tiny(), optimizer=lambda parameters: SGD(parameters, lr=0.1, momentum=0.9), **settings)
 
 
-class Watch(Callback):
-    """The student at the end of each epoch and after each step, and the teacher in each epoch and after each step."""
+class RecordStates(Callback):
+    """Records the student after each epoch and step, and the teacher after each step."""
 
     def __init__(self) -> None:
         self.ends: list[list[Tensor]] = []
@@ -49,7 +49,7 @@ class Watch(Callback):
 
 
 def test_teacher_is_the_student_of_the_last_epoch(tiny, data, trainer) -> None:
-    watch, module = Watch(), _module(tiny)
+    watch, module = RecordStates(), _module(tiny)
     before = _state(module.student)
     trainer(max_epochs=3, callbacks=[watch]).fit(module, data)
     for teacher, student in zip(watch.teachers, [before, *watch.ends[:2]], strict=True):
@@ -61,9 +61,9 @@ def test_teacher_is_the_student_of_the_last_epoch(tiny, data, trainer) -> None:
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_average_of_the_steps(tiny, data, trainer, accumulated: int) -> None:
-    """Recomputed from the students of all steps, statistics included; batches that are accumulated are no steps."""
-    watch, module = Watch(), _module(tiny, ema_decay=0.7)
+def test_average_over_steps(tiny, data, trainer, accumulated: int) -> None:
+    """Recompute the average from the students of all steps, including statistics; accumulated batches are one step."""
+    watch, module = RecordStates(), _module(tiny, ema_decay=0.7)
     average = _state(module.student)
     trainer(max_epochs=2, callbacks=[watch], accumulate_grad_batches=accumulated).fit(module, data)
     assert [step for step, _, _ in watch.steps] == ([1, 2, 3, 4, 5, 6] if accumulated == 1 else [0, 1, 2, 2, 3, 4])
@@ -80,7 +80,7 @@ def test_average_of_the_steps(tiny, data, trainer, accumulated: int) -> None:
             torch.testing.assert_close(found, wanted)
 
 
-def test_teacher_stays_out_of_the_training(tiny, data, trainer) -> None:
+def test_teacher_is_not_trained(tiny, data, trainer) -> None:
     module = _module(tiny, criterion=FitNet())
     engine = trainer(max_epochs=1)
     engine.fit(module, data)
@@ -92,18 +92,18 @@ def test_teacher_stays_out_of_the_training(tiny, data, trainer) -> None:
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_teacher_comes_back(tiny, resume, ema_decay: float | None) -> None:
+def test_teacher_is_restored(tiny, resume, ema_decay: float | None) -> None:
     saved = resume(lambda: _module(tiny, ema_decay=ema_decay))
     assert {name.split(".")[0] for name in saved} == {"model", "teacher"}
     assert not torch.equal(saved["teacher.fc.weight"], saved["model.fc.weight"])
 
 
-def test_teacher_comes_back_in_an_epoch(tiny, data, trainer, tmp_path) -> None:
-    """After five steps of three to an epoch it is the student of the third, not of the fifth."""
+def test_teacher_is_restored_within_an_epoch(tiny, data, trainer, tmp_path) -> None:
+    """After five steps of three per epoch, the teacher is the student of the third step, not of the fifth."""
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5)
-    watch = Watch()
+    watch = RecordStates()
     trainer(max_epochs=2, callbacks=[keep, watch], enable_checkpointing=True).fit(_module(tiny), data)
-    module, again = _module(tiny), Watch()
+    module, again = _module(tiny), RecordStates()
     trainer(max_epochs=2, callbacks=[again]).fit(module, data, ckpt_path=tmp_path / "step=5.ckpt")
     assert _equal(_state(module.teacher), watch.ends[0])
     assert _equal(again.steps[0][2], watch.ends[0])
@@ -121,13 +121,13 @@ def test_checkpoint_is_loaded(tiny, data, trainer, tmp_path) -> None:
     assert _equal(_state(warm.teacher), _state(module.student))
 
 
-def test_a_teacher_that_knows_nothing_yet_draws_no_warning(tiny, data, trainer, recwarn, capsys) -> None:
+def test_untrained_teacher_causes_no_warning(tiny, data, trainer, recwarn, capsys) -> None:
     trainer(max_epochs=1, num_sanity_val_steps=-1).fit(_module(tiny), data)
     assert not [warning for warning in recwarn if "near chance" in str(warning.message)]
     assert "Teacher accuracy" not in capsys.readouterr().out
 
 
-def test_mistakes(tiny) -> None:
+def test_invalid_arguments(tiny) -> None:
     with pytest.raises(ValueError, match=r"ema_decay must be at least 0 and less than 1, got 1.0; a typical"):
         _module(tiny, ema_decay=1.0)
     with pytest.raises(ValueError, match="hard_weight must be a finite number of at least 0"):
@@ -135,7 +135,7 @@ def test_mistakes(tiny) -> None:
 
 
 def test_command_line() -> None:
-    """The past's share grows while the labels' falls, and the run goes on from its last checkpoint."""
+    """The past's weight increases, that of the labels decreases, and the run resumes from its last checkpoint."""
     configs = ["--config", "data/digits", "--config", "pairs/digits", "--config", "methods/pskd"]
     assert main(["fit", *configs, *SHORT, "--trainer.max_epochs=1"]) == 0
     (last,) = Path("runs").rglob("last.ckpt")

@@ -42,12 +42,12 @@ def _batch(samples: int = 6) -> Batch:
 
 @pytest.fixture
 def teachers(tiny) -> Ensemble:
-    """Two networks of different architectures."""
+    """Return two networks of different architectures."""
     torch.manual_seed(3)
     return Ensemble([tiny(seed=2), wrn_16_1(num_classes=4)])
 
 
-def _said(module: DistillModule, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+def _logits(module: DistillModule, batch: Batch) -> tuple[Tensor, list[Tensor]]:
     with torch.no_grad():
         return module.student(batch.input), [member(batch.input) for member in module.teacher.members]
 
@@ -63,7 +63,7 @@ def test_ensemble_is_the_mean(tiny) -> None:
     torch.testing.assert_close(together.exp(), torch.einsum("m,mbk->bk", weights, logits.softmax(2)))
 
 
-def test_mistakes_in_an_ensemble(tiny) -> None:
+def test_invalid_ensembles(tiny) -> None:
     with pytest.raises(ValueError, match="at least one network"):
         Ensemble([])
     with pytest.raises(ValueError, match=r"one weight greater than 0 for each of its 2 networks, got \[1.0\]"):
@@ -72,7 +72,7 @@ def test_mistakes_in_an_ensemble(tiny) -> None:
         Ensemble([tiny(), tiny(num_classes=5)])(_batch().input)
 
 
-def test_members_bring_their_own_weights(tiny, tmp_path) -> None:
+def test_members_load_their_own_weights(tiny, tmp_path) -> None:
     for seed in (1, 2):
         torch.save(tiny(seed).state_dict(), tmp_path / f"{seed}.pth")
     ensemble = Ensemble([load_weights(tiny(), tmp_path / f"{seed}.pth") for seed in (1, 2)])
@@ -84,33 +84,33 @@ def test_members_bring_their_own_weights(tiny, tmp_path) -> None:
 def test_fixed_weights(distill, teachers, weights) -> None:
     module = distill(teacher=teachers, criterion=MultiTeacher(KD(2.0), weights=weights), distill_weight=0.5).eval()
     _, terms = module.losses(_batch())
-    own, said = _said(module, _batch())
-    soft = [4 * F.kl_div((own / 2).log_softmax(1), (z / 2).softmax(1), reduction="batchmean") for z in said]
+    own, teacher_logits = _logits(module, _batch())
+    soft = [4 * F.kl_div((own / 2).log_softmax(1), (z / 2).softmax(1), reduction="batchmean") for z in teacher_logits]
     first = 0.5 if weights is None else 0.75
     torch.testing.assert_close(terms["kd"], 0.5 * (first * soft[0] + (1 - first) * soft[1]))
 
 
-def test_confidence_is_each_sample_s(distill, teachers) -> None:
-    """Against the paper's equations, sample by sample; an image without a label trusts both alike."""
+def test_confidence_of_each_sample(distill, teachers) -> None:
+    """Compare with the paper's equations for each sample; both teachers have equal weights for unlabelled images."""
     module = distill(teacher=teachers, criterion=MultiTeacher(KD(4.0), "confidence"), distill_weight=1.0).eval()
     batch = _batch()
     target = batch.target.clone()
     target[2] = IGNORE_INDEX
     _, terms = module.losses(batch._replace(target=target))
-    own, said = _said(module, batch)
+    own, teacher_logits = _logits(module, batch)
     total = 0.0
     for i, label in enumerate(target.tolist()):
-        hard = [F.cross_entropy(z[i], target[i]).exp() if label >= 0 else torch.tensor(1.0) for z in said]
-        for z, own_hard in zip(said, hard, strict=True):
+        hard = [F.cross_entropy(z[i], target[i]).exp() if label >= 0 else torch.tensor(1.0) for z in teacher_logits]
+        for z, own_hard in zip(teacher_logits, hard, strict=True):
             p = (z[i] / 4).softmax(0)
             soft = 16 * (p * (p.log() - (own[i] / 4).log_softmax(0))).sum()
-            total += (1 - own_hard / sum(hard)) * soft  # divided by one teacher less than there are: 1
+            total += (1 - own_hard / sum(hard)) * soft  # the divisor is the number of teachers minus one, here 1
     torch.testing.assert_close(terms["kd"], total / len(target))
 
 
 @pytest.mark.parametrize("kind", [KD, DKD, NKD, WSLD, AT])
-def test_equal_confidence_is_fixed(distill, tiny, kind) -> None:
-    """Also where images without a label do not count: the mean is over the same ones."""
+def test_equal_confidence_equals_fixed_weights(distill, tiny, kind) -> None:
+    """Criteria that ignore unlabelled images agree as well, because both means are over the same images."""
     teacher = Ensemble([tiny(seed=2), tiny(seed=2)])
     batch = _batch()
     batch.target[:4] = IGNORE_INDEX
@@ -124,7 +124,7 @@ def test_equal_confidence_is_fixed(distill, tiny, kind) -> None:
 @pytest.mark.parametrize(
     "kind", [CC, CRD, DIST, DISTPlus, MLKD, PKT, RKD, SKD, SP, SRD, SSKD, SemCKD], ids=lambda kind: kind.__name__
 )
-def test_confidence_is_not_for_what_compares_samples(kind) -> None:
+def test_confidence_rejects_criteria_that_compare_samples(kind) -> None:
     for criterion in (kind(), WeightedSum({"kd": KD(), "other": kind()})):
         with pytest.raises(
             ValueError, match=r"requires a criterion for single images, but \w+ compares the images of a batch"
@@ -133,13 +133,13 @@ def test_confidence_is_not_for_what_compares_samples(kind) -> None:
 
 
 @pytest.mark.parametrize("criterion", [DeiT(), WeightedSum({"kd": KD(), "dkd": DKD()})])
-def test_confidence_is_one_mean(criterion) -> None:
+def test_confidence_rejects_several_terms(criterion) -> None:
     with pytest.raises(ValueError, match="or one MultiTeacher for each criterion of a WeightedSum"):
         MultiTeacher(criterion, "confidence")
 
 
-def test_beside_other_criteria(distill, teachers, data, trainer) -> None:
-    """Within a sum, each MultiTeacher still finds the members and their layers."""
+def test_combination_with_other_criteria(distill, teachers, data, trainer) -> None:
+    """Within a sum, each MultiTeacher still resolves the members and their layers."""
     parts = {"kd": MultiTeacher(KD(), "confidence"), "at": MultiTeacher(AT()), "whole": KD()}
     module = distill(teacher=teachers, criterion=WeightedSum(parts), distill_weight=1.0)
     trainer(max_epochs=1).fit(module, data)
@@ -150,7 +150,7 @@ def test_beside_other_criteria(distill, teachers, data, trainer) -> None:
     assert {"at", "whole"} <= set(terms)
 
 
-def test_right_teacher_is_trusted_more() -> None:
+def test_correct_teacher_has_the_largest_weight() -> None:
     from lkd.functional import teacher_confidence
 
     right, wrong, unsure = torch.eye(3) * 5, torch.eye(3).roll(1, 0) * 5, torch.zeros(3, 3)
@@ -160,18 +160,18 @@ def test_right_teacher_is_trusted_more() -> None:
     torch.testing.assert_close(weight.sum(0), torch.ones(3))
 
 
-def test_learned_weights_go_to_the_right_teacher_not_to_the_nearest() -> None:
-    """One teacher is right, the other says just what the student says."""
+def test_learned_weights_prefer_the_correct_teacher() -> None:
+    """One teacher is correct; the other has the student's logits."""
     target = torch.arange(8) % 4
     right, student = F.one_hot(target, 4) * 4.0, torch.zeros(8, 4, requires_grad=True)
-    answers = Outputs(torch.zeros(8, 4), {"members.0": student.detach(), "members.1": right})
+    teacher_outputs = Outputs(torch.zeros(8, 4), {"members.0": student.detach(), "members.1": right})
     criterion = MultiTeacher(KD(), "learned")
     criterion.resolve_layers(nn.Identity(), Ensemble([nn.Identity(), nn.Identity()]))
     criterion.theta = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([criterion.theta], lr=0.5)
     for _ in range(20):
         optimizer.zero_grad()
-        terms = criterion(Outputs(student, {}), answers, Batch(None, target))
+        terms = criterion(Outputs(student, {}), teacher_outputs, Batch(None, target))
         assert torch.autograd.grad(terms[""], criterion.theta, retain_graph=True, allow_unused=True) == (None,)
         assert torch.autograd.grad(terms["mixture"], student, retain_graph=True, allow_unused=True) == (None,)
         sum(terms.values()).backward()
@@ -179,7 +179,7 @@ def test_learned_weights_go_to_the_right_teacher_not_to_the_nearest() -> None:
     assert criterion.theta.softmax(0)[1] > 0.8
 
 
-def test_each_architecture_has_its_layers(distill, teachers, data, trainer) -> None:
+def test_layers_are_resolved_per_architecture(distill, teachers, data, trainer) -> None:
     criterion = MultiTeacher(WeightedSum({"at": AT(), "hint": FitNet(["layer1"], ["@stage1"])}))
     module = distill(teacher=teachers, criterion=criterion)
     before = [parameter.clone() for parameter in teachers.parameters()]
@@ -193,7 +193,7 @@ def test_each_architecture_has_its_layers(distill, teachers, data, trainer) -> N
 
 
 @pytest.mark.parametrize("weighting", ["confidence", "learned"])
-def test_training_goes_on_from_a_checkpoint(distill, tiny, resume, weighting: str) -> None:
+def test_training_resumes_from_a_checkpoint(distill, tiny, resume, weighting: str) -> None:
     def make() -> DistillModule:
         torch.manual_seed(3)
         teachers = Ensemble([tiny(seed=2), wrn_16_1(num_classes=4)])
@@ -203,7 +203,7 @@ def test_training_goes_on_from_a_checkpoint(distill, tiny, resume, weighting: st
     assert ("criterion.theta" in saved) == (weighting == "learned")
 
 
-def test_mistakes(distill, tiny, teachers, data, trainer) -> None:
+def test_invalid_arguments(distill, tiny, teachers, data, trainer) -> None:
     with pytest.raises(
         ValueError, match=r"accepts weights only with weighting 'fixed', got \[1.0, 1.0\] and 'learned'"
     ):

@@ -1,4 +1,4 @@
-"""A student that borrows its teacher's classifier, in every loop and after reloading."""
+"""SimKDModule: all loops use the teacher's classifier, also after loading a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def module(distill) -> SimKDModule:
     return distill(SimKDModule, criterion=SimKD(), distill_weight=1.0, hard_weight=0.0)
 
 
-def _own_answer(module: SimKDModule, image: Tensor) -> Tensor:
-    """The student's layers up to the map, the projector, and the teacher's own classifier."""
+def _expected_logits(module: SimKDModule, image: Tensor) -> Tensor:
+    """Return the logits of the student's layers up to the map, the projector, and the teacher's own classifier."""
     return module.teacher.fc(module.criterion.projector(_map(module.student, image)).mean((2, 3)))
 
 
-def test_all_loops_answer_with_the_teachers_classifier(module, data, trainer) -> None:
+def test_all_loops_use_the_teachers_classifier(module, data, trainer) -> None:
     trainer().fit(module, data)
     module.eval()
     image = torch.randn(5, 3, 8, 8)
-    expected = _own_answer(module, image)
+    expected = _expected_logits(module, image)
     torch.testing.assert_close(module(image), expected)
     torch.testing.assert_close(module.predict_step(Batch(image, torch.zeros(5)), 0), expected)
     logits, terms = module.losses(Batch(image, torch.zeros(5, dtype=torch.int64)))
@@ -40,15 +40,15 @@ def test_all_loops_answer_with_the_teachers_classifier(module, data, trainer) ->
 
     batches = trainer().predict(module, data)
     images = torch.cat([batch.input for batch in data.test_dataloader()])
-    torch.testing.assert_close(torch.cat(batches), _own_answer(module, images))
+    torch.testing.assert_close(torch.cat(batches), _expected_logits(module, images))
     (measured,) = trainer().test(module, data)
     target = torch.cat([batch.target for batch in data.test_dataloader()])
-    acc = (_own_answer(module, images).argmax(1) == target).float().mean()
+    acc = (_expected_logits(module, images).argmax(1) == target).float().mean()
     assert measured["test/acc"] == pytest.approx(acc.item())
 
 
-class _Keep(L.Callback):
-    """The networks as training found them, and its batches."""
+class _Record(L.Callback):
+    """Records copies of the networks at the start of training, and its batches."""
 
     def on_train_start(self, trainer, pl_module) -> None:
         self.networks = deepcopy((pl_module.student, pl_module.criterion.projector, pl_module.teacher))
@@ -59,7 +59,7 @@ class _Keep(L.Callback):
 
 
 def _map(network: nn.Module, image: Tensor) -> Tensor:
-    """What a network's pooling reads."""
+    """Return the input of a network's pooling layer."""
     features: list[Tensor] = []
     hook = network.avgpool.register_forward_pre_hook(lambda layer, args: features.append(args[0]))
     network(image)
@@ -67,9 +67,9 @@ def _map(network: nn.Module, image: Tensor) -> Tensor:
     return features[0]
 
 
-def test_module_is_a_plain_loop(distill, data, trainer) -> None:
-    """Trained by Lightning, in float64, and by the authors' loop: the labels' loss and the divergence weigh 0."""
-    keep, settings = _Keep(), {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+def test_module_equals_a_plain_loop(distill, data, trainer) -> None:
+    """Training with Lightning in float64 equals the authors' loop; the weights of labels and KL divergence are 0."""
+    keep, settings = _Record(), {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
     module = distill(
         SimKDModule,
         criterion=SimKD(factor=2),
@@ -97,8 +97,8 @@ def test_module_is_a_plain_loop(distill, data, trainer) -> None:
             torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_what_trains(module, data, trainer) -> None:
-    """Everything but both classifiers; DDP refuses parameters that train without a gradient."""
+def test_trainable_parameters(module, data, trainer) -> None:
+    """Only the classifiers are frozen, because DDP rejects trainable parameters without a gradient."""
     before = {}
     trainer(max_steps=1, limit_val_batches=0).fit(module, data)
     for name, parameter in module.named_parameters():
@@ -114,8 +114,8 @@ def test_what_trains(module, data, trainer) -> None:
     assert module.criterion.head.weight is not module.teacher.fc.weight
 
 
-def test_a_checkpoint_has_all_that_answers(module, data, tiny, trainer, tmp_path) -> None:
-    """Also where the teacher of the new module is another: its classifier comes from the checkpoint."""
+def test_checkpoint_contains_the_classifier(module, data, tiny, trainer, tmp_path) -> None:
+    """The classifier comes from the checkpoint even if the new module has another teacher."""
     fitting = trainer(max_epochs=1)
     fitting.fit(module, data)
     fitting.save_checkpoint(tmp_path / "simkd.ckpt")
@@ -134,13 +134,13 @@ def test_from_the_command_line() -> None:
     module = L.LightningModule.load_from_checkpoint(path, map_location="cpu")
     assert isinstance(module, SimKDModule)
     image = torch.rand(4, 1, 8, 8)
-    expected = _own_answer(module.eval(), image)
+    expected = _expected_logits(module.eval(), image)
     torch.testing.assert_close(module(image), expected)
     assert main(["predict", "--ckpt_path", str(path), "--trainer.accelerator=cpu"]) == 0
 
 
-def test_beside_other_criteria(distill, data, trainer) -> None:
-    """Logits are the borrowed classifier's, for all criteria of a sum."""
+def test_combination_with_other_criteria(distill, data, trainer) -> None:
+    """All criteria of a sum get the logits of the reused classifier."""
     both = WeightedSum({"simkd": SimKD(), "kd": KD()})
     module = distill(SimKDModule, criterion=both, distill_weight=1.0, hard_weight=1.0)
     trainer(max_epochs=1).fit(module, data)
@@ -153,7 +153,7 @@ def test_beside_other_criteria(distill, data, trainer) -> None:
     assert teacher.shape == module(image).shape
 
 
-def test_mistakes(distill, tiny, data, trainer) -> None:
+def test_invalid_arguments(distill, tiny, data, trainer) -> None:
     with pytest.raises(ValueError, match=r"SimKDModule requires the criterion lkd\.losses\.SimKD, got KD; change"):
         trainer().fit(distill(SimKDModule), data)
     module = distill(SimKDModule, criterion=SimKD(), teacher=tiny(num_classes=3))
@@ -161,14 +161,14 @@ def test_mistakes(distill, tiny, data, trainer) -> None:
         trainer().fit(module, data)
 
 
-def test_maps_of_other_sizes(distill, trainer) -> None:
-    """A larger map of the student is averaged to the teacher's size, also where no teacher is asked."""
+def test_maps_of_different_sizes(distill, trainer) -> None:
+    """A larger map of the student is averaged to the teacher's size, even if the teacher is not run."""
     criterion = SimKD(student_layer="layer2", teacher_layer="@map")
     module = distill(SimKDModule, criterion=criterion, distill_weight=1.0, hard_weight=0.0)
     data = SyntheticDataModule(num_classes=4, input_shape=(3, 8, 8), train_size=32, val_size=8, batch_size=16)
     trainer(max_epochs=1).fit(module, data)
     image = torch.randn(2, 3, 8, 8)
-    answer = module.eval().student_outputs(Batch(image, torch.zeros(2)))
-    projected = answer.features["layer2:projected"]
+    outputs = module.eval().student_outputs(Batch(image, torch.zeros(2)))
+    projected = outputs.features["layer2:projected"]
     assert projected.shape == module.teacher_extractor(image).features[criterion.teacher_layers[0]].shape
-    assert answer.features["layer2"].shape[2] == 2 * projected.shape[2]
+    assert outputs.features["layer2"].shape[2] == 2 * projected.shape[2]

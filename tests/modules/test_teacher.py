@@ -1,4 +1,4 @@
-"""What walks the module's tree does not meet the teacher."""
+"""The teacher is hidden from everything that walks the module tree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lkd import Batch, DistillLoss, DistillModule, Normalization, Outputs, Probe
 
 
 class Hint(DistillLoss):
-    """Has an adapter, which exists only once shapes are known."""
+    """A criterion with an adapter, which is created once the shapes are known."""
 
     def __init__(self) -> None:
         super().__init__(student_layers=["layer2"], teacher_layers=["layer2"])
@@ -39,7 +39,7 @@ def _assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.fixture
 def odd(tiny) -> nn.Module:
-    """A teacher whose BatchNorms have statistics to lose."""
+    """Return a teacher whose BatchNorm statistics differ from their initial values."""
     teacher = tiny(seed=2)
     teacher(torch.randn(64, 3, 8, 8) + 1)
     return teacher
@@ -49,7 +49,7 @@ def odd(tiny) -> nn.Module:
     "average", [lambda: StochasticWeightAveraging(0.01, swa_epoch_start=1), lambda: EMAWeightAveraging(decay=0.9)]
 )
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "adapters and normalization"])
-def test_averaging_weights_leaves_the_teacher_alone(distill, data, trainer, odd, tmp_path, average, extras) -> None:
+def test_weight_averaging_excludes_the_teacher(distill, data, trainer, odd, tmp_path, average, extras) -> None:
     own = {"criterion": Hint(), "teacher_normalization": Normalization((0.1,) * 3, (0.4,) * 3)} if extras else {}
     module = distill(teacher=odd, **own)
     before = _state(odd)
@@ -77,7 +77,7 @@ def test_resuming_with_averaged_weights(distill, data, trainer, tmp_path, extras
     _assert_equal(_state(resumed), _state(whole))
 
 
-def test_copies_of_the_module_load_what_they_saved(distill) -> None:
+def test_averaged_models_restore_their_state(distill) -> None:
     one, other = (AveragedModel(distill()) for _ in range(2))
     nn.init.zeros_(one.module.student.fc.weight)
     other.load_state_dict(one.state_dict())
@@ -94,7 +94,7 @@ def test_unfreeze_leaves_the_teacher_frozen(distill) -> None:
     assert not any(part.training for part in module.teacher.modules())
 
 
-def test_teacher_goes_where_the_module_goes(distill, data, trainer) -> None:
+def test_teacher_follows_device_and_dtype_of_the_module(distill, data, trainer) -> None:
     module = distill(teacher_normalization=Normalization((0.1,) * 3, (0.4,) * 3))
     trainer(max_epochs=1).fit(module, data)
     module.double()
@@ -119,32 +119,32 @@ def test_criterion_must_not_register_the_teacher(distill, data, trainer, tiny) -
         trainer().fit(DistillModule(network, network), data)
 
 
-def test_normalization_outside_a_trainer_is_no_silent_matter(distill) -> None:
+def test_normalization_requires_a_data_module(distill) -> None:
     module = distill(teacher_normalization=Normalization((0.1,) * 3, (0.4,) * 3))
     with pytest.raises(ValueError, match=r"teacher_normalization requires the mean and std of a data module"):
         module.losses(Batch(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])))
 
 
-class AsksAlways(DistillModule):
+class AlwaysRunsTeacher(DistillModule):
     def teacher_outputs(self, batch: Batch) -> Outputs:
         return super().teacher_outputs(batch)
 
 
-def test_of_the_validation_images_it_is_asked_once(distill, trainer, data) -> None:
-    asked, curves = [], []
-    for kind in (DistillModule, AsksAlways):
+def test_teacher_runs_once_on_the_validation_images(distill, trainer, data) -> None:
+    images, curves = [], []
+    for kind in (DistillModule, AlwaysRunsTeacher):
         module, seen = distill(kind), []
         module.teacher.register_forward_pre_hook(lambda network, args, seen=seen: seen.append(len(args[0])))
         fit = trainer(max_epochs=3, limit_train_batches=1, num_sanity_val_steps=-1)
         fit.fit(module, data)
-        asked.append(sum(seen) - 1)  # the blank image of the probe
+        images.append(sum(seen) - 1)  # the blank image of the probe
         curves.append({name: float(value) for name, value in fit.callback_metrics.items() if name.startswith("val")})
-    assert asked == [16 + 3 * 16, 4 * 16 + 3 * 16]  # 16 validation images, and a training batch of 16 three times
+    assert images == [16 + 3 * 16, 4 * 16 + 3 * 16]  # 16 validation images, and a training batch of 16 three times
     assert curves[0] == curves[1]
     assert {"val/teacher_acc", "val/agreement"} <= curves[0].keys()
 
 
-def test_a_teacher_that_was_changed_in_place_is_asked_again(distill, trainer, data) -> None:
+def test_teacher_modified_in_place_runs_again(distill, trainer, data) -> None:
     class Change(L.Callback):
         def __init__(self) -> None:
             self.curves: list[tuple[float, ...]] = []
@@ -156,20 +156,23 @@ def test_a_teacher_that_was_changed_in_place_is_asked_again(distill, trainer, da
                 pl_module.teacher.fc.weight.neg_()
 
     always, once = Change(), Change()
-    for kind, change in ((AsksAlways, always), (DistillModule, once)):
+    for kind, change in ((AlwaysRunsTeacher, always), (DistillModule, once)):
         trainer(max_epochs=2, limit_train_batches=1, callbacks=[change]).fit(distill(kind), data)
     assert once.curves == always.curves
     assert once.curves[0] != once.curves[1]
 
 
-class Asks(L.Callback):
+class RecordTrainsLogits(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module, stage: str) -> None:
         self.trains_logits = pl_module.trains_logits
 
 
-def test_the_loss_is_tried_before_the_module_is_set_up(distill, data, trainer) -> None:
-    module, asks = distill(hard_weight=0.0, teacher_normalization=Normalization((0.1,) * 3, (0.4,) * 3)), Asks()
+def test_trains_logits_is_available_before_setup(distill, data, trainer) -> None:
+    module, record = (
+        distill(hard_weight=0.0, teacher_normalization=Normalization((0.1,) * 3, (0.4,) * 3)),
+        RecordTrainsLogits(),
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="cannot determine whether the loss trains the logits")
-        trainer(max_epochs=1, callbacks=[asks]).fit(module, data)
-    assert asks.trains_logits
+        trainer(max_epochs=1, callbacks=[record]).fit(module, data)
+    assert record.trains_logits

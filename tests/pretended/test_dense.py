@@ -19,7 +19,7 @@ class _Step:
 
     def __init__(self, case: SegmentationCase, device: str) -> None:
         self.criterion = case.criterion().to(device)
-        self.student, self.teacher = (changed(outputs, lambda tensor: tensor.to(device)) for outputs in case.answers())
+        self.student, self.teacher = (changed(outputs, lambda tensor: tensor.to(device)) for outputs in case.outputs())
         self.student = changed(self.student, lambda tensor: tensor.detach().requires_grad_())
         batch = case.batch()
         self.batch = batch._replace(target=batch.target.to(device), index=batch.index.to(device))
@@ -53,14 +53,14 @@ def test_steps_do_not_wait_and_can_be_captured(name: str, pretended) -> None:
     waits.clear()
     there()
     assert not +waits
-    usual.change(case.answers(seed=1))
-    there.change(case.answers(seed=1))
+    usual.change(case.outputs(seed=1))
+    there.change(case.outputs(seed=1))
     usual()
     _, replay = Tape().capture(there)
     torch.manual_seed(0)
     assert all(torch.equal(*pair) for pair in zip(usual.state(), there.state(), strict=True))
-    usual.change(case.answers(seed=2))
-    there.change(case.answers(seed=2))
+    usual.change(case.outputs(seed=2))
+    there.change(case.outputs(seed=2))
     usual()
     torch.manual_seed(0)
     replay()

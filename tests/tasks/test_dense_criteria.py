@@ -1,4 +1,4 @@
-"""Criteria of dense prediction whose state resumes from a checkpoint; tests/pretended trains the overlays of all."""
+"""Resuming of dense criteria with state; tests/pretended trains the overlays of all dense criteria."""
 
 from __future__ import annotations
 

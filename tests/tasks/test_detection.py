@@ -59,7 +59,7 @@ def _data(**settings) -> SyntheticDetectionDataModule:
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_losses_and_detections_are_those_of_torchvision(name: str) -> None:
+def test_losses_and_detections_equal_torchvision(name: str) -> None:
     detector = _detector(name).eval()
     predictions = detector(IMAGES)
     for own, other in zip(predictions.detections(), detector.network(IMAGES), strict=True):
@@ -214,7 +214,7 @@ def test_resumed_training_is_the_same(tmp_path, trainer) -> None:
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
             if trainer.global_step == 3:
                 trainer.save_checkpoint(tmp_path / "half.ckpt")
-                states.append(torch.get_rng_state())  # Lightning does not save it; lkd's command line does
+                states.append(torch.get_rng_state())  # not saved by Lightning, but by lkd's command line
                 trainer.should_stop = True
 
     class Continue(L.Callback):
@@ -255,12 +255,12 @@ def _module(**settings) -> ClassificationModule:
         (_module, lambda: SyntheticSegmentationDataModule(train_size=50), "data module that returns boxes"),
     ],
 )
-def test_what_does_not_fit_is_reported(module, data, message: str, trainer) -> None:
+def test_invalid_settings(module, data, message: str, trainer) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         trainer(num_sanity_val_steps=0).fit(module(), data())
 
 
-def test_what_is_for_classification_only(trainer) -> None:
+def test_unsupported_commands_and_settings(trainer) -> None:
     module = _distill()
     with pytest.raises(ValueError, match=r"outputs for Detection are too large .*; remove teacher_cache.versions"):
         trainer(callbacks=[TeacherCache(versions=1)]).fit(module, _data())

@@ -1,4 +1,4 @@
-"""A task of one's own, from the guide: what works with it, and what is refused."""
+"""A user-defined task, as in the guide: supported and unsupported features."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ RUN = "runs/depth_teacher/version_0/checkpoints/best.ckpt"
 
 @pytest.fixture
 def trained(monkeypatch) -> None:
-    """A teacher trained for an epoch as in the guide."""
+    """Train the guide's teacher."""
     monkeypatch.syspath_prepend(Path.cwd())
     for text in re.findall(r"^```(?:python|yaml)\n(.*?)^```$", GUIDE.read_text(), re.MULTILINE | re.DOTALL):
         Path(re.match(r"# (\S+)", text)[1]).write_text(text)
     assert main(["fit", "--config=depth_teacher.yaml", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]) == 0
 
 
-def test_what_a_task_of_ones_own_supports(trained, capfd) -> None:
+def test_supported_features(trained, capfd) -> None:
     checkpoint = torch.load(RUN, weights_only=True)
     (best,) = [state for name, state in checkpoint["callbacks"].items() if "'monitor': 'val/delta1'" in name]
     assert 0 < float(best["best_model_score"]) <= 1
@@ -45,7 +45,7 @@ def test_what_a_task_of_ones_own_supports(trained, capfd) -> None:
         assert message in capfd.readouterr().err
 
 
-def test_export_of_a_task_of_ones_own(trained) -> None:
+def test_export(trained) -> None:
     exported = export("runs/depth_teacher", formats=["onnx"])
     (done,) = exported.files
     assert (done.images, done.score) == (128, done.expected_score)
@@ -55,7 +55,7 @@ def test_export_of_a_task_of_ones_own(trained) -> None:
     assert "A network for the task Depth with 593 parameters" in (exported.folder / "README.md").read_text()
 
 
-def test_a_callback_for_classification(trained, capfd) -> None:
+def test_callback_for_classification_is_rejected(trained, capfd) -> None:
     knn = ["--trainer.callbacks+=lkd.callbacks.KNN", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
     assert main(["fit", "--config=depth_teacher.yaml", *knn]) != 0
     assert "KNN supports classification only, but the task is Depth" in capfd.readouterr().err

@@ -32,7 +32,7 @@ def _rows(logits: torch.Tensor) -> torch.Tensor:
     "criterion", [KD(4.0), TTM(), LogitMSE(), NKD(), DKD(), WeightedSum({"kd": KD(), "mse": LogitMSE()})]
 )
 def test_ignored_pixels_are_excluded(criterion, maps) -> None:
-    """Value and gradient are those of the labelled pixels alone, selected by their position."""
+    """Loss and gradient equal those of the labelled pixels alone, selected by their position."""
     student, teacher, target = maps
     student.requires_grad_()
     kept = target.flatten() != IGNORE_INDEX
@@ -43,7 +43,7 @@ def test_ignored_pixels_are_excluded(criterion, maps) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
-def test_no_pixel_has_a_label(maps) -> None:
+def test_unlabelled_images(maps) -> None:
     student, teacher, target = maps
     student.requires_grad_()
     for criterion in (KD(), DIST(), DKD()):
@@ -79,7 +79,7 @@ def test_dist_over_all_pixels(maps) -> None:
     torch.testing.assert_close(_loss(PerPixel(DIST()), student, teacher, target), expected, rtol=1e-12, atol=0)
 
 
-def test_maps_of_other_sizes_and_masks(maps) -> None:
+def test_maps_and_masks_of_different_sizes(maps) -> None:
     """The smaller map is interpolated; the mask is resized to the maps."""
     student, teacher, target = maps
     small = student[:, :, ::2, ::2]
@@ -97,6 +97,6 @@ def test_maps_of_other_sizes_and_masks(maps) -> None:
         (lambda: PerPixel(KD(), max_pixels=1), "max_pixels must be at least 2"),
     ],
 )
-def test_refused(make, message) -> None:
+def test_invalid_settings(make, message) -> None:
     with pytest.raises(ValueError, match=message):
         make()

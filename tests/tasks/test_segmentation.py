@@ -1,4 +1,4 @@
-"""Semantic segmentation: loss, metrics, training, and what is refused."""
+"""Semantic segmentation: loss, metrics, training, and errors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class AuxNet(Net):
 
 
 def _data(size: int = 24) -> TensorDataset:
-    """Images whose quadrants have the class's brightness; a border of each mask is ignored."""
+    """Return images whose quadrants have the brightness of their class; a border of each mask is ignored."""
     generator = torch.Generator().manual_seed(1)
     mask = torch.randint(CLASSES, (size, 2, 2), generator=generator, dtype=torch.uint8)
     mask = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)
@@ -69,7 +69,7 @@ def _distill(criterion=None, **settings) -> DistillModule:
     return DistillModule(Net(4), Net(8, 1), criterion or PerPixel(KD(2.0)), **settings)
 
 
-def test_metrics_are_those_of_torchmetrics() -> None:
+def test_metrics_equal_torchmetrics() -> None:
     generator = torch.Generator().manual_seed(0)
     metric, seen = MeanIoU(6), []
     for _ in range(3):
@@ -96,8 +96,8 @@ def test_loss_is_the_mean_over_labelled_pixels() -> None:
     assert TASK.labelled(batch.target) == (mask != 255).sum()
 
 
-def test_a_student_learns(tmp_path, trainer) -> None:
-    """Teacher first, then a student from teacher and labels; all metrics are logged, and a checkpoint restores it."""
+def test_training(tmp_path, trainer) -> None:
+    """Train a teacher, then a student from teacher and labels, and restore the student from a checkpoint."""
     teacher = ClassificationModule(Net(16, 1), task=TASK)
     trainer(max_epochs=30).fit(teacher, _loader(), _loader())
     module = DistillModule(Net(8), teacher.model, PerPixel(KD(2.0)), task=TASK)
@@ -124,7 +124,7 @@ def test_a_student_learns(tmp_path, trainer) -> None:
 
 
 @pytest.mark.parametrize("stage", ["val", "test"])
-def test_the_iou_of_each_class_is_logged(stage: str, trainer) -> None:
+def test_iou_of_each_class_is_logged(stage: str, trainer) -> None:
     module = ClassificationModule(Net(4), task=TASK)
     module.train_dataloader = module.val_dataloader = module.test_dataloader = _loader
     run = trainer(max_epochs=1)
@@ -141,7 +141,7 @@ def test_the_iou_of_each_class_is_logged(stage: str, trainer) -> None:
 @pytest.mark.parametrize("weight", [0.4, 0.0])
 @pytest.mark.parametrize("kind", ["alone", "distilled", "mutual"])
 def test_auxiliary_head(kind: str, weight: float, trainer) -> None:
-    """Its loss is part of `train/hard`, but not of `val/loss` or of the comparison with a teacher."""
+    """The auxiliary loss is part of `train/hard`, but not of `val/loss` or of the comparison with a teacher."""
     task = SemanticSegmentation(CLASSES, aux_weight=weight)
     networks, settings = [AuxNet(4), AuxNet(4, 1)], {"task": task, "optimizer": lambda weights: SGD(weights, lr=0.0)}
     if kind == "alone":
@@ -169,15 +169,15 @@ def test_auxiliary_head(kind: str, weight: float, trainer) -> None:
     )
 
 
-def test_without_labels_an_auxiliary_head_has_a_gradient_of_zero() -> None:
-    """Otherwise, DDP would wait for it."""
+def test_unused_auxiliary_head_has_zero_gradients() -> None:
+    """Without a gradient, DDP would wait for it."""
     module = DistillModule(AuxNet(4), Net(8, 1), PerPixel(KD()), hard_weight=0.0, distill_weight=1.0, task=TASK)
     _, terms = module.losses(TASK.prepare(Batch(*_data(8).tensors)))
     torch.stack(list(terms.values())).sum().backward()
     assert not module.student.aux.weight.grad.any()
 
 
-def test_a_teachers_batch_norms_are_folded(trainer, capsys) -> None:
+def test_batch_norms_of_the_teacher_are_folded(trainer, capsys) -> None:
     module = _distill(PerPixel(KD(2.0)))
     module.example_input_array = torch.zeros(1, 3, 16, 16)
     found = []
@@ -212,11 +212,11 @@ def test_ignored_pixels_change_nothing(criterion) -> None:
 
 
 class Miou(KD):
-    """Its curve would hide the mean IoU."""
+    """A criterion whose logged name is that of the mean IoU."""
 
 
 class Teacher(KD):
-    """Its term would hide a metric of the teacher."""
+    """A criterion with a term that has the name of a metric of the teacher."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"miou": student.logits.mean()}
@@ -231,14 +231,14 @@ class Teacher(KD):
     ],
 )
 @pytest.mark.filterwarnings("ignore:the criterion is not evaluated")
-def test_names_of_the_tasks_metrics_are_reserved(criterion, name: str, trainer) -> None:
+def test_metric_names_of_the_task_are_reserved(criterion, name: str, trainer) -> None:
     with pytest.raises(ValueError, match=f"would be logged as '{name}', which is reserved for another logged value"):
         trainer(max_epochs=1).fit(_distill(criterion()), _loader(), _loader())
 
 
 @pytest.mark.parametrize("gap", [-0.001, 0.001])
-def test_a_teacher_near_chance(gap: float, trainer) -> None:
-    """Random classes reach a mean IoU of 1 / (2K - 1); the warning begins a tenth of the way from there to 1."""
+def test_teacher_near_chance(gap: float, trainer) -> None:
+    """Random classes have a mean IoU of 1 / (2K - 1); the warning covers a tenth of the range from there to 1."""
     metric = MeanIoU(CLASSES)
     torch.manual_seed(0)
     metric.update(*torch.randint(CLASSES, (2, 1, 500, 500)))
@@ -253,7 +253,7 @@ def test_a_teacher_near_chance(gap: float, trainer) -> None:
 
 
 class OtherAux(AuxNet):
-    """An auxiliary head with another number of classes."""
+    """A network whose auxiliary head has another number of classes."""
 
     def forward(self, input: Tensor) -> dict[str, Tensor]:
         output = super().forward(input)
@@ -261,7 +261,7 @@ class OtherAux(AuxNet):
 
 
 class Named(nn.Identity):
-    """Logits under a name that nobody knows."""
+    """A network with logits under an unknown name."""
 
     def forward(self, input: Tensor) -> dict[str, Tensor]:
         return {"mask": input}
@@ -281,14 +281,14 @@ class Named(nn.Identity):
         ),
     ],
 )
-def test_what_does_not_fit_is_reported(module, message, trainer) -> None:
+def test_invalid_settings(module, message, trainer) -> None:
     made = module()
     made.example_input_array = torch.zeros(1, 3, 16, 16)
     with pytest.raises((ValueError, TypeError), match=message):
         trainer().fit(made, _loader(), _loader())
 
 
-def test_targets_that_are_no_masks(trainer) -> None:
+def test_invalid_targets(trainer) -> None:
     data = TensorDataset(torch.zeros(4, 3, 16, 16), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"requires masks of shape \(batch, height, width\), got \(2,\)"):
         trainer().fit(_distill(), DataLoader(data, batch_size=2))
@@ -303,7 +303,7 @@ def test_labels_out_of_range(trainer) -> None:
         trainer().fit(_distill(), DataLoader(data, batch_size=8))
 
 
-def test_the_teachers_maps_are_not_cached() -> None:
+def test_teacher_maps_are_not_cached() -> None:
     assert "too large to be cached" in _distill().cache_obstacle
 
 
@@ -315,7 +315,7 @@ def test_resumed_training_is_the_same(tmp_path, trainer) -> None:
     begun = trainer(max_epochs=2)
     begun.fit(half, _loader())
     begun.save_checkpoint(tmp_path / "half.ckpt")
-    state = torch.get_rng_state()  # Lightning does not save it; lkd's command line does
+    state = torch.get_rng_state()  # not saved by Lightning, but by lkd's command line
     resumed = trainer(max_epochs=4)
     torch.set_rng_state(state)
     resumed.fit(rest, _loader(), ckpt_path=tmp_path / "half.ckpt")

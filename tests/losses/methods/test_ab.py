@@ -33,7 +33,7 @@ CASES = {
 
 
 def _ab(inputs: Values, hyper: Hyper) -> Values:
-    """The fixture's features are those behind the connectors."""
+    """The fixture contains the features after the connectors."""
 
     def loss(weights: str | list[float]) -> Values:
         criterion = parity.built(AB(*parity.layers(inputs), margin=hyper["margin"], layer_weights=weights), inputs)
@@ -46,7 +46,7 @@ def _ab(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"ab": _ab}
 
 
-def test_only_the_teachers_sign_counts_for_ab() -> None:
+def test_ab_reads_only_the_teachers_sign() -> None:
     student, teacher = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     assert torch.equal(KF.ab_loss(student, teacher), KF.ab_loss(student, teacher.sign()))
     assert KF.ab_loss(1.01 * teacher.sign(), teacher) == 0
@@ -61,6 +61,6 @@ def test_only_the_teachers_sign_counts_for_ab() -> None:
         (lambda: AB(margin=0.0), "margin must be greater than 0"),
     ],
 )
-def test_mistakes(make, message: str) -> None:
+def test_invalid_settings(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

@@ -8,7 +8,7 @@ from lkd.losses import AT
 from tests.losses import parity
 from tests.losses.cases import LAYERS, FeatureCase
 from tests.losses.parity import Hyper, Values
-from tests.losses.tools import answers, built, draw
+from tests.losses.tools import built, draw, output_pair
 
 CASES = {
     "AT": FeatureCase(
@@ -38,7 +38,7 @@ def _at(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"at": _at, "at_dense": _at_dense}
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     form = draw(4, 6)
     with pytest.raises(ValueError, match=r"AT reads .*, but the student layer returns .*; use another"):
-        built(AT(["a"], ["c"]), *answers(form, form))
+        built(AT(["a"], ["c"]), *output_pair(form, form))

@@ -30,7 +30,7 @@ def _batch(samples: int = IMAGES) -> Batch:
     return Batch(None, torch.arange(samples) % CLASSES)
 
 
-def test_backbone_reads_maps_and_tokens_alike() -> None:
+def test_backbonekd_treats_maps_and_tokens_equally() -> None:
     torch.manual_seed(0)
     feature, pooled = torch.randn(IMAGES, 6, 4, 4), torch.randn(IMAGES, 6)
     student = outputs(p=torch.randn(IMAGES, 3), m=torch.randn(IMAGES, 4, 8, 8))
@@ -49,8 +49,8 @@ def test_backbone_reads_maps_and_tokens_alike() -> None:
     torch.testing.assert_close(found[0]["pooled"], cosine.mean())
 
 
-def test_backbone_without_a_classifier(distill, data, trainer) -> None:
-    """The teacher's answer is its pooled feature; nothing asks for as many classes, or for labels."""
+def test_backbonekd_with_a_teacher_without_classifier(distill, data, trainer) -> None:
+    """The teacher outputs its pooled feature, so its number of classes is not checked, and no labels are required."""
     import timm
 
     teacher = timm.create_model("test_vit", num_classes=0, img_size=8, patch_size=2)
@@ -62,14 +62,14 @@ def test_backbone_without_a_classifier(distill, data, trainer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "student", "teacher", "says"),
+    ("make", "student", "teacher", "message"),
     [
         (lambda: BackboneKD("a", "b", patch_weight=0), (2, 4), (2, 10, 4), r"pooled .* \(2, 10, 4\) .* null"),
         (lambda: BackboneKD("a", "b", "a", "b", 0), (2, 4), (2, 4, 4, 4), "BackboneKD reads feature maps"),
     ],
 )
-def test_layers_of_another_form(make, student, teacher, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_layers(make, student, teacher, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         built_on_shapes(make(), student, teacher)
 
 

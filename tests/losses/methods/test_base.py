@@ -15,7 +15,7 @@ def test_repr_shows_the_settings() -> None:
     assert "(soft): KD(temperature=4.0)" in repr(WeightedSum({"soft": KD()}))
 
 
-def test_several_layers_are_added(vectors) -> None:
+def test_layers_are_summed(vectors) -> None:
     names = ["x", "y"]
     ours, theirs = (Outputs(torch.zeros(6, 2), {"x": feature, "y": feature.flip(1).exp()}) for feature in vectors)
     for make in (SP, PKT, lambda *layers: RKD(*layers, angle_weight=0.0), lambda *layers: CC(*layers, feat_dim=None)):

@@ -48,7 +48,7 @@ def _batch(samples: int = IMAGES) -> Batch:
     return Batch(None, torch.arange(samples) % CLASSES)
 
 
-def test_catkd_sees_the_classes_maps(heads, maps) -> None:
+def test_catkd_compares_class_activation_maps(heads, maps) -> None:
     found = built(CATKD("a", "c"), *maps, heads)(*maps, _batch())
     classes = [
         torch.stack([head[0](pixel) for pixel in outputs.features[layer].flatten(2).unbind(2)], 2).unflatten(
@@ -61,8 +61,8 @@ def test_catkd_sees_the_classes_maps(heads, maps) -> None:
     torch.testing.assert_close(found, given)
 
 
-def test_catkd_trains_the_students_classifier_alone(heads, maps) -> None:
-    """Also where the teacher is a peer, which trains itself."""
+def test_catkd_trains_only_the_students_classifier(heads, maps) -> None:
+    """This also holds if the teacher is a peer that is trained itself."""
     criterion = built(CATKD("a", "c"), *maps, heads)
     assert not list(criterion.parameters())
     criterion(*maps, _batch()).backward()
@@ -70,7 +70,7 @@ def test_catkd_trains_the_students_classifier_alone(heads, maps) -> None:
     assert heads[1][0].weight.grad is None
 
 
-def test_classifiers_stay_parts_of_their_networks(distill) -> None:
+def test_classifiers_are_not_saved_with_the_criterion(distill) -> None:
     module = distill(criterion=CATKD())
     module.build(torch.zeros(1, 3, 8, 8))
     assert not [name for name in module.criterion.state_dict() if "head" in name]
@@ -78,7 +78,7 @@ def test_classifiers_stay_parts_of_their_networks(distill) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "student", "teacher", "says"),
+    ("make", "student", "teacher", "message"),
     [
         (lambda: CATKD("a", "b"), (2, 4), (2, 4, 4, 4), "CATKD reads feature maps .* the student layer returns"),
         (
@@ -89,8 +89,8 @@ def test_classifiers_stay_parts_of_their_networks(distill) -> None:
         ),
     ],
 )
-def test_layers_of_another_form(make, student, teacher, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_layers(make, student, teacher, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         built_on_shapes(make(), student, teacher)
 
 

@@ -30,7 +30,7 @@ CASES = {
 
 
 def _cc(inputs: Values, hyper: Hyper) -> Values:
-    """The mean of squares is the paper's; torchdistill divides the norm itself by B², and does not normalise."""
+    """The mean of squares follows the paper; torchdistill divides the norm itself by B², without normalization."""
     settings = {"feat_dim": None, "gamma": hyper["gamma"], "order": int(hyper["max_p"]), "normalize": False}
     batch_size = len(inputs["student_features.0"])
     norms = {}
@@ -47,8 +47,8 @@ def _cc(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"cc": _cc}
 
 
-def test_cc_is_nearly_the_gaussian_kernel(vectors) -> None:
-    """The Taylor series of high order is exp(-gamma |x - y|²) of embeddings of length 1."""
+def test_cc_approximates_the_gaussian_kernel(vectors) -> None:
+    """The Taylor series of high order approximates exp(-gamma |x - y|²) for embeddings of length 1."""
     kernels = []
     for rows in vectors:
         unit = rows / rows.norm(dim=1, keepdim=True)
@@ -71,7 +71,7 @@ def test_cc_neighbours_by_a_loop(vectors) -> None:
     assert KF.cc_neighbour_loss(student[:1], teacher[:1]) == 0
 
 
-def test_neighbours_need_features_of_one_size(vectors) -> None:
+def test_neighbours_require_equal_feature_sizes(vectors) -> None:
     probes = [Probe(torch.nn.Identity(), Outputs(torch.zeros(1, 2), {"x": feature[:1]})) for feature in vectors]
     CC(["x"], ["x"], feat_dim=None).build(*probes)
     with pytest.raises(ValueError, match=r"got \(1, 5\) from the student and \(1, 7\) from the teacher; set feat_dim"):
@@ -79,13 +79,13 @@ def test_neighbours_need_features_of_one_size(vectors) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"gamma": 0.0}, "gamma must be greater than 0, got 0.0"),
         ({"order": 0}, "order must be at least 1, got 0"),
         ({"feat_dim": 0}, "feat_dim must be at least 1, got 0"),
     ],
 )
-def test_invalid_settings(settings, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_settings(settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         CC(**settings)

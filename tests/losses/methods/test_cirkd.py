@@ -51,7 +51,7 @@ def _cirkd_minibatch(inputs: Values, hyper: Hyper) -> Values:
 
 
 class _GivenCIRKD(CIRKD):
-    """With the rows and pixels drawn as in the fixture; the authors store any of the image's pixels for a class."""
+    """CIRKD with the fixture's rows and pixels; the authors store arbitrary pixels of the image for each class."""
 
     given: Values
 
@@ -68,7 +68,7 @@ class _GivenCIRKD(CIRKD):
 
 
 def _cirkd_memory(inputs: Values, hyper: Hyper) -> Values:
-    """Also what the authors store, as if these were the pixels that lkd draws."""
+    """Also compare the stored features, with the pixels that the authors store in place of those that lkd draws."""
     queues = {name: inputs[f"{name}_queue"] for name in ("pixel", "region")}
     sizes = tuple(queue.shape[1] for queue in queues.values())
     stored = min(int(hyper["pixel_update_freq"]), sizes[0])
@@ -111,7 +111,7 @@ def _small(feature: Tensor, pixels_per_image: int = 4) -> CIRKD:
 
 
 def test_pixels_are_stored_with_their_own_class() -> None:
-    """Each pixel's feature names its class and its place; a class with few pixels stores just these."""
+    """Each pixel's feature encodes its class and its position; a class with few pixels stores only these."""
     target = torch.tensor([[[0, 0, 1, 1, 1], [0, 1, 1, 1, IGNORE_INDEX]]])
     place = torch.arange(10.0).view(1, 1, 2, 5)
     feature = torch.cat([target.unsqueeze(1) + 200.0, place, torch.ones_like(place)], dim=1)
@@ -152,7 +152,7 @@ def test_all_pixels_of_a_class_can_be_drawn() -> None:
         ({"pool_size": 0}, "pool_size must be at least 1, got 0"),
     ],
 )
-def test_settings_of_cirkd_that_make_no_sense(settings, message: str) -> None:
+def test_invalid_settings(settings, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CIRKD(**settings)
 
@@ -163,7 +163,7 @@ def test_large_memories_are_reported(monkeypatch) -> None:
         _small(torch.rand(1, 3, 4, 4))
 
 
-def test_memories_change_in_training_alone() -> None:
+def test_memories_change_only_in_training() -> None:
     feature, target = torch.rand(2, 3, 8, 8), torch.randint(CLASSES, (2, 8, 8))
     criterion = _small(feature)
     before = {name: buffer.clone() for name, buffer in criterion.named_buffers() if "memory" in name}

@@ -29,7 +29,7 @@ CASES = {
 
 
 class _GivenChannel(CIRKDChannel):
-    """With the channels and rows drawn as in the fixture."""
+    """CIRKDChannel with the fixture's channels and rows."""
 
     given: Values
 
@@ -71,7 +71,7 @@ def _built(criterion: CIRKD | CIRKDChannel, feature: Tensor) -> CIRKD | CIRKDCha
     return criterion
 
 
-def test_images_of_another_size_are_compared_with_the_same_memory() -> None:
+def test_images_of_different_sizes_share_a_memory() -> None:
     criterion = _built(CIRKDChannel("a", "a", memory_size=20, num_keys=5, channels_per_step=4), torch.rand(1, 3, 8, 8))
     feature = torch.rand(2, 3, 16, 12)
     terms = criterion(_outputs(feature), _outputs(feature), Batch(None, None))
@@ -86,12 +86,12 @@ def test_images_of_another_size_are_compared_with_the_same_memory() -> None:
         ({"num_keys": 0}, "num_keys must be at least 1, got 0"),
     ],
 )
-def test_settings_of_channels_that_make_no_sense(settings, message: str) -> None:
+def test_invalid_settings(settings, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CIRKDChannel(**settings)
 
 
-def test_memories_change_in_training_alone() -> None:
+def test_memories_change_only_in_training() -> None:
     feature, target = torch.rand(2, 3, 8, 8), torch.randint(CLASSES, (2, 8, 8))
     criterion = _built(CIRKDChannel("a", "a", memory_size=20, num_keys=5, channels_per_step=4), feature)
     before = {name: buffer.clone() for name, buffer in criterion.named_buffers() if "memory" in name}

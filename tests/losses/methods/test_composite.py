@@ -22,7 +22,7 @@ def test_weighted_sum(logits) -> None:
 
 
 @pytest.mark.parametrize(
-    ("criteria", "weights", "says"),
+    ("criteria", "weights", "message"),
     [
         ({}, None, "at least one criterion"),
         ({"kd": KD()}, {"kd": -1.0}, r"must not be negative, got \{'kd': -1.0\}"),
@@ -42,18 +42,18 @@ def test_weighted_sum(logits) -> None:
         ),
     ],
 )
-def test_mistakes_in_a_weighted_sum(criteria, weights, says) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_settings(criteria, weights, message) -> None:
+    with pytest.raises(ValueError, match=message):
         WeightedSum(criteria, weights)
 
 
 @pytest.mark.parametrize(
-    ("criteria", "says"),
+    ("criteria", "message"),
     [
         ([KD()], "WeightedSum requires a dict of names and criteria, got list"),
         ({"kd": KD}, r"WeightedSum requires .* got the class KD; create an instance: KD\(\)"),
     ],
 )
-def test_what_is_no_criterion(criteria, says: str) -> None:
-    with pytest.raises(TypeError, match=says):
+def test_invalid_criteria(criteria, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         WeightedSum(criteria)

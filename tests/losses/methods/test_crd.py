@@ -37,7 +37,7 @@ CASES = {
 
 
 class _GivenCRD(CRD):
-    """With the images drawn as in the fixture."""
+    """CRD with the fixture's images as negatives."""
 
     drawn: Tensor
 
@@ -46,7 +46,10 @@ class _GivenCRD(CRD):
 
 
 def _crd(inputs: Values, hyper: Hyper) -> Values:
-    """Two steps; the files' first memory is the student's, and its normalisation that of the student's embeddings."""
+    """Compute two steps.
+
+    The fixture's `memory_v1` is the student's memory, and `Z_v1` the normalization of the student's embeddings.
+    """
     settings = hyper["temperature"], hyper["momentum"], True, hyper["eps"]
     shape = inputs["memory_v1"].shape
     criterion = parity.built(_GivenCRD("student", "teacher", *shape, int(hyper["nce_k"]), *settings), inputs)
@@ -77,11 +80,11 @@ def _criterion(kind: type[CRD] = CRD, train_index: Tensor | None = None, **setti
     torch.manual_seed(0)
     criterion = kind("s", "t", **{"num_samples": ROWS, "feat_dim": 4, "num_negatives": 6, **settings})
     criterion.train_index = train_index
-    criterion.build(*(Probe(criterion, outputs) for outputs in _answers(1)))
+    criterion.build(*(Probe(criterion, outputs) for outputs in _outputs(1)))
     return criterion
 
 
-def _answers(size: int, seed: int = 0) -> tuple[Outputs, Outputs]:
+def _outputs(size: int, seed: int = 0) -> tuple[Outputs, Outputs]:
     generator = torch.Generator().manual_seed(seed)
     features = {"s": torch.randn(size, 3, generator=generator), "t": torch.randn(size, 5, generator=generator)}
     return tuple(Outputs(torch.zeros(size, 2), {name: feature}) for name, feature in features.items())
@@ -89,7 +92,7 @@ def _answers(size: int, seed: int = 0) -> tuple[Outputs, Outputs]:
 
 def _step(criterion: CRD, index: list[int], target: list[int] | None = None, seed: int = 0) -> Tensor:
     target = torch.tensor([i % 3 for i in index] if target is None else target)
-    return criterion(*_answers(len(index), seed), Batch(None, target, torch.tensor(index)))
+    return criterion(*_outputs(len(index), seed), Batch(None, target, torch.tensor(index)))
 
 
 def test_loss_by_a_loop() -> None:
@@ -109,11 +112,11 @@ def test_a_low_temperature_does_not_overflow() -> None:
     assert criterion.student_embedding[1].weight.grad.isfinite().all()
 
 
-def test_only_the_images_seen_are_remembered() -> None:
+def test_only_images_of_the_batch_are_stored() -> None:
     criterion = _criterion(momentum=0.25)
     before = criterion.student_memory.clone(), criterion.teacher_memory.clone()
     _step(criterion, [7, 2])
-    ours, theirs = _answers(2)
+    ours, theirs = _outputs(2)
     new = criterion.student_embedding(ours.features["s"]), criterion.teacher_embedding(theirs.features["t"])
     for memory, old, embedding in zip((criterion.student_memory, criterion.teacher_memory), before, new, strict=True):
         wanted = F.normalize(0.25 * old[[7, 2]] + 0.75 * F.normalize(embedding, dim=1), dim=1)
@@ -124,16 +127,16 @@ def test_only_the_images_seen_are_remembered() -> None:
     assert (criterion.targets != IGNORE_INDEX).sum() == 2
 
 
-def test_of_an_image_that_occurs_twice_the_mean_is_remembered() -> None:
+def test_repeated_images_store_their_mean() -> None:
     criterion, momentum = _criterion(), 0.5
     old = criterion.student_memory.clone()
     _step(criterion, [3, 5, 3])
-    new = F.normalize(criterion.student_embedding(_answers(3)[0].features["s"]), dim=1)
+    new = F.normalize(criterion.student_embedding(_outputs(3)[0].features["s"]), dim=1)
     wanted = F.normalize(momentum * old[3] + (1 - momentum) * (new[0] + new[2]) / 2, dim=0)
     torch.testing.assert_close(criterion.student_memory[3], wanted)
 
 
-def test_a_view_without_a_label_does_not_hide_the_label() -> None:
+def test_unlabelled_views_keep_the_stored_label() -> None:
     criterion = _criterion()
     _step(criterion, [3, 5, 3, 5], target=[2, 1, IGNORE_INDEX, IGNORE_INDEX])
     assert criterion.targets[[3, 5]].tolist() == [2, 1]
@@ -141,7 +144,7 @@ def test_a_view_without_a_label_does_not_hide_the_label() -> None:
     assert criterion.targets[[3, 5, 7]].tolist() == [2, 1, IGNORE_INDEX]
 
 
-def test_the_normalization_is_that_of_the_first_step() -> None:
+def test_normalization_is_fixed_by_the_first_step() -> None:
     criterion = _criterion(num_negatives=500, own_class=True)
     _step(criterion, [0, 1, 2, 3])
     first = criterion.log_z.clone()
@@ -153,7 +156,7 @@ def test_the_normalization_is_that_of_the_first_step() -> None:
     assert again.log_z.isneginf().all()
 
 
-def test_measuring_remembers_nothing() -> None:
+def test_evaluation_stores_nothing() -> None:
     criterion = _criterion().eval()
     before = {name: tensor.clone() for name, tensor in criterion.state_dict().items()}
     assert _step(criterion, [0, 1]).isfinite()
@@ -164,7 +167,7 @@ def _drawn(criterion: CRD, target: list[int]) -> Tensor:
     return criterion.draw(torch.zeros(len(target), dtype=torch.int64), torch.tensor(target))
 
 
-def test_images_of_the_own_class_are_left_out_once_seen() -> None:
+def test_negatives_exclude_known_images_of_the_same_class() -> None:
     criterion = _criterion(num_negatives=4000)
     assert {int(row) for row in _drawn(criterion, [0])[0]} == set(range(ROWS))
     _step(criterion, list(range(10)))
@@ -178,27 +181,27 @@ def test_images_of_the_own_class_are_left_out_once_seen() -> None:
     assert {int(row) for row in drawn[3]} == set(range(ROWS))
 
 
-def test_all_images_are_drawn_alike_where_the_own_class_may_be() -> None:
+def test_own_class_draws_all_images_equally() -> None:
     criterion = _criterion(num_negatives=6000, own_class=True)
     _step(criterion, list(range(ROWS)))
     counts = _drawn(criterion, [0])[0].bincount(minlength=ROWS)
     assert (counts - 500).abs().max() < 6 * 500**0.5
 
 
-def test_where_there_is_but_one_class() -> None:
+def test_single_class() -> None:
     criterion = _criterion()
     _step(criterion, list(range(ROWS)), target=[1] * ROWS)
     assert _step(criterion, [0, 1], target=[1, 1]).isfinite()
 
 
-def test_the_number_of_images_must_be_known() -> None:
+def test_num_samples_is_required() -> None:
     with pytest.raises(ValueError, match="the data module does not provide their number; set num_samples"):
         _criterion(num_samples=None)
 
 
 @pytest.mark.parametrize("own_class", [True, False])
 def test_only_training_images_are_drawn(own_class: bool) -> None:
-    """Others are never written: a negative from there would be noise for ever, and N too large."""
+    """Other images are never written to the memories: they would remain random negatives, and N would be too large."""
     training = torch.tensor([0, 1, 4, 5, 6, 9])
     criterion = _criterion(train_index=training, num_negatives=3000, own_class=own_class)
     _step(criterion, [0, 1, 4, 5])
@@ -209,8 +212,8 @@ def test_only_training_images_are_drawn(own_class: bool) -> None:
     assert (counts[wanted] - even).abs().max() < 6 * even**0.5
 
 
-def test_the_number_of_images_is_that_of_the_training_images() -> None:
-    """Memories that only those images fill give the same loss and normalisation."""
+def test_normalization_counts_only_training_images() -> None:
+    """Memories that are larger than the number of training images do not change the loss or the normalization."""
 
     class Given(CRD):
         def draw(self, index: Tensor, target: Tensor) -> Tensor:
@@ -224,16 +227,16 @@ def test_the_number_of_images_is_that_of_the_training_images() -> None:
     torch.testing.assert_close(many.log_z, few.log_z)
 
 
-def test_the_start_is_that_of_any_seed() -> None:
+def test_initial_memories_do_not_depend_on_the_seed() -> None:
     first, second = CRD("s", "t", num_samples=ROWS), CRD("s", "t", num_samples=ROWS)
     for seed, criterion in enumerate((first, second)):
         torch.manual_seed(seed)
-        criterion.build(*(Probe(criterion, outputs) for outputs in _answers(1)))
+        criterion.build(*(Probe(criterion, outputs) for outputs in _outputs(1)))
     assert torch.equal(first.student_memory, second.student_memory)
     assert not torch.equal(first.student_memory, first.teacher_memory)
 
 
-def test_large_memories_are_announced(monkeypatch) -> None:
+def test_large_memories_are_reported(monkeypatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _criterion()
@@ -243,7 +246,7 @@ def test_large_memories_are_announced(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"num_negatives": 0}, "num_negatives must be at least 1, got 0"),
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
@@ -252,18 +255,18 @@ def test_large_memories_are_announced(monkeypatch) -> None:
         ({"momentum": 1.5}, "momentum must be between 0 and 1, got 1.5"),
     ],
 )
-def test_mistakes(settings, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_settings(settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         CRD(**settings)
 
 
 @pytest.mark.parametrize("position", [ROWS, -1])
-def test_an_image_beyond_the_memory(position: int) -> None:
+def test_index_out_of_range(position: int) -> None:
     with pytest.raises(ValueError, match=rf"CRD stores {ROWS} images \(num_samples\).*index {position} is out"):
         _step(_criterion(), [0, position])
 
 
-def test_an_index_is_needed() -> None:
+def test_index_is_required() -> None:
     criterion = _criterion()
     with pytest.raises(ValueError, match="requires the dataset indices of the images"):
-        criterion(*_answers(2), Batch(None, torch.zeros(2, dtype=torch.int64)))
+        criterion(*_outputs(2), Batch(None, torch.zeros(2, dtype=torch.int64)))

@@ -15,7 +15,7 @@ from tests.losses.tools import built, draw, outputs
 
 
 def _heads() -> nn.Module:
-    """A detector's heads: one for classes, one for boxes."""
+    """Return a network with a detector's heads, for classes and for boxes."""
     network = nn.Module()
     network.norm = nn.Sequential(nn.Conv2d(5, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
     network.classes = nn.Sequential(network.norm, nn.Conv2d(6, 3, 1)).eval()
@@ -48,7 +48,7 @@ CASES = {
 
 
 def _crosskd(inputs: Values, hyper: Hyper) -> Values:
-    """What the heads predict is given, and which positions count."""
+    """The fixture contains the predictions of the heads and the weights of the positions."""
 
     def rows(name: str) -> Tensor:
         return inputs[name].movedim(1, 3).flatten(0, 2)
@@ -67,7 +67,7 @@ PARITY = {"crosskd": _crosskd}
 
 
 class _Detector(nn.Module):
-    """A teacher with heads."""
+    """A teacher with detection heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,8 +77,8 @@ class _Detector(nn.Module):
         self.three = nn.Conv2d(5, 3, 1)
 
 
-def test_crosskd_is_made_of_its_functions() -> None:
-    """The heads of the teacher see both features, and get no gradient, even if they would take one."""
+def test_crosskd_equals_its_functions() -> None:
+    """The teacher's heads read both features and get no gradient, even though their parameters require one."""
     torch.manual_seed(0)
     teacher = _Detector().double().eval()
     ours, theirs = (draw(2, 5, 4, 3, seed=seed) for seed in (0, 1))
@@ -110,7 +110,7 @@ def test_crosskd_aligns_means_and_deviations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"teacher_head": "class"}, "_Detector has no layer 'class'; set teacher_head of CrossKD"),
         ({"teacher_head": "classes.3"}, r"applies the teacher's layer 'classes.3' to features \(2, 5, 4, 4\), which"),
@@ -121,13 +121,13 @@ def test_crosskd_aligns_means_and_deviations() -> None:
         ),
     ],
 )
-def test_heads_that_do_not_fit(settings: dict[str, str], says: str) -> None:
+def test_invalid_heads(settings: dict[str, str], message: str) -> None:
     student, teacher = outputs(a=torch.rand(2, 5, 4, 4)), outputs(c=torch.rand(2, 5, 4, 4))
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         CrossKD(["a"], ["c"], **settings).build(Probe(nn.Identity(), student), Probe(_Detector(), teacher))
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     student, teacher = outputs(a=draw(2, 8, 4, 4)), outputs(p=draw(2, 6))
     with pytest.raises(ValueError, match=r"CrossKD reads feature maps .*, but the teacher layer returns \(2, 6\)"):
         built(CrossKD(["a"], ["p"]), student, teacher)

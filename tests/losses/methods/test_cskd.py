@@ -24,7 +24,10 @@ CASES = {
 
 
 def _cskd(inputs: Values, hyper: Hyper) -> Values:
-    """The partners' logits are the second view; the fixture has no labels, which only tell whether an image has one."""
+    """The partners' logits form the second view.
+
+    The fixture has no labels. CSKD reads only whether an image is labelled, so any labels will do.
+    """
     logits = torch.cat([inputs["student"], inputs["teacher"]])
     target = torch.zeros(len(logits), dtype=torch.int64)
     return parity.terms(CSKD(hyper["temperature"]), {"student_logits": logits, "target": target})
@@ -33,7 +36,7 @@ def _cskd(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"cskd": _cskd}
 
 
-def test_cskd_is_hintons_loss_with_the_partner_as_teacher() -> None:
+def test_cskd_is_kd_with_the_partner_as_teacher() -> None:
     logits = draw(10, CLASSES, scale=2).requires_grad_()
     batch = Batch(None, torch.cat([TARGET, torch.full((5,), IGNORE_INDEX)]), views=2)
     loss = CSKD(temperature=3.0)(Outputs(logits, {}), Outputs(torch.empty(0), {}), batch)
@@ -43,7 +46,7 @@ def test_cskd_is_hintons_loss_with_the_partner_as_teacher() -> None:
     assert not logits.grad[5:].any()
 
 
-def test_cskd_leaves_images_without_a_label_out() -> None:
+def test_cskd_ignores_unlabelled_images() -> None:
     logits, target = draw(10, CLASSES, scale=2), TARGET.clone()
     target[3:] = IGNORE_INDEX
     expected = KF.kd_loss(logits[:3], logits[5:8], 4.0)

@@ -33,7 +33,7 @@ def _call(criterion: DistillLoss, student: Tensor, teacher: Tensor, target: Tens
     return criterion(Outputs(student, {}), Outputs(teacher, {}), Batch(None, target))
 
 
-def test_ctkd_climbs_where_the_student_descends(logits) -> None:
+def test_ctkd_reverses_the_gradient_of_the_temperature(logits) -> None:
     def loss(theta: float, reversal: float = 1.0) -> tuple[float, float]:
         criterion = CTKD(min_temperature=2.0, temperature_range=6.0, reversal=reversal).double()
         torch.nn.init.constant_(criterion.theta, theta)
@@ -56,12 +56,12 @@ def _instance_ctkd(logits: tuple[Tensor, Tensor], **settings: float) -> Instance
     return criterion.double()
 
 
-def test_instance_ctkd_begins_with_the_global_temperature(logits) -> None:
+def test_instance_ctkd_starts_with_the_global_temperature(logits) -> None:
     begun = _instance_ctkd(logits, min_temperature=2.0, temperature_range=6.0)
     torch.testing.assert_close(_call(begun, *logits), _call(CTKD(2.0, 6.0).double(), *logits))
 
 
-def test_instance_ctkd_is_kd_at_each_sample_s_temperature(logits) -> None:
+def test_instance_ctkd_is_kd_with_one_temperature_per_sample(logits) -> None:
     criterion = _instance_ctkd(logits, min_temperature=2.0, temperature_range=6.0)
     torch.nn.init.normal_(criterion.mlp[-1].weight)
     temperatures = criterion.temperatures(*logits).flatten().tolist()
@@ -72,8 +72,8 @@ def test_instance_ctkd_is_kd_at_each_sample_s_temperature(logits) -> None:
     torch.testing.assert_close(_call(criterion, *logits), torch.stack(single).mean())
 
 
-def test_instance_ctkd_climbs_and_the_student_does_not_know(logits) -> None:
-    """The network's gradient is reversed; the student's is that of KD at temperatures that are given."""
+def test_instance_ctkd_reverses_only_its_own_gradient(logits) -> None:
+    """The gradient of the temperature network is reversed; the student's equals that of KD with fixed temperatures."""
     criterion = _instance_ctkd(logits, reversal=0.25)
     torch.nn.init.normal_(criterion.mlp[-1].weight)
     student, teacher = logits[0].clone().requires_grad_(), logits[1]
@@ -91,7 +91,7 @@ def test_instance_ctkd_climbs_and_the_student_does_not_know(logits) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: CTKD(temperature_range=0.0), "temperature_range must be greater than 0"),
         (lambda: InstanceCTKD(temperature_range=-1.0), "temperature_range must be greater than 0"),
@@ -99,6 +99,6 @@ def test_instance_ctkd_climbs_and_the_student_does_not_know(logits) -> None:
         (lambda: InstanceCTKD(hidden_dim=0), "hidden_dim must be at least 1, got 0"),
     ],
 )
-def test_invalid_settings(make, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_settings(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         make()

@@ -20,7 +20,7 @@ CASES = {
 
 
 def _cwd(inputs: Values, hyper: Hyper) -> Values:
-    """CIRKD divides by the student's channels, and has no adapter for logits."""
+    """CIRKD divides by the number of the student's channels, and has no adapter for logits."""
     if hyper["tap"] == "logits":
         logits = {f"{network}_logits": inputs[network] for network in ("student", "teacher")}
         loss = parity.terms(parity.built(CWD(temperature=hyper["temperature"]), logits), logits)["loss"]
@@ -34,6 +34,6 @@ def _cwd(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"cwd": _cwd}
 
 
-def test_only_without_layers_the_classes_must_agree() -> None:
+def test_reads_logits_only_without_layers() -> None:
     assert CWD().reads_logits
     assert not CWD(["a"], ["a"]).reads_logits

@@ -65,7 +65,7 @@ def test_deit_equals_timms_task(kind: str) -> None:
     module.build(image[:1])
     logits, terms = module.losses(Batch(image, target))
     torch.testing.assert_close(logits, (student.head(_pooled(student, image, 0)) + _distilled(student, image)) / 2)
-    # timm's task normalises the teacher's image anew where the networks' statistics differ; here, they do not
+    # timm's task renormalizes the teacher's image if the networks' statistics differ; here, they are equal
     task = TokenDistillationTask(
         student,
         _SameStatistics(teacher, student),
@@ -87,7 +87,7 @@ def _distilled(student: nn.Module, image: Tensor) -> Tensor:
 
 
 class _SameStatistics(nn.Module):
-    """A teacher with the student's `pretrained_cfg`, where timm looks for mean and std."""
+    """A teacher with the student's `pretrained_cfg`, from which timm reads mean and std."""
 
     def __init__(self, network: nn.Module, student: nn.Module) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class _SameStatistics(nn.Module):
         return self.network(image)
 
 
-def test_deit_teaches_the_labels_to_the_class_head_alone() -> None:
+def test_deit_labels_train_only_the_class_head() -> None:
     heads = {name: torch.randn(IMAGES, CLASSES, requires_grad=True) for name in "ab"}
     student, teacher = outputs(**heads), outputs(torch.randn(IMAGES, CLASSES))
     terms = built(DeiT("a", "b"), student, teacher)(student, teacher, _batch())
@@ -108,19 +108,19 @@ def test_deit_teaches_the_labels_to_the_class_head_alone() -> None:
     assert torch.autograd.grad(terms["token"], list(heads.values()), allow_unused=True)[0] is None
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     with pytest.raises(ValueError, match=r"DeiT requires two heads that return logits \(2, 5\), .* 'a' returns"):
         built_on_shapes(DeiT("a", "a"), (2, 4), (2, 4, 4, 4))
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"token_weight": 2}, "token_weight must be between 0 and 1"),
         ({"kind": "firm"}, "kind must be 'hard' or 'soft', got 'firm'"),
         ({"label_smoothing": 1}, "label_smoothing must be at least 0 and less than 1"),
     ],
 )
-def test_invalid_settings(settings, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_settings(settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         DeiT(**settings)

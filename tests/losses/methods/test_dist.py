@@ -27,7 +27,7 @@ def _dist(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"dist": _dist}
 
 
-def test_dist_is_numpys_correlation(logits) -> None:
+def test_dist_equals_numpys_correlation(logits) -> None:
     student, teacher = (F.softmax(tensor / 4, dim=1).numpy() for tensor in logits)
     rows = [np.corrcoef(student[i], teacher[i])[0, 1] for i in range(8)]
     columns = [np.corrcoef(student[:, c], teacher[:, c])[0, 1] for c in range(5)]

@@ -18,7 +18,7 @@ MAPS = {"student": {"a": (4, 8, 8)}, "teacher": {"c": (6, 4, 4)}}
 IMAGES = 6
 
 CASES = {
-    "DISTPlus": FeatureCase(  # with so many channels that no pixel is 0 in all: nothing correlates with a constant
+    "DISTPlus": FeatureCase(  # with 16 channels, no pixel is 0 in all of them: a constant has no correlation
         lambda: DISTPlus(["a"], ["c"]), student={"a": (16, 4, 4)}, teacher={"c": (16, 4, 4)}, zero_at_equality=True
     ),
     "DISTPlus-channels": FeatureCase(lambda: DISTPlus(["a"], ["c"]), **MAPS),
@@ -37,15 +37,18 @@ def _batch(samples: int = IMAGES) -> Batch:
     return Batch(None, torch.arange(samples) % CLASSES)
 
 
-def test_dist_plus_wants_channels_correlated() -> None:
-    """torchdistill has the sign the other way round: there, the opposite of the teacher would be best."""
+def test_dist_plus_maximizes_the_correlation_of_channels() -> None:
+    """The loss decreases as the correlation of the channels increases.
+
+    torchdistill uses the opposite sign, which would favour the negative of the teacher's features.
+    """
     feature = torch.randn(IMAGES, 6, 4, 4)
     assert KF.channel_relation_loss(2 * feature + 1, feature).item() == pytest.approx(0, abs=1e-6)
     assert KF.channel_relation_loss(-feature, feature).item() == pytest.approx(2, abs=1e-6)
     assert KF.spatial_relation_loss(-feature, feature).item() == pytest.approx(2, abs=1e-6)
 
 
-def test_dist_plus_is_dist_besides() -> None:
+def test_dist_plus_includes_dist() -> None:
     logits = torch.randn(IMAGES, CLASSES), torch.randn(IMAGES, CLASSES)
     student, teacher = (outputs(values, a=torch.randn(IMAGES, 6, 4, 4)) for values in logits)
     terms = built(DISTPlus(["a"], ["a"], temperature=4.0), student, teacher)(student, teacher, _batch())

@@ -30,27 +30,27 @@ def _dkd(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"dkd": _dkd}
 
 
-def test_dkd_is_hintons_taken_apart(logits, target) -> None:
-    """KD = TCKD + (1 - the teacher's probability of the target) * NCKD, sample by sample."""
+def test_dkd_decomposes_kd(logits, target) -> None:
+    """For each sample, KD = TCKD + (1 - teacher probability of the target) * NCKD."""
     for student, teacher, label in zip(*(tensor.split(1) for tensor in (*logits, target)), strict=True):
         rest = 1 - F.softmax(teacher / 4, dim=1)[0, label]
         parts = KF.tckd_loss(student, teacher, label, 4.0) + rest * KF.nckd_loss(student, teacher, label, 4.0)
         torch.testing.assert_close(parts.squeeze(), KF.kd_loss(student, teacher, 4.0))
 
 
-def test_other_classes_need_three() -> None:
+def test_two_classes_are_rejected() -> None:
     student, teacher = torch.zeros(2, 4, 2)
     with pytest.raises(ValueError, match="at least 3 classes, got logits with 2; use KD"):
         DKD()(Outputs(student, {}), Outputs(teacher, {}), Batch(None, torch.zeros(4, dtype=torch.int64)))
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"beta": -1.0}, "beta must not be negative, got -1.0"),
         ({"beta": float("inf")}, "beta must not be negative, got inf; .* finite"),
     ],
 )
-def test_invalid_settings(settings, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_settings(settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         DKD(**settings)

@@ -31,7 +31,7 @@ CASES = {
 
 
 def _dsd(inputs: Values, hyper: Hyper) -> Values:
-    """The last map is the logits."""
+    """The fixture's last map contains the logits."""
     last = str(max(int(name.split(".")[1]) for name in inputs))
     given = {}
     for name, value in inputs.items():
@@ -46,7 +46,7 @@ def _dsd(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"dsd": _dsd}
 
 
-def test_layers_are_needed() -> None:
+def test_two_layers_are_required() -> None:
     with pytest.raises(ValueError, match="dsd_pixel_loss compares pairs of layers and requires at least two, got 1"):
         KF.dsd_pixel_loss([torch.ones(1, 2, 3, 3)], [torch.ones(1, 2, 3, 3)])
     both = Outputs(torch.zeros(1, 3, 2, 2), {"a": torch.ones(1, 2, 3, 3)})

@@ -24,7 +24,7 @@ CASES = {
 
 
 def _fbkd(inputs: Values, hyper: Hyper) -> Values:
-    """mmrazor pools twice, which is to pool by twice the size; a term by itself has the weight 1."""
+    """mmrazor pools twice, which equals pooling with twice the size. The single terms have the weight 1."""
     named = parity.named(inputs)
     parts = {
         "student.channel_wise_adaptation": "channel",
@@ -64,7 +64,7 @@ PARITY = {"fbkd": _fbkd}
 
 @pytest.mark.parametrize(("size", "pool"), [(1.0, 2), (1e3, 1), (1e-3, 8)])
 def test_non_local_block_by_the_formula(size: float, pool: int) -> None:
-    """Also where the products are large: they are scaled before the normalization."""
+    """This also holds for large products, because they are scaled before the normalization."""
     torch.manual_seed(0)
     block = _NonLocal(4, 2, pool).double()
     nn.init.normal_(block.gain)
@@ -76,7 +76,7 @@ def test_non_local_block_by_the_formula(size: float, pool: int) -> None:
     torch.testing.assert_close(block(feature), feature + normalized)
 
 
-def test_fbkd_settings_of_each_layer() -> None:
+def test_fbkd_settings_per_layer() -> None:
     student, teacher = outputs(a=draw(2, 4, 4, 6), b=draw(2, 8, 2, 3)), outputs(c=draw(2, 8, 4, 6))
     pair = outputs(c=draw(2, 8, 4, 6), d=draw(2, 4, 2, 3))
     criterion = built(FBKD(["a", "b"], ["c", "d"], reduction=[4, 2], pool=3), student, pair)
@@ -87,24 +87,24 @@ def test_fbkd_settings_of_each_layer() -> None:
         built(FBKD(["a"], ["c"], pool=[1, 2]), student, teacher)
 
 
-def test_a_block_starts_as_the_identity() -> None:
+def test_block_is_initialized_as_the_identity() -> None:
     feature = draw(2, 4, 4, 6)
     assert torch.equal(_NonLocal(4, 2, 2).double()(feature), feature)
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     student, teacher = outputs(a=draw(2, 8, 4, 4)), outputs(p=draw(2, 6))
     with pytest.raises(ValueError, match=r"FBKD reads feature maps .*, but the teacher layer returns \(2, 6\)"):
         built(FBKD(["a"], ["p"]), student, teacher)
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"pool": 0}, "pool must be at least 1, got 0"),
         ({"reduction": [2, 0]}, r"reduction must be at least 1, got \[2, 0\]"),
     ],
 )
-def test_invalid_settings(settings, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_settings(settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         FBKD(**settings)

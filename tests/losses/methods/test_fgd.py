@@ -18,7 +18,7 @@ from tests.losses.tools import built, draw, outputs
 
 
 class _Boxed(FGD):
-    """Each image has two boxes, in or outside of the image, or around it, by its position in the data set."""
+    """FGD with two boxes per image, chosen by the image's index: inside, partly outside or covering the image."""
 
     BOXES = (
         [[4.0, 4.0, 20.0, 12.0], [8.0, 2.0, 16.0, 30.0]],
@@ -50,7 +50,7 @@ CASES = {
 
 
 def _fgd(inputs: Values, hyper: Hyper) -> Values:
-    """The bias before the softmax, which changes nothing, is left out."""
+    """The bias before the softmax is omitted because it has no effect."""
     named = parity.named(inputs)
     parts = {"align": "aligners.0"}
     for network in ("student", "teacher"):
@@ -104,14 +104,14 @@ def test_fgd_masks_by_a_loop() -> None:
     assert torch.equal(background[3], torch.full((9, 7), 1 / 63, dtype=torch.float64))
 
 
-def test_fgd_where_a_box_is_the_whole_image() -> None:
+def test_fgd_box_covers_the_whole_image() -> None:
     foreground, background = KF.fgd_masks([torch.tensor([[0.0, 0.0, 32.0, 16.0]])], [(16, 32)], (4, 8))
     assert torch.equal(foreground, torch.full((1, 4, 8), 1 / 45))
     assert not background.any()
 
 
 def test_fgd_places_boxes_in_the_padded_batch() -> None:
-    """Images of a batch lie at the top left of an area as large as the largest height and width."""
+    """Smaller images of a batch are padded at the right and at the bottom to the largest height and width."""
     student, teacher = draw(2, 4, 4, 6), draw(2, 4, 4, 6, seed=1)
     boxes = [torch.tensor([[0.0, 0.0, 16.0, 16.0]]), torch.zeros(0, 4)]
     target = [{"boxes": own, "labels": torch.zeros(len(own), dtype=torch.int64)} for own in boxes]
@@ -127,7 +127,7 @@ def test_fgd_places_boxes_in_the_padded_batch() -> None:
 
 
 def test_fgd_without_boxes() -> None:
-    """Batches of classes, of masks, and of images in which nothing is found."""
+    """Batches of class labels, of masks, and of images without objects have no foreground."""
     student, teacher = outputs(a=draw(2, 4, 4, 6)), outputs(c=draw(2, 4, 4, 6, seed=1))
     criterion = built(FGD(["a"], ["c"]), student, teacher)
     nothing = [{"boxes": torch.zeros(0, 4)}, {"boxes": torch.zeros(0, 4)}]
@@ -143,14 +143,14 @@ def test_fgd_without_boxes() -> None:
     assert values[0]["background"] > 0
 
 
-def test_blocks_start_as_the_identity() -> None:
+def test_blocks_are_initialized_as_the_identity() -> None:
     student, teacher = outputs(a=draw(2, 4, 4, 6)), outputs(c=draw(2, 4, 4, 6, seed=1))
     distance = (teacher.features["c"] - student.features["a"]).square().sum()
     criterion = built(FGD(["a"], ["c"], relation_weight=1.0), student, teacher)
     torch.testing.assert_close(criterion(student, teacher, BATCH)["relation"], distance / 2)
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     student, teacher = outputs(a=draw(2, 8, 4, 4)), outputs(p=draw(2, 6))
     with pytest.raises(ValueError, match=r"FGD reads feature maps .*, but the teacher layer returns \(2, 6\)"):
         built(FGD(["a"], ["p"]), student, teacher)

@@ -8,7 +8,7 @@ from lkd.losses import FitNet
 from tests.losses import parity
 from tests.losses.cases import LAYERS, FeatureCase
 from tests.losses.parity import Hyper, Values
-from tests.losses.tools import answers, built, draw
+from tests.losses.tools import built, draw, output_pair
 
 CASES = {
     "FitNet": FeatureCase(
@@ -43,10 +43,10 @@ def _fitnet(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"fitnet": _fitnet, "fitnet_dense": _fitnet_dense}
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     form = draw(4, 6)
     with pytest.raises(ValueError, match=r"FitNet reads .*, but the student layer returns .*; use another"):
-        built(FitNet(["a"], ["c"]), *answers(form, form))
+        built(FitNet(["a"], ["c"]), *output_pair(form, form))
 
 
 def test_invalid_settings() -> None:

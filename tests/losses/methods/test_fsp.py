@@ -33,7 +33,7 @@ CASES = {
 
 
 def _fsp(inputs: Values, hyper: Hyper) -> Values:
-    """torchdistill's loss is not lkd's, but its matrices are: the lengths of the columns of their difference."""
+    """Unlike lkd, torchdistill sums the norms of the columns of the matrices' difference."""
     ours, theirs = ([inputs[layer] for layer in names] for names in parity.layers(inputs))
     differences = [
         KF.fsp_matrix(*student) - KF.fsp_matrix(*teacher)
@@ -47,7 +47,7 @@ def _fsp(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"fsp": _fsp}
 
 
-def test_fsp_is_the_frobenius_norm_of_the_matrices_difference() -> None:
+def test_fsp_is_a_frobenius_norm() -> None:
     shapes = ((2, 8, 8), (3, 4, 4), (4, 4, 4))
     ours, theirs = stages(0, shapes), stages(1, shapes)
     total = 0.0
@@ -63,7 +63,7 @@ def test_fsp_is_the_frobenius_norm_of_the_matrices_difference() -> None:
     assert float(KF.fsp_loss(ours, theirs)) == pytest.approx(total, rel=1e-12)
 
 
-def test_channels_must_be_equal_or_connected() -> None:
+def test_different_channels_require_connect() -> None:
     ours, theirs = stages(0), stages(1, ((6, 5, 5), (9, 4, 4), (7, 3, 3)))
     with pytest.raises(ValueError, match=r"FSP requires the same number of channels .* got 8 \(layer1\) and 9"):
         built_stages(FSP, ours, theirs)

@@ -31,7 +31,7 @@ CASES = {
 
 
 def _ft(inputs: Values, hyper: Hyper) -> Values:
-    """The fixture's features are the factors themselves."""
+    """The fixture's features are the factors."""
     criterion = parity.built(FT(*parity.layers(inputs), p=hyper["p"], reconstruction_weight=0.0), inputs)
     for name in ("encoders", "decoders", "translators"):
         setattr(criterion, name, nn.ModuleList([nn.Identity()]))
@@ -42,8 +42,8 @@ PARITY = {"ft": _ft}
 
 
 @pytest.mark.parametrize(("frozen", "weights"), [("factor", (1.0, 0.0)), ("reconstruction", (0.0, 1.0))])
-def test_a_stage_of_ft_trains_its_own_part_alone(frozen: str, weights: tuple[float, float]) -> None:
-    """Not even weight decay moves the other part."""
+def test_each_stage_of_ft_trains_only_its_own_part(frozen: str, weights: tuple[float, float]) -> None:
+    """Weight decay does not change the other part, either."""
     ours, theirs = [feature.requires_grad_() for feature in stages(0)[:1]], stages(1)[:1]
     criterion = built_stages(FT, ours, theirs)
     criterion.reconstruction_weight, criterion.factor_weight = weights
@@ -63,7 +63,7 @@ def test_a_stage_of_ft_trains_its_own_part_alone(frozen: str, weights: tuple[flo
     assert ours[0].equal(student) == (frozen == "factor")
 
 
-def test_the_paraphraser_learns_nothing_from_the_student() -> None:
+def test_paraphraser_gets_no_gradient_from_the_factor_loss() -> None:
     ours, theirs = stages(0)[:1], stages(1)[:1]
     criterion = built_stages(FT, ours, theirs)
     terms = criterion(layered(ours), layered(theirs), BATCH)
@@ -73,8 +73,8 @@ def test_the_paraphraser_learns_nothing_from_the_student() -> None:
     assert all(grad.any() for grad in torch.autograd.grad(terms["reconstruction"], paraphraser))
 
 
-def test_a_paraphraser_bears_features_of_any_size() -> None:
-    """Untrained networks have large ones; the error is relative."""
+def test_reconstruction_does_not_depend_on_the_scale() -> None:
+    """The reconstruction error is relative, because features of untrained networks are large."""
     feature = stages(2)[:1]
     torch.manual_seed(0)
     criterion = built_stages(FT, feature, feature, factor_weight=0.0)
@@ -85,13 +85,13 @@ def test_a_paraphraser_bears_features_of_any_size() -> None:
     torch.testing.assert_close(values, [torch.ones_like(value) for value in values])
 
 
-def test_weights_of_ft() -> None:
-    for weights, says in (
+def test_ft_weights() -> None:
+    for weights, message in (
         ((-1.0, 1.0), "reconstruction_weight must not be negative, got -1.0"),
         ((1.0, float("inf")), "factor_weight must not be negative, got inf"),
         ((0.0, 0.0), "factor_weight are both 0"),
     ):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             FT(reconstruction_weight=weights[0], factor_weight=weights[1])
     for name, value in (("paraphrase_rate", 0.0), ("p", 0.5)):
         with pytest.raises(ValueError, match=f"{name} must be"):

@@ -21,7 +21,7 @@ CASES = {
 
 
 def _ickd(inputs: Values, hyper: Hyper) -> Values:
-    """torchdistill divides by the batch size once more."""
+    """torchdistill divides by the batch size twice."""
     names = {"conv2d.weight": "0.weight", "l2norm.weight": "1.weight", "l2norm.bias": "1.bias"}
     given = {f"connectors.0.{own}": inputs[f"params.embed_s.{name}"] for name, own in names.items()}
     loss = parity.terms(parity.built(ICKD(*parity.layers(inputs)), inputs), inputs, **given)["loss"]
@@ -32,7 +32,7 @@ def _ickd(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"ickd": _ickd}
 
 
-def test_correlations_do_not_see_where_or_how_strong() -> None:
+def test_correlations_are_invariant_to_position_and_scale() -> None:
     feature = stages(3)[1]
     other = 7 * feature.flatten(2)[:, :, torch.randperm(16)].view_as(feature)
     assert KF.ickd_loss(other, feature) < 1e-20

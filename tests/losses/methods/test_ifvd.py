@@ -35,7 +35,7 @@ CASES = {
 
 
 def _ifvd(inputs: Values, hyper: Hyper) -> Values:
-    """The criterion takes the number of classes from the logits, which the fixture does not have."""
+    """The criterion reads the number of classes from the logits, which are missing in the fixture."""
     classes = int(hyper["classes"])
     logits = inputs["student"].new_zeros(1, classes, 1, 1)
     given = {**inputs, "student_logits": logits, "target": parity.masks(inputs, classes)}
@@ -56,7 +56,7 @@ def _value(criterion: DistillLoss, student: Tensor, teacher: Tensor, target: Ten
     return loss
 
 
-def test_pixels_without_a_label_count_as_equal_in_ifvd() -> None:
+def test_ifvd_of_unlabelled_pixels_is_zero() -> None:
     student, teacher = torch.randn(2, 2, 4, 6, 6)
     target = torch.randint(3, (2, 6, 6)).index_fill(1, torch.tensor([1, 4]), IGNORE_INDEX)
     criterion = IFVD(["a"], ["a"])
@@ -67,8 +67,8 @@ def test_pixels_without_a_label_count_as_equal_in_ifvd() -> None:
     torch.testing.assert_close(found, _value(criterion, *parts, target.index_select(1, rows)) * 4 / 6)
 
 
-def test_ifvd_in_a_loop() -> None:
-    """Masks of another size, and centers of each image alone."""
+def test_ifvd_by_a_loop() -> None:
+    """Masks are resized to the feature maps, and the centers are computed for each image separately."""
     student, teacher, target = torch.randn(2, 3, 3, 3), torch.randn(2, 5, 3, 3), torch.randint(3, (2, 6, 9))
     small = target[:, ::2, ::3]
 

@@ -29,8 +29,8 @@ def _value(temperature: float, student: Tensor, teacher: Tensor) -> Tensor:
     return KD(temperature)(Outputs(student, {}), Outputs(teacher, {}), Batch(None, None))
 
 
-def test_kd_is_the_textbook_s(logits) -> None:
-    """The definition, term by term."""
+def test_kd_by_its_definition(logits) -> None:
+    """Compute the definition term by term."""
     total = 0.0
     for ours, theirs in zip(*logits, strict=True):
         q, p = ((row / 4).exp() / (row / 4).exp().sum() for row in (ours, theirs))
@@ -38,8 +38,8 @@ def test_kd_is_the_textbook_s(logits) -> None:
     assert _value(4.0, *logits).item() == pytest.approx(16 * total / 8, rel=1e-12)
 
 
-def test_temperature_keeps_the_gradient_s_size() -> None:
-    """For small logits the gradient does not depend on the temperature: that is what its square is for."""
+def test_gradient_does_not_depend_on_the_temperature() -> None:
+    """For small logits, the factor T² makes the gradient independent of the temperature."""
     student, teacher = torch.tensor([[1e-3, 0, 0]], dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
     grads = []
     for temperature in (2.0, 20.0):

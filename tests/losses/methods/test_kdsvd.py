@@ -34,7 +34,10 @@ CASES = {
 
 
 def _by_numpy(ours: list[Tensor], theirs: list[Tensor], number: int, signs: Iterator[int], settle: bool) -> float:
-    """The loss of KDSVD by loops, with singular vectors of these signs, the teacher's largest entry made positive."""
+    """Compute the loss of KDSVD with loops, given the signs of the teacher's singular vectors.
+
+    With `settle`, each vector's largest entry is made positive.
+    """
     total = 0.0
     for sample in range(3):
         vectors: list[tuple[np.ndarray, np.ndarray]] = []
@@ -60,14 +63,14 @@ def _by_numpy(ours: list[Tensor], theirs: list[Tensor], number: int, signs: Iter
 
 @pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_signs_of_singular_vectors_do_not_count(number: int, sign: int) -> None:
+def test_signs_of_singular_vectors_have_no_effect(number: int, sign: int) -> None:
     ours, theirs = stages(10), stages(11)
     expected = _by_numpy(ours, theirs, number, repeat(sign), settle=True)
     assert float(KF.kdsvd_loss(ours, theirs, number)) == pytest.approx(expected, rel=1e-10)
 
 
-def test_the_benchmarks_kdsvd_is_that_of_some_signs() -> None:
-    """It takes the teacher's vectors as the library gave them; of the 64 choices of signs one has its value."""
+def test_repdistiller_uses_some_choice_of_signs() -> None:
+    """RepDistiller uses the signs that the SVD returns, so one of the 64 choices of signs gives its value."""
     values = load_file(Path(__file__).parents[2] / "reference" / "kdsvd.safetensors")
     ours, theirs = (
         [values[f"case0.input.{network}_features.{layer}"] for layer in (0, 1)] for network in ("student", "teacher")
@@ -81,7 +84,7 @@ def test_the_benchmarks_kdsvd_is_that_of_some_signs() -> None:
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_gradient_of_kdsvd(number: int) -> None:
-    """By differences; the library's own gradient, exact here, is the same."""
+    """The gradient agrees with finite differences; for these features, that of `torch.linalg.svd` would, too."""
     shapes = ((3, 3, 3), (4, 3, 2), (3, 2, 2))
     ours, theirs = [feature.requires_grad_() for feature in stages(20, shapes)], stages(21, shapes)
     assert torch.autograd.gradcheck(lambda *features: KF.kdsvd_loss(features, theirs, number), ours, atol=1e-6)
@@ -89,7 +92,7 @@ def test_gradient_of_kdsvd(number: int) -> None:
 
 def test_equal_singular_values_have_a_finite_gradient() -> None:
     square = torch.eye(9).view(1, 9, 3, 3).repeat(3, 1, 1, 1).requires_grad_()
-    other = torch.ones(3, 9, 3, 3, requires_grad=True)  # all singular values but one are 0
+    other = torch.ones(3, 9, 3, 3, requires_grad=True)  # all singular values except one are 0
     teacher = [torch.rand(3, 9, 3, 3), torch.rand(3, 9, 3, 3)]
     loss = KF.kdsvd_loss([square, other], teacher, 2)
     grads = torch.autograd.grad(loss, [square, other])
@@ -97,13 +100,13 @@ def test_equal_singular_values_have_a_finite_gradient() -> None:
     assert all(grad.isfinite().all() for grad in grads)
 
 
-def test_kdsvd_asks_for_as_many_pixels_as_vectors() -> None:
+def test_kdsvd_requires_as_many_pixels_as_vectors() -> None:
     features = stages(0, ((4, 8, 8), (6, 1, 2)))
     with pytest.raises(ValueError, match="compares 3 singular vectors, but the teacher's layer1 has 6 channels of 1x2"):
         built_stages(KDSVD, features, features, num_vectors=3)
 
 
-def test_channels_must_be_equal_or_connected() -> None:
+def test_different_channels_require_connect() -> None:
     ours, theirs = stages(0), stages(1, ((6, 5, 5), (9, 4, 4), (7, 3, 3)))
     with pytest.raises(ValueError, match=r"KDSVD requires the same number of channels .* got 8 \(layer1\) and 9"):
         built_stages(KDSVD, ours, theirs)

@@ -12,7 +12,7 @@ from lkd.losses import KTA
 from tests.losses import parity
 from tests.losses.cases import FeatureCase
 from tests.losses.parity import Hyper, Values
-from tests.losses.tools import answers, built, draw
+from tests.losses.tools import built, draw, output_pair
 
 CASES = {
     "KTA": FeatureCase(
@@ -34,7 +34,7 @@ def _terms(inputs: Values, p: float, q: float) -> Values:
 
 
 def _kta(inputs: Values, hyper: Hyper) -> Values:
-    """The fixture has the student's feature as it is behind the adapters; p is 2 in `kta_p2`."""
+    """The fixture contains the student's feature after the adapters; `kta_p2` uses p = 2."""
     found, squared = (_terms(inputs, p, hyper["q"]) for p in (hyper["p"], 2))
     return {"kta": found["adaptation"], "kta_p2": squared["adaptation"], "affinity": found["affinity"]}
 
@@ -43,7 +43,7 @@ PARITY = {"kta": _kta}
 
 
 def test_affinity_by_outer_products() -> None:
-    """Also where channels are dead: in one network, and in both."""
+    """This includes channels that are zero in one network or in both."""
     student, teacher = draw(2, 5, 3, 4), draw(2, 5, 3, 4, seed=1)
     student[0, 1] = teacher[1, 2] = 0
     student[0, 3] = teacher[0, 3] = 0
@@ -57,7 +57,7 @@ def test_affinity_by_outer_products() -> None:
     torch.testing.assert_close(loss, total / 2, rtol=1e-12, atol=0)
     grads = [torch.autograd.grad(value, student)[0] for value in (loss, total / 2)]
     assert grads[0].isfinite().all()
-    alive = (student != 0) & (student != teacher)  # elsewhere it has an edge
+    alive = (student != 0) & (student != teacher)  # elsewhere the loss is not differentiable
     torch.testing.assert_close(grads[0][alive], grads[1][alive], rtol=1e-10, atol=1e-14)
 
 
@@ -71,19 +71,19 @@ def test_kta_by_a_loop(p: float) -> None:
     torch.testing.assert_close(KF.kta_loss(student, teacher, p=p, q=3.0), total / 3)
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     form = draw(4, 6)
     with pytest.raises(ValueError, match=r"KTA reads .*, but the student layer returns .*; use another"):
-        built(KTA(["a"], ["c"]), *answers(form, form))
+        built(KTA(["a"], ["c"]), *output_pair(form, form))
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"q": 0.0}, "q must be at least 1, got 0.0"),
         ({"affinity_weight": -1.0}, "affinity_weight must not be negative, got -1.0"),
     ],
 )
-def test_invalid_settings(settings, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_settings(settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         KTA(**settings)

@@ -32,7 +32,7 @@ CASES = {
 
 
 def _ld(inputs: Values, hyper: Hyper) -> Values:
-    """The fixture has rows, and the weights themselves; CrossKD's sum over the bins has a constant in the divisor."""
+    """The fixture contains rows and the weights themselves. CrossKD sums over the bins and adds eps to the divisor."""
     named = {
         "student_features.0": inputs["student"].T[None, :, :, None],
         "student_features.1": inputs["weight"].logit()[None, None, :, None],
@@ -48,7 +48,7 @@ PARITY = {"ld": _ld}
 
 
 def test_ld_by_a_loop() -> None:
-    """Every position counts by the student's largest class probability; the classes are the logits."""
+    """The weight of a position is the student's largest class probability, computed from the logits."""
     student, teacher, scores = (draw(2, channels, 3, 2, seed=channels) for channels in (12, 12, 5))
     teacher = teacher.flip(0) * 2
     expected = 0.0
@@ -65,7 +65,7 @@ def test_ld_by_a_loop() -> None:
 
 
 @pytest.mark.parametrize(
-    ("criterion", "says"),
+    ("criterion", "message"),
     [
         (LD(), "the criterion reads features, but no layers are set"),
         (LD(["a"], ["c"], ["a", "b"]), "LD requires as many student_layers as teacher_layers, .* got 1 teacher_layers"),
@@ -73,18 +73,18 @@ def test_ld_by_a_loop() -> None:
         (LD(["a"], ["d"], ["b"]), r"LD compares distributions of boxes, .*, got 8 and 12; use the layers that"),
     ],
 )
-def test_layers_of_another_form(criterion: LD, says: str) -> None:
+def test_invalid_layers(criterion: LD, message: str) -> None:
     student = outputs(a=draw(2, 8, 4, 4), b=draw(2, 3, 4, 4))
     teacher = outputs(c=draw(2, 8, 4, 4), d=draw(2, 12, 4, 4), p=draw(2, 6))
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         built(criterion, student, teacher)
 
 
-def test_class_layers_are_a_list() -> None:
+def test_class_layers_must_be_a_list() -> None:
     with pytest.raises(TypeError, match=r"class_layers must be a list of layer names, got 'b'; use \['b'\]"):
         LD(["a"], ["c"], "b")
 
 
-def test_boxes_have_four_sides() -> None:
+def test_box_layers_require_four_sides() -> None:
     with pytest.raises(ValueError, match=r"ld_loss expects student_boxes of shape \(N, 4 \* M\), got \(3, 6\)"):
         KF.ld_loss(torch.ones(3, 6), torch.ones(3, 6), torch.ones(3))

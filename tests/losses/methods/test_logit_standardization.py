@@ -36,7 +36,7 @@ def _call(criterion: DistillLoss, student: Tensor, teacher: Tensor, target: Tens
     return criterion(Outputs(student, {}), Outputs(teacher, {}), Batch(None, target))
 
 
-def test_standardised_logits_have_no_size(logits, target) -> None:
+def test_standardization_is_invariant_to_scale(logits, target) -> None:
     student, teacher = logits
     size = torch.linspace(0.1, 10, 8, dtype=torch.float64).unsqueeze(1)
     for criterion in (LogitStandardization(KD(2.0)), LogitStandardization(DKD())):
@@ -46,13 +46,13 @@ def test_standardised_logits_have_no_size(logits, target) -> None:
         )
 
 
-def test_standardisation_is_numpys(logits) -> None:
+def test_standardization_equals_numpy(logits) -> None:
     rows = logits[0].numpy()
     expected = (rows - rows.mean(1, keepdims=True)) / (rows.std(1, ddof=1, keepdims=True) + 1e-7)
     np.testing.assert_allclose(KF.standardize(logits[0]), expected, rtol=1e-12)
 
 
-def test_standardisation_is_whatever_it_wraps() -> None:
+def test_wrapper_has_the_attributes_of_its_criterion() -> None:
     inner = WeightedSum({"ctkd": CTKD(), "uskd": USKD("pool")})
     wrapper = LogitStandardization(inner)
     assert (wrapper.student_layers, wrapper.name, wrapper.needs_index, wrapper.reads_logits) == (
@@ -71,19 +71,19 @@ def test_standardisation_is_whatever_it_wraps() -> None:
     assert not LogitStandardization(TfKD()).reads_logits
 
 
-def test_standardisation_without_a_teacher(logits, target) -> None:
-    """A module without a teacher gives empty logits in its place."""
+def test_standardization_without_a_teacher(logits, target) -> None:
+    """A module without a teacher passes empty teacher logits."""
     found = LogitStandardization(TfKD())(Outputs(logits[0], {}), Outputs(torch.empty(0), {}), Batch(None, target))
     torch.testing.assert_close(found, _call(TfKD(), KF.standardize(logits[0]), logits[1], target))
 
 
 @pytest.mark.parametrize("inner", [MultiTeacher(KD()), WeightedSum({"several": MultiTeacher(KD())})])
-def test_several_teachers_are_not_standardised_from_outside(inner: DistillLoss) -> None:
+def test_multi_teacher_must_be_the_outer_criterion(inner: DistillLoss) -> None:
     with pytest.raises(ValueError, match="use MultiTeacher as the outer criterion"):
         LogitStandardization(inner)
 
 
-def test_constant_logits_standardise_to_zero() -> None:
+def test_constant_logits_become_zero() -> None:
     constant = torch.ones(2, 5, requires_grad=True)
     value = _call(LogitStandardization(KD()), constant, torch.zeros(2, 5))
     value.backward()
@@ -92,10 +92,10 @@ def test_constant_logits_standardise_to_zero() -> None:
     assert constant.grad.isfinite().all()
 
 
-def test_a_wrapper_reads_as_many_views() -> None:
+def test_wrapper_has_the_views_of_its_criterion() -> None:
     assert [LogitStandardization(each).num_views for each in (KD(), MLKD(), SSKD())] == [1, 2, 4]
 
 
-def test_what_is_no_criterion() -> None:
+def test_invalid_criteria() -> None:
     with pytest.raises(TypeError, match=r"LogitStandardization requires a criterion .* got MSELoss; use a"):
         LogitStandardization(nn.MSELoss())

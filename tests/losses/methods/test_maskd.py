@@ -29,7 +29,7 @@ CASES = {
 
 
 def _maskd(inputs: Values, hyper: Hyper) -> Values:
-    """In the fixture, the loss has a gradient for the tokens, too; the detection code's constants are other ones."""
+    """In the fixture, the loss also has a gradient for the tokens; the authors' detection code uses other constants."""
     student, teacher, tokens = (inputs[name] for name in ("student", "teacher", "params.mask_token"))
     logits = {"student_logits": student, "teacher_logits": teacher}
     criterion = parity.built(MasKD(num_tokens=len(tokens)), logits)
@@ -49,7 +49,7 @@ def _maskd(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"maskd": _maskd}
 
 
-def test_tokens_learn_from_the_overlap_alone() -> None:
+def test_tokens_learn_only_from_the_diversity_loss() -> None:
     teacher, student = torch.randn(2, 2, 3, 4, 4)
     student.requires_grad_()
     for learn in (True, False):
@@ -66,7 +66,7 @@ def test_tokens_learn_from_the_overlap_alone() -> None:
         assert student.grad is not None
 
 
-def test_learned_tokens_overlap_less() -> None:
+def test_learning_reduces_the_overlap() -> None:
     torch.manual_seed(0)
     teacher, criterion = torch.randn(4, 3, 8, 8), MasKD(num_tokens=3)
     probe = Probe(nn.Identity(), Outputs(teacher[:1], {}))
@@ -83,7 +83,7 @@ def test_learned_tokens_overlap_less() -> None:
     assert found[-1] < 0.5
 
 
-def test_only_without_layers_the_classes_must_agree() -> None:
+def test_reads_logits_only_without_layers() -> None:
     assert MasKD().reads_logits
     assert not MasKD(["a"], ["a"]).reads_logits
 

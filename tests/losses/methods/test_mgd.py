@@ -11,7 +11,7 @@ from lkd.losses import MGD
 from tests.losses import parity
 from tests.losses.cases import FeatureCase
 from tests.losses.parity import Hyper, Values
-from tests.losses.tools import answers, built, draw
+from tests.losses.tools import built, draw, output_pair
 
 BATCH = Batch(None, torch.zeros(4, dtype=torch.int64))
 
@@ -33,7 +33,7 @@ CASES = {
 
 
 def _mgd_dense(inputs: Values, hyper: Hyper) -> Values:
-    """The fixture has the random numbers."""
+    """The fixture contains the random numbers of the mask."""
     named = parity.named(inputs)
     criterion = parity.built(MGD(*parity.layers(named), mask_ratio=hyper["mask_ratio"], mask="pixels"), named)
     criterion.uniform = lambda feature: inputs["uniform"]
@@ -43,7 +43,7 @@ def _mgd_dense(inputs: Values, hyper: Hyper) -> Values:
 
 
 def _mgd(inputs: Values, hyper: Hyper) -> Values:
-    """The fixture has the random numbers; where the channels are equal, it has no `align`."""
+    """The fixture contains the random numbers of the mask, and no `align` if the channels are equal."""
     criterion = parity.built(MGD(*parity.layers(inputs), mask_ratio=hyper["lambda_"]), inputs)
     criterion.uniform = lambda feature: inputs["uniform"]
     names = {"align": "aligners.0", "generation": "generators.0"}
@@ -60,8 +60,8 @@ def _mgd(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"mgd": _mgd, "mgd_dense": _mgd_dense}
 
 
-def test_mgd_masks_whole_channels_anew_each_step() -> None:
-    student, teacher = answers(draw(64, 20, 2, 2), draw(64, 20, 2, 2, seed=1))
+def test_mgd_draws_new_channel_masks_each_step() -> None:
+    student, teacher = output_pair(draw(64, 20, 2, 2), draw(64, 20, 2, 2, seed=1))
     criterion = built(MGD(["a"], ["c"], mask_ratio=0.25), student, teacher)
     seen: list[Tensor] = []
     criterion.generators[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -74,7 +74,7 @@ def test_mgd_masks_whole_channels_anew_each_step() -> None:
 
 
 def test_mgd_masks_whole_pixels() -> None:
-    student, teacher = answers(draw(8, 5, 20, 20), draw(8, 5, 20, 20, seed=1))
+    student, teacher = output_pair(draw(8, 5, 20, 20), draw(8, 5, 20, 20, seed=1))
     criterion = built(MGD(["a"], ["c"], mask_ratio=0.65, mask="pixels"), student, teacher)
     seen: list[Tensor] = []
     criterion.generators[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -84,19 +84,19 @@ def test_mgd_masks_whole_pixels() -> None:
     assert masked.double().mean().item() == pytest.approx(0.65, abs=0.03)
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     form = draw(4, 6)
     with pytest.raises(ValueError, match=r"MGD reads .*, but the student layer returns .*; use another"):
-        built(MGD(["a"], ["c"]), *answers(form, form))
+        built(MGD(["a"], ["c"]), *output_pair(form, form))
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"mask_ratio": 1.0}, "mask_ratio must be at least 0 and less than 1, got 1.0"),
         ({"mask": "rows"}, "mask must be 'channels' or 'pixels', got 'rows'"),
     ],
 )
-def test_invalid_settings(settings, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_settings(settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         MGD(**settings)

@@ -26,7 +26,7 @@ CASES = {
 
 
 def _mlkd(inputs: Values, hyper: Hyper) -> Values:
-    """The fixture has the views apart; the authors add two cross-entropies, lkd takes their mean."""
+    """The fixture contains the views separately. The authors add two cross-entropies, while lkd takes their mean."""
     networks = ("student_logits", "teacher_logits")
     both = {name: torch.cat([inputs[f"{name}_{view}"] for view in ("weak", "strong")]) for name in networks}
     both["target"] = inputs["target"].repeat(2)
@@ -52,7 +52,7 @@ PARITY = {"mlkd": _mlkd}
 
 
 @pytest.mark.parametrize("percentile", [50.0, 30.0, 100.0])
-def test_mlkd_as_the_paper_has_it(percentile: float) -> None:
+def test_mlkd_paper_form(percentile: float) -> None:
     student, teacher, temperatures = draw(10, CLASSES, scale=2), draw(10, CLASSES, seed=1, scale=2), (4.0, 1.5)
     weak = F.softmax(teacher[:5], dim=1).numpy()
     images = weak.max(1) <= np.percentile(weak.max(1), percentile)
@@ -75,7 +75,7 @@ def test_mlkd_as_the_paper_has_it(percentile: float) -> None:
     )
 
 
-def test_mlkd_with_everything_kept_is_hintons_loss_at_each_temperature() -> None:
+def test_mlkd_without_masking_is_kd_at_each_temperature() -> None:
     student, teacher, temperatures = draw(10, CLASSES, scale=2), draw(10, CLASSES, seed=1, scale=2), (4.0, 3.0)
     for form in ("paper", "code"):
         found = MLKD(form, temperatures, 100.0)(Outputs(student, {}), Outputs(teacher, {}), Batch(None, TARGET))
@@ -83,7 +83,7 @@ def test_mlkd_with_everything_kept_is_hintons_loss_at_each_temperature() -> None
         torch.testing.assert_close(found["kd"], sum(plain))
 
 
-def test_mlkds_authors_read_the_weak_view_from_the_fourth_temperature_on() -> None:
+def test_mlkd_code_form_reads_only_the_weak_view_from_the_fourth_temperature() -> None:
     student, teacher = draw(10, CLASSES, scale=2), draw(10, CLASSES, seed=1, scale=2)
     strong = {}
     for number in (3, 4):

@@ -13,7 +13,7 @@ LOGITS = {f"members.{number}": (CLASSES,) for number in range(2)}
 
 
 class _Teachers(nn.Module):
-    """Two networks whose weights nobody reads."""
+    """Two networks without weights."""
 
     def __init__(self) -> None:
         super().__init__()

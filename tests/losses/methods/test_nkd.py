@@ -17,13 +17,13 @@ from tests.losses.cases import LogitCase
 from tests.losses.parity import Hyper, Values
 
 
-def _sure(teacher: Tensor, target: Tensor) -> Tensor:
-    """The label, and then as the teacher."""
+def _confident(teacher: Tensor, target: Tensor) -> Tensor:
+    """Return the teacher's logits with a probability of nearly 1 for the label."""
     return teacher.scatter(1, target.unsqueeze(1), 60.0)
 
 
 CASES = {
-    "NKD": LogitCase(NKD, best=_sure, zero_at_best=False, reads_target=True),
+    "NKD": LogitCase(NKD, best=_confident, zero_at_best=False, reads_target=True),
 }
 
 
@@ -45,7 +45,7 @@ def test_nkd_by_a_loop(logits, target) -> None:
     assert KF.nkd_loss(*logits, target, gamma=1.5, temperature=2.0).item() == pytest.approx(total / 8, rel=1e-12)
 
 
-def test_other_classes_need_three() -> None:
+def test_two_classes_are_rejected() -> None:
     student, teacher = torch.zeros(2, 4, 2)
     with pytest.raises(ValueError, match="at least 3 classes, got logits with 2; use KD"):
         NKD()(Outputs(student, {}), Outputs(teacher, {}), Batch(None, torch.zeros(4, dtype=torch.int64)))

@@ -10,7 +10,7 @@ from lkd.losses import NST
 from tests.losses import parity
 from tests.losses.cases import LAYERS, FeatureCase
 from tests.losses.parity import Hyper, Values
-from tests.losses.tools import answers, built, draw
+from tests.losses.tools import built, draw, output_pair
 
 CASES = {
     "NST": FeatureCase(
@@ -36,7 +36,7 @@ PARITY = {"nst": _nst}
 
 @pytest.mark.parametrize(("channels", "others", "size"), [(5, 3, 4), (5, 3, 2), (3, 5, 2), (20, 30, 4)])
 def test_nst_by_a_loop(channels: int, others: int, size: int) -> None:
-    """With more pixels than channels, and with fewer, which is computed otherwise."""
+    """Features with more pixels than channels, and with fewer, use different formulas."""
     student, teacher = draw(2, channels, size, size), draw(2, others, size, size, seed=1)
     total = 0.0
     for own, other in zip(student.flatten(2), teacher.flatten(2), strict=True):
@@ -47,13 +47,13 @@ def test_nst_by_a_loop(channels: int, others: int, size: int) -> None:
     assert KF.nst_loss(student, teacher).item() == pytest.approx(total / 2, rel=1e-12)
 
 
-def test_nst_does_not_see_the_channels_order_and_size() -> None:
+def test_nst_is_invariant_to_order_and_scale_of_channels() -> None:
     student, teacher = draw(2, 6, 4, 4), draw(2, 6, 4, 4, seed=1)
     scaled = student[:, torch.randperm(6)] * torch.rand(2, 6, 1, 1).add(0.1)
     torch.testing.assert_close(KF.nst_loss(scaled, teacher), KF.nst_loss(student, teacher))
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     form = draw(4, 6)
     with pytest.raises(ValueError, match=r"NST reads .*, but the student layer returns .*; use another"):
-        built(NST(["a"], ["c"]), *answers(form, form))
+        built(NST(["a"], ["c"]), *output_pair(form, form))

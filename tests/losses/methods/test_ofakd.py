@@ -33,7 +33,7 @@ CASES = {
 
 
 def _ofa(inputs: Values, hyper: Hyper) -> Values:
-    """The exits are lkd's own and weigh 0 here: what is compared is the loss of the student's own logits."""
+    """Compare only the loss of the student's own logits; lkd initializes the exits, so their loss weight is 0."""
     names = {"student": "student_logits", "teacher": "teacher_logits"}
     given = {names.get(name, name): tensor for name, tensor in inputs.items()}
     given["student_features.0"] = torch.ones(len(inputs["student"]), 4, 2, 2, dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_ofa_by_a_loop() -> None:
     torch.testing.assert_close(KF.ofa_loss(student, teacher, target), plain)
 
 
-def test_ofakd_has_an_exit_for_every_stage() -> None:
+def test_ofakd_has_one_exit_per_stage() -> None:
     features = {
         "a": torch.randn(IMAGES, 4, 8, 8),
         "b": torch.randn(IMAGES, 8, 4, 4),
@@ -71,15 +71,15 @@ def test_ofakd_has_an_exit_for_every_stage() -> None:
     }
     student, teacher = outputs(torch.randn(IMAGES, CLASSES), **features), outputs(torch.randn(IMAGES, CLASSES))
     criterion = built(OFAKD(list("abc"), exits_weight=0.5), student, teacher)
-    logits = [out(feature) for out, feature in zip(criterion.exits, features.values(), strict=True)]
-    assert all(answer.shape == (IMAGES, CLASSES) for answer in logits)
+    exits = [out(feature) for out, feature in zip(criterion.exits, features.values(), strict=True)]
+    assert all(logits.shape == (IMAGES, CLASSES) for logits in exits)
     terms = criterion(student, teacher, _batch())
-    wanted = [KF.ofa_loss(answer, teacher.logits, _batch().target) for answer in (*logits, student.logits)]
+    wanted = [KF.ofa_loss(logits, teacher.logits, _batch().target) for logits in (*exits, student.logits)]
     torch.testing.assert_close(terms["exits"], 0.5 * sum(wanted[:3]))
     torch.testing.assert_close(terms["logits"], wanted[3])
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     with pytest.raises(ValueError, match=r"OFAKD requires feature maps .* returns \(2, 4\); set other"):
         built_on_shapes(OFAKD(["a"]), (2, 4), (2, 4, 4, 4))
 

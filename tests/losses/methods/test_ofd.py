@@ -16,7 +16,7 @@ from tests.losses.tools import alike
 
 
 def _norms() -> nn.Module:
-    """A teacher with the BatchNorm layers n and m."""
+    """Return a teacher with the BatchNorm layers n and m."""
     network = nn.Module()
     network.n, network.m = nn.BatchNorm2d(5), nn.BatchNorm2d(7)
     nn.init.constant_(network.m.bias, -1.0)
@@ -42,7 +42,7 @@ CASES = {
 
 
 class _Norms(nn.Module):
-    """A teacher that has the fixture's BatchNorm layers."""
+    """A teacher with the fixture's BatchNorm layers."""
 
     def __init__(self, inputs: Values) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ PARITY = {"ofd": _ofd}
 
 
 @pytest.mark.parametrize(("weight", "bias"), [(1.0, 0.5), (-2.0, -1.0), (0.3, -0.7), (1e-4, -2.0)])
-def test_margin_is_the_mean_of_what_is_below_zero(weight: float, bias: float) -> None:
+def test_margin_is_the_mean_of_negative_values(weight: float, bias: float) -> None:
     deviation = abs(weight)
     inside = torch.linspace(bias - 12 * deviation, min(bias + 12 * deviation, 0.0), 400_001, dtype=torch.float64)
     density = torch.exp(-(((inside - bias) / deviation) ** 2) / 2)
@@ -86,7 +86,7 @@ def test_margin_at_the_limits(weight: float, bias: float, margin: float) -> None
     torch.testing.assert_close(found, torch.tensor([margin]), rtol=1e-5, atol=0)
 
 
-def test_margins_are_those_of_the_norms_in_front_of_the_layers() -> None:
+def test_margins_come_from_the_preceding_norms() -> None:
     network = resnet8(num_classes=5)
     nn.init.constant_(network.layer2[-1].bn2.bias, -1.0)
     criterion, _ = alike(OFD(), network)
@@ -107,7 +107,7 @@ def _batch_norm(network: nn.Module, change: str) -> nn.Module:
     return network
 
 
-def test_a_student_above_the_target_of_a_negative_teacher_is_pulled_down() -> None:
+def test_gradient_of_the_partial_distance() -> None:
     margin = torch.tensor([-1.0])
 
     def gradient(student: float, teacher: float) -> float:
@@ -116,9 +116,9 @@ def test_a_student_above_the_target_of_a_negative_teacher_is_pulled_down() -> No
         return float(grad)
 
     cases: dict[tuple[float, float], float] = {
-        (0.0, -5.0): 2.0,  # to the margin
+        (0.0, -5.0): 2.0,  # towards the margin
         (-2.0, -5.0): 0.0,
-        (0.0, -0.5): 1.0,  # to the teacher
+        (0.0, -0.5): 1.0,  # towards the teacher
         (-0.7, -0.5): 0.0,
         (0.0, 0.5): -1.0,
         (1.0, 0.5): 1.0,
@@ -126,7 +126,7 @@ def test_a_student_above_the_target_of_a_negative_teacher_is_pulled_down() -> No
     assert {case: gradient(*case) for case in cases} == cases
 
 
-def test_the_teachers_map_is_brought_to_the_students_size() -> None:
+def test_teacher_maps_are_pooled_to_the_students_size() -> None:
     student: Tensor = torch.randn(2, 3, 4, 4)
     teacher = torch.randn(2, 3, 8, 8)
     margin = torch.full((3,), -1.0)
@@ -152,6 +152,6 @@ def test_the_teachers_map_is_brought_to_the_students_size() -> None:
         ),
     ],
 )
-def test_mistakes(make, message: str) -> None:
+def test_invalid_layers(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

@@ -13,7 +13,7 @@ from lkd.losses import PAD
 from tests.losses import parity
 from tests.losses.cases import LAYERS, FeatureCase
 from tests.losses.parity import Hyper, Values
-from tests.losses.tools import answers, built, draw
+from tests.losses.tools import built, draw, output_pair
 
 CASES = {
     "PAD": FeatureCase(
@@ -26,21 +26,21 @@ CASES = {
 }
 
 
-class Answer(nn.Module):
-    """A layer that answers what stands in the fixture, whatever it is asked."""
+class Constant(nn.Module):
+    """A layer that returns the same tensor for any input."""
 
-    def __init__(self, answer: Tensor) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         super().__init__()
-        self.answer = answer
+        self.tensor = tensor
 
     def forward(self, feature: Tensor) -> Tensor:
-        return self.answer
+        return self.tensor
 
 
 def _pad(inputs: Values, hyper: Hyper) -> Values:
-    """The fixture has the predicted log of the variance, not the layers that predict it."""
+    """The fixture contains the predicted log-variance, not the layers that predict it."""
     criterion = parity.built(PAD(*parity.layers(inputs), eps=hyper["eps"]), inputs)
-    criterion.log_variances[0] = Answer(inputs["log_variance"])
+    criterion.log_variances[0] = Constant(inputs["log_variance"])
     return parity.terms(criterion, inputs)
 
 
@@ -59,20 +59,20 @@ def test_pad_at_extreme_variances(size: float) -> None:
     assert student.grad.isfinite().all()
 
 
-def test_pad_projects_only_where_sizes_differ() -> None:
+def test_pad_projects_only_if_sizes_differ() -> None:
     sizes = {}
     for size in (6, 8):
-        student, teacher = answers(draw(4, 6), draw(4, size))
+        student, teacher = output_pair(draw(4, 6), draw(4, size))
         criterion = built(PAD(["a"], ["c"]), student, teacher)
         sizes[size] = sorted(name for name, _ in criterion.named_parameters())
     head = ["log_variances.0.0.weight", "log_variances.0.1.bias", "log_variances.0.1.weight"]
     assert sizes == {6: head, 8: [*head, "projectors.0.bias", "projectors.0.weight"]}
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     form = draw(4, 6, 2)
     with pytest.raises(ValueError, match=r"PAD reads .*, but the student layer returns .*; use another"):
-        built(PAD(["a"], ["c"]), *answers(form, form))
+        built(PAD(["a"], ["c"]), *output_pair(form, form))
 
 
 def test_invalid_settings() -> None:

@@ -19,7 +19,7 @@ def _outputs(class_logits: Tensor | None) -> Outputs:
 
 
 class _FromLayers(PerAnchor):
-    """The class logits of all anchors are features, so that the tests of all criteria change them."""
+    """PerAnchor that reads the class logits from features, so that the tests of all criteria can change them."""
 
     reads_logits = False  # type: ignore[assignment]
 
@@ -62,12 +62,12 @@ def test_the_teachers_best_anchors_are_distilled() -> None:
     ("criterion", "max_anchors", "message"),
     [(PKD(), 8, "reads features"), (NKD(), 8, "cannot apply NKD"), (KD(), 0, "max_anchors must be at least 1, got 0")],
 )
-def test_criteria_that_do_not_fit(criterion, max_anchors: int, message: str) -> None:
+def test_invalid_settings(criterion, max_anchors: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PerAnchor(criterion, max_anchors)
 
 
-def test_networks_that_do_not_fit() -> None:
+def test_invalid_outputs() -> None:
     anchors = torch.zeros(2, 4, 5)
     with pytest.raises(ValueError, match=r"the same anchors and classes .* \(2, 4, 5\) and \(2, 3, 5\)"):
         PerAnchor(KD())(_outputs(anchors), _outputs(anchors[:, :3]), BATCH)

@@ -32,7 +32,7 @@ def _terms(criterion: PerPixel, inputs: Values, target: Tensor) -> Values:
 
 
 def _pixel_kd(inputs: Values, hyper: Hyper) -> Values:
-    """The peers distill ignored pixels as well, except for one; they differ in scale."""
+    """The reference implementations, except for one, include ignored pixels; they differ in scale."""
     criterion, target = PerPixel(KD(hyper["temperature"])), inputs["target"].long()
     labelled = target.masked_fill(target == hyper["ignore_index"], IGNORE_INDEX)
     (every,) = _terms(criterion, inputs, torch.zeros_like(target)).values()

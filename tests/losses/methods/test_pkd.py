@@ -57,12 +57,12 @@ def test_pkd_compares_logits_without_layers() -> None:
     assert torch.equal(criterion(outputs(student), outputs(teacher), BATCH), expected)
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     student, teacher = outputs(a=draw(2, 8, 4, 4)), outputs(p=draw(2, 6))
     with pytest.raises(ValueError, match=r"PKD reads feature maps .*, but the teacher layer returns \(2, 6\)"):
         built(PKD(["a"], ["p"]), student, teacher)
 
 
-def test_a_correlation_needs_two_values() -> None:
+def test_correlation_requires_two_values() -> None:
     with pytest.raises(ValueError, match="pkd_loss requires at least 2 values in each channel, got 1; use larger maps"):
         KF.pkd_loss(torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1))

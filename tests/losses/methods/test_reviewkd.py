@@ -33,7 +33,7 @@ PARTS = {"conv1": "reduce", "conv2": "expand", "att_conv": "attention"}
 
 
 def _name(parameter: str) -> str:
-    """`abfs.0.conv1.1.weight` as lkd has it."""
+    """Return lkd's name of a parameter such as `abfs.0.conv1.1.weight`."""
     _, number, part, position, kind = parameter.split(".")
     own = PARTS[part] if part == "att_conv" else f"{PARTS[part]}.{position}"
     return f"fusions.{number}.{own}.{kind}"
@@ -50,15 +50,15 @@ def _reviewkd(inputs: Values, hyper: Hyper) -> Values:
     features |= {name.replace("_preact", ""): value for name, value in inputs.items() if "_features." in name}
     given = {_name(key.removeprefix("params.")): value for key, value in inputs.items() if key.startswith("params.")}
     loss = parity.terms(parity.built(ReviewKD(*parity.layers(features)), features), features, **given)["loss"]
-    warmup = Schedule("distill_weight", epochs=int(hyper["warmup_epochs"])).factor(4)  # the fifth epoch
+    warmup = Schedule("distill_weight", epochs=int(hyper["warmup_epochs"])).factor(4)  # factor of the fifth epoch
     return {"loss": loss, "weighted_epoch5": hyper["weight"] * warmup * loss}
 
 
 PARITY = {"reviewkd": _reviewkd}
 
 
-def test_deeper_levels_reach_the_levels_before_them() -> None:
-    """The first level's output depends on all deeper ones, not the reverse."""
+def test_deeper_levels_feed_the_earlier_levels() -> None:
+    """The first level's output depends on all deeper levels, but not vice versa."""
     shapes = ((4, 8, 8), (6, 4, 4), (5,))
     ours, theirs = stages(4, shapes), stages(5, shapes)
     criterion = built_stages(ReviewKD, ours, theirs).eval()
@@ -75,7 +75,7 @@ def test_deeper_levels_reach_the_levels_before_them() -> None:
     assert reached == [[False, False, True], [False, True, True], [True, True, True]]
 
 
-def test_review_reads_maps_or_pooled_features() -> None:
+def test_invalid_layers() -> None:
     tokens = [torch.zeros(3, 4, 6, dtype=torch.float64)]
     with pytest.raises(ValueError, match=r"ReviewKD reads feature maps .* returns \(3, 4, 6\)"):
         built_stages(ReviewKD, tokens, tokens)

@@ -67,7 +67,7 @@ def test_rkd_angle_by_a_loop(vectors) -> None:
     assert KF.rkd_angle_loss(*vectors).item() == pytest.approx(total / 6**3, rel=1e-12)
 
 
-def test_rkd_is_blind_to_scale_shift_and_rotation(vectors) -> None:
+def test_rkd_is_invariant_to_scale_shift_and_rotation(vectors) -> None:
     feature = vectors[1]
     rotation = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
     moved = 3 * feature @ rotation + 5
@@ -76,19 +76,19 @@ def test_rkd_is_blind_to_scale_shift_and_rotation(vectors) -> None:
 
 
 def test_rkd_of_near_samples_far_from_the_origin() -> None:
-    """In single precision, too, distances are those of the differences."""
+    """Distances are computed from the differences, so they are also precise in float32."""
     near = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     assert KF.rkd_distance_loss(near + 4096, near) < 1e-12
 
 
-def test_rkd_leaves_out_what_weighs_nothing(vectors) -> None:
+def test_rkd_skips_terms_with_zero_weight(vectors) -> None:
     ours, theirs = (Outputs(torch.zeros(6, 2), {"x": feature}) for feature in vectors)
     for weights, name in (((1.0, 0.0), "distance"), ((0.0, 1.0), "angle")):
         terms = RKD(["x"], ["x"], *weights)(ours, theirs, Batch(None, torch.zeros(6)))
         assert set(terms) == {name}
 
 
-def test_identical_samples_count_as_the_least_distance() -> None:
+def test_identical_samples_have_the_minimum_distance() -> None:
     rows = torch.tensor([[0.0], [0.0], [1.0]], dtype=torch.float64, requires_grad=True)
     other = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
     loss = KF.rkd_distance_loss(rows, other)
@@ -100,12 +100,12 @@ def test_identical_samples_count_as_the_least_distance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"angle_weight": -1.0}, "angle_weight must not be negative, got -1.0"),
         ({"distance_weight": 0.0, "angle_weight": 0.0}, "distance_weight and angle_weight are both 0"),
     ],
 )
-def test_invalid_settings(settings, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_settings(settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         RKD(**settings)

@@ -16,7 +16,7 @@ from tests.losses.cases import LogitCase
 
 
 def _corrected(teacher: Tensor, target: Tensor) -> Tensor:
-    """The teacher, with its first choice and the label exchanged."""
+    """Return the teacher's logits with those of the predicted class and the label exchanged."""
     first, label = teacher.argmax(1, keepdim=True), target.unsqueeze(1)
     swapped = teacher.scatter(1, first, teacher.gather(1, label))
     return swapped.scatter(1, label, teacher.gather(1, first))
@@ -30,7 +30,7 @@ PARITY = {"rld": lambda inputs, hyper: parity.logits(RLD(**hyper), inputs)}
 
 
 def test_rld_by_a_loop(logits, target) -> None:
-    """Some samples have a teacher that is wrong, one ranks nothing below the label."""
+    """Some teacher predictions are wrong, and one sample has no class below the label."""
     student, teacher = logits
     teacher = teacher.scatter(1, target[:1].unsqueeze(1), -20.0)
     total = 0.0
@@ -45,7 +45,7 @@ def test_rld_by_a_loop(logits, target) -> None:
     assert value.item() == pytest.approx(total / 8, rel=1e-12)
 
 
-def test_rld_trusts_a_teacher_that_is_right(logits) -> None:
+def test_rld_of_a_correct_teacher(logits) -> None:
     student, teacher = logits
     right = teacher.argmax(1)
     refined = KF.rld_loss(student, teacher, right, 1.0, 8.0, temperature=4.0, confidence_temperature=4.0)

@@ -51,8 +51,8 @@ def _batch(samples: int = IMAGES) -> Batch:
     return Batch(None, torch.arange(samples) % CLASSES)
 
 
-def test_semckd_in_a_batch_that_is_not_full() -> None:
-    """0, and gradients of 0: the other processes wait for them."""
+def test_semckd_incomplete_batch() -> None:
+    """Loss and gradients are 0 rather than missing, because the other processes wait for the gradients."""
     student = outputs(a=torch.randn(IMAGES, 4, 4, 4, requires_grad=True))
     teacher = outputs(c=torch.randn(IMAGES, 5, 4, 4))
     criterion = built(SemCKD(["a"], ["c"], batch_size=8), student, teacher)
@@ -87,7 +87,7 @@ def test_semckd_compares_within_a_view() -> None:
     assert loss > 0
 
 
-def test_semckd_spreads_its_attention_over_the_teachers_layers() -> None:
+def test_semckd_attention_sums_to_one_over_teacher_layers() -> None:
     student = outputs(a=torch.randn(IMAGES, 4, 8, 8), b=torch.randn(IMAGES, 6, 4, 4))
     features = {name: torch.randn(IMAGES, 5, 4, 4) for name in "cde"}
     criterion = built(SemCKD(["a", "b"], list("cde"), batch_size=IMAGES), student, outputs(**features))
@@ -97,13 +97,13 @@ def test_semckd_spreads_its_attention_over_the_teachers_layers() -> None:
     assert criterion(student, outputs(**features), _batch()).isfinite()
 
 
-def test_semckd_takes_the_datas_batch_size(distill, data, trainer) -> None:
+def test_semckd_uses_the_batch_size_of_the_data_module(distill, data, trainer) -> None:
     module = distill(criterion=SemCKD(), distill_weight=1.0, hard_weight=1.0)
     trainer(max_epochs=1).fit(module, data)
     assert module.criterion.queries[0].linear1.in_features == data.batch_size
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     with pytest.raises(ValueError, match=r"SemCKD requires a fixed batch size, .* set the .* batch_size"):
         built_on_shapes(SemCKD(["a"], ["b"]), (2, 4, 4, 4), (2, 4, 4, 4))
 

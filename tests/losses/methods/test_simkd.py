@@ -32,8 +32,8 @@ def _simkd(inputs: Values, hyper: Hyper) -> Values:
     with torch.no_grad():
         for name, tensor in given.items():
             criterion.get_parameter(name).copy_(tensor)
-        answer = criterion.answer(parity.outputs(criterion, inputs)[0])
-    return {"loss": loss, "prediction": answer.logits, "transformed": answer.features[criterion.projected_layer]}
+        student = criterion.answer(parity.outputs(criterion, inputs)[0])
+    return {"loss": loss, "prediction": student.logits, "transformed": student.features[criterion.projected_layer]}
 
 
 PARITY = {"simkd": _simkd}
@@ -53,14 +53,14 @@ def test_simkd_copies_the_teachers_classifier(heads, maps) -> None:
 
 
 def test_simkd_projects_once(heads, maps) -> None:
-    """In a module that answers with the projection, BatchNorm must not see it twice."""
+    """If a module returns the projection as its output, BatchNorm must not process the batch twice."""
     criterion = built(SimKD("a", "c"), *maps, heads)
-    answer = criterion.answer(maps[0])
-    torch.testing.assert_close(criterion(answer, maps[1], _batch()), criterion(*maps, _batch()))
+    student = criterion.answer(maps[0])
+    torch.testing.assert_close(criterion(student, maps[1], _batch()), criterion(*maps, _batch()))
     assert criterion.projector[1].num_batches_tracked == 2
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     with pytest.raises(ValueError, match="SimKD reads feature maps"):
         built_on_shapes(SimKD("a", "b"), (2, 10, 4), (2, 4, 4, 4))
 

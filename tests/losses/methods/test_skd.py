@@ -24,7 +24,7 @@ def _skd(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"skd": _skd}
 
 
-def test_skd_is_numpys_mahalanobis_length(logits) -> None:
+def test_skd_equals_numpys_mahalanobis_norm(logits) -> None:
     student, teacher = (tensor.numpy() / np.linalg.norm(tensor, axis=1, keepdims=True) for tensor in logits)
     difference = student @ student.T - teacher @ teacher.T
     inverse = np.linalg.inv(np.cov(difference, rowvar=False) + 0.3 * np.eye(8))
@@ -32,7 +32,7 @@ def test_skd_is_numpys_mahalanobis_length(logits) -> None:
     assert KF.skd_direction_loss(*logits, tikhonov=0.3).item() == pytest.approx(expected)
 
 
-def test_skd_needs_no_t_squared(logits) -> None:
+def test_skd_has_no_factor_t_squared(logits) -> None:
     torch.testing.assert_close(KF.skd_instance_loss(*logits, 4.0) * 16, KF.kd_loss(*logits, 4.0))
 
 

@@ -31,7 +31,7 @@ CASES = {
 
 
 def _skds(inputs: Values, hyper: Hyper) -> Values:
-    """`loss` has lkd's gradient only if the norms take part in it; CIRKD pools windows of 2x2 pixels."""
+    """`loss` has lkd's gradient only if it includes the gradient of the norms. CIRKD pools windows of 2x2 pixels."""
     loss = parity.layer_terms(SKDS(["student"], ["teacher"], hyper["pool_scale"]), inputs)["loss"]
     pooled = (F.max_pool2d(inputs[network], 2, ceil_mode=True) for network in ("student", "teacher"))
     name = "loss" if hyper["norm_gradient"] else "loss.full_gradient"
@@ -61,6 +61,6 @@ def test_regions_of_skds(size: tuple[int, int], regions: tuple[int, int]) -> Non
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, 1.5, float("nan")])
-def test_invalid_regions(scale: float) -> None:
+def test_invalid_settings(scale: float) -> None:
     with pytest.raises(ValueError, match=rf"pool_scale must be greater than 0 and at most 1, or None, got {scale}"):
         SKDS(pool_scale=scale)

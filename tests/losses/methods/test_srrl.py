@@ -47,7 +47,7 @@ def _batch(samples: int = IMAGES) -> Batch:
     return Batch(None, torch.arange(samples) % CLASSES)
 
 
-def test_srrl_asks_the_teachers_classifier(heads, maps) -> None:
+def test_srrl_applies_the_teachers_classifier(heads, maps) -> None:
     criterion = built(SRRL("a", "c"), *maps, heads)
     terms = criterion(*maps, _batch())
     connected = criterion.connector(maps[0].features["a"]).mean((2, 3))
@@ -61,14 +61,14 @@ def test_srrl_asks_the_teachers_classifier(heads, maps) -> None:
     assert weight.grad is None
 
 
-def test_classifiers_stay_parts_of_their_networks(distill) -> None:
+def test_classifiers_are_not_saved_with_the_criterion(distill) -> None:
     module = distill(criterion=SRRL())
     module.build(torch.zeros(1, 3, 8, 8))
     assert not [name for name in module.criterion.state_dict() if "head" in name]
     assert not [name for name in module.state_dict() if name.startswith("teacher")]
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     with pytest.raises(ValueError, match="the layer 'fc' does not exist; set another feature map"):
         built_on_shapes(SRRL("a", "b", teacher_head="fc"), (2, 4, 4, 4), (2, 4, 4, 4))
 

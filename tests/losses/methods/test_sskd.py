@@ -28,12 +28,12 @@ CASES = {
 
 
 def _by_view(rows: Tensor) -> Tensor:
-    """The fixture has the four views of an image one behind the other; lkd, all first views, all second ones, ..."""
+    """Reorder rows from image by image, as in the fixture, to view by view, as in lkd."""
     return rows.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
 
 
 def _sskd(inputs: Values, hyper: Hyper) -> Values:
-    """What the heads say is given."""
+    """The fixture contains the outputs of the heads."""
     hard, kd, ss, tf = hyper["loss_weights"]
     criterion = SSKD(
         *("student", "teacher"),
@@ -53,16 +53,16 @@ def _sskd(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"sskd": _sskd}
 
 
-def _turned(views: int = 4, images: int = 5) -> list[int]:
-    """Rows of the turned views, image by image."""
+def _rotated(views: int = 4, images: int = 5) -> list[int]:
+    """Return the row indices of the rotated views, image by image."""
     return [view * images + image for image in range(images) for view in range(1, views)]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.75, 1.0])
-def test_sskds_similarities(ratio: float) -> None:
+def test_sskd_ss_loss(ratio: float) -> None:
     student, teacher = draw(20, 6, scale=2), draw(20, 3, seed=1, scale=2)
     ours, theirs = (
-        F.cosine_similarity(rows[_turned()].unsqueeze(1), rows[:5].unsqueeze(0), dim=2) for rows in (student, teacher)
+        F.cosine_similarity(rows[_rotated()].unsqueeze(1), rows[:5].unsqueeze(0), dim=2) for rows in (student, teacher)
     )
     rank = [sorted(row.tolist(), reverse=True).index(float(row[number // 3])) for number, row in enumerate(theirs)]
     right = rank.count(0)
@@ -74,10 +74,10 @@ def test_sskds_similarities(ratio: float) -> None:
 
 @pytest.mark.parametrize("labelled", [5, 3])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
-def test_sskds_turned_images(ratio: float, labelled: int) -> None:
+def test_sskd_tf_loss(ratio: float, labelled: int) -> None:
     student, teacher, target = draw(20, 3, scale=2), draw(20, 3, seed=2, scale=2), torch.arange(5) % 3
     target[labelled:] = IGNORE_INDEX
-    rows = _turned()[: 3 * labelled]
+    rows = _rotated()[: 3 * labelled]
     rank = [sorted(teacher[row].tolist(), reverse=True).index(float(teacher[row][target[row % 5]])) for row in rows]
     right = rank.count(0)
     assert 0 < right < len(rows)
@@ -90,18 +90,18 @@ def test_sskds_turned_images(ratio: float, labelled: int) -> None:
 def _built(**settings: float) -> SSKD:
     torch.manual_seed(0)
     criterion = SSKD("s", "t", **settings).double()
-    student, teacher = (Probe(nn.Identity(), outputs) for outputs in _answers())
+    student, teacher = (Probe(nn.Identity(), outputs) for outputs in _outputs())
     criterion.build(student, teacher)
     return criterion.double()
 
 
-def _answers() -> tuple[Outputs, Outputs]:
+def _outputs() -> tuple[Outputs, Outputs]:
     student = Outputs(draw(20, CLASSES, scale=2).requires_grad_(), {"s": draw(20, 6, seed=3, scale=2).requires_grad_()})
     return student, Outputs(draw(20, CLASSES, seed=1, scale=2), {"t": draw(20, 9, seed=4, scale=2)})
 
 
-def test_sskds_teacher_head_learns_by_its_own_loss_alone() -> None:
-    criterion, (student, teacher) = _built(), _answers()
+def test_sskd_teacher_head_learns_only_from_its_own_loss() -> None:
+    criterion, (student, teacher) = _built(), _outputs()
     terms = criterion(student, teacher, BATCH)
     (terms["kd"] + terms["ss"] + terms["tf"]).backward(retain_graph=True)
     assert all(parameter.grad is None for parameter in criterion.teacher_head.parameters())
@@ -110,15 +110,15 @@ def test_sskds_teacher_head_learns_by_its_own_loss_alone() -> None:
     terms["teacher_head"].backward()
     assert all(parameter.grad.any() for parameter in criterion.teacher_head.parameters())
     assert student.logits.grad is student.features["s"].grad is None
-    said = criterion.teacher_head(teacher.features["t"])
-    similarity = F.cosine_similarity(said[_turned()].unsqueeze(1), said[:5].unsqueeze(0), dim=2)
+    embeddings = criterion.teacher_head(teacher.features["t"])
+    similarity = F.cosine_similarity(embeddings[_rotated()].unsqueeze(1), embeddings[:5].unsqueeze(0), dim=2)
     expected = F.cross_entropy(similarity, torch.arange(5).repeat_interleave(3))
     torch.testing.assert_close(terms["teacher_head"], expected)
 
 
-def test_sskds_teacher_head_stays_as_it_is_when_its_weight_is_0() -> None:
-    """Weight decay goes on, and shrinks the head; what the student sees of it does not change."""
-    criterion, (student, teacher) = _built(teacher_head_weight=0.0), _answers()
+def test_sskd_teacher_head_with_zero_weight_has_no_effect() -> None:
+    """Weight decay shrinks the head's weights, but does not change the student's loss."""
+    criterion, (student, teacher) = _built(teacher_head_weight=0.0), _outputs()
     before = criterion(student, teacher, BATCH)["ss"]
     parameters = list(criterion.teacher_head.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.1, weight_decay=0.1)
@@ -131,8 +131,8 @@ def test_sskds_teacher_head_stays_as_it_is_when_its_weight_is_0() -> None:
     torch.testing.assert_close(criterion(student, teacher, BATCH)["ss"], before)
 
 
-def test_sskd_without_labels_keeps_what_needs_none() -> None:
-    criterion, (student, teacher) = _built(), _answers()
+def test_sskd_without_labels_keeps_the_unsupervised_terms() -> None:
+    criterion, (student, teacher) = _built(), _outputs()
     terms, none = (
         criterion(student, teacher, BATCH._replace(target=target))
         for target in (BATCH.target, torch.full((20,), IGNORE_INDEX))
@@ -142,13 +142,13 @@ def test_sskd_without_labels_keeps_what_needs_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"ss_ratio": 1.5}, "ss_ratio must be between 0 and 1, got 1.5"),
         ({"tf_weight": -1.0}, "tf_weight must not be negative"),
         ({"ss_temperature": 0.0}, "temperature must be greater than 0"),
     ],
 )
-def test_invalid_settings(settings, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_settings(settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         SSKD(**settings)

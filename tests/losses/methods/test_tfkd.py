@@ -15,7 +15,7 @@ from tests.losses.cases import LogitCase
 
 
 def _virtual(teacher: Tensor, target: Tensor) -> Tensor:
-    """0.9 for the label, the rest shared by the others."""
+    """Return the virtual teacher's logits: probability 0.9 for the label, the rest spread over the other classes."""
     rest = torch.full_like(teacher, 0.1 / (teacher.shape[1] - 1))
     return rest.scatter(1, target.unsqueeze(1), 0.9).log()
 

@@ -21,12 +21,12 @@ PARITY = {
 }
 
 
-def test_ttm_softens_the_teacher_alone(logits) -> None:
+def test_ttm_softens_only_the_teacher(logits) -> None:
     student, teacher = logits
     torch.testing.assert_close(KF.ttm_loss(student, teacher, 5.0), KF.kd_loss(student * 5, teacher, 5.0) / 25)
 
 
-def test_wttm_weighs_flat_teachers_more(logits) -> None:
+def test_wttm_gives_flat_teachers_more_weight(logits) -> None:
     student, teacher = logits
     weights = (F.softmax(teacher, dim=1) ** 0.2).sum(1)
     single = [KF.ttm_loss(student[i : i + 1], teacher[i : i + 1], 5.0) for i in range(8)]

@@ -15,7 +15,7 @@ from tests.losses.parity import Hyper, Values
 
 
 def _zipf(teacher: Tensor, target: Tensor) -> Tensor:
-    """The label, and then 1 / rank: the classes' order will do."""
+    """Return logits that rank the label first and weight the others by 1 / rank, in the order of the classes."""
     classes = torch.arange(teacher.shape[1])
     rank = classes + 2 - (classes > target.unsqueeze(1)).int()
     return (-rank.to(teacher).log()).scatter(1, target.unsqueeze(1), 60.0)
@@ -25,7 +25,7 @@ def _example() -> USKD:
     criterion = USKD("layer")
     probe = Probe(criterion, Outputs(torch.zeros(1, 5), {"layer": torch.ones(1, 3)}))
     criterion.build(probe, probe)
-    torch.nn.init.zeros_(criterion.head.weight)  # the ranks are then the student's own
+    torch.nn.init.zeros_(criterion.head.weight)  # the ranks are then those of the student
     torch.nn.init.zeros_(criterion.head.bias)
     return criterion
 
@@ -60,7 +60,7 @@ def test_uskd_reads_maps_and_vectors(logits, target) -> None:
     torch.testing.assert_close(*values)
 
 
-def test_uskd_says_which_features_it_reads() -> None:
+def test_invalid_layers() -> None:
     criterion = USKD("tokens")
     probe = Probe(criterion, Outputs(torch.zeros(1, 5), {"tokens": torch.zeros(1, 7, 3)}))
     with pytest.raises(ValueError, match=r"layer 'tokens' returns \(1, 7, 3\); use another layer"):

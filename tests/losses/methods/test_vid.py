@@ -11,7 +11,7 @@ from lkd.losses import VID
 from tests.losses import parity
 from tests.losses.cases import LAYERS, FeatureCase
 from tests.losses.parity import Hyper, Values
-from tests.losses.tools import answers, built, draw
+from tests.losses.tools import built, draw, output_pair
 
 BATCH = Batch(None, torch.zeros(4, dtype=torch.int64))
 
@@ -36,9 +36,9 @@ def _vid(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"vid": _vid}
 
 
-def test_vid_s_variance_starts_as_told_and_finds_the_error() -> None:
-    """The variance that minimises the loss is the mean squared error of the channel."""
-    student, teacher = answers(torch.zeros(64, 3, 4, 4).double(), 3 * draw(64, 2, 4, 4))
+def test_vid_variance_converges_to_the_error() -> None:
+    """The variance that minimizes the loss is the channel's mean squared error."""
+    student, teacher = output_pair(torch.zeros(64, 3, 4, 4).double(), 3 * draw(64, 2, 4, 4))
     criterion = built(VID(["a"], ["c"], initial_variance=2.0), student, teacher)
     raw = criterion.raw_variances[0]
     torch.testing.assert_close(F.softplus(raw) + 1e-5, torch.full((2,), 2.0, dtype=torch.float64))
@@ -51,16 +51,16 @@ def test_vid_s_variance_starts_as_told_and_finds_the_error() -> None:
     torch.testing.assert_close((F.softplus(raw) + 1e-5).detach(), errors, rtol=1e-3, atol=0)
 
 
-def test_vid_s_variance_may_start_large() -> None:
-    """The inverse of softplus by exp alone overflows from 710 on."""
-    criterion = built(VID(["a"], ["c"], initial_variance=1e4), *answers(draw(2, 3, 4, 4), draw(2, 2, 4, 4)))
+def test_vid_variance_may_start_large() -> None:
+    """The inverse of softplus must not be computed with exp alone, which overflows from 710 on."""
+    criterion = built(VID(["a"], ["c"], initial_variance=1e4), *output_pair(draw(2, 3, 4, 4), draw(2, 2, 4, 4)))
     torch.testing.assert_close(F.softplus(criterion.raw_variances[0]) + 1e-5, torch.full((2,), 1e4).double())
 
 
-def test_layers_of_another_form() -> None:
+def test_invalid_layers() -> None:
     form = draw(4, 6)
     with pytest.raises(ValueError, match=r"VID reads .*, but the student layer returns .*; use another"):
-        built(VID(["a"], ["c"]), *answers(form, form))
+        built(VID(["a"], ["c"]), *output_pair(form, form))
 
 
 def test_invalid_settings() -> None:

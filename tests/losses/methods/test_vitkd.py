@@ -24,7 +24,7 @@ CASES = {
 
 
 class _NoiseGiven(ViTKD):
-    """The noise is the fixture's."""
+    """ViTKD with the fixture's noise."""
 
     given: Tensor
 
@@ -58,8 +58,8 @@ def _tokens(seed: int, count: int, width: int) -> Outputs:
     return outputs(**{name: torch.randn(IMAGES, count, width, generator=generator) for name in "abc"})
 
 
-def test_vitkd_drops_each_networks_class_tokens() -> None:
-    """DeiT's student has one more than its teacher, say."""
+def test_vitkd_drops_the_prefix_tokens_of_each_network() -> None:
+    """Student and teacher may have different numbers, as DeiT's student has one more than its teacher."""
     student, teacher = _tokens(0, 11, 4), _tokens(1, 10, 6)
     criterion = built(ViTKD(list("abc"), list("abc"), student_prefix_tokens=2), student, teacher)
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def test_vitkd_drops_the_class_tokens() -> None:
     torch.testing.assert_close(*found)
 
 
-def test_vitkd_generates_what_is_masked() -> None:
+def test_vitkd_generates_the_masked_tokens() -> None:
     student, teacher = _tokens(0, 10, 4), _tokens(1, 10, 6)
     criterion = built(ViTKD(list("abc"), list("abc"), mask_ratio=0.3), student, teacher)
     masked = []
@@ -102,7 +102,7 @@ def test_vitkd_generates_what_is_masked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "student", "teacher", "says"),
+    ("make", "student", "teacher", "message"),
     [
         (lambda: ViTKD(list("aa"), list("bb")), (2, 4, 4, 4), (2, 10, 4), r"ViTKD reads tokens \(B, N, C\)"),
         (lambda: ViTKD(["a"], ["b"]), (2, 10, 4), (2, 10, 4), "ViTKD requires at least two layers"),
@@ -120,8 +120,8 @@ def test_vitkd_generates_what_is_masked() -> None:
         ),
     ],
 )
-def test_layers_of_another_form(make, student, teacher, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_layers(make, student, teacher, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         built_on_shapes(make(), student, teacher)
 
 

@@ -25,7 +25,7 @@ def _wsld(inputs: Values, hyper: Hyper) -> Values:
 PARITY = {"wsld": _wsld}
 
 
-def test_wsld_weighs_by_a_ratio_of_cross_entropies(logits, target) -> None:
+def test_wsld_weights_are_a_ratio_of_cross_entropies(logits, target) -> None:
     student, teacher = logits
     weights = 1 - torch.exp(-F.cross_entropy(student, target, reduction="none") / _ce(teacher, target))
     soft = F.cross_entropy(student / 4, F.softmax(teacher / 4, dim=1), reduction="none")
