@@ -30,18 +30,18 @@ FOLDER = Path("runs/small/sweep")
 
 
 @pytest.fixture(autouse=True)
-def _small(_in_an_own_folder) -> Iterator[None]:
-    """The folder of someone who has a small config, and a space for it."""
+def _small_config(_in_an_own_folder) -> Iterator[None]:
+    """Write a small config and a search space to the working folder."""
     Path("small.yaml").write_text(CONFIG)
     Path("space.yaml").write_text(SPACE)
-    gc.freeze()  # the collection after each trial would take 0.2 s for what was imported
+    gc.freeze()  # otherwise, the garbage collection after each trial scans imports for 0.2 s
     yield
     gc.unfreeze()
 
 
 @pytest.fixture
 def sweep(capsys) -> Callable[..., tuple[int, str]]:
-    """Runs `lkd sweep`; returns the exit code, and what was said."""
+    """Return a function that runs `lkd sweep` and returns its exit code and output."""
 
     def run(*args: str, space: bool = True) -> tuple[int, str]:
         code = main(["sweep", "--config=small.yaml", *(["--space=space.yaml"] if space else []), *args])
@@ -52,6 +52,6 @@ def sweep(capsys) -> Callable[..., tuple[int, str]]:
 
 
 def table(folder: Path = FOLDER) -> list[dict[str, str]]:
-    """The trials, as the table has them."""
+    """Read the rows of the table of trials."""
     with (folder / "trials.csv").open(newline="") as file:
         return list(csv.DictReader(file))

@@ -1,4 +1,4 @@
-"""A search that is killed, told to stop, shared or left: no trial is lost, none is made twice."""
+"""Searches that are killed, interrupted, shared or abandoned: no trial is lost, and none is run twice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _states(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> list[dict[str, str]]:
-    """The trials of a search that was left alone."""
+    """Return the trials of an uninterrupted search."""
     folder = tmp_path_factory.mktemp("whole")
     assert _live(folder, THREE).code == 0
     return table(folder / FOLDER)
@@ -44,11 +44,11 @@ def whole(tmp_path_factory) -> list[dict[str, str]]:
     ("fault", "code", "begun"),
     [
         ("benchmarks.faults:die_at_save,6,after", -signal.SIGKILL, ["COMPLETE", "RUNNING"]),  # between two epochs
-        ("benchmarks.faults:die_at_save,1,half", -signal.SIGKILL, ["RUNNING"]),  # nothing was saved yet
+        ("benchmarks.faults:die_at_save,1,half", -signal.SIGKILL, ["RUNNING"]),  # within the first checkpoint
         ("benchmarks.faults:told_at,2,15,none", 128 + signal.SIGTERM, ["RUNNING"]),
     ],
 )
-def test_a_killed_search_goes_on_as_one_left_alone(tmp_path, whole, fault: str, code: int, begun: list[str]) -> None:
+def test_killed_search_resumes_exactly(tmp_path, whole, fault: str, code: int, begun: list[str]) -> None:
     life = _live(tmp_path, THREE, fault)
     assert life.code == code, life.text
     assert _states(tmp_path) == begun
@@ -62,7 +62,7 @@ def test_a_killed_search_goes_on_as_one_left_alone(tmp_path, whole, fault: str, 
     assert runs == [f"trial_000{number}/version_0" for number in range(3)]
 
 
-def test_a_killed_grid_has_each_cell_once(tmp_path) -> None:
+def test_killed_grid_runs_each_cell_once(tmp_path) -> None:
     assert _live(tmp_path, CELLS, "benchmarks.faults:die_at_save,6,after").code == -signal.SIGKILL
     assert _states(tmp_path) == ["COMPLETE", "RUNNING"]
     assert _live(tmp_path, CELLS).code == 0
@@ -71,20 +71,20 @@ def test_a_killed_grid_has_each_cell_once(tmp_path) -> None:
     assert {row["state"] for row in rows} == {"complete"}
 
 
-def test_two_processes_share_the_work(tmp_path) -> None:
+def test_two_processes_share_a_search(tmp_path) -> None:
     args = [*SWEEP, "--trials=6", f"--trainer.default_root_dir={tmp_path / 'runs'}"]
     with ThreadPoolExecutor(2) as pool:
         lives = list(pool.map(lambda name: _live(tmp_path / name, args), ("one", "two")))
     assert [life.code for life in lives] == [0, 0], lives
-    made = [re.findall(r"^trial (\d+): ", life.text, re.MULTILINE) for life in lives]
-    assert all(made)
-    assert sorted(made[0] + made[1]) == list("012345")
+    trials = [re.findall(r"^trial (\d+): ", life.text, re.MULTILINE) for life in lives]
+    assert all(trials)
+    assert sorted(trials[0] + trials[1]) == list("012345")
     assert [row["state"] for row in table(tmp_path / FOLDER)] == ["complete"] * 6
 
 
 @pytest.fixture
-def left(sweep, monkeypatch):
-    """Trial 0 of another machine, which has not come to its end."""
+def unfinished(sweep, monkeypatch):
+    """Leave an unfinished trial 0 that belongs to another machine."""
 
     def train(*_: object) -> fitting.Outcome:
         raise KeyboardInterrupt
@@ -96,40 +96,40 @@ def left(sweep, monkeypatch):
             main(THREE)
 
 
-def _done(*_: object) -> fitting.Outcome:
+def _completed(*_: object) -> fitting.Outcome:
     return fitting.Outcome(optuna.trial.TrialState.COMPLETE, 0.5)
 
 
-def test_what_another_machine_has_left(left, sweep, capsys, monkeypatch) -> None:
+def test_unfinished_trial_of_another_machine(unfinished, sweep, capsys, monkeypatch) -> None:
     assert (
         "interrupted; resume with: lkd sweep --config=small.yaml --space=space.yaml --trials=3"
         in capsys.readouterr().out
     )
-    monkeypatch.setattr(fitting, "train", _done)
-    code, said = sweep("--trials=3")
+    monkeypatch.setattr(fitting, "train", _completed)
+    code, output = sweep("--trials=3")
     assert code == 0
-    assert "3 trials: 1 running, 2 complete" in said
-    assert "trial 0 is assigned to another process at elsewhere:" in said
-    assert "if that process has ended, use --take_over 0" in said
-    code, said = sweep("--trials=3", "--take_over=0")
-    assert "trial 0 was interrupted; restarting from the beginning" in said
-    assert "3 trials: 3 complete" in said
+    assert "3 trials: 1 running, 2 complete" in output
+    assert "trial 0 is assigned to another process at elsewhere:" in output
+    assert "if that process has ended, use --take_over 0" in output
+    code, output = sweep("--trials=3", "--take_over=0")
+    assert "trial 0 was interrupted; restarting from the beginning" in output
+    assert "3 trials: 3 complete" in output
 
 
-def test_what_ends_its_process_each_time_can_be_given_up(left, sweep, monkeypatch) -> None:
-    monkeypatch.setattr(fitting, "train", _done)
+def test_give_up_marks_a_trial_as_failed(unfinished, sweep, monkeypatch) -> None:
+    monkeypatch.setattr(fitting, "train", _completed)
     assert "3 trials: 1 failed, 2 complete" in sweep("--trials=3", "--give_up=0")[1]
     assert [row["reason"] for row in table()] == ["marked as failed by --give_up", "", ""]
 
 
-def test_a_trial_that_somebody_else_has_finished_meanwhile(sweep, monkeypatch) -> None:
+def test_trial_finished_by_another_process(sweep, monkeypatch) -> None:
     def train(*_: object) -> fitting.Outcome:
         url = f"sqlite:///{FOLDER / 'study.db'}"
         optuna.load_study(study_name="small/sweep", storage=url).tell(0, 0.25)
-        return _done()
+        return _completed()
 
     monkeypatch.setattr(fitting, "train", train)
-    code, said = sweep("--trials=1")
+    code, output = sweep("--trials=1")
     assert code == 0
-    assert "trial 0 was already finished by another process" in said
+    assert "trial 0 was already finished by another process" in output
     assert [row["value"] for row in table()] == ["0.25"]

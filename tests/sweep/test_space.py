@@ -1,4 +1,4 @@
-"""What is searched: ranges, choices, and mistakes in them."""
+"""Search spaces: ranges, choices and errors in them."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def _read(text: str, **options: str):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "found"),
+    ("text", "found"),
     [
         ("model.init_args.weight: {low: 1, high: 2}", FloatDistribution(1, 2)),  # the setting is a float
         ("model.init_args.layers: {low: 1, high: 9, step: 2}", IntDistribution(1, 9, step=2)),
         ("model.init_args.layers: {low: 1, high: 9, log: true}", IntDistribution(1, 9, log=True)),
         ("model.init_args.layers: {low: 1.0, high: 9}", FloatDistribution(1, 9)),
-        ("model.init_args.criterion: {low: 1, high: 9}", IntDistribution(1, 9)),  # the setting has no type yet
+        ("model.init_args.criterion: {low: 1, high: 9}", IntDistribution(1, 9)),  # the setting has no type
         ("model.init_args.weight: {low: 1e-4, high: 1e-1, log: true}", FloatDistribution(1e-4, 1e-1, log=True)),
         ("model: {init_args: {weight: [0.1, 0.2]}}", CategoricalDistribution([0.1, 0.2])),
         ("model.init_args.criterion: [null, {class_path: x.Y}]", CategoricalDistribution([None, "{class_path: x.Y}"])),
     ],
 )
-def test_what_stands_for_what(wanted: str, found: object) -> None:
-    assert list(_read(wanted).values()) == [found]
+def test_settings_are_read_as_distributions(text: str, found: object) -> None:
+    assert list(_read(text).values()) == [found]
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"),
+    ("text", "message"),
     [
         ("model.init_args.wieght: [1, 2]", "did you mean 'model.init_args.weight'?"),
         ("init_args.layers: [1, 2]", "did you mean 'model.init_args.layers'?"),
@@ -61,12 +61,12 @@ def test_what_stands_for_what(wanted: str, found: object) -> None:
         ("{}", "requires settings to search"),
     ],
 )
-def test_mistakes(wanted: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said.replace("?", r"\?")):
-        _read(wanted)
+def test_errors(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        _read(text)
 
 
-def test_later_ones_go_over_earlier_ones() -> None:
+def test_later_settings_override_earlier_ones() -> None:
     found = _read("model.init_args.weight: [1, 2]", **{"model.init_args.weight": "[3]"})
     assert found == {"model.init_args.weight": CategoricalDistribution([3])}
     with pytest.raises(ValueError, match=r"--space\.model\.init_args\.weight is not valid YAML"):
@@ -83,7 +83,7 @@ def test_grid_and_corners() -> None:
         grid(_read("model.init_args.weight: {low: 0, high: 1}"))
 
 
-def test_suggested_values_keep_to_the_space() -> None:
+def test_suggested_values_are_in_the_space() -> None:
     space = _read("{model.init_args.weight: {low: 1, high: 8, log: true}, model.init_args.layers: {low: 2, high: 3}}")
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn = [suggest(study.ask(), space) for _ in range(20)]
@@ -92,14 +92,14 @@ def test_suggested_values_keep_to_the_space() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [("1", "10000"), ("1.0", "10000.0")])
-def test_a_logarithmic_range_has_as_many_small_values_as_large_ones(low: str, high: str) -> None:
+def test_log_range_is_sampled_uniformly_in_the_logarithm(low: str, high: str) -> None:
     space = _read(f"model.init_args.layers: {{low: {low}, high: {high}, log: true}}")
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn = [suggest(study.ask(), space)["model.init_args.layers"] for _ in range(40)]
     assert 10 <= sum(value < 100 for value in drawn) <= 30
 
 
-def test_values_reach_the_config() -> None:
+def test_values_are_applied_to_the_config() -> None:
     settings = Settings(["--config=small.yaml"])
     settings.change(as_arguments({CRITERION: "{class_path: lkd.losses.DKD, init_args: {beta: 8.0}}"}))
     assert settings.resolved()["model"]["init_args"]["criterion"]["init_args"]["beta"] == 8.0
@@ -107,7 +107,7 @@ def test_values_reach_the_config() -> None:
     settings.change(as_arguments(plain))
     found = settings.resolved()["trainer"]
     assert {f"trainer.{name}": found[name] for name in ("gradient_clip_val", "deterministic", "logger")} == plain
-    assert settings.resolved()["model"]["init_args"]["criterion"]["class_path"] == "lkd.losses.KD"  # nothing stays
+    assert settings.resolved()["model"]["init_args"]["criterion"]["class_path"] == "lkd.losses.KD"  # is reset
 
 
 def test_short_names() -> None:
@@ -117,7 +117,7 @@ def test_short_names() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((configs_folder() / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_spaces_that_come_with_lkd_fit_the_digits(path: Path) -> None:
+def test_included_spaces_apply_to_the_digits(path: Path) -> None:
     settings = Settings(["--config=digits/kd"])
     space = read_space([find_config(f"sweep/{path.stem}")], {}, settings.resolved())
     assert "model.init_args.distill_weight" in space

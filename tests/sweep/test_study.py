@@ -1,4 +1,4 @@
-"""A study's trials, whatever they train: what they try, where they are kept, and what must not be mixed."""
+"""Studies without training: sampled settings, storage, and the rejection of trials from another search."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _study(*args: str, space=SPACE, config=CONFIG, monitor: str = "val/acc", mod
 
 @pytest.fixture
 def search() -> Callable[..., Study]:
-    """Goes on with a study until it has so many trials, whose value is their weight."""
+    """Return a function that continues a study to a number of trials; a trial's value is its `model.weight`."""
 
     def run(total: int, *args: str, **settings) -> Study:
         study = _study(*args, **settings)
@@ -43,8 +43,8 @@ def search() -> Callable[..., Study]:
     return run
 
 
-@pytest.mark.parametrize(("sampler", "trials"), [("tpe", 14), ("random", 5)])  # tpe draws its first ten at random
-def test_in_parts_as_in_one_go(search, sampler: str, trials: int) -> None:
+@pytest.mark.parametrize(("sampler", "trials"), [("tpe", 14), ("random", 5)])  # TPE samples its first ten at random
+def test_search_in_parts_equals_an_uninterrupted_one(search, sampler: str, trials: int) -> None:
     args = [f"--sampler={sampler}"]
     for part in (1, 3, trials - 1, trials):
         search(part, *args)
@@ -56,13 +56,13 @@ def test_in_parts_as_in_one_go(search, sampler: str, trials: int) -> None:
     assert table(FOLDER.with_name("other"))[0]["model.weight"] != rows[0]["model.weight"]
 
 
-def test_tpe_tries_more_of_what_did_well(search) -> None:
+def test_tpe_prefers_good_values(search) -> None:
     search(40)
     weights = [float(row["model.weight"]) for row in table()]
     assert sum(weights[20:]) / 20 > sum(weights[:10]) / 10 + 0.2
 
 
-def test_a_grid_has_each_cell_once(search) -> None:
+def test_grid_runs_each_cell_once(search) -> None:
     for part in (2, 6):
         search(part, "--sampler=grid", space=GRID)
     cells = [(row["model.weight"], row["model.rate"]) for row in table()]
@@ -71,16 +71,16 @@ def test_a_grid_has_each_cell_once(search) -> None:
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_the_best(search, mode: str) -> None:
+def test_best_trial(search, mode: str) -> None:
     study = search(5, mode=mode)
     best = study.best
-    assert study.optuna.best_value == best.value  # what samplers and pruners go by
+    assert study.optuna.best_value == best.value  # used by samplers and pruners
     values = [float(row["value"]) for row in table()]
     assert best.value == {"min": min, "max": max}[mode](values)
 
 
 @pytest.mark.parametrize(
-    ("args", "settings", "said"),
+    ("args", "settings", "message"),
     [
         (["--sampler=random"], {}, r"--sampler tpe \(now random\)"),
         (["--pruner=median"], {}, r"--pruner none \(now median\)"),
@@ -95,15 +95,15 @@ def test_the_best(search, mode: str) -> None:
         ),
     ],
 )
-def test_another_search_of_the_same_name_is_refused(search, args: list[str], settings, said: str) -> None:
+def test_name_of_another_search_is_rejected(search, args: list[str], settings, message: str) -> None:
     search(1)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         _study(*args, **settings)
-    _study(config={**CONFIG, "trainer": {"log_every_n_steps": 50}})  # changes no value
-    _study(config={**CONFIG, "model": {"weight": 0.9, "rate": 0.1}})  # is searched
+    _study(config={**CONFIG, "trainer": {"log_every_n_steps": 50}})  # does not affect results
+    _study(config={**CONFIG, "model": {"weight": 0.9, "rate": 0.1}})  # the space sets this value
 
 
-def test_trials_without_their_study_are_not_taken_for_a_new_ones(search) -> None:
+def test_trials_of_a_missing_study_are_rejected(search) -> None:
     search(1)
     (FOLDER / "study.db").unlink()
     with pytest.raises(ValueError, match="belongs to a study that is not in this storage"):
@@ -111,7 +111,7 @@ def test_trials_without_their_study_are_not_taken_for_a_new_ones(search) -> None
 
 
 @pytest.mark.parametrize("storage", ["kept/study.log", "kept/study.db", "sqlite:///other.db"])
-def test_kept_elsewhere(search, storage: str) -> None:
+def test_other_storage(search, storage: str) -> None:
     for total in (1, 2):
         search(total, f"--storage={storage}")
     assert Path(storage.removeprefix("sqlite:///")).is_file()
@@ -119,17 +119,17 @@ def test_kept_elsewhere(search, storage: str) -> None:
     assert len(table()) == 2
 
 
-def test_the_page_has_its_figures_and_no_markup_of_others(search) -> None:
-    word = "<script>alert(1)</script>"
+def test_page_contains_figures_and_escapes_markup(search) -> None:
+    markup = "<script>alert(1)</script>"
     space = {
         **SPACE,
-        "model.name": CategoricalDistribution([word, None]),
+        "model.name": CategoricalDistribution([markup, None]),
         "model.rate": FloatDistribution(1, 9, log=True),
     }
-    study = search(12, monitor=word, space=space)
+    study = search(12, monitor=markup, space=space)
     text = page(study, study.trials)
     assert text.count("<svg") == 4
-    assert word not in text
+    assert markup not in text
     assert "&lt;script&gt;" in text
     empty = _study("--study=empty")
     assert "No trial is complete" in page(empty, empty.trials)
