@@ -1,1 +1,1 @@
-"""A pretended accelerator: what would fail on a GPU fails on it, on any machine."""
+"""A simulated accelerator named `pretended`: code that fails on a GPU fails on it, on any machine."""

@@ -1,4 +1,4 @@
-"""The pretended device as an accelerator of Lightning: `accelerator="pretended"`."""
+"""Lightning accelerator for the simulated device: `accelerator="pretended"`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.pretended.device import DEVICE, NAME
 
 
 class PretendedAccelerator(Accelerator):
-    """One pretended device."""
+    """Accelerator with one simulated device."""
 
     def setup_device(self, device: torch.device) -> None:
         pass
@@ -45,7 +45,7 @@ class PretendedAccelerator(Accelerator):
 
 
 class PretendedStrategy(SingleDeviceStrategy):
-    """Train on the pretended device."""
+    """Strategy that trains on the simulated device."""
 
     def __init__(self) -> None:
         super().__init__(DEVICE, accelerator=PretendedAccelerator())

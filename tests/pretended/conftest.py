@@ -12,7 +12,7 @@ from tests.pretended.device import NAME, Pretend, Tape
 
 @pytest.fixture
 def pretended(monkeypatch) -> Iterator[Pretend]:
-    """The pretended device, which lkd takes for a GPU; `accelerator="pretended"` trains on it."""
+    """Provide the simulated device, which lkd treats as a GPU; `accelerator="pretended"` trains on it."""
     choose = _AcceleratorConnector._choose_strategy
 
     def strategy(self):

@@ -1,4 +1,4 @@
-"""Short runs of the command line on the CPU and on the pretended device, and what they end with."""
+"""Short runs of the command line on the CPU and on the simulated device, and the comparison of their checkpoints."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SHORT = [
     "--trainer.num_sanity_val_steps=0",
     "--trainer.enable_progress_bar=false",
     "--trainer.precision=32-true",
-    "--speed.channels_last=false",  # with it the CPU takes other kernels
+    "--speed.channels_last=false",  # otherwise, the CPU uses different kernels
 ]
 
 
 def overlay(name: str) -> list[str]:
-    """Arguments of a run with a method's overlay, on small data.
+    """Return the arguments of a run that applies a method's overlay to small data.
 
     Args:
-        name: The file in `configs/methods`, without its ending.
+        name: Name of the file in `configs/methods`, without its suffix.
     """
     if is_for_segmentation(f"methods/{name}"):
         sizes = [f"--data.init_args.{size}" for size in ("batch_size=4", "train_size=40", "size=16")]
@@ -41,12 +41,12 @@ def overlay(name: str) -> list[str]:
 
 
 def fit(folder: str, accelerator: str, *args: str) -> dict[str, Any]:
-    """Train, and return the last checkpoint.
+    """Train and return the last checkpoint.
 
     Args:
-        folder: The folder for the run.
+        folder: Folder of the run.
         accelerator: `cpu` or `pretended`.
-        args: More arguments.
+        args: Further arguments.
     """
     place = [f"--trainer.default_root_dir={folder}", f"--trainer.accelerator={accelerator}"]
     with _disable_current_modes() if accelerator == "cpu" else nullcontext():  # dispatch in Python slows the CPU down
@@ -57,7 +57,7 @@ def fit(folder: str, accelerator: str, *args: str) -> dict[str, Any]:
 
 
 def differences(one: Any, other: Any, name: str = "") -> list[str]:
-    """Where two checkpoints differ: names of tensors that are not equal, bit by bit, and of other values."""
+    """List the differences of two checkpoints: tensors that are not bitwise equal, and other values that differ."""
     if isinstance(one, torch.Tensor):
         equal = isinstance(other, torch.Tensor) and torch.equal(one.nan_to_num(), other.nan_to_num())
         return [] if equal else [f"{name} by {float((one.double() - other.double()).abs().max()):.2g}"]
@@ -71,9 +71,9 @@ def differences(one: Any, other: Any, name: str = "") -> list[str]:
 
 
 TRAINED = ("state_dict", "optimizer_states", "lr_schedulers", "lkd")
-"""What of a checkpoint tells how training went: weights and memories, momenta, schedules, means of curves."""
+"""Entries that depend on training: weights and memory banks, optimizer states, schedules, means of metrics."""
 
 
 def trained(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What is to be equal however a run was made."""
+    """Return the entries of a checkpoint that must be equal in equivalent runs."""
     return {name: checkpoint[name] for name in TRAINED}

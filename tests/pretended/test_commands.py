@@ -1,4 +1,4 @@
-"""Every command and every complete config on the pretended device, with the CPU's results."""
+"""All commands and complete configs run on the simulated device; results are compared with those of the CPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SEGMENTATION = ["--config", "shapes/kd", *SMALL, "--data.init_args.size=16"]
 
 @pytest.mark.parametrize("config", ON_DEVICE)
 def test_complete_configs(config: str, pretended, capfd) -> None:
-    settings = needs(config)  # DeepInversion makes its images on the device
+    settings = needs(config)  # DeepInversion creates its images on the device
     short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
     for earlier in BEFORE.get(config, []):
         assert main(["fit", "--config", earlier, *settings, *short, "--trainer.accelerator=cpu"]) == 0
@@ -55,8 +55,8 @@ def test_evaluation(settings: list[str], commands: tuple[str, ...], pretended, c
             capfd.readouterr()
             where = [f"--trainer.accelerator={place}", "--trainer.precision=32-true", "--speed.channels_last=false"]
             assert main([command, *settings, "--ckpt_path", str(path), *where]) == 0
-            said = capfd.readouterr().out
-            measured = [line for line in said.splitlines() if "val/" in line or "test/" in line]
+            output = capfd.readouterr().out
+            measured = [line for line in output.splitlines() if "val/" in line or "test/" in line]
             lines[command, place] = measured if command != "predict" else _predicted()
             assert lines[command, place]
         assert lines[command, "cpu"] == lines[command, NAME]
@@ -72,7 +72,7 @@ def test_evaluation(settings: list[str], commands: tuple[str, ...], pretended, c
 def test_predictions_of_masks_and_boxes(config: str, settings: list[str], number: int, pretended) -> None:
     torch.manual_seed(0)
     detector = fcos(num_classes=5, filters=(8, 8, 16), num_convs=1, reg_max=8)
-    nn.init.zeros_(detector.network.head.classification_head.cls_logits.bias)  # high scores: it detects something
+    nn.init.zeros_(detector.network.head.classification_head.cls_logits.bias)  # high scores: it predicts boxes
     torch.save(detector.state_dict(), "detector.pt")
     data = [f"--data.init_args.{size}" for size in ("test_size=5", "train_size=20", "batch_size=2")]
     found = []
@@ -86,7 +86,7 @@ def test_predictions_of_masks_and_boxes(config: str, settings: list[str], number
 
 
 def _predicted() -> dict[Path, bytes]:
-    """Return the content of all files of the last prediction, and remove them."""
+    """Return the contents of all files of the last prediction and remove them."""
     folder = Path("runs/predict/version_0")
     content = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
     shutil.rmtree(folder)
@@ -94,7 +94,7 @@ def _predicted() -> dict[Path, bytes]:
 
 
 class Stop(L.Callback):
-    """Stops a run after so many steps; unlike `max_steps`, it leaves the length of the schedules as it is."""
+    """Stops a run after a number of steps; unlike `max_steps`, it does not change the length of schedules."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -112,19 +112,19 @@ def _stopping(after: int) -> Path:
 
 
 @pytest.mark.parametrize("stop", [3, 5])
-def test_a_run_resumed_in_mid_epoch(stop: int, pretended) -> None:
-    """Stopped after an ordinary step or replays, the run ends with the bits of one that was not, and of the CPU's."""
+def test_resume_within_an_epoch(stop: int, pretended) -> None:
+    """A run stopped after ordinary steps or replays, then resumed, equals an uninterrupted one and the CPU's."""
     long = [*KD, "--trainer.limit_train_batches=4", "--trainer.max_epochs=3"]
-    usual = fit("cpu", "cpu", *long)
+    expected = fit("cpu", "cpu", *long)
     whole = fit("whole", NAME, *long)
     fit("begun", NAME, *long, "--config", str(_stopping(stop)))
     (last,) = Path("begun").rglob("last.ckpt")
     parts = fit("rest", NAME, *long, "--ckpt_path", str(last))
     assert not differences(trained(whole), trained(parts))
-    assert not differences(trained(usual), trained(parts))
+    assert not differences(trained(expected), trained(parts))
 
 
-def test_a_checkpoint_has_tensors_of_the_cpu(pretended) -> None:
+def test_checkpoint_contains_cpu_tensors(pretended) -> None:
     checkpoint = fit("run", NAME, *KD)
     assert all(type(tensor) is torch.Tensor for tensor in checkpoint["state_dict"].values())
     assert checkpoint["state_dict"]["model.conv1.weight"].device.type == "cpu"
@@ -132,15 +132,15 @@ def test_a_checkpoint_has_tensors_of_the_cpu(pretended) -> None:
 
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_cached_logits(top_k: int | None, pretended, capfd) -> None:
-    """The run that fills the cache, one that reads it, and the CPU's have the same bits."""
+    """A run that fills the cache, one that reads it and one on the CPU are bitwise equal."""
     cached = [*KD, "--teacher_cache.versions=2", "--trainer.max_epochs=5", "--trainer.limit_train_batches=1.0"]
     cached += ["--data.init_args.batch_size=200", *([] if top_k is None else [f"--teacher_cache.top_k={top_k}"])]
-    usual = fit("cpu", "cpu", *cached, "--teacher_cache.folder=cpu_cache")
+    expected = fit("cpu", "cpu", *cached, "--teacher_cache.folder=cpu_cache")
     fills = fit("fills", NAME, *cached, "--teacher_cache.folder=cache")
     capfd.readouterr()
     reads = fit("reads", NAME, *cached, "--teacher_cache.folder=cache")
     assert "2 of 2 variants found" in capfd.readouterr().out
-    assert not differences(trained(usual), trained(fills))
+    assert not differences(trained(expected), trained(fills))
     assert not differences(trained(fills), trained(reads))
 
 
@@ -151,9 +151,9 @@ def test_compare(settings: list[str], pretended) -> None:
     for place in ("cpu", NAME):
         quick = ["--seconds=0.01", "--batch_sizes=[1]", f"--output={place}", f"--accelerator={place}"]
         assert main(["compare", f"one={run}", *quick]) == 0
-    usual, there = (json.loads(next(Path(place).rglob("comparison.json")).read_text()) for place in ("cpu", NAME))
+    expected, found = (json.loads(next(Path(place).rglob("comparison.json")).read_text()) for place in ("cpu", NAME))
     for name in ("one", "teacher"):
-        assert usual["networks"][name]["figures"] == there["networks"][name]["figures"]
+        assert expected["networks"][name]["figures"] == found["networks"][name]["figures"]
 
 
 def test_export_and_layers(pretended, monkeypatch) -> None:
@@ -167,7 +167,7 @@ def test_export_and_layers(pretended, monkeypatch) -> None:
     assert main(["layers", "--config", "digits/kd"]) == 0
 
 
-def test_a_sweep(pretended) -> None:
+def test_sweep(pretended) -> None:
     args = ["--trials=2", "--space=sweep/temperature_weight", ON, "--trainer.max_epochs=1", *SHORT[1:]]
     assert main(["sweep", "--config", "digits/kd", *args]) == 0
     assert list(Path("runs").rglob("best.yaml"))

@@ -1,4 +1,4 @@
-"""Criteria of dense prediction never wait for the device, and a graph of them computes what an ordinary step does."""
+"""Dense criteria never wait for the device, and their captured steps equal ordinary ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CASES = {name: case for name, case in FEATURE_CASES.items() if isinstance(case, 
 
 
 class _Step:
-    """Loss and gradient of a criterion for static inputs."""
+    """A step that computes the loss and the gradients of a criterion for static inputs."""
 
     def __init__(self, case: SegmentationCase, device: str) -> None:
         self.criterion = case.criterion().to(device)
@@ -33,14 +33,14 @@ class _Step:
         self.found.copy_(loss.detach())
 
     def change(self, outputs: tuple[Outputs, Outputs]) -> None:
-        """Give it other inputs, at the same addresses."""
+        """Copy new inputs into the static ones."""
         with torch.no_grad():
             for own, other in zip((self.student, self.teacher), outputs, strict=True):
                 for tensor, new in zip(tensors(own), tensors(other), strict=True):
                     tensor.copy_(new)
 
     def state(self) -> list[Tensor]:
-        """Loss, gradients and memories."""
+        """Return the loss, the gradients and the buffers (memory banks)."""
         grads = [tensor.grad for tensor in tensors(self.student) if tensor.grad is not None]
         return [tensor.detach().cpu() for tensor in (self.found, *grads, *self.criterion.buffers())]
 
@@ -48,20 +48,20 @@ class _Step:
 @pytest.mark.parametrize("name", CASES)
 def test_steps_do_not_wait_and_can_be_captured(name: str, pretended) -> None:
     case = CASES[name]
-    usual, there = (_Step(case, device) for device in ("cpu", NAME))
-    usual()
+    on_cpu, on_device = (_Step(case, device) for device in ("cpu", NAME))
+    on_cpu()
     waits.clear()
-    there()
+    on_device()
     assert not +waits
-    usual.change(case.outputs(seed=1))
-    there.change(case.outputs(seed=1))
-    usual()
-    _, replay = Tape().capture(there)
+    on_cpu.change(case.outputs(seed=1))
+    on_device.change(case.outputs(seed=1))
+    on_cpu()
+    _, replay = Tape().capture(on_device)
     torch.manual_seed(0)
-    assert all(torch.equal(*pair) for pair in zip(usual.state(), there.state(), strict=True))
-    usual.change(case.outputs(seed=2))
-    there.change(case.outputs(seed=2))
-    usual()
+    assert all(torch.equal(*pair) for pair in zip(on_cpu.state(), on_device.state(), strict=True))
+    on_cpu.change(case.outputs(seed=2))
+    on_device.change(case.outputs(seed=2))
+    on_cpu()
     torch.manual_seed(0)
     replay()
-    assert all(torch.equal(*pair) for pair in zip(usual.state(), there.state(), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(on_cpu.state(), on_device.state(), strict=True))

@@ -1,4 +1,4 @@
-"""Detectors train on the pretended device as on the CPU, without a graph, and the run states the reason."""
+"""Detectors train on the simulated device as on the CPU; they train without a graph, and the reason is reported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _module() -> DistillModule:
     )
 
 
-def test_a_run_equals_that_on_the_cpu(pretended, trainer, capsys) -> None:
+def test_training_equals_that_on_the_cpu(pretended, trainer, capsys) -> None:
     found = {}
     for device in ("cpu", NAME):
         module = _module()

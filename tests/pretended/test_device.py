@@ -1,4 +1,4 @@
-"""The pretended device keeps devices apart, computes exactly, counts waiting, and records as a graph would."""
+"""The simulated device separates devices, computes exactly, counts waits and records graphs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from tests.pretended.device import DEVICE, Tape, There, waits
+from tests.pretended.device import DEVICE, DeviceTensor, Tape, waits
 
 
-def test_devices_are_kept_apart(pretended) -> None:
-    there, here = torch.ones(3, device=DEVICE), torch.ones(3)
-    assert there.device == DEVICE
-    assert (2 * there).tolist() == [2.0, 2.0, 2.0]
-    assert (there * torch.tensor(3.0)).tolist() == [3.0, 3.0, 3.0]  # one number of the host's, as on a GPU
+def test_devices_are_separated(pretended) -> None:
+    on_device, on_host = torch.ones(3, device=DEVICE), torch.ones(3)
+    assert on_device.device == DEVICE
+    assert (2 * on_device).tolist() == [2.0, 2.0, 2.0]
+    assert (on_device * torch.tensor(3.0)).tolist() == [3.0, 3.0, 3.0]  # a scalar on the host is allowed, as on a GPU
     with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
-        there + here
+        on_device + on_host
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_devices_are_kept_apart(pretended) -> None:
         (lambda x: torch.tensor([1.0, 2.0], device=DEVICE), "torch.tensor"),
     ],
 )
-def test_what_makes_the_host_wait_is_counted_and_cannot_be_captured(pretended, act, name: str) -> None:
+def test_waits_are_counted_and_cannot_be_captured(pretended, act, name: str) -> None:
     x = torch.ones(3, device=DEVICE)
     before = sum(waits.values())
     act(x)
@@ -39,7 +39,7 @@ def test_what_makes_the_host_wait_is_counted_and_cannot_be_captured(pretended, a
         Tape().capture(lambda: act(x))
 
 
-def test_what_does_not_is_not(pretended) -> None:
+def test_asynchronous_operations_are_not_counted(pretended) -> None:
     x = torch.ones(3, device=DEVICE)
     waits.clear()
     x.copy_(torch.zeros(3), non_blocking=True)
@@ -49,16 +49,16 @@ def test_what_does_not_is_not(pretended) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_tensor_is_converted_like_another(mode, pretended) -> None:
+def test_conversion_to_the_type_of_another_tensor(mode, pretended) -> None:
     with mode():
-        there, number = torch.ones(3, dtype=torch.int64).to(DEVICE), torch.tensor(2)
+        on_device, number = torch.ones(3, dtype=torch.int64).to(DEVICE), torch.tensor(2)
         like = torch.ones(3).to(DEVICE)
-        found = there.to(like) * number.to(like)
+        found = on_device.to(like) * number.to(like)
         assert (found.dtype, found.device) == (torch.float32, DEVICE)
         assert (found + like).tolist() == [3.0, 3.0, 3.0]
 
 
-def test_a_tape_replays_a_training_step(pretended) -> None:
+def test_tape_replays_a_training_step(pretended) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 2)).to(DEVICE)
     data = [torch.randn(6, 4).to(DEVICE) for _ in range(4)]
@@ -85,7 +85,7 @@ def test_a_tape_replays_a_training_step(pretended) -> None:
                 new = 0.1 / (1 + number)
                 group["lr"] = group["lr"].fill_(new) if captured else new
             if captured and number == 1:
-                _, replay = Tape().capture(step)  # a tape executes what it records
+                _, replay = Tape().capture(step)  # recording executes the step, too
             elif replay is not None:
                 replay()
             else:
@@ -95,6 +95,6 @@ def test_a_tape_replays_a_training_step(pretended) -> None:
     assert train(True) == train(False)
 
 
-def test_parameters_are_of_the_device(pretended) -> None:
+def test_parameters_are_on_the_device(pretended) -> None:
     layer = nn.Linear(2, 2).to(DEVICE)
-    assert all(isinstance(parameter.data, There) for parameter in layer.parameters())
+    assert all(isinstance(parameter.data, DeviceTensor) for parameter in layer.parameters())

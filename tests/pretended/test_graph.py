@@ -1,4 +1,4 @@
-"""A captured step and an ordinary one agree bit by bit; what cannot be captured is reported, and runs as usual."""
+"""Captured steps are bitwise equal to ordinary ones; steps that cannot be captured are reported and run without."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ DATA: dict[str, Any] = {
 
 @pytest.fixture
 def train(trainer, distill, pretended, monkeypatch) -> Callable[..., tuple[dict[str, Any], list[StepGraph]]]:
-    """Trains on a device; the state of module and optimizer afterwards, and the graphs of the step."""
-    made: list[StepGraph] = []
+    """Return a function that trains on a device and returns the final state and the graphs of the step."""
+    created: list[StepGraph] = []
     init = StepGraph.__init__
 
-    def noted(self: StepGraph, *args: Any) -> None:
+    def recorded(self: StepGraph, *args: Any) -> None:
         init(self, *args)
-        made.append(self)
+        created.append(self)
 
-    monkeypatch.setattr(StepGraph, "__init__", noted)
+    monkeypatch.setattr(StepGraph, "__init__", recorded)
 
     def run(
         accelerator: str,
@@ -62,7 +62,7 @@ def train(trainer, distill, pretended, monkeypatch) -> Callable[..., tuple[dict[
         speed: Speed | None = None,
         **settings: Any,
     ) -> tuple[dict[str, Any], list[StepGraph]]:
-        made.clear()
+        created.clear()
         L.seed_everything(0, verbose=False)
         engine = trainer(
             accelerator=accelerator,
@@ -80,21 +80,21 @@ def train(trainer, distill, pretended, monkeypatch) -> Callable[..., tuple[dict[
             number: {name: value.cpu() if isinstance(value, Tensor) else value for name, value in held.items()}
             for number, held in state["optimizer"]["state"].items()
         }
-        return state, list(made)
+        return state, list(created)
 
     return run
 
 
 @pytest.fixture
 def agree(train) -> Callable[..., StepGraph]:
-    """Trains on the CPU and by a graph, sees that both have the same bits, and returns the graph."""
+    """Return a function that trains on the CPU and with a graph, compares the states and returns the graph."""
 
     def check(**settings: Any) -> StepGraph:
-        usual, _ = train("cpu", **settings)
+        expected, _ = train("cpu", **settings)
         replayed, (graph,) = train(NAME, **settings)
         assert not graph.obstacle
         assert graph.captures
-        assert not differences(usual, replayed)
+        assert not differences(expected, replayed)
         return graph
 
     return check
@@ -117,7 +117,7 @@ def test_optimizers(name: str, agree, distill) -> None:
 
 
 @pytest.mark.parametrize("name", ["Adadelta", "Adam", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"])
-def test_optimizers_that_can_count_their_steps_on_the_device(name: str, train, distill) -> None:
+def test_optimizers_that_count_steps_on_the_device(name: str, train, distill) -> None:
     def module() -> DistillModule:
         return distill(optimizer=lambda p: getattr(torch.optim, name)(p, lr=1e-3, foreach=True))
 
@@ -142,11 +142,11 @@ def _scheduled(distill: Any, scheduler: Any, **optimizer: Any) -> Callable[[], D
         lambda o: CosineDecay(o, warmup=0.4),
     ],
 )
-def test_a_fused_optimizers_learning_rate_is_a_tensor(scheduler, agree, distill) -> None:
+def test_learning_rate_of_fused_optimizers_is_a_tensor(scheduler, agree, distill) -> None:
     assert agree(module=_scheduled(distill, scheduler)).captures == 1
 
 
-def test_another_optimizers_learning_rate_is_captured_again(agree, distill) -> None:
+def test_learning_rate_of_other_optimizers_is_captured_again(agree, distill) -> None:
     module = _scheduled(distill, lambda o: StepLR(o, step_size=1, gamma=0.3), foreach=True)
     assert agree(module=module).captures == 3
 
@@ -155,7 +155,7 @@ def test_another_optimizers_learning_rate_is_captured_again(agree, distill) -> N
     "scheduler",
     [lambda o: OneCycleLR(o, 0.2, total_steps=15, cycle_momentum=False), lambda o: CosineDecay(o, warmup=0.2)],
 )
-def test_a_learning_rate_that_changes_in_every_step(scheduler, agree, distill) -> None:
+def test_learning_rate_that_changes_in_every_step(scheduler, agree, distill) -> None:
     assert agree(module=lambda: distill(lr_scheduler=scheduler, lr_scheduler_interval="step")).captures == 1
 
 
@@ -164,7 +164,7 @@ def test_scheduled_weights_are_captured_again(shape: str, agree) -> None:
     assert agree(callbacks=lambda: [Schedule("distill_weight", epochs=2, shape=shape)]).captures > 1
 
 
-def test_several_groups_of_parameters(agree, distill) -> None:
+def test_several_parameter_groups(agree, distill) -> None:
     class Groups(DistillModule):
         def configure_optimizers(self) -> Any:
             *first, last = self.model.parameters()
@@ -176,7 +176,7 @@ def test_several_groups_of_parameters(agree, distill) -> None:
 
 
 class Boxed(FGD):
-    """Each image has a box, which depends on its position in the data set."""
+    """FGD with one box per image, which depends on the index of the image."""
 
     def boxes(self, batch: Batch) -> tuple[list[Tensor], tuple[int, int]]:
         corner = batch.index.remainder(5).float()
@@ -197,16 +197,16 @@ DETECTION: dict[str, Callable[[], DistillLoss]] = {
 
 @pytest.mark.parametrize("name", DETECTION)
 def test_criteria_of_detectors(name: str, agree, distill) -> None:
-    """They have no overlay, which tests/pretended/test_methods.py would train."""
+    """These criteria have no overlay, so tests/pretended/test_methods.py does not train with them."""
     assert agree(module=lambda: distill(criterion=DETECTION[name](), distill_weight=0.01)).captures == 1
 
 
-def test_clipped_gradients(agree) -> None:
+def test_gradient_clipping(agree) -> None:
     agree(gradient_clip_val=0.1)
     agree(gradient_clip_val=0.01, gradient_clip_algorithm="value")
 
 
-def test_dropout_draws_as_in_ordinary_steps(agree, tiny) -> None:
+def test_dropout_draws_the_masks_of_ordinary_steps(agree, tiny) -> None:
     def module() -> DistillModule:
         student = tiny(seed=1)
         student.fc = nn.Sequential(nn.Dropout(0.5), student.fc)
@@ -219,19 +219,19 @@ def test_averaged_weights(agree) -> None:
     agree(callbacks=lambda: [EMAWeightAveraging(decay=0.5, update_every_n_steps=1)])
 
 
-class Unfreezes(Callback):
-    """Freezes a layer and sets it to eval mode for an epoch."""
+class FreezesInSecondEpoch(Callback):
+    """Freezes a layer and sets it to eval mode in the second epoch."""
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         frozen = trainer.current_epoch == 1
         pl_module.student.bn1.train(not frozen).requires_grad_(not frozen)
 
 
-def test_layers_that_are_frozen_meanwhile(agree) -> None:
-    assert agree(callbacks=lambda: [Unfreezes()]).captures == 3
+def test_layers_frozen_for_one_epoch(agree) -> None:
+    assert agree(callbacks=lambda: [FreezesInSecondEpoch()]).captures == 3
 
 
-def test_training_with_labels_alone(agree, tiny) -> None:
+def test_training_with_labels_only(agree, tiny) -> None:
     agree(module=lambda: ClassificationModule(tiny(), optimizer=lambda p: SGD(p, lr=0.1, momentum=0.9)))
 
 
@@ -245,7 +245,7 @@ def test_training_with_labels_alone(agree, tiny) -> None:
         {"views": RotatedViews()},
         {"views": ClassPartner()},
         {"label_size": 0.5},
-        {"batch_size": 100},  # one batch, smaller than a full one
+        {"batch_size": 100},  # a single batch that is not full
     ],
     ids=str,
 )
@@ -254,27 +254,27 @@ def test_batches(data: dict[str, Any], agree, recwarn) -> None:
     assert not [warning for warning in recwarn if "graph" in str(warning.message)]
 
 
-def test_without_graphs_the_device_has_the_same_bits(train) -> None:
-    usual, _ = train("cpu")
+def test_training_without_graphs_equals_that_on_the_cpu(train) -> None:
+    expected, _ = train("cpu")
     off, graphs = train(NAME, speed=Speed(channels_last=False, graph="off"))
     assert not graphs
-    assert not differences(usual, off)
+    assert not differences(expected, off)
 
 
-class Plain(L.LightningDataModule):
-    """Ordinary batches, of which the last one is smaller: it takes an ordinary step."""
+class OrdinaryLoader(L.LightningDataModule):
+    """Batches of an ordinary loader; the last one is smaller, so its step runs without the graph."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         image = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         return DataLoader(TensorDataset(image, torch.arange(20) % 4), batch_size=8)
 
 
-def test_batches_of_several_sizes_from_any_loader(trainer, distill, pretended) -> None:
+def test_batches_of_several_sizes_from_an_ordinary_loader(trainer, distill, pretended) -> None:
     found = []
     for place in ("cpu", NAME):
         L.seed_everything(0, verbose=False)
         module = distill()
-        trainer(accelerator=place, callbacks=[Speed(channels_last=False)], max_epochs=3).fit(module, Plain())
+        trainer(accelerator=place, callbacks=[Speed(channels_last=False)], max_epochs=3).fit(module, OrdinaryLoader())
         found.append({name: value.cpu() for name, value in module.state_dict().items()})
     assert not differences(*found)
 
@@ -293,7 +293,7 @@ class Counts(DistillLoss):
 
 
 class CountsElsewhere(Counts):
-    """One that hides its counter."""
+    """A criterion that reads a counter hidden in an iterator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ class CountsElsewhere(Counts):
 
 
 class Waits(DistillLoss):
-    """One that waits for the device."""
+    """A criterion that waits for the device."""
 
     def forward(self, student: Any, teacher: Any, batch: Any) -> Tensor:
         loss: Tensor = student.logits.square().mean()
@@ -313,7 +313,7 @@ class Waits(DistillLoss):
 
 
 class Remembers(DistillLoss):
-    """One that keeps a tensor of the step before, not as a buffer."""
+    """A criterion that keeps a tensor of the previous step outside its buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -335,7 +335,7 @@ class Remembers(DistillLoss):
         (Remembers, "two ordinary steps from the same state differ in"),
     ],
 )
-def test_planted_faults_are_found_and_the_run_goes_on(criterion, reason: str, train, distill) -> None:
+def test_criteria_that_cannot_be_captured_are_detected(criterion, reason: str, train, distill) -> None:
     def module() -> DistillModule:
         return distill(criterion=criterion())
 
@@ -344,38 +344,38 @@ def test_planted_faults_are_found_and_the_run_goes_on(criterion, reason: str, tr
         found, (graph,) = train(NAME, module=module, max_epochs=2)
     assert graph.obstacle
     assert found["weights"].keys() == off["weights"].keys()
-    if criterion is Waits:  # the others had some calls more
+    if criterion is Waits:  # the checks call the others additional times
         assert not differences(off, found)
 
 
 class ByEpoch(DistillModule):
-    """A loss that reads the number of the epoch."""
+    """A module whose loss depends on the epoch number."""
 
     def distill_loss(self, student: Any, teacher: Any, batch: Any) -> Any:
         return super().distill_loss(student, teacher, batch) * (1 + self.current_epoch)
 
 
 class ByStep(DistillModule):
-    """A loss that reads the number of the step."""
+    """A module whose loss depends on the step number."""
 
     def distill_loss(self, student: Any, teacher: Any, batch: Any) -> Any:
         return super().distill_loss(student, teacher, batch) * min(1.0, self.global_step / 10)
 
 
-def test_code_that_reads_the_epoch_is_captured_again(agree, distill) -> None:
+def test_loss_that_reads_the_epoch_is_captured_again(agree, distill) -> None:
     assert agree(module=lambda: distill(ByEpoch)).captures == 3
 
 
-def test_code_that_reads_the_step_runs_as_usual(train, distill) -> None:
-    usual, _ = train("cpu", module=lambda: distill(ByStep))
+def test_loss_that_reads_the_step_runs_without_a_graph(train, distill) -> None:
+    expected, _ = train("cpu", module=lambda: distill(ByStep))
     with pytest.warns(UserWarning, match="its result depends on the step number"):
         found, (graph,) = train(NAME, module=lambda: distill(ByStep))
     assert graph.captures == 1
-    assert not differences(usual, found)  # found before the graph took a step with another number
+    assert not differences(expected, found)  # detected before the graph takes a step with another number
 
 
 class AddsGroup(Callback):
-    """Lets the classifier train from the second epoch on, in a group of its own."""
+    """Trains the classifier from the second epoch on, in its own parameter group."""
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.current_epoch == 1:
@@ -384,17 +384,17 @@ class AddsGroup(Callback):
             trainer.optimizers[0].add_param_group({**group, "params": list(head.parameters()), "lr": 0.01})
 
 
-def test_a_group_that_joins_later(agree, distill) -> None:
+def test_parameter_group_added_later(agree, distill) -> None:
     def module() -> DistillModule:
-        made = distill()
-        made.student.fc.requires_grad_(False)
-        return made
+        created = distill()
+        created.student.fc.requires_grad_(False)
+        return created
 
     assert agree(module=module, callbacks=lambda: [AddsGroup()]).captures == 2
 
 
 class Logs(DistillModule):
-    """A loss that logs for itself."""
+    """A module whose loss calls `self.log`."""
 
     def distill_loss(self, student: Any, teacher: Any, batch: Any) -> Any:
         self.log("train/mine", student.logits.mean())
@@ -402,7 +402,7 @@ class Logs(DistillModule):
 
 
 class DrawsOnHost(DistillModule):
-    """A loss that draws on the host."""
+    """A module whose loss draws a random number on the host."""
 
     def distill_loss(self, student: Any, teacher: Any, batch: Any) -> Any:
         return super().distill_loss(student, teacher, batch) * (1 + random.random())
@@ -412,36 +412,36 @@ class DrawsOnHost(DistillModule):
     ("kind", "reason"),
     [(Logs, "the step calls self.log"), (DrawsOnHost, "the step draws random numbers on the host")],
 )
-def test_what_a_graph_would_do_only_once(kind: type[DistillModule], reason: str, train, distill) -> None:
+def test_side_effects_that_replays_would_omit(kind: type[DistillModule], reason: str, train, distill) -> None:
     with pytest.warns(UserWarning, match=reason):
         train(NAME, module=lambda: distill(kind))
 
 
 class NumpyWeight(Callback):
-    """Sets a weight to a number of NumPy's."""
+    """Sets a loss weight to a NumPy scalar."""
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         pl_module.distill_weight = np.float64(0.5 + trainer.current_epoch)
 
 
-def test_numbers_of_numpy(agree) -> None:
+def test_numpy_scalars(agree) -> None:
     assert agree(callbacks=lambda: [NumpyWeight()]).captures == 3
 
 
-class Turns(Callback):
-    """Changes the augmentation between epochs."""
+class ChangesFlips(Callback):
+    """Changes the flip probability between epochs."""
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         data = trainer.datamodule.datasets["train"]
         object.__setattr__(data.augment[0], "p", 0.2 + 0.3 * trainer.current_epoch)
 
 
-def test_augmentation_that_changes(agree) -> None:
+def test_augmentation_that_changes_between_epochs(agree) -> None:
     def data() -> dict[str, Any]:
         return {"augment": [RandomHorizontalFlip()]}
 
-    usual = agree(data=data(), callbacks=lambda: [Turns()])
-    assert usual.captures == 1
+    graph = agree(data=data(), callbacks=lambda: [ChangesFlips()])
+    assert graph.captures == 1
 
 
 class Accumulates(Callback):
@@ -451,17 +451,17 @@ class Accumulates(Callback):
         trainer.accumulate_grad_batches = 2 if trainer.current_epoch else 1
 
 
-def test_accumulation_that_begins_later(agree) -> None:
+def test_accumulation_from_the_second_epoch(agree) -> None:
     agree(callbacks=lambda: [Accumulates()])
 
 
-def test_hooks_of_a_callbacks_instance(train, capfd) -> None:
+def test_hooks_of_a_callback_instance(train, capfd) -> None:
     train(NAME, callbacks=lambda: [LambdaCallback(on_after_backward=lambda *_: None)])
     assert "no CUDA graph (LambdaCallback uses on_after_backward)" in capfd.readouterr().out
 
 
-class Lies:
-    """A capture whose replays do something else than what was recorded."""
+class EmptyReplays:
+    """A capture whose replays do nothing instead of what was recorded."""
 
     scalar = torch.float64
 
@@ -472,23 +472,23 @@ class Lies:
         return function(), lambda: None
 
 
-def test_a_graph_that_does_something_else_is_not_used(train, monkeypatch) -> None:
+def test_graph_with_wrong_replays_is_not_used(train, monkeypatch) -> None:
     off, _ = train(NAME, speed=Speed(channels_last=False, graph="off"))
-    monkeypatch.setattr("lkd.devices.step_capture", lambda device: Lies())
+    monkeypatch.setattr("lkd.devices.step_capture", lambda device: EmptyReplays())
     with pytest.warns(UserWarning, match="a replay of the graph differs from an ordinary step in"):
         found, _ = train(NAME)
     assert not differences(off, found)
 
 
 class Looks(Callback):
-    """Looks at gradients within the step."""
+    """Reads gradients within the step."""
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert next(pl_module.parameters()).grad is not None
 
 
 class OwnStep(DistillModule):
-    """A module with a step of its own."""
+    """A module that overrides `training_step`."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return super().training_step(batch, batch_idx)
@@ -504,40 +504,40 @@ class OwnStep(DistillModule):
         ({"speed": Speed(compile="off", graph="off")}, "off"),
     ],
 )
-def test_where_no_graph_is_possible_the_reason_is_given(settings: dict[str, Any], reason: str, train, capfd) -> None:
+def test_reason_for_no_graph_is_reported(settings: dict[str, Any], reason: str, train, capfd) -> None:
     _, graphs = train(NAME, **settings)
     assert not graphs
     assert f"no CUDA graph ({reason})" in capfd.readouterr().out
 
 
-def test_a_step_of_the_users_own(train, distill, capfd) -> None:
+def test_own_training_step(train, distill, capfd) -> None:
     train(NAME, module=lambda: distill(OwnStep))
     assert "no CUDA graph (OwnStep overrides training_step)" in capfd.readouterr().out
 
 
-def test_numbers_that_change_in_every_step(train, distill) -> None:
-    class Restless(Callback):
+def test_python_values_that_change_in_every_step(train, distill) -> None:
+    class ChangesWeight(Callback):
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             pl_module.distill_weight = 1 / (1 + trainer.global_step)
 
-    usual, _ = train("cpu", callbacks=lambda: [Restless()])
+    expected, _ = train("cpu", callbacks=lambda: [ChangesWeight()])
     with pytest.warns(UserWarning, match="Python values that the step reads change in every step"):
-        found, (graph,) = train(NAME, callbacks=lambda: [Restless()])
+        found, (graph,) = train(NAME, callbacks=lambda: [ChangesWeight()])
     assert graph.obstacle
-    assert not differences(usual, found)
+    assert not differences(expected, found)
 
 
-def test_an_optimizer_that_counts_its_steps_on_the_host(train, distill) -> None:
+def test_optimizer_that_counts_steps_on_the_host(train, distill) -> None:
     def module() -> DistillModule:
         return distill(optimizer=lambda p: torch.optim.Adagrad(p, lr=1e-2))
 
-    usual, _ = train("cpu", module=module)
+    expected, _ = train("cpu", module=module)
     with pytest.warns(UserWarning, match="Adagrad or the module has state on a different device"):
         found, _ = train(NAME, module=module)
-    assert not differences(usual["weights"], found["weights"])
+    assert not differences(expected["weights"], found["weights"])
 
 
-def test_after_fit_the_module_is_as_before(train, distill) -> None:
+def test_fit_removes_graphs_from_the_module(train, distill) -> None:
     module = distill()
     train(NAME, module=lambda: module)
     assert module.step_graph is None
@@ -545,7 +545,7 @@ def test_after_fit_the_module_is_as_before(train, distill) -> None:
 
 
 class DrawsMasks(DistillLoss):
-    """Draws, skips unlabelled images, and has two terms: as training, so validation by a graph."""
+    """A criterion that draws random masks, skips unlabelled images and has two terms."""
 
     skips_unlabelled = True
 
@@ -557,16 +557,16 @@ class DrawsMasks(DistillLoss):
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.0], ids=["always", "later"])
-def test_the_criterion_is_measured_by_a_graph(weight: float, agree, distill, monkeypatch, recwarn) -> None:
-    """With a weight that begins at 0, the curves appear later, and the graphs of validation are captured again."""
+def test_criterion_is_evaluated_with_a_graph(weight: float, agree, distill, monkeypatch, recwarn) -> None:
+    """Validation uses graphs, too. If the weight starts at 0, terms appear later, and the graphs are captured again."""
     replayed: list[bool] = []
     update = EvalGraph.update
 
-    def noted(self: EvalGraph, *args: Any) -> bool:
+    def recorded(self: EvalGraph, *args: Any) -> bool:
         replayed.append(update(self, *args))
         return replayed[-1]
 
-    monkeypatch.setattr(EvalGraph, "update", noted)
+    monkeypatch.setattr(EvalGraph, "update", recorded)
     schedule = [Schedule("distill_weight", epochs=2, start=weight, shape="step")]
     agree(
         module=lambda: distill(criterion=DrawsMasks()),

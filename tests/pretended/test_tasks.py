@@ -1,4 +1,4 @@
-"""What the tasks compute for display and comparison is the same on every device."""
+"""Tasks prepare the same images of predictions on all devices."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lkd.types import IGNORE_INDEX, Batch
 from tests.pretended.device import NAME
 
 
-def test_predictions_are_shown_from_the_device(pretended) -> None:
-    """Views and the rows of a batch are those of the CPU."""
+def test_prediction_images(pretended) -> None:
+    """The views and the selected rows of a batch equal those on the CPU."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(-1, 3, (4, 6, 6), generator=generator)
     target[target < 0] = IGNORE_INDEX

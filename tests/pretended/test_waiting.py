@@ -1,4 +1,4 @@
-"""A training step never makes the host wait for the device; what remains is once a flush and once an epoch."""
+"""The host never waits for the device in a training step; the remaining waits occur per flush and per epoch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.pretended.device import NAME, waits
 KD = ["--config", "digits/kd"]
 SEGMENTATION = ["--config", "shapes/kd", "--model.init_args.teacher_ckpt=null"]
 SEGMENTATION += ["--model.init_args.lr_scheduler_interval=epoch"]
-"""With `step`, Lightning's `LearningRateMonitor` waits whenever it logs the learning rate."""
+"""The interval is `epoch`: with `step`, Lightning's `LearningRateMonitor` waits when it logs the learning rate."""
 SEEN: dict[str, Counter[str]] = {}
 
 
-class Watch(L.Callback):
-    """Notes what the host waits for: in steps without a flush, in steps with one, in validation, between epochs."""
+class CountWaits(L.Callback):
+    """Counts waits in steps without a flush, in steps with one, in validation and between epochs."""
 
     def __init__(self) -> None:
         SEEN.clear()
@@ -35,7 +35,7 @@ class Watch(L.Callback):
         self._begin("epoch")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        captures = batch_idx < 3  # in the first epoch, or where logits are no longer written but read
+        captures = batch_idx < 3  # also when cached logits are first read instead of written
         logs = (batch_idx + 1) % trainer.log_every_n_steps == 0 or trainer.is_last_batch
         self._begin("capture" if captures else "flush" if logs else "step")
 
@@ -66,8 +66,8 @@ class Watch(L.Callback):
     ids=str,
 )
 def test_steps_do_not_wait(settings: list[str], graph: str, pretended) -> None:
-    """With TensorBoard, progress bar, metrics, schedule and checkpoints, as `lkd fit` has them."""
-    watched = ["--trainer.callbacks+=tests.pretended.test_waiting.Watch", "--trainer.log_every_n_steps=8"]
+    """TensorBoard, progress bar, metrics, schedule and checkpoints are enabled, as in `lkd fit`."""
+    watched = ["--trainer.callbacks+=tests.pretended.test_waiting.CountWaits", "--trainer.log_every_n_steps=8"]
     short = ["--trainer.max_epochs=3", "--trainer.limit_train_batches=20", "--trainer.limit_val_batches=4"]
     there = ["--data.init_args.batch_size=16", f"--trainer.accelerator={NAME}", "--trainer.precision=32-true"]
     assert main(["fit", *settings, *there, *watched, *short, f"--speed.graph={graph}"]) == 0
@@ -76,7 +76,7 @@ def test_steps_do_not_wait(settings: list[str], graph: str, pretended) -> None:
     assert validation.pop("times") >= 6
     assert not +steps
     assert not +validation
-    flushes = SEEN["flush"].pop("times")  # they read the first bad steps, the means, and what Lightning adds to a bar
+    flushes = SEEN["flush"].pop("times")  # reads of non-finite steps, means and Lightning's bar
     assert sum(SEEN["flush"].values()) <= 4 * flushes
     epochs = SEEN["epoch"].pop("times")
     print(f"waits per flush: {dict(SEEN['flush'])} in {flushes}; between steps: {dict(SEEN['epoch'])} in {epochs}")
