@@ -1,4 +1,4 @@
-"""Processes that are forked from one that has imported torch, Lightning and lkd, and so start in a moment.
+"""Processes that start quickly because they are forked from a server that has imported torch, Lightning and lkd.
 
 Importing them takes several seconds. The server is started once, trains nothing, and has no threads.
 """
@@ -26,8 +26,8 @@ class Done(NamedTuple):
 
     Args:
         code: Exit code; negative: the signal that ended the process.
-        stdout: What it wrote to its standard output.
-        stderr: What it wrote to its standard error.
+        stdout: Contents of its standard output.
+        stderr: Contents of its standard error.
     """
 
     code: int
@@ -38,7 +38,7 @@ class Done(NamedTuple):
 class Forked:
     """A process that calls a function in the current folder, with its own output and environment.
 
-    `Forked(module, "lkd", "fit")` takes the place of a process of `python -m lkd fit`.
+    `Forked(module, "lkd", "fit")` replaces a process of `python -m lkd fit`.
 
     Args:
         function: The function, such as `module` or `script`; it is pickled.
@@ -55,7 +55,7 @@ class Forked:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process has not ended."""
+        """Whether the process is running."""
         return self._process.is_alive()
 
     def send(self, number: int) -> None:
@@ -63,10 +63,10 @@ class Forked:
         os.kill(int(self._process.pid or 0), number)
 
     def wait(self, seconds: float = 300) -> Done:
-        """Wait for the end of the process.
+        """Wait until the process ends.
 
         Raises:
-            TimeoutError: If it has not ended after so many seconds; it is killed.
+            TimeoutError: If the process is still running after `seconds`; it is killed.
         """
         self._process.join(seconds)
         late = self._process.exitcode is None
@@ -80,12 +80,12 @@ class Forked:
 
 
 def ranks(number: int, function: Callable[..., Any], *args: Any) -> list[Done]:
-    """Run a function in several processes that know one another, as `torchrun` starts them.
+    """Run a function in several processes with the environment that `torchrun` sets, and wait for all.
 
     Args:
         number: Number of processes.
         function: The function.
-        args: Its arguments, the same for all.
+        args: Its arguments, the same in all processes.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -96,14 +96,14 @@ def ranks(number: int, function: Callable[..., Any], *args: Any) -> list[Done]:
 
 
 def module(name: str, *args: str) -> None:
-    """Do in this process what `python -m NAME ARGS` does."""
+    """Run `python -m NAME ARGS` in this process."""
     sys.argv = [name, *args]
     sys.path.insert(0, str(Path.cwd()))
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def script(path: str, *args: str) -> None:
-    """Do in this process what `python PATH ARGS` does."""
+    """Run `python PATH ARGS` in this process."""
     sys.argv = [path, *args]
     sys.path.insert(0, str(Path(path).resolve().parent))
     runpy.run_path(path, run_name="__main__")
@@ -112,7 +112,7 @@ def script(path: str, *args: str) -> None:
 def _work(
     function: Callable[..., Any], args: Sequence[Any], folder: str, variables: dict[str, str], files: Sequence[Path]
 ) -> None:
-    gc.freeze()  # collections skip what the server has imported, and leave its memory shared
+    gc.freeze()  # garbage collection skips imported objects, so their memory stays shared
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variables)
@@ -121,5 +121,5 @@ def _work(
             os.dup2(opened.fileno(), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
-    multiprocessing.set_start_method(None, force=True)  # that of an ordinary process
+    multiprocessing.set_start_method(None, force=True)  # the default method, as in an ordinary process
     function(*args)

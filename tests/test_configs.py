@@ -1,4 +1,4 @@
-"""Every file in configs/ trains: complete ones as they are, overlays in combination; on small data of the same form."""
+"""All files in configs/ train on small data of the same form: complete configs as they are, overlays combined."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ COMPLETE = sorted(
     for path in FOLDER.glob(f"{folder}/*.yaml")
 )
 ON_DEVICE = [name for name in COMPLETE if not name.startswith(("camvid", "detection")) or "cirkd" in name]
-"""Complete configs that train on the pretended device; steps of detectors cannot be graphs."""
+"""Complete configs that train on the simulated device; the steps of detectors cannot be captured as graphs."""
 OVERLAYS = {
     kind: sorted(path.stem for path in (FOLDER / kind).glob("*.yaml"))
     for kind in ("data", "finetune", "pairs", "methods", "teachers", "trainer")
 }
 VIEWS = [name for name in OVERLAYS["methods"] if "views:" in (FOLDER / "methods" / f"{name}.yaml").read_text()]
-BEFORE = {  # runs that a config goes on from
+BEFORE = {  # runs whose results a config requires
     "digits/takd.yaml": ["digits/assistant"],
     "digits/multi_teacher.yaml": ["digits/assistant"],
     "digits/born_again_ensemble.yaml": ["digits/born_again", "digits/born_again"],
@@ -52,8 +52,8 @@ SHORT = [
 ]
 
 
-def _tree(classes: int, size: int = 32, splits: tuple[str, ...] = ("train", "test")) -> str:
-    """A folder of images, enough to train and to validate."""
+def _image_folder(classes: int, size: int = 32, splits: tuple[str, ...] = ("train", "test")) -> str:
+    """Create a folder of images for training and validation."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
     for split in splits:
@@ -65,8 +65,8 @@ def _tree(classes: int, size: int = 32, splits: tuple[str, ...] = ("train", "tes
     return "tree"
 
 
-def _shard() -> dict[str, object]:
-    """Settings for one small shard, for training and validation."""
+def _one_shard() -> dict[str, object]:
+    """Create one small shard for training and validation, and return the settings of the data module."""
     from webdataset import ShardWriter
 
     with ShardWriter("%d.tar", verbose=0) as writer:
@@ -77,13 +77,13 @@ def _shard() -> dict[str, object]:
 
 @pytest.fixture(autouse=True)
 def _no_downloads(monkeypatch) -> None:
-    """torchvision's trained weights would be fetched; random ones have the same form."""
+    """Replace torchvision's pretrained weights, which would be downloaded, with random ones."""
     get_model = torchvision.models.get_model
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None, **rest: get_model(name, **rest))
     monkeypatch.setattr("lkd.models.factories.unreachable", lambda url: "")
 
 
-def _masks() -> str:
+def _mask_folder() -> str:
     """Create a folder of images with masks for training and validation; the label 11 is ignored."""
     rng = np.random.default_rng(0)
     for split in ("train", "val", "test"):
@@ -103,9 +103,9 @@ def needs(config: str) -> list[str]:
     if "data_free" in config:
         settings += [f"--data.init_args.extra.init_args.{name}" for name in ("number=20", "steps=2")]
     if config.startswith("cifar10"):
-        settings += [f"--data.init_args.root={_tree(10)}", "--data.init_args.val_size=10"]
+        settings += [f"--data.init_args.root={_image_folder(10)}", "--data.init_args.val_size=10"]
     if config.startswith("camvid"):
-        settings += [f"--data.init_args.root={_masks()}", "--data.init_args.image_size=[32,48]"]
+        settings += [f"--data.init_args.root={_mask_folder()}", "--data.init_args.image_size=[32,48]"]
     if not config.startswith(("digits", "shapes")) and "teacher_ckpt: runs" in (FOLDER / config).read_text():
         teacher = TEACHERS[config.partition("/")[0]]()
         torch.save(teacher.state_dict(), "teacher.pth")
@@ -117,7 +117,7 @@ def needs(config: str) -> list[str]:
 
 @pytest.mark.parametrize("config", [config for config in COMPLETE if config not in ON_DEVICE])
 def test_complete_configs(config: str) -> None:
-    """The others are in tests/pretended/test_commands.py."""
+    """tests/pretended/test_commands.py trains the other configs."""
     assert main(["fit", "--config", config, *needs(config), *SHORT]) == 0
     assert list(Path("runs", config.removesuffix(".yaml")).rglob("best.ckpt"))
 
@@ -126,16 +126,16 @@ def _data_settings(data: str) -> list[str]:
     if data in ("digits", "synthetic"):
         return ["--data.init_args.batch_size=8"]
     if data == "webdataset":
-        return [f"--data.init_args.{name}={value}" for name, value in _shard().items()]
+        return [f"--data.init_args.{name}={value}" for name, value in _one_shard().items()]
     classes = CLASSES.get(data, 10)
-    root = _tree(classes, splits=("train", "val") if data == "imagenet" else ("train", "test"))
+    root = _image_folder(classes, splits=("train", "val") if data == "imagenet" else ("train", "test"))
     small = [
         "--data.init_args.batch_size=4",
         f"--data.init_args.val_size={classes}",
         "--data.init_args.num_workers=0",
     ]
     if data in ("folder", "imagenet"):
-        small.append("--data.init_args.image_size=32")  # 224x224 would take ten seconds
+        small.append("--data.init_args.image_size=32")  # 224x224 pixels would take 10 s
     return [f"--data.init_args.root={root}", *small]
 
 
@@ -171,13 +171,13 @@ def test_finetune_overlays(name: str) -> None:
     settings = [f"--data.init_args.{setting}" for setting in ("num_classes=3", "batch_size=4", "train_size=40")]
     settings += ["--model.init_args.model.init_args.num_classes=3"]
     if name == "deit_small":
-        settings += ["--data.init_args.input_shape=[3,32,32]"]  # 224x224 would take half a minute
+        settings += ["--data.init_args.input_shape=[3,32,32]"]  # 224x224 pixels would take 30 s
         settings += [f"--model.init_args.model.init_args.{setting}" for setting in ("pretrained=false", "img_size=32")]
     assert main(["fit", "--config", "data/synthetic", "--config", f"finetune/{name}", *settings, *SHORT]) == 0
 
 
 def test_trainer_overlays_keep_their_settings() -> None:
-    """Those of methods are in tests/pretended/test_methods.py: there they train on the CPU and as on a GPU."""
+    """tests/pretended/test_methods.py checks overlays of methods, on the CPU and on the simulated device."""
     for name in OVERLAYS["trainer"]:
         configs = ["--config", "data/digits", "--config", "pairs/digits", "--config", f"trainer/{name}"]
         assert main(["fit", *configs, *SHORT]) == 0
@@ -193,7 +193,7 @@ def test_trainer_overlays_keep_their_settings() -> None:
 @pytest.mark.parametrize(
     ("data", "name"), [(data, VIEWS[number % len(VIEWS)]) for number, data in enumerate(OVERLAYS["data"])]
 )
-def test_a_methods_views_merge_over_any_data(data: str, name: str, capsys) -> None:
+def test_views_of_methods_combine_with_all_data(data: str, name: str, capsys) -> None:
     assert set(VIEWS) >= {"cskd", "mlkd", "noisy_student", "sskd"}
     assert len(VIEWS) <= len(OVERLAYS["data"])
     pair, images = PAIR_OF.get(data, "resnet56_resnet20_10"), f"data/{data}"
@@ -205,7 +205,7 @@ def test_a_methods_views_merge_over_any_data(data: str, name: str, capsys) -> No
         assert _contains(resolved, yaml.safe_load((FOLDER / f"{part}.yaml").read_text())["data"])
 
 
-def test_a_method_that_asks_no_teacher_needs_none() -> None:
+def test_method_without_a_teacher() -> None:
     configs = ["--config", "data/digits", "--config", "pairs/digits", "--config", "methods/cskd"]
     without = ["--model.init_args.teacher=null", "--model.init_args.teacher_ckpt=null"]
     assert main(["fit", *configs, *without, *SHORT]) == 0
@@ -218,7 +218,7 @@ def _contains(resolved: object, given: object) -> bool:
     return resolved == given
 
 
-def test_every_overlay_is_run_above() -> None:
+def test_all_overlays_are_tested() -> None:
     assert set(OVERLAYS["pairs"]) >= set(PAIR_OF.values())
     folders = {path.parent.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml")}
     elsewhere = {"cluster", "loggers", "sweep"}  # tests/test_cluster.py, tests/test_loggers.py, tests/sweep

@@ -1,4 +1,4 @@
-"""Two processes (gloo): equal students, equal metrics, a teacher that stays out of it.
+"""DDP with two processes (gloo): equal students, equal metrics, and a teacher that is not synchronized.
 
 `LKD_PROCESSES=4 pytest tests/test_ddp.py tests/losses/test_processes.py` compares four processes with one.
 """
@@ -50,7 +50,7 @@ SPY = """
     class Spy(L.Callback):
         def on_fit_start(self, trainer, pl_module):
             self.teacher = digest(pl_module.teacher)
-            if trainer.global_rank == 1:  # a broadcast would bring rank 0's statistics here
+            if trainer.global_rank == 1:  # a broadcast would overwrite this with rank 0's statistics
                 pl_module.teacher.bn1.running_mean += 1
                 self.teacher = digest(pl_module.teacher)
 
@@ -65,7 +65,7 @@ SPY = """
 """
 
 
-def test_two_processes_end_equal(tmp_path) -> None:
+def test_two_processes_end_with_equal_students(tmp_path) -> None:
     Path("spy.py").write_text(textwrap.dedent(SPY))
     command = ["fit", "--config", "digits/kd", "--trainer.max_epochs=2"]
     settings = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
@@ -97,7 +97,7 @@ def test_two_processes_end_equal(tmp_path) -> None:
         for rank in (first, second)
     )
     assert {path.name for path in ours} >= {"config.yaml", "hparams.yaml", "best.ckpt", "last.ckpt", events}
-    assert [path for path in ours if path.is_relative_to(tmp_path / "lkd_cache")]  # the teacher's answers
+    assert [path for path in ours if path.is_relative_to(tmp_path / "lkd_cache")]  # cached logits of the teacher
     assert not theirs
 
 
@@ -113,8 +113,8 @@ WATCH = """
 """
 
 
-def test_metrics_are_those_of_one_process() -> None:
-    """359 images in batches of 64: processes have different numbers of them, and every batch its own."""
+def test_metrics_equal_those_of_one_process() -> None:
+    """With 359 images in batches of 64, processes get different numbers of images, and batches differ in size."""
     Path("watch.py").write_text(textwrap.dedent(WATCH))
     student = CIFARResNet(8, (4, 4, 8, 16), num_classes=10, in_channels=1).eval()
     torch.save(student.state_dict(), "student.pt")
@@ -130,7 +130,7 @@ def test_metrics_are_those_of_one_process() -> None:
 
 @torch.no_grad()
 def _metrics(student: nn.Module, teacher: nn.Module) -> dict[str, float]:
-    """What a plain loop measures on the digits' test images."""
+    """Compute the metrics on the digits' test images in a plain loop."""
     data = DigitsDataModule(batch_size=64, val_size=0.2)
     data.prepare_data()
     data.setup("test")
@@ -141,7 +141,7 @@ def _metrics(student: nn.Module, teacher: nn.Module) -> dict[str, float]:
     pairs = {"acc": (choice, target), "teacher_acc": (teacher_choice, target), "agreement": (choice, teacher_choice)}
     shares = {f"test/{name}": (one == other).double().mean().item() for name, (one, other) in pairs.items()}
     apart = kl_div((ours / 4).log_softmax(1), (theirs / 4).softmax(1), reduction="none").sum(1)
-    filled = torch.cat((apart, apart[: -len(apart) % PROCESSES]))  # the first images, which fill up the last batches
+    filled = torch.cat((apart, apart[: -len(apart) % PROCESSES]))  # with the first images, which pad the last batches
     return {"test/loss": cross_entropy(ours, target).item(), "test/kd": 0.9 * 16 * filled.mean().item(), **shares}
 
 
@@ -151,17 +151,17 @@ MASKS = """
     from torch import nn
 
     class Brightness(lkd.SyntheticSegmentationDataModule):
-        # All pixels have a label: each process averages over those that have one.
+        # All pixels are labelled, because each process averages over its labelled pixels.
         def make_masks(self, split):
             made = super().make_masks(split)
             return made and (made[0], (made[0].float().mean(1) / 52).to(torch.uint8))
 
-    def net() -> nn.Module:  # without BatchNorm, whose statistics are those of a process
+    def net() -> nn.Module:  # without BatchNorm, whose statistics are per process
         return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 5, 1))
 """
 
 
-def test_segmentation_is_trained_as_in_one_process(monkeypatch) -> None:
+def test_segmentation_training_equals_that_of_one_process(monkeypatch) -> None:
     Path("masks.py").write_text(textwrap.dedent(MASKS))
     monkeypatch.syspath_prepend(Path.cwd())
     settings = ["--config=shapes/kd", "--data=masks.Brightness", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
@@ -188,10 +188,10 @@ def test_segmentation_is_trained_as_in_one_process(monkeypatch) -> None:
         torch.testing.assert_close(ours["state_dict"][name], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_two_processes_predict_what_one_does(capsys) -> None:
+def test_predictions_equal_those_of_one_process(capsys) -> None:
     command = ["predict", "--config=shapes/teacher", "--model.init_args.model_ckpt=lkd:shapes_unet"]
     command += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-    command += ["--data.init_args.test_size=13", "--data.init_args.batch_size=1"]  # the same kernels in all processes
+    command += ["--data.init_args.test_size=13", "--data.init_args.batch_size=1"]  # all processes use the same kernels
     for done in warm.ranks(2, warm.module, "lkd", *command, "--trainer.devices=2", "--trainer.strategy=ddp"):
         assert done.code == 0, done.stderr[-2000:]
     assert main(command) == 0
@@ -250,16 +250,16 @@ FAILS = """
         (0, "kill", ["rank 1: rank 0 has ended, so the run cannot continue"]),
     ],
 )
-def test_none_outlives_the_others(rank: int, how: str, said: list[str]) -> None:
+def test_no_process_outlives_the_others(rank: int, how: str, said: list[str]) -> None:
     Path("fails.py").write_text(textwrap.dedent(FAILS))
     command = [sys.executable, "-m", "lkd", "fit", "--config", "digits/kd", "--trainer.max_epochs=100000"]
     settings = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
     fails = ["--trainer.callbacks+=fails.Fails", f"--trainer.callbacks.rank={rank}", f"--trainer.callbacks.how={how}"]
-    # The pipes are at their end when no process holds them: none is left.
+    # `run` returns once no process holds the pipes, so none is left.
     done = subprocess.run([*command, *settings, *fails], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     found = [line.removeprefix("lkd: error: ") for line in done.stderr.splitlines() if "lkd: error:" in line]
-    # Lightning looks every five seconds whether a process has ended, says so, and kills the first: it may come first.
+    # Every five seconds, Lightning checks for ended processes, reports them and kills rank 0, maybe before lkd.
     observed = rank == 1 and done.returncode < 0 and "[rank: 1] Child process" in done.stderr
     assert found == (said[:-1] if observed else said)
 
@@ -271,7 +271,7 @@ CHILD = """
     processes._EVERY = processes._GRACE = 0.1
     with processes.bound_to_parent():
         print("began", flush=True)
-        time.sleep(600)  # as it would wait for the first process, had that ended before they met
+        time.sleep(600)  # like waiting for a first process that ended before the rendezvous
 """
 PARENT = """
     import subprocess, sys
@@ -281,7 +281,7 @@ PARENT = """
 """
 
 
-def test_a_process_ends_with_the_one_that_started_it(monkeypatch) -> None:
+def test_process_ends_with_its_parent(monkeypatch) -> None:
     Path("child.py").write_text(textwrap.dedent(CHILD))
     Path("parent.py").write_text(textwrap.dedent(PARENT))
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -328,8 +328,8 @@ SHARDED = """
 """
 
 
-def test_a_sharded_student_is_the_whole_one() -> None:
-    """FSDP2, which Lightning lets run on CPUs: saved, resumed, and equal to DDP's."""
+def test_sharded_student_equals_that_of_ddp() -> None:
+    """A student sharded with FSDP2, which Lightning supports on CPUs, is saved and resumed, and equals one of DDP."""
     Path("sharded.py").write_text(textwrap.dedent(SHARDED))
     both = warm.ranks(2, warm.script, "sharded.py")
     assert [done.code for done in both] == [0, 0], both
@@ -339,7 +339,7 @@ def test_a_sharded_student_is_the_whole_one() -> None:
     assert not [name for name in sharded if "teacher" in name]
     for name, tensor in sharded.items():
         assert tensor.equal(resumed[name]), name
-        if "running" not in name and not name.startswith("metrics"):  # DDP spreads the first process's statistics
+        if "running" not in name and not name.startswith("metrics"):  # DDP broadcasts the statistics of rank 0
             torch.testing.assert_close(tensor, whole[name])
     momenta = [tree_leaves(state["optimizer_states"][0]["state"]) for state in states[:2]]
     assert len(momenta[0]) > 10

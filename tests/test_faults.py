@@ -1,6 +1,6 @@
 """Runs resume exactly after kills, signals, corrupt files and disk errors.
 
-For all settings, including two processes, and many more kills, see `python -m benchmarks.faults`.
+`python -m benchmarks.faults` covers all settings, including two processes, with many more kills.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _assert_nothing_lost(row: Row) -> None:
         "cached teacher logits",
         "memory bank (CRD)",
         "weight averaging (EMA)",
-        "segmentation, files read by 2 workers",  # as with image files
+        "segmentation, files read by 2 workers",  # like image files
     ],
 )
 def test_killed_within_an_epoch(bench, settings: str) -> None:
@@ -41,7 +41,7 @@ def test_killed_within_an_epoch(bench, settings: str) -> None:
     _assert_nothing_lost(row)
 
 
-def test_resumed_with_nothing_but_the_checkpoint(bench) -> None:
+def test_resumed_from_the_checkpoint_alone(bench) -> None:
     resume = ["fit", "--ckpt_path=runs/shapes/kd/version_0/checkpoints/last.ckpt"]
     settings = "segmentation, files read by 2 workers"
     _assert_nothing_lost(bench.failed("", "benchmarks.faults:die_at_save,3,after", settings, resume=resume))
@@ -54,25 +54,25 @@ def test_killed_at_random_moments(bench) -> None:
     _assert_nothing_lost(row)
 
 
-def test_killed_while_a_checkpoint_is_written(bench) -> None:
+def test_killed_while_writing_a_checkpoint(bench) -> None:
     _assert_nothing_lost(bench.failed("", "benchmarks.faults:die_at_save,3,half"))
 
 
-def test_killed_while_the_previous_checkpoint_gets_its_name(bench) -> None:
+def test_killed_while_linking_the_previous_checkpoint(bench) -> None:
     _assert_nothing_lost(bench.failed("", "benchmarks.faults:die_at_link"))
 
 
-def test_damaged_checkpoint(bench) -> None:
+def test_corrupt_checkpoint(bench) -> None:
     _assert_nothing_lost(bench.corrupted("", flip))
 
 
-def test_file_that_may_not_grow(bench) -> None:
+def test_file_size_limit(bench) -> None:
     row = bench.failed("", "benchmarks.faults:small_files,60000", wanted="cannot be written")
     _assert_nothing_lost(row)
     assert "continue with --resume" in row.outcome
 
 
-def test_folder_that_may_not_be_written(bench) -> None:
+def test_folder_without_write_permission(bench) -> None:
     row = bench.failed("", "benchmarks.faults:nobody", wanted="ermission denied")
     _assert_nothing_lost(row)
     assert "\n" not in row.outcome
@@ -86,7 +86,7 @@ def test_signals_stop_the_run(bench, number: int, code: int, be: str) -> None:
     _assert_nothing_lost(bench.signalled("", int(number), code, be))
 
 
-def test_all_checkpoints_of_a_run_damaged_but_the_best(bench, tmp_path: Path) -> None:
+def test_all_checkpoints_corrupt_except_the_best(bench, tmp_path: Path) -> None:
     whole, _ = bench.whole("digits")
     images(tmp_path)
     live(ARGS, tmp_path, fault="benchmarks.faults:die_at_save,7,after")
@@ -100,7 +100,7 @@ def test_all_checkpoints_of_a_run_damaged_but_the_best(bench, tmp_path: Path) ->
         assert torch.equal(ours["state_dict"][name], tensor), name
 
 
-def test_no_checkpoint_is_whole(bench, tmp_path: Path) -> None:
+def test_all_checkpoints_corrupt(bench, tmp_path: Path) -> None:
     live(ARGS, tmp_path, fault="benchmarks.faults:die_at_save,2,after")
     for path in (run_of(tmp_path) / "checkpoints").glob("*.ckpt"):
         cut(path)
@@ -109,7 +109,7 @@ def test_no_checkpoint_is_whole(bench, tmp_path: Path) -> None:
     assert "this run has no intact checkpoint and must be restarted" in life.text
 
 
-def test_a_run_at_its_end_has_nothing_to_do(bench) -> None:
+def test_completed_run_is_not_continued(bench) -> None:
     whole, _ = bench.whole("digits")
     before = curves(whole)
     folder = whole.parents[3]
@@ -119,7 +119,7 @@ def test_a_run_at_its_end_has_nothing_to_do(bench) -> None:
     assert curves(whole) == before
 
 
-def test_differences_are_found(bench, tmp_path: Path) -> None:
+def test_differences_are_detected(bench, tmp_path: Path) -> None:
     whole, _ = bench.whole("digits")
     other = [arg.replace("max_epochs=3", "max_epochs=2") for arg in ARGS]
     live(other, tmp_path)
@@ -129,7 +129,7 @@ def test_differences_are_found(bench, tmp_path: Path) -> None:
     assert "1 of 1 runs, with 0 kills at random moments, ended " in table([Row("a", "b", 1, 2, "", found)], 0)
 
 
-def test_two_processes_do_not_train_one_run(bench, tmp_path: Path) -> None:
+def test_two_processes_cannot_train_the_same_run(bench, tmp_path: Path) -> None:
     live(ARGS, tmp_path, fault="benchmarks.faults:die_at_save,2,after")
     with (run_of(tmp_path) / "checkpoints/.lock").open("wb") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)

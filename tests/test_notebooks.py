@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, offline, in a kernel of their own; their stored outputs are the code's."""
+"""Notebooks run from top to bottom, offline, in their own kernels, and reproduce their stored outputs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tests.notebooks import FOLDER, differences, execute, printed, read
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 MACHINE = re.compile(r"(?<![\w.:/<])/\w[\w.-]*/|site-packages|[A-Z]:\\|\d s\b| ms\b|images/s")
-"""Absolute paths and times of the machine on which a notebook was run."""
+"""Absolute paths and durations, which depend on the machine."""
 
 
 def executed(name: str) -> str:
-    """What a notebook prints; its folder is the test's."""
+    """Execute a notebook in the test's folder and return what it prints."""
     notebook = execute(name, Path.cwd())
     assert not differences(read(name), notebook)
     return "".join(map(printed, notebook.cells))
@@ -24,7 +24,7 @@ def executed(name: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_stored_outputs(name: str) -> None:
-    """They are there, small, and tell nothing of the machine on which they were made."""
+    """Outputs are stored, are small and do not depend on the machine."""
     notebook = read(name)
     nbformat.validate(notebook)
     assert (FOLDER / f"{name}.ipynb").stat().st_size < 200_000
@@ -41,7 +41,7 @@ def test_stored_outputs(name: str) -> None:
     ("cell", "old", "new"),
     [("cell-03", "(1, 4, 8, 8)", "(1, 4, 8, 9)"), ("cell-09", "Look ", "See "), ("cell-09", "9", "1")],
 )
-def test_changed_outputs_are_noticed(cell: str, old: str, new: str) -> None:
+def test_changed_outputs_are_detected(cell: str, old: str, new: str) -> None:
     notebook = read("own_loss")
     (changed,) = (each for each in notebook.cells if each.id == cell)
     changed.outputs[0].text = changed.outputs[0].text.replace(old, new)
@@ -49,7 +49,7 @@ def test_changed_outputs_are_noticed(cell: str, old: str, new: str) -> None:
 
 
 def figure(text: str, before: str) -> float:
-    """The first number behind some words."""
+    """Return the first number after some words."""
     return float(re.search(rf"{before} *(-?[\d.]+)", text)[1])
 
 

@@ -1,4 +1,4 @@
-"""The commands and examples in the README and the documentation are run as they are."""
+"""The commands and examples in the README and the documentation run unchanged."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SHORT = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enabl
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """All files that the pages name, a shop, and the weights that would be downloaded."""
+    """Create the files, images and teacher that the pages use, and the weights that would be downloaded."""
     root = tmp_path_factory.mktemp("reader")
     for _, text in BLOCKS:
         if named := re.match(r"# (\w+\.(py|yaml))\n", text):
@@ -64,17 +64,17 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def reader(files: Path, monkeypatch) -> None:
-    """A working folder that contains these files."""
+    """Link the files of the pages into the working folder."""
     shutil.copytree(files, Path.cwd(), copy_function=os.link, dirs_exist_ok=True)
     monkeypatch.syspath_prepend(Path.cwd())
-    monkeypatch.setenv("TORCH_HOME", "torch")  # the weights are there: nothing is downloaded
+    monkeypatch.setenv("TORCH_HOME", "torch")  # contains the weights, so nothing is downloaded
 
 
 @pytest.fixture
 def short(monkeypatch) -> None:
-    """Trains each run for one epoch of at most four batches, on the CPU: the demo (`make demo`) trains in full.
+    """Limit each run to one epoch of at most four batches on the CPU; `make demo` trains in full.
 
-    The runs of `--seeds` are trained in this process; tests/test_seeds.py has one in a process of its own.
+    The runs of `--seeds` train in this process; tests/test_seeds.py covers a separate process.
     """
     own = LkdCLI.instantiate_trainer
     settings = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 4, "accelerator": "cpu"}
@@ -91,14 +91,14 @@ def test_commands(command: str, reader: None, short: None) -> None:
         assert main(["test", "--ckpt_path", str(best), "--trainer.accelerator=cpu"]) == 0
 
 
-def test_there_are_commands() -> None:
+def test_number_of_commands() -> None:
     assert len(COMMANDS) == 18
     assert len(CHAINS) == 14
 
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_chains(chain: list[str], reader: None, short: None) -> None:
-    """Each command goes on from the one before; one that trains nothing, from a run of the digits."""
+    """Each command continues from the preceding one; chains without training start from a run on the digits."""
     few = {"sweep": ["--trials=2"], "compare": ["--seconds=0.02"]}
     if not any(command.startswith("lkd fit") for command in chain):
         assert main(["fit", "--config=digits/kd", *SHORT]) == 0
@@ -133,14 +133,14 @@ def test_own_criterion_logs_its_terms(reader: None) -> None:
 
 @pytest.mark.parametrize("script", [text for kind, text in BLOCKS if text.startswith("import lightning")])
 def test_python(script: str, capsys) -> None:
-    """A newcomer who runs it gets a student that has learned something."""
+    """The script trains a student to more than 80% test accuracy."""
     names: dict[str, Any] = {}
     exec(compile(script, "README.md", "exec"), names)
     assert "test/agreement" in capsys.readouterr().out
     assert names["trainer"].callback_metrics["test/acc"] > 0.8
 
 
-def test_the_readme_is_short_and_its_links_exist() -> None:
+def test_readme_is_short_and_its_links_exist() -> None:
     readme = PAGES[ROOT / "README.md"]
     assert len(readme.encode()) <= 8192
     for target in re.findall(r"\]\((?!https:)([^)#]+)\)", readme):

@@ -132,7 +132,7 @@ def _replay(tape: list[tuple[Any, Any, Any, Any]]) -> None:
                     old.copy_(new)
 
 
-def _snapshot(tree: Any) -> Any:
+def _aliases(tree: Any) -> Any:
     """Return tensors that share memory but keep their current shape if the originals are changed (`squeeze_`)."""
     with _disable_current_modes():
         return tree_map_only(torch.Tensor, torch.Tensor.detach, tree)
@@ -168,7 +168,7 @@ def _waits(name: str, args: Any, kwargs: Any, target: torch.device | None, host:
         return apart and waiting
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         masks = [index for index in args[1] if index is not None and index.dtype == torch.bool]
-        fills = name != "index" and args[2].numel() == 1  # assigning one value to a mask does not count its elements
+        fills = name != "index" and args[2].numel() == 1  # filling a mask does not require its count
         return bool(host) or (bool(masks) and not fills)
     return name.startswith("index") and isinstance(args[0], DeviceTensor) and bool(host)
 
@@ -201,7 +201,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     kwargs_.pop("pin_memory", None)
     result = func(*args_, **kwargs_)
     if _tape is not None and not _is_view(func, args_, result):
-        _tape.append((func, *_snapshot((args_, kwargs_)), tree_leaves(_snapshot(result))))
+        _tape.append((func, *_aliases((args_, kwargs_)), tree_leaves(_aliases(result))))
     if func._schema.is_mutable and not func._schema.name.endswith("batch_norm"):
         return kwargs["out"] if "out" in kwargs else args[0] if func._schema.returns else None
     to_host = name == "_to_copy" and target is not None and target.type == "cpu"

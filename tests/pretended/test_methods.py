@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lkd.models.weights import PRETRAINED
 from tests.pretended.device import NAME
 from tests.pretended.runs import differences, fit, overlay, trained
-from tests.test_configs import FOLDER, OVERLAYS, _contains, _tree
+from tests.test_configs import FOLDER, OVERLAYS, _contains, _image_folder
 
 HOST_BATCHES = {
     "mlkd": "RandAugment chooses the operations for its images on the host",
@@ -36,7 +36,7 @@ def _shallow(monkeypatch) -> None:
 @pytest.mark.parametrize("name", OVERLAYS["methods"])
 def test_method_overlays(name: str, pretended, capfd, recwarn) -> None:
     Path("data").mkdir()
-    Path("data/unlabelled").symlink_to(Path(_tree(10)).resolve())
+    Path("data/unlabelled").symlink_to(Path(_image_folder(10)).resolve())
     with sdpa_kernel(SDPBackend.MATH):  # the CPU's own attention kernel rounds differently
         expected = fit("cpu", "cpu", *overlay(name))
         capfd.readouterr()
