@@ -113,7 +113,7 @@ def _stopping(after: int) -> Path:
 
 @pytest.mark.parametrize("stop", [3, 5])
 def test_resume_within_an_epoch(stop: int, pretended) -> None:
-    """A run stopped after ordinary steps or replays, then resumed, equals an uninterrupted one and the CPU's."""
+    """A run stopped after ordinary steps or replays and resumed equals uninterrupted runs, also on the CPU."""
     long = [*KD, "--trainer.limit_train_batches=4", "--trainer.max_epochs=3"]
     expected = fit("cpu", "cpu", *long)
     whole = fit("whole", NAME, *long)

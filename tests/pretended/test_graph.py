@@ -1,4 +1,4 @@
-"""Captured steps are bitwise equal to ordinary ones; steps that cannot be captured are reported and run without."""
+"""Captured steps equal ordinary ones bit by bit; steps that cannot be captured run without a graph, with a reason."""
 
 from __future__ import annotations
 

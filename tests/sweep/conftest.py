@@ -30,7 +30,7 @@ FOLDER = Path("runs/small/sweep")
 
 
 @pytest.fixture(autouse=True)
-def _small_config(_in_an_own_folder) -> Iterator[None]:
+def _small_config(_use_temporary_folder) -> Iterator[None]:
     """Write a small config and a search space to the working folder."""
     Path("small.yaml").write_text(CONFIG)
     Path("space.yaml").write_text(SPACE)
