@@ -1,4 +1,4 @@
-"""What `lkd predict` writes for each task: classes, masks, or boxes."""
+"""Formats in which the predictions of each task are written: classes, masks, or boxes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from lkd.tasks.views import class_color, class_name
 from lkd.types import Batch, Predictions
 
 Record = dict[str, Any]
-"""Values of one line of the CSV file, or one box, by name."""
+"""Values of one line of the CSV file, or of one box, by name."""
 
 
 class PredictionFormat(ABC):
-    """How the predictions of a task are written.
+    """Base class of the formats in which the predictions of a task are written.
 
     Args:
         module: The module that predicts.
@@ -45,7 +45,7 @@ class PredictionFormat(ABC):
     def records(
         self, prediction: Any, positions: Sequence[int], batch: Batch, folder: Path
     ) -> Iterator[tuple[int, Record]]:
-        """Yield the records of a batch, each with the position of its image, and write the files that they name.
+        """Yield the records of a batch, each with the position of its image, and write the files named in the records.
 
         Args:
             prediction: Predictions of the task, as returned by `Task.logits`.
@@ -60,7 +60,7 @@ class PredictionFormat(ABC):
         Args:
             folder: Folder of the predictions.
             records: Records with the positions of their images.
-            left_out: Positions of images that cannot be read; their lines contain nothing but the file name.
+            left_out: Positions of images that cannot be read; their lines contain only the file name.
         """
         path, files = folder / self.file_name, self.images.files
         key = "index" if files is None else "file"
@@ -75,7 +75,7 @@ class PredictionFormat(ABC):
 
 
 class ClassTable(PredictionFormat):
-    """The most probable class of each image: its number, its name if known, and its probability."""
+    """The most probable class of each image: its index, its name if known, and its probability."""
 
     def records(
         self, prediction: Tensor, positions: Sequence[int], batch: Batch, folder: Path
@@ -88,7 +88,7 @@ class ClassTable(PredictionFormat):
 
 
 class MaskFiles(PredictionFormat):
-    """A mask for each image, of its size: a PNG file whose pixels are classes, shown in colors.
+    """A mask for each image, with the size of the image file: a PNG file with class indices and a color palette.
 
     The records contain the name of the mask, the mean probability of the predicted classes, and the proportion of the
     pixels of each class. The label `ignore_index` is not predicted.
@@ -144,7 +144,7 @@ class CocoResults(PredictionFormat):
     """The boxes of all images in COCO's results format, with the names of image and class if they are known.
 
     For images of an annotation file, `image_id` and `category_id` are its ids; otherwise, they are the position of the
-    image and the class.
+    image and the class index.
 
     References:
         https://cocodataset.org/#format-results
@@ -194,7 +194,7 @@ def format_of(module: Any) -> type[PredictionFormat]:
         module: A module; one without a task is assumed to be a classifier.
 
     Raises:
-        ValueError: If its task is not supported.
+        ValueError: If the task of the module is not supported.
     """
     task = getattr(module, "task", None)
     if task is None:

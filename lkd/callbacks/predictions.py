@@ -22,9 +22,9 @@ class PredictionWriter(BasePredictionWriter):
     Classification: `predictions.csv`, with one line per image: file name (or index, if the images are not files),
     class, class name if known, and probability.
 
-    Segmentation: a mask for each image in `masks/`, of the size of the image file, and `predictions.csv` with the name
-    of the mask, the mean probability of the predicted classes, and the proportion of each class. Masks are PNG files
-    with a palette: their pixels are classes, which viewers show in the colors of PASCAL VOC.
+    Segmentation: a mask for each image in `masks/`, with the size of the image file, and `predictions.csv` with the
+    name of the mask, the mean probability of the predicted classes, and the proportion of each class. Masks are PNG
+    files with a palette: their pixels are class indices, which viewers show in the colors of PASCAL VOC.
 
     Detection: `detections.json`, in COCO's results format.
 
@@ -34,7 +34,7 @@ class PredictionWriter(BasePredictionWriter):
         output: Parent of the new folder.
 
     Attributes:
-        folder: The folder of the last prediction.
+        folder: Folder of the most recent predictions.
 
     Raises:
         ValueError: If the task is not supported.
@@ -79,9 +79,9 @@ class PredictionWriter(BasePredictionWriter):
         size = len(batch.target)
         if batch.index is not None:
             positions = batch.index.tolist()
-        elif batch_indices:  # Lightning knows them for the usual data loaders
+        elif batch_indices:  # Lightning provides them for map-style datasets
             positions = list(batch_indices)
-        else:  # number the images so that those of different processes differ
+        else:  # number the images differently in each process
             positions = [trainer.global_rank + trainer.world_size * (self._images + row) for row in range(size)]
         self._records += self._format.records(prediction, positions, batch, self.folder)
         self._images += size
@@ -106,7 +106,7 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def _gathered(trainer: L.Trainer, part: Any) -> list[Any]:
-    """Return the objects of all processes, on the first one; an empty list on the others."""
+    """Return the objects of all processes on the first process, and an empty list on the others."""
     if trainer.world_size == 1:
         return [part]
     parts: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None

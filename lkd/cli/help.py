@@ -13,8 +13,7 @@ SETTINGS = ("fit", "validate", "test", "predict")
 COMMANDS = (*SETTINGS, *OWN)
 
 HELP = f"""\
-lkd {__version__}: knowledge distillation for image classifiers, with PyTorch
-Lightning
+lkd {__version__}: knowledge distillation for PyTorch Lightning
 
 usage: lkd COMMAND --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
 
@@ -187,10 +186,12 @@ usage: lkd compare [NAME=]RUN ... [--config FILE] [--KEY VALUE ...]
 Compare checkpoints and networks on the same images: accuracy with 95 %
 intervals, negative log-likelihood, calibration, agreement with the teacher,
 accuracy per class, parameters, FLOPs, size, and latency and throughput on this
-device. Runs that differ only in their seed form one row: mean, standard
-deviation, n and 95 % interval over the seeds. Welch's t-test compares two such
-methods; McNemar's test compares two trained networks. The tables are printed;
-an HTML page, Markdown, JSON and TensorBoard scalars are saved in a new folder.
+device. Segmentation: mean IoU with 95 % intervals, pixel accuracy, IoU per
+class, and agreement with the teacher. Runs that differ only in their seed form
+one row: mean, standard deviation, n and 95 % interval over the seeds. Welch's
+t-test compares two such methods; McNemar's test compares two trained
+classifiers. The tables are printed; an HTML page, Markdown, JSON and
+TensorBoard scalars are saved in a new folder.
 
   lkd compare runs/digits/kd alone=runs/digits/student
       also evaluates the teacher of the first run
@@ -231,9 +232,9 @@ usage: lkd sweep --config FILE [--config OVERLAY ...] --space FILE [--trials N]
 
 Search settings of lkd fit. Each trial is a run of lkd fit in this process, with
 settings from the search space. Its value is that of its best checkpoint: the
-largest val/acc, unless --monitor selects another metric. Repeating the command
-resumes an interrupted search; several simultaneous processes on one machine
-share the work.
+largest main metric of the task (classification: val/acc), unless --monitor
+selects another metric. Repeating the command resumes an interrupted search;
+several simultaneous processes on one machine share the work.
 
   lkd sweep --config digits/kd --space sweep/temperature_weight --trials 20
   lkd sweep --config digits/kd --space sweep/temperature_weight_grid \\

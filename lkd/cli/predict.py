@@ -1,4 +1,4 @@
-"""`lkd predict`: predictions of a trained network for its test images, or for the images of a folder."""
+"""`lkd predict`: predictions of a trained network for the test images, or for the images of a folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class _PredictCLI(LkdCLI):
     """CLI that writes predictions.
 
     Args:
-        args: Arguments after `lkd`, without those below.
+        args: Arguments after `lkd`, without `--images` and `--output`.
         name: Name of the run.
-        images: Folder of new images; by default, the test images of the data module are predicted.
+        images: Folder of new images; if `None`, the test images of the data module are predicted.
         output: Parent of the new folder with the predictions.
     """
 
@@ -26,13 +26,13 @@ class _PredictCLI(LkdCLI):
         super().__init__(args, name)
 
     def before_instantiate_classes(self) -> None:
-        """Discard predictions that are written: Lightning would otherwise keep all of them in memory."""
+        """Disable `return_predictions` by default, because Lightning would keep all predictions in memory."""
         super().before_instantiate_classes()
         config = self.config["predict"]
         config.return_predictions = bool(config.return_predictions)
 
     def after_instantiate_classes(self) -> None:
-        """Replace the data module if there are new images, and add the writer."""
+        """Replace the data module if a folder of images is given, and add the writer."""
         super().after_instantiate_classes()
         if self.images is not None:
             self.datamodule = new_images(self.images, self.datamodule)

@@ -84,11 +84,11 @@ class CocoDetectionDataModule(DetectionDataModule):
         self.class_names = ("background", *(names.get(label, "") for label in range(1, self.num_classes)))
 
     def category_id(self, label: int) -> int:
-        """Return the id in the annotation file of a class. Requires `setup`."""
+        """Return the id of a class in the annotation file. Requires `setup`."""
         return next((id for id, own in self._labels.items() if own == label), label)
 
     def image_id(self, position: int) -> int:
-        """Return the id in the annotation file of a test image. Requires `setup`."""
+        """Return the id of a test image in the annotation file. Requires `setup`."""
         images = self.datasets["test"].source.images
         return images.ids[position] if isinstance(images, CocoImages) else position
 
@@ -172,7 +172,7 @@ class CocoImages(FileImages):
 
     Args:
         folder: Folder of the images.
-        images: File name, width and height of each image, by its id.
+        images: File name, width and height of each image, by image id.
 
     Attributes:
         ids: Ids of the images in the annotation file.

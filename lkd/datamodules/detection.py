@@ -80,11 +80,11 @@ class DetectionDataModule(L.LightningDataModule, ABC):
         """
 
     def category_id(self, label: int) -> int:
-        """Return the number of a class in saved detections: the class itself, unless the data has ids of its own."""
+        """Return the id of a class in saved detections: the class index, unless the data defines ids."""
         return label
 
     def image_id(self, position: int) -> int:
-        """Return the number of a test image in saved detections: its position, unless the data has ids of its own."""
+        """Return the id of a test image in saved detections: its position, unless the data defines ids."""
         return position
 
     def setup(self, stage: str) -> None:

@@ -82,7 +82,7 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
             return image.height, image.width
 
     def sizes(self) -> dict[int, tuple[int, int]]:
-        """Return the height and width of each image by its position. Files that cannot be opened are skipped."""
+        """Return the height and width of each image, by position. Files that cannot be opened are skipped."""
         found = {}
         for index in range(len(self)):
             with suppress(OSError):  # reported when the image is read

@@ -31,8 +31,9 @@ _ANY_SIZE = (ImageFolderDataModule, MaskedFilesDataModule, WebDatasetDataModule)
 class NewImages(ImageDataModule):
     """All images of a folder, at any depth, preprocessed as in another data module, for prediction.
 
-    For segmentation, images keep their size as in evaluation: smaller ones are padded to the largest height and width,
-    and those larger than `eval_size`, if set, are scaled down. Files that cannot be read are reported and skipped.
+    For segmentation, images keep their size as in evaluation: they are padded to the largest height and width of all
+    images. If `eval_size` is set, they are padded to this size instead, and larger images are scaled down. Files that
+    cannot be read are reported and skipped.
 
     Args:
         folder: Folder of the images.
@@ -65,7 +66,7 @@ class NewImages(ImageDataModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Find the size of the input, and open the images."""
+        """Determine the size of the input, and open the images."""
         files = read_all(self.folder)
         if self.keeps_size:
             size = getattr(self.like, "eval_size", None) or files.largest()
@@ -138,13 +139,13 @@ def _others(index: Tensor, number: int) -> list[int]:
 
 
 def new_images(folder: str, like: L.LightningDataModule) -> L.LightningDataModule:
-    """Return a data module of all images of a folder.
+    """Return a data module that provides all images of a folder for prediction.
 
     Args:
         folder: Folder of the images.
         like: Data module with which the network was trained.
 
     Raises:
-        TypeError: If it is not one of lkd's data modules.
+        TypeError: If `like` is not one of lkd's data modules.
     """
     return NewDetectionImages(folder, like) if isinstance(like, DetectionDataModule) else NewImages(folder, like)

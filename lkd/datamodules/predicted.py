@@ -1,4 +1,4 @@
-"""Names and sizes of the image files that `lkd predict` predicts."""
+"""Names and sizes of the images for which `lkd predict` writes predictions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lkd.datamodules.transforms.scaling import PadToSize
 
 
 class Frame(NamedTuple):
-    """Where an image lies in the input of the network, and its size in its file.
+    """Part of the network's input that an image covers, and the size of the image file.
 
     Attributes:
-        part: Rows and columns of the input that contain the image, from the top left corner.
-        full: Height and width of the image in its file.
+        part: Number of rows and columns of the input that contain the image, from the top left corner.
+        full: Height and width of the image file.
     """
 
     part: tuple[int, int]
@@ -32,8 +32,8 @@ class PredictedImages:
     """The images that a data module provides for prediction, by their positions (`Batch.index`).
 
     Args:
-        data: A data module after `setup("predict")`. Without a data module of lkd that reads files, images have no
-            names, and their size is that of the input.
+        data: A data module after `setup("predict")`. If it is not one of lkd's, or does not read files, the images have
+            no names, and their size is that of the input.
 
     Attributes:
         files: The image files; `None` if the images are not files.
@@ -54,7 +54,7 @@ class PredictedImages:
         """Return the frame of an image. It covers the whole input if the image was not padded.
 
         Args:
-            position: Position of the image.
+            position: Position of the image in its dataset.
             size: Height and width of the input.
         """
         if self.files is None or not isinstance(self._resize, PadToSize):
@@ -65,8 +65,8 @@ class PredictedImages:
     def mask_names(self) -> list[str] | None:
         """Return a file name for the mask of each image, such as `a/b.png` for `a/b.jpg`; `None` without files.
 
-        All names are different: if images differ only in their extension, every mask keeps it (`a/b.jpg.png`). Names
-        stay below the folder of the masks, even if those of the images do not.
+        All names are different: if the names of images differ only in their extension, the names of all masks include
+        it (`a/b.jpg.png`). Masks stay in their folder, even if the names of the images lead out of theirs.
         """
         if self.files is None:
             return None
@@ -83,7 +83,7 @@ def numbered(position: int) -> str:
 
 
 def _inside(name: str) -> str:
-    """Return a relative path without `..`, for file names from a list."""
+    """Remove the root and `..` from a path, which a list of files may contain."""
     parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
     return str(PurePosixPath(*parts))
 

@@ -61,16 +61,17 @@ def export(
     """Export a trained network for use without lkd.
 
     The output folder contains a file for each format, `preprocessing.json`, whose content is embedded in each file, and
-    a model card. Each file is loaded again and evaluated on the test images, in batches and individually. If any logit
-    of a float32 file differs from that of the checkpoint by more than `TOLERANCE`, nothing is exported.
+    a model card. Each file is loaded again and evaluated on the test images. Its logits are also compared for some
+    single images and, if the files accept other sizes, at a second image size. If any logit of a float32 file differs
+    from that of the checkpoint by more than `TOLERANCE`, nothing is exported.
 
     Args:
         place: A checkpoint, the folder of a run, or the folder of all runs of one name (best checkpoint of the newest
             run).
         output: Output folder; by default `export` in the folder of the run.
         formats: `safetensors` (weights), `torch` (a program for `torch.export.load`), `onnx`. The last two accept
-            batches of any size and, if the network returns a map of logits, images of all sizes, or of multiples of up
-            to 32 pixels, that the network accepts.
+            batches of any size. If the network returns a map of logits, they also accept images of different sizes,
+            from `min_size` pixels on in steps of `size_step` pixels (see `preprocessing.json`).
         int8: Whether to export an 8-bit ONNX file as well, calibrated on training images.
         license: License of the network, as a Hugging Face identifier (`apache-2.0`).
         images: Maximum number of test images for the comparison, evenly spaced in the test set.
@@ -82,7 +83,7 @@ def export(
 
     Raises:
         FileNotFoundError: If the checkpoint or its config does not exist.
-        ValueError: If the task does not support it, the network cannot be exported in a format, or a file does not
+        ValueError: If the task does not support export, the network cannot be exported in a format, or a file does not
             reproduce the checkpoint.
         TypeError: If the network takes more than one tensor.
     """

@@ -181,7 +181,7 @@ def _compared(checked: Sequence[Checked]) -> Iterator[str]:
     first, title = checked[0], checked[0].task.metric_title
     yield (
         f"Comparison of the files with the checkpoint ({title} {percent(first.expected_score)}), on {first.images:,} "
-        "test images, in batches and individually:"
+        "test images. The logit differences include single images and, if the size is not fixed, a second image size."
     )
     yield _table(
         ("file", "bytes", "maximum logit difference", "same prediction", title),

@@ -30,9 +30,9 @@ METADATA = "preprocessing"
 """Key of the content of `preprocessing.json` in each file."""
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _STEPS = (1, 2, 4, 8, 16, 32)
-"""Steps of the height and width of images that are tried: any size, or multiples of the stride of a network."""
+"""Candidates for `size_step`: 1 stands for any size; strides of a network may require multiples of a larger step."""
 _LEAST = 64
-"""Minimum height and width of images, unless the test images are smaller. Layers with a stride need some pixels."""
+"""Minimum height and width of images, unless the test images are smaller. Strided layers require some pixels."""
 _LARGEST = 2**31 - 2**26  # maximum bytes of weights in one ONNX file; protobuf is limited to 2 GiB
 
 
@@ -42,7 +42,7 @@ class Network:
     Args:
         module: Trained module, in eval mode.
         example: Example images `(B, C, H, W)`.
-        traced: Whether the network is exported as a program, and not only its weights.
+        traced: Whether the network is exported as a program, and not only as weights.
     """
 
     def __init__(self, module: ClassificationModule, example: Tensor, traced: bool = True) -> None:
@@ -57,7 +57,7 @@ class Network:
         return self.read(self.model(image))
 
     def read(self, output: Any) -> Tensor:
-        """Return the logits in the output of the network."""
+        """Return the logits contained in the output of the network."""
         logits: Tensor = self.task.logits(output)
         return logits
 
@@ -73,7 +73,7 @@ class Network:
 
     @property
     def size_step(self) -> int | None:
-        """Step of the height and width of images that the files accept; `None` if the size is fixed.
+        """Step of the image heights and widths that the files accept; `None` if the size is fixed.
 
         Only networks that return maps, such as `(B, K, h, w)`, accept images of different sizes.
         """
@@ -86,7 +86,7 @@ class Network:
 
     @property
     def program(self) -> ExportedProgram:
-        """Program of `torch.export`, for batches of any size and images of the sizes of `size_step`.
+        """Program of `torch.export`, for batches of any size and images of the sizes that `size_step` allows.
 
         Raises:
             ValueError: If the network cannot be traced.
@@ -95,7 +95,7 @@ class Network:
 
     @property
     def dynamic_shapes(self) -> dict[int, Any]:
-        """Dimensions of the images that are not fixed in the program."""
+        """Dynamic dimensions of a batch of images in the program."""
         return self._dimensions(self.size_step)
 
     @property
@@ -149,7 +149,7 @@ class Network:
         return program
 
     def _dimensions(self, step: int | None) -> dict[int, Any]:
-        """Return the dimensions of a batch of images that are not fixed."""
+        """Return the dynamic dimensions of a batch of images for a step of the height and width."""
         found = {0: Dim("batch", min=1)}
         if step is None:
             return found

@@ -24,8 +24,8 @@ _CHANNELS = {1: ("L", "gray"), 3: ("RGB", "red, green, blue")}
 def preprocessing(data: L.LightningDataModule, network: Network) -> dict[str, Any]:
     """Describe the preprocessing of an image and the outputs of the network: the content of `preprocessing.json`.
 
-    If the data names its classes, each class that the network distinguishes has a name in `class_names`; those without
-    a class in the data are named by their index.
+    If the data names its classes, `class_names` contains a name for each class that the network distinguishes. Outputs
+    without a class in the data are named by their index.
 
     Args:
         data: Data module of the run, after setup.

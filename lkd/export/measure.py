@@ -26,7 +26,7 @@ class Checked:
     Attributes:
         difference: Maximum absolute difference of a logit.
         images: Number of images.
-        labelled: Number of labelled images or, for a task that labels pixels, pixels.
+        labelled: Number of labelled images, or of labelled pixels if the task labels pixels.
     """
 
     def __init__(self, file: str, size: int, task: Task) -> None:
@@ -38,7 +38,7 @@ class Checked:
 
     @property
     def agreement(self) -> float:
-        """Proportion of images or pixels with the same prediction of file and checkpoint; NaN without predictions."""
+        """Proportion of images or pixels with the same prediction; NaN if the task does not define `choice`."""
         return self._same / self._chosen if self._chosen else float("nan")
 
     @property
@@ -48,7 +48,7 @@ class Checked:
 
     @property
     def expected_score(self) -> float:
-        """Main metric of the checkpoint on the same images."""
+        """Main metric of the checkpoint on the same images; NaN without labels."""
         return self._score(1)
 
     def see(self, got: Tensor, expected: Tensor, target: Tensor) -> None:
@@ -80,7 +80,7 @@ class Checked:
 
 
 def compare(network: Network, runs: Mapping[str, Run], batches: Iterable[Batch], folder: Path) -> list[Checked]:
-    """Compare files with the checkpoint on the same images: in batches, some individually, some at another size.
+    """Compare files with the checkpoint on the same images, some of them also individually and at another size.
 
     Args:
         network: Network of the checkpoint.
@@ -102,7 +102,7 @@ def compare(network: Network, runs: Mapping[str, Run], batches: Iterable[Batch],
 
 
 def _variants(network: Network, image: Tensor) -> Iterator[Tensor]:
-    """Yield some images individually, at least two images, and images of another size if the files accept them."""
+    """Yield single images, a batch of at least two, and images of another size if the files accept them."""
     yield from (image[i : i + 1] for i in range(min(len(image), _SINGLE)))
     yield torch.cat((image, image))
     if network.size_step is not None:

@@ -112,7 +112,7 @@ def preparation(facts: Mapping[str, Any]) -> str:
 
 
 def _resizing(facts: Mapping[str, Any]) -> str:
-    """Return the code that brings an image to the size of the input."""
+    """Return the code that resizes an image to the input of the network, or reads its size if it is padded."""
     if facts["size_step"]:
         return _ANY_SIZE
     return _RESIZE if "cover" in facts["resize"] else ""

@@ -1,4 +1,4 @@
-"""Numbered folders of outputs, so that a command never replaces the output of an earlier one."""
+"""Numbered output folders, so that a command never replaces earlier output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def new_folder(parent: Path) -> Path:
     """Create and return a new folder, `version_N` with the first free number.
 
     Args:
-        parent: Folder in which it is created; it is created as well if it does not exist.
+        parent: Parent of the new folder; it is created if it does not exist.
     """
     number = 0
     parent.mkdir(parents=True, exist_ok=True)

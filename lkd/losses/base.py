@@ -15,7 +15,7 @@ from lkd.losses._checks import check_dims, layer_list
 from lkd.types import Batch, Outputs, Probe
 
 RESERVED = ("hard", "loss", "acc", "agreement")
-"""Names of logged values that a criterion must not use; the metrics of the task are reserved as well."""
+"""Names of logged values that a criterion must not use. The names of the task's metrics are reserved as well."""
 SUM = "distill"
 """Name under which the sum of several terms is logged; reserved as well."""
 _PLAIN = (bool, int, float, str, tuple, dict)

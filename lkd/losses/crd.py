@@ -175,7 +175,7 @@ class CRD(DistillLoss):
         if batch.target.shape != batch.index.shape:
             raise ValueError(
                 f"CRD requires one class per image, a target of shape {tuple(batch.index.shape)}, got "
-                f"{tuple(batch.target.shape)}; for masks, use a criterion of segmentation such as lkd.losses.CIRKD"
+                f"{tuple(batch.target.shape)}; for masks, use a segmentation criterion such as lkd.losses.CIRKD"
             )
         try:
             self.targets.gather(0, batch.index)

@@ -128,7 +128,7 @@ def check_batch(criterion: DistillLoss, batch: Batch) -> None:
 
 
 def check_not_reserved(criterion: str, names: Iterable[str], reserved: Collection[str]) -> None:
-    """Check that the terms of a criterion are not logged under the name of another value.
+    """Check that no term of a criterion has the name of another logged value.
 
     Args:
         criterion: Name of the criterion.

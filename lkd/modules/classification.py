@@ -264,7 +264,7 @@ class ClassificationModule(EvaluatedModule):
             log_curves(self, curves_of(means, self.trains_logits))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Predict the logits of one batch, whose labels are not read."""
+        """Predict the logits of one batch. Labels are not read."""
         logits: Tensor = self(self.unpack(batch).input)
         return logits
 

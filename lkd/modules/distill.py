@@ -160,7 +160,7 @@ class DistillModule(EvaluatedDistillation):
         return self._logged_terms(self.distill_loss(student, teacher, batch))
 
     def _logged_terms(self, loss: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the terms of a distillation loss by the names under which they are logged, times `distill_weight`.
+        """Return the terms of a distillation loss, multiplied by `distill_weight`, by their logged names.
 
         Args:
             loss: Return value of `distill_loss`.

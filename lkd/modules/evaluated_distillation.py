@@ -117,7 +117,7 @@ class EvaluatedDistillation(ClassificationModule):
 
     @property
     def curve_names(self) -> list[str]:
-        """Names of the total distillation loss and of the criteria in sums; names of terms start with them."""
+        """Names of the total distillation loss and of the criteria in sums; names of terms start with one of them."""
         sums = [part for part in self.criterion.modules() if isinstance(part, WeightedSum)]
         return [self.criterion_curve, *(name for part in sums for name in part.criteria)]
 

@@ -152,7 +152,7 @@ def _best(trainer: L.Trainer) -> BestCheckpoint | None:
 
 
 class _SameMetric(L.Callback):
-    """Reject a trial whose best checkpoint is selected by a different metric than that of the study.
+    """Reject a trial whose best checkpoint is selected by a metric other than that of the study.
 
     Args:
         monitor: Metric of the study.

@@ -41,18 +41,18 @@ class Task(ABC):
     """Whether outputs `(B, K)` are small enough to be stored for all samples (teacher cache, `lkd compare`)."""
 
     exports: ClassVar[bool] = True
-    """Whether networks take one tensor and the predictions are one tensor, which `lkd export` requires."""
+    """Whether networks map one tensor to one tensor, which `lkd export` requires."""
 
     pipeline_tag: ClassVar[str] = ""
-    """Name of the task on Hugging Face, for model cards; empty if it has none."""
+    """Name of the task on Hugging Face, for model cards; empty if there is none."""
 
     aux_weight: float = 0.0
     """Weight of the supervised loss of an auxiliary head, relative to that of the network itself."""
 
     def prepare(self, batch: Batch) -> Batch:
-        """Convert the labels of a batch from the data module, for example its label for ignored pixels.
+        """Convert the labels of a batch from the data module, for example the label of ignored pixels.
 
-        `predict`, which does not read labels, does not call it.
+        It is not called in prediction, which does not read labels.
 
         Args:
             batch: Batch as the data module returns it.
@@ -90,7 +90,9 @@ class Task(ABC):
         return int(logits.shape[1]) if self.has_classes else None
 
     def chance(self, num_classes: int) -> float | None:
-        """Return the main metric of random predictions; a teacher near it causes a warning. `None` if it is unknown.
+        """Return the main metric of random predictions; `None` if it is unknown.
+
+        A teacher near this value causes a warning. The method is called only for tasks with `has_classes`.
 
         Args:
             num_classes: Number of classes, at least 1.

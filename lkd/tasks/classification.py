@@ -31,7 +31,7 @@ class Classification(Task):
         return logits_of(output)
 
     def chance(self, num_classes: int) -> float:
-        """Return 1 / K."""
+        """Return 1 / K, the expected accuracy of uniformly random predictions."""
         return 1 / num_classes
 
     def check(self, name: str, logits: Tensor) -> None:

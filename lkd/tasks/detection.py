@@ -35,7 +35,7 @@ class Detection(Task):
 
     metric = "map"
     metric_title = "mean AP"
-    has_classes = False  # the predictions have classes, but no scores in dimension 1
+    has_classes = False  # the predictions have classes, but dimension 1 does not contain their logits
     graph_obstacle = "detectors assign and select boxes on the host"
     exports = False
 

@@ -94,8 +94,8 @@ class SemanticSegmentation(Task):
     def chance(self, num_classes: int) -> float:
         """Return 1 / (2K - 1), the mean IoU of uniformly random predictions for classes of equal frequency.
 
-        Of N pixels, each class has N / K labels and N / K predictions, of which N / K^2 coincide. If the frequencies
-        differ, the mean IoU of such predictions is smaller.
+        With N pixels, each class has N / K labelled and N / K predicted pixels, of which N / K^2 coincide. If the
+        frequencies of the classes differ, the mean IoU of random predictions is smaller.
         """
         return 1 / (2 * num_classes - 1)
 
