@@ -168,8 +168,12 @@ def _answer(facts: Mapping[str, Any]) -> str:
 
 def _crop(facts: Mapping[str, Any]) -> str:
     """Return the code that removes the padding of an image from its map of classes."""
-    padded = facts["size_step"] and _is_prepared(facts) and not _is_smaller(facts)
-    return "classes = classes[:height, :width]  # without the padding\n" if padded else ""
+    if not (facts["size_step"] and _is_prepared(facts)):
+        return ""
+    if not _is_smaller(facts):
+        return "classes = classes[:height, :width]  # without the padding\n"
+    part = "round(len(classes) * height / rows)", "round(classes.shape[1] * width / columns)"
+    return f"classes = classes[:{part[0]}, :{part[1]}]  # without the padding\n"
 
 
 def _is_smaller(facts: Mapping[str, Any]) -> bool:
