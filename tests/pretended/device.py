@@ -179,8 +179,6 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         func, args, kwargs = torch.ops.aten.to.dtype_layout, args[:1], {**dict(settings), **kwargs}
     if func is torch.ops.aten.to.dtype_layout and kwargs.get("device") != args[0].device:
         func = torch.ops.aten._to_copy.default  # in inference mode, a move between devices arrives like this
-    if func is torch.ops.aten.to.device:  # the same holds for `tensor.to(other)`
-        func, args, kwargs = torch.ops.aten._to_copy.default, args[:1], {"device": args[1], "dtype": args[2]}
     target = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     device: list[DeviceTensor] = []
     host: list[torch.Tensor] = []
