@@ -167,7 +167,8 @@ def test_segmentation_training_equals_that_of_one_process(monkeypatch) -> None:
     settings = ["--config=shapes/kd", "--data=masks.Brightness", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
     settings += [f"--data.init_args.{size}" for size in ("train_size=71", "val_size=23", "size=16")]
     settings += ["--model.init_args.student=masks.net", "--model.init_args.optimizer=torch.optim.SGD"]
-    settings += ["--model.init_args.optimizer.lr=0.1", "--trainer.precision=32-true", "--trainer.logger=CSVLogger"]
+    settings += ["--model.init_args.distill_weight=0.1", "--model.init_args.optimizer.lr=0.1"]
+    settings += ["--trainer.precision=32-true", "--trainer.logger=CSVLogger"]
     found = []
     for processes, batch_size in ((2, 8), (1, 16)):
         place = [f"--trainer.devices={processes}", f"--data.init_args.batch_size={batch_size}", f"--name={processes}"]
