@@ -117,8 +117,8 @@ def test_short_names() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((configs_folder() / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
-def test_included_spaces_apply_to_the_digits(path: Path) -> None:
-    settings = Settings(["--config=digits/kd"])
+def test_included_spaces_apply_to_included_configs(path: Path) -> None:
+    settings = Settings(["--config=shapes/kd" if path.stem.endswith("_segmentation") else "--config=digits/kd"])
     space = read_space([find_config(f"sweep/{path.stem}")], {}, settings.resolved())
     assert "model.init_args.distill_weight" in space
     if "grid" in path.stem:
