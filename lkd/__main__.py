@@ -84,7 +84,7 @@ def _help_or_version(args: Sequence[str]) -> str | None:
     if command not in COMMANDS:
         nearest = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; available commands: {', '.join(COMMANDS)}"
-        raise ValueError(f"there is no command {command!r}{hint}")
+        raise ValueError(f"unknown command {command!r}{hint}")
     if command in OWN_HELP and {"-h", "--help"} & set(options):
         return OWN_HELP[command]
     return _help(command, options) if command in SETTINGS else None

@@ -425,7 +425,7 @@ def test_folder_selects_its_best_checkpoint(capsys) -> None:
 
 
 def test_one_line_per_epoch_without_a_terminal(capfd) -> None:
-    """Without a terminal, there is no progress bar. The last lines report feature metrics and the CSV file."""
+    """A fit without a terminal shows no progress bar. The last lines report feature metrics and the CSV file."""
     Path("more.yaml").write_text(
         "trainer:\n  callbacks+: [{class_path: lkd.callbacks.KNN}]\n"
         "  logger: [{class_path: CSVLogger, init_args: {save_dir: csv}}]\n"

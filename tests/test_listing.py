@@ -154,7 +154,7 @@ def test_network_in_the_current_folder() -> None:
             ["torch.nn.Linear", "--in_features=3", "--out_features=2"],
             "the number of input channels of Linear is unknown, because it has no convolution; provide an example",
         ),
-        (["--config", "digits/kdd"], "there is no config 'digits/kdd'"),
+        (["--config", "digits/kdd"], "config 'digits/kdd' not found"),
         (["--config", "digits/kd", "--model.init_args.studnet=3"], "has no setting 'studnet'; did you mean 'student'?"),
         (
             ["--config=digits/kd", "--config=methods/crd", "--model.init_args.criterion.init_args.student_layers=fc"],

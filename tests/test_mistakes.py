@@ -152,11 +152,11 @@ def test_misspelt_class(fit, setting, message) -> None:
 
 
 def test_unknown_command(error_of) -> None:
-    assert error_of("fti") == "there is no command 'fti'; did you mean 'fit'?"
+    assert error_of("fti") == "unknown command 'fti'; did you mean 'fit'?"
 
 
 def test_missing_files(error_of, fit) -> None:
-    assert "there is no config 'digits/kdd.yaml'; similar configs provided by lkd: digits/kd.yaml" in error_of(
+    assert "config 'digits/kdd.yaml' not found; similar configs provided by lkd: digits/kd.yaml" in error_of(
         "fit", "--config", "digits/kdd.yaml"
     )
     assert "checkpoint 'best.ckpt' does not exist" in fit("--ckpt_path=best.ckpt")

@@ -105,7 +105,7 @@ def test_random_file(stored: tuple[Path, dict[str, torch.Tensor]]) -> None:
             assert load_tensors(stored[0], MADE_FROM) is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which file is written")
+@pytest.mark.skipif(sys.platform != "linux", reason="requires /proc")
 def test_files_are_synchronized_before_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise, a power failure could leave an empty file with this name; the folder is synchronized afterwards."""
     synced: list[tuple[str, bool]] = []

@@ -62,10 +62,10 @@ def find_config(name: str, kind: str = "") -> Path:
     names = {str(path.relative_to(folder)) for path in (folder / kind).rglob("*.yaml")}
     known = sorted(names - {f"{former}.yaml" for former in RENAMED_CONFIGS})
     if nearest := difflib.get_close_matches(own, known, n=3, cutoff=0.4):
-        raise FileNotFoundError(f"there is no config {name!r}; similar configs provided by lkd: {', '.join(nearest)}")
+        raise FileNotFoundError(f"config {name!r} not found; similar configs provided by lkd: {', '.join(nearest)}")
     folders = sorted({Path(each).parent.name for each in known})
     provided = ", ".join(known) if kind else f"configs in {', '.join(folders)}"
-    raise FileNotFoundError(f"there is no config {name!r}; lkd provides {provided}")
+    raise FileNotFoundError(f"config {name!r} not found; lkd provides {provided}")
 
 
 def is_config(name: str) -> bool:

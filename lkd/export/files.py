@@ -6,7 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import copy
 from functools import cached_property
 from importlib.util import find_spec
@@ -127,16 +127,33 @@ class Network:
 
     @cached_property
     def _traced_program(self) -> tuple[ExportedProgram, int | None]:
+        reasons = []
         for step in self._steps:
-            with suppress(Exception):  # try the next one
-                return self._trace(step), step
+            found = self._traced_or_reason(step)
+            if not isinstance(found, str):
+                return found, step
+            reasons.append(found)
         try:
-            return self._trace(None), None
-        except Exception as error:  # a forward pass may raise anything for symbolic tensors
+            program = self._trace(None)
+        except Exception as error:
             raise ValueError(
                 f"torch.export cannot trace {type(self.model).__name__} for batches of any size ({_reason(error)}); "
                 "use --format safetensors to export only its weights"
             ) from error
+        if reasons:
+            height, width = self.blank.shape[2:]
+            warnings.warn(
+                f"the exported files accept only images of {width}x{height} pixels, because torch.export cannot trace "
+                f"{type(self.model).__name__} for other sizes ({reasons[0]})",
+                stacklevel=2,
+            )
+        return program, None
+
+    def _traced_or_reason(self, step: int) -> ExportedProgram | str:
+        try:
+            return self._trace(step)
+        except Exception as error:  # a forward pass may raise anything for symbolic tensors
+            return _reason(error)
 
     def _trace(self, step: int | None) -> ExportedProgram:
         traced = copy(self.model)  # the same weights and names, but returns only the logits

@@ -21,7 +21,7 @@ def label_error(num_classes: int, error: Exception) -> ValueError:
     """
     return ValueError(
         f"a label is out of range ({error}): the network has {num_classes} classes, so labels must lie in "
-        f"0..{num_classes - 1}, or be {IGNORE_INDEX} (in masks: `ignore_index` of the task) where there is no label"
+        f"0..{num_classes - 1}, or be {IGNORE_INDEX} for unlabelled images (in masks: the task's `ignore_index`)"
     )
 
 

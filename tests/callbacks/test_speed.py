@@ -205,7 +205,7 @@ def test_all_optimizations_can_be_disabled(distill, fit) -> None:
     assert all(torch.equal(*pair) for pair in zip(weights(plain), weights(off), strict=True))
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's allocator that is told so")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="requires the allocator of glibc")
 def test_freed_memory_is_reused() -> None:
     """Otherwise, each block of 64 MiB is allocated by the system page by page, and returned to it."""
     program = """

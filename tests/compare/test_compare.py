@@ -370,7 +370,7 @@ def test_invalid_arguments(error_of, runs) -> None:
     assert "batch_sizes and seconds must be positive" in error_of(kd, "--batch_sizes=[0]")
     assert "lkd compare has no setting 'teachr'; did you mean 'teacher'?" in error_of(kd, "--teachr=x")
     assert "lkd compare has no setting 'model'; available: " in error_of(kd, "--config", "digits/kd")
-    assert "there is no config 'nothing.yaml'" in error_of("--config", "nothing.yaml")
+    assert "config 'nothing.yaml' not found" in error_of("--config", "nothing.yaml")
     assert "no images in its val split" in error_of(
         kd, "--split=val", "--data=lkd.DigitsDataModule", "--data.val_size=0"
     )

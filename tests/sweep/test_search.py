@@ -139,7 +139,7 @@ def test_repeated_failure_ends_the_search(sweep) -> None:
         (["--study=a/b"], "--study must be a folder name"),
         (["--study=version_0"], "--study must be a folder name"),
         (["--resume"], "lkd sweep does not accept --resume"),
-        (["--space=spice.yaml"], "there is no config 'spice.yaml'; lkd provides sweep/temperature_weight.yaml, sweep/"),
+        (["--space=spice.yaml"], "config 'spice.yaml' not found; lkd provides sweep/temperature_weight.yaml, sweep/"),
         (["--space.model.init_args.distill_wieght=[1, 2]"], "did you mean 'model.init_args.distill_weight'?"),
         ([f"--space.{T}=[1, warm]"], "criterion"),
         ([f"--{W}=0.3"], f"{W} is both in the search space and set on the command line"),
