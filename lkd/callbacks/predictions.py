@@ -57,9 +57,9 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Create the folder."""
-        self._format = format_of(pl_module)(pl_module, getattr(trainer, "datamodule", None))
+        chosen = format_of(pl_module)(pl_module, getattr(trainer, "datamodule", None))
         created = str(new_folder(self.output)) if trainer.is_global_zero else ""
-        self.folder = Path(trainer.strategy.broadcast(created))
+        self.folder, self._format = Path(trainer.strategy.broadcast(created)), chosen
         self._records, self._images = [], 0
 
     def write_on_batch_end(

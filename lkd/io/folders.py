@@ -10,9 +10,20 @@ def new_folder(parent: Path) -> Path:
 
     Args:
         parent: Parent of the new folder; it is created if it does not exist.
+
+    Raises:
+        OSError: If the folder cannot be created.
     """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return _first_free(parent)
+    except OSError as error:
+        raise OSError(f"cannot create a folder in {parent} ({error.strerror}); use another --output") from error
+
+
+def _first_free(parent: Path) -> Path:
+    """Create the folder; other processes may create folders at the same time."""
     number = 0
-    parent.mkdir(parents=True, exist_ok=True)
     while True:
         folder = parent / f"version_{number}"
         try:

@@ -181,6 +181,15 @@ def test_each_prediction_has_its_own_folder(tmp_path, trainer, capsys) -> None:
     assert sorted(path.name for path in Path("out").iterdir()) == ["version_0", "version_1"]  # no empty folder
 
 
+def test_output_that_is_a_file(tmp_path, trainer) -> None:
+    (tmp_path / "file").write_text("mine")
+    writer = PredictionWriter(str(tmp_path / "file"))
+    data = DataLoader(TensorDataset(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.int64)))
+    with pytest.raises(OSError, match=r"cannot create a folder in .*file \(File exists\); use another --output"):
+        trainer(callbacks=[writer]).predict(_module(), data)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_new_images_that_differ_from_the_training_images(tmp_path, trainer, recwarn) -> None:
     """Images in memory have one size; other images are predicted at their own size. Unreadable images are reported."""
     masks = _photos(tmp_path / "new")
