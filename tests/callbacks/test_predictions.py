@@ -126,16 +126,16 @@ def test_ignored_class_is_not_predicted(tmp_path, trainer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "masks"),
+    ("files", "outputs"),
     [
-        (["a.jpg", "b/a.jpg", "b/c.d.png"], ["a.png", "b/a.png", "b/c.d.png"]),
-        (["a.jpg", "a.png", "b.jpg"], ["a.jpg.png", "a.png.png", "b.jpg.png"]),
-        (["a.jpg", "A.png"], ["a.jpg.png", "A.png.png"]),
-        (["../a.jpg", "b.jpg"], ["a.png", "b.png"]),
-        (["../a.jpg", "a.jpg"], ["000000.png", "000001.png"]),
+        (["a.jpg", "b/a.jpg", "b/c.d.png"], ["a", "b/a", "b/c.d"]),
+        (["a.jpg", "a.png", "b.jpg"], ["a.jpg", "a.png", "b.jpg"]),
+        (["a.jpg", "A.png"], ["a.jpg", "A.png"]),
+        (["../a.jpg", "b.jpg"], ["a", "b"]),
+        (["../a.jpg", "a.jpg"], ["000000", "000001"]),
     ],
 )
-def test_masks_of_different_images_have_different_names(files: list[str], masks: list[str], tmp_path) -> None:
+def test_outputs_for_different_images_have_different_names(files: list[str], outputs: list[str], tmp_path) -> None:
     (tmp_path / "root").mkdir()
     for name in files:
         _photo(tmp_path / "root" / name, 4, 4, 0)
@@ -143,7 +143,7 @@ def test_masks_of_different_images_have_different_names(files: list[str], masks:
     Path("root/test.txt").write_text(Path("root/train.txt").read_text())
     data = _data(tmp_path / "root", resident_limit=0)
     data.setup("predict")
-    assert PredictedImages(data).mask_names() == masks
+    assert PredictedImages(data).output_names() == outputs
 
 
 class _Stream(IterableDataset[Batch]):
