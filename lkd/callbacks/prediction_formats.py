@@ -119,8 +119,12 @@ class MaskFiles(PredictionFormat):
             counts = mask.flatten().bincount(minlength=len(logits)).tolist()
             record: Record = {"mask": name, "probability": round(probability, 6)}
             for number, count in enumerate(counts):
-                record[f"proportion/{class_name(self.class_names, number)}"] = round(count / mask.numel(), 6)
+                record[self._column(number)] = round(count / mask.numel(), 6)
             yield position, record
+
+    def _column(self, number: int) -> str:
+        name = class_name(self.class_names, number)
+        return f"proportion/{name}" if self.class_names.count(name) < 2 else f"proportion/{name} ({number})"
 
     def _mask(self, logits: Tensor, size: tuple[int, int], frame: Frame) -> tuple[Tensor, float]:
         """Return the class of each pixel of the image file `(H, W)`, on the CPU, and their mean probability."""

@@ -125,6 +125,16 @@ def test_ignored_class_is_not_predicted(tmp_path, trainer) -> None:
         assert set(np.unique(found)) <= {0, 2}
 
 
+def test_classes_with_one_name_have_different_columns(trainer) -> None:
+    images = torch.full((1, 3, 4, 4), LEVELS[1] / 255)
+    module = _module()
+    module._kept_facts["class_names"] = ["road", "road", "sky"]
+    loader = DataLoader(TensorDataset(images, torch.zeros(1, 4, 4, dtype=torch.uint8)))
+    (row,) = _rows(_predict(trainer, module, loader))
+    columns = {name: value for name, value in row.items() if name.startswith("proportion/")}
+    assert columns == {"proportion/road (0)": "0.0", "proportion/road (1)": "1.0", "proportion/sky": "0.0"}
+
+
 @pytest.mark.parametrize(
     ("files", "outputs"),
     [
