@@ -22,6 +22,8 @@ from lkd.tasks import Classification, Detection, SemanticSegmentation
 from lkd.tasks.views import class_color, class_name
 from lkd.types import Batch, Predictions
 
+_AT_ONCE = 16
+"""Number of classes whose logits are enlarged to the size of an image file at the same time."""
 Record = dict[str, Any]
 """Values of one line of the CSV file, or of one box, by name."""
 
@@ -129,13 +131,17 @@ class MaskFiles(PredictionFormat):
     def _mask(self, logits: Tensor, size: tuple[int, int], frame: Frame) -> tuple[Tensor, float]:
         """Return the class of each pixel of the image file `(H, W)`, on the CPU, and their mean probability."""
         rows, columns = frame.part
-        shown = interpolated(logits[None], size)[:, :, :rows, :columns]  # without the padding
-        shown = interpolated(shown, frame.full)[0]
-        if 0 <= self.task.ignore_index < len(shown):
-            ignored = torch.tensor([self.task.ignore_index], device=shown.device)
-            shown = shown.index_fill(0, ignored, float("-inf"))
-        probabilities, classes = shown.softmax(0).max(0)
-        return classes.cpu(), float(probabilities.mean())
+        best = torch.full(frame.full, float("-inf"), device=logits.device)  # highest logit so far
+        total, classes = best.clone(), torch.zeros(frame.full, dtype=torch.int64, device=logits.device)
+        for first in range(0, len(logits), _AT_ONCE):
+            shown = interpolated(logits[None, first : first + _AT_ONCE], size)[:, :, :rows, :columns]  # without padding
+            shown = interpolated(shown, frame.full)[0]
+            ignored = torch.arange(first, first + len(shown), device=shown.device) == self.task.ignore_index
+            shown = shown.masked_fill(ignored.view(-1, 1, 1), float("-inf"))
+            highest, found = shown.max(0)
+            classes = torch.where(highest > best, found + first, classes)
+            best, total = torch.maximum(best, highest), torch.logaddexp(total, shown.logsumexp(0))
+        return classes.cpu(), float((best - total).exp().mean())
 
     def _save(self, mask: Tensor, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -125,6 +125,23 @@ def test_ignored_class_is_not_predicted(tmp_path, trainer) -> None:
         assert set(np.unique(found)) <= {0, 2}
 
 
+@pytest.mark.parametrize("ignored", [255, 20])
+def test_masks_of_many_classes(ignored: int, trainer) -> None:
+    """The logits are enlarged for a part of the classes at a time, to limit the memory."""
+    torch.manual_seed(0)
+    network, images = nn.Conv2d(3, 40, 1), 5 * torch.rand(1, 3, 6, 7)
+    loader = DataLoader(TensorDataset(images, torch.zeros(1, 6, 7, dtype=torch.uint8)))
+    module = ClassificationModule(network, task=SemanticSegmentation(40, ignore_index=ignored))
+    folder = _predict(trainer, module, loader)
+    logits = network(images)[0]
+    if ignored < 40:
+        logits[ignored] = float("-inf")
+    probabilities, classes = logits.softmax(0).max(0)
+    assert len(classes.unique()) > 3
+    assert np.array_equal(np.asarray(Image.open(folder / "masks/000000.png")), classes)
+    assert float(_rows(folder)[0]["probability"]) == pytest.approx(float(probabilities.mean()), abs=1e-6)
+
+
 def test_classes_with_one_name_have_different_columns(trainer) -> None:
     images = torch.full((1, 3, 4, 4), LEVELS[1] / 255)
     module = _module()
