@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from abc import ABC, abstractmethod
 from typing import Any, Literal
@@ -15,20 +14,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from lkd import devices
 from lkd.datamodules.batch_graph import BatchGraph
 from lkd.datamodules.dataset import ImageDataset
-from lkd.datamodules.decoding import resident
+from lkd.datamodules.dataset_factory import DatasetFactory
 from lkd.datamodules.draws import SUBSET, permutation
 from lkd.datamodules.extra import ExtraImages
-from lkd.datamodules.files import few, is_plain
 from lkd.datamodules.labels import check_sizes, choose_labelled, read_targets
 from lkd.datamodules.limits import is_limited
 from lkd.datamodules.loader import Loader, identity
+from lkd.datamodules.placement import Placement
 from lkd.datamodules.sampler import EpochSampler
 from lkd.datamodules.sources import ImageSource, join
 from lkd.datamodules.split import stratified
-from lkd.datamodules.transforms.base import Augmentation, BatchTransform, CenterCrop, ImageTransform, divide
+from lkd.datamodules.transforms.base import BatchTransform, CenterCrop, ImageTransform, divide
 from lkd.datamodules.transforms.mixing import Mix
 from lkd.datamodules.transforms.views import Views
-from lkd.datamodules.unreadable import readable
 from lkd.types import IGNORE_INDEX, Batch, Normalization
 
 Split = Literal["train", "val", "test"]
@@ -129,7 +127,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         if std is not None:
             self.std = std
         self.datasets: dict[Split, ImageDataset] = {}
-        self._on_device: dict[int, ImageSource] = {}
+        self._placement = Placement()
         self._batch_graph: BatchGraph | None = None
 
     @abstractmethod
@@ -167,13 +165,14 @@ class ImageDataModule(L.LightningDataModule, ABC):
         if stage in ("fit", "validate") and "train" not in self.datasets:
             self._setup_train(stage)
         if stage in ("test", "predict") and "test" not in self.datasets:
-            self.datasets["test"] = self._whole("test", *self._open("test"))
+            images = self._open("test")
+            self.datasets["test"] = self._factory.whole("test", *images)
         for dataset in self.datasets.values():  # on every call, as the seed may differ between runs of a program
             dataset.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
     def teardown(self, stage: str) -> None:
         """Release the GPU memory."""
-        self._on_device.clear()
+        self._placement.clear()
         self._batch_graph = None
 
     @property
@@ -199,7 +198,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def _setup_train(self, stage: str) -> None:
         source, target = self._open("train")
-        usable = self._readable("train", source, target)
+        factory = self._factory  # after make_dataset, which may set the class names
+        usable = factory.readable("train", source, target)
         held_out = torch.zeros(len(target), dtype=torch.bool)
         val = self.make_dataset("val")
         if val is None and self.val_size != 0:
@@ -213,14 +213,14 @@ class ImageDataModule(L.LightningDataModule, ABC):
         decoded = divide(augment)[0] is None  # otherwise a random crop needs the full-size image
         needed = usable if chosen.any() else held_out
         if decoded and needed.any():
-            source = self._resident(source, target, needed)
+            source = factory.resident(source, target, needed)
         if val is not None and val_target is not None:
-            self.datasets["val"] = self._whole("val", val, val_target)
+            self.datasets["val"] = factory.whole("val", val, val_target)
         elif self.val_size != 0:
-            self.datasets["val"] = self._wrap(source, target, held_out)
+            self.datasets["val"] = factory.dataset(source, target, held_out)
         if self.extra is None or stage == "fit":  # evaluation does not need the extra images
             training = self._with_extra(source, kept, chosen, decoded)
-            self.datasets["train"] = self._wrap(*training, augment, self.views, self.mix)
+            self.datasets["train"] = factory.dataset(*training, augment, self.views, self.mix)
 
     def _with_extra(
         self, source: ImageSource, target: Tensor, chosen: Tensor, decoded: bool
@@ -236,37 +236,27 @@ class ImageDataModule(L.LightningDataModule, ABC):
         device = _gpu(self.trainer) or torch.device("cpu")
         more = self.extra.images(self.input_shape, self.num_classes, Normalization(self.mean, self.std), device)
         classes = self._targets("extra", more)
-        usable = self._readable("extra", more, classes)
+        usable = self._factory.readable("extra", more, classes)
         if decoded:
-            more = self._resident(more, classes, usable)
+            more = self._factory.resident(more, classes, usable)
         if not chosen.any():
             return more, classes, usable
         joined = join(source, more, self.input_shape if decoded else None)
         return joined, torch.cat((target, classes)), torch.cat((chosen, usable))
 
-    def _whole(self, split: Split, source: ImageSource, target: Tensor) -> ImageDataset:
-        """Return the dataset of all images of a split."""
-        usable = self._readable(split, source, target)
-        return self._wrap(self._resident(source, target, usable), target, usable)
-
-    def _readable(self, split: str, source: ImageSource, target: Tensor) -> Tensor:
-        """Return which images are used `(N,)`, bool."""
-        if self.unreadable == "fail" or not is_plain(source):
-            return torch.ones(len(target), dtype=torch.bool)
-        whole = readable(self._wrap(source, target), self._decoders())
-        if gone := sorted(set(target.tolist()) - set(target[whole].tolist())):
-            names = few(["(none)" if number == IGNORE_INDEX else self.class_names[number] for number in gone])
-            raise ValueError(
-                f"no {split} image of these classes in {source.folder} can be read: {names}; replace the files"
-            )
-        return whole
-
-    def _resident(self, source: ImageSource, target: Tensor, usable: Tensor) -> ImageSource:
-        """Return the decoded images of a source if decoding is useful and they fit; otherwise the source."""
-        whole = self._wrap(source, target, usable)
-        if whole.stored is not None or len(target) * math.prod(whole.shape) > self.resident_limit:
-            return source
-        return resident(whole, self._decoders())
+    @property
+    def _factory(self) -> DatasetFactory:
+        return DatasetFactory(
+            self._dataset_class,
+            self.class_names,
+            self.input_shape,
+            self.whole_shape,
+            self.resize,
+            Normalization(self.mean, self.std),
+            self.resident_limit,
+            self.unreadable,
+            self._decoders(),
+        )
 
     def _decoders(self) -> int:
         processes = self.trainer.world_size if self.trainer else 1
@@ -281,29 +271,6 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def _targets(self, split: str, source: ImageSource) -> Tensor:
         return read_targets(source, self.num_classes, f"the {split} split of {type(self).__name__}")
 
-    def _wrap(
-        self,
-        source: ImageSource,
-        target: Tensor,
-        chosen: Tensor | None = None,
-        augment: Augmentation = (),
-        views: Views | None = None,
-        mix: Mix | None = None,
-    ) -> ImageDataset:
-        first, changes = divide(augment)
-        channels, height, width = self.whole_shape if first is None else self.input_shape
-        return self._dataset_class(
-            source,
-            target,
-            torch.arange(len(target)) if chosen is None else chosen.nonzero().squeeze(1),
-            (channels + self._dataset_class.extra_channels, height, width),
-            Normalization(self.mean, self.std),
-            first or self.resize,
-            changes,
-            views=views,
-            mix=mix,
-        )
-
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch to a device. A batch already there is returned at once, as Lightning's check takes 0.1 ms."""
         if isinstance(batch, Batch) and getattr(batch.input, "device", None) == device:
@@ -312,18 +279,22 @@ class ImageDataModule(L.LightningDataModule, ABC):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         return self.trainer.lightning_module.transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def _loader(self, split: Split, padded: bool = True, plain: bool = False) -> DataLoader[Batch]:
+    def _dataset(self, split: Split) -> ImageDataset:
         if split not in self.datasets:
             raise ValueError(f"{type(self).__name__} has no {split} images yet; call prepare_data() and setup()")
-        dataset = self.datasets[split]
-        if plain:
-            chosen = torch.zeros(len(dataset.target), dtype=torch.bool).index_fill_(0, dataset.index, True)
-            seed, dataset = dataset.seed, self._wrap(dataset.source, dataset.target, chosen)
-            dataset.seed = seed
-        dataset = self._placed(dataset)
+        return self.datasets[split]
+
+    def _loader(
+        self,
+        dataset: ImageDataset,
+        training: bool = False,
+        padded: bool = True,
+        order: Tensor | None = None,
+        persistent: bool = True,
+    ) -> DataLoader[Batch]:
+        if not self.num_workers and (gpu := _gpu(self.trainer)) is not None:
+            dataset = self._placement.place(dataset, gpu)
         processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        training = split == "train" and not plain
-        order = self._limited_order(split) if padded else None
         sampler = EpochSampler(dataset, processes, rank, training, dataset.seed, padded, order)
         workers = self.num_workers
         if workers is None:
@@ -335,23 +306,23 @@ class ImageDataModule(L.LightningDataModule, ABC):
             num_workers=workers,
             collate_fn=identity,
             pin_memory=devices.pins_memory() and dataset.index.is_cpu,
-            persistent_workers=workers > 0 and not plain,
+            persistent_workers=workers > 0 and persistent,
             generator=torch.Generator(),  # draws the workers' seeds, so that the global generator is not advanced
             # A last batch of a single image would break BatchNorm, and compiled steps need a fixed shape. The dropped
             # images differ between epochs.
             drop_last=training and len(sampler) >= self.batch_size,
         )
         loader.trainer = self.trainer if training else None
-        device = dataset.index.device
-        if training and self.uses_graphs and (capture := devices.step_capture(device)):
+        if training and self.uses_graphs and (capture := devices.step_capture(dataset.index.device)):
             self._batch_graph = loader.graph = BatchGraph(dataset, capture, self.batch_size)
         return loader
 
-    def _limited_order(self, split: Split) -> Tensor | None:
-        """Return a random order `(N,)` for limited evaluations: images are often stored class by class."""
-        if split == "train" or not is_limited(self.trainer, split):
-            return None
-        return permutation(self.split_seed, 0, len(self.datasets[split]), SUBSET)
+    def _evaluation_loader(self, split: Literal["val", "test"]) -> DataLoader[Batch]:
+        """Return the loader of a split; limited evaluations use a random order, as images are often stored by class."""
+        dataset, order = self._dataset(split), None
+        if is_limited(self.trainer, split):
+            order = permutation(self.split_seed, 0, len(dataset), SUBSET)
+        return self._loader(dataset, order=order)
 
     def is_static(self, batch: Batch) -> bool:
         """Whether a batch is the one that each replay of a graph overwrites, at a fixed memory address.
@@ -361,37 +332,30 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """
         return self._batch_graph is not None and self._batch_graph.batch is batch
 
-    def _placed(self, dataset: ImageDataset) -> ImageDataset:
-        """Return the dataset, moved to the GPU if batches can be created there."""
-        device, there = _gpu(self.trainer), self._on_device.get(id(dataset.source))
-        if device is None or dataset.stored is None or self.num_workers:
-            return dataset
-        if there is None and 4 * dataset.stored.nbytes > devices.free_memory(device):
-            return dataset
-        placed = dataset.to(device, there)
-        self._on_device[id(dataset.source)] = placed.source  # training and validation images share a source
-        return placed
-
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of training images: augmented, shuffled, in full batches if there is at least one."""
-        return self._loader("train")
+        return self._loader(self._dataset("train"), training=True)
 
     def plain_train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of training images in dataset order, without augmentation, views or mixing."""
-        return self._loader("train", plain=True)
+        training = self._dataset("train")
+        chosen = torch.zeros(len(training.target), dtype=torch.bool).index_fill_(0, training.index, True)
+        dataset = self._factory.dataset(training.source, training.target, chosen)
+        dataset.seed = training.seed
+        return self._loader(dataset, persistent=False)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the loader of validation images, or an empty list if `val_size` is 0."""
         opened = "train" in self.datasets or not self.val_size
-        return [] if opened and "val" not in self.datasets else self._loader("val")
+        return [] if opened and "val" not in self.datasets else self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of test images."""
-        return self._loader("test")
+        return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of test images; with several processes, each image is predicted by exactly one."""
-        return self._loader("test", padded=False)
+        return self._loader(self._dataset("test"), padded=False)
 
 
 def _gpu(trainer: L.Trainer | None) -> torch.device | None:

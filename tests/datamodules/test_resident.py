@@ -474,7 +474,7 @@ def test_run_with_device_batches_sees_the_same_images(root, monkeypatch, trainer
         run.fit(reader, datamodule)
         run.test(reader, datamodule, verbose=False)
         readers.append(reader)
-        assert datamodule._on_device == {}
+        assert len(datamodule._placement) == 0
     for kind in ("train", "val", "test"):
         for ours, theirs in zip(*(reader.seen[kind] for reader in readers), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
