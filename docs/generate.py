@@ -15,7 +15,7 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parent.parent
 
-from lkd.cli.catalogue import SECTIONS, homes_of, summaries
+from lkd.cli.catalogue import SECTIONS, choices, homes_of
 from lkd.cli.class_help import settings
 from lkd.cli.help import HELP, OWN_HELP, SETTINGS, settings_help
 from tests import method_table
@@ -68,8 +68,13 @@ def _pages() -> Iterator[tuple[str, str]]:
     yield from _reference_pages()
     yield from _notebook_pages()
     yield from _benchmark_pages()
-    for page, file in (("changelog", "CHANGELOG"), ("contributing", "CONTRIBUTING"), ("guides/security", "SECURITY")):
-        yield f"{page}.md", _with_links((ROOT / f"{file}.md").read_text(), ROOT, page.count("/"))
+    for page, file in (
+        ("changelog", "CHANGELOG.md"),
+        ("contributing", "CONTRIBUTING.md"),
+        ("guides/security", "SECURITY.md"),
+        ("guides/inputs", "examples/README.md"),
+    ):
+        yield f"{page}.md", _with_links((ROOT / file).read_text(), (ROOT / file).parent, page.count("/"))
 
 
 def _with_links(text: str, folder: Path, depth: int = 1) -> str:
@@ -213,7 +218,7 @@ def _settings_page() -> str:
     for section, path in classes.items():
         lines += [f"## `{section}`", _settings_table(path, f"{section}.")]
     for key in ("model", "data"):
-        for path in (f"{home}.{name}" for home in homes_of(key) for name in summaries(home)):
+        for path in (f"{home}.{name}" for home in homes_of(key) for name in choices(home)):
             lines += [f"## `{key}`: `{path}`", _settings_table(path, f"{key}.init_args.")]
     return "\n\n".join(lines) + "\n"
 
