@@ -138,7 +138,7 @@ def _facts(name: str, kind: type) -> dict[str, str]:
     if hasattr(kind, "needs_build"):
         facts["Adapters"] = "built from the shapes of the features" if kind.needs_build is True else "none"
     if hasattr(kind, "num_views"):
-        facts["Views of each image"] = str(kind.num_views) if isinstance(kind.num_views, int) else "as its criterion"
+        facts["Views of each image"] = str(kind.num_views) if isinstance(kind.num_views, int) else "as the criterion"
     facts["Several processes"] = method_table.processes(kind)
     facts["Equal to the original"] = method_table.equal(name)
     return facts
@@ -277,7 +277,7 @@ def _benchmark_pages() -> Iterator[tuple[str, str]]:
         links.append(f"- [{text[2:].splitlines()[0]}]({path.name})")
         yield f"benchmarks/{path.name}", _with_links(text, path.parent)
     pages = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.md"))
-    text = "# Benchmarks\n\nEach page names the command, the machine and the versions.\n\n" + "\n".join(links)
+    text = "# Benchmarks\n\nEach page states the command, the machine and the versions.\n\n" + "\n".join(links)
     yield "benchmarks/index.md", f"{text}\n\n{_contents(pages)}"
 
 
