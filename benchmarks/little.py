@@ -7,10 +7,10 @@ IMAGES is a folder train/<class>/, test/<class>/ of CIFAR-10, and TEACHER a file
 methods.yaml, the base config. Training uses a pool, the first images of each class. The rows are: a fraction of the
 pool's labels; no labels; a transfer set of random crops of the two photographs included in scikit-learn; images
 synthesized from the teacher (DeepInversion). All runs have the same number of steps (up to a fraction of an epoch) and
-a schedule that decays equally far. A student alone uses only labelled images; the label of a synthesized image is its
-target class. A distilled student uses all images, and the labels where available. Each seed changes initialization,
-order, augmentation and the choice of labels; images are synthesized once. The student is evaluated after its last step
-on all test images, so nothing is selected by accuracy.
+a schedule with the same final learning rate. A student alone uses only labelled images; the label of a synthesized
+image is its target class. A distilled student uses all images, and the labels where available. Each seed changes
+initialization, order, augmentation and the choice of labels; images are synthesized once. The student is evaluated
+after its last step on all test images, so nothing is selected by accuracy.
 
 Each finished run is saved as a line in FOLDER/runs.jsonl and not repeated: the same command continues an interrupted
 one.

@@ -213,8 +213,8 @@ def _cli_page() -> str:
 
 def _settings_page() -> str:
     classes = {section: path for section, path in SECTIONS.items() if path.startswith("lkd.")}
-    lines = ["# Settings", "Every setting of lkd's own sections, modules and data modules, from the code. "]
-    lines[1] += "`lkd fit --trainer.help` lists those of Lightning's trainer."
+    lines = ["# Settings", "All settings of lkd's own sections, modules and data modules, generated from the code. "]
+    lines[1] += "`lkd fit --trainer.help` lists the settings of Lightning's trainer."
     for section, path in classes.items():
         lines += [f"## `{section}`", _settings_table(path, f"{section}.")]
     for key in ("model", "data"):
@@ -229,7 +229,8 @@ def _settings_table(path: str, prefix: str) -> str:
     kind = getattr(importlib.import_module(home), name)
     for one in settings(kind):
         default = one.default and f"`{one.default}`"
-        cells = (f"`{prefix}{one.name}`", f"`{one.type}`", default, one.description)
+        text = re.sub(r"\.\. (note|warning)::", lambda found: f"{found[1].capitalize()}:", one.description)
+        cells = (f"`{prefix}{one.name}`", f"`{one.type}`", default, text.replace("``", "`"))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
 
@@ -238,7 +239,7 @@ def _configs_page() -> str:
     folder = ROOT / "configs"
     lines = [
         "# Config files",
-        "`--config NAME` finds these wherever lkd is installed; later files override earlier ones.",
+        "`--config NAME` finds these configs wherever lkd is installed; later files override earlier ones.",
     ]
     for path in sorted(folder.rglob("*.yaml"), key=lambda path: (path.parent, path.name)):
         name = path.relative_to(folder).with_suffix("")
