@@ -136,7 +136,7 @@ _MEASURED = {
         "Save the predictions of a checkpoint for the test images, or for new images, in\n"
         "a new folder. Classification and segmentation: predictions.csv, with one line\n"
         "per image; segmentation: also masks/. Detection: detections.json, in COCO's\n"
-        "results format.",
+        "results format. Other tasks: NumPy files in arrays/.",
         "  lkd predict --ckpt_path runs/digits/kd/version_0/checkpoints/best.ckpt\n"
         "  lkd predict --ckpt_path best --name digits/kd --images FOLDER",
         "  --images FOLDER      use all images in a folder instead of the test images\n"
