@@ -28,6 +28,18 @@ import torch
 
 from benchmarks.speed import machine
 
+HEAD = (
+    "# Memory use of long runs",
+    "",
+    "`python -m benchmarks.endurance` measures whether a process leaks memory, over thousands of epochs and over",
+    "repeated calls of `fit`. RSS is the resident set size, and peak RSS the largest one so far; both include the",
+    "worker processes, and so does private memory. Tensors, modules and objects are those tracked by Python's garbage",
+    "collector. Each call of `fit` adds six objects of torch.fx, which keeps the source of traced code for",
+    "tracebacks.",
+    "",
+)
+"""Title and introduction of the report."""
+
 SETTINGS = """
 data:
   init_args:
@@ -212,14 +224,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="runs whose name contains one of these words")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    lines = []
+    lines = list(HEAD)
     for variant in variants(options.epochs, options.worker_epochs, options.cycles):
         if any(word in variant.name for word in options.only):
             with tempfile.TemporaryDirectory() as folder:
                 os.environ["LKD_CACHE"] = folder  # no cached files of an earlier run
                 lines += table(variant, watched(variant, folder))
             print(lines[-2], flush=True)
-    lines += [f"`python -m benchmarks.endurance`; {machine()}"]
+    lines += [machine()]
     print(lines[-1])
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")

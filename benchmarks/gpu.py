@@ -65,7 +65,7 @@ def check_jobs(device: str, reduced: bool) -> list[Job]:
         job("commands", "commands", seconds=120.0, reduced=reduced),
         job("resume, kd", "resumed", True, name="kd"),
         job("teacher cache", "cached", True),
-        job("waiting, kd", "unsynchronized", True, name="kd"),
+        job("synchronization, kd", "unsynchronized", True, name="kd"),
         job("methods/kd", "overlay", name="kd"),
     ]
     if reduced:
@@ -77,8 +77,8 @@ def check_jobs(device: str, reduced: bool) -> list[Job]:
         *few,
         *(job(name, "parallel", True, strategy=strategy) for name, strategy in strategies.items()),
         *(job(f"resume, {name}", "resumed", True, name=name) for name in ("crd", "dkd_crd_at")),
-        job("waiting, kd, no graph", "unsynchronized", True, name="kd", graph="off"),
-        *(job(f"waiting, {name}", "unsynchronized", True, name=name) for name in ("at", "crd", "mgd")),
+        job("synchronization, kd, no graph", "unsynchronized", True, name="kd", graph="off"),
+        *(job(f"synchronization, {name}", "unsynchronized", True, name=name) for name in ("at", "crd", "mgd")),
         *(job(f"digits/{name}", "complete", name=name) for name in complete),
         *(job(f"methods/{name}", "overlay", name=name) for name in overlays),
     ]

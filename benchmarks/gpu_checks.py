@@ -109,8 +109,8 @@ def overlay(device: str, name: str) -> Checks:
 
     return {
         "trains": lambda: run(device, "plain", "--trainer.deterministic=false").step,
-        "the GPU's losses are the CPU's": as_on_the_cpu,
-        "with a graph as without": as_without_graph,
+        "equal losses on GPU and CPU": as_on_the_cpu,
+        "equal results with and without a graph": as_without_graph,
     }
 
 
@@ -160,7 +160,7 @@ def resumed(device: str, name: str) -> Checks:
         same(fit("parts", device, *settings, f"--ckpt_path={last}"), whole)
         return whole.step
 
-    return {"the resumed run equals the whole one": check}
+    return {"the resumed run equals the uninterrupted one": check}
 
 
 def cached(device: str) -> Checks:
@@ -217,7 +217,7 @@ def unsynchronized(device: str, name: str, graph: str = "auto") -> Checks:
         settings = [*overlay_settings(name), f"--speed.graph={graph}", "--trainer.max_epochs=1", *watch]
         return fit("run", device, *settings, bar=True).step
 
-    return {"nothing in a step waits for the GPU": check}
+    return {"none within a step": check}
 
 
 def commands(device: str, reduced: bool) -> Checks:

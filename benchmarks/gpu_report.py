@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-OUTCOMES = ("FAILED", "left out", "ok")
+OUTCOMES = ("FAILED", "skipped", "ok")
 """Outcomes of a row, in the order of the tables."""
 OUT_OF_TIME = "out of time"
-"""Remark of rows left out because the deadline had passed."""
+"""Remark of rows skipped because the deadline had passed."""
 
 Row = dict[str, Any]
 
@@ -40,7 +40,7 @@ class Report:
                 self._insert(json.loads(line))
 
     def _insert(self, row: Row) -> None:
-        """Add a row; replace an earlier row with its name and the row that reported its whole job as left out."""
+        """Add a row; replace an earlier row with its name and the row that reported its whole job as skipped."""
         job, is_check, _ = row["name"].partition(": ")
         if is_check:
             self.rows.pop((row["part"], job), None)
@@ -52,7 +52,7 @@ class Report:
         Args:
             part: Table of the result: `check`, `speed`, `full`, `machine` or `preparation`.
             name: Name of the result; an earlier result with this name is replaced.
-            outcome: `ok`, `FAILED` or `left out`.
+            outcome: `ok`, `FAILED` or `skipped`.
             remark: One sentence.
             trace: The traceback of a failure.
             rest: Measurements.
@@ -93,7 +93,7 @@ def check_table(rows: Sequence[Row], about: Row) -> Iterator[str]:
 
 
 def check_summary(rows: Sequence[Row], limit: int = 60, width: int = 160) -> list[str]:
-    """Summarize the checks: failures, then what was left out, by reason, then counts.
+    """Summarize the checks: failures, then what was skipped, by reason, then counts.
 
     Args:
         rows: The checks.
@@ -103,10 +103,10 @@ def check_summary(rows: Sequence[Row], limit: int = 60, width: int = 160) -> lis
     failed = [f"FAILED: {row['name']}: {row['remark']}" for row in rows if row["outcome"] == "FAILED"]
     reasons: dict[str, list[str]] = {}
     for row in rows:
-        if row["outcome"] == "left out":
+        if row["outcome"] == "skipped":
             reasons.setdefault(row["remark"], []).append(row["name"])
-    left_out = [f"left out ({reason}): {'; '.join(names)}" for reason, names in reasons.items()]
-    lines = [line for text in (*failed, *left_out) for line in textwrap.wrap(text, width, subsequent_indent="    ")]
+    skipped = [f"skipped ({reason}): {'; '.join(names)}" for reason, names in reasons.items()]
+    lines = [line for text in (*failed, *skipped) for line in textwrap.wrap(text, width, subsequent_indent="    ")]
     if (more := len(lines) - (limit - 2)) > 0:
         lines[limit - 3 :] = [f"... {more + 1} more lines omitted; see --out FILE for all of them"]
     return [*lines, textwrap.shorten(_steps(rows), width), _counts(rows)]

@@ -93,7 +93,7 @@ def _result(check: Callable[[], str]) -> tuple[str, str, str]:
     try:
         return "ok", check(), ""
     except NotApplicable as reason:
-        return "left out", str(reason), ""
+        return "skipped", str(reason), ""
     except BaseException as error:  # SystemExit, too
         sentence = " ".join(f"{type(error).__name__}: {error}".split())
         log = Path("log.txt").read_text(errors="replace")[-4000:]

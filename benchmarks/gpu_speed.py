@@ -49,7 +49,7 @@ class GpuRow(Row):
         flops: FLOPs per image.
         group: Rows of one group are started together.
         reduced: Whether the row is part of the reduced form.
-        outcome: `ok`, `FAILED` or `left out`.
+        outcome: `ok`, `FAILED` or `skipped`.
         failure: The reason for an outcome that is not `ok`.
 
     Attributes:
@@ -75,12 +75,12 @@ class GpuRow(Row):
         """Defer the start of the process to `start`."""
 
     def start(self, context: Any, seconds: float, deadline: float) -> None:
-        """Start the process, warm up, and choose the number of steps per round, unless the row is left out.
+        """Start the process, warm up, and choose the number of steps per round, unless the row is skipped.
 
         Args:
             context: A context of `multiprocessing`.
             seconds: Desired duration of a round.
-            deadline: Time at which the row is left out if it is not ready, as a `time.monotonic()` value.
+            deadline: Time at which the row is skipped if it is not ready, as a `time.monotonic()` value.
         """
         begin = time.monotonic()
         if self.failure or begin >= deadline:
@@ -131,7 +131,7 @@ class GpuRow(Row):
         self.steps = 0
         self.close()
         if not (self.failure or (is_late and self.speeds)):
-            self.outcome, self.failure = ("left out", OUT_OF_TIME) if is_late else ("FAILED", reason)
+            self.outcome, self.failure = ("skipped", OUT_OF_TIME) if is_late else ("FAILED", reason)
 
     def close(self) -> None:
         """Kill the process, if it was started."""
@@ -190,7 +190,7 @@ class Bench:
         """Create a row with a bare loop; see `benchmarks.gpu_loops:Bare`."""
         size = 4 if self.options.reduced else size
         if "graph" in how and self.options.device != "cuda":
-            rest |= {"outcome": "left out", "failure": "needs CUDA"}
+            rest |= {"outcome": "skipped", "failure": "needs CUDA"}
         arguments = {**self._plain(), "device": self.options.device, "how": how, "size": size}
         flops = self._flops("kept" in how)
         loop = "benchmarks.gpu_loops:bare"
@@ -223,17 +223,17 @@ class Bench:
         bare, lkd = self.bare, self.lkd
         yield bare("fp32", reduced=True)
         yield bare("bf16", "bf16")
-        for name, how in (("", []), (", teacher folded", ["folded"]), (", logits at hand", ["kept"])):
+        for name, how in (("", []), (", teacher folded", ["folded"]), (", precomputed logits", ["kept"])):
             yield bare(f"bf16, CUDA graph{name}", "bf16", "graph", *how, reduced=not how)
             yield bare(f"bf16, CUDA graph, compiled{name}", "bf16", "graph", "compiled", *how, group=1)
         yield bare("bf16, compiled", "bf16", "compiled", group=1)
         no_graph, no_compile, compiled = "--speed.graph=off", "--speed.compile=off", "--speed.compile=default"
         yield lkd("eager", no_graph, no_compile, bare=EAGER)
         yield lkd("graph", no_compile)
-        at_hand = f"{EAGER}, CUDA graph, logits at hand"
-        yield lkd("graph, cached logits", no_compile, CACHE, bare=at_hand, reduced=True)
-        at_hand = f"{EAGER}, CUDA graph, compiled, logits at hand"
-        yield lkd("graph, compiled, cached logits", compiled, CACHE, bare=at_hand, group=1)
+        precomputed = f"{EAGER}, CUDA graph, precomputed logits"
+        yield lkd("graph, cached logits", no_compile, CACHE, bare=precomputed, reduced=True)
+        precomputed = f"{EAGER}, CUDA graph, compiled, precomputed logits"
+        yield lkd("graph, compiled, cached logits", compiled, CACHE, bare=precomputed, group=1)
         yield lkd("reduce-overhead, graph off", no_graph, "--speed.compile=reduce-overhead", bare=FASTEST, group=1)
         yield lkd("graph, compiled", compiled, bare=FASTEST, group=1)
         yield lkd("compiled, graph off", no_graph, compiled, bare=COMPILED, group=1)
@@ -258,7 +258,7 @@ class Bench:
         """Time the rows, group by group, and return whether none failed.
 
         Args:
-            deadline: Time at which the remaining rows are left out, as a `time.monotonic()` value.
+            deadline: Time at which the remaining rows are skipped, as a `time.monotonic()` value.
         """
         rows, utilization = self.wanted(), Utilization()
         try:
@@ -292,7 +292,7 @@ class Bench:
             last = row.failure.strip().splitlines()[-1][:250]
             self.report.add("speed", row.name, row.outcome, last, row.failure if row.outcome == "FAILED" else "")
         elif not row.speeds:
-            self.report.add("speed", row.name, "left out", OUT_OF_TIME)
+            self.report.add("speed", row.name, "skipped", OUT_OF_TIME)
         else:
             measured: dict[str, Any] = {name: getattr(row, name) for name in ("speeds", "ratios", "batch", "flops")}
             measured |= {"memory": row.peak / 1e6, "start_up": row.start_up, "bare": row.bare}

@@ -155,7 +155,7 @@ class Workers:
         folder: Parent of the working directories.
         jobs: Number of parallel processes.
         report: Report to which results are added.
-        deadline: Time at which processes are killed and remaining jobs are left out, as a `time.monotonic()` value.
+        deadline: Time at which processes are killed and remaining jobs are skipped, as a `time.monotonic()` value.
     """
 
     def __init__(self, context: Any, folder: str, jobs: int, report: Report, deadline: float) -> None:
@@ -176,7 +176,7 @@ class Workers:
 
     def _run(self, job: Job) -> bool:
         if time.monotonic() >= self.deadline:
-            self.report.add(job.part, job.name, "left out", OUT_OF_TIME)
+            self.report.add(job.part, job.name, "skipped", OUT_OF_TIME)
             return True
         try:
             worker = self._worker(job)
@@ -204,7 +204,7 @@ class Workers:
         """Report the checks of a lost process without a result; return whether none of them counts as failed."""
         if time.monotonic() >= self.deadline:
             for check in pending:
-                self.report.add(job.part, job.title(check), "left out", OUT_OF_TIME)
+                self.report.add(job.part, job.title(check), "skipped", OUT_OF_TIME)
             return True
         log = Path(self.folder, f"check_{number}", "log.txt")
         trace = f"{remark}; end of the log:\n{log.read_text(errors='replace')[-4000:] if log.is_file() else ''}"

@@ -21,6 +21,17 @@ import yaml
 from benchmarks.pacing import Row, in_turn
 from benchmarks.speed import TINY, machine
 
+HEAD = (
+    "# Growth of the cost of a step",
+    "",
+    "`python -m benchmarks.growth` measures how the cost of a step grows with the batch size, the teacher, the number",
+    "of classes and the number of images. ResNet-20 is trained on synthetic images with labels only, distilled with",
+    "cached teacher logits, and distilled with the teacher run in every step (uncached). The first two columns",
+    "contain the median ratio of images per second, and its range over the rounds.",
+    "",
+)
+"""Title and introduction of the report."""
+
 
 class Setting(NamedTuple):
     """Setting of one line of the table."""
@@ -134,7 +145,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     wanted = [setting for setting in SETTINGS if any(word in str(setting) for word in options.only)]
-    lines = []
+    lines = list(HEAD)
     for text in table(wanted, options.rounds, options.steps):
         print(text, flush=True)
         lines.append(text)

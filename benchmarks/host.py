@@ -30,6 +30,13 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.speed import TINY, machine
 from lkd import devices
 
+HEAD = (
+    "# Host time per step",
+    "`python -m benchmarks.host` measures the Python overhead of a training step on a device that runs the whole step\n"
+    "as a graph: the graphs of the step and of the batch are replaced with no-ops.",
+)
+"""Title and introduction of the report."""
+
 
 class Hollow:
     """Capture whose replays first execute the function, so that checks pass, and later do nothing.
@@ -171,6 +178,7 @@ def main() -> None:
     times = Clock.rounds
     parts = ", ".join(f"{name} {share:.0%}" for name, share in shares(Clock.profile).items() if share >= 0.01)
     lines = [
+        *HEAD,
         f"Host time per step: {spread(times)}, with TensorBoard, progress bar, metrics and checkpoints.",
         f"Lightning alone: {spread(lightning_alone())}, with an empty training step and no callbacks.",
         f"Medians and ranges of {len(times)} rounds of {options.steps // 10} steps.",

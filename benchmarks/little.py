@@ -7,10 +7,10 @@ IMAGES is a folder train/<class>/, test/<class>/ of CIFAR-10, and TEACHER a file
 methods.yaml, the base config. Training uses a pool, the first images of each class. The rows are: a fraction of the
 pool's labels; no labels; a transfer set of random crops of the two photographs included in scikit-learn; images
 synthesized from the teacher (DeepInversion). All runs have the same number of steps (up to a fraction of an epoch) and
-a schedule that decays equally far. A student alone uses only labelled images; the label of a synthesized image is its
-target class. A distilled student uses all images, and the labels where available. Each seed changes initialization,
-order, augmentation and the choice of labels; images are synthesized once. The student is evaluated after its last step
-on all test images, so nothing is selected by accuracy.
+a schedule with the same final learning rate. A student alone uses only labelled images; the label of a synthesized
+image is its target class. A distilled student uses all images, and the labels where available. Each seed changes
+initialization, order, augmentation and the choice of labels; images are synthesized once. The student is evaluated
+after its last step on all test images, so nothing is selected by accuracy.
 
 Each finished run is saved as a line in FOLDER/runs.jsonl and not repeated: the same command continues an interrupted
 one.
@@ -69,7 +69,7 @@ def rows(pool: int, made: int, made_steps: int, photographs: str, teacher: str) 
     found.append(Row("no labels", {"label_size": 0}, pool, None, 0, 0.0))
     folder = {"class_path": "lkd.datamodules.UnlabelledFolder", "init_args": {"root": photographs}}
     only = {"label_size": 0, "drop_unlabelled": True}
-    found.append(Row("other images: parts of two photographs", {**only, "extra": folder}, pool, None, 0, 0.0))
+    found.append(Row("other images: crops of two photographs", {**only, "extra": folder}, pool, None, 0, 0.0))
     model = yaml.safe_load((HERE / "methods.yaml").read_text())["model"]["init_args"]
     network = {"network": model["teacher"], "path": teacher}
     inversion = {
@@ -79,7 +79,7 @@ def rows(pool: int, made: int, made_steps: int, photographs: str, teacher: str) 
         "normalization": model["teacher_normalization"],
     }
     own = {**only, "extra": {"class_path": "lkd.datamodules.DeepInversion", "init_args": inversion}}
-    name = f"no images: {made:,} made from the teacher, {made_steps:,} steps"
+    name = f"no images: {made:,} synthesized from the teacher, {made_steps:,} steps"
     found.append(Row(name, own, made, own, made, 0.0))
     return found
 
@@ -207,7 +207,7 @@ def main() -> None:
         with file.open("a") as opened:
             opened.write(json.dumps(run) + "\n")
         print(json.dumps(run), flush=True)
-    known = sorted({round(run["teacher"], 2) for run in results if "teacher" in run})
+    known = " or ".join(sorted({f"{run['teacher']:.2f}" for run in results if "teacher" in run}))
     steps = sorted({run["steps"] for run in results})
     what = f"a pool of {options.pool:,} images, {steps[0]:,} to {steps[-1]:,} steps; accuracy of the teacher: {known} %"
     text = "\n".join([*table(lines, results), "", f"CIFAR-10 (JPEG), {what}; {machine()}"])

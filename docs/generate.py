@@ -15,7 +15,7 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parent.parent
 
-from lkd.cli.catalogue import SECTIONS, homes_of, summaries
+from lkd.cli.catalogue import SECTIONS, choices, homes_of
 from lkd.cli.class_help import settings
 from lkd.cli.help import HELP, OWN_HELP, SETTINGS, settings_help
 from tests import method_table
@@ -68,8 +68,13 @@ def _pages() -> Iterator[tuple[str, str]]:
     yield from _reference_pages()
     yield from _notebook_pages()
     yield from _benchmark_pages()
-    for page, file in (("changelog", "CHANGELOG"), ("contributing", "CONTRIBUTING"), ("guides/security", "SECURITY")):
-        yield f"{page}.md", _with_links((ROOT / f"{file}.md").read_text(), ROOT, page.count("/"))
+    for page, file in (
+        ("changelog", "CHANGELOG.md"),
+        ("contributing", "CONTRIBUTING.md"),
+        ("guides/security", "SECURITY.md"),
+        ("guides/inputs", "examples/README.md"),
+    ):
+        yield f"{page}.md", _with_links((ROOT / file).read_text(), (ROOT / file).parent, page.count("/"))
 
 
 def _with_links(text: str, folder: Path, depth: int = 1) -> str:
@@ -133,7 +138,7 @@ def _facts(name: str, kind: type) -> dict[str, str]:
     if hasattr(kind, "needs_build"):
         facts["Adapters"] = "built from the shapes of the features" if kind.needs_build is True else "none"
     if hasattr(kind, "num_views"):
-        facts["Views of each image"] = str(kind.num_views) if isinstance(kind.num_views, int) else "as its criterion"
+        facts["Views of each image"] = str(kind.num_views) if isinstance(kind.num_views, int) else "as the criterion"
     facts["Several processes"] = method_table.processes(kind)
     facts["Equal to the original"] = method_table.equal(name)
     return facts
@@ -208,12 +213,12 @@ def _cli_page() -> str:
 
 def _settings_page() -> str:
     classes = {section: path for section, path in SECTIONS.items() if path.startswith("lkd.")}
-    lines = ["# Settings", "Every setting of lkd's own sections, modules and data modules, from the code. "]
-    lines[1] += "`lkd fit --trainer.help` lists those of Lightning's trainer."
+    lines = ["# Settings", "All settings of lkd's own sections, modules and data modules, generated from the code. "]
+    lines[1] += "`lkd fit --trainer.help` lists the settings of Lightning's trainer."
     for section, path in classes.items():
         lines += [f"## `{section}`", _settings_table(path, f"{section}.")]
     for key in ("model", "data"):
-        for path in (f"{home}.{name}" for home in homes_of(key) for name in summaries(home)):
+        for path in (f"{home}.{name}" for home in homes_of(key) for name in choices(home)):
             lines += [f"## `{key}`: `{path}`", _settings_table(path, f"{key}.init_args.")]
     return "\n\n".join(lines) + "\n"
 
@@ -224,7 +229,8 @@ def _settings_table(path: str, prefix: str) -> str:
     kind = getattr(importlib.import_module(home), name)
     for one in settings(kind):
         default = one.default and f"`{one.default}`"
-        cells = (f"`{prefix}{one.name}`", f"`{one.type}`", default, one.description)
+        text = re.sub(r"\.\. (note|warning)::", lambda found: f"{found[1].capitalize()}:", one.description)
+        cells = (f"`{prefix}{one.name}`", f"`{one.type}`", default, text.replace("``", "`"))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
 
@@ -233,7 +239,7 @@ def _configs_page() -> str:
     folder = ROOT / "configs"
     lines = [
         "# Config files",
-        "`--config NAME` finds these wherever lkd is installed; later files override earlier ones.",
+        "`--config NAME` finds these configs wherever lkd is installed; later files override earlier ones.",
     ]
     for path in sorted(folder.rglob("*.yaml"), key=lambda path: (path.parent, path.name)):
         name = path.relative_to(folder).with_suffix("")
@@ -272,7 +278,7 @@ def _benchmark_pages() -> Iterator[tuple[str, str]]:
         links.append(f"- [{text[2:].splitlines()[0]}]({path.name})")
         yield f"benchmarks/{path.name}", _with_links(text, path.parent)
     pages = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.md"))
-    text = "# Benchmarks\n\nEach page names the command, the machine and the versions.\n\n" + "\n".join(links)
+    text = "# Benchmarks\n\nEach page states the command, the machine and the versions.\n\n" + "\n".join(links)
     yield "benchmarks/index.md", f"{text}\n\n{_contents(pages)}"
 
 

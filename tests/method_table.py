@@ -19,7 +19,7 @@ NO_METHOD |= {"ClassificationModule", "DistillModule", "EarlyExitModule", "FineT
 SEGMENTATION = "lkd.tasks.SemanticSegmentation"
 TRAINED = {"SimKDModule": "tests/modules/test_simkd.py", "DOTModule": "tests/modules/test_dot.py"}
 """Modules that are compared with the authors' training loop by `test_module_equals_a_plain_loop`, and its file."""
-COMPARED = {"OFAKD": "`ofa_loss`", "DeiT": "hard", "CrossKD": "its functions"} | dict.fromkeys(TRAINED, "a training")
+COMPARED = {"OFAKD": "`ofa_loss`", "DeiT": "hard", "CrossKD": "its functions"} | dict.fromkeys(TRAINED, "training run")
 """What is compared, if it is not the whole method."""
 
 
@@ -120,8 +120,8 @@ def processes(kind: type) -> str:
     """Return how the gradient with DDP relates to that of one process (see tests/losses/test_processes.py)."""
     alone = getattr(kind, "per_process", None)
     if not isinstance(alone, str):
-        return "as its criterion"
-    return f"per process: {alone}" if alone else "as one"
+        return "as the criterion"
+    return f"per process: {alone}" if alone else "same gradient"
 
 
 def note() -> str:
@@ -130,13 +130,15 @@ def note() -> str:
     skipping = ", ".join(f"`{name}`" for name, kind in criteria if kind.skips_unlabelled in (True, None))
     return (
         '"Value and gradient" means that both equal those of the original implementation in float64 '
-        "(`tests/test_parity.py`); all other methods are tested against their formula. Where originals differ, or "
-        "differ from the paper, the class says so.\n\n"
-        'Several processes: "as one" means that the gradient is, up to rounding, that of one process with all samples '
-        "(`tests/losses/test_processes.py`); otherwise the column says what a process computes from its own samples. "
-        "BatchNorm uses the statistics of each process unless `--trainer.sync_batchnorm true` synchronizes them. If "
-        f"samples have no label, the supervised loss and terms of {skipping} are means over the labelled samples of "
-        "each process, and equal those of one process only if all processes have the same number of them."
+        "(`tests/test_parity.py`); all other methods are tested against their formula. Where the original "
+        "implementations differ from each other or from the paper, the docstring of the class describes the "
+        "differences.\n\n"
+        'Several processes: "same gradient" means that the gradient equals, up to rounding, that of one process with '
+        'all samples (`tests/losses/test_processes.py`); "per process" states what each process computes from its own '
+        "samples only. BatchNorm uses the statistics of each process unless `--trainer.sync_batchnorm true` "
+        f"synchronizes them. If some samples have no label, the supervised loss and the terms of {skipping} are means "
+        "over the labelled samples of each process. They equal the means of one process only if all processes have "
+        "the same number of labelled samples."
     )
 
 

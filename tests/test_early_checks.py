@@ -95,7 +95,7 @@ def test_length_of_the_help(quick, command: str) -> None:
     [
         ("--model.help", {name for name in lkd._HOMES["lkd.modules"] if name.endswith("Module")}),
         ("--data.help", {"CIFAR10DataModule", "ImageFolderDataModule", "DigitsDataModule"}),
-        ("--criterion.help", set(lkd.losses.__all__) - {"DistillLoss", "named_terms"}),
+        ("--criterion.help", set(lkd.losses.__all__) - {"CompositeLoss", "DistillLoss", "named_terms"}),
         ("--model.init_args.student.help", {"resnet20", "wrn_40_2", "timm_model"}),
     ],
 )

@@ -26,12 +26,12 @@ ABOUT = {"device": "cpu", "gpu": "no GPU", "machine": "this one", "peak": 1.0, "
 ABOUT["flops"] = {"student": 1, "teacher": 1}
 CHECKS = {
     **{f"commands: {name}": "ok" for name in ("fit with a teacher", "predict")},
-    "resume, kd: the resumed run equals the whole one": "ok",
+    "resume, kd: the resumed run equals the uninterrupted one": "ok",
     "teacher cache: a run that finds cached logits equals the one that computed them": "ok",
-    "waiting, kd: nothing in a step waits for the GPU": "left out",
+    "synchronization, kd: none within a step": "skipped",
     "methods/kd: trains": "ok",
-    "methods/kd: the GPU's losses are the CPU's": "ok",
-    "methods/kd: with a graph as without": "ok",
+    "methods/kd: equal losses on GPU and CPU": "ok",
+    "methods/kd: equal results with and without a graph": "ok",
 }
 TIMED = ("bare loop, fp32", "lkd fit, graph, cached logits")
 
@@ -53,7 +53,7 @@ def test_reduced_form(tmp_path: Path) -> None:
     assert {row["name"]: row["outcome"] for row in rows if row["part"] == "check"} == CHECKS
     timed = {row["name"]: row for row in rows if row["part"] == "speed"}
     missing = timed.pop("bare loop, bf16, CUDA graph")
-    assert (missing["outcome"], missing["remark"]) == ("left out", "needs CUDA")
+    assert (missing["outcome"], missing["remark"]) == ("skipped", "needs CUDA")
     assert sorted(timed) == sorted(TIMED)
     for row in timed.values():
         assert len(row["speeds"]) == len(row["ratios"]) == 2
@@ -64,9 +64,9 @@ def test_reduced_form(tmp_path: Path) -> None:
     for name in (*CHECKS, *timed, missing["name"]):
         assert f"\n| {name} | " in text
         assert f"{name}: " in done.stdout
-    assert "1 left out, 7 ok" in text
-    left_out = "left out (needs CUDA): waiting, kd: nothing in a step waits for the GPU"
-    last = [left_out, "Steps: 1 without (not on this device)", "1 left out, 7 ok"]
+    assert "1 skipped, 7 ok" in text
+    skipped = "skipped (needs CUDA): synchronization, kd: none within a step"
+    last = [skipped, "Steps: 1 without (not on this device)", "1 skipped, 7 ok"]
     assert done.stdout.splitlines()[-4:] == ["", *last]
 
 
@@ -115,7 +115,7 @@ def test_failures_are_reported(tmp_path: Path, capfd) -> None:
     out, failures = tmp_path / "gpu.md", tmp_path / "failures.txt"
     earlier = gpu_report.Report(out, None)
     earlier.add("check", "of an earlier run", "ok")
-    earlier.add("check", "job trains", "left out", "out of time")
+    earlier.add("check", "job trains", "skipped", "out of time")
     assert _main(_jobs(*kinds), f"--out={out}", f"--failures={failures}") == 1
     rows = {row["name"]: (row["outcome"], row["remark"]) for row in _rows(out)}
     for kind in ("trains", "trains again", "useless", "fine", "broken", "leaving"):
@@ -124,7 +124,7 @@ def test_failures_are_reported(tmp_path: Path, capfd) -> None:
     assert rows["job leaving: leaving"] == ("FAILED", "SystemExit: 3")
     assert rows["job dying: dying"] == ("FAILED", "the process ended with exit code 7")
     assert rows["job dying: after"] == ("FAILED", "not run, as an earlier check ended the process")
-    assert rows["job useless: useless"] == ("left out", "needs something")
+    assert rows["job useless: useless"] == ("skipped", "needs something")
     assert rows["job unprepared: preparation"] == ("FAILED", "KeyError: 'nothing there'")
     assert len(rows) == 3 * (len(kinds) - 1) - 1 + 1 + 3
     report = failures.read_text()
@@ -134,16 +134,16 @@ def test_failures_are_reported(tmp_path: Path, capfd) -> None:
     table = out.read_text()
     assert "| of an earlier run | ok |" in table
     assert "| job trains: trains | ok |" in table
-    assert "| job trains | left out" not in table
-    assert table.index("| job unprepared: preparation | FAILED") < table.index("| left out |") < table.index("| ok |")
+    assert "| job trains | skipped" not in table
+    assert table.index("| job unprepared: preparation | FAILED") < table.index("| skipped |") < table.index("| ok |")
     printed = capfd.readouterr().out
     assert "\njob broken: broken: FAILED (ValueError: a planted mistake)\n" in printed
     *_, summary = printed.split("\n\n")
     assert summary.startswith("FAILED: job broken: broken: ValueError: a planted mistake\nFAILED: job leaving: ")
     assert summary.splitlines()[-3:] == [
-        "left out (needs something): job useless: useless",
+        "skipped (needs something): job useless: useless",
         "Steps: 1 with a CUDA graph",
-        "5 FAILED, 1 left out, 16 ok",
+        "5 FAILED, 1 skipped, 16 ok",
     ]
 
 
@@ -209,7 +209,7 @@ def stopping(pace: Pace) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "seconds", "outcome", "failure"),
-    [(0.3, 60.0, "FAILED", "no answer within the time limit"), (60.0, 1.0, "left out", "out of time")],
+    [(0.3, 60.0, "FAILED", "no answer within the time limit"), (60.0, 1.0, "skipped", "out of time")],
 )
 def test_hanging_rows(monkeypatch, tmp_path: Path, limit: float, seconds: float, outcome: str, failure: str) -> None:
     monkeypatch.setattr(gpu_speed, "START_SECONDS", limit)
@@ -252,14 +252,14 @@ def test_optimizations_are_parsed(text: str, step: str, has_graph: bool) -> None
 
 def test_summary_is_short() -> None:
     rows = [{"name": f"ok {number}", "outcome": "ok", "remark": ""} for number in range(100)]
-    rows += [{"name": f"late {number}", "outcome": "left out", "remark": "out of time"} for number in range(400)]
+    rows += [{"name": f"late {number}", "outcome": "skipped", "remark": "out of time"} for number in range(400)]
     rows += [{"name": f"wrong {number}", "outcome": "FAILED", "remark": "no " * 30} for number in range(30)]
     lines = gpu_report.check_summary(rows)
     assert len(lines) <= 60
     assert max(map(len, lines)) <= 160
     assert all(line.startswith(f"FAILED: wrong {number}: no") for number, line in enumerate(lines[:30]))
-    assert lines[30].startswith("left out (out of time): late 0; late 1;")
-    assert lines[-1] == "30 FAILED, 400 left out, 100 ok"
+    assert lines[30].startswith("skipped (out of time): late 0; late 1;")
+    assert lines[-1] == "30 FAILED, 400 skipped, 100 ok"
     lines = gpu_report.check_summary([*rows, *rows[-30:]])
     assert len(lines) == 60
     assert "more lines" in lines[-3]

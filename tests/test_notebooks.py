@@ -71,7 +71,7 @@ def test_own_loss() -> None:
 
 def test_what_a_student_learned() -> None:
     shown = executed("what_a_student_learned")
-    assert figure(shown, "distilled +right [^K]*KL") < figure(shown, "alone +right [^K]*KL")
+    assert figure(shown, "distilled +accuracy [^K]*KL") < figure(shown, "alone +accuracy [^K]*KL")
     stages = re.findall(r"stage by stage: ([\d., ]+)", shown)
     assert len(stages) == 2
     assert all(0 < float(value) <= 1 for line in stages for value in line.split(","))

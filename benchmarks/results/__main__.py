@@ -36,7 +36,7 @@ def parsed(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("plan")
     parser.add_argument("store", type=Path)
     parser.add_argument("--data", type=Path, help="folder of the images")
-    parser.add_argument("--minutes", type=float, help="time limit; an unfinished cell writes a checkpoint before it")
+    parser.add_argument("--minutes", type=float, help="time limit in minutes; an unfinished cell is saved before")
     parser.add_argument("--trials", type=int, default=20, help="number of trials of --tune")
     parser.add_argument("--part-size", type=bundle.size, default="15M", help="largest file of a bundle")
     action = parser.add_mutually_exclusive_group()

@@ -77,14 +77,19 @@ def _own(home: str) -> dict[str, str]:
     return found
 
 
+def choices(home: str) -> dict[str, str]:
+    """Return the `summaries` of a package or module without base classes, which only subclasses use."""
+    return {name: text for name, text in summaries(home).items() if not text.startswith("Base class")}
+
+
 def listed(home: str, width: int = 80) -> list[str]:
-    """Return one line for each class or function of a package or module that a setting can name.
+    """Return one line for each of the `choices` of a package or module.
 
     Args:
         home: Import path.
         width: Number of columns. Longer lines are truncated at a word boundary.
     """
-    rows = summaries(home)
+    rows = choices(home)
     column = max(map(len, rows)) + 2
     return [f"  {name:{column}}{shorten(text, width - column - 2, placeholder=' ...')}" for name, text in rows.items()]
 

@@ -112,7 +112,7 @@ def _descriptions(kind: Any) -> dict[str, str]:
 
 def _type(parameter: inspect.Parameter) -> str:
     text = "any" if parameter.annotation is parameter.empty else inspect.formatannotation(parameter.annotation)
-    return text.strip("'")
+    return text.strip("'\"")  # quoted annotations
 
 
 def _default(parameter: inspect.Parameter) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lkd.__about__ import __version__
-from lkd.cli.catalogue import indented, listed, summaries
+from lkd.cli.catalogue import choices, indented, listed
 
 OWN = {"layers": "lkd.cli.layers", "compare": "lkd.compare", "sweep": "lkd.sweep", "export": "lkd.export"}
 """Commands that lkd adds to Lightning's, with the module whose `main` receives the
@@ -21,7 +21,7 @@ Commands
   fit        train a network, with or without a teacher
   validate   evaluate a checkpoint on the validation images
   test       evaluate a checkpoint on the test images
-  predict    save the predictions of a checkpoint for the test images
+  predict    save the predictions of a checkpoint for test images or new images
   layers     list the layers of a network that a criterion can read
   compare    compare checkpoints and networks on the same images
   sweep      search temperature, weights or any other setting
@@ -61,7 +61,8 @@ Options
 _FIT = """\
 usage: lkd fit --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
 
-Train a network, with or without a teacher. --resume resumes the newest run.
+Train a network, with or without a teacher. --resume continues the newest run of
+the same name.
 
 Modules (--model CLASS)
 {modules}
@@ -105,7 +106,8 @@ Options
                        checkpoint); best or last, with --name NAME: of the
                        newest run
   --config FILE        a config, as for lkd fit
-{options}  --data.init_args.root FOLDER          if the images have moved
+{options}  --data.init_args.root FOLDER          location of the images, if they
+                                        have moved
   --data.init_args.batch_size 256       also num_workers, ...
   {limit:38}use only some batches
   --trainer.devices 1                   also accelerator, precision, ...
@@ -131,10 +133,10 @@ _MEASURED = {
         "",
     ),
     "predict": (
-        "Save the predictions of a checkpoint for the test images, or for new images, in a\n"
-        "new folder. Classification and segmentation: predictions.csv, with one line per\n"
-        "image; segmentation: also masks/. Detection: detections.json, in COCO's results\n"
-        "format. Other tasks: NumPy files in arrays/.",
+        "Save the predictions of a checkpoint for the test images, or for new images, in\n"
+        "a new folder. Classification and segmentation: predictions.csv, with one line\n"
+        "per image; segmentation: also masks/. Detection: detections.json, in COCO's\n"
+        "results format. Other tasks: NumPy files in arrays/.",
         "  lkd predict --ckpt_path runs/digits/kd/version_0/checkpoints/best.ckpt\n"
         "  lkd predict --ckpt_path best --name digits/kd --images FOLDER",
         "  --images FOLDER      use all images in a folder instead of the test images\n"
@@ -150,11 +152,11 @@ def settings_help(command: str) -> str:
         limit = f"--trainer.limit_{'val' if command == 'validate' else command}_batches 10"
         texts = {"what": what, "examples": examples, "options": options, "limit": limit}
         return _MEASURE.format(command=command, all=f"lkd {command} --help all", **texts)
-    data = [name.removesuffix("DataModule") for name in summaries("lkd.datamodules")]
+    data = [name.removesuffix("DataModule") for name in choices("lkd.datamodules")]
     return _FIT.format(
         modules="\n".join(listed("lkd.modules")),
         data=indented(f"{', '.join(data)} (each with the suffix DataModule)"),
-        criteria=indented(", ".join(summaries("lkd.losses"))),
+        criteria=indented(", ".join(choices("lkd.losses"))),
     )
 
 
@@ -188,7 +190,7 @@ accuracy per class, parameters, FLOPs, size, and latency and throughput on this
 device. Segmentation: mean IoU with 95 % intervals, pixel accuracy, IoU per
 class, and agreement with the teacher. Runs that differ only in their seed form
 one row: mean, standard deviation, n and 95 % interval over the seeds. Welch's
-t-test compares two such methods; McNemar's test compares two trained
+t-test compares two such groups of runs; McNemar's test compares two trained
 classifiers. The tables are printed; an HTML page, Markdown, JSON and
 TensorBoard scalars are saved in a new folder.
 
@@ -205,14 +207,18 @@ TensorBoard scalars are saved in a new folder.
                         networks:
                           theirs:
                             class_path: lkd.models.load_weights
-                            init_args: {network: {class_path:
-                            lkd.models.resnet20, init_args: {num_classes: 10}},
-                                        path: theirs.pth}
+                            init_args:
+                              path: theirs.pth
+                              network:
+                                class_path: lkd.models.resnet20
+                                init_args: {num_classes: 10}
                         normalization:
-                          theirs: {mean: [0.485, 0.456, 0.406], std: [0.229,
-                          0.224, 0.225]}
-                        data: {class_path: lkd.CIFAR10DataModule, init_args:
-                        {root: data}}
+                          theirs:
+                            mean: [0.485, 0.456, 0.406]
+                            std: [0.229, 0.224, 0.225]
+                        data:
+                          class_path: lkd.CIFAR10DataModule
+                          init_args: {root: data}
   --data CLASS        data module, with --data.init_args.KEY VALUE; default:
                       that of the first run
   --teacher NAME      network whose predictions serve as the reference for
@@ -221,8 +227,8 @@ TensorBoard scalars are saved in a new folder.
   --split test        test, or val for the validation images
   --batch_sizes [1,64]  batch sizes to time, each for --seconds 1.0
   --accelerator auto  device: cpu, gpu, ...
-  --members           also print the individual networks of each method; the
-                      page always includes them
+  --members           also print the individual networks of each group; the
+                      HTML page always includes them
   --output FOLDER     parent of the new folder; default: runs/compare
 """,
     "sweep": """\
@@ -255,8 +261,8 @@ several simultaneous processes on one machine share the work.
                        with the seed_everything of the config
   --pruner NAME        none (default), median, halving, hyperband: stop
                        unpromising trials early
-  --monitor NAME       metric whose best value is the value of a trial, as
-                       --checkpoint.monitor; losses are minimized
+  --monitor NAME       metric that selects the best checkpoint and whose value
+                       is the value of the trial; losses are minimized
   --study NAME         folder of the study, next to version_0, ...; default:
                        sweep. Each search requires its own name
   --storage PLACE      storage of the study: an Optuna URL (postgresql://...),
@@ -265,8 +271,8 @@ several simultaneous processes on one machine share the work.
                        study.db in its folder
   --take_over N ...    resume trials of another machine; make sure that no
                        process is still running them
-  --give_up N ...      mark interrupted trials as failed, e.g. because they
-                       exceed the memory and end their process
+  --give_up N ...      mark interrupted trials as failed, for example if they
+                       run out of memory and their process is killed
   --KEY VALUE          any setting of lkd fit
 
 The folder of the study contains best.yaml (config of the best trial, for lkd
@@ -297,7 +303,8 @@ embedded in each file, and a model card, README.md, with code to use the files.
   --output FOLDER      output folder; default: export in the folder of the run
   --overwrite          replace an existing export
   --int8               also export an 8-bit ONNX file, calibrated on training
-                       images; reported, but not held to 1e-4
+                       images; its differences are reported, but not
+                       limited to 1e-4
   --license ID         license stated in the model card, as a Hugging Face
                        identifier; default: unknown
   --images N           compare on at most N evenly spaced test images; default:

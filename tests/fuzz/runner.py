@@ -23,7 +23,7 @@ SECONDS = 60.0  # wall-clock time, which also elapses during a hang; generous fo
 _MEMORY = "/dev/shm"
 _START = 300.0  # seconds for imports and preparation
 _ADDRESS_SPACE = 6 * 2**30  # bytes in addition to those at the start of the process
-_PLAIN = ("accepted", "accepted, some left out", "rebuilt")
+_PLAIN = ("accepted", "accepted (some images skipped)", "rebuilt")
 
 
 @dataclass
