@@ -59,7 +59,7 @@ def explain(error: BaseException) -> str:
             f"this run has already completed {found[1]} epochs; set --trainer.max_epochs above {found[1]} to continue"
         )
     if found := re.search(r"Requirement '(mlflow|wandb)\b.*?' not met", text):  # Lightning
-        return f"the logger requires {found[1]}, which is not installed; pip install 'lightning-kd[loggers]'"
+        return f"the logger requires {found[1]}, which is not installed; run pip install 'lightning-kd[loggers]'"
     if found := re.search(r"No supported (\w+) backend found", text):  # Lightning
         return f"no {found[1]} found on this machine; remove --trainer.accelerator, or set it to auto or cpu"
     if found := _NO_CURVE.search(text):
@@ -237,5 +237,5 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     if nearest:
         return f"; did you mean {nearest[0]!r}?"
     if not known:
-        return "; it has none"
+        return "; none are available"
     return f"; available: {', '.join(sorted(known))}" if len(known) <= 30 else "; 'lkd COMMAND --help' lists them"

@@ -354,7 +354,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return permutation(self.split_seed, 0, len(self.datasets[split]), SUBSET)
 
     def is_static(self, batch: Batch) -> bool:
-        """Whether a batch is the one that each replay of a graph overwrites, at a fixed memory address.
+        """Return whether a batch is the one that each replay of a graph overwrites, at a fixed memory address.
 
         Args:
             batch: A batch.

@@ -50,6 +50,9 @@ class ImageFolderDataModule(ImageDataModule):
         test_size: Fraction (below 1) or number of the images in `root/<class>/` that form the test set, stratified by
             class; 0 for none.
         kwargs: Arguments of `ImageDataModule`.
+
+    Raises:
+        ValueError: If `image_size` is less than 1.
     """
 
     def __init__(

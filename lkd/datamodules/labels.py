@@ -39,9 +39,9 @@ def choose_labelled(
 
     Args:
         target: Class of each image `(N,)`, int64.
-        training: Whether each is a training image `(N,)`, bool.
+        training: Whether each image is a training image `(N,)`, bool.
         label_size: Share or number of the training images, stratified.
-        labels_per_class: Number of each class, instead of `label_size`.
+        labels_per_class: Number of images per class, instead of `label_size`.
         seed: Seed of the choice.
 
     Returns:

@@ -31,6 +31,9 @@ class MaskedFilesDataModule(SegmentationDataModule):
         label_map: Class of each label in the mask files; labels that are mapped to 255 are ignored. Labels that are not
             mapped are class indices.
         kwargs: Arguments of `SegmentationDataModule`.
+
+    Raises:
+        ValueError: If a size is less than 1 pixel, or `label_map` contains a label or a class that is out of range.
     """
 
     resize = PadToSize()
@@ -111,6 +114,9 @@ class SegmentationFolderDataModule(MaskedFilesDataModule):
         num_classes: Number of classes.
         class_names: Names of the classes; by default their numbers.
         kwargs: Arguments of `MaskedFilesDataModule`.
+
+    Raises:
+        ValueError: If the number of names differs from the number of classes.
     """
 
     def __init__(self, root: str, num_classes: int, class_names: tuple[str, ...] = (), **kwargs: Any) -> None:

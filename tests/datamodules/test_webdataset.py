@@ -249,7 +249,7 @@ def test_patterns() -> None:
 def test_missing_extra(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "webdataset", None)
     with pytest.raises(
-        ValueError, match=r"requires webdataset, which is not installed; pip install 'lightning-kd\[webdataset\]'"
+        ValueError, match=r"requires webdataset, which is not installed; run pip install 'lightning-kd\[webdataset\]'"
     ):
         _module("a")
 

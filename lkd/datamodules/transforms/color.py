@@ -77,6 +77,9 @@ class ColorJitter(BatchTransform):
         contrast: Jitter of the contrast, in the same format.
         saturation: Jitter of the saturation, in the same format.
         hue: Maximum rotation of the hue as a fraction of the color circle, up to 0.5, or a range within -0.5 to 0.5.
+
+    Raises:
+        ValueError: If a number is negative or too large, or a range is out of order.
     """
 
     brightness: float | tuple[float, float] = 0.0

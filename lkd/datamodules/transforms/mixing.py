@@ -176,6 +176,9 @@ class Mixup(Mix):
         alpha: Parameter of the Beta distribution of the shares, above 0. Smaller values reduce the partner's share.
         p: Probability that an image is mixed.
 
+    Raises:
+        ValueError: If `alpha` is not greater than 0, or the probability is not between 0 and 1.
+
     References:
         Zhang et al.: mixup: Beyond empirical risk minimization, ICLR 2018 (arXiv 1710.09412), section 2. In the paper,
         the partner is from the same batch, and the image's own share may be the smaller one. As each pair also occurs
@@ -202,6 +205,9 @@ class CutMix(Mix):
     Args:
         alpha: Parameter of the Beta distribution of the shares, above 0. Smaller values reduce the partner's share.
         p: Probability that an image is mixed.
+
+    Raises:
+        ValueError: If `alpha` is not greater than 0, or the probability is not between 0 and 1.
 
     References:
         Yun et al.: CutMix: Regularization strategy to train strong classifiers with localizable features, ICCV 2019

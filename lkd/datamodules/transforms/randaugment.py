@@ -117,6 +117,9 @@ class RandAugment(BatchTransform):
         num_ops: Number of operations, 1 or more.
         magnitude: Magnitude of the operations, 0 to 30.
 
+    Raises:
+        ValueError: If `num_ops` is less than 1, or the magnitude is out of range.
+
     References:
         Cubuk et al.: RandAugment: Practical automated data augmentation with a reduced search space, NeurIPS 2020
         (arXiv 1909.13719).

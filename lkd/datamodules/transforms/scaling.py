@@ -20,6 +20,9 @@ class RandomScaledCrop(ImageTransform):
     Args:
         scale: Range of the uniformly distributed factor.
         side: Length in pixels to which a factor of 1 scales the shorter side; by default, a factor of 1 keeps the size.
+
+    Raises:
+        ValueError: If the range is out of order or not positive, or `side` is less than 1.
     """
 
     scale: tuple[float, float] = (0.5, 2.0)
