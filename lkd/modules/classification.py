@@ -289,7 +289,7 @@ class ClassificationModule(EvaluatedModule):
         return True
 
     def setup(self, stage: str) -> None:
-        """Check that the networks match the data, before the run starts."""
+        """Check that the networks match the data and that there is a training signal, before the run starts."""
         for metric in self.modules():
             if isinstance(metric, Metric):  # `validate` leaves inference tensors, which `fit` could not update
                 metric.reset()

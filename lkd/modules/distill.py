@@ -132,6 +132,9 @@ class DistillModule(EvaluatedDistillation):
 
         Args:
             batch: One batch, normalized for the student.
+
+        Raises:
+            ValueError: If there is no teacher.
         """
         if self.teacher_extractor is None:
             raise ValueError(f"{type(self).__name__} has no teacher; set `teacher`, or override teacher_outputs")

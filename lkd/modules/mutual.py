@@ -173,7 +173,11 @@ class MutualModule(DistillModule):
         return False
 
     def build(self, example: Any) -> None:
-        """Check the students with a blank input, and build the adapters of the criterion."""
+        """Check the students with a blank input, and build the adapters of the criterion.
+
+        Raises:
+            ValueError: If a student fails on the input, or the criterion compares logits of different sizes.
+        """
         named = zip(self.network_names, self.extractors, strict=True)
         probes = [self.probe(name, extractor, example) for name, extractor in named]
         classes = [probe.outputs.logits.shape[1] for probe in probes]
