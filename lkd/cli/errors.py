@@ -53,7 +53,7 @@ def explain(error: BaseException) -> str:
     if "Original Traceback" in text:  # from a data loader worker: the message is in the last line
         text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
     if text.startswith("Expected more than 1 value per channel when training"):  # PyTorch
-        return f"{text}; set batch_size to 2 or more, or use larger images"
+        return f"{text}; set batch_size to at least 2, or use larger images"
     if found := re.search(r"restored a checkpoint with current_epoch=(\d+)", text):  # Lightning
         return (
             f"this run has already completed {found[1]} epochs; set --trainer.max_epochs above {found[1]} to continue"

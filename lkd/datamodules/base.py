@@ -80,6 +80,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         datasets: Datasets of the splits, after `setup`.
         uses_graphs: Whether training batches on a GPU are created by replaying a graph; the next batch then overwrites
             them. `Speed` sets it if training steps are graphs.
+
+    Raises:
+        ValueError: If a size is out of range. In `setup`, also if the labels do not fit `num_classes` or the splits.
     """
 
     num_classes: int
@@ -117,11 +120,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.val_size = val_size
         self.label_size, self.labels_per_class = label_size, labels_per_class
         self.drop_unlabelled = drop_unlabelled
-        self.split_seed = split_seed
-        self.seed = seed
-        self.augment = augment
-        self.views = views
-        self.mix = mix
+        self.split_seed, self.seed = split_seed, seed
+        self.augment, self.views, self.mix = augment, views, mix
         self.resident_limit, self.unreadable = resident_limit, unreadable
         self.extra = extra
         if mean is not None:

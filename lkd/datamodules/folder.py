@@ -66,7 +66,7 @@ class ImageFolderDataModule(ImageDataModule):
         **kwargs: Any,
     ) -> None:
         if image_size < 1:
-            raise ValueError(f"image_size must be 1 or more, got {image_size}")
+            raise ValueError(f"image_size must be at least 1, got {image_size}")
         self.mean, self.std = IMAGENET_STATISTICS[in_channels]
         self.input_shape = (in_channels, image_size, image_size)
         super().__init__(**kwargs)

@@ -47,7 +47,7 @@ class MaskedFilesDataModule(SegmentationDataModule):
     ) -> None:
         for name, size in (("image_size", image_size), ("eval_size", eval_size)):
             if size is not None and min(size) < 1:
-                raise ValueError(f"{name} must be a height and a width of 1 pixel or more, got {list(size)}")
+                raise ValueError(f"{name} must be a height and a width of at least 1 pixel, got {list(size)}")
         if wrong := [label for label in (label_map or {}) if not 0 <= label <= IGNORED]:
             raise ValueError(f"label_map: labels must be between 0 and {IGNORED}, got {wrong[0]}")
         self.mean, self.std = IMAGENET_STATISTICS[3]

@@ -110,7 +110,7 @@ class WebDatasetDataModule(L.LightningDataModule):
         sizes = {"num_classes": num_classes, "train_size": train_size, "image_size": image_size}
         for name, size in {**sizes, "batch_size": batch_size, "shuffle_size": shuffle_size}.items():
             if size < 1:
-                raise ValueError(f"{name} must be 1 or more, got {size}")
+                raise ValueError(f"{name} must be at least 1, got {size}")
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names has {len(class_names)} names, but there are {num_classes} classes")
         if isinstance(views, ClassPartner):

@@ -256,7 +256,7 @@ def test_missing_extra(monkeypatch) -> None:
 
 def test_invalid_settings() -> None:
     for name in ("num_classes", "train_size", "batch_size", "shuffle_size"):
-        with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             WebDatasetDataModule("a", **{**PLAIN, "train_size": 1, name: 0})
     data = WebDatasetDataModule(_shards("a", (1,)), **PLAIN, train_size=1)
     with pytest.raises(ValueError, match="has no test images; specify their shards as `test`"):

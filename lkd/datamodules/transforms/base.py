@@ -126,7 +126,7 @@ class RandomCrop(BatchTransform):
 
     def __post_init__(self) -> None:
         if self.padding < 0:
-            raise ValueError(f"RandomCrop: padding must be 0 or more pixels, got {self.padding}")
+            raise ValueError(f"RandomCrop: padding must be at least 0 pixels, got {self.padding}")
 
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
         """Shift every image according to its first two draws."""
@@ -185,7 +185,7 @@ class CenterCrop(ImageTransform):
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
-            raise ValueError(f"CenterCrop: ratio must be above 0 and at most 1, got {self.ratio}")
+            raise ValueError(f"CenterCrop: ratio must be greater than 0 and at most 1, got {self.ratio}")
 
     def __call__(self, image: Image.Image, size: tuple[int, int], draws: Tensor) -> Image.Image:
         """Crop the center; the draws are not used."""

@@ -94,7 +94,7 @@ class ColorJitter(BatchTransform):
         for name, (low, high) in zip(("brightness", "contrast", "saturation"), factors, strict=True):
             if not 0 <= low <= high:
                 raise ValueError(
-                    f"ColorJitter: {name} must be 0 or more, or a range 0 <= low <= high, got {getattr(self, name)}"
+                    f"ColorJitter: {name} must be at least 0, or a range 0 <= low <= high, got {getattr(self, name)}"
                 )
         if not -0.5 <= left <= right <= 0.5:
             raise ValueError(f"ColorJitter: hue must be between 0 and 0.5, or a range in -0.5 to 0.5, got {self.hue}")

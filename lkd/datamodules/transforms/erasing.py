@@ -72,7 +72,7 @@ class Cutout(BatchTransform):
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"Cutout: size must be 1 or more pixels, got {self.size}")
+            raise ValueError(f"Cutout: size must be at least 1 pixel, got {self.size}")
         _check_fill("Cutout", self.fill)
 
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:

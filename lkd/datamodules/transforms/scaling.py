@@ -32,7 +32,7 @@ class RandomScaledCrop(ImageTransform):
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"RandomScaledCrop: scale must satisfy 0 < low <= high, got {self.scale}")
         if self.side is not None and self.side < 1:
-            raise ValueError(f"RandomScaledCrop: side must be 1 or more pixels, got {self.side}")
+            raise ValueError(f"RandomScaledCrop: side must be at least 1 pixel, got {self.side}")
 
     def __call__(self, image: Image.Image, size: tuple[int, int], draws: Tensor) -> Image.Image:
         """Scale and crop according to the first three draws."""
