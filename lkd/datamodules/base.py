@@ -82,7 +82,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             them. `Speed` sets it if training steps are graphs.
 
     Raises:
-        ValueError: If a size is out of range. In `setup`, also if the labels do not fit `num_classes` or the splits.
+        ValueError: If `batch_size` or the label settings are invalid; in `setup`, if labels or splits are invalid.
     """
 
     num_classes: int

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lkd.datamodules.base import ImageDataModule, Split
-from lkd.datamodules.decoding import say
+from lkd.datamodules.decoding import report
 from lkd.datamodules.files import ImageFiles, class_folders, is_flat, read_tree, split_folder
 from lkd.datamodules.split import stratified
 from lkd.datamodules.transforms.base import (
@@ -106,7 +106,7 @@ class ImageFolderDataModule(ImageDataModule):
     def _report_split(self, files: ImageFiles, training: Tensor, test: int) -> None:
         self._is_reported = True
         val = len(stratified(training, self.val_size, self.split_seed)) if self.val_size else 0
-        say(
+        report(
             f"{files.folder}: {len(files):,} images in {self.num_classes} classes, stratified split with split_seed "
             f"{self.split_seed}: {len(training) - val:,} training, {val:,} validation, {test:,} test"
         )
