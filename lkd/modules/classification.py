@@ -62,6 +62,7 @@ class ClassificationModule(EvaluatedModule):
         flushes: Number of times training metrics were read from the device and logged.
 
     Raises:
+        FileNotFoundError: If the file with the weights does not exist.
         ValueError: If `label_smoothing` is out of range or the weights in the file do not match the network.
     """
 

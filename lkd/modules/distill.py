@@ -53,6 +53,7 @@ class DistillModule(EvaluatedDistillation):
             trainable parameters of student and criterion.
 
     Raises:
+        FileNotFoundError: If a file with weights does not exist.
         ValueError: If a weight is negative or both are 0, if the criterion requires a teacher and there is none, or if
             the weights in a file do not match the network.
 

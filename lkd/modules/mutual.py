@@ -121,8 +121,8 @@ class MutualModule(DistillModule):
             trainable parameters of all students and criteria.
 
     Raises:
-        ValueError: If there are fewer than two students or a weight is negative. Before training, if the students have
-            different numbers of classes.
+        ValueError: If there are fewer than two students, or if a weight is negative or both are 0. Before training, if
+            the students have different numbers of classes.
 
     References:
         Zhang, Xiang, Hospedales, Lu: Deep Mutual Learning, CVPR 2018 (arXiv 1706.00384). The authors update the
