@@ -33,7 +33,7 @@ PUBLIC = {"_replace", "_asdict", "_fields"}
 """Public methods of named tuples, whose underscore avoids conflicts with field names."""
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_only_compat_imports_private_modules(path: Path) -> None:
     if path.name == "_compat.py":
         return
@@ -47,7 +47,7 @@ def test_only_compat_imports_private_modules(path: Path) -> None:
         assert not [name for name in names if name.startswith("_")], f"{path}:{node.lineno}"
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_private_attributes_belong_to_their_file(path: Path) -> None:
     """An attribute with an underscore belongs to a class or function of the same file, or to a named tuple."""
     if path.name == "_compat.py":

@@ -44,6 +44,11 @@ TOP = 6
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+def _name(path: Path) -> str:
+    """Return a file's path within the package, for the name of a test."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
 def _part(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
@@ -62,7 +67,7 @@ def _imported(tree: ast.AST) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in FILES if path.name != "__init__.py" or path.parent != PACKAGE], ids=str
+    "path", [path for path in FILES if path.name != "__init__.py" or path.parent != PACKAGE], ids=_name
 )
 def test_imports_point_downwards(path: Path) -> None:
     own = _part(path)
@@ -98,7 +103,7 @@ def test_top_level_files() -> None:
     }
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
+@pytest.mark.parametrize("path", FILES, ids=_name)
 def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 400
@@ -110,7 +115,7 @@ def test_files_and_functions_are_short(path: Path) -> None:
             assert node.end_lineno - start < 40, f"{path}: {node.name} has {node.end_lineno - start} lines"
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
+@pytest.mark.parametrize("path", FILES, ids=_name)
 def test_package_contains_no_assert(path: Path) -> None:
     assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
 

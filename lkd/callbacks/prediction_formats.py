@@ -1,4 +1,4 @@
-"""Formats in which the predictions of each task are written: classes, masks, or boxes."""
+"""Formats in which the predictions of each task are written: classes, masks, boxes, or arrays."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,6 +22,8 @@ from lkd.tasks import Classification, Detection, SemanticSegmentation
 from lkd.tasks.views import class_color, class_name
 from lkd.types import Batch, Predictions
 
+_AT_ONCE = 16
+"""Number of classes whose logits are enlarged to the size of an image file at the same time."""
 Record = dict[str, Any]
 """Values of one line of the CSV file, or of one box, by name."""
 
@@ -103,7 +106,7 @@ class MaskFiles(PredictionFormat):
                 f"lkd predict writes masks with 8 bits per pixel, but the task has {self.task.num_classes} classes; "
                 "call trainer.predict for the logits"
             )
-        self._names = self.images.mask_names()
+        self._names = self.images.output_names()
         self._palette = [channel for number in range(256) for channel in class_color(number)]
 
     def records(
@@ -112,25 +115,33 @@ class MaskFiles(PredictionFormat):
         """Write the mask of each image, and yield its name and proportions."""
         size = batch.input.shape[2], batch.input.shape[3]
         for position, logits in zip(positions, prediction, strict=True):
-            name = f"masks/{numbered(position)}.png" if self._names is None else f"masks/{self._names[position]}"
+            name = f"masks/{numbered(position)}.png" if self._names is None else f"masks/{self._names[position]}.png"
             mask, probability = self._mask(logits.float(), size, self.images.frame(position, size))
             self._save(mask, folder / name)
             counts = mask.flatten().bincount(minlength=len(logits)).tolist()
             record: Record = {"mask": name, "probability": round(probability, 6)}
             for number, count in enumerate(counts):
-                record[f"proportion/{class_name(self.class_names, number)}"] = round(count / mask.numel(), 6)
+                record[self._column(number)] = round(count / mask.numel(), 6)
             yield position, record
+
+    def _column(self, number: int) -> str:
+        name = class_name(self.class_names, number)
+        return f"proportion/{name}" if self.class_names.count(name) < 2 else f"proportion/{name} ({number})"
 
     def _mask(self, logits: Tensor, size: tuple[int, int], frame: Frame) -> tuple[Tensor, float]:
         """Return the class of each pixel of the image file `(H, W)`, on the CPU, and their mean probability."""
         rows, columns = frame.part
-        shown = interpolated(logits[None], size)[:, :, :rows, :columns]  # without the padding
-        shown = interpolated(shown, frame.full)[0]
-        if 0 <= self.task.ignore_index < len(shown):
-            ignored = torch.tensor([self.task.ignore_index], device=shown.device)
-            shown = shown.index_fill(0, ignored, float("-inf"))
-        probabilities, classes = shown.softmax(0).max(0)
-        return classes.cpu(), float(probabilities.mean())
+        best = torch.full(frame.full, float("-inf"), device=logits.device)  # highest logit so far
+        total, classes = best.clone(), torch.zeros(frame.full, dtype=torch.int64, device=logits.device)
+        for first in range(0, len(logits), _AT_ONCE):
+            shown = interpolated(logits[None, first : first + _AT_ONCE], size)[:, :, :rows, :columns]  # without padding
+            shown = interpolated(shown, frame.full)[0]
+            ignored = torch.arange(first, first + len(shown), device=shown.device) == self.task.ignore_index
+            shown = shown.masked_fill(ignored.view(-1, 1, 1), float("-inf"))
+            highest, found = shown.max(0)
+            classes = torch.where(highest > best, found + first, classes)
+            best, total = torch.maximum(best, highest), torch.logaddexp(total, shown.logsumexp(0))
+        return classes.cpu(), float((best - total).exp().mean())
 
     def _save(self, mask: Tensor, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,6 +191,46 @@ class CocoResults(PredictionFormat):
         return path
 
 
+class ArrayFiles(PredictionFormat):
+    """A NumPy file for each image with the predictions of any other task, as `Task.logits` returns them.
+
+    A tensor `(B, ...)` is written to `.npy` files, and a named tuple of such tensors to `.npz` files. The records
+    contain the name of the file.
+    """
+
+    def __init__(self, module: Any, data: object) -> None:
+        super().__init__(module, data)
+        self._names = self.images.output_names()
+
+    def records(
+        self, prediction: Any, positions: Sequence[int], batch: Batch, folder: Path
+    ) -> Iterator[tuple[int, Record]]:
+        """Write the arrays of each image, and yield the name of the file."""
+        fields = prediction._asdict() if hasattr(prediction, "_asdict") else {"": prediction}
+        if not all(isinstance(field, Tensor) and field.shape[:1] == (len(positions),) for field in fields.values()):
+            raise ValueError(
+                "lkd predict writes tensors (B, ...) and named tuples of them, but the task "
+                f"{type(self.task).__name__} returns a {type(prediction).__name__} with other contents; call "
+                "trainer.predict to process it"
+            )
+        arrays = {name: _array(field) for name, field in fields.items()}
+        for row, position in enumerate(positions):
+            stem = numbered(position) if self._names is None else self._names[position]
+            name = f"arrays/{stem}.npy" if "" in arrays else f"arrays/{stem}.npz"
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if "" in arrays:
+                np.save(path, arrays[""][row], allow_pickle=False)
+            else:
+                np.savez(path, **{field: array[row] for field, array in arrays.items()})
+            yield position, {"array": name}
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as an array; NumPy has no bfloat16."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+
+
 _FORMATS: tuple[tuple[type, type[PredictionFormat]], ...] = (
     (Classification, ClassTable),
     (SemanticSegmentation, MaskFiles),
@@ -192,18 +243,8 @@ def format_of(module: Any) -> type[PredictionFormat]:
 
     Args:
         module: A module; one without a task is assumed to be a classifier.
-
-    Raises:
-        ValueError: If the task of the module is not supported.
     """
     task = getattr(module, "task", None)
     if task is None:
         return ClassTable
-    for kind, found in _FORMATS:
-        if isinstance(task, kind):
-            return found
-    names = ", ".join(kind.__name__ for kind, _ in _FORMATS)
-    raise ValueError(
-        f"lkd predict supports the tasks {names}, but the task is {type(task).__name__}; call trainer.predict for what "
-        "the network returns"
-    )
+    return next((found for kind, found in _FORMATS if isinstance(task, kind)), ArrayFiles)

@@ -28,16 +28,17 @@ class PredictionWriter(BasePredictionWriter):
 
     Detection: `detections.json`, in COCO's results format.
 
-    With several processes, each writes the masks of its own images, and the first one writes the records of all.
+    Other tasks: a NumPy file for each image in `arrays/`, with what `Task.logits` returns, and `predictions.csv` with
+    its name.
+
+    With several processes, each writes the masks or arrays of its own images, and the first one writes the records of
+    all.
 
     Args:
         output: Parent of the new folder.
 
     Attributes:
         folder: Folder of the most recent predictions.
-
-    Raises:
-        ValueError: If the task is not supported.
     """
 
     folder: Path
@@ -48,12 +49,6 @@ class PredictionWriter(BasePredictionWriter):
         self._format: PredictionFormat | None = None
         self._records: list[tuple[int, Record]] = []
         self._images = 0
-
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Check the task before the first prediction."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "predict":
-            format_of(pl_module)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Create the folder."""

@@ -105,8 +105,7 @@ Options
                        checkpoint); best or last, with --name NAME: of the
                        newest run
   --config FILE        a config, as for lkd fit
-{options}  --data.init_args.root FOLDER          location of the images, if they
-have moved
+{options}  --data.init_args.root FOLDER          if the images have moved
   --data.init_args.batch_size 256       also num_workers, ...
   {limit:38}use only some batches
   --trainer.devices 1                   also accelerator, precision, ...
@@ -135,7 +134,7 @@ _MEASURED = {
         "Save the predictions of a checkpoint for the test images, or for new images, in a\n"
         "new folder. Classification and segmentation: predictions.csv, with one line per\n"
         "image; segmentation: also masks/. Detection: detections.json, in COCO's results\n"
-        "format.",
+        "format. Other tasks: NumPy files in arrays/.",
         "  lkd predict --ckpt_path runs/digits/kd/version_0/checkpoints/best.ckpt\n"
         "  lkd predict --ckpt_path best --name digits/kd --images FOLDER",
         "  --images FOLDER      use all images in a folder instead of the test images\n"

@@ -58,7 +58,7 @@ class ScoreComparison(Measurements[ScoreFigures, ScoreDifference]):
 
     def tables(self, members: bool = False) -> list[Grid]:
         """Create all tables, most important first."""
-        return score_tables(self)
+        return score_tables(self, members)
 
 
 def compare(

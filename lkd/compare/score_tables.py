@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from statistics import fmean
 from typing import TypeAlias
 
 from lkd.compare.grid import Grid
+from lkd.compare.groups import Group
 from lkd.compare.measurements import Measurements
 from lkd.compare.scores import ScoreDifference, ScoreFigures
-from lkd.compare.tables import bracket, cost_table, method_table, range_of, signed, verdict
+from lkd.compare.tables import (
+    bracket,
+    cost_table,
+    entries_of,
+    members_of,
+    method_table,
+    name_of,
+    range_of,
+    signed,
+    verdict,
+)
 
 Found: TypeAlias = Measurements[ScoreFigures, ScoreDifference]
 """Comparison based on counts."""
@@ -17,80 +29,95 @@ _MOST = 30
 """Maximum number of classes in the table for the terminal."""
 
 
-def score_tables(found: Found) -> list[Grid]:
+def score_tables(found: Found, members: bool = False) -> list[Grid]:
     """Create all tables of a comparison, most important first.
 
     Args:
         found: The comparison.
+        members: Whether to show the individual networks of groups in the terminal as well.
     """
-    return [_scores(found), *_groups(found), cost_table(found), *method_table(found), *_pairs(found), _classes(found)]
+    return [
+        *_scores(found, members),
+        cost_table(found),
+        *method_table(found),
+        *_pairs(found, members),
+        _classes(found),
+    ]
 
 
 def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.2f}"
 
 
-def _scores(found: Found) -> Grid:
+def _scores(found: Found, members: bool) -> Iterator[Grid]:
+    title = found.title[0].upper() + found.title[1:]
     first = next(iter(found.figures.values()))
-    main, *others = first.scores
     relative = next((list(one.to_teacher) for one in found.figures.values() if one.to_teacher), [])
-    head = ["network", f"{main} %", "95 % interval", *(f"{title} %" for title in others)]
-    head += [f"{title} to teacher %" for title in relative]
-    rows = [
-        [
-            name,
-            *(_percent(one.main.value), range_of(one.main.interval)),
-            *(_percent(one.scores[title].value) for title in others),
-            *(_percent(one.to_teacher.get(title, math.nan)) for title in relative),
-        ]
-        for name, one in found.figures.items()
-    ]
+    main, *others = [*first.scores, *(f"{title} to teacher" for title in relative)]
+    columns = [f"{other} %" for other in others]
     note = "Interval: bootstrap over the images, 10,000 samples."
-    if found.teacher is not None:
-        note += f" To teacher: agreement, with the predictions of {found.teacher} as labels."
-    return Grid(found.title[0].upper() + found.title[1:], head, rows, note)
+    teacher = f" To teacher: agreement, with the predictions of {found.teacher} as labels." if found.teacher else ""
 
+    def network(name: str) -> list[str]:
+        one, values = found.figures[name].main, found.figures[name].measures()
+        own = [_percent(values.get(other, math.nan)) for other in others]
+        return [name, _percent(one.value), range_of(one.interval), *own]
 
-def _groups(found: Found) -> Iterator[Grid]:
+    def row(entry: str | Group) -> list[str]:
+        if isinstance(entry, str):
+            name, value, *own = network(entry)
+            return [name, "1", value, "-", *own]
+        spread = entry.measures[main]
+        own = [_percent(entry.measures[other].mean) if other in entry.measures else "-" for other in others]
+        count = str(len(entry.members))
+        return [entry.name, count, _percent(spread.mean), _percent(spread.std), range_of(spread.interval), *own]
+
+    head = ["network", f"{main} %", "95 % interval", *columns]
     if not found.groups:
+        yield Grid(title, head, list(map(network, found.figures)), note + teacher)
         return
-    rows = []
-    for group in found.groups:
-        main = next(iter(group.measures.values()))
-        rows.append(
-            [group.name, str(len(main.values)), _percent(main.mean), _percent(main.std), range_of(main.interval)]
-        )
-    note = (
-        "n: number of networks that differ only in their seed. Mean, standard deviation (with n - 1) and 95 % "
-        "confidence interval of the mean (Student's t) over the seeds."
+    seeds = (
+        "n: number of networks that differ only in their seed. Their row shows means over the seeds, the standard "
+        f"deviation of the {main} (with n - 1), and the 95 % confidence interval of its mean (Student's t). For n = 1, "
+        "the interval is that of a bootstrap over the images, 10,000 samples."
     )
-    yield Grid("Methods", ["method", "n", f"{found.title} %", "s.d.", "95 % interval"], rows, note)
+    head_n = ["network, method", "n", f"{main} %", "s.d.", "95 % interval", *columns]
+    yield Grid(title, head_n, list(map(row, entries_of(found))), seeds + teacher)
+    single = [network(name) for group in found.groups for name in group.members]
+    yield Grid("Individual networks of each method", head, single, note + teacher, "terminal" if members else "folded")
 
 
-def _pairs(found: Found) -> Iterator[Grid]:
-    if not found.differences:
-        return
-    rows = [
-        [
-            f"{one.first} - {one.second}",
-            *(signed(one.value), bracket(one.interval), f"{one.p_value:.2g}"),
-            verdict(one.p_value, len(found.differences)),
-        ]
-        for one in found.differences
-    ]
+def _pairs(found: Found, members: bool) -> Iterator[Grid]:
+    alone = {name for entry in entries_of(found) for name in members_of(entry) if members or isinstance(entry, str)}
+    shown = [one for one in found.differences if {one.first, one.second} <= alone]
     note = (
         f"Difference in {found.title} of two trained networks (not methods) on the same images, in percentage points "
         "(pp): interval and p-value from 10,000 paired bootstrap samples of the images. Significant: p times the "
-        "number of pairs is below 0.05 (Bonferroni)."
+        f"number of all pairs, {len(found.differences)}, is below 0.05 (Bonferroni)."
     )
-    yield Grid(
-        "Differences of trained networks", ["networks", "gap, pp", "95 % interval", "p", "significant"], rows, note
-    )
+    head = ["networks", "gap, pp", "95 % interval", "p", "significant"]
+    if shown:
+        rows = [_pair(one, len(found.differences)) for one in shown]
+        yield Grid("Differences of trained networks", head, rows, note)
+    if len(found.differences) > len(shown):
+        rows = [_pair(one, len(found.differences)) for one in found.differences]
+        yield Grid(f"All {len(rows)} pairs of trained networks", head, rows, note, "folded")
+
+
+def _pair(one: ScoreDifference, pairs: int) -> list[str]:
+    gap = signed(one.value), bracket(one.interval)
+    return [f"{one.first} - {one.second}", *gap, f"{one.p_value:.2g}", verdict(one.p_value, pairs)]
 
 
 def _classes(found: Found) -> Grid:
-    every = [one.per_class for one in found.figures.values()]
-    rows = [[name, *(_percent(one.value) for one in own)] for name, *own in zip(found.class_names, *every, strict=True)]
+    entries = entries_of(found)
+    every = [[found.figures[name].per_class for name in members_of(entry)] for entry in entries]
+    rows = []
+    for number, name in enumerate(found.class_names):
+        means = [fmean(per_class[number].value for per_class in own) for own in every]
+        rows.append([name, *map(_percent, means)])
     note = "On all images; the report plots 95 % intervals."
-    title, head = f"{found.class_title} per class, %", ["class", *found.figures]
+    if found.groups:
+        note += " Values of networks that differ only in their seed are averaged."
+    title, head = f"{found.class_title} per class, %", ["class", *map(name_of, entries)]
     return Grid(title, head, rows, note, "terminal" if len(rows) <= _MOST else "page")

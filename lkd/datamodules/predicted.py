@@ -62,19 +62,21 @@ class PredictedImages:
         full = self.files.size(position)
         return Frame(self._resize.least(full, size, torch.empty(0)), full)
 
-    def mask_names(self) -> list[str] | None:
-        """Return a file name for the mask of each image, such as `a/b.png` for `a/b.jpg`; `None` without files.
+    def output_names(self) -> list[str] | None:
+        """Return a file name without extension for the output of each image, such as `a/b` for `a/b.jpg`.
 
-        All names are different: if the names of images differ only in their extension, the names of all masks include
-        it (`a/b.jpg.png`). Masks stay in their folder, even if the names of the images lead out of theirs.
+        All names are different: if the names of images differ only in their extension, all outputs are named after the
+        whole file name (`a/b.jpg`). Outputs stay in their folder, even if the names of the images lead out of theirs.
+
+        Returns:
+            The names; `None` if the images are not files.
         """
         if self.files is None:
             return None
         names = [_inside(self.files.name(position)) for position in range(len(self.files))]
         stems = [str(PurePosixPath(name).with_suffix("")) for name in names]
         numbers = [numbered(position) for position in range(len(names))]
-        found = next(choice for choice in (stems, names, numbers) if _are_different(choice))
-        return [f"{name}.png" for name in found]
+        return next(choice for choice in (stems, names, numbers) if _are_different(choice))
 
 
 def numbered(position: int) -> str:

@@ -125,17 +125,44 @@ def test_ignored_class_is_not_predicted(tmp_path, trainer) -> None:
         assert set(np.unique(found)) <= {0, 2}
 
 
+@pytest.mark.parametrize("ignored", [255, 20])
+def test_masks_of_many_classes(ignored: int, trainer) -> None:
+    """The logits are enlarged for a part of the classes at a time, to limit the memory."""
+    torch.manual_seed(0)
+    network, images = nn.Conv2d(3, 40, 1), 5 * torch.rand(1, 3, 6, 7)
+    loader = DataLoader(TensorDataset(images, torch.zeros(1, 6, 7, dtype=torch.uint8)))
+    module = ClassificationModule(network, task=SemanticSegmentation(40, ignore_index=ignored))
+    folder = _predict(trainer, module, loader)
+    logits = network(images)[0]
+    if ignored < 40:
+        logits[ignored] = float("-inf")
+    probabilities, classes = logits.softmax(0).max(0)
+    assert len(classes.unique()) > 3
+    assert np.array_equal(np.asarray(Image.open(folder / "masks/000000.png")), classes)
+    assert float(_rows(folder)[0]["probability"]) == pytest.approx(float(probabilities.mean()), abs=1e-6)
+
+
+def test_classes_with_one_name_have_different_columns(trainer) -> None:
+    images = torch.full((1, 3, 4, 4), LEVELS[1] / 255)
+    module = _module()
+    module._kept_facts["class_names"] = ["road", "road", "sky"]
+    loader = DataLoader(TensorDataset(images, torch.zeros(1, 4, 4, dtype=torch.uint8)))
+    (row,) = _rows(_predict(trainer, module, loader))
+    columns = {name: value for name, value in row.items() if name.startswith("proportion/")}
+    assert columns == {"proportion/road (0)": "0.0", "proportion/road (1)": "1.0", "proportion/sky": "0.0"}
+
+
 @pytest.mark.parametrize(
-    ("files", "masks"),
+    ("files", "outputs"),
     [
-        (["a.jpg", "b/a.jpg", "b/c.d.png"], ["a.png", "b/a.png", "b/c.d.png"]),
-        (["a.jpg", "a.png", "b.jpg"], ["a.jpg.png", "a.png.png", "b.jpg.png"]),
-        (["a.jpg", "A.png"], ["a.jpg.png", "A.png.png"]),
-        (["../a.jpg", "b.jpg"], ["a.png", "b.png"]),
-        (["../a.jpg", "a.jpg"], ["000000.png", "000001.png"]),
+        (["a.jpg", "b/a.jpg", "b/c.d.png"], ["a", "b/a", "b/c.d"]),
+        (["a.jpg", "a.png", "b.jpg"], ["a.jpg", "a.png", "b.jpg"]),
+        (["a.jpg", "A.png"], ["a.jpg", "A.png"]),
+        (["../a.jpg", "b.jpg"], ["a", "b"]),
+        (["../a.jpg", "a.jpg"], ["000000", "000001"]),
     ],
 )
-def test_masks_of_different_images_have_different_names(files: list[str], masks: list[str], tmp_path) -> None:
+def test_outputs_for_different_images_have_different_names(files: list[str], outputs: list[str], tmp_path) -> None:
     (tmp_path / "root").mkdir()
     for name in files:
         _photo(tmp_path / "root" / name, 4, 4, 0)
@@ -143,7 +170,7 @@ def test_masks_of_different_images_have_different_names(files: list[str], masks:
     Path("root/test.txt").write_text(Path("root/train.txt").read_text())
     data = _data(tmp_path / "root", resident_limit=0)
     data.setup("predict")
-    assert PredictedImages(data).mask_names() == masks
+    assert PredictedImages(data).output_names() == outputs
 
 
 class _Stream(IterableDataset[Batch]):

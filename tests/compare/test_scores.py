@@ -103,6 +103,34 @@ def test_report(found, tmp_path) -> None:
     assert (tmp_path / "comparison.md").read_text().startswith("# teacher, student, other\n")
 
 
+@pytest.mark.parametrize("members", [False, True])
+def test_seeds_of_a_method_share_a_row(members: bool, found, networks) -> None:
+    """Means over the seeds; the individual networks are shown only on request."""
+    candidates = [Candidate(name, one, group=None if name == "teacher" else "kd") for name, one in networks.items()]
+    seeds = compare(candidates, found.data, "teacher", seconds=0.01, accelerator="cpu", task=TASK)
+    tables = seeds.tables(members)
+    values = [100 * found.figures[name].main.value for name in ("student", "other")]
+    assert [row[:4] for row in tables[0].rows] == [
+        ["teacher", "1", f"{100 * found.figures['teacher'].main.value:.2f}", "-"],
+        ["kd", "2", f"{np.mean(values):.2f}", f"{np.std(values, ddof=1):.2f}"],
+    ]
+    shown = {table.title: [row[0] for row in table.rows] for table in tables if table.place == "terminal"}
+    hidden = {table.title: [row[0] for row in table.rows] for table in tables if table.place == "folded"}
+    pairs = ["teacher - student", "teacher - other", "student - other"]
+    individual = {"Individual networks of each method": ["student", "other"]}
+    if members:
+        assert individual.items() <= shown.items()
+        assert shown["Differences of trained networks"] == pairs
+        assert not hidden
+    else:
+        assert hidden == individual | {"All 3 pairs of trained networks": pairs}
+        assert "Differences of trained networks" not in shown
+    classes = tables[-1]
+    assert classes.head == ["class", "teacher", "kd"]
+    iou = [100 * found.figures[name].per_class[1].value for name in ("student", "other")]
+    assert classes.rows[1][2] == f"{np.mean(iou):.2f}"
+
+
 def test_runs_of_several_tasks_are_rejected() -> None:
     tasks = {"a": SemanticSegmentation(5), "b": Classification()}
     runs = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -11,7 +13,9 @@ import pytest
 import torch
 import yaml
 
+import lkd
 from lkd.__main__ import main
+from lkd.callbacks.prediction_formats import ArrayFiles
 from lkd.export import export
 
 GUIDE = Path(__file__).parents[2] / "docs/pages/extending/task.md"
@@ -33,16 +37,47 @@ def test_supported_features(trained, capfd) -> None:
     assert 0 < float(best["best_model_score"]) <= 1
     config = yaml.safe_load(Path("runs/depth_teacher/version_0/config.yaml").read_text())
     assert config["model"]["init_args"]["task"] == {"class_path": "depth.Depth", "init_args": {"threshold": 1.25}}
-    for command, message in (
-        (["compare", "runs/depth_teacher"], "lkd compare does not support the task Depth"),
-        (
-            ["predict", f"--ckpt_path={RUN}", "--data=depth.RoomDataModule"],
-            "supports the tasks Classification, SemanticSegmentation, Detection, but the task is Depth",
-        ),
-    ):
-        capfd.readouterr()
-        assert main(command) != 0
-        assert message in capfd.readouterr().err
+    capfd.readouterr()
+    assert main(["compare", "runs/depth_teacher"]) != 0
+    assert "lkd compare does not support the task Depth" in capfd.readouterr().err
+
+
+def test_predictions(trained, capfd) -> None:
+    assert main(["predict", f"--ckpt_path={RUN}", "--data=depth.RoomDataModule"]) == 0
+    assert "128 images written to runs/predict/version_0/predictions.csv" in capfd.readouterr().out
+    folder = Path("runs/predict/version_0")
+    lines = (folder / "predictions.csv").read_text().splitlines()
+    assert lines[:2] == ["index,array", "0,arrays/000000.npy"]
+    assert len(lines) == 129
+    depth = importlib.import_module("depth")
+    module, data = lkd.ClassificationModule.load_from_checkpoint(RUN, map_location="cpu").eval(), depth.RoomDataModule()
+    data.setup("predict")
+    with torch.no_grad():
+        expected = module(data.data.tensors[0])
+    found = np.stack([np.load(folder / line.partition(",")[2]) for line in lines[1:]])
+    assert np.allclose(found, expected.numpy(), atol=1e-5)
+
+
+class Halves(NamedTuple):
+    """Predictions that consist of two tensors."""
+
+    left: Any
+    right: Any
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_named_tuples_are_written_as_npz(dtype: torch.dtype, tmp_path) -> None:
+    files = ArrayFiles(None, None)
+    halves = Halves(torch.arange(6, dtype=dtype).view(2, 3), torch.tensor([7, 8]))
+    records = list(files.records(halves, [4, 9], None, tmp_path))
+    assert records == [(4, {"array": "arrays/000004.npz"}), (9, {"array": "arrays/000009.npz"})]
+    second = np.load(tmp_path / "arrays/000009.npz")
+    assert {name: second[name].tolist() for name in second} == {"left": [3, 4, 5], "right": 8}
+    for unsupported in (Halves([1, 2], torch.zeros(2)), torch.zeros(3, 2), {"a": 1}):
+        with pytest.raises(
+            ValueError, match=r"predict writes tensors \(B, ...\) and named tuples.*call trainer.predict"
+        ):
+            list(files.records(unsupported, [4, 9], None, tmp_path))
 
 
 def test_export(trained) -> None:
