@@ -51,7 +51,7 @@ def _imported(is_whole_process: bool) -> Callable[[Sequence[str]], int]:
     """Import torch, Lightning and the commands without collecting garbage, which would take a tenth of the time.
 
     Args:
-        is_whole_process: Whether no objects of others exist, so that later collections can skip what was imported.
+        is_whole_process: Whether the process runs only lkd. Later collections then skip all existing objects.
     """
     was_enabled = gc.isenabled()
     gc.disable()

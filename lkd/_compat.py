@@ -132,7 +132,7 @@ class CLIHooks:
         run()
 
     def _parse_ckpt_path(self) -> None:
-        """Keep the settings of the config; Lightning would override them by the hyperparameters of the checkpoint."""
+        """Keep the settings of the config; Lightning would override them with the checkpoint's hyperparameters."""
 
     def _dump_config(self) -> None:
         """Store the settings for the checkpoints without validating them again, which takes four times as long."""
@@ -150,7 +150,7 @@ class CLIHooks:
 
 
 def detects_anomalies(trainer: L.Trainer) -> bool:
-    """Return the trainer's `detect_anomaly`, which it has no public attribute for."""
+    """Return the trainer's setting `detect_anomaly`, for which it has no public attribute."""
     return bool(trainer._detect_anomaly)
 
 
@@ -180,7 +180,7 @@ def update_count(metric: Metric) -> int:
 
 
 def set_update_count(metric: Metric, count: int) -> None:
-    """Set how often a metric was updated, and discard its computed value; a replayed update does neither."""
+    """Set how often a metric was updated and discard its computed value, which an update replayed by a graph omits."""
     metric._update_count, metric._computed = count, None
 
 
@@ -208,7 +208,7 @@ def changed_parser(**changes: Callable[..., Any]) -> Iterator[None]:
     """Replace functions of jsonargparse that decide how settings of nested classes are merged and passed on.
 
     Args:
-        changes: Function by the name of the one that it replaces, which it receives as its first argument.
+        changes: Replacements by the name of the replaced function, which each receives as its first argument.
     """
     from jsonargparse import _typehints as typehints
 
@@ -223,7 +223,7 @@ def changed_parser(**changes: Callable[..., Any]) -> Iterator[None]:
 
 
 def nested_value(parsed: Any) -> tuple[str, Any] | None:
-    """Return key and value that jsonargparse passes to a nested class; `None` for other values."""
+    """Return the key and value that jsonargparse passes to a nested class; `None` for other values."""
     from jsonargparse._util import NestedArg
 
     return (parsed.key, parsed.val) if isinstance(parsed, NestedArg) else None

@@ -1,4 +1,4 @@
-"""Former names, which programs, saved configs and checkpoints may contain. They are removed in the next release."""
+"""Former names, which programs, saved configs and checkpoints may contain. They will be removed in the next release."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def renamed(module: str, name: str) -> Any:
         name: Name that the module does not have.
 
     Raises:
-        AttributeError: If it is not a former name, either.
+        AttributeError: If this is not a former name.
     """
     new = RENAMED[module].get(name)
     if new is None:
@@ -93,7 +93,7 @@ def renamed(module: str, name: str) -> Any:
 
 
 def former_members(**names: str) -> Callable[[type[T]], type[T]]:
-    """Keep former names of members of a class. Subclasses may override members by these names, too.
+    """Keep former names of members of a class. Subclasses may also override members under these names.
 
     Args:
         names: New name of each former name.
@@ -117,7 +117,7 @@ def former_members(**names: str) -> Callable[[type[T]], type[T]]:
 
 
 def _adopt(subclass: type, base: type, old: str, new: str) -> None:
-    """Let a subclass that overrides a member of a base class by its former name override it by the new name, too."""
+    """If a subclass overrides a member under its former name, make the override effective under the new name."""
     for owner in subclass.__mro__[: subclass.__mro__.index(base)]:
         if new in vars(owner):
             return

@@ -174,7 +174,7 @@ def test_missing_logger(package: str, monkeypatch, capsys) -> None:
     assert "surely_not_there" in capsys.readouterr().err
     text = f"Requirement '{package}>=1.0' not met. HINT: Try running `pip install -U '{package}'`"
     assert explain(ModuleNotFoundError(text)) == (
-        f"the logger requires {package}, which is not installed; pip install 'lightning-kd[loggers]'"
+        f"the logger requires {package}, which is not installed; run pip install 'lightning-kd[loggers]'"
     )
 
 

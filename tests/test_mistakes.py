@@ -390,7 +390,7 @@ def test_groups_of_layers_without_quotes(fit) -> None:
 
 def test_batch_norm_of_a_single_image(fit) -> None:
     message = fit("--model.init_args.criterion=lkd.losses.PAD", "--data.init_args.batch_size=1")
-    assert message.endswith("set batch_size to 2 or more, or use larger images")
+    assert message.endswith("set batch_size to at least 2, or use larger images")
 
 
 def test_missing_accelerator(fit, monkeypatch) -> None:

@@ -75,7 +75,12 @@ class FeatureEvaluation(L.Callback):
         """
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Check the layer and the data module."""
+        """Check the layer and the data module.
+
+        Raises:
+            ValueError: If the task is not classification, or the layer does not exist or has no features `(B, D)`.
+            TypeError: If the data module has no `plain_train_dataloader`.
+        """
         if stage not in ("fit", "validate"):
             return
         check_is_classification(pl_module, type(self).__name__)
@@ -162,7 +167,7 @@ class KNN(FeatureEvaluation):
     $\exp(\cos(f, f_i) / \tau)$.
 
     Args:
-        k: Number of neighbors, at most the number of training images.
+        k: Number of neighbors, at least 1. With fewer training images, all of them vote.
         temperature: Temperature $\tau$, greater than 0.
         layer: Layer whose features are classified; see `FeatureEvaluation`.
         every_n_epochs: Interval between evaluations in epochs. The last epoch is always evaluated.

@@ -73,7 +73,7 @@ class Watched:
         self._values = [(owner, name, value) for owner, name, value in watched if not _can_change(value)]
         self._others = [(owner, name, plain(value)) for owner, name, value in watched if _can_change(value)]
 
-    def are_as_before(self) -> bool:
+    def are_unchanged(self) -> bool:
         """Return whether all numbers still exist and are unchanged."""
         for owner, name, value in self._values:
             found = owner.get(name)
@@ -83,7 +83,7 @@ class Watched:
 
 
 def _can_change(value: Any) -> bool:
-    """Return whether an object may change its numbers and still be the same object."""
+    """Return whether the numbers in an object can change while the object remains the same."""
     return isinstance(value, (list, tuple, dict, Tensor))
 
 

@@ -43,14 +43,18 @@ class PredictionImages(L.Callback):
         self._rows: list[Row] = []
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Check the task and the logger."""
+        """Check the task and the logger.
+
+        Raises:
+            ValueError: If the task does not define `views`.
+        """
         if type(pl_module.task).views is Task.views:
             raise ValueError(
                 f"PredictionImages cannot show predictions of {type(pl_module.task).__name__}; override its method "
                 "`views`, or remove the callback"
             )
         if stage == TrainerFn.FITTING and trainer.loggers and not _writers(trainer) and not _is_trial(trainer):
-            rank_zero_warn("PredictionImages shows nothing, because it requires the TensorBoardLogger")
+            rank_zero_warn("PredictionImages logs nothing without a TensorBoardLogger; add one, or remove the callback")
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Discard the images of the previous epoch."""

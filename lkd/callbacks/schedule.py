@@ -69,7 +69,11 @@ class Schedule(L.Callback):
         return self.start + (self.end - self.start) * progress
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Look up the attribute and its configured value."""
+        """Look up the attribute and its configured value.
+
+        Raises:
+            ValueError: If it is not a number of the module that can be set.
+        """
         if stage == "fit":
             own = _read(pl_module, self.attribute)
             try:

@@ -107,8 +107,9 @@ class Speed(L.Callback):
         gpu = devices.is_gpu(trainer.strategy.root_device)
         wanted = self.channels_last
         if wanted is None:
-            wanted = (not gpu or str(trainer.precision).startswith(("16", "bf16"))) and not _reads_by_its_own(pl_module)
-            wanted = wanted and not isinstance(trainer.strategy, _SHARDING)
+            wanted = not gpu or str(trainer.precision).startswith(("16", "bf16"))
+            sharded = isinstance(trainer.strategy, _SHARDING)
+            wanted = wanted and not sharded and not _custom_code_reads_features(pl_module)
         networks = [getattr(pl_module, name) for name in getattr(pl_module, "network_names", ())]
         if wanted and any(devices.breaks_channels_last(network, trainer.strategy.root_device) for network in networks):
             self._applied.append("channels first (channels last is disabled due to a bug in oneDNN on this CPU)")
@@ -290,7 +291,7 @@ class Speed(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Recheck the constants of the graph, and use the original teacher if it has changed since it was folded."""
         if self._step_graph is not None:
-            self._step_graph.look_again()
+            self._step_graph.recheck()
         if self._own_extractor is not None and pl_module.teacher_version != self._version:
             pl_module.teacher_extractor, self._own_extractor = self._own_extractor, None
 
@@ -304,7 +305,7 @@ class Speed(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Enable compiled networks again for training."""
         if self._step_graph is not None:
-            self._step_graph.look_again()
+            self._step_graph.recheck()
         if self._compiled:
             torch.compiler.set_stance("default")
 
@@ -357,7 +358,7 @@ def _keep_memory() -> bool:
     return all(mallopt(option, value) for option, value in _MALLOPT.items())
 
 
-def _reads_by_its_own(module: Any) -> bool:
+def _custom_code_reads_features(module: Any) -> bool:
     """Return whether custom code reads features and may depend on their memory format."""
     criterion = getattr(module, "criterion", None)
     if criterion is None or not (criterion.student_layers or criterion.teacher_layers):

@@ -69,7 +69,7 @@ class StepGraph:
         self._constants: tuple[Any, ...] = ()
         self._slots: list[tuple[dict[str, Any], str, Tensor]] = []
         self._places: list[int] = []
-        self._is_looked_at = False
+        self._is_rechecked = False
         self._captures_in_a_row = 0
         self._rates = self._make_rates()
         self._is_fresh = trainer.global_step == 0 or not (self._optimizer.state or trainer.ckpt_path)
@@ -87,9 +87,9 @@ class StepGraph:
             for group in groups
         ]
 
-    def look_again(self) -> None:
+    def recheck(self) -> None:
         """Recheck everything the graph depends on before the next step, as anything may change between epochs."""
-        self._is_looked_at = False
+        self._is_rechecked = False
         self._check_due = "in this epoch" if self._has_foreign_code and self._replay is not None else ""
 
     def prepare(self, batch: Batch) -> bool:
@@ -140,12 +140,12 @@ class StepGraph:
 
     def _is_current(self) -> bool:
         """Return whether the constants of the graph are unchanged."""
-        if not self._is_looked_at:
-            self._is_looked_at = True
+        if not self._is_rechecked:
+            self._is_rechecked = True
             if constants_of(self.module) != self._constants:
                 return False
         is_moved = self._addresses() != self._places
-        return not is_moved and self._watched.are_as_before() and self._cache_state() == self._state_of_cache
+        return not is_moved and self._watched.are_unchanged() and self._cache_state() == self._state_of_cache
 
     def _addresses(self) -> list[int]:
         """Return the address of each parameter; 0 for one that was replaced since the capture."""
@@ -169,7 +169,7 @@ class StepGraph:
         self._replay()  # type: ignore[misc]
         return self._names, self._row  # type: ignore[return-value]
 
-    def _look(self) -> tuple[Any, ...]:
+    def _numbers(self) -> tuple[Any, ...]:
         """Return the numbers of module, criterion and optimizer that may change in each step."""
         criterion = getattr(self.module, "criterion", None)
         parts = () if criterion is None else criterion.modules()
@@ -223,7 +223,7 @@ class StepGraph:
             self._give_up(reason)
             return
         self._watched, self._state_of_cache = self._watch(), self._cache_state()
-        self._constants, self._is_looked_at = constants_of(self.module), True
+        self._constants, self._is_rechecked = constants_of(self.module), True
         self._slots = parameter_slots(self.module)  # walking through the module tree in each step would take long
         self._places = self._addresses()
         self._check_due = "in the next step" if self._has_foreign_code else ""
@@ -243,9 +243,9 @@ class StepGraph:
         first = self._trial(lambda: self.capture.warm_up(self._step), before, random)
         if devices.host_random_states(_device(self._optimizer)) != drawn:
             return "the step draws random numbers on the host"
-        numbers = self._look(), constants_of(self.module)
+        numbers = self._numbers(), constants_of(self.module)
         ordinary = [first, self._trial(lambda: self.capture.warm_up(self._step), before, random)]
-        if changed := first_difference(numbers, (self._look(), constants_of(self.module))):
+        if changed := first_difference(numbers, (self._numbers(), constants_of(self.module))):
             return f"the step changes {changed}, which is not possible in a graph"
         if len(self._state()) != len(before.tensors):
             return "the step creates new state tensors in the module or optimizer"

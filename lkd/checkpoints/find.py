@@ -140,7 +140,11 @@ def _flaw(tensor: object) -> str:
 
 
 def config_of(ckpt_path: Path) -> Path:
-    """Return the path of the config of the run to which a checkpoint belongs."""
+    """Return the path of the config of the run to which a checkpoint belongs.
+
+    Raises:
+        FileNotFoundError: If there is no `config.yaml` in the folder of the checkpoint or up to two levels above it.
+    """
     for folder in [*list(ckpt_path.absolute().parents)[:3], *list(ckpt_path.resolve().parents)[:3]]:
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"

@@ -53,13 +53,13 @@ def explain(error: BaseException) -> str:
     if "Original Traceback" in text:  # from a data loader worker: the message is in the last line
         text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
     if text.startswith("Expected more than 1 value per channel when training"):  # PyTorch
-        return f"{text}; set batch_size to 2 or more, or use larger images"
+        return f"{text}; set batch_size to at least 2, or use larger images"
     if found := re.search(r"restored a checkpoint with current_epoch=(\d+)", text):  # Lightning
         return (
             f"this run has already completed {found[1]} epochs; set --trainer.max_epochs above {found[1]} to continue"
         )
     if found := re.search(r"Requirement '(mlflow|wandb)\b.*?' not met", text):  # Lightning
-        return f"the logger requires {found[1]}, which is not installed; pip install 'lightning-kd[loggers]'"
+        return f"the logger requires {found[1]}, which is not installed; run pip install 'lightning-kd[loggers]'"
     if found := re.search(r"No supported (\w+) backend found", text):  # Lightning
         return f"no {found[1]} found on this machine; remove --trainer.accelerator, or set it to auto or cpu"
     if found := _NO_CURVE.search(text):
@@ -237,5 +237,5 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     if nearest:
         return f"; did you mean {nearest[0]!r}?"
     if not known:
-        return "; it has none"
+        return "; none are available"
     return f"; available: {', '.join(sorted(known))}" if len(known) <= 30 else "; 'lkd COMMAND --help' lists them"

@@ -200,8 +200,8 @@ TensorBoard scalars are saved in a new folder.
   lkd compare runs/digits/kd/version_* runs/digits/student/version_*
       several seeds, as from lkd fit --seeds 5
 
-  RUN                 a checkpoint; the folder of a run, or of all runs of one
-                      name (best checkpoint of the newest run)
+  RUN                 a checkpoint; the folder of a run, or of all runs with the
+                      same name (best checkpoint of the newest run)
   --config FILE       networks from elsewhere, the data, and any of the settings
                       below:
                         networks:
@@ -288,11 +288,12 @@ usage: lkd export CHECKPOINT [--format FORMATS] [--output FOLDER] [--int8]
                   [--license ID] [--KEY VALUE ...]
 
 Export a trained network for use without lkd. CHECKPOINT is a file, the folder
-of a run, or the folder of all runs of one name (best checkpoint of the newest
-run). Each file is loaded again and evaluated on the test images: if any logit
-differs from that of the checkpoint by more than 1e-4, lkd reports an error and
-exports nothing. The folder also contains preprocessing.json, whose content is
-embedded in each file, and a model card, README.md, with code to use the files.
+of a run, or the folder of all runs with the same name (best checkpoint of the
+newest run). Each file is loaded again and evaluated on the test images: if any
+logit differs from that of the checkpoint by more than 1e-4, lkd reports an error
+and exports nothing. The folder also contains preprocessing.json, whose content
+is embedded in each file, and a model card, README.md, with code to use the
+files.
 
   lkd export runs/digits/kd
   lkd export runs/digits/kd --format onnx --int8 --output digits_onnx

@@ -85,7 +85,7 @@ def _check_installed(command: str) -> None:
     if missing:
         raise ValueError(
             f"lkd {command} requires {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-            f"installed; pip install 'lightning-kd[{command}]'"
+            f"installed; run pip install 'lightning-kd[{command}]'"
         )
 
 

@@ -28,7 +28,7 @@ _BROKEN = re.compile(r"gloo|NCCL|[Cc]onnection (was )?(closed|reset|refused|lost
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the run has ended, so this one cannot continue."""
+    """Raised if another process of the run has ended, so this one cannot continue."""
 
 
 def rank() -> int | None:

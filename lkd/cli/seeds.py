@@ -29,7 +29,7 @@ from lkd.io.tensor_cache import replacing
 from lkd.io.yaml import load_yaml
 
 TABLE = "seeds.csv"
-"""File name of the table of results, in the folder of all runs of one name."""
+"""File name of the table of results, in the folder of all runs with the same name."""
 
 _SEEDS = ("seed_everything", "data.init_args.seed")
 _PLACES = (
@@ -55,7 +55,7 @@ _INTERRUPTED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 class Run(NamedTuple):
     """An existing run.
 
-    Args:
+    Attributes:
         folder: Folder of the run, `version_N`.
         config: Saved settings of the run.
     """
@@ -67,7 +67,7 @@ class Run(NamedTuple):
 class Result(NamedTuple):
     """Result of the run with one seed.
 
-    Args:
+    Attributes:
         seed: The seed.
         folder: Folder of the run; None if the run was not started.
         monitor: Metric that selects the best checkpoint.

@@ -78,6 +78,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         datasets: Datasets of the splits, after `setup`.
         uses_graphs: Whether training batches on a GPU are created by replaying a graph; the next batch then overwrites
             them. `Speed` sets it if training steps are graphs.
+
+    Raises:
+        ValueError: If `batch_size` or the label settings are invalid; in `setup`, if labels or splits are invalid.
     """
 
     num_classes: int
@@ -115,11 +118,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.val_size = val_size
         self.label_size, self.labels_per_class = label_size, labels_per_class
         self.drop_unlabelled = drop_unlabelled
-        self.split_seed = split_seed
-        self.seed = seed
-        self.augment = augment
-        self.views = views
-        self.mix = mix
+        self.split_seed, self.seed = split_seed, seed
+        self.augment, self.views, self.mix = augment, views, mix
         self.resident_limit, self.unreadable = resident_limit, unreadable
         self.extra = extra
         if mean is not None:
@@ -325,7 +325,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return self._loader(dataset, order=order)
 
     def is_static(self, batch: Batch) -> bool:
-        """Whether a batch is the one that each replay of a graph overwrites, at a fixed memory address.
+        """Return whether a batch is the one that each replay of a graph overwrites, at a fixed memory address.
 
         Args:
             batch: A batch.

@@ -24,7 +24,7 @@ class BatchGraph:
 
     Args:
         dataset: Images on a GPU.
-        capture: Capture mechanism of the device.
+        capture: Capture implementation of the device.
         size: Number of images per batch; batches of other sizes are created without a graph.
 
     Attributes:

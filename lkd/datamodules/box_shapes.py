@@ -41,7 +41,7 @@ class SyntheticDetectionDataModule(DetectionDataModule):
         self, size: tuple[int, int] = (48, 64), train_size: int = 1000, test_size: int = 200, **kwargs: Any
     ) -> None:
         if not 16 <= size[0] <= size[1]:
-            raise ValueError(f"size must be a minimum of at least 16 and a maximum, got {list(size)}")
+            raise ValueError(f"size must be [minimum, maximum] with 16 <= minimum <= maximum, got {list(size)}")
         self.num_classes, self.input_shape = len(self.class_names), (3, size[1], size[1])
         super().__init__(**kwargs)
         self.size, self.train_size, self.test_size = size, train_size, test_size

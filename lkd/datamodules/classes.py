@@ -11,7 +11,7 @@ from lkd.types import IGNORE_INDEX
 
 
 class ClassIndex:
-    """Find images of the same class. Its table is computed on first use.
+    """Index of images by class, which is computed on first use.
 
     Args:
         target: Class of every image of the source `(N,)`, int64.
@@ -26,8 +26,8 @@ class ClassIndex:
         """Sort the images by class.
 
         Returns:
-            The sorted images `(M,)`; for each image of the source its rank, and the first rank and the size of its
-            class `(3, N)`.
+            The sorted images `(M,)`, and a table `(3, N)` with the rank of each image of the source, and the first rank
+            and the size of its class.
         """
         target = self.target[self.index]
         name = torch.where(target == IGNORE_INDEX, -1 - self.index, target)  # images without a label are singletons

@@ -214,7 +214,7 @@ def _image(entry: Mapping[str, Any]) -> tuple[str, int, int]:
     name = str(entry["file_name"])
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"the file name {shown(name)} is not inside of the folder")
+        raise ValueError(f"the file name {shown(name)} is outside the folder")
     return name, int(entry["width"]), int(entry["height"])
 
 

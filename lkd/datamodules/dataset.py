@@ -43,7 +43,7 @@ class ImageError(ValueError):
 class ImageDataset(Dataset[Batch]):
     """Dataset that prepares images of a source for a network. Indexing with the keys of a batch returns a `Batch`.
 
-    An image is a pure function of (seed, epoch, index in the source). The part of it in `view` runs on any device.
+    An image is a pure function of (seed, epoch, index in the source). The part that `view` computes runs on any device.
 
     Args:
         source: Source of the images.
@@ -63,8 +63,8 @@ class ImageDataset(Dataset[Batch]):
             every epoch.
 
     Raises:
-        ValueError: If images that are read one by one should have a number of channels other than 1 or 3, or the views
-            require images of another shape.
+        ValueError: If `shape` has a number of channels other than 1 or 3 and the images are not in memory, or if the
+            views require images of another shape.
     """
 
     extra_channels: ClassVar[int] = 0

@@ -57,10 +57,10 @@ def resident(dataset: ImageDataset, num_workers: int) -> Resident:
         seconds = time.monotonic() - start
         if file is not None and made_from is not None and _keep(image, file, made_from):
             image = map_tensors(file)["image"]
-            say(f"Decoded {len(image):,} images in {seconds:.1f} s; cached in {file.parent}")
+            report(f"Decoded {len(image):,} images in {seconds:.1f} s; cached in {file.parent}")
         else:
             file = None
-            say(f"Decoded {len(image):,} images in {seconds:.1f} s")
+            report(f"Decoded {len(image):,} images in {seconds:.1f} s")
     return Resident(image, dataset.target, dataset.source, file)
 
 
@@ -146,10 +146,10 @@ def _images(dataset: ImageDataset, index: Tensor) -> Tensor:
 
 
 @rank_zero_only
-def say(what: str) -> None:
+def report(line: str) -> None:
     """Print a line to stderr, on rank zero only.
 
     Args:
-        what: The line.
+        line: The line.
     """
-    Console(stderr=True, soft_wrap=True).print(what, highlight=False, markup=False)
+    Console(stderr=True, soft_wrap=True).print(line, highlight=False, markup=False)

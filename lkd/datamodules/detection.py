@@ -130,7 +130,7 @@ class DetectionDataModule(L.LightningDataModule, ABC):
         if len(wrong):
             raise ValueError(
                 f"the {split} split of {type(self).__name__} has a box of class {int(wrong[0])}, but the classes "
-                f"of objects are 1 to {self.num_classes - 1}, and 0 is the background; correct them"
+                f"of objects are 1 to {self.num_classes - 1}, and 0 is the background; correct the labels"
             )
         processes = self.trainer.world_size if self.trainer else 1
         if len(source.images) < processes:

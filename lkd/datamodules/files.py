@@ -242,7 +242,7 @@ def _images(folder: Path, top: Path) -> list[str]:
 
 
 def _folders(top: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder and its file names. Folders are visited in sorted order, so links are, too."""
+    """Yield each folder and its file names. Folders are visited in sorted order, independent of the file system."""
     seen: set[tuple[int, int]] = set()
     for parent, folders, names in os.walk(top, followlinks=True, onerror=_raise):
         found = os.stat(parent)  # noqa: PTH116  # os.walk yields strings
@@ -268,7 +268,7 @@ _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 def is_flat(root: Path) -> bool:
-    """Whether a folder contains class folders instead of folders of splits."""
+    """Return whether a folder contains class folders instead of folders of splits."""
     if not root.is_dir():
         return False
     names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]

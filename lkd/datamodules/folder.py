@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lkd.datamodules.base import ImageDataModule, Split
-from lkd.datamodules.decoding import say
+from lkd.datamodules.decoding import report
 from lkd.datamodules.files import ImageFiles, class_folders, is_flat, read_tree, split_folder
 from lkd.datamodules.split import stratified
 from lkd.datamodules.transforms.base import (
@@ -50,6 +50,9 @@ class ImageFolderDataModule(ImageDataModule):
         test_size: Fraction (below 1) or number of the images in `root/<class>/` that form the test set, stratified by
             class; 0 for none.
         kwargs: Arguments of `ImageDataModule`.
+
+    Raises:
+        ValueError: If `image_size` is less than 1.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class ImageFolderDataModule(ImageDataModule):
         **kwargs: Any,
     ) -> None:
         if image_size < 1:
-            raise ValueError(f"image_size must be 1 or more, got {image_size}")
+            raise ValueError(f"image_size must be at least 1, got {image_size}")
         self.mean, self.std = IMAGENET_STATISTICS[in_channels]
         self.input_shape = (in_channels, image_size, image_size)
         super().__init__(**kwargs)
@@ -103,7 +106,7 @@ class ImageFolderDataModule(ImageDataModule):
     def _report_split(self, files: ImageFiles, training: Tensor, test: int) -> None:
         self._is_reported = True
         val = len(stratified(training, self.val_size, self.split_seed)) if self.val_size else 0
-        say(
+        report(
             f"{files.folder}: {len(files):,} images in {self.num_classes} classes, stratified split with split_seed "
             f"{self.split_seed}: {len(training) - val:,} training, {val:,} validation, {test:,} test"
         )

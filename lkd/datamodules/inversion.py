@@ -122,12 +122,12 @@ class DeepInversion(ExtraImages):
     def __post_init__(self) -> None:
         for name, least in (("number", 1), ("steps", 1), ("batch_size", 1), ("jitter", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"DeepInversion: {name} must be {least} or more, got {getattr(self, name)}")
+                raise ValueError(f"DeepInversion: {name} must be at least {least}, got {getattr(self, name)}")
         for name in ("statistics_weight", "variation_weight", "l2_weight"):
             if getattr(self, name) < 0:
-                raise ValueError(f"DeepInversion: {name} must be 0 or more, got {getattr(self, name)}")
+                raise ValueError(f"DeepInversion: {name} must be at least 0, got {getattr(self, name)}")
         if self.lr <= 0:
-            raise ValueError(f"DeepInversion: the learning rate lr must be above 0, got {self.lr}")
+            raise ValueError(f"DeepInversion: the learning rate lr must be greater than 0, got {self.lr}")
         if not _norms(self.network):
             raise ValueError(
                 f"DeepInversion requires BatchNorm statistics, and {type(self.network).__name__} has none; use a "

@@ -25,7 +25,7 @@ def check_sizes(batch_size: int, label_size: int | float, labels_per_class: int 
         ValueError: If the batch size is less than 1, or both settings of labels are given.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if labels_per_class is not None and label_size != 1:
         raise ValueError(
             f"label_size {label_size} and labels_per_class {labels_per_class} cannot be combined; set only one of them"
@@ -39,9 +39,9 @@ def choose_labelled(
 
     Args:
         target: Class of each image `(N,)`, int64.
-        training: Whether each is a training image `(N,)`, bool.
+        training: Whether each image is a training image `(N,)`, bool.
         label_size: Share or number of the training images, stratified.
-        labels_per_class: Number of each class, instead of `label_size`.
+        labels_per_class: Number of images per class, instead of `label_size`.
         seed: Seed of the choice.
 
     Returns:

@@ -14,7 +14,7 @@ _NAMES = {"val": "validation images", "test": "test images"}
 
 
 def is_limited(trainer: L.Trainer | None, split: Evaluated) -> bool:
-    """Whether a trainer evaluates only some batches of a split.
+    """Return whether a trainer evaluates only some batches of a split.
 
     Args:
         trainer: The trainer, if there is one.

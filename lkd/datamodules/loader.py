@@ -41,7 +41,7 @@ class Loader(DataLoader[Batch]):
         size, sampler, dataset = self.batch_size or 0, self.sampler, self.dataset
         if isinstance(sampler, EpochSampler):
             sampler.begin = begin * size
-        # For predict, Lightning replaces the batch sampler by one that records indices; users may change the others.
+        # For predict, Lightning replaces the batch sampler by one that records indices; users may replace the others.
         own = type(self.batch_sampler) is BatchSampler and self.collate_fn is identity
         direct = own and size and not (self.num_workers or self.pin_memory)
         known = type(dataset) in (ImageDataset, MaskDataset)  # a user's class may read single samples only

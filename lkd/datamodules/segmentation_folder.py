@@ -31,6 +31,9 @@ class MaskedFilesDataModule(SegmentationDataModule):
         label_map: Class of each label in the mask files; labels that are mapped to 255 are ignored. Labels that are not
             mapped are class indices.
         kwargs: Arguments of `SegmentationDataModule`.
+
+    Raises:
+        ValueError: If a size is less than 1 pixel, or `label_map` contains a label or a class that is out of range.
     """
 
     resize = PadToSize()
@@ -44,7 +47,7 @@ class MaskedFilesDataModule(SegmentationDataModule):
     ) -> None:
         for name, size in (("image_size", image_size), ("eval_size", eval_size)):
             if size is not None and min(size) < 1:
-                raise ValueError(f"{name} must be a height and a width of 1 pixel or more, got {list(size)}")
+                raise ValueError(f"{name} must be a height and a width of at least 1 pixel, got {list(size)}")
         if wrong := [label for label in (label_map or {}) if not 0 <= label <= IGNORED]:
             raise ValueError(f"label_map: labels must be between 0 and {IGNORED}, got {wrong[0]}")
         self.mean, self.std = IMAGENET_STATISTICS[3]
@@ -111,6 +114,9 @@ class SegmentationFolderDataModule(MaskedFilesDataModule):
         num_classes: Number of classes.
         class_names: Names of the classes; by default their numbers.
         kwargs: Arguments of `MaskedFilesDataModule`.
+
+    Raises:
+        ValueError: If the number of names differs from the number of classes.
     """
 
     def __init__(self, root: str, num_classes: int, class_names: tuple[str, ...] = (), **kwargs: Any) -> None:

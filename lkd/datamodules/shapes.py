@@ -18,8 +18,8 @@ _SHAPES = 3
 class SyntheticSegmentationDataModule(SegmentationDataModule):
     """Images of discs, squares, diamonds and crosses on a noisy background. They are the same in every run.
 
-    Colors, sizes and positions are random, so that only the shape tells the class. The outline of each shape, one pixel
-    wide, is ignored.
+    Colors, sizes and positions are random, so that only the shape determines the class. The outline of each shape, one
+    pixel wide, is ignored.
 
     Args:
         size: Height and width of the images.

@@ -43,7 +43,8 @@ def require_webdataset() -> None:
         import webdataset  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "WebDatasetDataModule requires webdataset, which is not installed; pip install 'lightning-kd[webdataset]'"
+            "WebDatasetDataModule requires webdataset, which is not installed; run pip install "
+            "'lightning-kd[webdataset]'"
         ) from error
 
 

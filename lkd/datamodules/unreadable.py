@@ -35,6 +35,9 @@ def readable(dataset: ImageDataset, num_workers: int) -> Tensor:
 
     Returns:
         Which images can be read `(N,)`, bool.
+
+    Raises:
+        TypeError: If the images of the dataset are not files.
     """
     source = dataset.source
     if not is_plain(source):

@@ -79,6 +79,10 @@ class WebDatasetDataModule(L.LightningDataModule):
     Attributes:
         input_shape: Channels, height and width of an image.
         resize: Deterministic transform of images of a different size to `input_shape`.
+
+    Raises:
+        ValueError: If a size is less than 1, the numbers of class names and classes differ, or `views` require random
+            access to images.
     """
 
     def __init__(
@@ -106,7 +110,7 @@ class WebDatasetDataModule(L.LightningDataModule):
         sizes = {"num_classes": num_classes, "train_size": train_size, "image_size": image_size}
         for name, size in {**sizes, "batch_size": batch_size, "shuffle_size": shuffle_size}.items():
             if size < 1:
-                raise ValueError(f"{name} must be 1 or more, got {size}")
+                raise ValueError(f"{name} must be at least 1, got {size}")
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names has {len(class_names)} names, but there are {num_classes} classes")
         if isinstance(views, ClassPartner):
@@ -261,6 +265,8 @@ class _Stream(IterableDataset[Batch]):
 
 
 class _Training(_Stream):
+    """Shuffled training batches of the shards of each worker."""
+
     shuffle_size = 1
 
     def __iter__(self) -> Iterator[Batch]:
@@ -281,6 +287,8 @@ class _Training(_Stream):
 
 
 class _Evaluation(_Stream):
+    """Evaluation batches in the order of the shards; each process returns its share of the images."""
+
     padded = True
 
     def __iter__(self) -> Iterator[Batch]:

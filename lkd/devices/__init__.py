@@ -18,7 +18,7 @@ from lkd.devices.capture import Capture, CudaCapture
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Whether a device computes asynchronously and should receive whole batches and fused operations.
+    """Return whether a device computes asynchronously and should receive whole batches and fused operations.
 
     Args:
         device: Any device.
@@ -45,12 +45,12 @@ def free_memory(device: torch.device) -> int:
 
 
 def pins_memory() -> bool:
-    """Whether batches created on the host should be in pinned memory, from which a GPU copies asynchronously."""
+    """Return whether batches created on the host should be in pinned memory, from which a GPU copies asynchronously."""
     return torch.cuda.is_available()
 
 
 def has_bf16_units(gpu: bool) -> bool:
-    """Whether the device multiplies faster in bfloat16 than in float32.
+    """Return whether the device multiplies faster in bfloat16 than in float32.
 
     Args:
         gpu: Whether to check the current CUDA device instead of the CPU.
@@ -59,7 +59,7 @@ def has_bf16_units(gpu: bool) -> bool:
 
 
 def compiles_well(device: torch.device) -> bool:
-    """Whether `torch.compile` is known to be worth its compilation time, as on a CPU with matrix units (AMX).
+    """Return whether `torch.compile` is known to be worth its compilation time, as on a CPU with matrix units (AMX).
 
     Args:
         device: Any device.
@@ -68,7 +68,7 @@ def compiles_well(device: torch.device) -> bool:
 
 
 def breaks_channels_last(network: nn.Module, device: torch.device) -> bool:
-    """Whether a convolution of a network corrupts memory on a device if its weights are in channels-last format.
+    """Return whether a convolution of a network corrupts memory on a device if its weights are in channels-last format.
 
     Without AVX-512, oneDNN 3.12 (in torch 2.14) writes past its buffers in strided 1x1 convolutions with fewer than 8
     input channels: results are wrong, or the process aborts.
@@ -84,7 +84,7 @@ def breaks_channels_last(network: nn.Module, device: torch.device) -> bool:
 
 
 def has_fused_optimizers(device: torch.device) -> bool:
-    """Whether PyTorch's fused optimizers run on a device.
+    """Return whether PyTorch's fused optimizers run on a device.
 
     Args:
         device: Any device.

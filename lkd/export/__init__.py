@@ -66,8 +66,8 @@ def export(
     from that of the checkpoint by more than `TOLERANCE`, nothing is exported.
 
     Args:
-        place: A checkpoint, the folder of a run, or the folder of all runs of one name (best checkpoint of the newest
-            run).
+        place: A checkpoint, the folder of a run, or the folder of all runs with the same name (best checkpoint of the
+            newest run).
         output: Output folder; by default `export` in the folder of the run.
         formats: `safetensors` (weights), `torch` (a program for `torch.export.load`), `onnx`. The last two accept
             batches of any size. If the network returns a map of logits, they also accept images of different sizes,

@@ -47,7 +47,7 @@ def card(
         f"---\n{_front(trained, title, facts['license'], metrics)}---",
         f"# {title}",
         f"{_description(network, facts)}, trained with lkd {__version__} (Lightning Knowledge Distillation). "
-        f"{_licence(facts['license'])}",
+        f"{_license_line(facts['license'])}",
         "## Training",
         _table(("", ""), _training(trained, own, model, data)),
         "## Evaluation",
@@ -103,7 +103,7 @@ def _outputs(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _licence(license: str) -> str:
+def _license_line(license: str) -> str:
     return "No license is specified." if license == "unknown" else f"License: `{license}`."
 
 

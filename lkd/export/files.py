@@ -225,7 +225,11 @@ def write_torch(network: Network, path: Path, metadata: str) -> Run:
 
 
 def write_onnx(network: Network, path: Path, metadata: str) -> Run:
-    """Write an ONNX file. The arguments are those of `write_safetensors`."""
+    """Write an ONNX file. The arguments are those of `write_safetensors`.
+
+    Raises:
+        ValueError: If PyTorch cannot export the network.
+    """
     size = sum(tensor.nbytes for tensor in network.program.state_dict.values())
     with _quiet():
         try:
@@ -273,6 +277,9 @@ def write_int8(source: Path, path: Path, images: Iterable[Tensor]) -> Run:
 
     Returns:
         Function that runs the quantized file.
+
+    Raises:
+        ValueError: If onnxruntime cannot quantize the network.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -327,7 +334,7 @@ def check_formats(formats: Iterable[str], int8: bool) -> None:
     if missing:
         raise ValueError(
             f"--format onnx requires {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-            "installed; pip install 'lightning-kd[onnx]', or use --format safetensors,torch"
+            "installed; run pip install 'lightning-kd[onnx]', or use --format safetensors,torch"
         )
 
 

@@ -63,7 +63,7 @@ def _resize(data: ImageDataModule | WebDatasetDataModule) -> dict[str, Any]:
         "unless": "the image already has this size",
         "cover": [round(side / data.resize.ratio) for side in data.input_shape[1:]],
         "interpolation": "bilinear, with antialiasing, as Pillow's",
-        "crop": "centre",
+        "crop": "center",
     }
 
 

@@ -51,7 +51,7 @@ class Checked:
         """Main metric of the checkpoint on the same images; NaN without labels."""
         return self._score(1)
 
-    def see(self, got: Tensor, expected: Tensor, target: Tensor) -> None:
+    def update(self, got: Tensor, expected: Tensor, target: Tensor) -> None:
         """Update the comparison with the predictions and logits of a batch.
 
         Args:
@@ -59,7 +59,7 @@ class Checked:
             expected: Logits of the checkpoint, for example `(B, K)`.
             target: Targets of the batch; missing labels are `IGNORE_INDEX`.
         """
-        self.differ(got, expected)
+        self.update_difference(got, expected)
         self.images += len(target)
         self.labelled += int(self.task.labelled(target))
         for metrics, logits in zip(self._metrics, (got, expected), strict=True):
@@ -70,7 +70,7 @@ class Checked:
             self._same += int((choices[0] == choices[1]).sum())
             self._chosen += choices[0].numel()
 
-    def differ(self, got: Tensor, expected: Tensor) -> None:
+    def update_difference(self, got: Tensor, expected: Tensor) -> None:
         """Update the maximum difference of the logits; it is infinite for different shapes and non-finite values."""
         apart = (got - expected).abs().max() if got.shape == expected.shape else torch.tensor(torch.inf)
         self.difference = max(self.difference, float(apart.nan_to_num(torch.inf, torch.inf)))
@@ -93,11 +93,11 @@ def compare(network: Network, runs: Mapping[str, Run], batches: Iterable[Batch],
         for number, batch in enumerate(batches):
             expected = network(batch.input)
             for file, run in runs.items():
-                found[file].see(run(batch.input), expected, batch.target)
+                found[file].update(run(batch.input), expected, batch.target)
             for images in () if number else _variants(network, batch.input):
                 expected = network(images)
                 for file, run in runs.items():
-                    found[file].differ(run(images), expected)
+                    found[file].update_difference(run(images), expected)
     return list(found.values())
 
 

@@ -29,7 +29,7 @@ class FeatureLayers(NamedTuple):
     Attributes:
         stem: Input of the first stage `(B, C, H, W)`.
         stages: Last outputs of the stages, after their activation `(B, C, H, W)`.
-        preacts: The same before that activation.
+        preacts: Last outputs of the stages, before their activation `(B, C, H, W)`.
         norms: BatchNorm layers whose outputs are the `preacts`, or are added to a shortcut to form them.
         decoder: Outputs of the decoder's stages of a segmentation network `(B, C, H, W)`.
         map: Input of the global pooling, or of the head of a segmentation network `(B, C, H, W)`.
@@ -103,7 +103,7 @@ _CHANNELS_LAST = ("VOLO", "VisionTransformerSAM")  # other networks of timm decl
 
 
 def _pools_all(layer: nn.Module | None) -> bool:
-    """Whether a layer returns one value per channel; torchvision's `avgpool` returns more in some networks."""
+    """Return whether a layer returns one value per channel; torchvision's `avgpool` returns more in some networks."""
     if isinstance(layer, nn.AdaptiveAvgPool2d):
         return layer.output_size in (1, (1, 1))
     return type(layer).__name__ == "SelectAdaptivePool2d"

@@ -64,7 +64,7 @@ def read_torch(file: Path) -> object:
 
 
 def is_zip(file: Path) -> bool:
-    """Whether a file is in PyTorch's zip format (since 1.6), by the same criterion as in PyTorch."""
+    """Return whether a file is in PyTorch's zip format (since 1.6), by the same criterion as in PyTorch."""
     with file.open("rb") as opened:
         return opened.read(4) == b"PK\x03\x04"
 

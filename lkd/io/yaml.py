@@ -1,4 +1,4 @@
-"""YAML loading with limits on nesting and aliases, with which a few lines may expand without end."""
+"""YAML loading with limits on nesting and aliases, because a few lines with aliases can fill the memory."""
 
 from __future__ import annotations
 

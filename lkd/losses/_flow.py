@@ -17,7 +17,7 @@ class FlowLoss(DistillLoss):
     Args:
         student_layers: Student layers, at least two, in the order of the network.
         teacher_layers: Teacher layers, one for each student layer.
-        connect: Whether a 1x1 convolution with BatchNorm adapts student maps with different numbers of channels.
+        connect: Whether a 1x1 convolution with BatchNorm adapts student maps to the teacher's number of channels.
     """
 
     reads_logits = False

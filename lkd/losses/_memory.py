@@ -1,4 +1,4 @@
-"""Memories of unit vectors: rings of rows that all processes update alike."""
+"""Memories of unit vectors: ring buffers that all processes update identically."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def new_memory(num_rings: int, size: int, feat_dim: int) -> Tensor:
-    """Return rings of random unit vectors, the same in all processes.
+    """Create ring buffers of random unit vectors, identical in all processes.
 
     Args:
         num_rings: Number of rings.
-        size: Rows of a ring.
-        feat_dim: Size of a row.
+        size: Number of rows of a ring.
+        feat_dim: Number of values in a row.
 
     Returns:
         Memory `(num_rings, size, feat_dim)`.
@@ -41,14 +41,14 @@ def new_memory(num_rings: int, size: int, feat_dim: int) -> Tensor:
 def enqueue(memory: Tensor, pointer: Tensor, rows: Tensor, count: Tensor) -> None:
     """Write rows to each ring, in place.
 
-    Rows that do not fit between the pointer and the end of a ring are written to its last places, and the pointer
-    returns to the start.
+    If the rows reach the end of a ring, all of them are written to its last positions, and its pointer returns to the
+    start.
 
     Args:
         memory: Rings `(K, M, D)`.
-        pointer: Place of the next row in each ring `(K,)`, int64.
+        pointer: Position of the next row in each ring `(K,)`, int64.
         rows: New rows `(K, J, D)`, with J at most M.
-        count: How many of the new rows are valid `(K,)`, int64; they are the first ones.
+        count: Number of valid new rows `(K,)`, int64; the valid rows come first.
     """
     size, number = memory.shape[1], torch.arange(rows.shape[1], device=rows.device)
     is_full = pointer + count >= size
@@ -60,14 +60,14 @@ def enqueue(memory: Tensor, pointer: Tensor, rows: Tensor, count: Tensor) -> Non
 
 
 def drawn(size: int, count: int, device: torch.device) -> Tensor:
-    """Draw distinct numbers below `size`.
+    """Draw distinct integers from 0 to `size` - 1.
 
     Args:
-        size: Number of numbers to draw from.
-        count: How many to draw; all of them, in random order, if there are fewer.
+        size: Number of integers to draw from.
+        count: Number of integers to draw. If `size` is smaller, all are returned, in random order.
         device: Device of the result.
 
     Returns:
-        Numbers `(min(count, size),)`, int64.
+        Integers `(min(count, size),)`, int64.
     """
     return torch.rand(size, device=device).topk(min(count, size)).indices

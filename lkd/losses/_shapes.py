@@ -54,7 +54,7 @@ def check_shapes(**forms: Form) -> Callable[[Callable[_P, _R]], Callable[_P, _R]
     It compares Python numbers only, so it never waits for the device, and it works under `torch.compile` and `vmap`.
 
     Args:
-        forms: Argument name to expected shape. Sizes are separated by spaces. A name such as `B` stands for the same
+        forms: Expected shapes by argument name. Sizes are separated by spaces. A name such as `B` stands for the same
             size wherever it occurs, `4B` for four times that size, and `1` for itself. A final `...` stands for any
             further dimensions, and a final `*` for further dimensions that are the same wherever `*` occurs. A tuple
             lists alternatives with different numbers of dimensions. If the argument is a list, each item has this

@@ -32,7 +32,7 @@ def cross_image_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tens
         temperature: Softmax temperature of the similarities.
 
     Returns:
-        Scalar: for each row and each image, the divergence of the row's distribution over the rows of that image.
+        Scalar: mean over all rows and images of the divergence between the row's distributions over the image's rows.
     """
     all_rows = (student.flatten(0, 1), teacher.flatten(0, 1))
     ours, theirs = ((rows @ rows.mT).view(-1, student.shape[1]) for rows in all_rows)
@@ -139,13 +139,13 @@ class CIRKD(DistillLoss):
         region_weight: Weight of the similarities with the memory of regions.
         temperature: Temperature of the similarities, greater than 0.
         kd_temperature: Softmax temperature of the two terms with memories, greater than 0.
-        memory_size: Numbers of pixels and of regions that are stored of each class, the former at least
+        memory_size: Numbers of pixels and of regions that are stored for each class, the former at least
             `pixels_per_image`.
         num_keys: Numbers N of random pixels and of random regions that are compared in a step, N // num_classes + 1 of
             each class.
-        pixels_per_image: Largest number of pixels of a class that are stored from an image.
-        pool_size: Size of the windows that are average-pooled for the similarities within the batch, which take (B * H
-            * W)² values; 1 for no pooling.
+        pixels_per_image: Maximum number of pixels that are stored for each class and image.
+        pool_size: Size of the average-pooling windows for the similarities within the batch, which take (B * H * W)²
+            values; 1 disables pooling.
 
     Raises:
         ValueError: If a setting is out of range, or all weights are 0. At the start of training, if a layer does not
@@ -186,7 +186,7 @@ class CIRKD(DistillLoss):
         super().__init__([student_layer], [teacher_layer])
         check_weights(batch_weight=batch_weight, pixel_weight=pixel_weight, region_weight=region_weight)
         if batch_weight == pixel_weight == region_weight == 0:
-            raise ValueError("batch_weight, pixel_weight and region_weight are all 0; use a greater weight for one")
+            raise ValueError("batch_weight, pixel_weight and region_weight are all 0; set at least one of them above 0")
         for name, value in (("pixels_per_image", pixels_per_image), ("pool_size", pool_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -232,7 +232,7 @@ class CIRKD(DistillLoss):
             self.register_buffer(f"{name}_pointer", torch.zeros(num_classes, dtype=torch.int64))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Compute the terms and, in training, update the memories before."""
+        """In training, update the memories; then compute the terms."""
         ((ours, theirs),) = self.pairs(student, teacher)
         ours, theirs = enlarged(ours, theirs)
         terms = {}
@@ -262,7 +262,7 @@ class CIRKD(DistillLoss):
         return found
 
     def draw_rows(self, memory: Tensor, count: int) -> Tensor:
-        """Draw the rows of a memory that are compared, the same ones of all classes; override to change the sampling.
+        """Draw the rows of a memory to compare with, the same for all classes; override this to change the sampling.
 
         Args:
             memory: Memory `(K, M, D)`.

@@ -118,8 +118,8 @@ class CIRKDChannel(DistillLoss):
         kd_temperature: Softmax temperature of the term with the memory, greater than 0.
         memory_size: Number of channels that are stored.
         num_keys: Number of random channels of the memory that are compared in a step.
-        channels_per_step: Largest number of channels that are stored in a step.
-        pool_size: Size of the windows that are average-pooled.
+        channels_per_step: Maximum number of channels that are stored in a step.
+        pool_size: Size of the average-pooling windows.
 
     Raises:
         ValueError: If a setting is out of range. At the start of training, if a layer does not return a feature map.
@@ -177,14 +177,14 @@ class CIRKDChannel(DistillLoss):
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
 
     def _pooled(self, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both maps, of one size and average-pooled; partial windows at the border count."""
+        """Return both maps, resized to the same size and average-pooled, with partial windows at the border."""
         student, teacher = (
             F.avg_pool2d(wide(values), self.pool_size, ceil_mode=True) for values in enlarged(ours, theirs)
         )
         return student, teacher
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Compute the three terms and, in training, update the memory before."""
+        """In training, update the memory; then compute the three terms."""
         ours, theirs = (
             interpolated(values, self.map_size) for values in self._pooled(*self.pairs(student, teacher)[0])
         )

@@ -85,7 +85,7 @@ class CompositeLoss(DistillLoss):
         return max(part.num_views for part in self.parts)
 
     def resolve_layers(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Resolve the layers of the parts, some of which, such as `MultiTeacher`, read other layers than they name."""
+        """Resolve the layers of the parts. The number of layers may change, as in `MultiTeacher`."""
         for part in self.parts:
             part.resolve_layers(student, teacher)
         self.student_layers = tuple(layer for part in self.parts for layer in part.student_layers)

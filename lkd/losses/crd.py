@@ -106,7 +106,7 @@ class CRD(DistillLoss):
     per_process = "negatives sampled from the shared memory banks"
     same_everywhere: ClassVar[tuple[str, ...]] = ("student_memory", "teacher_memory", "targets", "is_drawn", "log_z")
     train_index: Tensor | None = None
-    """Positions of the training images `(N,)`, from the data module; None: all may be drawn."""
+    """Positions of the training images `(N,)`, from the data module; `None` if all images may be drawn."""
     student_memory: Tensor
     teacher_memory: Tensor
     log_z: Tensor

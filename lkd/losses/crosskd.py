@@ -129,9 +129,9 @@ class CrossKD(DistillLoss):
     The student's feature map gets the mean and standard deviation of the teacher's (`crosskd_aligned`) and passes
     through the teacher's head, which is not trained. Its class logits are compared with the teacher's
     (`crosskd_class_loss`), and so are the distributions that a second head predicts for the sides of boxes
-    (`crosskd_box_loss`), if there is one. The student's own head is thus not torn between the labels and the teacher.
-    The sums run over the positions of all layers and all images of a process. The class term is divided by the sum of
-    the teacher's largest class probabilities, at least 1. The terms are logged as `train/crosskd_class` and
+    (`crosskd_box_loss`), if there is one. This avoids conflicts between the labels and the teacher in the student's own
+    head. The sums run over the positions of all layers and all images of a process. The class term is divided by the
+    sum of the teacher's largest class probabilities, at least 1. The terms are logged as `train/crosskd_class` and
     `train/crosskd_box`.
 
     A 1x1 convolution that is trained with the student maps its channels to the teacher's where the numbers differ. The
@@ -143,27 +143,27 @@ class CrossKD(DistillLoss):
     Args:
         student_layers: Student layers that return the inputs of the class head, one for each level of an FPN.
         teacher_layers: Teacher layers, one for each student layer.
-        teacher_head: Layer of the teacher that maps them to class logits `(B, K, H, W)`: the whole head, or its last
-            layers if `student_layers` and `teacher_layers` are within the heads.
-        student_box_layers: Student layers that return the inputs of the box head. Without them, it has the inputs of
-            the class head.
-        teacher_box_layers: Teacher layers, one for each student layer.
-        teacher_box_head: Layer of the teacher that maps them to the logits of distributions
-            `(B, 4 * (reg_max + 1), H, W)`; `None` for no box term.
+        teacher_head: Layer of the teacher that maps the outputs of `teacher_layers` to class logits `(B, K, H, W)`: the
+            whole head, or its last layers if `student_layers` and `teacher_layers` are within the heads.
+        student_box_layers: Student layers that return the inputs of the box head. If empty, the box head receives the
+            inputs of the class head.
+        teacher_box_layers: Teacher layers, one for each of `student_box_layers`.
+        teacher_box_head: Layer of the teacher that maps the inputs of the box head to the logits of distributions
+            `(B, 4 * (reg_max + 1), H, W)`; `None` disables the box term.
         beta: Exponent in the class term, at least 1.
         temperature: Temperature of the box term, greater than 0.
         class_weight: Weight of the class term.
         box_weight: Weight of the box term.
 
     Raises:
-        ValueError: If a setting is out of range, or if there are box layers without a box head or not as many as other
-            layers. At the start of training, if a head does not exist or does not map the teacher's features to maps of
-            the form above.
+        ValueError: If a setting is out of range, or if box layers are given without a box head or in another number
+            than `student_layers`. At the start of training, if a head does not exist or does not map the teacher's
+            features to maps of the form above.
 
     References:
         Wang et al.: CrossKD: Cross-Head Knowledge Distillation for Object Detection, CVPR 2024 (arXiv 2306.11369). The
-        defaults are the authors' for GFL on COCO, where the teacher's head is its last convolution after the third of
-        four. For RetinaNet, ATSS and FCOS, they compare decoded boxes by IoU instead; this is not implemented.
+        defaults are the authors' for GFL on COCO, where the teacher's head takes over after the third of four
+        convolutions. For RetinaNet, ATSS and FCOS, they compare decoded boxes by IoU instead; this is not implemented.
     """
 
     reads_logits = False

@@ -75,7 +75,7 @@ class CWD(DistillLoss):
         self, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = (), temperature: float = 4.0
     ) -> None:
         super().__init__(student_layers, teacher_layers)
-        self.reads_logits = not (self.student_layers or self.teacher_layers)  # type: ignore[misc]  # the default's
+        self.reads_logits = not (self.student_layers or self.teacher_layers)  # type: ignore[misc]  # per instance
         self.needs_build = not self.reads_logits  # type: ignore[misc]  # the logits have no adapters
         self.temperature = check_temperature(temperature)
 

@@ -73,7 +73,7 @@ class DeiT(DistillLoss):
     The student has two heads and returns the mean of their logits, such as timm's `deit_tiny_distilled_patch16_224`.
     The class head learns the labels and the distillation head learns from the teacher (see `deit_loss`). The criterion
     includes the cross-entropy of the class head, so the module's `hard_weight` must be 0; otherwise, the distillation
-    head would learn the labels, too. The terms are logged as `train/deit_class` and `train/deit_token`.
+    head would learn the labels as well. The terms are logged as `train/deit_class` and `train/deit_token`.
 
     Args:
         class_head: Student layer that returns the logits of the class head.

@@ -174,8 +174,8 @@ class FBKD(DistillLoss):
         Zhang, Ma: Improve Object Detection with Feature-based Knowledge Distillation: Towards Accurate and Efficient
         Detectors, ICLR 2021. Weights and temperature are those of mmrazor for Faster R-CNN on COCO, which has the
         reductions 4, 4, 2, 2 and the pool sizes 8, 4, 2, 2 for four FPN levels. mmrazor pools by 2 once more, which is
-        not in the authors' code; set twice the sizes for it. The channel attention of the paper is computed but not
-        used in all published code, and is left out.
+        not in the authors' code; double the pool sizes to reproduce it. The channel attention of the paper is computed
+        but not used in all published code, and is left out.
     """
 
     reads_logits = False

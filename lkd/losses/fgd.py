@@ -20,7 +20,7 @@ from lkd.types import Batch, Outputs, Predictions, Probe
 
 
 def _foreground(boxes: Tensor, image_size: tuple[float, float], size: tuple[int, int]) -> Tensor:
-    """Return one over the area of the smallest box that covers each pixel of a map of `size`, or 0."""
+    """Return, for each pixel of a map of `size`, 1 / area of the smallest box that covers it; 0 without a box."""
     (height, width), (rows, columns) = image_size, size
     x1, y1, x2, y2 = boxes.unbind(1)
     left, right = (x1 / width * columns).floor(), (x2 / width * columns).ceil()
@@ -108,7 +108,7 @@ def fgd_attention_loss(student_feature: Tensor, teacher_feature: Tensor, tempera
 
     $$ \frac{1}{B} \sum_i \Big( \sum_p |A^s_{i,p} - A^t_{i,p}| + \sum_c |C^s_{i,c} - C^t_{i,c}| \Big) $$
 
-    The attention A and C is that of `fgd_feature_loss`.
+    The spatial attention A and the channel attention C are those of `fgd_feature_loss`.
 
     Args:
         student_feature: Student feature map `(B, D, H, W)`.
@@ -174,10 +174,10 @@ class FGD(DistillLoss):
     `train/fgd_foreground`, `train/fgd_background`, `train/fgd_attention` and `train/fgd_relation`.
 
     A 1x1 convolution maps the student's channels to the teacher's where the numbers differ. Smaller maps are
-    interpolated to the size of larger ones. The boxes are `boxes` of each entry of `Batch.target`. Detectors of
-    `lkd.models` state which area their maps cover; other networks must place all images of a batch at the top left of
-    an area as large as the largest height and width of the batch. Batches without boxes, as in classification and
-    segmentation, consist of background only.
+    interpolated to the size of larger ones. The boxes are read from the key `boxes` of each entry of `Batch.target`.
+    Detectors of `lkd.models` state which area their maps cover; other networks must place all images of a batch at the
+    top left of an area as large as the largest height and width of the batch. Batches without boxes, as in
+    classification and segmentation, consist of background only.
 
     Args:
         student_layers: Student layers whose feature maps are compared, for example the outputs of an FPN.

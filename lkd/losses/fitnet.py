@@ -50,7 +50,8 @@ class FitNet(DistillLoss):
 
     Raises:
         ValueError: If `regressor` is neither of the two. At the start of training, if a layer does not return a feature
-            map, or if the student's map is smaller than the teacher's and not exactly half as large for `conv_bn_relu`.
+            map; for `conv_bn_relu`, also if the student's map is smaller than the teacher's, but not exactly half as
+            large.
 
     References:
         Romero et al.: FitNets: Hints for Thin Deep Nets, ICLR 2015 (arXiv 1412.6550). The paper uses half the squared

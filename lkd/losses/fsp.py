@@ -95,8 +95,8 @@ class FSP(FlowLoss):
         teacher_layers: Teacher layers, one for each student layer, with the same numbers of channels.
         pooling: Pooling of the larger of two maps to the size of the smaller one; the paper uses `max`.
         reduction: `sum` over the entries of a matrix, as in the paper, or `mean`.
-        connect: Whether a 1x1 convolution with BatchNorm adapts student maps with different numbers of channels; the
-            paper has no such adapter.
+        connect: Whether a 1x1 convolution with BatchNorm adapts student maps to the teacher's number of channels, where
+            the numbers differ; the paper has no such adapter.
 
     Raises:
         ValueError: At the start of training, if there are fewer than two layers, if a layer does not return a feature

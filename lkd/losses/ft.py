@@ -36,9 +36,9 @@ def ft_loss(student_factor: Tensor, teacher_factor: Tensor, p: float = 1.0) -> T
 
     References:
         Kim, Park, Kwak: Paraphrasing Complex Network: Network Compression via Factor Transfer, NeurIPS 2018 (arXiv
-        1802.04977). The mean over the elements for p = 1 follows common implementations, to which the usual weights
-        belong. The CIFAR-100 benchmark (Tian et al., arXiv 1910.10699) compares attention maps of the factors, which is
-        a different loss.
+        1802.04977). The mean over the elements for p = 1 follows common implementations, for which the usual weights
+        were chosen. The CIFAR-100 benchmark (Tian et al., arXiv 1910.10699) compares attention maps of the factors,
+        which is a different loss.
 
     Example:
         >>> import torch

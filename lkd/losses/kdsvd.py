@@ -116,8 +116,8 @@ class KDSVD(FlowLoss):
         student_layers: Student layers whose feature maps are compared, at least two, in the order of the network.
         teacher_layers: Teacher layers, one for each student layer, with the same numbers of channels; sizes may differ.
         num_vectors: Number of singular vectors of the teacher, at least 1.
-        connect: Whether a 1x1 convolution with BatchNorm adapts student maps with different numbers of channels; the
-            paper has no such adapter.
+        connect: Whether a 1x1 convolution with BatchNorm adapts student maps to the teacher's number of channels, where
+            the numbers differ; the paper has no such adapter.
 
     Raises:
         ValueError: If `num_vectors` is less than 1. At the start of training, if there are fewer than two layers, if a

@@ -70,7 +70,7 @@ class LD(DistillLoss):
             `@box_maps` and, for `class_layers`, `@class_maps` refer to all levels.
         teacher_layers: Teacher layers, one for each student layer.
         class_layers: Student layers that return the class logits of the same positions `(B, K, H, W)`, one for each
-            layer. Without them, these are the student's logits.
+            layer. If empty, the student's logits are used.
         temperature: Softmax temperature, greater than 0.
         avg_factor: Divisor of the sum, greater than 0.
 

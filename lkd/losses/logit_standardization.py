@@ -1,4 +1,4 @@
-"""Logit standardization around another criterion."""
+"""Logit standardization for another criterion."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class MasKD(DistillLoss):
     numbers differ. The losses of the layers are summed. If maps differ in size, the smaller one is interpolated to the
     size of the larger one.
 
-    With `learn_tokens`, the tokens are trained with the student, by the overlap of their masks alone
+    With `learn_tokens`, the tokens are trained with the student, only to reduce the overlap of their masks
     (`train/maskd_diversity`, `maskd_diversity_loss`). Otherwise they are frozen: load learned ones with
     `load_state_dict` (`tokens.0`, ...), since the initial ones select all pixels alike.
 
@@ -143,7 +143,7 @@ class MasKD(DistillLoss):
             raise ValueError(f"num_tokens must be at least 2, got {num_tokens}; typically 8")
         check_weights(diversity_weight=diversity_weight)
         check_positive("typically 1e-5", eps=eps)
-        self.reads_logits = not (self.student_layers or self.teacher_layers)  # type: ignore[misc]  # the default's
+        self.reads_logits = not (self.student_layers or self.teacher_layers)  # type: ignore[misc]  # per instance
         self.num_tokens = num_tokens
         self.learn_tokens = learn_tokens
         self.diversity_weight = diversity_weight

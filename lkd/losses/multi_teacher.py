@@ -100,7 +100,7 @@ class MultiTeacher(CompositeLoss):
             over samples (`KD`, `DKD`, `AT`, ...) or over labelled samples, and its adapters must not contain BatchNorm.
         weighting: Source of the weights.
         weights: Weights for `fixed`, one for each teacher in the order of the ensemble, at least 0. They are normalized
-            to sum 1. `None` weights all teachers equally.
+            to sum to 1. `None` weights all teachers equally.
 
     Raises:
         ValueError: If weights are given and `weighting` is not `fixed`, if a weight is negative, or if all weights are

@@ -34,7 +34,7 @@ def pad_loss(student_feature: Tensor, teacher_feature: Tensor, log_variance: Ten
 
     References:
         Zhang et al.: Prime-Aware Adaptive Distillation, ECCV 2020 (arXiv 2008.01458). The mean over the elements
-        follows torchdistill's code, according to which the authors use it.
+        follows torchdistill's code, which states that the authors use it.
 
     Example:
         >>> round(pad_loss(torch.ones(1, 4), torch.zeros(1, 4), torch.zeros(1, 4), eps=0.25).item(), 4)

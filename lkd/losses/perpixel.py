@@ -21,8 +21,8 @@ class PerPixel(WrapperLoss):
 
     - Criteria that are a mean over samples average over the labelled pixels only.
     - Criteria that compare samples with each other, or have terms of both kinds, receive the labelled pixels in random
-      order, from which the places of the ignored pixels are filled. With at most as many `max_pixels` as labelled
-      pixels, this is a random sample without replacement.
+      order, repeated to fill the positions of the ignored pixels. If `max_pixels` does not exceed the number of
+      labelled pixels, this is a random sample without replacement.
 
     Args:
         criterion: Criterion of logits, such as `KD`, `DKD`, `NKD` or `DIST`.

@@ -99,8 +99,8 @@ class PKD(DistillLoss):
     Args:
         student_layers: Student layers whose feature maps are compared, for example the outputs of an FPN.
         teacher_layers: Teacher layers, one for each student layer.
-        resize_student: Whether the student's maps are interpolated to the size of the teacher's, or the teacher's to
-            the size of the student's, where the sizes differ.
+        resize_student: Whether to interpolate the student's maps to the size of the teacher's where the sizes differ.
+            If not, the teacher's maps are interpolated to the size of the student's.
 
     Raises:
         ValueError: At the start of training, if a layer does not return a feature map.

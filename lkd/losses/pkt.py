@@ -13,7 +13,7 @@ from lkd.losses.base import DistillLoss, total
 from lkd.types import Batch, Outputs
 
 
-def _neighbours(feature: Tensor, eps: float) -> Tensor:
+def _neighbor_probabilities(feature: Tensor, eps: float) -> Tensor:
     """Return the conditional neighbor probabilities of the samples `(B, B)`."""
     x = feature.flatten(1)
     x = x / (x.norm(dim=1, keepdim=True) + eps)
@@ -47,7 +47,7 @@ def pkt_loss(student_feature: Tensor, teacher_feature: Tensor, eps: float = 1e-7
         >>> pkt_loss(3 * feature, feature).abs().item() < 1e-7
         True
     """
-    student, teacher = _neighbours(student_feature, eps), _neighbours(teacher_feature, eps)
+    student, teacher = _neighbor_probabilities(student_feature, eps), _neighbor_probabilities(teacher_feature, eps)
     return (teacher * ((teacher + eps).log() - (student + eps).log())).mean()
 
 

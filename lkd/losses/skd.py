@@ -57,10 +57,10 @@ def skd_direction_loss(student_logits: Tensor, teacher_logits: Tensor, tikhonov:
     with torch.autocast(student_logits.device.type, enabled=False):
         student, teacher = (unit_vectors(wide(logits), dim=1) for logits in (student_logits, teacher_logits))
         difference = student @ student.T - teacher @ teacher.T
-        centred = difference - difference.mean(0)
+        centered = difference - difference.mean(0)
         num_samples = len(difference)
-        covariance = centred.T @ centred / max(num_samples - 1, 1)
-        covariance = covariance + tikhonov * torch.eye(num_samples, dtype=centred.dtype, device=centred.device)
+        covariance = centered.T @ centered / max(num_samples - 1, 1)
+        covariance = covariance + tikhonov * torch.eye(num_samples, dtype=centered.dtype, device=centered.device)
         # torch.linalg.solve checks for singular matrices, which synchronizes with the device
         solved, _ = torch.linalg.solve_ex(covariance, difference.T)
         squares: Tensor = (difference * solved.T).sum(1)

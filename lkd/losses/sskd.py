@@ -169,7 +169,7 @@ class SSKD(DistillLoss):
 
     References:
         Xu et al.: Knowledge Distillation Meets Self-Supervision, ECCV 2020 (arXiv 2006.07114). In the authors' code,
-        the second layer of the heads has a bias, too, and the teacher's head is trained for 60 epochs before the
+        the second layer of the heads also has a bias, and the teacher's head is trained for 60 epochs before the
         student.
     """
 

@@ -53,7 +53,7 @@ def uskd_loss(
 
     Here p is the student's softmax, $\hat p$ its softmax over the non-target classes, v the softmax of the weak logits,
     l the label smoothed by 0.1, and $w_i = p_{iy}^2 + 1 - \mathrm{mean}_j \, p_{jy}^2$, without gradient. The soft
-    labels t of the non-target classes follow Zipf's law, 1 / rank, normalized to sum 1. Classes are ranked by
+    labels t of the non-target classes follow Zipf's law, 1 / rank, normalized to sum to 1. Classes are ranked by
     $v_c / (1 - v_y) + \log p_c / (1 - \log p_y)$.
 
     Args:

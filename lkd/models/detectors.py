@@ -73,6 +73,9 @@ def retinanet(
         num_scales: Number of anchor sizes at each position, from 4 times to less than 8 times the stride, each with the
             aspect ratios 1/2, 1 and 2.
 
+    Raises:
+        ValueError: If a count is less than 1.
+
     Example:
         >>> import torch
         >>> retinanet(num_classes=5)([torch.zeros(3, 32, 48), torch.zeros(3, 40, 40)]).class_logits.shape[2]
@@ -142,6 +145,9 @@ def faster_rcnn(
             with the strides 4, 8, ...
         channels: Number of channels of the pyramid.
         head_channels: Number of channels of the head that classifies the proposals.
+
+    Raises:
+        ValueError: If a count is less than 1.
     """
     check_counts(num_classes=num_classes, head_channels=head_channels)
     strides = _strides(filters)

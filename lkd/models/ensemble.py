@@ -23,7 +23,7 @@ class Ensemble(nn.Module):
 
     Args:
         networks: Members, at least one; each returns logits `(B, K)` of the same classes.
-        weights: Positive weight of each member, normalized to sum 1. `None` weights all members equally.
+        weights: Positive weight of each member, normalized to sum to 1. `None` weights all members equally.
         mean_of: Quantity that is averaged: `logits`, or `probabilities`, in which case the ensemble returns their
             logarithms.
 

@@ -89,7 +89,7 @@ def timm_model(
         import timm
     except ImportError as error:
         raise ValueError(
-            "timm_model requires timm, which is not installed; pip install 'lightning-kd[timm]'"
+            "timm_model requires timm, which is not installed; run pip install 'lightning-kd[timm]'"
         ) from error
     if ":" not in name:  # names such as hf-hub:USER/NETWORK and local-dir:FOLDER are not in timm's lists
         family = name.split(".")[0]

@@ -143,7 +143,7 @@ def smp_model(
         import segmentation_models_pytorch as smp
     except ImportError as error:
         raise ValueError(
-            "smp_model requires segmentation_models_pytorch, which is not installed; pip install "
+            "smp_model requires segmentation_models_pytorch, which is not installed; run pip install "
             "'lightning-kd[segmentation]'"
         ) from error
     check_name("segmentation_models_pytorch has no architecture", architecture, list(smp.MODEL_ARCHITECTURES_MAPPING))

@@ -37,10 +37,10 @@ def load_weights(network: nn.Module, path: str | Path, drop_head: bool = False) 
     """Load trained weights into a network.
 
     The file is a safetensors file, or a PyTorch file with a state dict, either at the top level or under `state_dict`
-    (Lightning) or `model` (the CIFAR-100 benchmark). Code in the file is never executed. Prefixes of wrappers
-    (`module.`, `model.`, `student.`, ...) are removed, the names `linear` and `shortcut` are converted to `fc` and
-    `downsample` or vice versa as the network requires, and tensors are cast to the dtypes of the network. If the
-    weights do not match, the network is not modified.
+    (Lightning), `model` (the CIFAR-100 benchmark), `model_state_dict` or `net`. Code in the file is never executed.
+    Prefixes of wrappers (`module.`, `model.`, `student.`, ...) are removed, the names `linear` and `shortcut` are
+    converted to `fc` and `downsample` or vice versa as the network requires, and tensors are cast to the dtypes of the
+    network. If the weights do not match, the network is not modified.
 
     Args:
         network: Network whose weights are set in place.

@@ -25,7 +25,7 @@ def mismatch(network: nn.Module, example: Any) -> str:
     tensors = [*network.parameters(), *network.buffers(), *inputs]
     places = sorted({str(tensor.device) for tensor in tensors})
     if len(places) > 1:
-        return f"its weights, buffers and input are on different devices ({', '.join(places)}); move them to the same"
+        return f"its weights, buffers and input are on different devices ({', '.join(places)}); move them to one device"
     kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.is_floating_point()})
     if len(kinds) > 1:
         return (
@@ -146,20 +146,20 @@ def check_not_reserved(criterion: str, names: Iterable[str], reserved: Collectio
             )
 
 
-def check_same_classes(criterion: str, ours: int | None, theirs: int | None) -> None:
+def check_same_classes(criterion: str, student: int | None, teacher: int | None) -> None:
     """Check that student and teacher have the same number of logits.
 
     Args:
         criterion: Name of the criterion that compares them.
-        ours: Number of classes of the student, if it has any.
-        theirs: Number of classes of the teacher, if it has any.
+        student: Number of classes of the student, if it has any.
+        teacher: Number of classes of the teacher, if it has any.
 
     Raises:
         ValueError: If the numbers differ.
     """
-    if ours != theirs:
+    if student != teacher:
         raise ValueError(
-            f"the student has {ours} classes, but the teacher has {theirs}; {criterion} "
+            f"the student has {student} classes, but the teacher has {teacher}; {criterion} "
             "compares logits, so num_classes must be the same in both"
         )
 

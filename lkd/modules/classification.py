@@ -62,6 +62,7 @@ class ClassificationModule(EvaluatedModule):
         flushes: Number of times training metrics were read from the device and logged.
 
     Raises:
+        FileNotFoundError: If the file with the weights does not exist.
         ValueError: If `label_smoothing` is out of range or the weights in the file do not match the network.
     """
 
@@ -289,7 +290,7 @@ class ClassificationModule(EvaluatedModule):
         return True
 
     def setup(self, stage: str) -> None:
-        """Check that the networks match the data, before the run starts."""
+        """Check that the networks match the data and that there is a training signal, before the run starts."""
         for metric in self.modules():
             if isinstance(metric, Metric):  # `validate` leaves inference tensors, which `fit` could not update
                 metric.reset()

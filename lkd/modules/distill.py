@@ -53,6 +53,7 @@ class DistillModule(EvaluatedDistillation):
             trainable parameters of student and criterion.
 
     Raises:
+        FileNotFoundError: If a file with weights does not exist.
         ValueError: If a weight is negative or both are 0, if the criterion requires a teacher and there is none, or if
             the weights in a file do not match the network.
 
@@ -132,6 +133,9 @@ class DistillModule(EvaluatedDistillation):
 
         Args:
             batch: One batch, normalized for the student.
+
+        Raises:
+            ValueError: If there is no teacher.
         """
         if self.teacher_extractor is None:
             raise ValueError(f"{type(self).__name__} has no teacher; set `teacher`, or override teacher_outputs")

@@ -195,7 +195,11 @@ class DOTModule(DistillModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient of the total loss by its norm, and scale its distillation part by the same factor."""
+        """Clip the gradient of the total loss by its norm, and scale its distillation part by the same factor.
+
+        Raises:
+            ValueError: If gradients are to be clipped by value.
+        """
         if gradient_clip_val:
             if gradient_clip_algorithm == "value":
                 raise ValueError("DOTModule cannot clip gradients by value; set --trainer.gradient_clip_algorithm norm")

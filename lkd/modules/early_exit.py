@@ -33,8 +33,9 @@ class EarlyExitModule(DistillModule):
             trainable parameters of the network and its exits.
 
     Raises:
-        ValueError: If the exit does not exist, a weight is negative, or the weights in the file do not match the
-            network.
+        FileNotFoundError: If the file with the weights does not exist.
+        ValueError: If the exit does not exist, a weight is negative or both are 0, or the weights in the file do not
+            match the network.
     """
 
     replaced_arguments = ("teacher", "teacher_ckpt", "teacher_normalization")

@@ -131,7 +131,7 @@ class EvaluatedModule(RecordedModule):
                 self.log(f"{stage}/{metric}/{name}", value, sync_dist=True)
 
     def _can_replay(self, batch: Batch) -> bool:
-        """Whether a captured graph may evaluate a batch, which requires that all metrics exist."""
+        """Return whether a captured graph may evaluate a batch, which requires that all metrics exist."""
         return True
 
     def _adopt(self, stage: str, metrics: Mapping[str, Metric]) -> None:

@@ -32,6 +32,7 @@ class FineTuneModule(ClassificationModule):
         kwargs: Arguments of `ClassificationModule`.
 
     Raises:
+        FileNotFoundError: If the file with the weights does not exist.
         ValueError: If the network has no linear layer, a layer to freeze does not exist, no trainable parameters
             remain, a number is out of range, or the weights in the file do not match the network.
     """

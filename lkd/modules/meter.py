@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _TOGETHER = 64
+"""Number of steps that are summed at once."""
 
 
 class ValueName(NamedTuple):
@@ -104,7 +105,7 @@ class Meter:
         """Restore the meter from a `state`.
 
         Args:
-            state: Return value of `state`.
+            state: State returned by the method `state`.
             rank: Rank of this process. If the state has fewer processes, that of the last one is used.
             device: Device on which the steps run.
         """

@@ -121,8 +121,8 @@ class MutualModule(DistillModule):
             trainable parameters of all students and criteria.
 
     Raises:
-        ValueError: If there are fewer than two students or a weight is negative. Before training, if the students have
-            different numbers of classes.
+        ValueError: If there are fewer than two students, or if a weight is negative or both are 0. Before training, if
+            the students have different numbers of classes.
 
     References:
         Zhang, Xiang, Hospedales, Lu: Deep Mutual Learning, CVPR 2018 (arXiv 1706.00384). The authors update the
@@ -173,7 +173,11 @@ class MutualModule(DistillModule):
         return False
 
     def build(self, example: Any) -> None:
-        """Check the students with a blank input, and build the adapters of the criterion."""
+        """Check the students with a blank input, and build the adapters of the criterion.
+
+        Raises:
+            ValueError: If a student fails on the input, or the criterion compares logits of different sizes.
+        """
         named = zip(self.network_names, self.extractors, strict=True)
         probes = [self.probe(name, extractor, example) for name, extractor in named]
         classes = [probe.outputs.logits.shape[1] for probe in probes]

@@ -54,7 +54,11 @@ class NoisyStudentModule(DistillModule):
         return Batch(Pair(*rows.input.chunk(2)), rows.target.chunk(2)[0], index)
 
     def student_outputs(self, batch: Batch) -> Outputs:
-        """Compute the student's outputs for the strong view."""
+        """Compute the student's outputs for the strong view.
+
+        Raises:
+            ValueError: If the batch does not contain two views of each image.
+        """
         if not isinstance(batch.input, Pair):
             raise ValueError(
                 "NoisyStudentModule requires two views of each image, a weak and a strong one, but the batches have "

@@ -20,8 +20,8 @@ class InputNormalizer:
         device: Device of the networks.
 
     Attributes:
-        scale: Factor `(1, C, 1, 1)`.
-        shift: Summand `(1, C, 1, 1)`.
+        scale: Multiplier `(1, C, 1, 1)`.
+        shift: Offset `(1, C, 1, 1)`.
 
     Raises:
         ValueError: If the normalization of the data is not known, or the numbers of channels differ.

@@ -46,8 +46,9 @@ class PastTeacherModule(DistillModule):
             trainable parameters of student and criterion.
 
     Raises:
-        ValueError: If `ema_decay` is out of range, a weight is negative, or the weights in the file do not match the
-            network.
+        FileNotFoundError: If the file with the weights does not exist.
+        ValueError: If `ema_decay` is out of range, a weight is negative or both are 0, or the weights in the file do
+            not match the network.
 
     References:
         Kim et al.: Self-Knowledge Distillation with Progressive Refinement of Targets, ICCV 2021 (arXiv 2006.12000).

@@ -18,7 +18,7 @@ def is_due(trainer: L.Trainer, batch_idx: int) -> bool:
 
     Args:
         trainer: The trainer.
-        batch_idx: Number of the batch in its epoch.
+        batch_idx: Index of the batch in its epoch, from 0.
     """
     every = cast("int", trainer.log_every_n_steps)  # type: ignore[attr-defined]
     steps, rest = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
@@ -29,7 +29,7 @@ def curves_of(means: Mapping[ValueName, float], has_accuracy: bool) -> dict[str,
     """Return the logged curves: loss, terms and accuracy.
 
     Args:
-        means: Mean of each value of the steps since the last call.
+        means: Mean of each value over the steps since the curves were last logged.
         has_accuracy: Whether to include the accuracy.
     """
     curves = {"train/loss": means[LOSS]}
@@ -42,7 +42,7 @@ def curves_of(means: Mapping[ValueName, float], has_accuracy: bool) -> dict[str,
 def log_curves(module: L.LightningModule, curves: Mapping[str, float]) -> None:
     """Pass values to loggers, progress bar and callbacks.
 
-    Not with `self.log`: Lightning would copy the progress bar's values from the device in every following step.
+    `self.log` is not used, because Lightning would copy the progress bar's values from the device in every later step.
 
     Args:
         module: The trained module.

@@ -49,7 +49,11 @@ class RunSchedule(LRScheduler):
         """
 
     def get_lr(self) -> list[float | Tensor]:
-        """Return the learning rates of the parameter groups; they are constant until the length is known."""
+        """Return the learning rates of the parameter groups; they are constant until the length is known.
+
+        Raises:
+            RuntimeError: After the first step, if the length is not known.
+        """
         total = self.total
         if total is not None:
             return [self.rate(initial, self.last_epoch, total) for initial in self.base_lrs]

@@ -29,7 +29,7 @@ LOG = "log.txt"
 class Outcome(NamedTuple):
     """Result of a trial.
 
-    Args:
+    Attributes:
         state: COMPLETE, PRUNED or FAIL.
         value: Best value of the monitored metric; None unless the trial is complete.
         reason: Why the trial ended early.
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 class Plan(NamedTuple):
     """Settings that all trials have in common.
 
-    Args:
+    Attributes:
         config: Resolved settings.
         name: Name of the run, which is also its folder below `root`.
         root: Folder of all runs.

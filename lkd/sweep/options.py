@@ -20,7 +20,7 @@ _FIT = ("seed_everything", "config", "print_config", "model", "data", "trainer")
 class Options(NamedTuple):
     """Options of a sweep.
 
-    Args:
+    Attributes:
         space_files: Values of `--space`.
         space: Search space from `--space.KEY VALUE`: YAML text by the name of the setting.
         trials: Total number of trials; None for the default.

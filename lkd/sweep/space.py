@@ -102,7 +102,7 @@ def _distribution(key: str, wanted: Any, current: Any) -> BaseDistribution:
     if isinstance(wanted, list):
         choices = [_stored(choice) for choice in wanted]
         if not choices or len({repr(choice) for choice in choices}) < len(choices):
-            raise ValueError(f"the choices of {key} must be distinct values, at least one, got {wanted}")
+            raise ValueError(f"the choices of {key} must be a non-empty list of distinct values, got {wanted}")
         return CategoricalDistribution(choices)
     if not isinstance(wanted, Mapping):
         raise ValueError(

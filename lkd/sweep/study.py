@@ -34,7 +34,7 @@ _PATIENCE = 60.0  # seconds that SQLite waits for another process
 class Claim(NamedTuple):
     """Trial that is assigned to this process exclusively.
 
-    Args:
+    Attributes:
         trial: The trial.
         settings: Settings of the trial, by their dotted names.
         resumed: Whether the trial was started by another process, which has ended.

@@ -27,7 +27,7 @@ class MeanAP(MeanAveragePrecision):
     def __init__(self, iou_threshold: float | None = None) -> None:
         if find_spec(_BACKEND) is None:
             raise ModuleNotFoundError(
-                "detection metrics require faster-coco-eval, which is not installed; pip install "
+                "detection metrics require faster-coco-eval, which is not installed; run pip install "
                 "'lightning-kd[detection]'"
             )
         super().__init__(iou_thresholds=None if iou_threshold is None else [iou_threshold], backend=_BACKEND)

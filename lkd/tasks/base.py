@@ -165,7 +165,7 @@ class Task(ABC):
         """
 
     def class_metrics(self, metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
-        """Return metrics of each class `(K,)`, by name; `lkd validate` and `lkd test` log `test/<name>/<class>`.
+        """Return metrics of each class `(K,)`, by name; `lkd validate` and `lkd test` log `<stage>/<name>/<class>`.
 
         Args:
             metrics: The updated `metrics()`, by name.

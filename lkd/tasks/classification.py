@@ -35,7 +35,11 @@ class Classification(Task):
         return 1 / num_classes
 
     def check(self, name: str, logits: Tensor) -> None:
-        """Check that a network returns logits `(B, K)`."""
+        """Check that a network returns logits `(B, K)`.
+
+        Raises:
+            ValueError: If it does not.
+        """
         if logits.ndim != 2:
             shape = tuple(logits.shape)
             raise ValueError(f"the {name} must return logits of shape (batch, classes), got {shape} for one input")

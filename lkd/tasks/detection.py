@@ -17,7 +17,7 @@ Targets = Sequence[Mapping[str, Tensor]]
 
 
 class Detection(Task):
-    """Object detection: networks are an `lkd.models.Detector`, targets are lists of the boxes of each image.
+    """Object detection: each network is an `lkd.models.Detector`, and targets are the boxes of each image.
 
     `Batch.input` is a list of images `(C, H_i, W_i)`, which may differ in size, with pixels in [0, 1]. `Batch.target`
     is a list of dicts with `boxes` `(N_i, 4)`, x1, y1, x2, y2 in pixels, and `labels` `(N_i,)`, int64; class 0 is the
@@ -46,7 +46,9 @@ class Detection(Task):
             ValueError: If the images are mixed or have several views, or the targets are not boxes.
         """
         if batch.mixed is not None or batch.views > 1:
-            raise ValueError("boxes cannot be mixed or have several views; remove `mix` and `views` of the data module")
+            raise ValueError(
+                "Detection supports neither mixing nor several views; remove `mix` and `views` of the data module"
+            )
         target: Any = batch.target
         if not isinstance(target, (list, tuple)) or not all({"boxes", "labels"} <= set(own) for own in target):
             raise ValueError(
@@ -74,7 +76,11 @@ class Detection(Task):
         return logits.num_classes
 
     def check(self, name: str, logits: Predictions) -> None:
-        """Check that a detector distinguishes at least one class from the background."""
+        """Check that a detector distinguishes at least one class from the background.
+
+        Raises:
+            ValueError: If it does not.
+        """
         if logits.num_classes < 2:
             raise ValueError(
                 f"the {name} has {logits.num_classes} class, but class 0 is the background; set num_classes to one "

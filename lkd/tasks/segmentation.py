@@ -22,7 +22,7 @@ class SemanticSegmentation(Task):
 
     Networks may return a smaller map than the mask; the logits are then interpolated to its size (bilinear,
     `align_corners=False`) for the loss and the metrics. Logged metrics: `val/miou` (mean intersection over union) and
-    `val/acc` (pixel accuracy); `lkd validate` and `lkd test` also log `test/iou/<class>`.
+    `val/acc` (pixel accuracy); `lkd validate` also logs `val/iou/<class>`, and `lkd test` logs `test/iou/<class>`.
 
     A network with an auxiliary head returns a dict that contains the logits of this head as `aux`. The supervised loss
     in training (`train/hard`) then includes their cross-entropy, multiplied by `aux_weight`; `val/loss` does not. The
@@ -100,7 +100,11 @@ class SemanticSegmentation(Task):
         return 1 / (2 * num_classes - 1)
 
     def check(self, name: str, logits: Tensor) -> None:
-        """Check that a network returns a map with one channel per class."""
+        """Check that a network returns a map with one channel per class.
+
+        Raises:
+            ValueError: If it does not.
+        """
         shape = tuple(logits.shape)
         if logits.ndim != 4:
             raise ValueError(

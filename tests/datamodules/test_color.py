@@ -137,8 +137,8 @@ def test_input_is_not_modified():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ColorJitter(brightness=-0.1), "ColorJitter: brightness must be 0 or more, or a range"),
-        (lambda: ColorJitter(saturation=(2.0, 1.0)), "saturation must be 0 or more, or a range"),
+        (lambda: ColorJitter(brightness=-0.1), "ColorJitter: brightness must be at least 0, or a range"),
+        (lambda: ColorJitter(saturation=(2.0, 1.0)), "saturation must be at least 0, or a range"),
         (
             lambda: ColorJitter(hue=0.6),
             "ColorJitter: hue must be between 0 and 0.5, or a range in -0.5 to 0.5, got 0.6",

@@ -130,7 +130,7 @@ def test_transforms_of_a_data_module_use_separate_draws():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Cutout(0), "Cutout: size must be 1 or more pixels, got 0"),
+        (lambda: Cutout(0), "Cutout: size must be at least 1 pixel, got 0"),
         (lambda: Cutout(3, 256), "Cutout: fill must be between 0 and 255, got 256"),
         (
             lambda: Cutout(3, (1, 2))(images(2), torch.zeros(2, 4)),

@@ -252,7 +252,7 @@ def test_invalid_settings():
         with pytest.raises(error, match=message):
             Given(**{"train": tensors(), **kwargs}).setup(setup)
 
-    fails("batch_size must be 1 or more, got 0", batch_size=0)
+    fails("batch_size must be at least 1, got 0", batch_size=0)
     fails("mean has 3 values, but images have 1 channels", mean=(0.5, 0.5, 0.5))
     fails("mean and std must have the same length, got 1 and 2", std=(0.5, 0.5))
     fails("std must be positive", std=(0.0,))

@@ -201,10 +201,10 @@ def test_network_for_other_data_is_rejected(shape, num_classes, message) -> None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"number": 0}, "number must be 1 or more, got 0"),
-        ({"jitter": -1}, "jitter must be 0 or more, got -1"),
-        ({"l2_weight": -0.1}, "l2_weight must be 0 or more, got -0.1"),
-        ({"lr": 0.0}, "lr must be above 0, got 0.0"),
+        ({"number": 0}, "number must be at least 1, got 0"),
+        ({"jitter": -1}, "jitter must be at least 0, got -1"),
+        ({"l2_weight": -0.1}, "l2_weight must be at least 0, got -0.1"),
+        ({"lr": 0.0}, "lr must be greater than 0, got 0.0"),
         ({"network": nn.Linear(2, 2)}, "Linear has none; use a teacher with BatchNorm"),
     ],
 )

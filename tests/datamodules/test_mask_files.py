@@ -197,7 +197,7 @@ def test_invalid_masks(root, spoil, message) -> None:
     [
         ({"label_map": {9: 5}}, "label_map maps a label to 5, but there are 5 classes, 0 to 4"),
         ({"label_map": {256: 0}}, "labels must be between 0 and 255, got 256"),
-        ({"image_size": (0, 8)}, r"image_size must be a height and a width of 1 pixel or more, got \[0, 8\]"),
+        ({"image_size": (0, 8)}, r"image_size must be a height and a width of at least 1 pixel, got \[0, 8\]"),
         ({"class_names": ("a", "b")}, "class_names has 2 names, but there are 5 classes"),
         ({"augment": [RandomHorizontalFlip(), RandomScaledCrop()]}, "RandomScaledCrop must be the first transform"),
     ],

@@ -321,8 +321,8 @@ def test_own_mix():
 @pytest.mark.parametrize(
     ("make_mix", "message"),
     [
-        (lambda: Mixup(0.0), "Mixup: alpha must be above 0, got 0.0; to disable mixing, remove Mixup"),
-        (lambda: CutMix(float("inf")), "CutMix: alpha must be above 0, got inf"),
+        (lambda: Mixup(0.0), "Mixup: alpha must be greater than 0, got 0.0; to disable mixing, remove Mixup"),
+        (lambda: CutMix(float("inf")), "CutMix: alpha must be greater than 0, got inf"),
         (lambda: CutMix(p=1.5), "CutMix: the probability p must be between 0 and 1, got 1.5"),
     ],
 )

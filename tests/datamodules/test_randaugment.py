@@ -144,7 +144,7 @@ def test_following_transforms_use_separate_draws():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RandAugment(0), "RandAugment: num_ops must be 1 or more, got 0"),
+        (lambda: RandAugment(0), "RandAugment: num_ops must be at least 1, got 0"),
         (lambda: RandAugment(2, 31), "magnitude must be between 0 and 30, got 31"),
         (
             lambda: RandAugment()(images(2, 5), torch.zeros(2, 4)),

@@ -105,9 +105,9 @@ def test_resized_crop_is_distributed_as_in_torchvision(height, width):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RandomCrop(-1), "RandomCrop: padding must be 0 or more pixels, got -1"),
+        (lambda: RandomCrop(-1), "RandomCrop: padding must be at least 0 pixels, got -1"),
         (lambda: RandomHorizontalFlip(1.5), "the probability p must be between 0 and 1, got 1.5"),
-        (lambda: CenterCrop(0.0), "CenterCrop: ratio must be above 0 and at most 1, got 0.0"),
+        (lambda: CenterCrop(0.0), "CenterCrop: ratio must be greater than 0 and at most 1, got 0.0"),
         (lambda: RandomResizedCrop(scale=(0.0, 1.0)), "RandomResizedCrop: scale must satisfy 0 < low"),
         (lambda: RandomResizedCrop(ratio=(2.0, 1.0)), "RandomResizedCrop: ratio must satisfy 0 < low"),
     ],

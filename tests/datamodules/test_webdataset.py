@@ -249,14 +249,14 @@ def test_patterns() -> None:
 def test_missing_extra(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "webdataset", None)
     with pytest.raises(
-        ValueError, match=r"requires webdataset, which is not installed; pip install 'lightning-kd\[webdataset\]'"
+        ValueError, match=r"requires webdataset, which is not installed; run pip install 'lightning-kd\[webdataset\]'"
     ):
         _module("a")
 
 
 def test_invalid_settings() -> None:
     for name in ("num_classes", "train_size", "batch_size", "shuffle_size"):
-        with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             WebDatasetDataModule("a", **{**PLAIN, "train_size": 1, name: 0})
     data = WebDatasetDataModule(_shards("a", (1,)), **PLAIN, train_size=1)
     with pytest.raises(ValueError, match="has no test images; specify their shards as `test`"):

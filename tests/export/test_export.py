@@ -338,7 +338,7 @@ def test_invalid_arguments(run, error_of, args, words) -> None:
 def test_missing_extra(run, error_of, monkeypatch) -> None:
     monkeypatch.setattr("lkd.export.files.find_spec", lambda name: None if name == "onnxscript" else name)
     assert error_of(run, "--output", "out") == (
-        "--format onnx requires onnxscript, which is not installed; pip install 'lightning-kd[onnx]', or use "
+        "--format onnx requires onnxscript, which is not installed; run pip install 'lightning-kd[onnx]', or use "
         "--format safetensors,torch"
     )
     assert not Path("out").exists()
@@ -523,7 +523,7 @@ def test_epochs_of_a_checkpoint(run) -> None:
 def test_metrics_of_a_file_use_its_own_outputs() -> None:
     checked = Checked("model.onnx", 1, Classification())
     got, expected = torch.eye(4), torch.eye(4)[[0, 1, 3, 3]]
-    checked.see(got, expected, torch.tensor([0, 2, 2, IGNORE_INDEX]))
+    checked.update(got, expected, torch.tensor([0, 2, 2, IGNORE_INDEX]))
     assert (checked.images, checked.labelled, checked.agreement, checked.difference) == (4, 3, 3 / 4, 1)
     assert (checked.score, checked.expected_score) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
 

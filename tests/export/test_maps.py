@@ -168,7 +168,7 @@ def test_task_without_classes(tmp_path) -> None:
             return None
 
     checked = Checked("model.onnx", 1, Estimate())
-    checked.see(torch.eye(2), torch.eye(2), torch.tensor([0, IGNORE_INDEX]))
+    checked.update(torch.eye(2), torch.eye(2), torch.tensor([0, IGNORE_INDEX]))
     assert (checked.labelled, checked.score) == (1, 1)
     assert np.isnan(checked.agreement)
     network = Network(ClassificationModule(nn.Conv2d(3, 1, 1), task=SemanticSegmentation(2)), torch.zeros(1, 3, 8, 8))

@@ -240,5 +240,7 @@ def test_unknown_names(factory: object, name: str, options: dict[str, object], m
 
 def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match=r"requires timm, which is not installed; pip install 'lightning-kd\[timm\]'"):
+    with pytest.raises(
+        ValueError, match=r"requires timm, which is not installed; run pip install 'lightning-kd\[timm\]'"
+    ):
         timm_model("resnet18", num_classes=10)

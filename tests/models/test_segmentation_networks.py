@@ -160,5 +160,5 @@ def test_smp_offline(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_without_smp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
-    with pytest.raises(ValueError, match=r"which is not installed; pip install 'lightning-kd\[segmentation\]'"):
+    with pytest.raises(ValueError, match=r"which is not installed; run pip install 'lightning-kd\[segmentation\]'"):
         smp_model("unet", "resnet18", num_classes=5)

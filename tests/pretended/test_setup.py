@@ -49,7 +49,7 @@ class OnTwoDevices(nn.Module):
 
 
 def test_several_devices_are_reported(pretended, trainer, data) -> None:
-    with pytest.raises(ValueError, match=r"are on different devices \(cpu, pretended:0\); move them to the same"):
+    with pytest.raises(ValueError, match=r"are on different devices \(cpu, pretended:0\); move them to one device"):
         trainer(max_epochs=1).fit(ClassificationModule(OnTwoDevices()), data)
 
 

@@ -171,7 +171,7 @@ def test_missing_optional_package_is_reported(command: str, name: str, monkeypat
 
     monkeypatch.setattr("lkd.cli.main.distribution", distribution)
     assert main([command, "runs"]) == 2
-    message = f"lkd {command} requires {name}, which is not installed; pip install 'lightning-kd[{command}]'"
+    message = f"lkd {command} requires {name}, which is not installed; run pip install 'lightning-kd[{command}]'"
     assert message in capsys.readouterr().err
 
 

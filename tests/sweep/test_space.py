@@ -56,8 +56,8 @@ def test_settings_are_read_as_distributions(text: str, found: object) -> None:
         ("model.init_args.weight: {low: 1, high: 2, log: yes please}", "log of model.init_args.weight must be true"),
         ("model.init_args.weight: {low: a, high: 2}", "must be a finite number, got 'a'"),
         ("model.init_args.weight: {low: .nan, high: 2}", "must be a finite number, got nan"),
-        ("model.init_args.weight: []", "must be distinct values"),
-        ("model.init_args.weight: [1, 1]", "must be distinct values"),
+        ("model.init_args.weight: []", "must be a non-empty list of distinct values"),
+        ("model.init_args.weight: [1, 1]", "must be a non-empty list of distinct values"),
         ("{}", "requires settings to search"),
     ],
 )

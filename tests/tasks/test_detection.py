@@ -268,7 +268,7 @@ def test_unsupported_commands_and_settings(trainer) -> None:
         check_comparable(module.task)
     with pytest.raises(ValueError, match="KNN supports classification only, but the task is Detection"):
         check_is_classification(module, "KNN")
-    with pytest.raises(ValueError, match="boxes cannot be mixed"):
+    with pytest.raises(ValueError, match="Detection supports neither mixing nor several views"):
         module.read(BATCH._replace(mixed=Mixed.none(torch.zeros(2, dtype=torch.int64))))
     for setting in ("extra", "mix", "views"):  # DeepInversion is an `extra`
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{setting}'"):

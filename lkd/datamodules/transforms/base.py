@@ -116,6 +116,9 @@ class RandomCrop(BatchTransform):
 
     Args:
         padding: Number of pixels added on each side.
+
+    Raises:
+        ValueError: If the padding is negative.
     """
 
     padding: int = 4
@@ -123,7 +126,7 @@ class RandomCrop(BatchTransform):
 
     def __post_init__(self) -> None:
         if self.padding < 0:
-            raise ValueError(f"RandomCrop: padding must be 0 or more pixels, got {self.padding}")
+            raise ValueError(f"RandomCrop: padding must be at least 0 pixels, got {self.padding}")
 
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
         """Shift every image according to its first two draws."""
@@ -144,6 +147,9 @@ class RandomHorizontalFlip(BatchTransform):
 
     Args:
         p: Probability that an image is flipped.
+
+    Raises:
+        ValueError: If the probability is not between 0 and 1.
     """
 
     p: float = 0.5
@@ -170,13 +176,16 @@ class CenterCrop(ImageTransform):
 
     Args:
         ratio: Fraction of the tighter side that is kept; 0.875 is 224 out of 256.
+
+    Raises:
+        ValueError: If the ratio is not greater than 0 and at most 1.
     """
 
     ratio: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
-            raise ValueError(f"CenterCrop: ratio must be above 0 and at most 1, got {self.ratio}")
+            raise ValueError(f"CenterCrop: ratio must be greater than 0 and at most 1, got {self.ratio}")
 
     def __call__(self, image: Image.Image, size: tuple[int, int], draws: Tensor) -> Image.Image:
         """Crop the center; the draws are not used."""
@@ -212,6 +221,9 @@ class RandomResizedCrop(ImageTransform):
     Args:
         scale: Range of the area of the part, as a fraction of the image.
         ratio: Range of the aspect ratio of the part (width divided by height).
+
+    Raises:
+        ValueError: If a range is out of order or contains invalid values.
 
     References:
         Szegedy et al.: Going deeper with convolutions (2014), arXiv:1409.4842, section 6. As in torchvision, a part

@@ -77,6 +77,9 @@ class ColorJitter(BatchTransform):
         contrast: Jitter of the contrast, in the same format.
         saturation: Jitter of the saturation, in the same format.
         hue: Maximum rotation of the hue as a fraction of the color circle, up to 0.5, or a range within -0.5 to 0.5.
+
+    Raises:
+        ValueError: If a number is negative or too large, or a range is out of order.
     """
 
     brightness: float | tuple[float, float] = 0.0
@@ -91,7 +94,7 @@ class ColorJitter(BatchTransform):
         for name, (low, high) in zip(("brightness", "contrast", "saturation"), factors, strict=True):
             if not 0 <= low <= high:
                 raise ValueError(
-                    f"ColorJitter: {name} must be 0 or more, or a range 0 <= low <= high, got {getattr(self, name)}"
+                    f"ColorJitter: {name} must be at least 0, or a range 0 <= low <= high, got {getattr(self, name)}"
                 )
         if not -0.5 <= left <= right <= 0.5:
             raise ValueError(f"ColorJitter: hue must be between 0 and 0.5, or a range in -0.5 to 0.5, got {self.hue}")

@@ -58,6 +58,9 @@ class Cutout(BatchTransform):
         size: Side length of the square in pixels.
         fill: Level of its pixels, 0 to 255, or one level per channel.
 
+    Raises:
+        ValueError: If the size is less than 1, or a level is out of range.
+
     References:
         DeVries, Taylor: Improved regularization of convolutional neural networks with cutout (2017), arXiv:1708.04552,
         section 3.2. The authors use 16 pixels for CIFAR-10 and 8 for CIFAR-100, and fill with the mean, because their
@@ -69,7 +72,7 @@ class Cutout(BatchTransform):
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"Cutout: size must be 1 or more pixels, got {self.size}")
+            raise ValueError(f"Cutout: size must be at least 1 pixel, got {self.size}")
         _check_fill("Cutout", self.fill)
 
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
@@ -95,6 +98,9 @@ class RandomErasing(BatchTransform):
         ratio: Range of the aspect ratio of the part (height divided by width).
         fill: Level of its pixels, 0 to 255, or one level per channel. Unlike in torchvision, it is applied before
             normalization, and is the same for all pixels.
+
+    Raises:
+        ValueError: If the probability, a range or a level is invalid.
 
     References:
         Zhong et al.: Random erasing data augmentation (2017), arXiv:1708.04896, algorithm 1. The paper draws the ratio

@@ -26,7 +26,7 @@ def smaller_share(alpha: float, draw: Tensor) -> Tensor:
     returned value equals `draw` to within 1e-6 for alpha from 0.02 to 1000, and to within 1e-7 from 0.05 to 100.
 
     Args:
-        alpha: Parameter of the Beta distribution, above 0.
+        alpha: Parameter of the Beta distribution, greater than 0.
         draw: Probabilities `(...)`, uniform in [0, 1).
 
     Returns:
@@ -91,7 +91,7 @@ class Mix(ABC):
     that read `Batch.target` use only the image's own label.
 
     Attributes:
-        alpha: Parameter of the Beta distribution, above 0. Smaller values reduce the partner's share.
+        alpha: Parameter of the Beta distribution, greater than 0. Smaller values reduce the partner's share.
         p: Probability that an image is mixed.
     """
 
@@ -101,7 +101,9 @@ class Mix(ABC):
     def __post_init__(self) -> None:
         name = type(self).__name__
         if not 0 < self.alpha < math.inf:
-            raise ValueError(f"{name}: alpha must be above 0, got {self.alpha}; to disable mixing, remove {name}")
+            raise ValueError(
+                f"{name}: alpha must be greater than 0, got {self.alpha}; to disable mixing, remove {name}"
+            )
         if not 0 <= self.p <= 1:
             raise ValueError(f"{name}: the probability p must be between 0 and 1, got {self.p}")
 
@@ -173,8 +175,12 @@ class Mixup(Mix):
     """Blend each training image with the pixels of another one. See `Mix`.
 
     Args:
-        alpha: Parameter of the Beta distribution of the shares, above 0. Smaller values reduce the partner's share.
+        alpha: Parameter of the Beta distribution of the shares, greater than 0; smaller values reduce the partner's
+            share.
         p: Probability that an image is mixed.
+
+    Raises:
+        ValueError: If `alpha` is not greater than 0, or the probability is not between 0 and 1.
 
     References:
         Zhang et al.: mixup: Beyond empirical risk minimization, ICLR 2018 (arXiv 1710.09412), section 2. In the paper,
@@ -200,8 +206,12 @@ class CutMix(Mix):
     the image's own share is exactly the fraction that remains.
 
     Args:
-        alpha: Parameter of the Beta distribution of the shares, above 0. Smaller values reduce the partner's share.
+        alpha: Parameter of the Beta distribution of the shares, greater than 0; smaller values reduce the partner's
+            share.
         p: Probability that an image is mixed.
+
+    Raises:
+        ValueError: If `alpha` is not greater than 0, or the probability is not between 0 and 1.
 
     References:
         Yun et al.: CutMix: Regularization strategy to train strong classifiers with localizable features, ICCV 2019

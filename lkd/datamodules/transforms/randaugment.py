@@ -114,8 +114,11 @@ class RandAugment(BatchTransform):
     same operation are processed together.
 
     Args:
-        num_ops: Number of operations, 1 or more.
+        num_ops: Number of operations, at least 1.
         magnitude: Magnitude of the operations, 0 to 30.
+
+    Raises:
+        ValueError: If `num_ops` is less than 1, or the magnitude is out of range.
 
     References:
         Cubuk et al.: RandAugment: Practical automated data augmentation with a reduced search space, NeurIPS 2020
@@ -127,7 +130,7 @@ class RandAugment(BatchTransform):
 
     def __post_init__(self) -> None:
         if self.num_ops < 1:
-            raise ValueError(f"RandAugment: num_ops must be 1 or more, got {self.num_ops}")
+            raise ValueError(f"RandAugment: num_ops must be at least 1, got {self.num_ops}")
         if not 0 <= self.magnitude < _LEVELS:
             raise ValueError(f"RandAugment: magnitude must be between 0 and {_LEVELS - 1}, got {self.magnitude}")
 

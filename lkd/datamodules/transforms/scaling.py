@@ -20,6 +20,9 @@ class RandomScaledCrop(ImageTransform):
     Args:
         scale: Range of the uniformly distributed factor.
         side: Length in pixels to which a factor of 1 scales the shorter side; by default, a factor of 1 keeps the size.
+
+    Raises:
+        ValueError: If the range is out of order or not positive, or `side` is less than 1.
     """
 
     scale: tuple[float, float] = (0.5, 2.0)
@@ -29,7 +32,7 @@ class RandomScaledCrop(ImageTransform):
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"RandomScaledCrop: scale must satisfy 0 < low <= high, got {self.scale}")
         if self.side is not None and self.side < 1:
-            raise ValueError(f"RandomScaledCrop: side must be 1 or more pixels, got {self.side}")
+            raise ValueError(f"RandomScaledCrop: side must be at least 1 pixel, got {self.side}")
 
     def __call__(self, image: Image.Image, size: tuple[int, int], draws: Tensor) -> Image.Image:
         """Scale and crop according to the first three draws."""

@@ -39,7 +39,7 @@ class View:
     is_mixed: bool = True
 
     def shares_images(self, other: View) -> bool:
-        """Whether two views show the same augmented images."""
+        """Return whether two views show the same augmented images."""
         return (
             self.index is other.index
             and self.number == other.number
@@ -118,7 +118,11 @@ class RotatedViews(Views):
         return [View(index, turns=turns, is_labelled=turns == 0) for turns in range(4)]
 
     def check(self, shape: tuple[int, int, int]) -> None:
-        """Check that images are square."""
+        """Check that images are square.
+
+        Raises:
+            ValueError: If they are not.
+        """
         _, height, width = shape
         if height != width:
             raise ValueError(
