@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after `lkd`. `None` uses those of this process.
 
     Returns:
-        Exit code: 0 on success, 2 after a user error, 141 if the reader of the output has closed it, or the exit code
-        of the command (`lkd.cli.main.run`).
+        Exit code: 0 on success, 2 after a user error, 130 after Ctrl-C, 141 if the reader of the output has closed it,
+        or the exit code of the command (`lkd.cli.main.run`).
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -38,13 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"lkd: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    run = _imported(is_whole_process=argv is None)
     try:
-        code = run(args)
+        code = _imported(is_whole_process=argv is None)(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
         return _closed()
+    except KeyboardInterrupt:
+        if "--debug" in args:
+            raise
+        print("lkd: interrupted", file=sys.stderr)
+        return 130
 
 
 def _imported(is_whole_process: bool) -> Callable[[Sequence[str]], int]:

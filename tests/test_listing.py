@@ -173,6 +173,22 @@ def test_help_does_not_import_torch() -> None:
     assert max(map(len, shown.splitlines())) <= 120
 
 
+@pytest.mark.parametrize("debug", [False, True])
+def test_interrupt_outside_training(debug: bool, monkeypatch, capsys) -> None:
+    """Ctrl-C while lkd imports its libraries, for example."""
+
+    def interrupted(**_: bool) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lkd.__main__._imported", interrupted)
+    if debug:
+        with pytest.raises(KeyboardInterrupt):
+            main(["fit", "--config=digits/kd", "--debug"])
+    else:
+        assert main(["fit", "--config=digits/kd"]) == 130
+        assert capsys.readouterr().err == "lkd: interrupted\n"
+
+
 def test_closed_output() -> None:
     """The output is closed early, as in `lkd layers ... | head`."""
     command = [sys.executable, "-m", "lkd", "layers", "lkd.models.resnet56", "--num_classes=10"]

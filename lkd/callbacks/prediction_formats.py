@@ -38,6 +38,8 @@ class PredictionFormat(ABC):
 
     file_name: ClassVar[str] = "predictions.csv"
     """Name of the file that contains the records."""
+    subfolder: ClassVar[str] = ""
+    """Folder of the files named in the records; empty if there are none."""
 
     def __init__(self, module: Any, data: object) -> None:
         self.task, self.data = getattr(module, "task", None), data
@@ -97,6 +99,7 @@ class MaskFiles(PredictionFormat):
     pixels of each class. The label `ignore_index` is not predicted.
     """
 
+    subfolder = "masks"
     task: SemanticSegmentation
 
     def __init__(self, module: Any, data: object) -> None:
@@ -115,7 +118,7 @@ class MaskFiles(PredictionFormat):
         """Write the mask of each image, and yield its name and proportions."""
         size = batch.input.shape[2], batch.input.shape[3]
         for position, logits in zip(positions, prediction, strict=True):
-            name = f"masks/{numbered(position)}.png" if self._names is None else f"masks/{self._names[position]}.png"
+            name = f"{self.subfolder}/{numbered(position) if self._names is None else self._names[position]}.png"
             mask, probability = self._mask(logits.float(), size, self.images.frame(position, size))
             self._save(mask, folder / name)
             counts = mask.flatten().bincount(minlength=len(logits)).tolist()
@@ -198,6 +201,8 @@ class ArrayFiles(PredictionFormat):
     contain the name of the file.
     """
 
+    subfolder = "arrays"
+
     def __init__(self, module: Any, data: object) -> None:
         super().__init__(module, data)
         self._names = self.images.output_names()
@@ -216,7 +221,7 @@ class ArrayFiles(PredictionFormat):
         arrays = {name: _array(field) for name, field in fields.items()}
         for row, position in enumerate(positions):
             stem = numbered(position) if self._names is None else self._names[position]
-            name = f"arrays/{stem}.npy" if "" in arrays else f"arrays/{stem}.npz"
+            name = f"{self.subfolder}/{stem}.{'npy' if '' in arrays else 'npz'}"
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if "" in arrays:

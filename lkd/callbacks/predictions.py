@@ -90,7 +90,8 @@ class PredictionWriter(BasePredictionWriter):
             records = [record for _, own in parts for record in own]
             path = self._format.write(self.folder, records, left_out)
             number = sum(images for images, _ in parts)
-            pl_module.print(f"Predictions for {number:,} image{'s' * (number != 1)} written to {path}")
+            places = f"{path} and {self.folder / self._format.subfolder}" if self._format.subfolder else path
+            pl_module.print(f"Predictions for {number:,} image{'s' * (number != 1)} written to {places}")
         self._format, self._records = None, []
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:

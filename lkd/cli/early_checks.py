@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
 from lkd.cli.config_files import KEYS, configs_folder, find_config, is_config, read_config
@@ -32,6 +33,9 @@ USUAL = {
 }
 """Common names of settings in other programs, and their names in lkd."""
 _NESTED = ("optimizer", "lr_scheduler", "criterion", "student", "teacher")
+_PAGE = ("jinja2", "matplotlib", "scipy")
+_REQUIRED = {"compare": _PAGE, "sweep": (*_PAGE, "optuna", "optuna-integration")}
+"""Packages of optional dependencies by the command that requires them."""
 _EXAMPLES = {
     "fit": "for example 'lkd fit --config digits/kd', or 'lkd fit --config data/cifar10 --config "
     "pairs/resnet56_resnet20_10 --config methods/dkd'; 'lkd fit --help' lists modules, data and settings",
@@ -49,9 +53,10 @@ def check(args: Sequence[str]) -> None:
 
     Raises:
         FileNotFoundError: If a config does not exist.
-        ValueError: If an argument or a config is invalid, or a required part is missing.
+        ValueError: If an argument or a config is invalid, or a required part or package is missing.
     """
     command, rest = args[0], args[1:]
+    _check_installed(command)
     if command in _EXAMPLES:
         if not rest:
             needed = "a config" if command == "fit" else "a checkpoint"
@@ -68,6 +73,23 @@ def check(args: Sequence[str]) -> None:
                     raise ValueError(f"{path}: lkd has no setting {key!r}{_hint(str(key))}")
         if command == "fit" and configs and "ckpt_path" not in options:
             _check_complete(configs, list(options))
+
+
+def _check_installed(command: str) -> None:
+    missing = [name for name in _REQUIRED.get(command, ()) if not _is_installed(name)]
+    if missing:
+        raise ValueError(
+            f"lkd {command} requires {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+            f"installed; run pip install 'lightning-kd[{command}]'"
+        )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _configs(rest: Sequence[str]) -> list[str]:

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Sequence
 from contextvars import copy_context
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import yaml
@@ -26,10 +25,6 @@ from lkd.cli.lightning_cli import LkdCLI
 from lkd.cli.processes import LostProcessError, bound_to_parent, speaker
 
 _MISTAKES = (ArgumentError, MisconfigurationException, OSError, TypeError, ValueError, yaml.YAMLError)
-
-_PAGE = ("jinja2", "matplotlib", "scipy")
-_REQUIRED = {"compare": _PAGE, "sweep": (*_PAGE, "optuna", "optuna-integration")}
-"""Packages of optional dependencies by the command that requires them."""
 
 
 def run(args: Sequence[str]) -> int:
@@ -48,7 +43,6 @@ def run(args: Sequence[str]) -> int:
     _quieten()
     try:
         if args[0] in OWN:
-            _check_installed(args[0])
             copy_context().run(import_module(OWN[args[0]]).main, args[1:])  # they use LkdCLI
         elif args[0] == "fit" and any(arg.partition("=")[0] == "--seeds" for arg in args):
             from lkd.cli.seeds import fit_seeds  # it uses LkdCLI
@@ -73,28 +67,6 @@ def run(args: Sequence[str]) -> int:
         print(f"lkd: error: {speaker()}{' '.join(explain(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, LostProcessError) else 2
     return 0
-
-
-def _check_installed(command: str) -> None:
-    """Check that the packages that a command requires are installed, before it computes anything.
-
-    Raises:
-        ValueError: If one is missing.
-    """
-    missing = [name for name in _REQUIRED.get(command, ()) if not _is_installed(name)]
-    if missing:
-        raise ValueError(
-            f"lkd {command} requires {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-            f"installed; run pip install 'lightning-kd[{command}]'"
-        )
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        distribution(name)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def _is_a_loggers(error: Exception) -> bool:

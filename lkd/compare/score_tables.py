@@ -89,19 +89,26 @@ def _scores(found: Found, members: bool) -> Iterator[Grid]:
 
 def _pairs(found: Found, members: bool) -> Iterator[Grid]:
     alone = {name for entry in entries_of(found) for name in members_of(entry) if members or isinstance(entry, str)}
-    shown = [one for one in found.differences if {one.first, one.second} <= alone]
+    every = [_turned(one) if one.first == found.teacher else one for one in found.differences]
+    shown = [one for one in every if {one.first, one.second} <= alone]
     note = (
         f"Difference in {found.title} of two trained networks (not methods) on the same images, in percentage points "
         "(pp): interval and p-value from 10,000 paired bootstrap samples of the images. Significant: p times the "
-        f"number of all pairs, {len(found.differences)}, is below 0.05 (Bonferroni)."
+        f"number of all pairs, {len(every)}, is below 0.05 (Bonferroni)."
     )
     head = ["networks", "gap, pp", "95 % interval", "p", "significant"]
     if shown:
-        rows = [_pair(one, len(found.differences)) for one in shown]
+        rows = [_pair(one, len(every)) for one in shown]
         yield Grid("Differences of trained networks", head, rows, note)
-    if len(found.differences) > len(shown):
-        rows = [_pair(one, len(found.differences)) for one in found.differences]
+    if len(every) > len(shown):
+        rows = [_pair(one, len(every)) for one in every]
         yield Grid(f"All {len(rows)} pairs of trained networks", head, rows, note, "folded")
+
+
+def _turned(one: ScoreDifference) -> ScoreDifference:
+    """Return the difference with the order of the networks reversed."""
+    low, high = one.interval
+    return ScoreDifference(one.second, one.first, 0.0 - one.value, (0.0 - high, 0.0 - low), one.p_value)
 
 
 def _pair(one: ScoreDifference, pairs: int) -> list[str]:

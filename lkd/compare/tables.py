@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, NamedTuple, TypeAlias
 
 from lkd.compare.cost import Cost, Time
-from lkd.compare.grid import Grid
+from lkd.compare.grid import Grid, Place
 from lkd.compare.groups import Group
 from lkd.compare.measurements import Measurements
 from lkd.compare.metrics import BINS, Difference, Figures, Share
@@ -39,6 +39,8 @@ _MEASURES = {
     "ECE % at T": _Measure("scaled_ece", 100, ".2f"),
 }
 _OF_TEACHER = ("agreement", "kl")
+FEW_PAIRS = 6
+"""Number of pairs of networks up to which the terminal shows all of them."""
 
 
 def tables(found: Found, members: bool = False) -> list[Grid]:
@@ -270,8 +272,10 @@ def _networks(found: Found, members: bool) -> Iterator[Grid]:
         rows = [[one.first, *_pair(one, len(pairs))] for one in shown]
         yield Grid(f"Differences of trained networks (1st) from {reference} (2nd)", ["network", *head], rows, note)
     if len(pairs) > len(shown):
-        rows = [[f"{one.first} - {one.second}", *_pair(one, len(pairs))] for one in found.differences]
-        yield Grid(f"All {len(pairs)} pairs of trained networks", ["networks", *head], rows, note, "folded")
+        every = [_turned(one, one.second) if one.first == reference else one for one in found.differences]
+        rows = [[f"{one.first} - {one.second}", *_pair(one, len(pairs))] for one in every]
+        place: Place = "terminal" if len(pairs) <= FEW_PAIRS and len(alone) == len(found.figures) else "folded"
+        yield Grid(f"All {len(pairs)} pairs of trained networks", ["networks", *head], rows, note, place)
 
 
 def _turned(one: Difference, first: str) -> Difference:

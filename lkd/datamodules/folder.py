@@ -81,6 +81,8 @@ class ImageFolderDataModule(ImageDataModule):
     def setup(self, stage: str) -> None:
         """Find the classes, and open the splits that a stage needs."""
         root = Path(self.root)
+        if not root.is_dir():
+            raise FileNotFoundError(f"folder {shown(root)} not found; set root to the folder of the images")
         self.class_names = class_folders(root if is_flat(root) else root / "train")
         self.num_classes = len(self.class_names)
         super().setup(stage)

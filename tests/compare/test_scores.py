@@ -116,11 +116,13 @@ def test_seeds_of_a_method_share_a_row(members: bool, found, networks) -> None:
     ]
     shown = {table.title: [row[0] for row in table.rows] for table in tables if table.place == "terminal"}
     hidden = {table.title: [row[0] for row in table.rows] for table in tables if table.place == "folded"}
-    pairs = ["teacher - student", "teacher - other", "student - other"]
+    pairs = ["student - teacher", "other - teacher", "student - other"]
     individual = {"Individual networks of each method": ["student", "other"]}
     if members:
         assert individual.items() <= shown.items()
         assert shown["Differences of trained networks"] == pairs
+        (table,) = [table for table in tables if table.title == "Differences of trained networks"]
+        assert table.rows[0][1] == f"{values[0] - 100 * found.figures['teacher'].main.value:+.2f}"
         assert not hidden
     else:
         assert hidden == individual | {"All 3 pairs of trained networks": pairs}

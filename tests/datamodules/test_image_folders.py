@@ -167,6 +167,7 @@ def test_missing_and_empty_folders(tmp_path, write_tree):
             folder(str(root)).setup(stage)
 
     fails(r"folder \S+train not found; expected a folder with one folder of images per class")
+    fails(r"folder \S+nowhere not found; set root to the folder of the images", root=tmp_path / "nowhere")
     (tmp_path / "train").mkdir()
     fails(r"\S+train has no class folders; expected \S+train/<class>/<image files>")
     write_tree({"train": {"a": 6, "b": 6}}, root=tmp_path / "pets")

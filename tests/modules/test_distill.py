@@ -275,9 +275,13 @@ def test_limited_validation_compares_the_same_images(distill, trainer) -> None:
 def test_teacher_is_measured_before_the_first_epoch(distill, data, trainer, tiny, capsys) -> None:
     teacher = tiny()
     nn.init.zeros_(teacher.fc.weight)  # always predicts the same class
-    with pytest.warns(UserWarning, match=r"near chance.*teacher_ckpt.*order of its classes.*teacher_normalization"):
+    with pytest.warns(UserWarning, match=r"near chance.*teacher_ckpt is not set, the order.*teacher_normalization"):
         trainer(num_sanity_val_steps=-1, max_epochs=1).fit(distill(teacher=teacher), data)
     assert "Teacher accuracy on the validation images: " in capsys.readouterr().out
+    torch.save(teacher.state_dict(), "teacher.pth")
+    module = distill(teacher=teacher, teacher_ckpt="teacher.pth")
+    with pytest.warns(UserWarning, match=r"near chance.*check its weights \(teacher_ckpt\), the order of its classes"):
+        trainer(num_sanity_val_steps=-1, max_epochs=1).fit(module, data)
 
 
 def test_good_teacher_causes_no_warning(distill, data, trainer, tiny, capsys, recwarn) -> None:

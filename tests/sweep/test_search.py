@@ -169,7 +169,7 @@ def test_missing_optional_package_is_reported(command: str, name: str, monkeypat
             raise PackageNotFoundError(package)
         return package
 
-    monkeypatch.setattr("lkd.cli.main.distribution", distribution)
+    monkeypatch.setattr("lkd.cli.early_checks.distribution", distribution)
     assert main([command, "runs"]) == 2
     message = f"lkd {command} requires {name}, which is not installed; run pip install 'lightning-kd[{command}]'"
     assert message in capsys.readouterr().err
