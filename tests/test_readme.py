@@ -22,7 +22,9 @@ from lkd.cli.lightning_cli import LkdCLI
 ROOT = Path(__file__).parent.parent
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs/pages").rglob("*.md")))}
 BLOCKS = [
-    block for text in PAGES.values() for block in re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (kind, re.sub(r"\\\n\s*", "", block))  # commands may continue on the next line
+    for text in PAGES.values()
+    for kind, block in re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 ]
 COMMANDS = list(
     dict.fromkeys(
