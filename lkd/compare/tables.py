@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, NamedTuple, TypeAlias
 
 from lkd.compare.cost import Cost, Time
-from lkd.compare.grid import Grid, Place
+from lkd.compare.grid import Grid
 from lkd.compare.groups import Group
 from lkd.compare.measurements import Measurements
 from lkd.compare.metrics import BINS, Difference, Figures, Share
@@ -39,7 +39,7 @@ _MEASURES = {
     "ECE % at T": _Measure("scaled_ece", 100, ".2f"),
 }
 _OF_TEACHER = ("agreement", "kl")
-FEW_PAIRS = 6
+_FEW_PAIRS = 6
 """Number of pairs of networks up to which the terminal shows all of them."""
 
 
@@ -254,7 +254,7 @@ def _reference(found: Found, names: Sequence[str]) -> str:
 
 
 def _networks(found: Found, members: bool) -> Iterator[Grid]:
-    """Yield the tables of McNemar's test: each network against a reference, and all pairs, collapsed."""
+    """Yield the tables of McNemar's test: all pairs if they are few, or else pairs with a reference, and all folded."""
     alone = [name for entry in entries_of(found) for name in members_of(entry) if members or isinstance(entry, str)]
     reference = _reference(found, alone or list(found.figures))
     pairs = {frozenset((one.first, one.second)): one for one in found.differences}
@@ -268,14 +268,16 @@ def _networks(found: Found, members: bool) -> Iterator[Grid]:
         "on the interval."
     )
     head = ["gap, pp", "95 % interval", "only 1st", "only 2nd", "p", "significant"]
+    every = [_turned(one, one.second) if one.first == reference else one for one in found.differences]
+    all_rows = [[f"{one.first} - {one.second}", *_pair(one, len(pairs))] for one in every]
+    if every and len(every) <= _FEW_PAIRS and len(alone) == len(found.figures):
+        yield Grid("Differences of trained networks", ["networks", *head], all_rows, note)
+        return
     if shown:
         rows = [[one.first, *_pair(one, len(pairs))] for one in shown]
         yield Grid(f"Differences of trained networks (1st) from {reference} (2nd)", ["network", *head], rows, note)
     if len(pairs) > len(shown):
-        every = [_turned(one, one.second) if one.first == reference else one for one in found.differences]
-        rows = [[f"{one.first} - {one.second}", *_pair(one, len(pairs))] for one in every]
-        place: Place = "terminal" if len(pairs) <= FEW_PAIRS and len(alone) == len(found.figures) else "folded"
-        yield Grid(f"All {len(pairs)} pairs of trained networks", ["networks", *head], rows, note, place)
+        yield Grid(f"All {len(pairs)} pairs of trained networks", ["networks", *head], all_rows, note, "folded")
 
 
 def _turned(one: Difference, first: str) -> Difference:
