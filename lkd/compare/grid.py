@@ -12,9 +12,6 @@ from rich.text import Text
 
 _SPACE = "\N{NO-BREAK SPACE}"
 
-Place = Literal["terminal", "page", "folded"]
-"""Where a table is shown: in the terminal and on the page, only on the page, or collapsed on the page."""
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -25,14 +22,14 @@ class Grid:
         head: Names of the columns.
         rows: Cells of each row.
         note: Explanation of the columns.
-        place: Where the table is shown.
+        place: Where the table is shown: in the terminal and on the page, only on the page, or collapsed on the page.
     """
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str
-    place: Place = "terminal"
+    place: Literal["terminal", "page", "folded"] = "terminal"
 
     def markdown(self) -> Iterator[str]:
         """Yield the lines of the table in Markdown."""

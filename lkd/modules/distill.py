@@ -135,7 +135,7 @@ class DistillModule(EvaluatedDistillation):
             batch: One batch, normalized for the student.
 
         Raises:
-            ValueError: If there is no teacher.
+            ValueError: If the module has no teacher.
         """
         if self.teacher_extractor is None:
             raise ValueError(f"{type(self).__name__} has no teacher; set `teacher`, or override teacher_outputs")
