@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,24 @@ def test_predictions_of_masks_and_boxes(config: str, settings: list[str], number
         found.append(_predicted())
     assert len(found[0]) == number
     assert all(len(content) > 60 for content in found[0].values())
+    assert found[0] == found[1]
+
+
+def test_predictions_of_an_own_task(pretended, monkeypatch) -> None:
+    """The task of the guide, whose predictions are written as arrays."""
+    monkeypatch.syspath_prepend(Path.cwd())
+    guide = Path(__file__).parents[2] / "docs/pages/extending/task.md"
+    for text in re.findall(r"^```(?:python|yaml)\n(.*?)^```$", guide.read_text(), re.MULTILINE | re.DOTALL):
+        Path(re.match(r"# (\S+)", text)[1]).write_text(text)
+    depth = importlib.import_module("depth")
+    torch.save(depth.depth_net(16).state_dict(), "depth.pt")
+    weights = "--model.init_args.model_ckpt=depth.pt"
+    found = []
+    for place in ("cpu", NAME):
+        where = [f"--trainer.accelerator={place}", "--trainer.precision=32-true", "--trainer.limit_predict_batches=2"]
+        assert main(["predict", "--config=depth_teacher.yaml", weights, *where]) == 0
+        found.append(_predicted())
+    assert len(found[0]) == 33
     assert found[0] == found[1]
 
 
