@@ -4,7 +4,7 @@
         [--only WORD] [--folder runs/little] [--out FILE]
 
 IMAGES is a folder train/<class>/, test/<class>/ of CIFAR-10, and TEACHER a file with the weights of the teacher in
-methods.yaml, the base config. Training uses a pool, the first images of each class. The rows are: a fraction of the
+little.yaml, the base config. Training uses a pool, the first images of each class. The rows are: a fraction of the
 pool's labels; no labels; a transfer set of random crops of the two photographs included in scikit-learn; images
 synthesized from the teacher (DeepInversion). All runs have the same number of steps (up to a fraction of an epoch) and
 a schedule with the same final learning rate. A student alone uses only labelled images; the label of a synthesized
@@ -70,7 +70,7 @@ def rows(pool: int, made: int, made_steps: int, photographs: str, teacher: str) 
     folder = {"class_path": "lkd.datamodules.UnlabelledFolder", "init_args": {"root": photographs}}
     only = {"label_size": 0, "drop_unlabelled": True}
     found.append(Row("other images: crops of two photographs", {**only, "extra": folder}, pool, None, 0, 0.0))
-    model = yaml.safe_load((HERE / "methods.yaml").read_text())["model"]["init_args"]
+    model = yaml.safe_load((HERE / "little.yaml").read_text())["model"]["init_args"]
     network = {"network": model["teacher"], "path": teacher}
     inversion = {
         "network": {"class_path": "lkd.models.load_weights", "init_args": network},
@@ -86,7 +86,7 @@ def rows(pool: int, made: int, made_steps: int, photographs: str, teacher: str) 
 
 def settings(row: Row, alone: bool, seed: int, pool: int, epochs: int, images: str, teacher: str) -> dict[str, Any]:
     """Return the config of one run."""
-    config: dict[str, Any] = yaml.safe_load((HERE / "methods.yaml").read_text())
+    config: dict[str, Any] = yaml.safe_load((HERE / "little.yaml").read_text())
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     number = row.labelled if alone else row.images
     size = min(data["batch_size"], number)
