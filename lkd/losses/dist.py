@@ -31,10 +31,11 @@ def decorrelation(student: Tensor, teacher: Tensor, dim: int, eps: float) -> Ten
 
 
 @check_shapes(student_logits="B K", teacher_logits="B K")
-def _dist(student_logits: Tensor, teacher_logits: Tensor, dim: int, temperature: float, eps: float) -> Tensor:
-    """Return one minus the mean correlation of probabilities along `dim`, multiplied by temperature²."""
+def _terms(student_logits: Tensor, teacher_logits: Tensor, temperature: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the inter-class and the intra-class term of `dist_loss` without their weights."""
     student, teacher = (F.softmax(wide(logits) / temperature, dim=1) for logits in (student_logits, teacher_logits))
-    return temperature**2 * decorrelation(student, teacher, dim, eps)
+    inter, intra = (temperature**2 * decorrelation(student, teacher, dim, eps) for dim in (1, 0))
+    return inter, intra
 
 
 @check_shapes(student_logits="B K", teacher_logits="B K")
@@ -75,8 +76,8 @@ def dist_loss(
         >>> round(dist_loss(student, teacher).item(), 4)
         0.0
     """
-    inter = _dist(student_logits, teacher_logits, 1, temperature, eps)
-    return beta * inter + gamma * _dist(student_logits, teacher_logits, 0, temperature, eps)
+    inter, intra = _terms(student_logits, teacher_logits, temperature, eps)
+    return beta * inter + gamma * intra
 
 
 class DIST(DistillLoss):
@@ -112,8 +113,5 @@ class DIST(DistillLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Compute the two terms of `dist_loss`."""
-        logits = student.logits, teacher.logits
-        return {
-            "inter": self.beta * _dist(*logits, 1, self.temperature, self.eps),
-            "intra": self.gamma * _dist(*logits, 0, self.temperature, self.eps),
-        }
+        inter, intra = _terms(student.logits, teacher.logits, self.temperature, self.eps)
+        return {"inter": self.beta * inter, "intra": self.gamma * intra}
