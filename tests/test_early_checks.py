@@ -56,6 +56,8 @@ def quick():
         ("fit --config digits/kd --optimizer.lr 0.1", "use --model.init_args.optimizer.init_args.lr"),
         ("fit --config digits/kd --max_epochs 3", "lkd has no setting 'max_epochs'; use --trainer.max_epochs"),
         ("fit --config digits/kd --batch_size=3", "use --data.init_args.batch_size"),
+        ("fit --config digits/kd --temprature 3", "; use --model.init_args.criterion.init_args.temperature"),
+        ("fit --config digits/kd --optimiser.lr 0.1", "use --model.init_args.optimizer.init_args.lr"),
         ("fit --config digits/kd --seed 3", "lkd has no setting 'seed'; use --seed_everything"),
         ("fit --config digits/kd --lr=3", "use --model.init_args.optimizer.init_args.lr"),
         ("fit --config digits/kdd", "config 'digits/kdd' not found; similar configs provided by lkd: digits/kd.yaml"),

@@ -101,6 +101,10 @@ def test_misspelt_key(error_of, path, name, message) -> None:
             "--model.init_args.distil_weight=1",
             "lkd.DistillModule has no setting 'distil_weight'; did you mean 'distill_weight'?",
         ),
+        (
+            "--model.init_args.temprature=1",
+            "DistillModule has no setting 'temprature'; use --model.init_args.criterion.init_args.temperature",
+        ),
         ("--data.batchsize=1", "lkd.DigitsDataModule has no setting 'batchsize'; did you mean 'batch_size'?"),
         (
             "--trainer.max_eposch=1",

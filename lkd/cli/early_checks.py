@@ -150,6 +150,10 @@ def _hint(option: str) -> str:
             own = own.removeprefix("init_args.")
             below = f".init_args.{own}" if own and top in _NESTED else f".{own}" if own else ""
             return f"; use --{section}.{top}{below}"
+    places = [*USUAL, *(name for names in _SECTIONS.values() for name in names)]
+    nearest = difflib.get_close_matches(top, (*KEYS, *OPTIONS, *places), n=1, cutoff=0.75)
+    if nearest and nearest[0] in places:  # a misspelled name
+        return _hint(".".join([nearest[0], own] if own else nearest))
     return _nearest(top, (*KEYS, *OPTIONS))
 
 

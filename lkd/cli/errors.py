@@ -128,9 +128,11 @@ def _unknown_setting(classes: list[str], reason: str) -> str | None:
         return f"{setting!r} is set for a network without class_path; give class_path and init_args in a --config"
     if setting == "teacher_ckpt" and inspect.isclass(_find(kind)) and issubclass(_find(kind), L.LightningModule):
         return f"{kind} has no teacher and therefore no 'teacher_ckpt'; use --model lkd.DistillModule, with a student"
-    if setting in USUAL:
-        return f"{kind} has no setting {setting!r}; use --{USUAL[setting]}"
-    return f"{kind} has no setting {setting!r}{_nearest(setting, _settings(_find(kind)))}"
+    known = _settings(_find(kind))
+    nearest = difflib.get_close_matches(setting, [*known, *USUAL], n=1, cutoff=0.75)
+    if nearest and nearest[0] not in known:
+        return f"{kind} has no setting {setting!r}; use --{USUAL[nearest[0]]}"
+    return f"{kind} has no setting {setting!r}{_nearest(setting, known)}"
 
 
 def _unknown_class(classes: list[str], reason: str, where: str) -> str | None:
