@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 import lkd.losses
 from lkd._moved import MOVED, RENAMED
 from lkd.cli.config_files import find_config, read_config
+from lkd.datamodules import DeepInversion
 
 
 @pytest.mark.parametrize("old", MOVED)
@@ -66,6 +67,9 @@ def test_former_names_of_members(distill) -> None:
             assert getattr(module, old) is getattr(module, new)
     with pytest.warns(DeprecationWarning, match="DistillLoss.locate is deprecated; use resolve_layers"):
         module.criterion.locate(module.student, module.teacher)
+    for kind, old, new in ((lkd.losses.SimKD, "answer", "predict"), (DeepInversion, "synthesise", "synthesize")):
+        with pytest.warns(DeprecationWarning, match=f"{kind.__name__}.{old} is deprecated; use {new}"):
+            assert getattr(kind, old) is getattr(kind, new)
     with pytest.warns(DeprecationWarning, match="recall is deprecated"):
         module.recall = module.teacher_outputs
     assert module.teacher_cache == module.teacher_outputs

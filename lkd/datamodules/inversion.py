@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lkd._compat import AnyBatchNorm
+from lkd._moved import former_members
 from lkd.datamodules.extra import ExtraImages
 from lkd.io.tensor_cache import cache_folder, fingerprint, load_tensors, save_tensors
 from lkd.types import Normalization
@@ -68,6 +69,7 @@ def _norm(value: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+@former_members(synthesise="synthesize")
 class DeepInversion(ExtraImages):
     r"""Images synthesized from a trained network by gradient descent on noise.
 
@@ -149,7 +151,7 @@ class DeepInversion(ExtraImages):
         kept = load_tensors(file, made_from)
         if kept is not None and (kept["image"].dtype, kept["image"].shape) == (torch.uint8, (self.number, *shape)):
             return TensorDataset(kept["image"], kept["target"])
-        image, target = self.synthesise(shape, num_classes, normalization, device)
+        image, target = self.synthesize(shape, num_classes, normalization, device)
         try:
             save_tensors(file, {"image": image, "target": target}, made_from)
         except OSError as error:
@@ -159,7 +161,7 @@ class DeepInversion(ExtraImages):
             )
         return TensorDataset(image, target)
 
-    def synthesise(
+    def synthesize(
         self, shape: tuple[int, int, int], num_classes: int, normalization: Normalization, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Synthesize the images, ignoring the cache.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lkd._moved import former_members
 from lkd.losses._adapters import bottleneck, pooled_to
 from lkd.losses._classifiers import linear_classifier
 from lkd.losses._precision import mse
@@ -11,6 +12,7 @@ from lkd.losses.base import DistillLoss
 from lkd.types import Batch, Outputs, Probe
 
 
+@former_members(answer="predict")
 class SimKD(DistillLoss):
     r"""SimKD: match features for the teacher's own classifier.
 
@@ -65,7 +67,7 @@ class SimKD(DistillLoss):
         for name, tensor in head.named_parameters():
             self.head.register_parameter(name, nn.Parameter(tensor.detach().clone(), requires_grad=False))
 
-    def answer(self, student: Outputs) -> Outputs:
+    def predict(self, student: Outputs) -> Outputs:
         """Predict with the teacher's classifier.
 
         Args:
@@ -80,7 +82,7 @@ class SimKD(DistillLoss):
 
     @property
     def projected_layer(self) -> str:
-        """Name of the projected map among the features returned by `answer`: `<layer>:projected`."""
+        """Name of the projected map among the features returned by `predict`: `<layer>:projected`."""
         return f"{self.student_layers[0]}:projected"
 
     def _project(self, feature: Tensor) -> Tensor:

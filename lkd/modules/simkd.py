@@ -45,11 +45,11 @@ class SimKDModule(DistillModule):
 
     def forward(self, input: Any) -> Tensor:
         """Compute the logits `(B, K)` of the student with the teacher's classifier."""
-        return self.simkd.answer(self.student_extractor(input)).logits
+        return self.simkd.predict(self.student_extractor(input)).logits
 
     def student_outputs(self, batch: Batch) -> Outputs:
         """Compute the outputs of the student, with the logits of the teacher's classifier."""
-        return self.simkd.answer(super().student_outputs(batch))
+        return self.simkd.predict(super().student_outputs(batch))
 
     def build(self, example: Any) -> None:
         """Check networks and criterion, and freeze the student's own classifier.

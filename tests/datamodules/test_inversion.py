@@ -84,7 +84,7 @@ def test_step_is_adam_on_the_sum_of_the_terms() -> None:
     torch.manual_seed(0)
     network, scale = RecordInputs().eval(), Normalization((0.5,), (0.25,))
     settings = {"statistics_weight": 3.0, "variation_weight": 2.0, "l2_weight": 0.5, "lr": 0.01, "jitter": 0}
-    DeepInversion(network, number=4, steps=3, **settings).synthesise((1, 2, 2), 2, scale, CPU)
+    DeepInversion(network, number=4, steps=3, **settings).synthesize((1, 2, 2), 2, scale, CPU)
     first, second = network.seen[1:3]  # after the blank image
     assert first.abs().max() <= 2  # black and white
     image = first.clone().requires_grad_()
@@ -104,7 +104,7 @@ def test_images_match_their_targets() -> None:
     before = {name: value.clone() for name, value in network.state_dict().items()}
     right, distance = {}, {}
     for steps in (1, 150):
-        image, target = inversion(network, number=50, steps=steps).synthesise((1, 8, 8), 10, GRAY, CPU)
+        image, target = inversion(network, number=50, steps=steps).synthesize((1, 8, 8), 10, GRAY, CPU)
         assert (image.dtype, image.shape) == (torch.uint8, (50, 1, 8, 8))
         assert torch.equal(target.bincount(), torch.full((10,), 5))
         given = (image / 255 - 0.3057) / 0.3762
@@ -120,15 +120,15 @@ def test_images_match_their_targets() -> None:
 
 def test_images_depend_only_on_the_seed() -> None:
     network, untouched = digits_teacher(), torch.get_rng_state()
-    first, again, other = (inversion(network, seed=seed).synthesise((1, 8, 8), 10, GRAY, CPU)[0] for seed in (0, 0, 1))
+    first, again, other = (inversion(network, seed=seed).synthesize((1, 8, 8), 10, GRAY, CPU)[0] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), untouched)
 
 
 def test_images_are_cached_and_rebuilt(tmp_path, monkeypatch, recwarn) -> None:
-    made, synthesise = [], DeepInversion.synthesise
-    monkeypatch.setattr(DeepInversion, "synthesise", lambda self, *rest: made.append(1) or synthesise(self, *rest))
+    made, synthesize = [], DeepInversion.synthesize
+    monkeypatch.setattr(DeepInversion, "synthesize", lambda self, *rest: made.append(1) or synthesize(self, *rest))
 
     def images(settings: DeepInversion) -> tuple[torch.Tensor, ...]:
         return settings.images((1, 8, 8), 10, GRAY, CPU).tensors

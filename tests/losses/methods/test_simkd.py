@@ -32,7 +32,7 @@ def _simkd(inputs: Values, hyper: Hyper) -> Values:
     with torch.no_grad():
         for name, tensor in given.items():
             criterion.get_parameter(name).copy_(tensor)
-        student = criterion.answer(parity.outputs(criterion, inputs)[0])
+        student = criterion.predict(parity.outputs(criterion, inputs)[0])
     return {"loss": loss, "prediction": student.logits, "transformed": student.features[criterion.projected_layer]}
 
 
@@ -45,17 +45,17 @@ def _batch(samples: int = IMAGES) -> Batch:
 
 def test_simkd_copies_the_teachers_classifier(heads, maps) -> None:
     criterion = built(SimKD("a", "c"), *maps, heads)
-    before = criterion.answer(maps[0]).logits
+    before = criterion.predict(maps[0]).logits
     with torch.no_grad():
         heads[1][0].weight.zero_()
-    torch.testing.assert_close(criterion.answer(maps[0]).logits, before)
+    torch.testing.assert_close(criterion.predict(maps[0]).logits, before)
     assert {"head.weight", "head.bias"} <= set(criterion.state_dict())
 
 
 def test_simkd_projects_once(heads, maps) -> None:
     """If a module returns the projection as its output, BatchNorm must not process the batch twice."""
     criterion = built(SimKD("a", "c"), *maps, heads)
-    student = criterion.answer(maps[0])
+    student = criterion.predict(maps[0])
     torch.testing.assert_close(criterion(student, maps[1], _batch()), criterion(*maps, _batch()))
     assert criterion.projector[1].num_batches_tracked == 2
 
