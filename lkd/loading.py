@@ -9,7 +9,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from lkd._moved import renamed
-from lkd.checkpoints.find import config_of, in_folder, read_checkpoint
+from lkd.checkpoints.find import config_of, find_checkpoint, read_checkpoint
 from lkd.cli.arguments import prepare
 from lkd.cli.lightning_cli import LkdCLI
 from lkd.modules import ClassificationModule, EarlyExitModule
@@ -48,24 +48,6 @@ class ModuleLogits(nn.Module):
         """Compute the logits `(B, K)`."""
         logits: Tensor = self.module(input)
         return logits
-
-
-def find_checkpoint(place: str) -> Path:
-    """Find a checkpoint by its path or by the folder of its run.
-
-    Args:
-        place: Path of a checkpoint; or the folder of a run, or of all runs with the same name, which selects the best
-            checkpoint of the newest run.
-
-    Raises:
-        FileNotFoundError: If there is no checkpoint.
-    """
-    path = Path(place)
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise FileNotFoundError(f"{place} does not exist; give the path of a checkpoint or of a folder of runs")
-    return in_folder(path, "best")
 
 
 def load_run(place: str, *settings: str) -> Trained:

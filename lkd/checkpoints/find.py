@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,34 @@ from lkd.io.refused import UntrustedError, shown
 from lkd.io.safe_load import read_torch
 
 
-def in_folder(folder: Path, name: str) -> Path:
-    """Find a checkpoint in the folder of a run, or of the newest run with a checkpoint in a folder of runs.
+def find_checkpoint(place: str, root: Path = Path("runs")) -> Path:
+    """Find a checkpoint by its path or by the folder of its run.
 
     Args:
-        folder: Folder of a run, or of all runs with the same name.
-        name: `best` or `last`.
+        place: Path of a checkpoint; or the folder of a run, or of all runs with the same name, which selects the best
+            checkpoint of the newest run.
+        root: Folder of all runs, whose checkpoints an error message lists.
 
     Raises:
-        FileNotFoundError: If no run in the folder has this checkpoint.
+        FileNotFoundError: If there is no checkpoint.
     """
-    own = folder / "checkpoints" / f"{name}.ckpt"
-    return own if own.is_file() else newest_checkpoint(folder, name)
+    path = Path(place)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        own = path / "checkpoints" / "best.ckpt"
+        return own if own.is_file() else newest_checkpoint(path, "best")
+    folders = [str(folder) for folder in path.parent.glob("*") if folder.is_dir()]
+    if nearest := difflib.get_close_matches(str(path), folders, n=1, cutoff=0.7):
+        raise FileNotFoundError(f"checkpoint {place!r} does not exist; did you mean {nearest[0]!r}?")
+    hint = available(root) or f"; runs save their checkpoints in {root}/<name>/version_<n>/checkpoints/"
+    raise FileNotFoundError(f"checkpoint {place!r} does not exist{hint}")
+
+
+def available(root: Path) -> str:
+    """Return a hint that lists up to four checkpoints below a folder; empty if there are none."""
+    found = sorted(str(path) for path in root.rglob("*.ckpt")) if root.is_dir() else []
+    return f"; available: {', '.join(found[:4])}" if found else ""
 
 
 def newest_checkpoint(folder: Path, name: str) -> Path:

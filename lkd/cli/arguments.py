@@ -10,7 +10,14 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from lkd.checkpoints.find import checkpoints_of, config_of, in_folder, newest_checkpoint, read_checkpoint
+from lkd.checkpoints.find import (
+    available,
+    checkpoints_of,
+    config_of,
+    find_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+)
 from lkd.cli.config_files import checked_name, find_config, run_name
 
 _NEWEST = ("last", "best")
@@ -61,12 +68,13 @@ def prepare(args: Sequence[str]) -> Prepared:
     if given.resume:
         given.ckpt_path = _resumed(args[0], given, configs, root / name)
     if given.ckpt_path not in (None, "null"):
-        if given.ckpt_path in _NEWEST and not Path(given.ckpt_path).exists() and not configs and given.name is None:
+        by_name = given.ckpt_path in _NEWEST and not Path(given.ckpt_path).exists()
+        if by_name and not configs and given.name is None:
             raise ValueError(
                 f"--ckpt_path {given.ckpt_path} selects a checkpoint of the newest run with a given name: add --name "
-                f"NAME or the --config of the run, or give the path of a checkpoint{_near(root)}"
+                f"NAME or the --config of the run, or give the path of a checkpoint{available(root)}"
             )
-        path = _find_checkpoint(given.ckpt_path, root, name)
+        path = newest_checkpoint(root / name, given.ckpt_path) if by_name else find_checkpoint(given.ckpt_path, root)
         if not configs:
             configs = [config_of(path)]
             name = run_name(configs, root) if given.name is None else name
@@ -104,27 +112,6 @@ def _resumed(command: str, given: Namespace, configs: Sequence[Path], runs: Path
 @rank_zero_only
 def _say(text: str) -> None:
     print(f"lkd: {text}", flush=True)
-
-
-def _find_checkpoint(name: str, root: Path, run: str) -> Path:
-    """Return the path of a checkpoint: a file, the best one of a folder, or `last` or `best` of the newest run."""
-    if Path(name).is_file():
-        return Path(name)
-    if Path(name).is_dir():
-        return in_folder(Path(name), "best")
-    if name in _NEWEST:
-        return newest_checkpoint(root / run, name)
-    near = [str(path) for path in Path(name).parent.glob("*") if path.is_dir()]
-    if nearest := difflib.get_close_matches(str(Path(name)), near, n=1, cutoff=0.7):
-        raise FileNotFoundError(f"checkpoint {name!r} does not exist; did you mean {nearest[0]!r}?")
-    hint = _near(root) or f"; runs save their checkpoints in {root}/<name>/version_<n>/checkpoints/"
-    raise FileNotFoundError(f"checkpoint {name!r} does not exist{hint}")
-
-
-def _near(root: Path) -> str:
-    """Return a hint that lists up to four checkpoints below a folder; empty if there are none."""
-    found = sorted(str(path) for path in root.rglob("*.ckpt")) if root.is_dir() else []
-    return f"; available: {', '.join(found[:4])}" if found else ""
 
 
 def check_option(command: str, arg: str, own: Sequence[str]) -> None:

@@ -18,12 +18,13 @@ from rich.table import Table
 
 from lkd.__about__ import __version__
 from lkd._compat import options_of
+from lkd.checkpoints.find import find_checkpoint
 from lkd.cli.arguments import check_option
 from lkd.export.card import CARD, card
 from lkd.export.files import INT8_FILE, METADATA, WRITERS, Network, as_json, check_formats, write_int8
 from lkd.export.images import batches, preprocessing, test_loader, training_images
 from lkd.export.measure import Checked, compare, percent
-from lkd.loading import Trained, find_checkpoint, load_run
+from lkd.loading import Trained, load_run
 from lkd.tasks.base import Task
 from lkd.types import Batch
 

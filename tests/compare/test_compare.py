@@ -362,7 +362,7 @@ def test_class_names_come_from_training(runs, tmp_path, recwarn) -> None:
 
 def test_invalid_arguments(error_of, runs) -> None:
     assert "requires runs, or networks in a --config" in error_of()
-    assert "runs/digits/nothing does not exist" in error_of("runs/digits/nothing")
+    assert "checkpoint 'runs/digits/nothing' does not exist" in error_of("runs/digits/nothing")
     kd = str(runs / "digits" / "kd")
     assert "each run must have a unique name" in error_of(kd, kd)
     assert "write NAME=PLACE" in error_of(f"={kd}")

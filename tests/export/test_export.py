@@ -319,7 +319,7 @@ def test_hooks_of_the_data_module_are_applied(distill) -> None:
     ("args", "words"),
     [
         ([], "lkd export requires a checkpoint or the folder of a run as its first argument; see 'lkd export --help'"),
-        (["nowhere"], "nowhere does not exist; give the path of a checkpoint or of a folder of runs"),
+        (["nowhere"], "checkpoint 'nowhere' does not exist"),
         (
             ["RUN", "--format", "onx"],
             "--format must be safetensors, torch, onnx, or several of them separated by commas, got 'onx'",
