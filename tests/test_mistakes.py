@@ -168,6 +168,13 @@ def test_missing_files(error_of, fit) -> None:
     assert "lkd:digits_resnet8" in fit("--model.init_args.teacher_ckpt=lkd:digits")
     assert "no run in runs/digits/kd has a last.ckpt" in fit("--ckpt_path=last")
     assert "--config: expected one argument" in error_of("fit", "--config")
+    Path("runs/shop/version_0/checkpoints").mkdir(parents=True)
+    missing = "checkpoint 'runs/shp' does not exist; did you mean 'runs/shop'?"
+    assert error_of("test", "--ckpt_path=runs/shp") == error_of("export", "runs/shp") == missing
+    saved = "runs save their checkpoints in runs/<name>/version_<n>/checkpoints/"
+    assert error_of("compare", "runs/none") == f"checkpoint 'runs/none' does not exist; {saved}"
+    (Path("runs/shop/version_0/checkpoints") / "last.ckpt").touch()
+    assert "does not exist; available: runs/shop/version_0/checkpoints/last.ckpt" in error_of("compare", "none")
     Path("lone.ckpt").touch()
     assert "give the config of its training run" in error_of("test", "--ckpt_path", "lone.ckpt")
 
