@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 _BACKEND: Final = "faster_coco_eval"
+_STATES: Final[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {
+    "detection_box": (torch.float32, (4,)),
+    "detection_scores": (torch.float32, ()),
+    "detection_labels": (torch.int64, ()),
+    "groundtruth_box": (torch.float32, (4,)),
+    "groundtruth_labels": (torch.int64, ()),
+    "groundtruth_crowds": (torch.int64, ()),
+    "groundtruth_area": (torch.float32, ()),
+}
+"""Lists of one tensor `(N_i, ...)` per image: their type, and the size of further dimensions."""
 
 
 class MeanAP(MeanAveragePrecision):
     """Mean average precision of detections, averaged over classes and IoU thresholds.
 
-    torchmetrics' metric returns a dict of many values, which Lightning cannot log.
+    torchmetrics' metric returns a dict of many values, which Lightning cannot log, and requires the same number of
+    images in all processes.
 
     Args:
         iou_threshold: A single IoU threshold; `None` for 0.5, 0.55, ..., 0.95.
@@ -37,3 +50,20 @@ class MeanAP(MeanAveragePrecision):
         """Return the mean average precision, in [0, 1]; 0 if there are no boxes."""
         found: Tensor = super().compute()["map"]
         return torch.clamp(found, min=0)
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., list[Tensor]] | None = None, process_group: Any | None = None
+    ) -> None:
+        """Gather the boxes of all processes.
+
+        torchmetrics gathers the tensors of each image separately, so processes with different numbers of images would
+        wait for each other forever, or fail.
+        """
+        gather, group = dist_sync_fn or gather_all_tensors, process_group or self.process_group
+        for name, (dtype, size) in _STATES.items():
+            own = getattr(self, name)
+            counts = torch.tensor([len(part) for part in own], dtype=torch.int64, device=self.device)
+            empty = torch.zeros(0, *size, dtype=dtype, device=self.device)
+            joined = torch.cat([empty, *(part.to(dtype) for part in own)])
+            parts = zip(*(gather(tensor, group=group) for tensor in (joined, counts)), strict=True)
+            setattr(self, name, [part for values, number in parts for part in values.split(number.tolist())])
