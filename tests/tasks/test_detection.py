@@ -59,6 +59,28 @@ def _data(**settings) -> SyntheticDetectionDataModule:
 
 
 @pytest.mark.parametrize("name", DETECTORS)
+def test_boxes_are_precise_in_mixed_precision(name: str) -> None:
+    """In bfloat16, coordinates above 512 are multiples of 4."""
+    detector, image = _detector(name).eval(), [torch.rand(3, 64, 800, generator=torch.Generator().manual_seed(0))]
+    with torch.no_grad():
+        expected = detector(image).values.get("anchors")
+        with torch.autocast("cpu", torch.bfloat16):
+            predictions = detector(image)
+            (found,) = predictions.detections()
+    if expected is not None:
+        torch.testing.assert_close(predictions.values["anchors"], expected)
+    boxes = found["boxes"]
+    assert boxes.dtype == torch.float32
+    if name == "faster_rcnn":  # the others find no box with the score of 0.05 before training
+        assert len(boxes)
+        assert not boxes.equal(boxes.bfloat16().float())
+    boxes = {"boxes": torch.tensor([[700.0, 5.0, 790.0, 60.0]]), "labels": torch.tensor([1])}
+    with torch.autocast("cpu", torch.bfloat16):
+        Detection().loss(detector(image), [boxes]).backward()
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in detector.parameters())
+
+
+@pytest.mark.parametrize("name", DETECTORS)
 def test_losses_and_detections_equal_torchvision(name: str) -> None:
     detector = _detector(name).eval()
     predictions = detector(IMAGES)
