@@ -207,6 +207,16 @@ def test_invalid_settings(root, settings, message) -> None:
         _data(root, **settings)
 
 
+@pytest.mark.parametrize("part", ["images", "masks"])
+def test_ambiguous_names(root, part) -> None:
+    """Otherwise, one of two images would be left out, and one of two masks would be chosen."""
+    names = sorted(path.name for path in (root / "train" / part).iterdir())
+    copied = root / "train" / part / f"{names[0].rpartition('.')[0]}.bmp"
+    Image.open(root / "train" / part / names[0]).save(copied)
+    with pytest.raises(ValueError, match=rf"00.bmp and 00\.\w+ in \S+{part} differ only in their extension"):
+        _data(root)
+
+
 def test_missing_folders_and_invalid_lists(root) -> None:
     with pytest.raises(FileNotFoundError, match=r"folder \S+nowhere/train/images not found; expected images in it"):
         _data(root / "nowhere")
