@@ -185,6 +185,16 @@ def test_criteria_train_the_student_only(kind: str, criterion) -> None:
     assert all(parameter.grad is None for parameter in module.teacher.parameters())
 
 
+@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+def test_ld_requires_distributions(kind: str) -> None:
+    """The loss of coordinates would be 0 for FCOS, and meaningless for several anchors at each position."""
+    module = _distill(LD(["@box_maps"], ["@box_maps"], ["@class_maps"]), kind)
+    with pytest.raises(
+        ValueError, match=r"the box maps of this \w+Detector are coordinates; use detectors that predict"
+    ):
+        module.build(torch.zeros(1, 3, 64, 64))
+
+
 def test_training_and_metrics(tmp_path, trainer) -> None:
     """All metrics are logged. The teacher does not change and is not in the checkpoint, which restores the student."""
     module, data = _distill(), _data()
