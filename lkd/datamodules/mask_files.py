@@ -52,7 +52,7 @@ class MaskedFiles(ImageFiles):
 
     def fingerprint(self) -> str:
         """Return a hash of the images and masks; see `ImageFiles.fingerprint`."""
-        return fingerprint(super().fingerprint(), self.masks.fingerprint(), self.table.tobytes())
+        return fingerprint(super().fingerprint(), self.masks.fingerprint(), self.table.tobytes(), self.num_classes)
 
     def contents(self) -> str:
         """Return a hash of the images and masks; see `ImageFiles.contents`."""

@@ -145,6 +145,12 @@ def test_cache_detects_a_changed_mask(root) -> None:
     assert not torch.equal(next(iter(_data(root).test_dataloader())).target, first.target)
 
 
+def test_masks_in_the_cache_are_checked_again_for_fewer_classes(root) -> None:
+    assert int(next(iter(_data(root).test_dataloader())).target.max()) == 4
+    with pytest.raises(ValueError, match="contains the label 4, but there are 4 classes"):
+        list(_data(root, num_classes=4).test_dataloader())
+
+
 def test_labels_are_mapped(root) -> None:
     (batch,) = _data(root, num_classes=3, label_map={1: 255, 2: 0, 3: 1, 4: 2}).test_dataloader()
     (plain,) = _data(root).test_dataloader()
