@@ -306,7 +306,8 @@ def pool_exactly(pool: MultiScaleRoIAlign, levels: Mapping[str, Tensor], height:
     """Set the scales of the levels from which boxes are pooled, if they are not set.
 
     torchvision estimates the scales in the first forward pass, from the sizes of the images without padding, and keeps
-    them. For small images, they may be wrong by a factor of 2, and a resumed run might use different ones.
+    them. For small images, they may be wrong by a factor of 2, and a resumed run might use different ones. Strides are
+    powers of 2; the sizes of the levels are rounded up if the height is not a multiple of the stride.
 
     Args:
         pool: Pooling layer, changed in place.
@@ -314,7 +315,7 @@ def pool_exactly(pool: MultiScaleRoIAlign, levels: Mapping[str, Tensor], height:
         height: Height of the padded images.
     """
     if pool.scales is None:
-        pool.scales = [levels[name].shape[2] / height for name in pool.featmap_names]
+        pool.scales = [2.0 ** round(math.log2(levels[name].shape[2] / height)) for name in pool.featmap_names]
         first, last = (round(-math.log2(scale)) for scale in (pool.scales[0], pool.scales[-1]))
         pool.map_levels = initLevelMapper(first, last, pool.canonical_scale, pool.canonical_level)
 

@@ -108,6 +108,22 @@ def test_boxes_are_pooled_at_the_scale_of_their_level() -> None:
     assert detector.network.roi_heads.box_roi_pool.scales == [0.25, 0.125]
 
 
+@pytest.mark.parametrize("size_divisible", [64, 32])
+def test_scales_of_maps_whose_size_is_rounded_up(size_divisible: int) -> None:
+    """With 96 rows, a map of stride 64 has 2 rows, from which a stride of 48 would result."""
+    detector = faster_rcnn(5, (4, 4, 4, 4, 4), channels=8).eval()
+    detector.network.transform.size_divisible = size_divisible
+    detector([torch.zeros(3, 96, 96)])
+    assert detector.network.roi_heads.box_roi_pool.scales == [1 / stride for stride in (4, 8, 16, 32, 64)]
+
+
+@pytest.mark.parametrize("create", [retinanet, fcos])
+def test_anchors_have_the_stride_of_their_level(create) -> None:
+    values = create(5, (4, 8, 8, 8)).eval()([torch.zeros(3, 96, 96)]).values
+    centers = values["anchors"][0][-values["counts"][-1] :].view(-1, 2, 2).mean(1)
+    assert {64 * number for number in (0, 1)} == set(centers.flatten().tolist()) - {32}
+
+
 def test_maps_of_a_shared_head_are_those_of_all_levels() -> None:
     detector, calls = _detector().eval(), {"class_maps": [], "box_maps": []}
     head = detector.network.head
