@@ -201,6 +201,13 @@ def test_criteria_train_the_student_only(kind: str, criterion) -> None:
     assert all(parameter.grad is None for parameter in module.teacher.parameters())
 
 
+def test_boxes_in_half_precision_are_rejected() -> None:
+    """The precision bf16-true converts the boxes of a batch as well."""
+    batch = BATCH._replace(target=[{**own, "boxes": own["boxes"].bfloat16()} for own in TARGET])
+    with pytest.raises(ValueError, match=r"requires boxes in float32, got bfloat16, .*--trainer.precision=bf16-mixed"):
+        Detection().prepare(batch)
+
+
 @pytest.mark.parametrize("kind", ["retinanet", "fcos"])
 def test_ld_requires_distributions(kind: str) -> None:
     """The loss of coordinates would be 0 for FCOS, and meaningless for several anchors at each position."""
