@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
-from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lkd._compat import MetricHooks
 
 _BACKEND: Final = "faster_coco_eval"
 _STATES: Final[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {
@@ -24,7 +25,7 @@ _STATES: Final[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {
 """Lists of one tensor `(N_i, ...)` per image: their type, and the size of further dimensions."""
 
 
-class MeanAP(MeanAveragePrecision):
+class MeanAP(MetricHooks, MeanAveragePrecision):
     """Mean average precision of detections, averaged over classes and IoU thresholds.
 
     torchmetrics' metric returns a dict of many values, which Lightning cannot log, and requires the same number of
@@ -51,19 +52,19 @@ class MeanAP(MeanAveragePrecision):
         found: Tensor = super().compute()["map"]
         return torch.clamp(found, min=0)
 
-    def _sync_dist(
-        self, dist_sync_fn: Callable[..., list[Tensor]] | None = None, process_group: Any | None = None
-    ) -> None:
+    def gather_states(self, gather: Callable[[Tensor], list[Tensor]]) -> None:
         """Gather the boxes of all processes.
 
         torchmetrics gathers the tensors of each image separately, so processes with different numbers of images would
         wait for each other forever, or fail.
+
+        Args:
+            gather: Function that returns a tensor of each process.
         """
-        gather, group = dist_sync_fn or gather_all_tensors, process_group or self.process_group
         for name, (dtype, size) in _STATES.items():
             own = getattr(self, name)
             counts = torch.tensor([len(part) for part in own], dtype=torch.int64, device=self.device)
             empty = torch.zeros(0, *size, dtype=dtype, device=self.device)
             joined = torch.cat([empty, *(part.to(dtype) for part in own)])
-            parts = zip(*(gather(tensor, group=group) for tensor in (joined, counts)), strict=True)
-            setattr(self, name, [part for values, number in parts for part in values.split(number.tolist())])
+            parts = zip(gather(joined), gather(counts), strict=True)
+            setattr(self, name, [part for values, number in parts for part in torch.split(values, number.tolist())])
