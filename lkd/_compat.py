@@ -169,6 +169,25 @@ def write_event(logger: TensorBoardLogger, event: Event, step: int) -> None:
     logger.experiment._get_file_writer().add_event(event, step)
 
 
+class MetricHooks:
+    """Mixin of metrics that calls a public method where torchmetrics calls a private one."""
+
+    def gather_states(self, gather: Callable[[Tensor], list[Tensor]]) -> None:
+        """Replace the states of this process by those of all processes.
+
+        Args:
+            gather: Function that returns a tensor of each process; their sizes may differ.
+        """
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., list[Tensor]] | None = None, process_group: Any | None = None
+    ) -> None:
+        from torchmetrics.utilities.distributed import gather_all_tensors
+
+        group = process_group or self.process_group  # type: ignore[attr-defined]
+        self.gather_states(partial(dist_sync_fn or gather_all_tensors, group=group))
+
+
 def default_states(metric: Metric) -> Mapping[str, Any]:
     """Return the states of a metric, and their values after a reset."""
     return metric._defaults

@@ -15,6 +15,7 @@ from lkd.datamodules.dataset import ImageError, reason
 from lkd.datamodules.draws import uniform
 from lkd.datamodules.files import ImageFiles
 from lkd.datamodules.sampler import read_keys
+from lkd.datamodules.sources import eight_bit
 from lkd.io.refused import shown
 from lkd.types import Batch
 
@@ -50,7 +51,7 @@ class FileImages:
         """
         try:
             image, _ = self.files[index]
-            pixels: Tensor = TF.pil_to_tensor(image.convert("RGB"))
+            pixels: Tensor = TF.pil_to_tensor(eight_bit(image).convert("RGB"))
         except Exception as error:  # decoders raise almost any exception for corrupt files
             raise ImageError(
                 f"image {shown(self.files.path(index))} cannot be read ({reason(error)}); replace or remove it"

@@ -76,6 +76,7 @@ class CocoDetectionDataModule(DetectionDataModule):
         super().setup(stage)
 
     def _set_classes(self, file: CocoFile) -> None:
+        self._categories = file.categories
         ids = sorted(file.categories)
         labels = ids if self.keep_ids else range(1, len(ids) + 1)
         self._labels = dict(zip(ids, labels, strict=True))
@@ -97,7 +98,14 @@ class CocoDetectionDataModule(DetectionDataModule):
         folder, path = self.paths[split]
         if folder is None or path is None:
             return None
-        return CocoFile(path).boxes(Path(folder), self._labels, self.invalid_boxes)
+        file = CocoFile(path)
+        for id, name in file.categories.items():
+            if self._categories.get(id, name) != name:
+                raise ValueError(
+                    f"the category {id} is {name!r} in {file.name}, but {self._categories[id]!r} in the annotation "
+                    "file of the training images; use the same ids in both"
+                )
+        return file.boxes(Path(folder), self._labels, self.invalid_boxes)
 
 
 class CocoFile:

@@ -52,7 +52,7 @@ class MaskedFiles(ImageFiles):
 
     def fingerprint(self) -> str:
         """Return a hash of the images and masks; see `ImageFiles.fingerprint`."""
-        return fingerprint(super().fingerprint(), self.masks.fingerprint(), self.table.tobytes())
+        return fingerprint(super().fingerprint(), self.masks.fingerprint(), self.table.tobytes(), self.num_classes)
 
     def contents(self) -> str:
         """Return a hash of the images and masks; see `ImageFiles.contents`."""
@@ -105,11 +105,9 @@ def paired(folder: Path, images: Path, masks: Path, suffix: tuple[str, str] = ("
 
     Raises:
         FileNotFoundError: If a folder is missing, or an image has no mask.
+        ValueError: If the names of two files of a folder differ only in their extension.
     """
-    found = [
-        {_stem(name, end): name for name in _names(part, end)}
-        for part, end in zip((images, masks), suffix, strict=True)
-    ]
+    found = [_by_stem(part, end) for part, end in zip((images, masks), suffix, strict=True)]
     if missing := sorted(found[0].keys() - found[1].keys()):
         raise FileNotFoundError(
             f"{len(missing)} of {len(found[0])} images in {shown(images)} have no mask in {shown(masks)}: "
@@ -157,5 +155,13 @@ def _names(folder: Path, end: str) -> list[str]:
     return [name for name in names if name.rpartition(".")[0].endswith(end)]
 
 
-def _stem(name: str, end: str) -> str:
-    return name.rpartition(".")[0].removesuffix(end)
+def _by_stem(folder: Path, end: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in _names(folder, end):
+        other = found.setdefault(name.rpartition(".")[0].removesuffix(end), name)
+        if other != name:
+            raise ValueError(
+                f"{shown(other)} and {shown(name)} in {shown(folder)} differ only in their extension, so images and "
+                "masks cannot be paired by their names; remove or rename one of them"
+            )
+    return found

@@ -27,7 +27,8 @@ class SegmentationDataModule(ImageDataModule):
         kwargs: Arguments of `ImageDataModule`, except `views`, `mix` and `extra`.
 
     Raises:
-        ValueError: If `views`, `mix` or `extra` is set, or images and masks do not match.
+        ValueError: If `views`, `mix` or `extra` is set, if `augment` contains `RandAugment` or `TrivialAugment`, which
+            do not apply to masks, or if images and masks do not match.
     """
 
     _dataset_class = MaskDataset
@@ -35,6 +36,11 @@ class SegmentationDataModule(ImageDataModule):
     def __init__(self, **kwargs: Any) -> None:
         if given := [name for name in ("views", "mix", "extra") if kwargs.get(name) is not None]:
             raise ValueError(f"{type(self).__name__} does not support {given[0]}: it would not apply to the masks")
+        if given := [type(one).__name__ for one in kwargs.get("augment") or () if not getattr(one, "fits_masks", True)]:
+            raise ValueError(
+                f"{given[0]} rotates and shears images without their masks; remove it from augment, or use transforms "
+                "of colors, such as ColorJitter"
+            )
         super().__init__(**kwargs)
 
     def make_masks(self, split: Split) -> tuple[Tensor, Tensor] | None:

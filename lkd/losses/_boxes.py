@@ -44,10 +44,11 @@ def check_boxes(owner: str, student: Tensor, teacher: Tensor) -> None:
         teacher: Teacher map.
 
     Raises:
-        ValueError: If the numbers of channels differ or are not a multiple of four.
+        ValueError: If the numbers of channels differ, are not a multiple of four, or are four, that is, a single
+            distance, to which the softmax always assigns a probability of 1.
     """
     ours, theirs = student.shape[1], teacher.shape[1]
-    if ours != theirs or ours % 4:
+    if ours != theirs or ours % 4 or ours == 4:
         raise ValueError(
             f"{owner} compares distributions of boxes, 4 * (reg_max + 1) channels in student and teacher, got {ours} "
             f"and {theirs}; use the layers that predict them, and the same reg_max in both networks"

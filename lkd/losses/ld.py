@@ -12,7 +12,7 @@ from lkd.losses._dense import enlarged, interpolated
 from lkd.losses._precision import full_precision, wide
 from lkd.losses._shapes import check_shapes
 from lkd.losses.base import DistillLoss, read_layers, total
-from lkd.types import Batch, Outputs, Probe
+from lkd.types import Batch, Outputs, Predictions, Probe
 
 
 @check_shapes(student_boxes="N 4M", teacher_boxes="N 4M", weight="N")
@@ -76,7 +76,8 @@ class LD(DistillLoss):
 
     Raises:
         ValueError: If the temperature or `avg_factor` is not greater than 0. At the start of training, if no layers are
-            set, if their numbers do not agree, or if a layer does not return a map of the form above.
+            set, if their numbers do not agree, if a layer does not return a map of the form above, or if the box maps
+            of a detector of `lkd.models` are not distributions.
 
     References:
         Zheng et al.: Localization Distillation for Dense Object Detection, CVPR 2022 (arXiv 2102.12252). The authors
@@ -103,6 +104,8 @@ class LD(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Check the layers."""
+        for probe, layers in ((student, self.student_layers), (teacher, self.teacher_layers)):
+            _check_detector(probe, layers)
         for ours, theirs, scores in self._levels(student.outputs, teacher.outputs):
             check_dims("LD", 4, student=ours, teacher=theirs, class_score=scores)
             check_boxes("LD", ours, theirs)
@@ -130,3 +133,15 @@ class LD(DistillLoss):
             weight = interpolated(largest, (height, width)).flatten()
             losses.append(ld_loss(rows(own), rows(other), weight, self.temperature, self.avg_factor * len(own)))
         return total(losses)
+
+
+def _check_detector(probe: Probe, layers: Sequence[str]) -> None:
+    """Check that a detector of `lkd.models` predicts distributions if its `@box_maps` are read."""
+    predictions: object = probe.outputs.logits
+    if not isinstance(predictions, Predictions) or not any(layer.startswith("box_maps.") for layer in layers):
+        return
+    if "bbox_distribution" not in predictions.values.get("head", ()):
+        raise ValueError(
+            f"LD compares distributions of boxes, but the box maps of this {type(probe.network).__name__} are "
+            "coordinates; use detectors that predict distributions, such as lkd.models.fcos with reg_max"
+        )

@@ -18,6 +18,7 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 from torchvision.ops.poolers import initLevelMapper
 
+from lkd._compat import tree_map_only
 from lkd.features.layers import FeatureLayers
 from lkd.types import Predictions
 
@@ -141,7 +142,8 @@ class OneStageDetector(Detector):
         for taps, output in ((self.class_maps, head["cls_logits"]), (self.box_maps, boxes)):
             for tap, level, size in zip(taps, output.split(counts, 1), grid, strict=True):
                 tap(level.unflatten(1, (*size, -1)).permute(0, 3, 4, 1, 2).flatten(1, 2))
-        values = {"head": head, "anchors": self.network.anchor_generator(images, features), "counts": counts}
+        anchors = self.network.anchor_generator(images, [level.float() for level in features])  # as precise as these
+        values = {"head": head, "anchors": anchors, "counts": counts}
         return self.predictions(images, sizes, head["cls_logits"].shape[2], head["cls_logits"], values)
 
     def losses(self, predictions: Predictions, target: Targets) -> dict[str, Tensor]:
@@ -242,7 +244,8 @@ class FasterRCNNDetector(Detector):
     """Faster R-CNN as a detector.
 
     The forward pass ends with the feature pyramid, because proposals, losses and detections depend on the targets or on
-    the selection of boxes. Criteria read `@pyramid`.
+    the selection of boxes. Criteria read `@pyramid`. In mixed precision, anchors and boxes remain float32: bfloat16
+    would round coordinates above 256 to multiples of 2.
 
     Args:
         network: `FasterRCNN` of torchvision.
@@ -254,6 +257,9 @@ class FasterRCNNDetector(Detector):
 
     def __init__(self, network: FasterRCNN) -> None:
         super().__init__(network, len(network.rpn.anchor_generator.num_anchors_per_location()))
+        network.rpn.register_forward_pre_hook(_convert_levels)
+        for layer in (network.rpn.head, network.roi_heads.box_predictor):
+            layer.register_forward_hook(_convert_output)
 
     def predict(self, images: ImageList, levels: OrderedDict[str, Tensor], sizes: Sizes) -> Predictions:
         """Store the levels of the pyramid in the predictions."""
@@ -300,7 +306,8 @@ def pool_exactly(pool: MultiScaleRoIAlign, levels: Mapping[str, Tensor], height:
     """Set the scales of the levels from which boxes are pooled, if they are not set.
 
     torchvision estimates the scales in the first forward pass, from the sizes of the images without padding, and keeps
-    them. For small images, they may be wrong by a factor of 2, and a resumed run might use different ones.
+    them. For small images, they may be wrong by a factor of 2, and a resumed run might use different ones. Strides are
+    powers of 2; the sizes of the levels are rounded up if the height is not a multiple of the stride.
 
     Args:
         pool: Pooling layer, changed in place.
@@ -308,9 +315,22 @@ def pool_exactly(pool: MultiScaleRoIAlign, levels: Mapping[str, Tensor], height:
         height: Height of the padded images.
     """
     if pool.scales is None:
-        pool.scales = [levels[name].shape[2] / height for name in pool.featmap_names]
+        pool.scales = [2.0 ** round(math.log2(levels[name].shape[2] / height)) for name in pool.featmap_names]
         first, last = (round(-math.log2(scale)) for scale in (pool.scales[0], pool.scales[-1]))
         pool.map_levels = initLevelMapper(first, last, pool.canonical_scale, pool.canonical_level)
+
+
+def _convert_levels(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Convert the levels of the pyramid to the dtype of the weights, as their dtype is also that of the anchors."""
+    images, levels, *others = args
+    dtype = next(layer.parameters()).dtype
+    return images, OrderedDict((name, level.to(dtype)) for name, level in levels.items()), *others
+
+
+def _convert_output(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Convert the output of a layer from the dtype of autocast to that of its weights."""
+    dtype = next(layer.parameters()).dtype
+    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype), output)
 
 
 def resized(target: Targets, predictions: Predictions) -> list[dict[str, Tensor]]:

@@ -26,10 +26,10 @@ _SCORE = 0.05
 
 
 class _OriginalSize(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchvision is not typed
-    """Normalize and pad images without resizing them."""
+    """Normalize images and pad them to a multiple of the largest stride, without resizing them."""
 
-    def __init__(self) -> None:
-        super().__init__(0, 0, _MEAN, _STD)
+    def __init__(self, largest_stride: int) -> None:
+        super().__init__(0, 0, _MEAN, _STD, size_divisible=max(32, largest_stride))
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Return the image and its boxes unchanged."""
@@ -88,7 +88,7 @@ def retinanet(
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     head = RetinaNetHead(channels, 3 * num_scales, num_classes)
     network = RetinaNet(_backbone(filters, channels), num_classes, anchor_generator=anchors, head=head)
-    network.transform = _OriginalSize()
+    network.transform = _OriginalSize(_strides(filters)[-1])
     return RetinaNetDetector(network)
 
 
@@ -130,7 +130,7 @@ def fcos(
         else DistributionHead(channels, num_classes, num_convs, reg_max)
     )
     network = FCOS(_backbone(filters, channels), num_classes, anchor_generator=anchors, head=head, score_thresh=_SCORE)
-    network.transform = _OriginalSize()
+    network.transform = _OriginalSize(_strides(filters)[-1])
     return FCOSDetector(network)
 
 
@@ -160,7 +160,7 @@ def faster_rcnn(
         box_head=TwoMLPHead(channels * 7**2, head_channels),
         box_predictor=FastRCNNPredictor(head_channels, num_classes),
     )
-    network.transform = _OriginalSize()
+    network.transform = _OriginalSize(_strides(filters)[-1])
     return FasterRCNNDetector(network)
 
 

@@ -43,7 +43,8 @@ class Detection(Task):
         """Check that targets are boxes.
 
         Raises:
-            ValueError: If the images are mixed or have several views, or the targets are not boxes.
+            ValueError: If the images are mixed or have several views, or the targets are not boxes, or are in half
+                precision.
         """
         if batch.mixed is not None or batch.views > 1:
             raise ValueError(
@@ -54,6 +55,12 @@ class Detection(Task):
             raise ValueError(
                 "Detection requires a list of dicts with `boxes` and `labels` as targets, got "
                 f"{type(target).__name__}; use a data module that returns boxes, or another task"
+            )
+        if rounded := {own["boxes"].dtype for own in target} & {torch.float16, torch.bfloat16}:
+            name = str(rounded.pop()).removeprefix("torch.")
+            raise ValueError(
+                f"Detection requires boxes in float32, got {name}, which rounds the coordinates of large images; "
+                "replace a precision such as bf16-true by a mixed one (--trainer.precision=bf16-mixed)"
             )
         return batch
 

@@ -160,6 +160,26 @@ def test_coco_files(coco) -> None:
         data.setup("test")
 
 
+def test_16_bit_images_are_not_clipped(coco, tmp_path) -> None:
+    """Pillow's conversion to RGB would set all levels above 255 of 65535 to white."""
+    data = coco()
+    Image.fromarray(np.full((10, 20), 256 * 100 + 7, dtype=np.uint16)).save(tmp_path / "images" / "0.png")
+    data.setup("fit")
+    (image,) = data.datasets["train"][Key(0, 1)].input
+    assert torch.equal(image, torch.full((3, 10, 20), 100 / 255))
+
+
+def test_splits_must_have_the_same_categories(coco, tmp_path) -> None:
+    path = tmp_path / "boxes.json"
+    data = coco(val_images=str(tmp_path / "images"), val_annotations=str(tmp_path / "val.json"))
+    (tmp_path / "val.json").write_text(path.read_text())
+    data.setup("fit")
+    data.datasets.clear()
+    (tmp_path / "val.json").write_text(path.read_text().replace("dog", "bird"))
+    with pytest.raises(ValueError, match=r"category 9 is 'bird' in \S+val.json, but 'dog' in the annotation file of"):
+        data.setup("fit")
+
+
 def _set(name: str, number: int, **values: object) -> Callable[[dict[str, Any]], None]:
     return lambda content: content[name][number].update(values)
 

@@ -145,6 +145,12 @@ def test_cache_detects_a_changed_mask(root) -> None:
     assert not torch.equal(next(iter(_data(root).test_dataloader())).target, first.target)
 
 
+def test_masks_in_the_cache_are_checked_again_for_fewer_classes(root) -> None:
+    assert int(next(iter(_data(root).test_dataloader())).target.max()) == 4
+    with pytest.raises(ValueError, match="contains the label 4, but there are 4 classes"):
+        list(_data(root, num_classes=4).test_dataloader())
+
+
 def test_labels_are_mapped(root) -> None:
     (batch,) = _data(root, num_classes=3, label_map={1: 255, 2: 0, 3: 1, 4: 2}).test_dataloader()
     (plain,) = _data(root).test_dataloader()
@@ -205,6 +211,16 @@ def test_invalid_masks(root, spoil, message) -> None:
 def test_invalid_settings(root, settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         _data(root, **settings)
+
+
+@pytest.mark.parametrize("part", ["images", "masks"])
+def test_ambiguous_names(root, part) -> None:
+    """Otherwise, one of two images would be left out, and one of two masks would be chosen."""
+    names = sorted(path.name for path in (root / "train" / part).iterdir())
+    copied = root / "train" / part / f"{names[0].rpartition('.')[0]}.bmp"
+    Image.open(root / "train" / part / names[0]).save(copied)
+    with pytest.raises(ValueError, match=rf"00.bmp and 00\.\w+ in \S+{part} differ only in their extension"):
+        _data(root)
 
 
 def test_missing_folders_and_invalid_lists(root) -> None:

@@ -9,11 +9,13 @@ from torch import Tensor
 from lkd.datamodules import (
     ColorJitter,
     Mixup,
+    RandAugment,
     RandomCrop,
     RandomErasing,
     RandomHorizontalFlip,
     SegmentationDataModule,
     SyntheticSegmentationDataModule,
+    TrivialAugment,
 )
 from lkd.types import IGNORE_INDEX, Batch
 
@@ -68,6 +70,13 @@ def test_other_transforms_change_only_the_image() -> None:
     for one, other in zip(plain, changed, strict=True):
         assert torch.equal(one.target, other.target)
         assert not torch.equal(one.input, other.input)
+
+
+@pytest.mark.parametrize("transform", [RandAugment(), TrivialAugment()])
+def test_transforms_that_masks_cannot_follow(transform) -> None:
+    name = type(transform).__name__
+    with pytest.raises(ValueError, match=f"{name} rotates and shears images without their masks; remove it"):
+        Striped(augment=[RandomHorizontalFlip(), transform])
 
 
 def test_samples_depend_on_seed_epoch_and_index() -> None:

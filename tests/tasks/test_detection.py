@@ -59,6 +59,28 @@ def _data(**settings) -> SyntheticDetectionDataModule:
 
 
 @pytest.mark.parametrize("name", DETECTORS)
+def test_boxes_are_precise_in_mixed_precision(name: str) -> None:
+    """In bfloat16, coordinates above 512 are multiples of 4."""
+    detector, image = _detector(name).eval(), [torch.rand(3, 64, 800, generator=torch.Generator().manual_seed(0))]
+    with torch.no_grad():
+        expected = detector(image).values.get("anchors")
+        with torch.autocast("cpu", torch.bfloat16):
+            predictions = detector(image)
+            (found,) = predictions.detections()
+    if expected is not None:
+        torch.testing.assert_close(predictions.values["anchors"], expected)
+    boxes = found["boxes"]
+    assert boxes.dtype == torch.float32
+    if name == "faster_rcnn":  # the others find no box with the score of 0.05 before training
+        assert len(boxes)
+        assert not boxes.equal(boxes.bfloat16().float())
+    boxes = {"boxes": torch.tensor([[700.0, 5.0, 790.0, 60.0]]), "labels": torch.tensor([1])}
+    with torch.autocast("cpu", torch.bfloat16):
+        Detection().loss(detector(image), [boxes]).backward()
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in detector.parameters())
+
+
+@pytest.mark.parametrize("name", DETECTORS)
 def test_losses_and_detections_equal_torchvision(name: str) -> None:
     detector = _detector(name).eval()
     predictions = detector(IMAGES)
@@ -84,6 +106,22 @@ def test_boxes_are_pooled_at_the_scale_of_their_level() -> None:
     detector = _detector("faster_rcnn").eval()
     detector([torch.zeros(3, 44, 44)])
     assert detector.network.roi_heads.box_roi_pool.scales == [0.25, 0.125]
+
+
+@pytest.mark.parametrize("size_divisible", [64, 32])
+def test_scales_of_maps_whose_size_is_rounded_up(size_divisible: int) -> None:
+    """With 96 rows, a map of stride 64 has 2 rows, from which a stride of 48 would result."""
+    detector = faster_rcnn(5, (4, 4, 4, 4, 4), channels=8).eval()
+    detector.network.transform.size_divisible = size_divisible
+    detector([torch.zeros(3, 96, 96)])
+    assert detector.network.roi_heads.box_roi_pool.scales == [1 / stride for stride in (4, 8, 16, 32, 64)]
+
+
+@pytest.mark.parametrize("create", [retinanet, fcos])
+def test_anchors_have_the_stride_of_their_level(create) -> None:
+    values = create(5, (4, 8, 8, 8)).eval()([torch.zeros(3, 96, 96)]).values
+    centers = values["anchors"][0][-values["counts"][-1] :].view(-1, 2, 2).mean(1)
+    assert {64 * number for number in (0, 1)} == set(centers.flatten().tolist()) - {32}
 
 
 def test_maps_of_a_shared_head_are_those_of_all_levels() -> None:
@@ -161,6 +199,23 @@ def test_criteria_train_the_student_only(kind: str, criterion) -> None:
         parameter.grad.abs().sum() > 0 for parameter in module.student.parameters() if parameter.grad is not None
     )
     assert all(parameter.grad is None for parameter in module.teacher.parameters())
+
+
+def test_boxes_in_half_precision_are_rejected() -> None:
+    """The precision bf16-true converts the boxes of a batch as well."""
+    batch = BATCH._replace(target=[{**own, "boxes": own["boxes"].bfloat16()} for own in TARGET])
+    with pytest.raises(ValueError, match=r"requires boxes in float32, got bfloat16, .*--trainer.precision=bf16-mixed"):
+        Detection().prepare(batch)
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+def test_ld_requires_distributions(kind: str) -> None:
+    """The loss of coordinates would be 0 for FCOS, and meaningless for several anchors at each position."""
+    module = _distill(LD(["@box_maps"], ["@box_maps"], ["@class_maps"]), kind)
+    with pytest.raises(
+        ValueError, match=r"the box maps of this \w+Detector are coordinates; use detectors that predict"
+    ):
+        module.build(torch.zeros(1, 3, 64, 64))
 
 
 def test_training_and_metrics(tmp_path, trainer) -> None:

@@ -29,10 +29,13 @@ class BatchTransform(ABC):
         num_draws: Number of random numbers per image; a multiple of 4.
         moves_pixels: Whether it moves pixels without changing their values, apart from filling with 0. It then
             applies to masks as well.
+        fits_masks: Whether it may be applied to images with masks. Not if it moves pixels and changes their values, as
+            the masks could not follow.
     """
 
     num_draws: int = 4
     moves_pixels: ClassVar[bool] = False
+    fits_masks: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:

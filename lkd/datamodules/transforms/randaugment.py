@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,6 +127,7 @@ class RandAugment(BatchTransform):
 
     num_ops: int = 2
     magnitude: int = 10
+    fits_masks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.num_ops < 1:
@@ -164,6 +165,8 @@ class TrivialAugment(BatchTransform):
         Müller, Hutter: TrivialAugment: Tuning-free yet state-of-the-art data augmentation, ICCV 2021
         (arXiv 2103.10158), the wide space of table 1.
     """
+
+    fits_masks: ClassVar[bool] = False
 
     def __call__(self, image: Tensor, draws: Tensor) -> Tensor:
         """Change every image; the draws choose operation, sign and magnitude.

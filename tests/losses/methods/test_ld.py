@@ -71,11 +71,12 @@ def test_ld_by_a_loop() -> None:
         (LD(["a"], ["c"], ["a", "b"]), "LD requires as many student_layers as teacher_layers, .* got 1 teacher_layers"),
         (LD(["a"], ["c"]), r"LD reads feature maps .*, but the class_score layer returns \(2, 5\)"),
         (LD(["a"], ["d"], ["b"]), r"LD compares distributions of boxes, .*, got 8 and 12; use the layers that"),
+        (LD(["e"], ["e"], ["b"]), r"LD compares distributions of boxes, .*, got 4 and 4; use the layers that"),
     ],
 )
 def test_invalid_layers(criterion: LD, message: str) -> None:
-    student = outputs(a=draw(2, 8, 4, 4), b=draw(2, 3, 4, 4))
-    teacher = outputs(c=draw(2, 8, 4, 4), d=draw(2, 12, 4, 4), p=draw(2, 6))
+    student = outputs(a=draw(2, 8, 4, 4), b=draw(2, 3, 4, 4), e=draw(2, 4, 4, 4))
+    teacher = outputs(c=draw(2, 8, 4, 4), d=draw(2, 12, 4, 4), e=draw(2, 4, 4, 4), p=draw(2, 6))
     with pytest.raises(ValueError, match=message):
         built(criterion, student, teacher)
 
