@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lkd import FeatureExtractor
 from lkd.features.layers import feature_layers, resolve_layers
-from lkd.models import layer_names, resnet8, timm_model, torchvision_model, vgg8
+from lkd.models import UNet, fcos, layer_names, resnet8, timm_model, torchvision_model, vgg8
 from tests.models.test_benchmark import REFERENCE, layers, on_meta_device
 
 
@@ -181,3 +181,12 @@ def test_map_of_torchvision_networks(name: str) -> None:
 def test_unknown_groups(names: list[str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         resolve_layers(nn.Sequential(nn.Linear(2, 2)), names)
+
+
+def test_numbered_groups_of_detectors_and_decoders() -> None:
+    """Every group that `lkd layers` lists can be used."""
+    for network in (fcos(num_classes=3, filters=(4, 8)), UNet((4, 8, 16), num_classes=3)):
+        layers = feature_layers(network)
+        for field in ("stages", "decoder", "pyramid", "class_maps", "box_maps"):
+            names = [f"@{field.removesuffix('s')}{number + 1}" for number in range(len(getattr(layers, field)))]
+            assert resolve_layers(network, names) == getattr(layers, field)

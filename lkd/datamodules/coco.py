@@ -96,6 +96,11 @@ class CocoDetectionDataModule(DetectionDataModule):
     def make_boxes(self, split: Split) -> BoxSource | None:
         """Open the images and boxes of a split."""
         folder, path = self.paths[split]
+        if split == "test" and (folder is None or path is None):
+            raise ValueError(
+                "CocoDetectionDataModule has no test images; set test_images and test_annotations, or evaluate the "
+                "validation images with `lkd validate`"
+            )
         if folder is None or path is None:
             return None
         file = CocoFile(path)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lkd._compat import wrapped_by_compile
 
 GROUPS = (
-    "@stem, @stages, @stage1, @stage2, ..., @last_stage, @preacts, @preact1, ..., @norms, @decoder, @map, @pooled, "
-    "@head, @pyramid, @class_maps, @box_maps"
+    "@stem, @stages, @stage1, @stage2, ..., @last_stage, @preacts, @preact1, ..., @norms, @decoder, @decoder1, ..., "
+    "@map, @pooled, @head, @pyramid, @pyramid1, ..., @class_maps, @class_map1, ..., @box_maps, @box_map1, ..."
 )
 
 
@@ -140,8 +140,8 @@ def resolve_layers(network: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     Args:
         network: Any module.
         names: Layer names, or `@stem`, `@stages` (all), `@stage1`, `@stage2`, ..., `@last_stage`, `@preacts` (all),
-            `@preact1`, ..., `@norms`, `@decoder`, `@map`, `@pooled`, `@head`, `@pyramid`, `@class_maps`, `@box_maps`;
-            see `FeatureLayers`.
+            `@preact1`, ..., `@norms`, `@decoder`, `@decoder1`, ..., `@map`, `@pooled`, `@head`, `@pyramid`,
+            `@pyramid1`, ..., `@class_maps`, `@class_map1`, ..., `@box_maps`, `@box_map1`, ...; see `FeatureLayers`.
 
     Returns:
         Names as in `network.named_modules()`, with the suffix `:input` for the input of a layer.
@@ -162,9 +162,10 @@ def resolve_layers(network: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 
 def _group(network: nn.Module, layers: FeatureLayers, name: str) -> tuple[str, ...]:
     found: Any = ()
-    numbered = re.fullmatch(r"@(stage|preact|norm|decoder)(\d+)", name)
+    numbered = re.fullmatch(r"@(stage|preact|norm|decoder|pyramid|class_map|box_map)(\d+)", name)
     if numbered:
-        group = layers.decoder if numbered[1] == "decoder" else getattr(layers, f"{numbered[1]}s")
+        whole = numbered[1] if numbered[1] in FeatureLayers._fields else f"{numbered[1]}s"
+        group = getattr(layers, whole)
         found = group[int(numbered[2]) - 1 : int(numbered[2])] if int(numbered[2]) else ()
     elif name == "@last_stage":
         found = layers.stages[-1:]

@@ -123,7 +123,7 @@ def smp_model(
     which they are not the outputs of layers, such as `mit_b0`), `@decoder`, `@map` (the input of the head) and `@head`.
 
     Args:
-        architecture: Name of the architecture, such as `unet`, `fpn` or `deeplabv3plus`.
+        architecture: Name of the architecture, such as `unet`, `fpn` or `deeplabv3plus`, in upper or lower case.
         encoder: Name of the encoder, such as `resnet18`, or `tu-` and the name of a timm network.
         num_classes: Number of classes.
         in_channels: Number of input channels; segmentation_models_pytorch adapts pretrained weights to it.
@@ -146,6 +146,7 @@ def smp_model(
             "smp_model requires segmentation_models_pytorch, which is not installed; run pip install "
             "'lightning-kd[segmentation]'"
         ) from error
+    architecture = architecture.lower()  # the classes are named `Unet` and `FPN`
     check_name("segmentation_models_pytorch has no architecture", architecture, list(smp.MODEL_ARCHITECTURES_MAPPING))
     if not encoder.startswith("tu-"):
         check_name("segmentation_models_pytorch has no encoder", encoder, smp.encoders.get_encoder_names())

@@ -27,7 +27,7 @@ _PACKAGED = "lkd:"
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "net")
 _PREFIXES = ("module.", "model.", "student.", "network.", "net.", "_orig_mod.")
 _FINE_TUNE = (
-    "; only the head {head} does not match: to train a new head, load the file with lkd.models.load_weights and "
+    "; only the head ({head}) does not match: to train a new head, load the file with lkd.models.load_weights and "
     "drop_head: true"
 )
 _SYNONYMS = (("linear", "fc"), ("shortcut", "downsample"))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -59,6 +61,33 @@ def probe_network(name: str, extractor: FeatureExtractor, example: Any) -> Probe
         )
         raise ValueError(f"the {name} does not accept inputs of shape {shape}: {reason}; {remedy}") from error
     return probe
+
+
+@contextmanager
+def evaluated_size(trainer: L.Trainer | None, input: Any) -> Iterator[None]:
+    """Explain errors of networks that accept the training crops, but not whole images in evaluation.
+
+    Args:
+        trainer: Trainer of the module, if any.
+        input: Input of the networks.
+
+    Raises:
+        ValueError: If a network fails on images of another size than the training crops.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        data = getattr(trainer, "datamodule", None)
+        trained = getattr(data, "input_shape", None)
+        if not hasattr(data, "eval_size") or not isinstance(input, Tensor) or input.shape[1:] == trained:
+            raise
+        height, width = input.shape[2:]
+        raise ValueError(
+            f"a network does not accept images of {width}x{height} pixels in evaluation: {str(error).splitlines()[0]}; "
+            "set eval_size of the data module to a height and width that the network accepts"
+        ) from error
 
 
 def check_covers_classes(name: str, num_outputs: int, num_classes: int | None) -> None:

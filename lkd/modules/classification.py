@@ -24,6 +24,7 @@ from lkd.modules.checks import (
     check_covers_classes,
     check_finite,
     check_saved_by,
+    evaluated_size,
     probe_network,
     warn_of_unused_outputs,
 )
@@ -141,8 +142,7 @@ class ClassificationModule(EvaluatedModule):
 
     def forward(self, input: Any) -> Tensor:
         """Compute the logits of the trained network: `(B, K)`, or as the task defines them."""
-        logits: Tensor = self.task.logits(self.model(input))
-        return logits
+        return cast("Tensor", self.task.logits(self.model(input)))
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the terms of the loss for one batch.
@@ -266,8 +266,8 @@ class ClassificationModule(EvaluatedModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Predict the logits of one batch. Labels are not read."""
-        logits: Tensor = self(self.unpack(batch).input)
-        return logits
+        with evaluated_size(self._trainer, images := self.unpack(batch).input):
+            return cast("Tensor", self(images))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Create the optimizer of the trainable parameters, which never include the teacher's, and the scheduler."""

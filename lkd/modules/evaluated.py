@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lkd.modules.checks import evaluated_size
 from lkd.modules.recorded import RecordedModule
 from lkd.tasks.base import Task
 from lkd.tasks.metrics import WeightedMean
@@ -107,7 +108,8 @@ class EvaluatedModule(RecordedModule):
         metrics, batch = self.stage_metrics(stage), self.read(batch)
         graph = self.eval_graph if stage == "val" and self._can_replay(batch) else None
         if graph is None or not graph.update(metrics, batch):
-            self.update_metrics(metrics, batch)
+            with evaluated_size(self._trainer, batch.input):
+                self.update_metrics(metrics, batch)
         self._adopt(stage, metrics)
         unlogged = () if self.trains_logits else self.logit_metrics
         updated = {name: metric for name, metric in metrics.items() if metric.update_called and name not in unlogged}

@@ -42,7 +42,10 @@ class Classification(Task):
         """
         if logits.ndim != 2:
             shape = tuple(logits.shape)
-            raise ValueError(f"the {name} must return logits of shape (batch, classes), got {shape} for one input")
+            hint = "; for segmentation, set the task lkd.tasks.SemanticSegmentation" if logits.ndim == 4 else ""
+            raise ValueError(
+                f"the {name} must return logits of shape (batch, classes), got {shape} for one input{hint}"
+            )
 
     def blank_target(self, logits: Tensor) -> Tensor:
         """Return class 0 for each input `(B,)`."""

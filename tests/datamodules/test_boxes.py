@@ -156,7 +156,7 @@ def test_coco_files(coco) -> None:
     kept.setup("fit")
     assert kept.num_classes == 10
     assert kept.datasets["train"].source.labels.tolist() == [9, 3]
-    with pytest.raises(ValueError, match="CocoDetectionDataModule has no test images"):
+    with pytest.raises(ValueError, match=r"no test images; set test_images and test_annotations, or .* `lkd validate`"):
         data.setup("test")
 
 

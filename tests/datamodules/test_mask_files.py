@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
+from lkd import ClassificationModule
 from lkd.datamodules import (
     ADE20KDataModule,
     CityscapesDataModule,
@@ -17,6 +19,7 @@ from lkd.datamodules import (
     SegmentationFolderDataModule,
     VOCSegmentationDataModule,
 )
+from lkd.tasks import SemanticSegmentation
 from lkd.types import IGNORE_INDEX, Batch
 
 _SIZES = ((20, 30), (26, 18), (32, 32), (9, 12))
@@ -112,6 +115,24 @@ def test_evaluation_uses_whole_images(root) -> None:
     assert small.input.shape == (4, 3, 16, 16)
     labelled = (small.target != IGNORE_INDEX).flatten(1).sum(1)
     assert labelled.tolist() == [11 * 16, 16 * 11, 16 * 16, 9 * 12]
+
+
+class _Strided(nn.Conv2d):
+    """A network that requires multiples of 16 pixels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[2] % 16 or input.shape[3] % 16:
+            raise RuntimeError("height and width must be divisible by 16")
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("run", ["fit", "validate", "test", "predict"])
+def test_networks_that_do_not_accept_the_size_in_evaluation(run: str, root, trainer) -> None:
+    module = ClassificationModule(_Strided(3, 5, 1), task=SemanticSegmentation(5))
+    data = SegmentationFolderDataModule(str(root), 5, image_size=(16, 16), eval_size=(24, 20), batch_size=4)
+    says = r"20x24 pixels in evaluation: height and width must be divisible by 16; set eval_size of the data module"
+    with pytest.raises(ValueError, match=says):
+        getattr(trainer(max_epochs=1, num_sanity_val_steps=1), run)(module, data)
 
 
 def test_whole_images_are_held_in_memory_without_a_crop(root) -> None:

@@ -138,7 +138,9 @@ def test_new_head(layout: str, tmp_path: Path) -> None:
     """For fine-tuning with other classes, all weights except for the head are loaded from the file."""
     state = trained().state_dict()
     torch.save(LAYOUTS[layout](state), tmp_path / "five.pth")
-    with pytest.raises(ValueError, match=r"do not match .* only the head fc does not match: .* and drop_head: true"):
+    with pytest.raises(
+        ValueError, match=r"do not match .* only the head \(fc\) does not match: .* and drop_head: true"
+    ):
         load_weights(resnet8(num_classes=3), tmp_path / "five.pth")
     network = resnet8(num_classes=3)
     own = {name: tensor.clone() for name, tensor in network.state_dict().items() if name.startswith("fc.")}

@@ -119,6 +119,7 @@ def test_unknown_names() -> None:
 
 
 def test_smp_unknown_names() -> None:
+    assert type(smp_model("FPN", "resnet18", num_classes=5)).__name__ == "FPN"  # in upper or lower case
     for settings, message in (
         ({"architecture": "unett"}, "no architecture 'unett'; closest matches: unet"),
         ({"encoder": "resnet81"}, "no encoder 'resnet81'; closest matches: resnet18"),
