@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lkd import devices
@@ -116,6 +117,8 @@ class DetectionDataModule(L.LightningDataModule, ABC):
             order = permutation(self.split_seed, 0, total, SPLIT)
             self.datasets["val"] = BoxDataset(train.source, order[:held_out].sort().values)
             train.index = order[held_out:].sort().values
+        if not len(train.source.labels):
+            rank_zero_warn("no training image has a box; check the annotations")
         self.datasets["train"] = train
 
     def _whole(self, split: Split, flip: float = 0.0) -> BoxDataset:

@@ -24,6 +24,7 @@ class SegmentationDataModule(ImageDataModule):
     `label_size` selects whole images.
 
     Args:
+        batch_size: Number of images per batch in each process.
         kwargs: Arguments of `ImageDataModule`, except `views`, `mix` and `extra`.
 
     Raises:
@@ -33,7 +34,7 @@ class SegmentationDataModule(ImageDataModule):
 
     _dataset_class = MaskDataset
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, batch_size: int = 16, **kwargs: Any) -> None:
         if given := [name for name in ("views", "mix", "extra") if kwargs.get(name) is not None]:
             raise ValueError(f"{type(self).__name__} does not support {given[0]}: it would not apply to the masks")
         if given := [type(one).__name__ for one in kwargs.get("augment") or () if not getattr(one, "fits_masks", True)]:
@@ -41,7 +42,7 @@ class SegmentationDataModule(ImageDataModule):
                 f"{given[0]} rotates and shears images without their masks; remove it from augment, or use transforms "
                 "of colors, such as ColorJitter"
             )
-        super().__init__(**kwargs)
+        super().__init__(batch_size=batch_size, **kwargs)
 
     def make_masks(self, split: Split) -> tuple[Tensor, Tensor] | None:
         """Return the images and masks of a split.

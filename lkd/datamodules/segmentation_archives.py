@@ -109,7 +109,7 @@ class VOCSegmentationDataModule(SegmentationArchiveDataModule):
         root: Folder of the dataset.
         image_set: Training images: `train` (1,464) or `train_aug` (10,582). The latter requires the masks of Hariharan
             et al. in `SegmentationClassAug/` and their list `ImageSets/Segmentation/train_aug.txt`.
-        image_size: Height and width of the training crops.
+        image_size: Height and width of the training crops, or one number for both.
         kwargs: Arguments of `SegmentationArchiveDataModule`.
 
     References:
@@ -131,7 +131,7 @@ class VOCSegmentationDataModule(SegmentationArchiveDataModule):
         self,
         root: str = "data",
         image_set: Literal["train", "train_aug"] = "train",
-        image_size: tuple[int, int] | None = (512, 512),
+        image_size: int | tuple[int, int] | None = (512, 512),
         **kwargs: Any,
     ) -> None:
         super().__init__(root, image_size=image_size, **kwargs)
@@ -163,7 +163,7 @@ class CityscapesDataModule(SegmentationArchiveDataModule):
 
     Args:
         root: Folder of the dataset.
-        image_size: Height and width of the training crops.
+        image_size: Height and width of the training crops, or one number for both.
         kwargs: Arguments of `SegmentationArchiveDataModule`.
 
     References:
@@ -181,7 +181,9 @@ class CityscapesDataModule(SegmentationArchiveDataModule):
         *("terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
     )
 
-    def __init__(self, root: str = "data", image_size: tuple[int, int] | None = (512, 1024), **kwargs: Any) -> None:
+    def __init__(
+        self, root: str = "data", image_size: int | tuple[int, int] | None = (512, 1024), **kwargs: Any
+    ) -> None:
         classes = dict.fromkeys(range(34), IGNORED) | {label: c for c, label in enumerate(_CITYSCAPES_IDS)}
         super().__init__(root, image_size=image_size, label_map=classes, **kwargs)
 
@@ -202,7 +204,7 @@ class ADE20KDataModule(SegmentationArchiveDataModule):
 
     Args:
         root: Folder of the dataset.
-        image_size: Height and width of the training crops.
+        image_size: Height and width of the training crops, or one number for both.
         eval_size: Height and width of images in evaluation; larger images are scaled down to fit. With the default, the
             shorter side of most images is 512 pixels. `None` evaluates at the full size, padded to the largest image.
         kwargs: Arguments of `SegmentationArchiveDataModule`.
@@ -221,8 +223,8 @@ class ADE20KDataModule(SegmentationArchiveDataModule):
     def __init__(
         self,
         root: str = "data",
-        image_size: tuple[int, int] | None = (512, 512),
-        eval_size: tuple[int, int] | None = (683, 683),
+        image_size: int | tuple[int, int] | None = (512, 512),
+        eval_size: int | tuple[int, int] | None = (683, 683),
         **kwargs: Any,
     ) -> None:
         classes = {0: IGNORED} | {label: label - 1 for label in range(1, self.num_classes + 1)}

@@ -25,9 +25,10 @@ class MaskedFilesDataModule(SegmentationDataModule):
     smaller ones are padded on the right and at the bottom, and the padding is ignored.
 
     Args:
-        image_size: Height and width of the training crops; by default the largest height and width of all images.
-        eval_size: Height and width of images in evaluation; larger images are scaled down to fit. By default the
-            largest height and width of all images, so that images are evaluated at their full size.
+        image_size: Height and width of the training crops, or one number for both; by default the largest height and
+            width of all images.
+        eval_size: Height and width of images in evaluation, or one number for both; larger images are scaled down to
+            fit. By default the largest height and width of all images, so that images are evaluated at their full size.
         label_map: Class of each label in the mask files; labels that are mapped to 255 are ignored. Labels that are not
             mapped are class indices.
         kwargs: Arguments of `SegmentationDataModule`.
@@ -40,27 +41,25 @@ class MaskedFilesDataModule(SegmentationDataModule):
 
     def __init__(
         self,
-        image_size: tuple[int, int] | None = None,
-        eval_size: tuple[int, int] | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        eval_size: int | tuple[int, int] | None = None,
         label_map: dict[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, size in (("image_size", image_size), ("eval_size", eval_size)):
-            if size is not None and min(size) < 1:
-                raise ValueError(f"{name} must be a height and a width of at least 1 pixel, got {list(size)}")
+        self.image_size, self.eval_size = _pair("image_size", image_size), _pair("eval_size", eval_size)
         if wrong := [label for label in (label_map or {}) if not 0 <= label <= IGNORED]:
             raise ValueError(f"label_map: labels must be between 0 and {IGNORED}, got {wrong[0]}")
         self.mean, self.std = IMAGENET_STATISTICS[3]
         super().__init__(**kwargs)
-        self.image_size, self.eval_size, self.label_map = image_size, eval_size, label_map
+        self.label_map = label_map
         if wrong := [c for c in (label_map or {}).values() if not (0 <= c < self.num_classes or c == IGNORED)]:
             raise ValueError(
                 f"label_map maps a label to {wrong[0]}, but there are {self.num_classes} classes, 0 to "
                 f"{self.num_classes - 1}; use {IGNORED} for labels that are ignored"
             )
-        if image_size is not None:
-            self.input_shape = (3, *image_size)
-        self._whole_size = eval_size
+        if self.image_size is not None:
+            self.input_shape = (3, *self.image_size)
+        self._whole_size = self.eval_size
 
     @abstractmethod
     def find(self, split: Split) -> tuple[Path, list[str], list[str]] | None:
@@ -100,6 +99,16 @@ class MaskedFilesDataModule(SegmentationDataModule):
         """Find the images and masks of a split; see `ImageDataModule.make_dataset`."""
         found = self.find(split)
         return None if found is None else MaskedFiles(*found, self.num_classes, self.label_map)
+
+
+def _pair(name: str, size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Return height and width, after checking them."""
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise ValueError(f"{name} must be a height and a width of at least 1 pixel, got {[height, width]}")
+    return height, width
 
 
 class SegmentationFolderDataModule(MaskedFilesDataModule):

@@ -160,6 +160,12 @@ def test_coco_files(coco) -> None:
         data.setup("test")
 
 
+def test_training_images_without_boxes_are_reported(coco) -> None:
+    data = coco(lambda content: content["annotations"].clear())
+    with pytest.warns(UserWarning, match="no training image has a box; check the annotations"):
+        data.setup("fit")
+
+
 def test_16_bit_images_are_not_clipped(coco, tmp_path) -> None:
     """Pillow's conversion to RGB would set all levels above 255 of 65535 to white."""
     data = coco()

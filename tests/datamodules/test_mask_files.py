@@ -234,6 +234,11 @@ def test_invalid_settings(root, settings, message) -> None:
         _data(root, **settings)
 
 
+def test_one_number_is_height_and_width(root) -> None:
+    data = _data(root, image_size=8, eval_size=16)
+    assert (data.input_shape, data.whole_shape) == ((3, 8, 8), (3, 16, 16))
+
+
 @pytest.mark.parametrize("part", ["images", "masks"])
 def test_ambiguous_names(root, part) -> None:
     """Otherwise, one of two images would be left out, and one of two masks would be chosen."""
