@@ -40,7 +40,7 @@ class Export(NamedTuple):
 
     Attributes:
         folder: Output folder.
-        metrics: Test metrics of the checkpoint, as in `lkd test`.
+        metrics: Test metrics of the checkpoint, in float32.
         files: Comparison of each file with the checkpoint, on the same images.
     """
 
@@ -217,7 +217,7 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def _tested(trained: Trained) -> dict[str, float]:
-    """Evaluate on all test images like `lkd test`, then move the module to the CPU and detach the trainer."""
+    """Evaluate on all test images in float32, then move the module to the CPU and detach the trainer."""
     trainer = L.Trainer(
         devices=1,
         logger=False,

@@ -32,7 +32,7 @@ def card(
         trained: Exported run.
         network: Exported network.
         facts: Content of `preprocessing.json`.
-        metrics: Test metrics, as in `lkd test`.
+        metrics: Test metrics, in float32.
         checked: Comparison of the files with the checkpoint.
     """
     settings = _plain(dict(trained.config.as_dict()))
@@ -51,7 +51,7 @@ def card(
         "## Training",
         _table(("", ""), _training(trained, own, model, data)),
         "## Evaluation",
-        "Metrics of `lkd test`, on all test images:",
+        "Metrics on all test images, in float32 (`lkd test` uses the precision of the run):",
         _table(("", "test images"), [(key.removeprefix("test/"), f"{value:.4f}") for key, value in metrics.items()]),
         *_compared(checked),
         "## Input",
