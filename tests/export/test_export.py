@@ -511,6 +511,21 @@ def test_calibration_uses_training_images_without_augmentation(folder, distill) 
     assert len(images) == 8
 
 
+def test_calibration_uses_all_classes(tmp_path, distill) -> None:
+    """The images are sorted by class, and their number is not a multiple of 512."""
+    for split, number in (("train", 75), ("test", 1)):
+        for one, position in product(range(8), range(number)):
+            path = tmp_path / "images" / split / f"class{one}" / f"{position}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((4, 4, 3), 30 * one, np.uint8)).save(path)
+    data = ImageFolderDataModule(str(tmp_path / "images"), image_size=4, num_workers=0, val_size=0)
+    images = torch.cat(list(training_images(data, distill())))
+    assert len(images) == 512
+    counts = images[:, 0, 0, 0].unique(return_counts=True)[1]
+    assert len(counts) == 8
+    assert 62 <= counts.min() <= counts.max() <= 66
+
+
 def test_epochs_of_a_checkpoint(run) -> None:
     folder = Path(run) / "checkpoints"
     best, last = (torch.load(folder / f"{name}.ckpt", weights_only=True) for name in ("best", "last"))
