@@ -12,7 +12,7 @@ from lkd.__about__ import __version__
 from lkd.callbacks.cached_logits import CachedLogits, LogitFiles
 from lkd.callbacks.logit_table import Storage
 from lkd.datamodules import ImageDataModule
-from lkd.io.tensor_cache import cache_folder, fingerprint
+from lkd.io.tensor_cache import cache_folder, network_fingerprint
 
 
 class TeacherCache(L.Callback):
@@ -65,7 +65,7 @@ class TeacherCache(L.Callback):
             return
         inputs = {
             **trainer.datamodule.datasets["train"].made_from(),  # type: ignore[attr-defined]
-            "teacher": fingerprint(str(pl_module.teacher), *pl_module.teacher.state_dict().values()),
+            "teacher": network_fingerprint(pl_module.teacher),
             "teacher_normalization": str(pl_module.teacher_normalization),
             "precision": str(trainer.precision),
             "storage": str(self.storage),

@@ -23,6 +23,7 @@ from lkd.compare.comparison import Comparison, ScoreComparison, check_comparable
 from lkd.compare.groups import methods_of
 from lkd.compare.predictions import Candidate, statistics_of
 from lkd.io.folders import new_folder
+from lkd.io.tensor_cache import network_fingerprint
 from lkd.io.yaml import load_yaml
 from lkd.loading import Trained, load_run, network_of
 from lkd.modules import DistillModule
@@ -159,8 +160,9 @@ def _chosen(given: Any, runs: Mapping[str, Trained]) -> tuple[list[Candidate], L
     if teacher is None and _TEACHER in (one.name for one in candidates):
         teacher = _TEACHER
     wanted = teacher is None or (teacher == _TEACHER and teacher not in (one.name for one in candidates))
-    if wanted and (own := next(filter(None, map(_teacher_of, runs.values())), None)):
-        candidates, teacher = [own, *candidates], _TEACHER
+    if wanted and (found := {name: own for name, run in runs.items() if (own := _teacher_of(run))}):
+        candidates, teacher = [next(iter(found.values())), *candidates], _TEACHER
+        _warn_of_other_teachers(found)
     data = given.data or next((run.data for run in runs.values()), None)
     if data is None:
         raise ValueError("lkd compare requires data; add a data module, data: {class_path: ...}, to the --config")
@@ -172,6 +174,17 @@ def _chosen(given: Any, runs: Mapping[str, Trained]) -> tuple[list[Candidate], L
             if own is not None and measured is not None and repr(own) != repr(measured):  # None: unknown
                 rank_zero_warn(f"{name} was trained with {fact} {own}, but is evaluated with {measured}")
     return candidates, data, teacher
+
+
+def _warn_of_other_teachers(found: Mapping[str, Candidate]) -> None:
+    """Warn if a run has another teacher than the first one, with which all networks are compared."""
+    (first, teacher), *others = found.items()
+    for name, other in others:
+        if network_fingerprint(other.network) != network_fingerprint(teacher.network):
+            rank_zero_warn(
+                f"{name} was trained with another teacher than {first}, but both are compared with the teacher of "
+                f"{first}; name another network with --teacher"
+            )
 
 
 def _named(runs: Sequence[str]) -> dict[str, str]:

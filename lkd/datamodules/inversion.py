@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 from lkd._compat import AnyBatchNorm
 from lkd._moved import former_members
 from lkd.datamodules.extra import ExtraImages
-from lkd.io.tensor_cache import cache_folder, fingerprint, load_tensors, save_tensors
+from lkd.io.tensor_cache import cache_folder, fingerprint, load_tensors, network_fingerprint, save_tensors
 from lkd.types import Normalization
 
 _FORMAT = 1  # increase when the same settings result in different images
@@ -142,7 +142,7 @@ class DeepInversion(ExtraImages):
         """Load the images from the cache or synthesize them; see `ExtraImages.images`."""
         normalization = self.normalization or normalization
         made_from = {
-            "network": fingerprint(str(self.network), *self.network.state_dict().values()),
+            "network": network_fingerprint(self.network),
             "settings": repr(self),
             "data": repr((shape, num_classes, normalization)),
             "versions": repr((_FORMAT, torch.__version__, device.type)),

@@ -87,13 +87,17 @@ def test_loader(data: L.LightningDataModule, limit: int) -> DataLoader[Any]:
     dataset: Any = loader.dataset
     if not hasattr(dataset, "__len__") or len(dataset) <= limit:
         return loader
-    chosen = torch.linspace(0, len(dataset) - 1, limit, dtype=torch.float64).long().tolist()
     return DataLoader(
-        Subset(dataset, chosen),
+        Subset(dataset, _spread(len(dataset), limit)),
         batch_size=loader.batch_size or 1,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
     )
+
+
+def _spread(number: int, limit: int) -> list[int]:
+    """Return at most `limit` positions that are evenly spaced among `number` images, which may be sorted by class."""
+    return torch.linspace(0, number - 1, min(number, limit), dtype=torch.float64).long().tolist()
 
 
 def batches(loader: DataLoader[Any], data: L.LightningDataModule, module: ClassificationModule) -> Iterator[Batch]:
@@ -134,8 +138,7 @@ def training_images(data: L.LightningDataModule, module: ClassificationModule) -
         dataset = data.datasets["train"]
         plain = dataset.variant(0, [data.resize])
         plain.shape = (plain.shape[0], *data.whole_shape[1:])
-        step = max(1, len(dataset) // _CALIBRATION)
-        for index in dataset.index[::step][:_CALIBRATION].split(_PIECE):  # type: ignore[no-untyped-call]
+        for index in dataset.index[_spread(len(dataset), _CALIBRATION)].split(_PIECE):  # type: ignore[no-untyped-call]
             yield plain.unmixed(torch.zeros_like(index), index).input
         return
     seen = 0

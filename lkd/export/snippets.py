@@ -74,6 +74,10 @@ network.load_state_dict(weights)
 {then}"""
 
 
+_AUXILIARY = ("googlenet", "inception_v3")
+"""Networks of torchvision with auxiliary heads, which lkd removes."""
+
+
 def preparation(facts: Mapping[str, Any]) -> str:
     """Describe the preprocessing of an image in words and code.
 
@@ -203,10 +207,13 @@ def made(network: Mapping[str, Any]) -> Made:
     """
     path = str(network["class_path"])
     start = ("weights", "pretrained")  # omitted, because these weights would be replaced
-    own = {key: value for key, value in (network.get("init_args") or {}).items() if value is not None}
-    own = {key: value for key, value in own.items() if key not in start}
+    given = {key: value for key, value in (network.get("init_args") or {}).items() if value is not None}
+    own = {key: value for key, value in given.items() if key not in start}
     name, channels, small = own.get("name"), own.get("in_channels", 3), own.get("small_images")
     sizes = {key: value for key, value in own.items() if key in ("num_classes", "img_size", "patch_size")}
+    if path == "lkd.models.torchvision_model" and name in _AUXILIARY:
+        own = given  # pretrained weights determine whether the network normalizes its input again
+        sizes |= {"aux_logits": False, "transform_input": "weights" in given, "init_weights": False}
     if path == "lkd.models.timm_model" and not small:
         return Made("timm", f"timm.create_model({name!r}, {_arguments(sizes | {'in_chans': channels})})", True)
     if path == "lkd.models.torchvision_model" and not small and channels == 3:

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lkd.io.refused import said, shown
 
@@ -63,6 +63,17 @@ def fingerprint(*parts: object) -> str:
             hashed.update(repr(part).encode(errors="surrogateescape"))
         hashed.update(b"\0")
     return hashed.hexdigest()
+
+
+def network_fingerprint(network: nn.Module) -> str:
+    """Return a hash that identifies a network: its layers, weights and buffers, including those that are not saved.
+
+    Args:
+        network: The network.
+    """
+    state = network.state_dict()
+    unsaved = (buffer for name, buffer in network.named_buffers() if name not in state)
+    return fingerprint(str(network), *state.values(), *unsaved)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,7 +19,12 @@ from lkd.types import Batch, Outputs, Probe
 
 def _attention(feature: Tensor, p: float) -> Tensor:
     """Return the normalized spatial attention map of a feature `(B, H * W)`."""
-    return unit_vectors(feature.abs().pow(p).mean(1).flatten(1), dim=1)
+    absolute = feature.abs()
+    if p >= 1:
+        return unit_vectors(absolute.pow(p).mean(1).flatten(1), dim=1)
+    is_zero = absolute < torch.finfo(absolute.dtype).tiny  # where the power has an infinite gradient
+    powers = absolute.masked_fill(is_zero, 1).pow(p).masked_fill(is_zero, 0)
+    return unit_vectors(powers.mean(1).flatten(1), dim=1)
 
 
 @check_shapes(student_feature="B C H W", teacher_feature="B D H' W'")
@@ -34,7 +40,7 @@ def at_loss(student_feature: Tensor, teacher_feature: Tensor, p: float = 2.0) ->
     Args:
         student_feature: Student feature map `(B, C, H, W)`.
         teacher_feature: Teacher feature map `(B, D, H', W')`.
-        p: Exponent of the absolute values, greater than 0.
+        p: Exponent of the absolute values, greater than 0. With an exponent below 1, zeros have no gradient.
 
     Returns:
         Scalar loss (float32 for half-precision inputs).

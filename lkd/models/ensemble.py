@@ -57,6 +57,10 @@ class Ensemble(nn.Module):
         self.mean_of = mean_of
         self.register_buffer("weights", torch.tensor(weights) / sum(weights), persistent=False)
 
+    def extra_repr(self) -> str:
+        """Settings of the ensemble, for `repr` and for the identification of cached logits."""
+        return f"mean_of={self.mean_of!r}"
+
     def forward(self, input: Tensor) -> Tensor:
         """Compute the averaged logits of all members.
 

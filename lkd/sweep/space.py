@@ -101,7 +101,7 @@ def _current(key: str, known: Mapping[str, Any]) -> Any:
 def _distribution(key: str, wanted: Any, current: Any) -> BaseDistribution:
     if isinstance(wanted, list):
         choices = [_stored(choice) for choice in wanted]
-        if not choices or len({repr(choice) for choice in choices}) < len(choices):
+        if not choices or len(set(choices)) < len(choices):  # Optuna does not distinguish 1, 1.0 and true
             raise ValueError(f"the choices of {key} must be a non-empty list of distinct values, got {wanted}")
         return CategoricalDistribution(choices)
     if not isinstance(wanted, Mapping):

@@ -20,6 +20,7 @@ from torch import nn
 from lkd import Batch, DigitsDataModule, EarlyExitModule, SyntheticDataModule
 from lkd.__main__ import main
 from lkd.compare import Candidate, compare, write
+from lkd.compare.command import _warn_of_other_teachers
 from lkd.compare.groups import methods_of
 from lkd.compare.predictions import statistics_of
 from lkd.compare.tables import tables
@@ -344,6 +345,16 @@ def test_runs_that_differ_only_by_seed_form_one_method(runs, tmp_path, capsys, m
     trained = load_run(str(kd))
     with pytest.warns(UserWarning, match="again has the same settings and seed as kd, so it does not count"):
         assert methods_of({"kd": trained, "again": trained}) == {}
+
+
+def test_runs_with_different_teachers(tiny) -> None:
+    found = {name: Candidate("teacher", tiny(seed)) for name, seed in {"kd": 0, "same": 0, "other": 1}.items()}
+    with pytest.warns(UserWarning, match="another teacher") as raised:
+        _warn_of_other_teachers(found)
+    assert [str(warning.message) for warning in raised] == [
+        "other was trained with another teacher than kd, but both are compared with the teacher of kd; name another "
+        "network with --teacher"
+    ]
 
 
 def test_class_names_come_from_training(runs, tmp_path, recwarn) -> None:

@@ -47,7 +47,7 @@ def test_figures_equal_scikit_learn_and_torchmetrics(target) -> None:
     assert found.top5.value == top_k_accuracy_score(target, probabilities, k=5, labels=labels)
     assert found.nll == pytest.approx(log_loss(target, probabilities, labels=labels), abs=1e-9)
     metric = MulticlassCalibrationError(CLASSES, n_bins=15, norm="l1")
-    assert found.ece == pytest.approx(float(metric(logits.double().softmax(1), target)), abs=1e-9)
+    assert found.ece == pytest.approx(float(metric(logits.double().softmax(1), target)), abs=1e-6)  # float32
     assert found.agreement.value == accuracy_score(teacher.argmax(1), chosen)
     assert found.kl == pytest.approx(entropy(softmax(teacher.double().numpy(), 1), probabilities, axis=1).mean())
     assert [share.value for share in found.per_class] == pytest.approx(recall_score(target, chosen, average=None))
@@ -136,4 +136,15 @@ def test_reliability_sums_to_the_calibration_error(target) -> None:
     bins = reliability(logits, target)
     assert sum(one.share for one in bins) == pytest.approx(1)
     gap = sum(one.share * abs(one.accuracy - one.confidence) for one in bins if one.share)
-    assert gap == pytest.approx(measure(logits, target).ece, abs=1e-6)  # torchmetrics computes it in float32
+    assert gap == pytest.approx(measure(logits, target).ece, abs=1e-12)
+
+
+def test_calibration_error_with_confidence_1() -> None:
+    """Predictions with confidence 1 share the last bin with those above 14/15, whose accuracy is higher."""
+    logits, target = torch.zeros(100, CLASSES), torch.zeros(100, dtype=torch.int64)
+    logits[:50, 0] = math.log(0.95 * (CLASSES - 1) / 0.05)  # confidence 0.95, all correct
+    logits[50:, 0] = 100.0  # confidence 1, of which 80 % are correct
+    target[90:] = 1
+    found = measure(logits, target)
+    assert found.ece == pytest.approx(abs(0.9 - 0.975), abs=1e-6)
+    assert [one.share for one in found.reliability] == [0.0] * 14 + [1.0]

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator
 from itertools import product
@@ -17,6 +18,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import torchvision
 import yaml
 from PIL import Image
 from safetensors import safe_open
@@ -30,8 +32,9 @@ from lkd.export.files import WRITERS, Network
 from lkd.export.images import batches, preprocessing, training_images
 from lkd.export.images import test_loader as loader_of_some
 from lkd.export.measure import Checked
-from lkd.export.snippets import preparation, use
+from lkd.export.snippets import made, preparation, use
 from lkd.loading import load_run
+from lkd.models import torchvision_model
 from lkd.tasks import Classification
 from lkd.types import IGNORE_INDEX
 
@@ -509,6 +512,42 @@ def test_calibration_uses_training_images_without_augmentation(folder, distill) 
         torch.testing.assert_close(images[i], (pixels - mean) / std)
     assert len(squares) == 1
     assert len(images) == 8
+
+
+def test_calibration_uses_all_classes(tmp_path, distill) -> None:
+    """The images are sorted by class, and their number is not a multiple of 512."""
+    for split, number in (("train", 75), ("test", 1)):
+        for one, position in product(range(8), range(number)):
+            path = tmp_path / "images" / split / f"class{one}" / f"{position}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((4, 4, 3), 30 * one, np.uint8)).save(path)
+    data = ImageFolderDataModule(str(tmp_path / "images"), image_size=4, num_workers=0, val_size=0)
+    images = torch.cat(list(training_images(data, distill())))
+    assert len(images) == 512
+    counts = images[:, 0, 0, 0].unique(return_counts=True)[1]
+    assert len(counts) == 8
+    assert 62 <= counts.min() <= counts.max() <= 66
+
+
+@pytest.mark.parametrize("transforms", [False, True])
+def test_code_that_creates_a_network_with_auxiliary_heads(transforms: bool) -> None:
+    """lkd removes these heads. With pretrained weights, the network normalizes its input again."""
+    settings = {"name": "googlenet", "num_classes": 4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about torchvision's initialization
+        network = torchvision_model(**settings).eval()
+    network.transform_input = transforms
+    weights = {"weights": "DEFAULT"} if transforms else {}
+    found = made({"class_path": "lkd.models.torchvision_model", "init_args": {**settings, **weights}})
+    created = eval(found.call, {"torchvision": torchvision}).eval()
+    created.load_state_dict(network.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(created(image), network(image))
+    small = {**settings, **weights, "small_images": True}
+    assert ("weights='DEFAULT'" in made({"class_path": "lkd.models.torchvision_model", "init_args": small}).call) == (
+        transforms
+    )
 
 
 def test_epochs_of_a_checkpoint(run) -> None:

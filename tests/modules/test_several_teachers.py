@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd import Batch, DistillModule, Outputs
+from lkd.io.tensor_cache import network_fingerprint
 from lkd.losses import (
     AT,
     CC,
@@ -61,6 +62,18 @@ def test_ensemble_is_the_mean(tiny) -> None:
     torch.testing.assert_close(Ensemble(networks, [2.0, 1.0, 1.0])(image), torch.einsum("m,mbk->bk", weights, logits))
     together = Ensemble(networks, [2.0, 1.0, 1.0], mean_of="probabilities")(image)
     torch.testing.assert_close(together.exp(), torch.einsum("m,mbk->bk", weights, logits.softmax(2)))
+
+
+def test_ensembles_of_the_same_members_have_different_fingerprints(tiny) -> None:
+    """Logits that were cached for other weights, or another mean, must not be reused."""
+    networks = [tiny(), tiny()]
+    ensembles = [
+        Ensemble(networks),
+        Ensemble(networks, [3.0, 1.0]),
+        Ensemble(networks, mean_of="probabilities"),
+    ]
+    assert len({network_fingerprint(ensemble) for ensemble in ensembles}) == 3
+    assert network_fingerprint(Ensemble(networks, [2.0, 2.0])) == network_fingerprint(ensembles[0])
 
 
 def test_invalid_ensembles(tiny) -> None:

@@ -58,6 +58,8 @@ def test_settings_are_read_as_distributions(text: str, found: object) -> None:
         ("model.init_args.weight: {low: .nan, high: 2}", "must be a finite number, got nan"),
         ("model.init_args.weight: []", "must be a non-empty list of distinct values"),
         ("model.init_args.weight: [1, 1]", "must be a non-empty list of distinct values"),
+        ("model.init_args.weight: [1, 1.0]", "must be a non-empty list of distinct values"),
+        ("model.init_args.weight: [0, 1, true]", "must be a non-empty list of distinct values"),
         ("{}", "requires settings to search"),
     ],
 )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.nn.functional import mse_loss, normalize
 
+from lkd.functional import at_loss
 from lkd.losses import AT
 from tests.losses import parity
 from tests.losses.cases import LAYERS, FeatureCase
@@ -36,6 +39,22 @@ def _at(inputs: Values, hyper: Hyper) -> Values:
 
 
 PARITY = {"at": _at, "at_dense": _at_dense}
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
+def test_gradient_of_inactive_neurons(p: float) -> None:
+    """With an exponent below 1, the derivative of the power is infinite at 0."""
+    student, teacher = (
+        tensor.relu() for tensor in torch.randn(2, 2, 6, 4, 4, generator=torch.Generator().manual_seed(0))
+    )
+    student.requires_grad_()
+    loss = at_loss(student, teacher, p)
+    loss.backward()
+    maps = [normalize((tensor**p).mean(1).flatten(1), dim=1) for tensor in (student, teacher)]
+    torch.testing.assert_close(loss, mse_loss(*maps))
+    assert student.grad.isfinite().all()
+    assert student.grad[student > 0].abs().max() > 0
+    assert at_loss(student, teacher.index_fill(1, torch.tensor(0), torch.nan), p).isnan()
 
 
 def test_invalid_layers() -> None:
