@@ -183,6 +183,15 @@ def test_varying_accumulation(fit) -> None:
     assert [rate for (rate,) in found] == pytest.approx([_cosine(5, 5)[i] for i in (0, 1, 2, 3, 3, 3, 4, 4, 4)])
 
 
+@pytest.mark.parametrize("numbers", [{0: 3}, {0: 1, 1: 3}, {0: 3, 2: 1}], ids=str)
+@pytest.mark.parametrize("steps", [1, 2, 5, 6])
+def test_epochs_of_a_maximum_number_of_steps_with_varying_accumulation(fit, numbers, steps: int) -> None:
+    accumulate = GradientAccumulationScheduler(numbers)
+    found = fit(CosineDecay, "epoch", max_epochs=-1, max_steps=steps, callbacks=[accumulate])
+    used = list(dict.fromkeys(rate for (rate,) in found))
+    assert used == pytest.approx(_cosine(len(used), len(used)))
+
+
 class Groups(ClassificationModule):
     """A module that creates its optimizer with two groups, and its schedule, itself."""
 

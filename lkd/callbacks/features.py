@@ -99,7 +99,8 @@ class FeatureEvaluation(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Evaluate the features, except in the sanity check and in the epochs between two evaluations."""
         epoch, is_fit = trainer.current_epoch + 1, trainer.state.fn == TrainerFn.FITTING
-        is_due = not is_fit or epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
+        is_last = epoch == trainer.max_epochs or 0 < trainer.max_steps <= trainer.global_step
+        is_due = not is_fit or epoch % self.every_n_epochs == 0 or is_last
         if is_due and not trainer.sanity_checking:
             pl_module.log(self.curve, self.evaluate(trainer, pl_module), sync_dist=True)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lkd.__about__ import __version__
 from lkd.callbacks.cached_logits import CachedLogits, LogitFiles
@@ -24,7 +25,8 @@ class TeacherCache(L.Callback):
     and a run that finds it train on the same values. Corrupt or stale files cause a warning and are rebuilt.
 
     The teacher must be frozen, the criterion may read only its logits, and the data module must be an
-    `ImageDataModule`, not a stream such as `WebDatasetDataModule`.
+    `ImageDataModule`, not a stream such as `WebDatasetDataModule`. Hooks that may change a batch
+    (`on_before_batch_transfer`, `on_after_batch_transfer`) must not be overridden.
 
     Args:
         versions: Number of augmented variants of each image. `None` disables the cache, and every epoch uses new random
@@ -123,6 +125,10 @@ class TeacherCache(L.Callback):
         self.teardown(trainer, pl_module, "fit")
 
 
+_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
+"""Hooks of data module and module that may change a batch, for example by random augmentation on a GPU."""
+
+
 def _limit_variants(trainer: L.Trainer, number: int | None) -> None:
     """Make the training images repeat after a number of epochs; `None` for new augmentations in each epoch."""
     data = trainer.datamodule  # type: ignore[attr-defined]
@@ -137,5 +143,7 @@ def _check(trainer: L.Trainer, module: Any) -> None:
         reason = "only lkd's data modules can repeat augmented images (except WebDatasetDataModule, a stream)"
     elif not reason and trainer.overfit_batches:  # type: ignore[attr-defined]
         reason = "with overfit_batches, every epoch contains the same few images"
+    elif not reason and (hooks := [hook for part in (data, module) for hook in _HOOKS if is_overridden(hook, part)]):
+        reason = f"{hooks[0]} may change the images of a batch, which the cache identifies by their index"
     if reason:
         raise ValueError(f"cannot cache the teacher's logits: {reason}; remove teacher_cache.versions")

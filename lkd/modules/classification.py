@@ -294,6 +294,8 @@ class ClassificationModule(EvaluatedModule):
         for metric in self.modules():
             if isinstance(metric, Metric):  # `validate` leaves inference tensors, which `fit` could not update
                 metric.reset()
+        if stage == TrainerFn.FITTING:
+            self._meter = Meter()  # an earlier run of this module may have left values, or may have diverged
         if stage == TrainerFn.FITTING and self.only_labels and self._data_attribute("num_labelled") == 0:
             raise ValueError(
                 "no training image has a label, but this run learns from labels only; increase label_size of the data "

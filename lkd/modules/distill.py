@@ -244,7 +244,7 @@ class DistillModule(EvaluatedDistillation):
             return "the loss does not use a teacher"
         if self.teacher_changes:
             return f"the teacher of {name} changes during training"
-        if own := self._overrides("teacher_outputs", "teacher_input", "losses"):
+        if own := self._overrides("teacher_outputs", "teacher_input", "losses", "unpack"):
             return f"{name} overrides {own[0]}"
         if not self.task.caches_logits:
             return f"the teacher's outputs for {type(self.task).__name__} are too large to be cached for all images"

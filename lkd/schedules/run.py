@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import lightning as L
@@ -73,14 +75,27 @@ def run_length(trainer: L.Trainer) -> RunLength:
     batches = trainer.num_training_batches
     if batches == math.inf:
         return RunLength(max_epochs, max_steps)
-    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-    steps = max_epochs * per_epoch
+    per_epoch = _steps_per_epoch(trainer, batches)
+    first = sum(per_epoch[: int(min(max_epochs, len(per_epoch)))])
+    steps = first + max(max_epochs - len(per_epoch), 0) * per_epoch[-1]
+    return RunLength(min(max_epochs, _epochs_of(max_steps, per_epoch)), min(max_steps, steps))
+
+
+def _steps_per_epoch(trainer: L.Trainer, batches: int | float) -> list[int]:
+    """Return the number of optimizer steps of each epoch; the last number applies to all later epochs."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler) and max_epochs < math.inf:
-            sums = map(callback.get_accumulate_grad_batches, range(int(max_epochs)))
-            steps = sum(math.ceil(batches / number) for number in sums)
-    epochs = math.inf if max_steps == math.inf else math.ceil(max_steps / per_epoch)
-    return RunLength(min(max_epochs, epochs), min(max_steps, steps))
+        if isinstance(callback, GradientAccumulationScheduler):
+            numbers = map(callback.get_accumulate_grad_batches, range(max(callback.epochs) + 1))
+            return [math.ceil(batches / number) for number in numbers]
+    return [math.ceil(batches / trainer.accumulate_grad_batches)]
+
+
+def _epochs_of(steps: float, per_epoch: list[int]) -> float:
+    """Return the number of epochs in which a number of optimizer steps is reached; see `_steps_per_epoch`."""
+    done = list(accumulate(per_epoch))
+    if steps <= done[-1]:
+        return bisect_left(done, steps) + 1
+    return len(done) + (math.ceil((steps - done[-1]) / per_epoch[-1]) if steps < math.inf else math.inf)
 
 
 def fit_schedules(trainer: L.Trainer) -> None:

@@ -24,7 +24,8 @@ class WeightedMean(Metric):
     def __init__(self) -> None:
         super().__init__()
         for name in ("total", "weight"):
-            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+            # With precision="bf16-true", 16 bits are the default during evaluation; large sums would stop growing.
+            self.add_state(name, torch.tensor(0.0, dtype=torch.float32), dist_reduce_fx="sum")
 
     def update(self, value: Tensor, weight: Tensor) -> None:
         """Add a value.

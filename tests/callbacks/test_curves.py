@@ -180,6 +180,13 @@ def test_features_improve(trainer) -> None:
         assert engine.callback_metrics[name] > curves[name] + 0.05
 
 
+@pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 6}], ids=str)
+def test_features_are_evaluated_in_the_last_epoch(distill, data, trainer, length) -> None:
+    engine = trainer(callbacks=[KNN(every_n_epochs=10)], **length)
+    engine.fit(distill(), data)
+    assert "val/knn_acc" in engine.callback_metrics
+
+
 def test_neighbours_and_probe_equal_scikit_learn(distill, data, trainer) -> None:
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier

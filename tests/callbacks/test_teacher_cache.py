@@ -403,6 +403,39 @@ def test_unsupported_teachers(tiny, trainer, kind, settings: dict[str, Any], wor
         trainer(callbacks=[TeacherCache(versions=2)]).fit(module, images())
 
 
+class Noise(DistillModule):
+    """Changes the images after they were loaded, as random augmentation on a GPU does."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx: int):
+        return batch._replace(input=batch.input + torch.randn_like(batch.input))
+
+
+class NoisyUnpack(DistillModule):
+    def unpack(self, batch):
+        rows = super().unpack(batch)
+        return rows._replace(input=rows.input + torch.randn_like(rows.input))
+
+
+class NoisyData(SyntheticDataModule):
+    def on_before_batch_transfer(self, batch, dataloader_idx: int):
+        return batch._replace(input=batch.input + torch.randn_like(batch.input))
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "words"),
+    [
+        (Noise, SyntheticDataModule, "on_after_batch_transfer may change the images"),
+        (NoisyUnpack, SyntheticDataModule, "NoisyUnpack overrides unpack"),
+        (DistillModule, NoisyData, "on_before_batch_transfer may change the images"),
+    ],
+)
+def test_batches_that_are_changed_after_loading(distill, trainer, kind, source, words: str) -> None:
+    """Otherwise, later epochs would read the logits of differently changed images."""
+    data = source(num_classes=4, input_shape=(3, 8, 8), train_size=64, val_size=16, batch_size=16)
+    with pytest.raises(ValueError, match=words):
+        trainer(callbacks=[TeacherCache(versions=2)]).fit(distill(kind), data)
+
+
 def test_only_data_modules_of_lkd_are_supported(distill, trainer) -> None:
     data = images()
     data.setup("fit")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 import lkd
@@ -23,6 +26,25 @@ def test_fit_after_an_evaluation(distill, data, trainer, before: str) -> None:
         engine = trainer(max_epochs=1)
         getattr(engine, loop)(module, data)
     assert "val/acc" in engine.callback_metrics
+
+
+class LearningRate(L.Callback):
+    """Sets the learning rate."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        trainer.optimizers[0].param_groups[0]["lr"] = self.rate
+
+
+def test_fit_after_a_diverged_run(distill, data, trainer) -> None:
+    module = distill(optimizer=lambda parameters: SGD(parameters, lr=1e30))
+    start = deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match="the loss is not finite"):
+        trainer().fit(module, data)
+    module.load_state_dict(start)
+    trainer(max_epochs=1, callbacks=[LearningRate(0.01)], log_every_n_steps=1).fit(module, data)
 
 
 class OwnStep(DistillModule):

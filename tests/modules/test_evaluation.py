@@ -23,6 +23,7 @@ from lkd import (
 )
 from lkd.callbacks import Schedule
 from lkd.losses import AT, BYOT, CRD, KD, MGD, RKD, SSKD, BackboneKD, FitNet, SemCKD, SimKD, TfKD, WeightedSum
+from lkd.modules.criterion_meter import CriterionMeter
 
 SIZES = [16, 8]
 """Number of images in each batch of the 24 validation images."""
@@ -139,6 +140,21 @@ def test_criterion_that_fails_in_evaluation(distill, data, trainer, recwarn) -> 
     with torch.no_grad():
         wanted = module.losses(next(iter(data.val_dataloader())))[1]["fragile"]
     assert _curves(engine)["fragile"] == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_means_with_a_default_dtype_of_16_bits(dtype: torch.dtype) -> None:
+    """Lightning sets it while a batch is evaluated with the precisions bf16-true and 16-true."""
+    meter, metrics = CriterionMeter(), {}
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        for value in (1.0, 3.0):
+            for _ in range(300):
+                meter.update(metrics, lambda value=value: {"kd": torch.tensor(value)}, 256, 256)
+    finally:
+        torch.set_default_dtype(default)
+    assert float(metrics["kd"].compute()) == 2.0
 
 
 def test_weight_of_zero_at_first(distill, data, trainer) -> None:
