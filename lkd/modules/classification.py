@@ -13,7 +13,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torchmetrics import Metric
 
 from lkd.__about__ import __version__
 from lkd.features.extractor import FeatureExtractor, tensors_in
@@ -291,9 +290,7 @@ class ClassificationModule(EvaluatedModule):
 
     def setup(self, stage: str) -> None:
         """Check that the networks match the data and that there is a training signal, before the run starts."""
-        for metric in self.modules():
-            if isinstance(metric, Metric):  # `validate` leaves inference tensors, which `fit` could not update
-                metric.reset()
+        super().setup(stage)
         if stage == TrainerFn.FITTING:
             self._meter = Meter()  # an earlier run of this module may have left values, or may have diverged
         if stage == TrainerFn.FITTING and self.only_labels and self._data_attribute("num_labelled") == 0:

@@ -63,6 +63,12 @@ class EvaluatedModule(RecordedModule):
         """
         return "loss" in curve or curve.partition("/")[2] == "hard"
 
+    def setup(self, stage: str) -> None:
+        """Reset the metrics, since `validate` leaves inference tensors, which `fit` could not update."""
+        for metric in self.modules():
+            if isinstance(metric, Metric):
+                metric.reset()
+
     def update_metrics(self, metrics: MutableMapping[str, Metric], batch: Batch) -> Tensor:
         """Update the metrics with one validation or test batch. Metrics without an update are not logged.
 
