@@ -135,17 +135,16 @@ class DetectionDataModule(L.LightningDataModule, ABC):
                 f"the {split} split of {type(self).__name__} has a box of class {int(wrong[0])}, but the classes "
                 f"of objects are 1 to {self.num_classes - 1}, and 0 is the background; correct the labels"
             )
-        processes = self.trainer.world_size if self.trainer else 1
-        if len(source.images) < processes:
-            raise ValueError(
-                f"the {split} split has {len(source.images)} images for {processes} processes; use fewer processes"
-            )
 
     def _loader(self, split: Split) -> DataLoader[Batch]:
         if split not in self.datasets:
             raise ValueError(f"{type(self).__name__} has no {split} images yet; call prepare_data() and setup()")
         dataset, training = self.datasets[split], split == "train"
         processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        if len(dataset) < processes:
+            raise ValueError(
+                f"the {split} split has {len(dataset)} images for {processes} processes; use fewer processes"
+            )
         # In evaluation, each image is assigned to one process only, because a repeated image would count twice.
         sampler = EpochSampler(dataset, processes, rank, training, dataset.seed, padded=training)
         workers = self.num_workers
