@@ -27,6 +27,7 @@ from lkd.datamodules.transforms.erasing import Cutout, RandomErasing
 from lkd.datamodules.transforms.mixing import CutMix, Mixup
 from lkd.datamodules.transforms.views import ClassPartner, RotatedViews
 from lkd.losses import FBKD, FGD, LD, MGD, PKD, CrossKD, DistillLoss
+from lkd.models import CIFARResNet
 from lkd.schedules import CosineDecay
 from lkd.types import IGNORE_INDEX
 from tests.pretended.device import NAME
@@ -189,16 +190,21 @@ DETECTION: dict[str, Callable[[], DistillLoss]] = {
     "FBKD": lambda: FBKD(*LAYERS),
     "FGD": lambda: FGD(*LAYERS),
     "FGD-boxes": lambda: Boxed(*LAYERS),
-    "LD": lambda: LD(["layer1"], ["layer1"], ["layer2"]),
+    "LD": lambda: LD(["layer2"], ["layer2"], ["layer1"]),
     "MGD": lambda: MGD(*LAYERS, mask_ratio=0.65, mask="pixels"),
     "PKD": lambda: PKD(*LAYERS),
 }
 
 
 @pytest.mark.parametrize("name", DETECTION)
-def test_criteria_of_detectors(name: str, agree, distill) -> None:
+def test_criteria_of_detectors(name: str, agree) -> None:
     """These criteria have no overlay, so tests/pretended/test_methods.py does not train with them."""
-    assert agree(module=lambda: distill(criterion=DETECTION[name](), distill_weight=0.01)).captures == 1
+
+    def module() -> DistillModule:
+        student, teacher = (CIFARResNet(8, (4, 4, 8, 4), 4) for _ in range(2))  # layer2: distributions of two values
+        return DistillModule(student, teacher, DETECTION[name](), distill_weight=0.01)
+
+    assert agree(module=module).captures == 1
 
 
 def test_gradient_clipping(agree) -> None:
