@@ -33,7 +33,7 @@ class BestCheckpoint(ModelCheckpoint):
     Args:
         monitor: Name of the monitored metric. `None` keeps the most recent checkpoint. If the loss does not train the
             logits, as with features alone, `val/acc` is replaced by the distillation loss (`val/<criterion>`), or by
-            `None` if that is not evaluated.
+            `None` if that is not evaluated. Without validation images, a metric `val/...` is replaced by `None`.
         mode: Whether the `min` or the `max` of the metric is best. `auto` selects `min` for losses and for the terms of
             a criterion, and `max` for all other metrics.
         save_top_k: Number of best checkpoints to keep; -1 keeps all.
@@ -75,6 +75,8 @@ class BestCheckpoint(ModelCheckpoint):
         This precedes loading the state of a resumed run, which is stored under a key that contains the metric.
         """
         self.settle(pl_module)
+        if stage == "fit" and (self.monitor or "").startswith("val/") and not _validates(trainer):
+            self.monitor = None
         super().setup(trainer, pl_module, stage)
 
     def settle(self, module: Any) -> None:
@@ -95,7 +97,9 @@ class BestCheckpoint(ModelCheckpoint):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Report which metric is monitored instead of the accuracy."""
         super().on_fit_start(trainer, pl_module)
-        if self.monitor != self.asked_monitor and not getattr(pl_module, "trains_logits", True):
+        if self.monitor is None and self.asked_monitor is not None and not _validates(trainer):
+            pl_module.print("There is no validation, so the best checkpoint is the most recent one.")
+        elif self.monitor != self.asked_monitor and not getattr(pl_module, "trains_logits", True):
             best = f"the one with the lowest {self.monitor}" if self.monitor else "the most recent one"
             pl_module.print(f"The loss does not train the logits, so the best checkpoint is {best}.")
 
@@ -115,6 +119,12 @@ class BestCheckpoint(ModelCheckpoint):
         kept = {here[path]: score for path, score in state["best_k_models"].items()}
         named = {name: here[state[name]] if state.get(name) else "" for name in paths}
         return {**state, **named, "dirpath": self.dirpath, "best_k_models": kept}
+
+
+def _validates(trainer: L.Trainer) -> bool:
+    """Return whether the run has validation images, as far as this is known before the first epoch."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return trainer.limit_val_batches != 0 and "val" in getattr(data, "datasets", ("val",))
 
 
 class LastCheckpoint(ModelCheckpoint):

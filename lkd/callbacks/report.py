@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
 
+from lkd.callbacks.checkpoint import BestCheckpoint
 from lkd.callbacks.features import FeatureEvaluation
 from lkd.datamodules.limits import Evaluated, images_measured, is_limited
 
@@ -50,7 +51,7 @@ class FitReport(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Print the summary table and log the final metrics."""
         figures = {**self._measured, **_figures(trainer, pl_module)}
-        if not figures and _main_metric(pl_module) is not None:
+        if not figures and _main_metric(pl_module) is not None and _best_checkpoint(trainer) is None:
             return
         if trainer.progress_bar_callback is not None:  # it would overwrite the following output
             trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
@@ -138,7 +139,9 @@ def _feature_curves(trainer: L.Trainer) -> list[str]:
 def _best_checkpoint(trainer: L.Trainer) -> ModelCheckpoint | None:
     """Return the callback that saved the best checkpoint; `None` if there is none."""
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+        if not isinstance(callback, ModelCheckpoint) or not callback.best_model_path:
+            continue
+        if callback.monitor or isinstance(callback, BestCheckpoint):
             return callback
     return None
 

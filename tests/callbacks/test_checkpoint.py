@@ -80,6 +80,20 @@ def test_resume_starts_and_continues_a_run() -> None:
     assert len(list(Path("runs/digits/kd").glob("version_*"))) == 3  # not the last state of the run
 
 
+@pytest.mark.parametrize("setting", ["--data.init_args.val_size=0", "--trainer.limit_val_batches=0"])
+def test_without_validation_the_newest_checkpoint_is_the_best(setting: str, capsys) -> None:
+    assert main([*FIT, setting]) == 0
+    said = capsys.readouterr().out
+    assert "There is no validation, so the best checkpoint is the most recent one." in said
+    best = Path("runs/digits/kd/version_0/checkpoints/best.ckpt")
+    assert f"lkd test --ckpt_path {best}" in said
+    first, last = (torch.load(path, weights_only=True) for path in (best, best.with_name("last.ckpt")))
+    assert first["global_step"] == last["global_step"]
+    assert all(torch.equal(first["state_dict"][name], value) for name, value in last["state_dict"].items())
+    assert main([*FIT, setting, "--trainer.max_epochs=2", "--resume"]) == 0
+    assert torch.load(best, weights_only=True)["epoch"] == 1
+
+
 def test_resume_excludes_a_checkpoint(capsys) -> None:
     assert main([*FIT, "--resume", "--ckpt_path", "last"]) == 2
     assert "remove either --resume or --ckpt_path" in capsys.readouterr().err
