@@ -214,8 +214,8 @@ def test_precisions(precision: str) -> None:
         ("--trainer.enable_checkpointing=false", set()),
         ("--trainer.fast_dev_run=true", set()),
         ("--checkpoint.save_top_k=-1", {"best-epoch=0.ckpt", "best-epoch=1.ckpt", *RESUMED}),
-        ("--trainer.limit_val_batches=0", RESUMED),
-        ("--data.init_args.val_size=0", RESUMED),
+        ("--trainer.limit_val_batches=0", {"best.ckpt", *RESUMED}),
+        ("--data.init_args.val_size=0", {"best.ckpt", *RESUMED}),
     ],
 )
 def test_checkpoints_of_a_run(setting: str, left: set[str]) -> None:
