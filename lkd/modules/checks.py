@@ -85,8 +85,8 @@ def evaluated_size(trainer: L.Trainer | None, input: Any) -> Iterator[None]:
             raise
         height, width = input.shape[2:]
         raise ValueError(
-            f"a network does not accept images of {width}x{height} pixels in evaluation: {str(error).splitlines()[0]}; "
-            "set eval_size of the data module to a height and width that the network accepts"
+            f"the evaluation of images of {width}x{height} pixels failed: {str(error).splitlines()[0]}; if a network "
+            "requires other sizes, set eval_size of the data module"
         ) from error
 
 
