@@ -98,7 +98,7 @@ class BestCheckpoint(ModelCheckpoint):
         """Report which metric is monitored instead of the accuracy."""
         super().on_fit_start(trainer, pl_module)
         if self.monitor is None and self.asked_monitor is not None and not _validates(trainer):
-            pl_module.print("There is no validation, so the best checkpoint is the most recent one.")
+            pl_module.print("Without validation, the most recent checkpoint is saved as the best one.")
         elif self.monitor != self.asked_monitor and not getattr(pl_module, "trains_logits", True):
             best = f"the one with the lowest {self.monitor}" if self.monitor else "the most recent one"
             pl_module.print(f"The loss does not train the logits, so the best checkpoint is {best}.")

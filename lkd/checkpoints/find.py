@@ -24,7 +24,7 @@ def find_checkpoint(place: str, root: Path = Path("runs")) -> Path:
         root: Folder of all runs, whose checkpoints an error message lists.
 
     Raises:
-        FileNotFoundError: If there is no checkpoint.
+        FileNotFoundError: If the path does not exist, or no run in the folder has a best checkpoint.
     """
     path = Path(place)
     if path.is_file():

@@ -84,7 +84,7 @@ def test_resume_starts_and_continues_a_run() -> None:
 def test_without_validation_the_newest_checkpoint_is_the_best(setting: str, capsys) -> None:
     assert main([*FIT, setting]) == 0
     said = capsys.readouterr().out
-    assert "There is no validation, so the best checkpoint is the most recent one." in said
+    assert "Without validation, the most recent checkpoint is saved as the best one." in said
     best = Path("runs/digits/kd/version_0/checkpoints/best.ckpt")
     assert f"lkd test --ckpt_path {best}" in said
     first, last = (torch.load(path, weights_only=True) for path in (best, best.with_name("last.ckpt")))
