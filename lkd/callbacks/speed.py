@@ -23,6 +23,7 @@ from lkd.callbacks.step_graph import StepGraph
 from lkd.datamodules import ImageDataModule
 from lkd.features.extractor import FeatureExtractor
 from lkd.features.layers import evaluating
+from lkd.io.refused import first_line
 from lkd.models.fusion import fold_batch_norms
 
 CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
@@ -122,9 +123,7 @@ class Speed(L.Callback):
         except RuntimeError as error:
             for network in networks:
                 _lay_out(network, torch.contiguous_format)
-            self._applied.append(
-                f"channels first (a network fails with channels last: {str(error).splitlines()[0][:100]})"
-            )
+            self._applied.append(f"channels first (a network fails with channels last: {first_line(error)[:100]})")
         else:
             self._applied.append("channels last")
 

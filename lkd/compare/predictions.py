@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lkd._moved import renamed
 from lkd.compare.metrics import divergences
+from lkd.io.refused import first_line
 from lkd.modules import ClassificationModule
 from lkd.tasks import Classification, Task
 from lkd.types import Batch, Normalization
@@ -150,7 +151,7 @@ class _Predictor(L.LightningModule):
         try:
             logits: Tensor = self.task.logits(candidate.network(self.normalized(candidate, batch.input)))
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise ValueError(f"{candidate.name} does not accept the input of this data: {reason}") from error
         self.task.check(candidate.name, logits)
         wanted = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None) or logits.shape[1]

@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 from lkd._compat import AnyBatchNorm
 from lkd._moved import former_members
 from lkd.datamodules.extra import ExtraImages
+from lkd.io.refused import first_line
 from lkd.io.tensor_cache import cache_folder, fingerprint, load_tensors, network_fingerprint, save_tensors
 from lkd.types import Normalization
 
@@ -228,7 +229,7 @@ def _check_fit(network: nn.Module, blank: Tensor, num_classes: int) -> None:
     try:
         logits = network(blank)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"DeepInversion: the network does not accept images of shape {shape}: {reason}; use a teacher that was "
             "trained on this dataset"

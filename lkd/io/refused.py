@@ -26,6 +26,15 @@ def said(error: BaseException) -> str:
     return shown(" ".join(str(error).split()), 300)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error message, or the name of its class if there is none.
+
+    Args:
+        error: The error.
+    """
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def weigh(made: Sequence[Node], limit: int) -> None:
     """Reject containers that contain themselves, are nested too deeply, or are too large with shared parts expanded.
 

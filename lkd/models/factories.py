@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 from lkd.features.layers import evaluating
+from lkd.io.refused import first_line
 from lkd.models.downloads import hub_file, timm_weights, unreachable
 
 
@@ -280,12 +281,3 @@ def _check_runs(network: nn.Module, name: str, stem: nn.Conv2d) -> None:
             f"{name} does not accept images of 32x32 even with an adapted stem ({first_line(error)}); omit "
             "small_images and resize the images, or use a network with a plain stem such as resnet18"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error message, or the name of its class if there is none.
-
-    Args:
-        error: The error.
-    """
-    return str(error).strip().split("\n")[0] or type(error).__name__

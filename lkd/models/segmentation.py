@@ -11,8 +11,9 @@ import torchvision
 from torch import Tensor, nn
 
 from lkd.features.layers import FeatureLayers, evaluating
+from lkd.io.refused import first_line
 from lkd.models.downloads import check_hub_weights, timm_weights
-from lkd.models.factories import adapt_stem, check_name, find_weights, first_line, with_weights
+from lkd.models.factories import adapt_stem, check_name, find_weights, with_weights
 
 _RESNET = FeatureLayers(
     stem="backbone.layer1:input", stages=tuple(f"backbone.layer{number}" for number in range(1, 5)), head="classifier.4"

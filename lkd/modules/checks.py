@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lkd._compat import tree_leaves
 from lkd.features.extractor import FeatureExtractor
+from lkd.io.refused import first_line
 from lkd.losses import DistillLoss
 from lkd.modules.meter import LOSS, ValueName
 from lkd.types import Batch, Probe
@@ -55,7 +56,7 @@ def probe_network(name: str, extractor: FeatureExtractor, example: Any) -> Probe
         probe = extractor.probe(example)
     except RuntimeError as error:
         shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         remedy = mismatch(extractor.network, example) or (
             "the number of channels (in_channels) and the image size must be the same in network and data"
         )
@@ -85,7 +86,7 @@ def evaluated_size(trainer: L.Trainer | None, input: Any) -> Iterator[None]:
             raise
         height, width = input.shape[2:]
         raise ValueError(
-            f"the evaluation of images of {width}x{height} pixels failed: {str(error).splitlines()[0]}; if a network "
+            f"the evaluation of images of {width}x{height} pixels failed: {first_line(error)}; if a network "
             "requires other sizes, set eval_size of the data module"
         ) from error
 
