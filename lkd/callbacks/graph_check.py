@@ -57,10 +57,10 @@ def _distances(one: Outcome, other: Outcome, before: list[Tensor]) -> dict[str, 
     loss = (_gap(one.row, other.row).abs() / (one.row.abs() + tiny)).max()
     norm = _gap(one.norm, other.norm).abs() / (one.norm.abs() + tiny)
     apart, change, size = (torch.zeros((), dtype=torch.float64, device=one.row.device) for _ in range(3))
-    for ours, theirs, old in zip(one.state, other.state, before, strict=True):
-        apart += _gap(ours, theirs).square().sum()
-        change += _gap(ours, old).square().sum()
-        size += ours.double().nan_to_num().square().sum()
+    for value, other_value, old in zip(one.state, other.state, before, strict=True):
+        apart += _gap(value, other_value).square().sum()
+        change += _gap(value, old).square().sum()
+        size += value.double().nan_to_num().square().sum()
     rounding = 2.0**-22 * size.sqrt()
     update = (apart.sqrt() - rounding).clamp(min=0) / (change.sqrt() + tiny)
     values = torch.stack((loss.double(), norm.double(), update)).tolist()

@@ -45,13 +45,13 @@ class FitReport(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Store the final metrics before the last checkpoint is saved."""
-        self._measured = {**self._measured, **_figures(trainer, pl_module)}
+        self._measured = {**self._measured, **_metrics(trainer, pl_module)}
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Print the summary table and log the final metrics."""
-        figures = {**self._measured, **_figures(trainer, pl_module)}
-        if not figures and _main_metric(pl_module) is not None and _best_checkpoint(trainer) is None:
+        metrics = {**self._measured, **_metrics(trainer, pl_module)}
+        if not metrics and _main_metric(pl_module) is not None and _best_checkpoint(trainer) is None:
             return
         if trainer.progress_bar_callback is not None:  # it would overwrite the following output
             trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
@@ -60,16 +60,16 @@ class FitReport(L.Callback):
             done = f"{trainer.current_epoch} epochs and {trainer.global_step} steps"
             more = "increase --trainer.max_epochs to continue"
             console.print(f"nothing left to train: this run has already completed {done}; {more}")
-        if figures:
-            console.print(_table(pl_module, figures, images_measured(trainer, "val")))
+        if metrics:
+            console.print(_table(pl_module, metrics, images_measured(trainer, "val")))
         for line in _where(trainer):
             console.print(line, highlight=False, markup=False)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                metrics = {f"final/{name}": figure for name, figure in figures.items()}
+                final = {f"final/{name}": value for name, value in metrics.items()}
                 settings = {name.lstrip("_"): value for name, value in pl_module.hparams_initial.items()}
                 settings.pop("instantiator", None)  # Lightning's description of how to re-create the module
-                logger.log_hyperparams(settings, metrics, trainer.global_step)
+                logger.log_hyperparams(settings, final, trainer.global_step)
 
     @rank_zero_only
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -118,16 +118,16 @@ def _score_title(module: Any) -> str | None:
     return "accuracy" if name == "acc" else None
 
 
-def _figures(trainer: L.Trainer, module: Any) -> dict[str, float]:
+def _metrics(trainer: L.Trainer, module: Any) -> dict[str, float]:
     """Return the student's main validation metric, the teacher's accuracy, and feature metrics, if measured."""
     measured, best, name = trainer.callback_metrics, _best_checkpoint(trainer), _main_metric(module)
-    figures = {
+    metrics = {
         f"teacher_{name}": measured.get(f"val/teacher_{name}"),
         f"best_{name}": best.best_model_score if best and best.monitor == f"val/{name}" else None,
         f"last_{name}": measured.get(f"val/{name}"),
         **{curve.removeprefix("val/"): measured.get(curve) for curve in _feature_curves(trainer)},
     }
-    return {name: float(figure) for name, figure in figures.items() if figure is not None}
+    return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
 def _feature_curves(trainer: L.Trainer) -> list[str]:
@@ -146,18 +146,18 @@ def _best_checkpoint(trainer: L.Trainer) -> ModelCheckpoint | None:
     return None
 
 
-def _table(module: Any, figures: dict[str, float], images: str) -> Table:
+def _table(module: Any, metrics: dict[str, float], images: str) -> Table:
     network, name = module.network_names[0], _main_metric(module)
     title = _score_title(module)
     table = Table("", f"{title} on {images}" if title else f"distillation loss (val/{name}) on {images}")
     rows = {"teacher": f"teacher_{name}", f"{network} (best)": f"best_{name}", f"{network} (last)": f"last_{name}"}
     for label, row in rows.items():
-        if row in figures:
-            table.add_row(label, f"{figures[row]:.2%}" if title else f"{figures[row]:.4g}")
-    for row in sorted({*figures} - {*rows.values()}):  # metrics of evaluated features
-        table.add_row(f"{network} (last), val/{row}", f"{figures[row]:.2%}")
-    if {f"teacher_{name}", f"best_{name}"} <= set(figures):
-        gap = figures[f"best_{name}"] - figures[f"teacher_{name}"]
+        if row in metrics:
+            table.add_row(label, f"{metrics[row]:.2%}" if title else f"{metrics[row]:.4g}")
+    for row in sorted({*metrics} - {*rows.values()}):  # metrics of evaluated features
+        table.add_row(f"{network} (last), val/{row}", f"{metrics[row]:.2%}")
+    if {f"teacher_{name}", f"best_{name}"} <= set(metrics):
+        gap = metrics[f"best_{name}"] - metrics[f"teacher_{name}"]
         table.add_row("gap to teacher", f"{100 * gap:+.2f} pp")
     return table
 

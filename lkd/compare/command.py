@@ -53,13 +53,13 @@ def main(args: Sequence[str]) -> None:
     candidates, data, teacher = _chosen(given, runs)
     folder = new_folder(Path(given.output))  # before the work, in case the folder is not writable
     how = given.split, given.batch_sizes, given.accelerator, given.seconds
-    found = compare(candidates, data, teacher, *how, progress=True, task=task)
-    _check_classes(runs, found)
+    comparison = compare(candidates, data, teacher, *how, progress=True, task=task)
+    _check_classes(runs, comparison)
     console = Console()
-    for table in found.tables(given.members):
+    for table in comparison.tables(given.members):
         if table.place == "terminal":
             console.print(*table.rich(console.width), sep="\n")
-    write(found, folder)
+    write(comparison, folder)
     for label, name in {"Report": "comparison.html", "Tables": "comparison.md", "JSON": "comparison.json"}.items():
         console.print(f"{label + ':':12} {folder / name}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"TensorBoard: tensorboard --host localhost --logdir {folder}", soft_wrap=True, highlight=False)
@@ -219,13 +219,14 @@ def _run_name(place: str, versioned: bool = False) -> str:
     return "/".join([*parts[-1:], *(versions[:1] if versioned else [])]) or Path(place).stem
 
 
-def _check_classes(runs: Mapping[str, Trained], found: Comparison | ScoreComparison) -> None:
+def _check_classes(runs: Mapping[str, Trained], comparison: Comparison | ScoreComparison) -> None:
     """Warn if a run was trained with different classes; many data modules know their classes only after setup."""
     for name, run in runs.items():
         trained = run.checkpoint.get("lkd", {}).get("class_names") or getattr(run.data, "class_names", None)
-        if trained and tuple(map(str, trained)) != tuple(found.class_names):
+        if trained and tuple(map(str, trained)) != tuple(comparison.class_names):
             rank_zero_warn(
-                f"{name} was trained with the classes {_few(trained)}, but is evaluated with {_few(found.class_names)}"
+                f"{name} was trained with the classes {_few(trained)}, but is evaluated with "
+                f"{_few(comparison.class_names)}"
             )
 
 
@@ -249,22 +250,23 @@ def _teacher_of(run: Trained) -> Candidate | None:
     return Candidate(_TEACHER, module.teacher, normalization, source, module.unpack)
 
 
-def write(found: Comparison | ScoreComparison, folder: Path) -> None:
+def write(comparison: Comparison | ScoreComparison, folder: Path) -> None:
     """Write `comparison.json`, `comparison.md` and `comparison.html`, and TensorBoard files.
 
     Args:
-        found: The comparison.
+        comparison: The comparison.
         folder: Existing output folder.
     """
     from lkd.compare.curves import write_curves  # imports matplotlib, which takes a second
     from lkd.compare.page import page
     from lkd.compare.plots import plots
 
-    drawn = list(plots(found))
-    (folder / "comparison.json").write_text(json.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
-    lines = [f"# {', '.join(found.figures)}", "", *(f"- {name}: {fact}" for name, fact in found.facts.items()), ""]
-    for table in found.tables():
+    drawn = list(plots(comparison))
+    (folder / "comparison.json").write_text(json.dumps(comparison.as_dict(), indent=2) + "\n", encoding="utf-8")
+    facts = [f"- {name}: {fact}" for name, fact in comparison.facts.items()]
+    lines = [f"# {', '.join(comparison.metrics)}", "", *facts, ""]
+    for table in comparison.tables():
         lines += table.markdown()
     (folder / "comparison.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    (folder / "comparison.html").write_text(page(found, drawn), encoding="utf-8")
-    write_curves(found, folder, drawn)
+    (folder / "comparison.html").write_text(page(comparison, drawn), encoding="utf-8")
+    write_curves(comparison, folder, drawn)

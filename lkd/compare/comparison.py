@@ -19,10 +19,10 @@ from lkd.compare.cost import Cost, costs, size_of
 from lkd.compare.grid import Grid
 from lkd.compare.groups import Group, Measured, MethodDifference, groups_of, method_difference
 from lkd.compare.measurements import Measurements
-from lkd.compare.metrics import Difference, Figures, difference, measure
+from lkd.compare.metrics import ClassificationMetrics, Difference, difference, measure
 from lkd.compare.predictions import Candidate, Predictions, Split, predict, run_networks
 from lkd.compare.score_tables import score_tables
-from lkd.compare.scores import ScoreDifference, ScoreFigures, Tallies, bootstrapped, score_difference, score_figures
+from lkd.compare.scores import ScoreDifference, ScoreMetrics, Tallies, bootstrapped, score_difference, score_metrics
 from lkd.compare.tables import tables
 from lkd.tasks import Classification, Task
 from lkd.tasks.views import class_name
@@ -32,7 +32,7 @@ _TITLES = "top-1 accuracy", "top-1 accuracy"
 
 @former_members(answers="predictions")
 @dataclass
-class Comparison(Measurements[Figures, Difference]):
+class Comparison(Measurements[ClassificationMetrics, Difference]):
     """Comparison of classifiers, based on their logits.
 
     Attributes:
@@ -47,14 +47,14 @@ class Comparison(Measurements[Figures, Difference]):
 
 
 @dataclass
-class ScoreComparison(Measurements[ScoreFigures, ScoreDifference]):
+class ScoreComparison(Measurements[ScoreMetrics, ScoreDifference]):
     """Comparison of networks for other tasks, based on the counts that the task defines (`Task.tally`).
 
     Attributes:
-        disputed: Views of the images on which a network and the teacher differ most, by network.
+        disagreements: Views of the images on which a network and the teacher differ most, by network.
     """
 
-    disputed: dict[str, list[Row]]
+    disagreements: dict[str, list[Row]]
 
     def tables(self, members: bool = False) -> list[Grid]:
         """Create all tables, most important first."""
@@ -142,9 +142,9 @@ class Run(NamedTuple):
         """Measure the cost of the networks."""
         return costs({one.name: one.network for one in self.candidates}, example, batch_sizes, device, self.seconds)
 
-    def groups(self, figures: Mapping[str, Measured]) -> tuple[list[Group], list[MethodDifference]]:
+    def groups(self, metrics: Mapping[str, Measured]) -> tuple[list[Group], list[MethodDifference]]:
         """Combine networks that differ only in their seed, and compare these groups."""
-        groups = groups_of({one.name: one.group for one in self.candidates}, figures)
+        groups = groups_of({one.name: one.group for one in self.candidates}, metrics)
         return groups, [method_difference(*pair) for pair in combinations(groups, 2)]
 
     def class_names(self, number: int) -> list[str]:
@@ -167,18 +167,18 @@ def _by_logits(run: Run, teacher: str | None, batch_sizes: Sequence[int]) -> Com
     """Compare classifiers, whose logits are stored for all images."""
     found = predict(run.candidates, run.data, run.split, teacher, run.accelerator, progress=run.progress)
     reference = None if teacher is None else found.logits[teacher]
-    figures = {
+    metrics = {
         name: measure(logits, found.target, None if name == teacher else reference)
         for name, logits in found.logits.items()
     }
     cost = run.costs(found.example, batch_sizes, found.device)
     pairs = [
         difference(one, other, found.logits[one], found.logits[other], found.target)
-        for one, other in combinations(figures, 2)
+        for one, other in combinations(metrics, 2)
     ]
     names = run.class_names(next(iter(found.logits.values())).shape[1])
     facts = run.facts(found.device, len(found.target))
-    return Comparison(figures, cost, pairs, *run.groups(figures), teacher, facts, names, run.data, *_TITLES, found)
+    return Comparison(metrics, cost, pairs, *run.groups(metrics), teacher, facts, names, run.data, *_TITLES, found)
 
 
 def _by_counts(run: Run, teacher: str | None, batch_sizes: Sequence[int] | None, task: Task) -> ScoreComparison:
@@ -188,14 +188,16 @@ def _by_counts(run: Run, teacher: str | None, batch_sizes: Sequence[int] | None,
     counts = {name: torch.cat(parts) for name, parts in tallies.counts.items()}
     relative = {name: torch.cat(parts) for name, parts in tallies.to_teacher.items()}
     samples = {name: bootstrapped(task, own) for name, own in counts.items()}
-    figures = {name: score_figures(task, own, samples[name], relative.get(name)) for name, own in counts.items()}
+    metrics = {name: score_metrics(task, own, samples[name], relative.get(name)) for name, own in counts.items()}
     cost = run.costs(example, batch_sizes or sorted({1, size_of(example)}), device)
-    pairs = [score_difference(one, other, figures, samples) for one, other in combinations(figures, 2)]
+    pairs = [score_difference(one, other, metrics, samples) for one, other in combinations(metrics, 2)]
     first = next(iter(counts.values()))
     facts, names = run.facts(device, len(first)), run.class_names(first.shape[-1])
     titles = task.metric_title, task.class_metric_title
-    grouped = run.groups(figures)
-    return ScoreComparison(figures, cost, pairs, *grouped, teacher, facts, names, run.data, *titles, tallies.disputed)
+    grouped = run.groups(metrics)
+    return ScoreComparison(
+        metrics, cost, pairs, *grouped, teacher, facts, names, run.data, *titles, tallies.disagreements
+    )
 
 
 def place_of(data: L.LightningDataModule) -> str:

@@ -12,25 +12,25 @@ from torchvision.utils import make_grid
 
 from lkd.callbacks.sheet import sheet
 from lkd.compare.comparison import Comparison, ScoreComparison
-from lkd.compare.metrics import Figures
+from lkd.compare.metrics import ClassificationMetrics
 from lkd.compare.page import shown
 from lkd.compare.plots import Plot
-from lkd.compare.scores import ScoreFigures
+from lkd.compare.scores import ScoreMetrics
 
 
-def write_curves(found: Comparison | ScoreComparison, folder: Path, plots: Sequence[Plot]) -> None:
-    """Write the scalars of each network as a separate run, and the tables, plots and disputed images.
+def write_curves(comparison: Comparison | ScoreComparison, folder: Path, plots: Sequence[Plot]) -> None:
+    """Write the scalars of each network as a separate run, and the tables, the plots and the sheets of disagreements.
 
     Args:
-        found: The comparison.
+        comparison: The comparison.
         folder: Log directory.
         plots: Plots of the comparison.
     """
-    every: Mapping[str, Figures | ScoreFigures] = found.figures
-    for number, (name, figures) in enumerate(every.items()):
-        cost = found.costs[name]
+    every: Mapping[str, ClassificationMetrics | ScoreMetrics] = comparison.metrics
+    for number, (name, metrics) in enumerate(every.items()):
+        cost = comparison.costs[name]
         scalars = {
-            **_quality(figures),
+            **_quality(metrics),
             "parameters": cost.parameters,
             "flops": cost.flops,
             **{f"images_per_s_batch_{time.batch_size}": time.throughput for time in cost.times},
@@ -40,33 +40,33 @@ def write_curves(found: Comparison | ScoreComparison, folder: Path, plots: Seque
                 if value is not None:
                     writer.add_scalar(f"compare/{tag}", value)
     with SummaryWriter(str(folder)) as writer:
-        for table in found.tables():
+        for table in comparison.tables():
             writer.add_text(f"compare/{table.title}", "\n".join(table.markdown()))
         for plot in plots:
             writer.add_figure(f"compare/{plot.title}", plot.figure)
-        for name, picture in _disputed(found).items():
-            writer.add_image(f"compare/disputed by {name}", picture)
+        for name, picture in _disagreements(comparison).items():
+            writer.add_image(f"compare/disagreements of {name}", picture)
 
 
-def _quality(figures: Figures | ScoreFigures) -> dict[str, float | None]:
-    if isinstance(figures, ScoreFigures):
-        return {name.replace(" ", "_"): value for name, value in figures.measures().items()}
+def _quality(metrics: ClassificationMetrics | ScoreMetrics) -> dict[str, float | None]:
+    if isinstance(metrics, ScoreMetrics):
+        return {name.replace(" ", "_"): value for name, value in metrics.measures().items()}
     return {
-        "acc": figures.top1.value,
-        "nll": figures.nll,
-        "ece": figures.ece,
-        "scaled_ece": figures.scaled_ece,
-        "agreement": None if figures.agreement is None else figures.agreement.value,
-        "kl": figures.kl,
+        "acc": metrics.top1.value,
+        "nll": metrics.nll,
+        "ece": metrics.ece,
+        "scaled_ece": metrics.scaled_ece,
+        "agreement": None if metrics.agreement is None else metrics.agreement.value,
+        "kl": metrics.kl,
     }
 
 
-def _disputed(found: Comparison | ScoreComparison) -> dict[str, Tensor]:
+def _disagreements(comparison: Comparison | ScoreComparison) -> dict[str, Tensor]:
     """Return one image per network, which shows the samples on which it and the teacher disagree."""
-    if isinstance(found, ScoreComparison):
-        return {name: sheet(rows) for name, rows in found.disputed.items()}
-    kept = found.predictions.disputed
-    return {name: make_grid(shown(one.image, found.data), nrow=6) for name, one in kept.items() if len(one.image)}
+    if isinstance(comparison, ScoreComparison):
+        return {name: sheet(rows) for name, rows in comparison.disagreements.items()}
+    kept = comparison.predictions.disagreements
+    return {name: make_grid(shown(one.image, comparison.data), nrow=6) for name, one in kept.items() if len(one.image)}
 
 
 def _folder(name: str, number: int) -> str:

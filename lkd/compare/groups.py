@@ -92,17 +92,17 @@ class Measured(Protocol):
         """Return the scalar metrics by name, starting with the main metric."""
 
 
-def groups_of(named: Mapping[str, str | None], figures: Mapping[str, Measured]) -> list[Group]:
+def groups_of(named: Mapping[str, str | None], metrics: Mapping[str, Measured]) -> list[Group]:
     """Create the groups with at least two networks.
 
     Args:
         named: Name of the group of each network, by the name of the network; None if it has no group.
-        figures: Metrics of each network, by name.
+        metrics: Metrics of each network, by name.
     """
     groups = []
     for name in dict.fromkeys(filter(None, named.values())):
         members = tuple(network for network, group in named.items() if group == name)
-        found = [figures[network].measures() for network in members]
+        found = [metrics[network].measures() for network in members]
         shared = [key for key in found[0] if all(key in one for one in found)]
         if len(members) > 1:
             groups.append(Group(name, members, {key: Spread(tuple(one[key] for one in found)) for key in shared}))
@@ -122,13 +122,13 @@ def method_difference(first: Group, second: Group) -> MethodDifference:
     References:
         Welch: The generalization of "Student's" problem when several different population variances are involved, 1947.
     """
-    ours, theirs = (next(iter(group.measures.values())) for group in (first, second))
-    value = ours.mean - theirs.mean
-    if ours.std == theirs.std == 0:  # the statistic would be a division by zero
+    one, other = (next(iter(group.measures.values())) for group in (first, second))
+    value = one.mean - other.mean
+    if one.std == other.std == 0:  # the statistic would be a division by zero
         return MethodDifference(first.name, second.name, value, (value, value), math.nan, math.nan, math.nan)
-    found = stats.ttest_ind(ours.values, theirs.values, equal_var=False)
-    low, high = found.confidence_interval(0.95)
-    numbers = float(found.statistic), float(found.df), float(found.pvalue)
+    test = stats.ttest_ind(one.values, other.values, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    numbers = float(test.statistic), float(test.df), float(test.pvalue)
     return MethodDifference(first.name, second.name, value, (float(low), float(high)), *numbers)
 
 

@@ -25,7 +25,7 @@ class Measurements(ABC, Generic[F, D]):
     """Measurements of several networks.
 
     Attributes:
-        figures: Metrics of each network by name, in the order of the networks.
+        metrics: Metrics of each network by name, in the order of the networks.
         costs: Cost of each network, by name.
         differences: Difference of each pair of networks.
         groups: Groups of networks that differ only in their seed.
@@ -38,7 +38,7 @@ class Measurements(ABC, Generic[F, D]):
         class_title: Main metric of a class.
     """
 
-    figures: dict[str, F]
+    metrics: dict[str, F]
     costs: dict[str, Cost]
     differences: list[D]
     groups: list[Group]
@@ -66,8 +66,8 @@ class Measurements(ABC, Generic[F, D]):
     def as_dict(self) -> dict[str, Any]:
         """Return the measurements as numbers, strings, lists and dicts: the content of `comparison.json`."""
         networks = {
-            name: {"figures": _plain(figures), "cost": _plain(self.costs[name])}
-            for name, figures in self.figures.items()
+            name: {"metrics": _plain(metrics), "cost": _plain(self.costs[name])}
+            for name, metrics in self.metrics.items()
         }
         pairs = [{**_plain(one), "difference": one.value} for one in self.differences]
         return {

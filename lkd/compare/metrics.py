@@ -62,7 +62,7 @@ class Bin:
 
 
 @dataclass(frozen=True)
-class Figures:
+class ClassificationMetrics:
     """Metrics of one network.
 
     Attributes:
@@ -143,7 +143,7 @@ class Difference:
         return (self.only_first - self.only_second) / self.total
 
 
-def measure(logits: Tensor, target: Tensor, teacher: Tensor | None = None) -> Figures:
+def measure(logits: Tensor, target: Tensor, teacher: Tensor | None = None) -> ClassificationMetrics:
     """Compute the metrics of a network from its logits.
 
     Args:
@@ -165,7 +165,7 @@ def measure(logits: Tensor, target: Tensor, teacher: Tensor | None = None) -> Fi
     scaled = cross_fitted(known_logits, labels)
     classes = known_logits.shape[1]
     per_class = [Share(int(right[labels == one].sum()), int((labels == one).sum())) for one in range(classes)]
-    return Figures(
+    return ClassificationMetrics(
         top1=_share(right),
         top5=_share((known_logits.topk(5).indices == labels[:, None]).any(1)) if classes > 5 else None,
         nll=float(cross_entropy(known_logits, labels)),
@@ -195,8 +195,8 @@ def divergences(logits: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         Divergences `(N,)`, in nats.
     """
-    ours, theirs = (scores.double().log_softmax(1) for scores in (logits, teacher))
-    return kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+    log_student, log_teacher = (scores.double().log_softmax(1) for scores in (logits, teacher))
+    return kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
 
 
 def calibration_error(logits: Tensor, target: Tensor) -> float:
@@ -260,14 +260,16 @@ def cross_fitted(logits: Tensor, target: Tensor) -> Tensor:
     return scaled
 
 
-def difference(first: str, second: str, ours: Tensor, theirs: Tensor, target: Tensor, seed: int = 0) -> Difference:
+def difference(
+    first: str, second: str, first_logits: Tensor, second_logits: Tensor, target: Tensor, seed: int = 0
+) -> Difference:
     """Compare the accuracy of two networks on the same images.
 
     Args:
         first: Name of the first network.
         second: Name of the second network.
-        ours: Logits of the first network `(N, K)`.
-        theirs: Logits of the second network `(N, K)`.
+        first_logits: Logits of the first network `(N, K)`.
+        second_logits: Logits of the second network `(N, K)`.
         target: Class indices `(N,)`. Unlabelled images (`IGNORE_INDEX`) are ignored.
         seed: Seed of the bootstrap.
 
@@ -278,8 +280,9 @@ def difference(first: str, second: str, ours: Tensor, theirs: Tensor, target: Te
         McNemar: Note on the sampling error of the difference between correlated proportions, 1947.
     """
     known = target != IGNORE_INDEX
-    right, other = ((known_logits.argmax(1) == target)[known] for known_logits in (ours, theirs))
-    gained, lost, total = int((right & ~other).sum()), int((other & ~right).sum()), int(known.sum())
+    first_hits, second_hits = ((logits.argmax(1) == target)[known] for logits in (first_logits, second_logits))
+    gained, lost = int((first_hits & ~second_hits).sum()), int((second_hits & ~first_hits).sum())
+    total = int(known.sum())
     # The difference in a bootstrap sample depends only on these two counts.
     shares = [gained / total, lost / total, 1 - (gained + lost) / total]
     drawn = np.random.default_rng(seed).multinomial(total, shares, size=10_000)

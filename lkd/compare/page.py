@@ -26,38 +26,43 @@ class _Picture(NamedTuple):
     right: str
 
 
-def page(found: Comparison | ScoreComparison, plots: Sequence[Plot]) -> str:
+def page(comparison: Comparison | ScoreComparison, plots: Sequence[Plot]) -> str:
     """Render a comparison as a page with tables, plots, and images on which networks and teacher disagree.
 
     Args:
-        found: The comparison.
+        comparison: The comparison.
         plots: Plots of the comparison.
 
     Returns:
         HTML without external resources.
     """
+    pictures: dict[str, list[_Picture]] = {}
+    sheets: dict[str, str] = {}
+    if isinstance(comparison, Comparison):
+        names = [name for name in comparison.metrics if name in comparison.predictions.disagreements]
+        pictures = {name: list(_pictures(comparison, name)) for name in names}
+    else:
+        sheets = {name: _as_png(sheet(rows)) for name, rows in comparison.disagreements.items()}
     return rendered(
         "compare",
-        found=found,
-        tables=found.tables(),
+        comparison=comparison,
+        tables=comparison.tables(),
         plots=[(plot.title, plot.note, as_svg(plot.figure)) for plot in plots],
-        disputed=_all_pictures(found) if isinstance(found, Comparison) else {},
-        sheets={} if isinstance(found, Comparison) else {n: _as_png(sheet(rows)) for n, rows in found.disputed.items()},
+        pictures=pictures,
+        sheets=sheets,
     )
 
 
-def _all_pictures(found: Comparison) -> dict[str, list[_Picture]]:
-    return {name: list(_pictures(found, name)) for name in found.figures if name in found.predictions.disputed}
-
-
-def _pictures(found: Comparison, name: str) -> Iterator[_Picture]:
-    disputed, predictions, names = found.predictions.disputed[name], found.predictions, found.class_names
-    for image, position in zip(shown(disputed.image, found.data), disputed.position.tolist(), strict=True):
+def _pictures(comparison: Comparison, name: str) -> Iterator[_Picture]:
+    predictions, names = comparison.predictions, comparison.class_names
+    disagreements = predictions.disagreements[name]
+    images = shown(disagreements.image, comparison.data)
+    for image, position in zip(images, disagreements.position.tolist(), strict=True):
         label = int(predictions.target[position])
-        theirs = _choice(predictions.logits[str(found.teacher)][position])
-        ours = _choice(predictions.logits[name][position])
-        right = {theirs[0]: "teacher", ours[0]: "network"}.get(label, "neither")
-        teacher, network = (f"{names[chosen]} {100 * sure:.0f}%" for chosen, sure in (theirs, ours))
+        teacher_choice = _choice(predictions.logits[str(comparison.teacher)][position])
+        choice = _choice(predictions.logits[name][position])
+        right = {teacher_choice[0]: "teacher", choice[0]: "network"}.get(label, "neither")
+        teacher, network = (f"{names[chosen]} {100 * sure:.0f}%" for chosen, sure in (teacher_choice, choice))
         truth = names[label] if label >= 0 else "no label"
         yield _Picture(_as_png(image), position, truth, teacher, network, right)
 

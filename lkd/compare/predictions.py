@@ -43,7 +43,7 @@ class Candidate:
 
 
 @dataclass
-class Disputed:
+class Disagreements:
     """Images for which a network and the teacher predict different classes, in decreasing order of divergence.
 
     Attributes:
@@ -65,14 +65,14 @@ class Predictions:
         logits: Logits `(N, K)` of each network in float32, by name.
         target: Class indices `(N,)`.
         device: Device on which the logits were computed.
-        disputed: Images with the largest disagreement with the teacher, by the name of the network.
+        disagreements: Images with the largest disagreement with the teacher, by the name of the network.
         example: Inputs of the first batch, on the CPU.
     """
 
     logits: dict[str, Tensor]
     target: Tensor
     device: torch.device
-    disputed: dict[str, Disputed] = field(default_factory=dict)
+    disagreements: dict[str, Disagreements] = field(default_factory=dict)
     example: Any = None
 
 
@@ -97,7 +97,7 @@ class _Logits(Collector):
         self.teacher, self.shown = teacher, shown
         self.logits: dict[str, list[Tensor]] = {one.name: [] for one in candidates}
         self.target: list[Tensor] = []
-        self.disputed: dict[str, Disputed] = {}
+        self.disagreements: dict[str, Disagreements] = {}
         self._seen = 0
 
     def add(self, batch: Batch, logits: Mapping[str, Tensor], data: Any) -> None:
@@ -108,18 +108,18 @@ class _Logits(Collector):
         self.target.append(batch.target.cpu())
         if self.teacher is not None and isinstance(batch.input, Tensor) and batch.input.dim() == 4:
             for name in set(outputs) - {self.teacher}:
-                self._keep_disputed(name, outputs[name], outputs[self.teacher], batch.input)
+                self._keep_disagreements(name, outputs[name], outputs[self.teacher], batch.input)
         self._seen += len(batch.target)
 
-    def _keep_disputed(self, name: str, ours: Tensor, theirs: Tensor, image: Tensor) -> None:
-        differs = (ours.argmax(1) != theirs.argmax(1)).nonzero().squeeze(1)
-        found = Disputed(
-            image[differs.to(image.device)].cpu(), differs + self._seen, divergences(ours[differs], theirs[differs])
+    def _keep_disagreements(self, name: str, logits: Tensor, teacher: Tensor, image: Tensor) -> None:
+        differs = (logits.argmax(1) != teacher.argmax(1)).nonzero().squeeze(1)
+        found = Disagreements(
+            image[differs.to(image.device)].cpu(), differs + self._seen, divergences(logits[differs], teacher[differs])
         )
-        if (kept := self.disputed.get(name)) is not None:
-            found = Disputed(*(torch.cat([getattr(part, each) for part in (kept, found)]) for each in vars(found)))
+        if (kept := self.disagreements.get(name)) is not None:
+            found = Disagreements(*(torch.cat([getattr(part, each) for part in (kept, found)]) for each in vars(found)))
         order = found.divergence.argsort(descending=True, stable=True)[: self.shown]
-        self.disputed[name] = Disputed(*(values[order] for values in vars(found).values()))
+        self.disagreements[name] = Disagreements(*(values[order] for values in vars(found).values()))
 
 
 class _Predictor(L.LightningModule):
@@ -228,7 +228,7 @@ def predict(
     found = _Logits(candidates, teacher, shown)
     device, example = run_networks(candidates, data, split, Classification(), found, accelerator, progress)
     logits = {name: torch.cat(parts) for name, parts in found.logits.items()}
-    return Predictions(logits, torch.cat(found.target), device, found.disputed, example)
+    return Predictions(logits, torch.cat(found.target), device, found.disagreements, example)
 
 
 def run_networks(

@@ -34,7 +34,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class ScoreFigures:
+class ScoreMetrics:
     """Metrics of one network.
 
     Attributes:
@@ -114,10 +114,10 @@ class Tallies(Collector):
                 raise ValueError(f"lkd compare does not support {type(self.task).__name__}, which defines no `choice`")
             self.counts[name].append(self.task.tally(choice, batch.target).cpu())
         for name in self.to_teacher:
-            ours, theirs = choices[name], choices[str(self.teacher)]
-            if ours is not None and theirs is not None:
-                self.to_teacher[name].append(self.task.tally(ours, theirs).cpu())
-                self._keep(name, batch, logits, (ours, theirs), data)
+            choice, teacher_choice = choices[name], choices[str(self.teacher)]
+            if choice is not None and teacher_choice is not None:
+                self.to_teacher[name].append(self.task.tally(choice, teacher_choice).cpu())
+                self._keep(name, batch, logits, (choice, teacher_choice), data)
 
     def _keep(
         self, name: str, batch: Batch, logits: Mapping[str, Tensor], choices: tuple[Tensor, Tensor], data: object
@@ -129,12 +129,13 @@ class Tallies(Collector):
         order = [int(one) for one in agreement.argsort(stable=True)[: self.shown] if agreement[one] < worst]
         if not order:
             return
-        part, ours, theirs = batch._replace(target=batch.target[order]), *(choice[order] for choice in choices)
+        part = batch._replace(target=batch.target[order])
+        choice, teacher_choice = (values[order] for values in choices)
         images = input_views(_rows_of(batch, order), getattr(data, "mean", None), getattr(data, "std", None))
         names, own = self.class_names, {one: logits[one][order] for one in (str(self.teacher), name)}
         columns = {"image": images, "label": self.task.views(part.target, names)}
         columns |= {one: self.task.views(part.target, names, values) for one, values in own.items()}
-        columns["differences"] = self.task.views(ours.masked_fill(ours == theirs, IGNORE_INDEX), names)
+        columns["differences"] = self.task.views(choice.masked_fill(choice == teacher_choice, IGNORE_INDEX), names)
         kept += [
             (float(agreement[one]), {title: views[row] for title, views in columns.items()})
             for row, one in enumerate(order)
@@ -142,7 +143,7 @@ class Tallies(Collector):
         self._rows[name] = sorted(kept, key=lambda pair: pair[0])[: self.shown]
 
     @property
-    def disputed(self) -> dict[str, list[Row]]:
+    def disagreements(self) -> dict[str, list[Row]]:
         """Views of the images on which a network and the teacher differ most, by network."""
         return {name: [row for _, row in rows] for name, rows in self._rows.items() if rows}
 
@@ -183,7 +184,7 @@ def bootstrapped(task: Task, counts: Tensor, seed: int = 0) -> Samples:
     return Samples(task.scores(sums), task.class_scores(sums))
 
 
-def score_figures(task: Task, counts: Tensor, samples: Samples, to_teacher: Tensor | None) -> ScoreFigures:
+def score_metrics(task: Task, counts: Tensor, samples: Samples, to_teacher: Tensor | None) -> ScoreMetrics:
     """Compute the metrics of a network.
 
     Args:
@@ -196,7 +197,7 @@ def score_figures(task: Task, counts: Tensor, samples: Samples, to_teacher: Tens
     scores = {name: Estimate(float(one), interval(samples.scores[name])) for name, one in task.scores(total).items()}
     classes = zip(task.class_scores(total).tolist(), samples.per_class.unbind(1), strict=True)
     relative = {} if to_teacher is None else task.scores(to_teacher.sum(0))
-    return ScoreFigures(
+    return ScoreMetrics(
         scores, {name: float(one) for name, one in relative.items()}, [Estimate(v, interval(s)) for v, s in classes]
     )
 
@@ -208,19 +209,19 @@ def interval(samples: Tensor) -> tuple[float, float]:
 
 
 def score_difference(
-    first: str, second: str, figures: Mapping[str, ScoreFigures], samples: Mapping[str, Samples]
+    first: str, second: str, metrics: Mapping[str, ScoreMetrics], samples: Mapping[str, Samples]
 ) -> ScoreDifference:
     """Compare the main metric of two networks on the same images.
 
     Args:
         first: Name of the first network.
         second: Name of the second network.
-        figures: Metrics of each network, by name.
+        metrics: Metrics of each network, by name.
         samples: Bootstrap samples of each network, by name.
     """
-    ours, theirs = (next(iter(samples[name].scores.values())) for name in (first, second))
-    apart = ours - theirs
-    opposite = min(int((apart <= 0).sum()), int((apart >= 0).sum()))
-    p_value = min(1.0, 2 * (opposite + 1) / (len(apart) + 1))
-    value = figures[first].main.value - figures[second].main.value
-    return ScoreDifference(first, second, value, interval(apart), p_value)
+    first_scores, second_scores = (next(iter(samples[name].scores.values())) for name in (first, second))
+    differences = first_scores - second_scores
+    opposite = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+    p_value = min(1.0, 2 * (opposite + 1) / (len(differences) + 1))
+    value = metrics[first].main.value - metrics[second].main.value
+    return ScoreDifference(first, second, value, interval(differences), p_value)

@@ -12,9 +12,9 @@ from lkd.compare.cost import Cost, Time
 from lkd.compare.grid import Grid
 from lkd.compare.groups import Group
 from lkd.compare.measurements import Measurements
-from lkd.compare.metrics import BINS, Difference, Figures, Share
+from lkd.compare.metrics import BINS, ClassificationMetrics, Difference, Share
 
-Found: TypeAlias = Measurements[Figures, Difference]
+ClassificationMeasurements: TypeAlias = Measurements[ClassificationMetrics, Difference]
 """Comparison of classifiers."""
 
 
@@ -43,31 +43,31 @@ _FEW_PAIRS = 6
 """Number of pairs of networks up to which the terminal shows all of them."""
 
 
-def tables(found: Found, members: bool = False) -> list[Grid]:
+def tables(comparison: ClassificationMeasurements, members: bool = False) -> list[Grid]:
     """Create all tables of a comparison, the most important one first.
 
     Args:
-        found: The comparison.
+        comparison: The comparison.
         members: Whether to show the individual networks of groups in the terminal as well.
     """
     return [
-        *_accuracies(found, members),
-        cost_table(found),
-        *method_table(found),
-        *_networks(found, members),
-        _classes(found),
+        *_accuracies(comparison, members),
+        cost_table(comparison),
+        *method_table(comparison),
+        *_networks(comparison, members),
+        _classes(comparison),
     ]
 
 
-def entries_of(found: Measurements[Any, Any]) -> list[str | Group]:
+def entries_of(comparison: Measurements[Any, Any]) -> list[str | Group]:
     """Return the rows of a table: groups, at the position of their first network, and networks without a group.
 
     Args:
-        found: The comparison.
+        comparison: The comparison.
     """
-    of_member = {member: group for group in found.groups for member in group.members}
+    of_member = {member: group for group in comparison.groups for member in group.members}
     entries: list[str | Group] = []
-    for name in found.figures:
+    for name in comparison.metrics:
         entry = of_member.get(name, name)
         if entry not in entries:
             entries.append(entry)
@@ -105,15 +105,15 @@ def range_of(interval: tuple[float, float]) -> str:
     return " to ".join(_TOP1.text(end) for end in interval)
 
 
-def _accuracies(found: Found, members: bool) -> Iterator[Grid]:
-    title, note = "Accuracy and calibration", _how_measured(found)
-    columns = {name: one for name, one in _MEASURES.items() if found.teacher or one.key not in _OF_TEACHER}
+def _accuracies(comparison: ClassificationMeasurements, members: bool) -> Iterator[Grid]:
+    title, note = "Accuracy and calibration", _how_measured(comparison)
+    columns = {name: one for name, one in _MEASURES.items() if comparison.teacher or one.key not in _OF_TEACHER}
     head = ["network", "top-1 %", "95 % interval", *columns]
 
     def network(name: str) -> list[str]:
-        figures, values = found.figures[name], found.figures[name].measures()
+        metrics, values = comparison.metrics[name], comparison.metrics[name].measures()
         own = [one.text(values.get(one.key)) for one in columns.values()]
-        return [name, _percent(figures.top1), range_of(figures.top1.interval), *own]
+        return [name, _percent(metrics.top1), range_of(metrics.top1.interval), *own]
 
     def row(entry: str | Group) -> list[str]:
         if isinstance(entry, str):
@@ -124,8 +124,8 @@ def _accuracies(found: Found, members: bool) -> Iterator[Grid]:
         spread = _TOP1.text(top1s.mean), _TOP1.text(top1s.std), range_of(top1s.interval)
         return [entry.name, str(len(entry.members)), *spread, *own]
 
-    if not found.groups:
-        yield Grid(title, head, list(map(network, found.figures)), note)
+    if not comparison.groups:
+        yield Grid(title, head, list(map(network, comparison.metrics)), note)
         return
     seeds = (
         "n: number of networks that differ only in their seed. Their row shows means over the seeds, the standard "
@@ -133,35 +133,37 @@ def _accuracies(found: Found, members: bool) -> Iterator[Grid]:
         "the interval is the Wilson score interval over the images. "
     )
     head_n = ["network, method", "n", "top-1 %", "s.d.", "95 % interval", *columns]
-    yield Grid(title, head_n, list(map(row, entries_of(found))), seeds + note)
-    single = [network(name) for group in found.groups for name in group.members]
+    yield Grid(title, head_n, list(map(row, entries_of(comparison))), seeds + note)
+    single = [network(name) for group in comparison.groups for name in group.members]
     yield Grid("Individual networks of each method", head, single, note, "terminal" if members else "folded")
 
 
-def _how_measured(found: Found) -> str:
-    note = "" if found.groups else "Interval: Wilson score interval over the images. "
+def _how_measured(comparison: ClassificationMeasurements) -> str:
+    note = "" if comparison.groups else "Interval: Wilson score interval over the images. "
     note += (
         f"NLL: negative log-likelihood in nats. ECE: expected calibration error with {BINS} bins. T: temperature that "
         "minimizes the NLL; 'at T': after temperature scaling, with the temperature of each fifth of the images fitted "
         "to the others."
     )
-    if found.teacher is not None:
-        note += f" Agreement: same prediction as the teacher ({found.teacher}). KL: KL(teacher || network) in nats."
+    if comparison.teacher is not None:
+        note += (
+            f" Agreement: same prediction as the teacher ({comparison.teacher}). KL: KL(teacher || network) in nats."
+        )
     return note
 
 
-def cost_table(found: Measurements[Any, Any]) -> Grid:
+def cost_table(comparison: Measurements[Any, Any]) -> Grid:
     """Return the table of parameters, operations, size and times.
 
     Args:
-        found: The comparison.
+        comparison: The comparison.
     """
-    sizes = [time.batch_size for time in next(iter(found.costs.values())).times]
+    sizes = [time.batch_size for time in next(iter(comparison.costs.values())).times]
     head = ["network", "parameters", "MFLOP", "MB", *(f"ms, batch {size} (IQR)" for size in sizes)]
     head += [f"images/s, batch {size}" for size in sizes]
     rows = []
-    for entry in entries_of(found):
-        cost = _mean_cost([found.costs[name] for name in members_of(entry)])
+    for entry in entries_of(comparison):
+        cost = _mean_cost([comparison.costs[name] for name in members_of(entry)])
         rows.append(
             [
                 name_of(entry),
@@ -173,10 +175,10 @@ def cost_table(found: Measurements[Any, Any]) -> Grid:
             ]
         )
     note = (
-        f"Median time of a forward pass, with networks timed in alternation, on {found.facts['device']}. MFLOP: for "
-        "one image; a multiply-add counts as two."
+        f"Median time of a forward pass, with networks timed in alternation, on {comparison.facts['device']}. MFLOP: "
+        "for one image; a multiply-add counts as two."
     )
-    if found.groups:
+    if comparison.groups:
         note += " Times of networks that differ only in their seed are averaged."
     return Grid("Cost", head, rows, note)
 
@@ -190,13 +192,13 @@ def _mean_cost(costs: Sequence[Cost]) -> Cost:
     return replace(costs[0], times=times)
 
 
-def method_table(found: Measurements[Any, Any]) -> Iterator[Grid]:
+def method_table(comparison: Measurements[Any, Any]) -> Iterator[Grid]:
     """Yield the table of differences between groups, if there are any.
 
     Args:
-        found: The comparison.
+        comparison: The comparison.
     """
-    if not found.method_differences:
+    if not comparison.method_differences:
         return
     rows = [
         [
@@ -205,14 +207,14 @@ def method_table(found: Measurements[Any, Any]) -> Iterator[Grid]:
             "-" if math.isnan(one.t) else f"{one.t:.2f} ({one.degrees:.1f})",
             *(
                 "-" if math.isnan(one.p_value) else f"{one.p_value:.2g}",
-                verdict(one.p_value, len(found.method_differences)),
+                verdict(one.p_value, len(comparison.method_differences)),
             ),
         ]
-        for one in found.method_differences
+        for one in comparison.method_differences
     ]
     note = (
-        f"Welch's t-test compares the means of the {found.title} of two methods over their seeds. Gap: first minus "
-        "second, in percentage points (pp). The test accounts for the variation between training runs, on these "
+        f"Welch's t-test compares the means of the {comparison.title} of two methods over their seeds. Gap: first "
+        "minus second, in percentage points (pp). The test accounts for the variation between training runs, on these "
         "images. Significant: p times the number of pairs is below 0.05 (Bonferroni). With few seeds, only large "
         "differences are detected."
     )
@@ -248,16 +250,18 @@ def verdict(p_value: float, pairs: int) -> str:
     return "-" if math.isnan(p_value) else "yes" if p_value * pairs < 0.05 else "no"
 
 
-def _reference(found: Found, names: Sequence[str]) -> str:
+def _reference(comparison: ClassificationMeasurements, names: Sequence[str]) -> str:
     """Return the network with which the others are compared: the teacher, otherwise the most accurate one."""
-    return found.teacher or max(names, key=lambda name: found.figures[name].top1.value)
+    return comparison.teacher or max(names, key=lambda name: comparison.metrics[name].top1.value)
 
 
-def _networks(found: Found, members: bool) -> Iterator[Grid]:
+def _networks(comparison: ClassificationMeasurements, members: bool) -> Iterator[Grid]:
     """Yield the tables of McNemar's test: all pairs if they are few, or else pairs with a reference, and all folded."""
-    alone = [name for entry in entries_of(found) for name in members_of(entry) if members or isinstance(entry, str)]
-    reference = _reference(found, alone or list(found.figures))
-    pairs = {frozenset((one.first, one.second)): one for one in found.differences}
+    alone = [
+        name for entry in entries_of(comparison) for name in members_of(entry) if members or isinstance(entry, str)
+    ]
+    reference = _reference(comparison, alone or list(comparison.metrics))
+    pairs = {frozenset((one.first, one.second)): one for one in comparison.differences}
     shown = [_turned(pairs[frozenset((name, reference))], name) for name in alone if name != reference]
     note = (
         "McNemar's exact test compares two trained networks on these images, not two methods: two seeds of one method "
@@ -268,9 +272,9 @@ def _networks(found: Found, members: bool) -> Iterator[Grid]:
         "on the interval."
     )
     head = ["gap, pp", "95 % interval", "only 1st", "only 2nd", "p", "significant"]
-    every = [_turned(one, one.second) if one.first == reference else one for one in found.differences]
+    every = [_turned(one, one.second) if one.first == reference else one for one in comparison.differences]
     all_rows = [[f"{one.first} - {one.second}", *_pair(one, len(pairs))] for one in every]
-    if every and len(every) <= _FEW_PAIRS and len(alone) == len(found.figures):
+    if every and len(every) <= _FEW_PAIRS and len(alone) == len(comparison.metrics):
         yield Grid("Differences of trained networks", ["networks", *head], all_rows, note)
         return
     if shown:
@@ -295,15 +299,15 @@ def _pair(one: Difference, pairs: int) -> list[str]:
     return [signed(one.value), bracket(one.interval), *counts, f"{one.p_value:.2g}", verdict(one.p_value, pairs)]
 
 
-def _classes(found: Found) -> Grid:
-    entries = entries_of(found)
-    every = [[found.figures[name].per_class for name in members_of(entry)] for entry in entries]
+def _classes(comparison: ClassificationMeasurements) -> Grid:
+    entries = entries_of(comparison)
+    every = [[comparison.metrics[name].per_class for name in members_of(entry)] for entry in entries]
     rows = []
-    for number, name in enumerate(found.class_names):
+    for number, name in enumerate(comparison.class_names):
         shares = [[per_class[number] for per_class in own] for own in every]
         rows.append([name, f"{shares[0][0].total:,}", *(_percent(_pooled(own)) for own in shares)])
     note = "Top-1 accuracy for the images of each class."
-    if found.groups:
+    if comparison.groups:
         note += " Accuracies of networks that differ only in their seed are averaged."
     return Grid("Accuracy per class, %", ["class", "images", *map(name_of, entries)], rows, note, "page")
 

@@ -62,13 +62,22 @@ def projection(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
 
 
+def channel_pairs(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[int, int]]:
+    """Return the numbers of channels of pairs of features.
+
+    Args:
+        pairs: Student features `(B, C, ...)` and teacher features `(B, D, ...)`.
+    """
+    return [(student.shape[1], teacher.shape[1]) for student, teacher in pairs]
+
+
 def projections(pairs: Iterable[tuple[Tensor, Tensor]]) -> nn.ModuleList:
     """Create a `projection` of each student feature to the channels of the teacher feature.
 
     Args:
         pairs: Student features `(B, C, H, W)` and teacher features `(B, D, H', W')`.
     """
-    return nn.ModuleList(projection(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs)
+    return nn.ModuleList(projection(*channels) for channels in channel_pairs(pairs))
 
 
 def projection_head(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -143,6 +152,6 @@ def aligners(pairs: Iterable[tuple[Tensor, Tensor]]) -> nn.ModuleList:
         pairs: Student features `(B, C, H, W)` and teacher features `(B, D, H', W')`.
     """
     return nn.ModuleList(
-        nn.Identity() if ours.shape[1] == theirs.shape[1] else nn.Conv2d(ours.shape[1], theirs.shape[1], 1, bias=False)
-        for ours, theirs in pairs
+        nn.Identity() if student == teacher else nn.Conv2d(student, teacher, 1, bias=False)
+        for student, teacher in channel_pairs(pairs)
     )

@@ -47,9 +47,10 @@ def check_boxes(owner: str, student: Tensor, teacher: Tensor) -> None:
         ValueError: If the numbers of channels differ, are not a multiple of four, or are four, that is, a single
             distance, to which the softmax always assigns a probability of 1.
     """
-    ours, theirs = student.shape[1], teacher.shape[1]
-    if ours != theirs or ours % 4 or ours == 4:
+    channels, teacher_channels = student.shape[1], teacher.shape[1]
+    if channels != teacher_channels or channels % 4 or channels == 4:
         raise ValueError(
-            f"{owner} compares distributions of boxes, 4 * (reg_max + 1) channels in student and teacher, got {ours} "
-            f"and {theirs}; use the layers that predict them, and the same reg_max in both networks"
+            f"{owner} compares distributions of boxes, 4 * (reg_max + 1) channels in student and teacher, got "
+            f"{channels} and {teacher_channels}; use the layers that predict them, and the same reg_max in both "
+            "networks"
         )

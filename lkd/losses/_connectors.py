@@ -49,7 +49,9 @@ class ConnectedLoss(DistillLoss):
     def connected(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
         """Return pairs of the student's features after the connectors and the teacher's features."""
         pairs = zip(self.connectors, self.pairs(student, teacher), strict=True)
-        return [(connector(ours), theirs) for connector, (ours, theirs) in pairs]
+        return [
+            (connector(student_feature), teacher_feature) for connector, (student_feature, teacher_feature) in pairs
+        ]
 
     def weighted_total(self, losses: Sequence[Tensor]) -> Tensor:
         """Return the weighted sum of the losses of the layers."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from lkd.losses._adapters import projection
+from lkd.losses._adapters import channel_pairs, projection
 from lkd.losses.base import DistillLoss
 from lkd.types import Outputs, Probe
 
@@ -31,24 +31,24 @@ class FlowLoss(DistillLoss):
         name, pairs = type(self).__name__, self.pairs(student.outputs, teacher.outputs, dims=4)
         if len(pairs) < 2:
             raise ValueError(f"{name} compares consecutive layers and requires at least two, got {len(pairs)}")
-        layers = zip(self.student_layers, self.teacher_layers, pairs, strict=True)
-        for own, other, (ours, theirs) in layers:
-            if ours.shape[1] != theirs.shape[1] and not self.connect:
+        channels = channel_pairs(pairs)
+        layers = zip(self.student_layers, self.teacher_layers, channels, strict=True)
+        for student_layer, teacher_layer, (in_channels, out_channels) in layers:
+            if in_channels != out_channels and not self.connect:
                 raise ValueError(
-                    f"{name} requires the same number of channels in student and teacher layers, got {ours.shape[1]} "
-                    f"({own}) and {theirs.shape[1]} ({other}); use other layers, or `connect: true` for a 1x1 "
-                    "convolution"
+                    f"{name} requires the same number of channels in student and teacher layers, got "
+                    f"{in_channels} ({student_layer}) and {out_channels} ({teacher_layer}); use other layers, or "
+                    "`connect: true` for a 1x1 convolution"
                 )
         self.connectors = nn.ModuleList(
-            nn.Identity() if ours.shape[1] == theirs.shape[1] else projection(ours.shape[1], theirs.shape[1])
-            for ours, theirs in pairs
+            nn.Identity() if student == teacher else projection(student, teacher) for student, teacher in channels
         )
 
     def connected(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
         """Return the student's features after the connectors, and the teacher's features."""
-        ours = zip(self.connectors, self.student_layers, strict=True)
+        layers = zip(self.connectors, self.student_layers, strict=True)
         return (
-            [connector(student.features[layer]) for connector, layer in ours],
+            [connector(student.features[layer]) for connector, layer in layers],
             [teacher.features[layer] for layer in self.teacher_layers],
         )
 

@@ -87,4 +87,4 @@ class AB(ConnectedLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the weighted sum of `ab_loss` over the layers."""
         pairs = self.connected(student, teacher)
-        return self.weighted_total([ab_loss(ours, theirs, self.margin) for ours, theirs in pairs])
+        return self.weighted_total([ab_loss(*pair, self.margin) for pair in pairs])

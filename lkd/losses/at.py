@@ -97,5 +97,5 @@ class AT(DistillLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of `at_loss` over the layers."""
-        losses = [at_loss(ours, theirs, self.p) for ours, theirs in self.pairs(student, teacher)]
+        losses = [at_loss(*pair, self.p) for pair in self.pairs(student, teacher)]
         return total(losses)

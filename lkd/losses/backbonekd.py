@@ -117,29 +117,31 @@ class BackboneKD(DistillLoss):
         """Create the projections."""
         features = self._features(student.outputs, teacher.outputs)
         if "pooled" in features:
-            ours, theirs = features["pooled"]
-            if ours.ndim != 2 or theirs.ndim != 2:
+            student_feature, teacher_feature = features["pooled"]
+            if student_feature.ndim != 2 or teacher_feature.ndim != 2:
                 raise ValueError(
-                    f"BackboneKD requires pooled features (B, C), got {tuple(ours.shape)} from the student and "
-                    f"{tuple(theirs.shape)} from the teacher; set student_pooled_layer and teacher_pooled_layer "
-                    "(or null for a teacher without a classifier)"
+                    f"BackboneKD requires pooled features (B, C), got {tuple(student_feature.shape)} from the student "
+                    f"and {tuple(teacher_feature.shape)} from the teacher; set student_pooled_layer and "
+                    "teacher_pooled_layer (or null for a teacher without a classifier)"
                 )
-            self.pooled_projection = nn.Linear(ours.shape[1], theirs.shape[1])
+            self.pooled_projection = nn.Linear(student_feature.shape[1], teacher_feature.shape[1])
         if "patches" in features:
-            ours, theirs = features["patches"]
-            check_dims("BackboneKD", 4, student_patch=ours, teacher_patch=theirs)
-            self.patch_projection = nn.Conv2d(ours.shape[1], theirs.shape[1], 1)
+            student_feature, teacher_feature = features["patches"]
+            check_dims("BackboneKD", 4, student_patch=student_feature, teacher_patch=teacher_feature)
+            self.patch_projection = nn.Conv2d(student_feature.shape[1], teacher_feature.shape[1], 1)
 
     def _features(self, student: Outputs, teacher: Outputs) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the pairs of compared features by name, patch features as maps."""
-        ours = read_layers(student, self.student_layers)
-        theirs = [teacher.logits] * self._reads_output + [teacher.features[layer] for layer in self.teacher_layers]
-        features = dict(zip(self._compared, zip(ours, theirs, strict=True), strict=True))
+        student_features = read_layers(student, self.student_layers)
+        teacher_features = [teacher.logits] * self._reads_output + [
+            teacher.features[layer] for layer in self.teacher_layers
+        ]
+        features = dict(zip(self._compared, zip(student_features, teacher_features, strict=True), strict=True))
         if "patches" in features:
-            own, other = features["patches"]
+            student_feature, teacher_feature = features["patches"]
             features["patches"] = (
-                _map("student", own, self.student_prefix_tokens),
-                _map("teacher", other, self.teacher_prefix_tokens),
+                _map("student", student_feature, self.student_prefix_tokens),
+                _map("teacher", teacher_feature, self.teacher_prefix_tokens),
             )
         return features
 
@@ -148,12 +150,14 @@ class BackboneKD(DistillLoss):
         terms = {}
         features = self._features(student, teacher)
         if "pooled" in features:
-            ours, theirs = features["pooled"]
-            loss = feature_matching_loss(self.pooled_projection(ours), theirs, 1.0, 0.0)
+            student_feature, teacher_feature = features["pooled"]
+            loss = feature_matching_loss(self.pooled_projection(student_feature), teacher_feature, 1.0, 0.0)
             terms["pooled"] = self.pooled_weight * loss
         if "patches" in features:
-            ours, theirs = same_size(*features["patches"])
-            loss = feature_matching_loss(self.patch_projection(ours), theirs, self.cosine_weight, self.smooth_l1_weight)
+            student_feature, teacher_feature = same_size(*features["patches"])
+            loss = feature_matching_loss(
+                self.patch_projection(student_feature), teacher_feature, self.cosine_weight, self.smooth_l1_weight
+            )
             terms["patches"] = self.patch_weight * loss
         return terms
 

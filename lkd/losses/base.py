@@ -128,16 +128,17 @@ class DistillLoss(nn.Module, ABC):
             ValueError: If the numbers of layers differ or are 0, if a feature is not a tensor, or if it has another
                 number of dimensions.
         """
-        ours, theirs = self.student_layers, self.teacher_layers
-        if len(ours) != len(theirs):
+        student_layers, teacher_layers = self.student_layers, self.teacher_layers
+        if len(student_layers) != len(teacher_layers):
             raise ValueError(
-                f"{type(self).__name__} requires the same number of student_layers and teacher_layers, got {len(ours)} "
-                f"({', '.join(ours)}) and {len(theirs)} ({', '.join(theirs)})"
+                f"{type(self).__name__} requires the same number of student_layers and teacher_layers, got "
+                f"{len(student_layers)} ({', '.join(student_layers)}) and {len(teacher_layers)} "
+                f"({', '.join(teacher_layers)})"
             )
-        pairs = list(zip(read_layers(student, ours), read_layers(teacher, theirs), strict=True))
+        pairs = list(zip(read_layers(student, student_layers), read_layers(teacher, teacher_layers), strict=True))
         if dims is not None:
-            for own, other in pairs:
-                check_dims(type(self).__name__, dims, student=own, teacher=other)
+            for student_feature, teacher_feature in pairs:
+                check_dims(type(self).__name__, dims, student=student_feature, teacher=teacher_feature)
         return pairs
 
     def build(self, student: Probe, teacher: Probe) -> None:

@@ -118,22 +118,22 @@ class CATKD(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Find the classifiers of both networks."""
-        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=4)
+        ((student_feature, teacher_feature),) = self.pairs(student.outputs, teacher.outputs, dims=4)
         # a tuple, so that they are not registered as submodules
         self._heads = tuple(
             None if layer is None else linear_classifier("CATKD", role, probe, layer, feature.shape[1])
             for role, probe, layer, feature in (
-                ("student", student, self.student_head, ours),
-                ("teacher", teacher, self.teacher_head, theirs),
+                ("student", student, self.student_head, student_feature),
+                ("teacher", teacher, self.teacher_head, teacher_feature),
             )
         )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute `catkd_loss`."""
         features = self.pairs(student, teacher)[0]
-        ours, theirs = (
+        student_maps, teacher_maps = (
             feature if head is None else class_activation_maps(feature, head.weight, head.bias)
             for feature, head in zip(features, self._heads, strict=True)
         )
         # a teacher that is being trained, such as a peer, must not receive gradients through its classifier
-        return catkd_loss(ours, theirs.detach(), self.resolution, self.normalize)
+        return catkd_loss(student_maps, teacher_maps.detach(), self.resolution, self.normalize)

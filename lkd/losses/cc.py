@@ -165,22 +165,29 @@ class CC(DistillLoss):
         """Create the embeddings."""
         pairs = self.pairs(student.outputs, teacher.outputs)
         if self.feat_dim is None:
-            shapes = [(tuple(ours.shape), tuple(theirs.shape)) for ours, theirs in pairs]
+            shapes = [tuple(tuple(feature.shape) for feature in pair) for pair in pairs]
             if self.form == "neighbours" and (wrong := [pair for pair in shapes if pair[0] != pair[1]]):
                 raise ValueError(
                     f"CC with form: neighbours and feat_dim: null requires features of equal shape, got {wrong[0][0]} "
                     f"from the student and {wrong[0][1]} from the teacher; set feat_dim"
                 )
             return
-        self.student_embeddings = nn.ModuleList(embedding(ours, self.feat_dim) for ours, _ in pairs)
-        self.teacher_embeddings = nn.ModuleList(embedding(theirs, self.feat_dim) for _, theirs in pairs)
+        self.student_embeddings = nn.ModuleList(
+            embedding(student_feature, self.feat_dim) for student_feature, _ in pairs
+        )
+        self.teacher_embeddings = nn.ModuleList(
+            embedding(teacher_feature, self.feat_dim) for _, teacher_feature in pairs
+        )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of `cc_loss` or `cc_neighbour_loss` over the layers."""
         pairs = self.pairs(student, teacher)
         if self.feat_dim is not None:
-            embeddings = zip(self.student_embeddings, self.teacher_embeddings, strict=True)
-            pairs = [(ours(a), theirs(b)) for (ours, theirs), (a, b) in zip(embeddings, pairs, strict=True)]
+            embedded = zip(self.student_embeddings, self.teacher_embeddings, pairs, strict=True)
+            pairs = [
+                (embed_student(student_feature), embed_teacher(teacher_feature))
+                for embed_student, embed_teacher, (student_feature, teacher_feature) in embedded
+            ]
         if self.form == "neighbours":
             return total([cc_neighbour_loss(*pair) for pair in pairs])
         return total([cc_loss(*pair, self.kernel, self.gamma, self.order, self.normalize) for pair in pairs])

@@ -35,8 +35,8 @@ def cross_image_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tens
         Scalar: mean over all rows and images of the divergence between the row's distributions over the image's rows.
     """
     all_rows = (student.flatten(0, 1), teacher.flatten(0, 1))
-    ours, theirs = ((rows @ rows.mT).view(-1, student.shape[1]) for rows in all_rows)
-    return softened_kl(ours, theirs, temperature).mean()
+    student_scores, teacher_scores = ((rows @ rows.mT).view(-1, student.shape[1]) for rows in all_rows)
+    return softened_kl(student_scores, teacher_scores, temperature).mean()
 
 
 @check_shapes(student_feature="B C H W", teacher_feature="B D H W")
@@ -212,11 +212,11 @@ class CIRKD(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Create the projection head and the memories."""
-        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=4)
+        ((student_feature, teacher_feature),) = self.pairs(student.outputs, teacher.outputs, dims=4)
         if not any(self._weights):
             return
-        channels, num_classes = theirs.shape[1], student.outputs.logits.shape[1]
-        self.projection_head = projection_head(ours.shape[1], channels)
+        channels, num_classes = teacher_feature.shape[1], student.outputs.logits.shape[1]
+        self.projection_head = projection_head(student_feature.shape[1], channels)
         named = zip(("pixel", "region"), self._weights, self.memory_size, strict=True)
         sizes = {name: size for name, weight, size in named if weight}
         size = 4 * num_classes * sum(sizes.values()) * channels
@@ -233,21 +233,24 @@ class CIRKD(DistillLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """In training, update the memories; then compute the terms."""
-        ((ours, theirs),) = self.pairs(student, teacher)
-        ours, theirs = enlarged(ours, theirs)
+        ((student_feature, teacher_feature),) = self.pairs(student, teacher)
+        student_feature, teacher_feature = enlarged(student_feature, teacher_feature)
         terms = {}
         if self.batch_weight:
-            own, other = (F.avg_pool2d(wide(values), self.pool_size, ceil_mode=True) for values in (ours, theirs))
-            terms["batch"] = self.batch_weight * cirkd_batch_loss(own, other, self.temperature)
+            pooled_student, pooled_teacher = (
+                F.avg_pool2d(wide(values), self.pool_size, ceil_mode=True)
+                for values in (student_feature, teacher_feature)
+            )
+            terms["batch"] = self.batch_weight * cirkd_batch_loss(pooled_student, pooled_teacher, self.temperature)
         if not any(self._weights):
             return terms
-        target = resized_labels(batch.target, (ours.shape[2], ours.shape[3]))
+        target = resized_labels(batch.target, (student_feature.shape[2], student_feature.shape[3]))
         masks = class_masks(target, student.logits.shape[1])
         if self.training:
-            self._remember(theirs.detach(), masks)
-        embedding = self.projection_head(ours)
+            self._remember(teacher_feature.detach(), masks)
+        embedding = self.projection_head(student_feature)
         for name, weight, keys in self._keys():
-            loss = cirkd_memory_loss(embedding, theirs, keys, target, self.temperature, self.kd_temperature)
+            loss = cirkd_memory_loss(embedding, teacher_feature, keys, target, self.temperature, self.kd_temperature)
             terms[name] = weight * loss
         return terms
 

@@ -169,34 +169,37 @@ class CIRKDChannel(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Create the projection head and the memory."""
-        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=4)
-        self.projection_head = projection_head(ours.shape[1], theirs.shape[1])
-        _, pooled = self._pooled(ours, theirs)
+        ((student_feature, teacher_feature),) = self.pairs(student.outputs, teacher.outputs, dims=4)
+        self.projection_head = projection_head(student_feature.shape[1], teacher_feature.shape[1])
+        _, pooled = self._pooled(student_feature, teacher_feature)
         self.map_size = (pooled.shape[2], pooled.shape[3])
         self.register_buffer("memory", new_memory(1, self.memory_size, self.map_size[0] * self.map_size[1]))
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
 
-    def _pooled(self, ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    def _pooled(self, student_feature: Tensor, teacher_feature: Tensor) -> tuple[Tensor, Tensor]:
         """Return both maps, resized to the same size and average-pooled, with partial windows at the border."""
         student, teacher = (
-            F.avg_pool2d(wide(values), self.pool_size, ceil_mode=True) for values in enlarged(ours, theirs)
+            F.avg_pool2d(wide(feature), self.pool_size, ceil_mode=True)
+            for feature in enlarged(student_feature, teacher_feature)
         )
         return student, teacher
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """In training, update the memory; then compute the three terms."""
-        ours, theirs = (
-            interpolated(values, self.map_size) for values in self._pooled(*self.pairs(student, teacher)[0])
+        student_feature, teacher_feature = (
+            interpolated(feature, self.map_size) for feature in self._pooled(*self.pairs(student, teacher)[0])
         )
-        ours = self.projection_head(ours)
+        student_feature = self.projection_head(student_feature)
         if self.training:
-            self._remember(_units(theirs.detach()).flatten(0, 1))
+            self._remember(_units(teacher_feature.detach()).flatten(0, 1))
         keys = self.memory[0, self.draw_rows()].view(-1, *self.map_size)
-        memory_loss = cirkd_channel_memory_loss(ours, theirs, keys, self.temperature, self.kd_temperature)
+        memory_loss = cirkd_channel_memory_loss(
+            student_feature, teacher_feature, keys, self.temperature, self.kd_temperature
+        )
         return {
-            "batch": self.batch_weight * cirkd_channel_loss(ours, theirs, self.temperature),
+            "batch": self.batch_weight * cirkd_channel_loss(student_feature, teacher_feature, self.temperature),
             "memory": self.memory_weight * memory_loss,
-            "mse": self.mse_weight * mse(_units(wide(ours)), _units(theirs)),
+            "mse": self.mse_weight * mse(_units(wide(student_feature)), _units(teacher_feature)),
         }
 
     def draw_rows(self) -> Tensor:

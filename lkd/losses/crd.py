@@ -53,8 +53,8 @@ def crd_loss(log_ratio: Tensor, num_samples: int | Tensor, eps: float = 1e-7) ->
     """
     noise = log_ratio.new_full((), log_ratio.shape[1] - 1) / num_samples
     total = torch.logaddexp(log_ratio, (noise + eps).log())
-    own, drawn = total[:, 0] - log_ratio[:, 0], total[:, 1:] - noise.log()
-    return (own + drawn.sum(1)).mean()
+    positive, negative = total[:, 0] - log_ratio[:, 0], total[:, 1:] - noise.log()
+    return (positive + negative.sum(1)).mean()
 
 
 @full_precision
@@ -154,9 +154,9 @@ class CRD(DistillLoss):
                 f"CRD keeps two memory banks of {self.num_samples} x {self.feat_dim} values, {size / 2**30:.1f} GiB on "
                 "each device and in each checkpoint, and copies them in each step; reduce feat_dim to save memory"
             )
-        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs)
-        self.student_embedding = embedding(ours, self.feat_dim)
-        self.teacher_embedding = embedding(theirs, self.feat_dim)
+        ((student_feature, teacher_feature),) = self.pairs(student.outputs, teacher.outputs)
+        self.student_embedding = embedding(student_feature, self.feat_dim)
+        self.teacher_embedding = embedding(teacher_feature, self.feat_dim)
         start = torch.Generator().manual_seed(0)  # processes may have different seeds
         for name in ("student_memory", "teacher_memory"):  # norms of about 1, as in the authors' code
             uniform = 2 * torch.rand(self.num_samples, self.feat_dim, generator=start, device="cpu") - 1
@@ -169,7 +169,7 @@ class CRD(DistillLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of `crd_loss` in both directions and, in training, update the memory banks."""
-        ((ours, theirs),) = self.pairs(student, teacher)
+        ((student_feature, teacher_feature),) = self.pairs(student, teacher)
         if batch.index is None:
             raise ValueError("CRD requires the dataset indices of the images; provide Batch.index")
         if batch.target.shape != batch.index.shape:
@@ -184,23 +184,25 @@ class CRD(DistillLoss):
                 f"CRD stores {len(self.targets)} images (num_samples), but a batch contains another index "
                 f"({error}); set num_samples to the number of images in the dataset, including validation images"
             ) from error
-        return self._compare(self.student_embedding(ours), self.teacher_embedding(theirs), batch.index, batch.target)
+        student_embedding = self.student_embedding(student_feature)
+        teacher_embedding = self.teacher_embedding(teacher_feature)
+        return self._compare(student_embedding, teacher_embedding, batch.index, batch.target)
 
     @full_precision
-    def _compare(self, ours: Tensor, theirs: Tensor, index: Tensor, target: Tensor) -> Tensor:
-        ours, theirs = unit_vectors(ours, dim=1), unit_vectors(theirs, dim=1)
+    def _compare(self, student: Tensor, teacher: Tensor, index: Tensor, target: Tensor) -> Tensor:
+        student, teacher = unit_vectors(student, dim=1), unit_vectors(teacher, dim=1)
         position = torch.cat([index.unsqueeze(1), self.draw(index, target)], dim=1)
         scores = torch.stack(
             [
-                _similarity(ours, self.teacher_memory, position, self.temperature),
-                _similarity(theirs, self.student_memory, position, self.temperature),
+                _similarity(student, self.teacher_memory, position, self.temperature),
+                _similarity(teacher, self.student_memory, position, self.temperature),
             ]
         )
         log_ratio = scores - self._normalization(scores.detach()).view(2, 1, 1)
         if self.training:
-            self._remember(*map(gathered, (ours, theirs, index, target)))
-        own, other = (crd_loss(ratio, self.is_drawn.sum(), self.eps) for ratio in log_ratio)
-        return own + other
+            self._remember(*map(gathered, (student, teacher, index, target)))
+        student_loss, teacher_loss = (crd_loss(ratio, self.is_drawn.sum(), self.eps) for ratio in log_ratio)
+        return student_loss + teacher_loss
 
     def draw(self, index: Tensor, target: Tensor) -> Tensor:
         """Draw the negatives of each sample; override this method to change the sampling.
@@ -233,11 +235,11 @@ class CRD(DistillLoss):
             self.log_z.copy_(log_z)
         return log_z
 
-    def _remember(self, ours: Tensor, theirs: Tensor, index: Tensor, target: Tensor) -> None:
+    def _remember(self, student: Tensor, teacher: Tensor, index: Tensor, target: Tensor) -> None:
         # Duplicates of an image are averaged, since the order of writes to the same row is undefined on a GPU.
         same = index.unsqueeze(1) == index
-        share = same.to(ours.dtype) / same.sum(1, keepdim=True)
-        for memory, new in ((self.student_memory, ours), (self.teacher_memory, theirs)):
+        share = same.to(student.dtype) / same.sum(1, keepdim=True)
+        for memory, new in ((self.student_memory, student), (self.teacher_memory, teacher)):
             mean = share @ new
             row = unit_vectors(self.momentum * wide(memory[index]) + (1 - self.momentum) * mean, dim=1)
             memory.index_copy_(0, index, row.to(memory.dtype))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lkd.features.layers import evaluating, resolve_layers
-from lkd.losses._adapters import aligner
+from lkd.losses._adapters import aligner, channel_pairs
 from lkd.losses._boxes import box_divergence, check_boxes, rows
 from lkd.losses._checks import check_temperature, check_weights, layer_list
 from lkd.losses._dense import interpolated
@@ -206,8 +206,8 @@ class CrossKD(DistillLoss):
     def build(self, student: Probe, teacher: Probe) -> None:
         """Create the aligning convolutions and find the teacher's heads."""
         pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
-        self.aligners = nn.ModuleList(aligner(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs)
-        features = [theirs for _, theirs in pairs]
+        self.aligners = nn.ModuleList(aligner(*channels) for channels in channel_pairs(pairs))
+        features = [feature for _, feature in pairs]
         classes, boxes = self._by_head(features)
         heads = [self._head(teacher, "teacher_head", self.teacher_head, classes)]
         if self.teacher_box_head is not None:
@@ -246,19 +246,21 @@ class CrossKD(DistillLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Compute the two terms."""
-        ours, theirs = [], []
-        for align, (own, other) in zip(self.aligners, self.pairs(student, teacher), strict=True):
-            height, width = other.shape[2:]
-            ours.append(crosskd_aligned(align(interpolated(own, (height, width))), other))
-            theirs.append(other)
-        class_inputs, box_inputs = zip(self._by_head(ours), self._by_head(theirs), strict=True)
-        own, other = (_predicted_rows(self._heads[0], features) for features in class_inputs)
-        quality = wide(other.detach()).amax(1).sigmoid()
-        loss = crosskd_class_loss(own, other, beta=self.beta, avg_factor=quality.sum().clamp(min=1))
+        student_features, teacher_features = [], []
+        for align, (student_feature, teacher_feature) in zip(self.aligners, self.pairs(student, teacher), strict=True):
+            height, width = teacher_feature.shape[2:]
+            resized = align(interpolated(student_feature, (height, width)))
+            student_features.append(crosskd_aligned(resized, teacher_feature))
+            teacher_features.append(teacher_feature)
+        class_inputs, box_inputs = zip(self._by_head(student_features), self._by_head(teacher_features), strict=True)
+        student_logits, teacher_logits = (_predicted_rows(self._heads[0], features) for features in class_inputs)
+        quality = wide(teacher_logits.detach()).amax(1).sigmoid()
+        loss = crosskd_class_loss(student_logits, teacher_logits, beta=self.beta, avg_factor=quality.sum().clamp(min=1))
         terms = {"class": self.class_weight * loss}
         for head in self._heads[1:]:
-            own, other = (_predicted_rows(head, features) for features in box_inputs)
-            terms["box"] = self.box_weight * crosskd_box_loss(own, other, quality, self.temperature)
+            student_boxes, teacher_boxes = (_predicted_rows(head, features) for features in box_inputs)
+            loss = crosskd_box_loss(student_boxes, teacher_boxes, quality, self.temperature)
+            terms["box"] = self.box_weight * loss
         return terms
 
 
@@ -270,9 +272,9 @@ def _predicted_rows(head: nn.Module, features: list[Tensor]) -> Tensor:
 def _predicted(head: nn.Module, feature: Tensor) -> Tensor:
     """Apply a head whose parameters receive no gradient."""
     tensors = {**dict(head.named_parameters()), **dict(head.named_buffers())}
-    own = {
+    detached = {
         name: tensor.detach().to(feature.dtype) if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }
-    predicted: Tensor = functional_call(head, own, (feature,))
+    predicted: Tensor = functional_call(head, detached, (feature,))
     return predicted

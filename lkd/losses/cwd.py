@@ -88,5 +88,8 @@ class CWD(DistillLoss):
         """Compute the sum of `cwd_loss` over the layers."""
         pairs = maps(self, student, teacher)
         if self.student_layers:
-            pairs = [(align(ours), theirs) for align, (ours, theirs) in zip(self.aligners, pairs, strict=True)]
-        return total([cwd_loss(*enlarged(ours, theirs), self.temperature) for ours, theirs in pairs])
+            pairs = [
+                (align(student_feature), teacher_feature)
+                for align, (student_feature, teacher_feature) in zip(self.aligners, pairs, strict=True)
+            ]
+        return total([cwd_loss(*enlarged(*pair), self.temperature) for pair in pairs])

@@ -63,8 +63,8 @@ def deit_loss(
         >>> round(deit_loss(logits, logits, logits, target, token_weight=0.5).item(), 4)
         1.1269
     """
-    own = labelled_cross_entropy(class_logits, target, label_smoothing)
-    return (1 - token_weight) * own + token_weight * _token_loss(token_logits, teacher_logits, kind, temperature)
+    class_loss = labelled_cross_entropy(class_logits, target, label_smoothing)
+    return (1 - token_weight) * class_loss + token_weight * _token_loss(token_logits, teacher_logits, kind, temperature)
 
 
 class DeiT(DistillLoss):
@@ -130,8 +130,8 @@ class DeiT(DistillLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Compute the two terms of `deit_loss`."""
-        own, token = (student.features[layer] for layer in self.student_layers)
+        class_logits, token_logits = (student.features[layer] for layer in self.student_layers)
         return {
-            "class": (1 - self.token_weight) * labelled_cross_entropy(own, batch.target, self.label_smoothing),
-            "token": self.token_weight * _token_loss(token, teacher.logits, self.kind, self.temperature),
+            "class": (1 - self.token_weight) * labelled_cross_entropy(class_logits, batch.target, self.label_smoothing),
+            "token": self.token_weight * _token_loss(token_logits, teacher.logits, self.kind, self.temperature),
         }

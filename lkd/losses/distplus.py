@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses._adapters import projection, same_size
+from lkd.losses._adapters import channel_pairs, projection, same_size
 from lkd.losses._checks import check_weights
 from lkd.losses._precision import full_precision
 from lkd.losses._shapes import check_shapes
@@ -121,17 +121,20 @@ class DISTPlus(DIST):
     def build(self, student: Probe, teacher: Probe) -> None:
         """Create the projections."""
         pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
-        channels = [(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs]
+        channels = channel_pairs(pairs)
         self.projections = nn.ModuleList(
-            nn.Identity() if own == other else projection(own, other) for own, other in channels
+            nn.Identity() if student == teacher else projection(student, teacher) for student, teacher in channels
         )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Compute the terms of `dist_loss`, `channel_relation_loss` and `spatial_relation_loss`."""
         pairs = self.pairs(student, teacher)
         projected = zip(self.projections, pairs, strict=True)
-        channel = [channel_relation_loss(project(ours), theirs, self.eps) for project, (ours, theirs) in projected]
-        spatial = [spatial_relation_loss(ours, theirs) for ours, theirs in pairs]
+        channel = [
+            channel_relation_loss(project(student_feature), teacher_feature, self.eps)
+            for project, (student_feature, teacher_feature) in projected
+        ]
+        spatial = [spatial_relation_loss(*pair) for pair in pairs]
         return {
             **super().forward(student, teacher, batch),
             "channel": self.channel_weight * total(channel),

@@ -57,7 +57,7 @@ def dsd_pixel_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor
     if len(student_maps) < 2:
         raise ValueError(f"dsd_pixel_loss compares pairs of layers and requires at least two, got {len(student_maps)}")
     pairs = list(zip(_residuals(student_maps), _residuals(teacher_maps), strict=True))
-    return total([F.mse_loss(ours, theirs) for ours, theirs in pairs]) / len(pairs)
+    return total([F.mse_loss(*pair) for pair in pairs]) / len(pairs)
 
 
 @check_shapes(student_logits="B K H W", teacher_logits="B K H W")
@@ -149,9 +149,11 @@ class DSD(DistillLoss):
         """Compute the two terms."""
         pairs = self._maps(student, teacher)
         height, width = (max(values.shape[dim] for pair in pairs for values in pair) for dim in (2, 3))
-        ours, theirs = ([interpolated(values, (height, width)) for values in each] for each in zip(*pairs, strict=True))
+        student_maps, teacher_maps = (
+            [interpolated(feature, (height, width)) for feature in maps] for maps in zip(*pairs, strict=True)
+        )
         category = dsd_category_loss(*enlarged(*pairs[-1]), self.temperature)
         return {
-            "pixel": self.pixel_weight * dsd_pixel_loss(ours, theirs),
+            "pixel": self.pixel_weight * dsd_pixel_loss(student_maps, teacher_maps),
             "category": self.category_weight * category,
         }

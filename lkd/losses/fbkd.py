@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lkd.losses._adapters import channel_pairs
 from lkd.losses._attention import spatial_attention
 from lkd.losses._checks import check_temperature, check_weights
 from lkd.losses._dense import enlarged, maps
@@ -49,8 +50,11 @@ def fbkd_feature_loss(
         >>> round(fbkd_feature_loss(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.ones(1, 3, 2, 2)).item(), 4)
         4.0
     """
-    ours, theirs = (spatial_attention(feature.detach(), temperature) for feature in (student_feature, teacher_feature))
-    distance: Tensor = torch.linalg.vector_norm(((ours + theirs) / 2).sqrt()[:, None] * (teacher_feature - adapted))
+    student_attention, teacher_attention = (
+        spatial_attention(feature.detach(), temperature) for feature in (student_feature, teacher_feature)
+    )
+    attention = (student_attention + teacher_attention) / 2
+    distance: Tensor = torch.linalg.vector_norm(attention.sqrt()[:, None] * (teacher_feature - adapted))
     return distance
 
 
@@ -211,7 +215,7 @@ class FBKD(DistillLoss):
         """Create the adapters and the non-local blocks."""
         pairs = maps(self, student.outputs, teacher.outputs)
         sizes = [self._by_layer(name, len(pairs)) for name in ("reduction", "pool")]
-        channels = [(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs]
+        channels = channel_pairs(pairs)
         self.levels = nn.ModuleList(_Level(*level, *pair) for level, *pair in zip(channels, *sizes, strict=True))
 
     def _by_layer(self, name: str, layers: int) -> list[int]:

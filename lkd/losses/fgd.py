@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lkd.losses._adapters import aligner
+from lkd.losses._adapters import aligner, channel_pairs
 from lkd.losses._attention import channel_attention, spatial_attention
 from lkd.losses._checks import check_temperature, check_weights
 from lkd.losses._dense import enlarged, maps
@@ -62,7 +62,7 @@ def fgd_masks(
         ([0.25, 0.25, 0.0, 0.0], 1.0)
     """
     foreground = torch.stack(
-        [_foreground(own, image_size, size) for own, image_size in zip(boxes, image_sizes, strict=True)]
+        [_foreground(image_boxes, image_size, size) for image_boxes, image_size in zip(boxes, image_sizes, strict=True)]
     )
     empty = (foreground == 0).to(foreground.dtype)
     return foreground, empty / empty.sum((1, 2), keepdim=True).clamp(min=1)
@@ -223,10 +223,10 @@ class FGD(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Create the aligning convolutions and the global context blocks."""
-        channels = [(ours.shape[1], theirs.shape[1]) for ours, theirs in maps(self, student.outputs, teacher.outputs)]
-        self.aligners = nn.ModuleList(aligner(own, other) for own, other in channels)
-        self.student_blocks = nn.ModuleList(_GlobalContext(other) for _, other in channels)
-        self.teacher_blocks = nn.ModuleList(_GlobalContext(other) for _, other in channels)
+        channels = channel_pairs(maps(self, student.outputs, teacher.outputs))
+        self.aligners = nn.ModuleList(aligner(*pair) for pair in channels)
+        self.student_blocks = nn.ModuleList(_GlobalContext(width) for _, width in channels)
+        self.teacher_blocks = nn.ModuleList(_GlobalContext(width) for _, width in channels)
 
     def boxes(self, batch: Batch) -> tuple[list[Tensor], tuple[int, int]] | None:
         """Return the boxes of each image and the size of the area in which the networks place the images.
@@ -255,13 +255,13 @@ class FGD(DistillLoss):
         """Compute the four terms, summed over the layers."""
         levels = zip(self.aligners, self.student_blocks, self.teacher_blocks, maps(self, student, teacher), strict=True)
         terms: dict[str, list[Tensor]] = {"foreground": [], "background": [], "attention": [], "relation": []}
-        for align, own_block, other_block, pair in levels:
-            ours, theirs = enlarged(*pair)
-            ours = align(ours)
-            foreground, background = self._masks(theirs, teacher, batch)
-            terms["foreground"].append(fgd_feature_loss(ours, theirs, foreground, self.temperature))
-            terms["background"].append(fgd_feature_loss(ours, theirs, background, self.temperature))
-            terms["attention"].append(fgd_attention_loss(ours, theirs, self.temperature))
-            terms["relation"].append(mgd_loss(own_block(ours), other_block(theirs)))
+        for align, student_block, teacher_block, pair in levels:
+            student_feature, teacher_feature = enlarged(*pair)
+            student_feature = align(student_feature)
+            foreground, background = self._masks(teacher_feature, teacher, batch)
+            terms["foreground"].append(fgd_feature_loss(student_feature, teacher_feature, foreground, self.temperature))
+            terms["background"].append(fgd_feature_loss(student_feature, teacher_feature, background, self.temperature))
+            terms["attention"].append(fgd_attention_loss(student_feature, teacher_feature, self.temperature))
+            terms["relation"].append(mgd_loss(student_block(student_feature), teacher_block(teacher_feature)))
         weights = {name: vars(self)[f"{name}_weight"] for name in terms}
         return {name: weights[name] * total(values) for name, values in terms.items()}

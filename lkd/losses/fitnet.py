@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from lkd.losses._adapters import channel_pairs
 from lkd.losses._dense import interpolated
 from lkd.losses._precision import mse
 from lkd.losses.base import DistillLoss, total
@@ -78,16 +79,18 @@ class FitNet(DistillLoss):
         """Create the regressors."""
         pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
         if self.regressor == "conv":
-            channels = [(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs]
+            channels = channel_pairs(pairs)
             self.regressors = nn.ModuleList(nn.Conv2d(*pair, kernel_size=1, bias=False) for pair in channels)
         else:
-            self.regressors = nn.ModuleList(_regressor(ours, theirs) for ours, theirs in pairs)
+            self.regressors = nn.ModuleList(_regressor(*pair) for pair in pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the mean squared error between regressed and teacher features, summed over the layers."""
         losses = []
-        for regress, (ours, theirs) in zip(self.regressors, self.pairs(student, teacher), strict=True):
-            height, width = theirs.shape[2:]
-            own = interpolated(ours, (height, width)) if self.regressor == "conv" else ours
-            losses.append(mse(regress(own), theirs))
+        pairs = self.pairs(student, teacher)
+        for regress, (student_feature, teacher_feature) in zip(self.regressors, pairs, strict=True):
+            height, width = teacher_feature.shape[2:]
+            if self.regressor == "conv":
+                student_feature = interpolated(student_feature, (height, width))
+            losses.append(mse(regress(student_feature), teacher_feature))
         return total(losses)

@@ -78,8 +78,8 @@ def fsp_loss(
     """
     check_layers("fsp_loss", student_features)
     losses = []
-    for ours, theirs in zip(pairwise(student_features), pairwise(teacher_features), strict=True):
-        squares = (fsp_matrix(*ours, pooling) - fsp_matrix(*theirs, pooling)).square()
+    for student_pair, teacher_pair in zip(pairwise(student_features), pairwise(teacher_features), strict=True):
+        squares = (fsp_matrix(*student_pair, pooling) - fsp_matrix(*teacher_pair, pooling)).square()
         losses.append(squares.mean() if reduction == "mean" else squares.sum() / len(squares))
     return total(losses)
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from lkd.losses._adapters import same_size
+from lkd.losses._adapters import channel_pairs, same_size
 from lkd.losses._checks import check_positive, check_weights
 from lkd.losses._precision import full_precision
 from lkd.losses._shapes import check_shapes
@@ -121,24 +121,29 @@ class FT(DistillLoss):
     def build(self, student: Probe, teacher: Probe) -> None:
         """Create the paraphrasers (encoders and decoders) and the translators."""
         self.encoders, self.decoders, self.translators = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for ours, theirs in self.pairs(student.outputs, teacher.outputs, dims=4):
-            own, other = ours.shape[1], theirs.shape[1]
-            factor = max(int(self.paraphrase_rate * other), 1)
-            self.encoders.append(_convolutions(other, other, factor, factor, norm=False))
-            self.decoders.append(_convolutions(factor, factor, other, other, norm=False))
-            self.translators.append(_convolutions(own, own, factor, factor, norm=True))
+        for channels, teacher_channels in channel_pairs(self.pairs(student.outputs, teacher.outputs, dims=4)):
+            factor = max(int(self.paraphrase_rate * teacher_channels), 1)
+            self.encoders.append(_convolutions(teacher_channels, teacher_channels, factor, factor, norm=False))
+            self.decoders.append(_convolutions(factor, factor, teacher_channels, teacher_channels, norm=False))
+            self.translators.append(_convolutions(channels, channels, factor, factor, norm=True))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Compute the terms with non-zero weights."""
         pairs = self.pairs(student, teacher)
-        factors = [encoder(theirs) for encoder, (_, theirs) in zip(self.encoders, pairs, strict=True)]
+        factors = [encoder(teacher_feature) for encoder, (_, teacher_feature) in zip(self.encoders, pairs, strict=True)]
         terms = {}
         if self.reconstruction_weight:
             decoded = zip(self.decoders, factors, pairs, strict=True)
-            errors = [_relative_error(decoder(factor), theirs) for decoder, factor, (_, theirs) in decoded]
+            errors = [
+                _relative_error(decoder(factor), teacher_feature) for decoder, factor, (_, teacher_feature) in decoded
+            ]
             terms["reconstruction"] = self.reconstruction_weight * total(errors)
         if self.factor_weight:
-            predicted = [translator(ours) for translator, (ours, _) in zip(self.translators, pairs, strict=True)]
-            losses = [ft_loss(own, factor.detach(), self.p) for own, factor in zip(predicted, factors, strict=True)]
+            targets = [factor.detach() for factor in factors]
+            predicted = [
+                translator(student_feature)
+                for translator, (student_feature, _) in zip(self.translators, pairs, strict=True)
+            ]
+            losses = [ft_loss(*pair, self.p) for pair in zip(predicted, targets, strict=True)]
             terms["factor"] = self.factor_weight * total(losses)
         return terms

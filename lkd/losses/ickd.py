@@ -81,4 +81,9 @@ class ICKD(DistillLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of `ickd_loss` over the layers."""
         pairs = zip(self.connectors, self.pairs(student, teacher), strict=True)
-        return total([ickd_loss(connector(ours), theirs) for connector, (ours, theirs) in pairs])
+        return total(
+            [
+                ickd_loss(connector(student_feature), teacher_feature)
+                for connector, (student_feature, teacher_feature) in pairs
+            ]
+        )

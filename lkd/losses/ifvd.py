@@ -103,7 +103,7 @@ class IFVD(DistillLoss):
         """Compute the sum of `ifvd_loss` over the layers."""
         num_classes, losses = student.logits.shape[1], []
         for pair in self.pairs(student, teacher):
-            ours, theirs = enlarged(*pair)
-            target = resized_labels(batch.target, (ours.shape[2], ours.shape[3]))
-            losses.append(ifvd_loss(ours, theirs, target, num_classes))
+            student_feature, teacher_feature = enlarged(*pair)
+            target = resized_labels(batch.target, (student_feature.shape[2], student_feature.shape[3]))
+            losses.append(ifvd_loss(student_feature, teacher_feature, target, num_classes))
         return total(losses)

@@ -86,7 +86,7 @@ def kdsvd_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Te
         teacher vector is made positive; after a ReLU, all entries of the first vector are.
     """
     check_layers("kdsvd_loss", student_features)
-    ours, theirs = [], []
+    student_vectors, teacher_vectors = [], []
     for student, teacher in zip(student_features, teacher_features, strict=True):
         if min(teacher.shape[1], teacher[0, 0].numel()) < num_vectors:
             raise ValueError(
@@ -97,11 +97,11 @@ def kdsvd_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Te
         wanted = wanted * wanted.gather(1, wanted.abs().argmax(1, keepdim=True)).sign()
         found, _ = _right_vectors(student, num_vectors + 3)
         lengths = unit_vectors(values, dim=1).unsqueeze(1)
-        ours.append(_aligned(found, wanted) * lengths)
-        theirs.append(wanted * lengths)
+        student_vectors.append(_aligned(found, wanted) * lengths)
+        teacher_vectors.append(wanted * lengths)
     losses = [
         (_affinity(*student) - _affinity(*teacher)).square().sum() / len(student[0])
-        for student, teacher in zip(pairwise(ours), pairwise(theirs), strict=True)
+        for student, teacher in zip(pairwise(student_vectors), pairwise(teacher_vectors), strict=True)
     ]
     return total(losses)
 

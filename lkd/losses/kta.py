@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lkd.losses._adapters import same_size
+from lkd.losses._adapters import channel_pairs, same_size
 from lkd.losses._checks import check_weights
 from lkd.losses._precision import full_precision
 from lkd.losses._shapes import check_shapes
@@ -133,7 +133,7 @@ class KTA(DistillLoss):
     def build(self, student: Probe, teacher: Probe) -> None:
         """Create the adapters."""
         pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
-        channels = [(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs]
+        channels = channel_pairs(pairs)
         self.feature_adapters = nn.ModuleList(_adapter(*sizes) for sizes in channels)
         self.affinity_adapters = nn.ModuleList(_adapter(*sizes) for sizes in channels)
 
@@ -141,9 +141,9 @@ class KTA(DistillLoss):
         """Compute the weighted terms `adaptation` (`kta_loss`) and `affinity` (`affinity_loss`)."""
         adaptation, affinity = [], []
         for number, pair in enumerate(self.pairs(student, teacher)):
-            ours, theirs = same_size(*pair)
-            adaptation.append(kta_loss(self.feature_adapters[number](ours), theirs, self.p, self.q))
-            affinity.append(affinity_loss(self.affinity_adapters[number](ours), theirs))
+            student_feature, teacher_feature = same_size(*pair)
+            adaptation.append(kta_loss(self.feature_adapters[number](student_feature), teacher_feature, self.p, self.q))
+            affinity.append(affinity_loss(self.affinity_adapters[number](student_feature), teacher_feature))
         return {
             "adaptation": self.adaptation_weight * total(adaptation),
             "affinity": self.affinity_weight * total(affinity),

@@ -106,32 +106,34 @@ class LD(DistillLoss):
         """Check the layers."""
         for probe, layers in ((student, self.student_layers), (teacher, self.teacher_layers)):
             _check_detector(probe, layers)
-        for ours, theirs, scores in self._levels(student.outputs, teacher.outputs):
-            check_dims("LD", 4, student=ours, teacher=theirs, class_score=scores)
-            check_boxes("LD", ours, theirs)
+        for student_boxes, teacher_boxes, scores in self._levels(student.outputs, teacher.outputs):
+            check_dims("LD", 4, student=student_boxes, teacher=teacher_boxes, class_score=scores)
+            check_boxes("LD", student_boxes, teacher_boxes)
 
     def _levels(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return the student's and the teacher's boxes and the student's class logits of each layer."""
-        theirs = read_layers(teacher, self.teacher_layers)
+        teacher_boxes = read_layers(teacher, self.teacher_layers)
         features = read_layers(student, self.student_layers)
-        ours, scores = features[: len(theirs)], features[len(theirs) :] or [student.logits] * len(theirs)
-        if len(ours) != len(theirs) or len(scores) != len(theirs):
+        levels = len(teacher_boxes)
+        student_boxes, scores = features[:levels], features[levels:] or [student.logits] * levels
+        if len(student_boxes) != levels or len(scores) != levels:
             raise ValueError(
                 f"LD requires as many student_layers as teacher_layers, and as many class_layers or none, got "
                 f"{len(self.teacher_layers)} teacher_layers ({', '.join(self.teacher_layers)}) and the student's "
                 f"{', '.join(self.student_layers)}"
             )
-        return list(zip(ours, theirs, scores, strict=True))
+        return list(zip(student_boxes, teacher_boxes, scores, strict=True))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of `ld_loss` over the layers."""
         losses = []
-        for ours, theirs, scores in self._levels(student, teacher):
-            own, other = enlarged(ours, theirs)
-            height, width = own.shape[2:]
+        for student_boxes, teacher_boxes, scores in self._levels(student, teacher):
+            student_boxes, teacher_boxes = enlarged(student_boxes, teacher_boxes)
+            height, width = student_boxes.shape[2:]
             largest = wide(scores.detach()).amax(1, keepdim=True).sigmoid()
             weight = interpolated(largest, (height, width)).flatten()
-            losses.append(ld_loss(rows(own), rows(other), weight, self.temperature, self.avg_factor * len(own)))
+            avg_factor = self.avg_factor * len(student_boxes)
+            losses.append(ld_loss(rows(student_boxes), rows(teacher_boxes), weight, self.temperature, avg_factor))
         return total(losses)
 
 

@@ -154,19 +154,22 @@ class MasKD(DistillLoss):
         pairs = maps(self, student.outputs, teacher.outputs)
         self.aligners = aligners(pairs if self.student_layers else [])
         self.tokens = nn.ParameterList(
-            nn.Parameter(0.01 * torch.randn(self.num_tokens, theirs.shape[1]), requires_grad=self.learn_tokens)
-            for _, theirs in pairs
+            nn.Parameter(0.01 * torch.randn(self.num_tokens, teacher_feature.shape[1]), requires_grad=self.learn_tokens)
+            for _, teacher_feature in pairs
         )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Compute `maskd_loss` and, if the tokens are trained, the overlap of their masks, summed over the layers."""
         pairs, losses, overlaps = maps(self, student, teacher), [], []
         if self.student_layers:
-            pairs = [(align(ours), theirs) for align, (ours, theirs) in zip(self.aligners, pairs, strict=True)]
+            pairs = [
+                (align(student_feature), teacher_feature)
+                for align, (student_feature, teacher_feature) in zip(self.aligners, pairs, strict=True)
+            ]
         for tokens, pair in zip(self.tokens, pairs, strict=True):
-            ours, theirs = enlarged(*pair)
-            masks = maskd_masks(theirs, tokens)
-            losses.append(maskd_loss(ours, theirs, masks.detach(), self.eps))
+            student_feature, teacher_feature = enlarged(*pair)
+            masks = maskd_masks(teacher_feature, tokens)
+            losses.append(maskd_loss(student_feature, teacher_feature, masks.detach(), self.eps))
             if self.learn_tokens:
                 overlaps.append(maskd_diversity_loss(masks))
         terms = {"map": total(losses)}

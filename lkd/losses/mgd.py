@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lkd.losses._adapters import aligner, generator, same_size
+from lkd.losses._adapters import aligner, channel_pairs, generator, same_size
 from lkd.losses._precision import full_precision
 from lkd.losses._shapes import check_shapes
 from lkd.losses.base import DistillLoss, total
@@ -86,10 +86,9 @@ class MGD(DistillLoss):
     def build(self, student: Probe, teacher: Probe) -> None:
         """Create the aligning and generating convolutions."""
         aligners, generators = [], []
-        for ours, theirs in self.pairs(student.outputs, teacher.outputs, dims=4):
-            own, other = ours.shape[1], theirs.shape[1]
-            aligners.append(aligner(own, other))
-            generators.append(generator(other))
+        for channels, teacher_channels in channel_pairs(self.pairs(student.outputs, teacher.outputs, dims=4)):
+            aligners.append(aligner(channels, teacher_channels))
+            generators.append(generator(teacher_channels))
         self.aligners = nn.ModuleList(aligners)
         self.generators = nn.ModuleList(generators)
 
@@ -111,9 +110,9 @@ class MGD(DistillLoss):
         """Compute the sum of `mgd_loss` over the layers."""
         losses = []
         for align, generate, pair in zip(self.aligners, self.generators, self.pairs(student, teacher), strict=True):
-            ours, theirs = same_size(*pair)
-            aligned = align(ours)
-            losses.append(mgd_loss(generate(aligned * self._kept(aligned)), theirs))
+            student_feature, teacher_feature = same_size(*pair)
+            aligned = align(student_feature)
+            losses.append(mgd_loss(generate(aligned * self._kept(aligned)), teacher_feature))
         return total(losses)
 
     def _kept(self, feature: Tensor) -> Tensor:

@@ -274,6 +274,7 @@ def _compare_each(criterion: DistillLoss, student: Outputs, teacher: Outputs, ba
 
     in_dims = (0, 0, 0, None if batch.index is None else 0)
     each = torch.func.vmap(compare, in_dims=in_dims, randomness="different")
-    ours, theirs = ((outputs.logits, dict(outputs.features)) for outputs in (student, teacher))  # without `raw`
-    terms: dict[str, Tensor] = each(ours, theirs, batch.target, batch.index)
+    # without `raw`
+    student_pair, teacher_pair = ((outputs.logits, dict(outputs.features)) for outputs in (student, teacher))
+    terms: dict[str, Tensor] = each(student_pair, teacher_pair, batch.target, batch.index)
     return terms

@@ -15,13 +15,13 @@ from lkd.losses.base import DistillLoss, total
 from lkd.types import Batch, Outputs, Probe
 
 
-def _mean_kernel(ours: Tensor, theirs: Tensor) -> Tensor:
+def _mean_kernel(first: Tensor, second: Tensor) -> Tensor:
     """Return the mean squared inner product over the batch and all pairs of channels of `(B, C, N)` and `(B, D, N)`."""
-    channels, others, pixels = ours.shape[1], theirs.shape[1], ours.shape[2]
-    if pixels >= max(channels, others):
-        return torch.bmm(ours, theirs.mT).square().mean()
+    channels, other_channels, pixels = first.shape[1], second.shape[1], first.shape[2]
+    if pixels >= max(channels, other_channels):
+        return torch.bmm(first, second.mT).square().mean()
     # |A B'|^2 = <A'A, B'B> avoids the matrix of all pairs of channels.
-    moments = torch.bmm(ours.mT, ours) / channels, torch.bmm(theirs.mT, theirs) / others
+    moments = torch.bmm(first.mT, first) / channels, torch.bmm(second.mT, second) / other_channels
     return (moments[0] * moments[1]).sum((1, 2)).mean()
 
 
@@ -89,4 +89,4 @@ class NST(DistillLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of `nst_loss` over the layers."""
-        return total([nst_loss(ours, theirs) for ours, theirs in self.pairs(student, teacher)])
+        return total([nst_loss(*pair) for pair in self.pairs(student, teacher)])

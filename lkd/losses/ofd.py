@@ -136,7 +136,7 @@ class OFD(ConnectedLoss):
         """Compute the weighted sum of `ofd_loss` over the layers."""
         margins = (getattr(self, f"margin{number}") for number in range(len(self.teacher_layers)))
         pairs = zip(self.connected(student, teacher), margins, strict=True)
-        return self.weighted_total([ofd_loss(ours, theirs, margin) for (ours, theirs), margin in pairs])
+        return self.weighted_total([ofd_loss(*pair, margin) for pair, margin in pairs])
 
 
 def _margin_of(network: nn.Module, name: str, channels: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lkd.losses._adapters import normalized_linear
+from lkd.losses._adapters import channel_pairs, normalized_linear
 from lkd.losses._checks import check_positive
 from lkd.losses._precision import full_precision
 from lkd.losses._shapes import check_shapes
@@ -82,8 +82,7 @@ class PAD(DistillLoss):
     def build(self, student: Probe, teacher: Probe) -> None:
         """Create the projectors and the variance heads."""
         projectors, heads = [], []
-        for ours, theirs in self.pairs(student.outputs, teacher.outputs, dims=2):
-            sizes = ours.shape[1], theirs.shape[1]
+        for sizes in channel_pairs(self.pairs(student.outputs, teacher.outputs, dims=2)):
             projectors.append(nn.Identity() if sizes[0] == sizes[1] else nn.Linear(*sizes))
             heads.append(normalized_linear(*sizes))
         self.projectors = nn.ModuleList(projectors)
@@ -93,7 +92,7 @@ class PAD(DistillLoss):
         """Compute the sum of `pad_loss` over the layers."""
         parts = zip(self.projectors, self.log_variances, self.pairs(student, teacher), strict=True)
         losses = [
-            pad_loss(projector(ours), theirs, log_variance(ours), self.eps)
-            for projector, log_variance, (ours, theirs) in parts
+            pad_loss(projector(student_feature), teacher_feature, log_variance(student_feature), self.eps)
+            for projector, log_variance, (student_feature, teacher_feature) in parts
         ]
         return total(losses)

@@ -50,23 +50,28 @@ class PerAnchor(WrapperLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Apply the criterion to the anchors with the highest scores."""
-        ours, theirs = _anchors(student, teacher)
-        scores = theirs[..., 1:].amax(2)
+        student_logits, teacher_logits = _anchors(student, teacher)
+        scores = teacher_logits[..., 1:].amax(2)
         chosen = scores.topk(min(self.max_anchors, scores.shape[1]), sorted=False).indices.unsqueeze(2)
-        own, other = (logits.take_along_dim(chosen, 1).flatten(0, 1) for logits in (ours, theirs))
-        target = torch.full((len(own),), IGNORE_INDEX, device=own.device)
-        return named_terms("", self.criterion(Outputs(own, {}), Outputs(other, {}), Batch(None, target)))
+        student_rows, teacher_rows = (
+            logits.take_along_dim(chosen, 1).flatten(0, 1) for logits in (student_logits, teacher_logits)
+        )
+        target = torch.full((len(student_rows),), IGNORE_INDEX, device=student_rows.device)
+        return named_terms(
+            "", self.criterion(Outputs(student_rows, {}), Outputs(teacher_rows, {}), Batch(None, target))
+        )
 
 
 def _anchors(student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
     """Return the class logits of all anchors of both networks `(B, N, K)`."""
-    ours, theirs = _class_logits("student", student), _class_logits("teacher", teacher)
-    if ours.shape != theirs.shape:
+    student_logits, teacher_logits = _class_logits("student", student), _class_logits("teacher", teacher)
+    if student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"PerAnchor requires the same anchors and classes in student and teacher, got {tuple(ours.shape)} and "
-            f"{tuple(theirs.shape)} for (images, anchors, classes); use detectors of one kind, with the same pyramid"
+            f"PerAnchor requires the same anchors and classes in student and teacher, got "
+            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)} for (images, anchors, classes); use "
+            "detectors of one kind, with the same pyramid"
         )
-    return ours, theirs
+    return student_logits, teacher_logits
 
 
 def _class_logits(name: str, outputs: Outputs) -> Tensor:

@@ -69,18 +69,20 @@ class PerPixel(WrapperLoss):
         """Apply the criterion to the labelled pixels."""
         if not self.criterion.needs_teacher:
             teacher = student._replace(logits=student.logits.detach())
-        ours, theirs = logit_maps(self, student, teacher)
-        ours, theirs = enlarged(ours, theirs)
-        target = resized_labels(batch.target, (ours.shape[2], ours.shape[3])).flatten()
-        ours, theirs = _rows(ours), _rows(theirs)
+        student_logits, teacher_logits = logit_maps(self, student, teacher)
+        student_logits, teacher_logits = enlarged(student_logits, teacher_logits)
+        target = resized_labels(batch.target, (student_logits.shape[2], student_logits.shape[3])).flatten()
+        student_logits, teacher_logits = _rows(student_logits), _rows(teacher_logits)
         fills = self.criterion.compares_samples or self.criterion.skips_unlabelled is None
         if fills or self.max_pixels is not None:
             chosen = self._sample(target != IGNORE_INDEX)
-            ours, theirs, target = ours[chosen], theirs[chosen], target[chosen]
+            student_logits, teacher_logits, target = student_logits[chosen], teacher_logits[chosen], target[chosen]
         if fills or self.criterion.skips_unlabelled:
             has_labels = (target != IGNORE_INDEX).any()
-            return {name: term * has_labels for name, term in self._terms(ours, theirs, target).items()}
-        return self._mean_over_labelled(ours, theirs, target)
+            return {
+                name: term * has_labels for name, term in self._terms(student_logits, teacher_logits, target).items()
+            }
+        return self._mean_over_labelled(student_logits, teacher_logits, target)
 
     def _sample(self, labelled: Tensor) -> Tensor:
         """Return the positions of labelled pixels in random order, repeated from the first one if there are too few."""
@@ -98,10 +100,12 @@ class PerPixel(WrapperLoss):
         The logits of ignored pixels are set to 0, and their loss, which is that of a single such pixel, is subtracted.
         """
         ignored = target == IGNORE_INDEX
-        ours, theirs = (logits.masked_fill(ignored[:, None], 0) for logits in (student, teacher))
-        everything = self._terms(ours, theirs, target)
+        student_logits, teacher_logits = (logits.masked_fill(ignored[:, None], 0) for logits in (student, teacher))
+        everything = self._terms(student_logits, teacher_logits, target)
         blank = self._terms(
-            torch.zeros_like(ours[:1]), torch.zeros_like(theirs[:1]), torch.full_like(target[:1], IGNORE_INDEX)
+            torch.zeros_like(student_logits[:1]),
+            torch.zeros_like(teacher_logits[:1]),
+            torch.full_like(target[:1], IGNORE_INDEX),
         )
         removed = ignored.sum()
         kept = (len(target) - removed).clamp(min=1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses._adapters import aligner
+from lkd.losses._adapters import aligner, channel_pairs
 from lkd.losses._dense import interpolated, maps
 from lkd.losses._precision import full_precision
 from lkd.losses._shapes import check_shapes
@@ -127,13 +127,15 @@ class PKD(DistillLoss):
     def build(self, student: Probe, teacher: Probe) -> None:
         """Create the aligning convolutions."""
         pairs = maps(self, student.outputs, teacher.outputs)
-        self.aligners = nn.ModuleList(aligner(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs)
+        self.aligners = nn.ModuleList(aligner(*channels) for channels in channel_pairs(pairs))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of `pkd_loss` over the layers."""
         losses = []
-        for align, (ours, theirs) in zip(self.aligners, maps(self, student, teacher), strict=True):
-            height, width = (theirs if self.resize_student else ours).shape[2:]
-            own, other = (interpolated(values, (height, width)) for values in (ours, theirs))
-            losses.append(pkd_loss(align(own), other))
+        for align, (student_feature, teacher_feature) in zip(self.aligners, maps(self, student, teacher), strict=True):
+            height, width = (teacher_feature if self.resize_student else student_feature).shape[2:]
+            student_feature, teacher_feature = (
+                interpolated(feature, (height, width)) for feature in (student_feature, teacher_feature)
+            )
+            losses.append(pkd_loss(align(student_feature), teacher_feature))
         return total(losses)

@@ -86,4 +86,4 @@ class PKT(DistillLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of `pkt_loss` over the layers."""
-        return total([pkt_loss(ours, theirs, self.eps) for ours, theirs in self.pairs(student, teacher)])
+        return total([pkt_loss(*pair, self.eps) for pair in self.pairs(student, teacher)])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses._adapters import pooled_to, projection
+from lkd.losses._adapters import channel_pairs, pooled_to, projection
 from lkd.losses._checks import check_dims
 from lkd.losses._precision import full_precision
 from lkd.losses._shapes import check_shapes
@@ -74,8 +74,8 @@ class _Fusion(nn.Module):
         fused = self.reduce(feature)
         if self.attention is not None and deeper is not None:
             deeper = _resized(deeper, fused.shape[2:])
-            own, other = self.attention(torch.cat([fused, deeper], 1)).sigmoid().split(1, dim=1)
-            fused = own * fused + other * deeper
+            weight, deeper_weight = self.attention(torch.cat([fused, deeper], 1)).sigmoid().split(1, dim=1)
+            fused = weight * fused + deeper_weight * deeper
         fused = _resized(fused, size)
         return self.expand(fused), fused
 
@@ -129,23 +129,27 @@ class ReviewKD(DistillLoss):
 
     def levels(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
         """Return pairs of student and teacher feature maps, the deepest first."""
-        return [(_as_map(ours), _as_map(theirs)) for ours, theirs in reversed(self.pairs(student, teacher))]
+        return [
+            (_as_map(student_feature), _as_map(teacher_feature))
+            for student_feature, teacher_feature in reversed(self.pairs(student, teacher))
+        ]
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Create the fusion modules."""
         levels = self.levels(student.outputs, teacher.outputs)
-        for ours, theirs in levels:
-            check_dims("ReviewKD", 4, student=ours, teacher=theirs)
-        channels = [(ours.shape[1], theirs.shape[1]) for ours, theirs in levels]
+        for student_feature, teacher_feature in levels:
+            check_dims("ReviewKD", 4, student=student_feature, teacher=teacher_feature)
+        channels = channel_pairs(levels)
         middle = min(channels[0][0], self.max_mid_channels)
         self.fusions = nn.ModuleList(
-            _Fusion(own, middle, other, is_deepest=depth == 0) for depth, (own, other) in enumerate(channels)
+            _Fusion(in_channels, middle, out_channels, is_deepest=depth == 0)
+            for depth, (in_channels, out_channels) in enumerate(channels)
         )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of `hcl_loss` over the levels."""
         deeper, losses = None, []
-        for fusion, (ours, theirs) in zip(self.fusions, self.levels(student, teacher), strict=True):
-            output, deeper = fusion(ours, deeper, theirs.shape[2:])
-            losses.append(hcl_loss(output, theirs))
+        for fusion, (student_feature, teacher_feature) in zip(self.fusions, self.levels(student, teacher), strict=True):
+            output, deeper = fusion(student_feature, deeper, teacher_feature.shape[2:])
+            losses.append(hcl_loss(output, teacher_feature))
         return total(losses)

@@ -147,8 +147,8 @@ class RKD(DistillLoss):
         """Compute the weighted terms `distance` and `angle`, omitting those with weight 0."""
         pairs, terms = self.pairs(student, teacher), {}
         if self.distance_weight:
-            losses = [rkd_distance_loss(ours, theirs, self.squared, self.eps) for ours, theirs in pairs]
+            losses = [rkd_distance_loss(*pair, self.squared, self.eps) for pair in pairs]
             terms["distance"] = self.distance_weight * total(losses)
         if self.angle_weight:
-            terms["angle"] = self.angle_weight * total([rkd_angle_loss(ours, theirs) for ours, theirs in pairs])
+            terms["angle"] = self.angle_weight * total([rkd_angle_loss(*pair) for pair in pairs])
         return terms

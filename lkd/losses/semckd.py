@@ -150,30 +150,36 @@ class SemCKD(DistillLoss):
                 "SemCKD requires a fixed batch size, which the data module does not provide; use a data module with "
                 "`batch_size`, or set the criterion's batch_size"
             )
-        ours, theirs = self._features(student.outputs, teacher.outputs)
-        for own in ours:
-            check_dims("SemCKD", 4, student=own)
-        for other in theirs:
-            check_dims("SemCKD", 4, teacher=other)
+        student_features, teacher_features = self._features(student.outputs, teacher.outputs)
+        for feature in student_features:
+            check_dims("SemCKD", 4, student=feature)
+        for feature in teacher_features:
+            check_dims("SemCKD", 4, teacher=feature)
         width = max(self.batch_size // self.factor, 1)
-        self.queries = nn.ModuleList(_Embedding(self.batch_size, width) for _ in ours)
-        self.keys = nn.ModuleList(_Embedding(self.batch_size, width) for _ in theirs)
+        self.queries = nn.ModuleList(_Embedding(self.batch_size, width) for _ in student_features)
+        self.keys = nn.ModuleList(_Embedding(self.batch_size, width) for _ in teacher_features)
         self.regressors = nn.ModuleList(
-            bottleneck(own.shape[1], 2 * other.shape[1], other.shape[1]) for own, other in product(ours, theirs)
+            bottleneck(student_feature.shape[1], 2 * teacher_feature.shape[1], teacher_feature.shape[1])
+            for student_feature, teacher_feature in product(student_features, teacher_features)
         )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute `semckd_loss`, or 0 for incomplete batches."""
-        ours, theirs = self._features(student, teacher)
-        num_images = len(ours[0]) // batch.views
+        student_features, teacher_features = self._features(student, teacher)
+        num_images = len(student_features[0]) // batch.views
         if num_images != self.batch_size:
             self._warn(num_images)
-            return self._zero(ours)
-        pairs = zip(self.regressors, starmap(same_size, product(ours, theirs)), strict=True)
-        distances = [_distance(regressor(own), other) for regressor, (own, other) in pairs]
-        found = torch.stack(distances, 1).reshape(len(ours[0]), len(ours), len(theirs))
-        views = zip(*(_views(features, batch.views) for features in (ours, theirs)), strict=True)
-        return semckd_loss(found, torch.cat([self.attention(*view) for view in views]))
+            return self._zero(student_features)
+        pairs = zip(self.regressors, starmap(same_size, product(student_features, teacher_features)), strict=True)
+        distances = [
+            _distance(regressor(student_feature), teacher_feature)
+            for regressor, (student_feature, teacher_feature) in pairs
+        ]
+        distance = torch.stack(distances, 1).reshape(
+            len(student_features[0]), len(student_features), len(teacher_features)
+        )
+        views = zip(*(_views(features, batch.views) for features in (student_features, teacher_features)), strict=True)
+        return semckd_loss(distance, torch.cat([self.attention(*view) for view in views]))
 
     def attention(self, student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
         """Compute `semckd_attention`.

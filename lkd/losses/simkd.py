@@ -56,10 +56,12 @@ class SimKD(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Create the projector and copy the teacher's classifier."""
-        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=4)
-        channels, (height, width) = theirs.shape[1], theirs.shape[2:]
+        ((student_feature, teacher_feature),) = self.pairs(student.outputs, teacher.outputs, dims=4)
+        channels, (height, width) = teacher_feature.shape[1], teacher_feature.shape[2:]
         inner = max(channels // self.factor, 1)
-        self.projector = nn.Sequential(*bottleneck(ours.shape[1], inner, channels), nn.BatchNorm2d(channels), nn.ReLU())
+        self.projector = nn.Sequential(
+            *bottleneck(student_feature.shape[1], inner, channels), nn.BatchNorm2d(channels), nn.ReLU()
+        )
         self._size = height, width
         head = linear_classifier("SimKD", "teacher", teacher, self.teacher_head, channels)
         # a new layer, since deepcopy would copy forward hooks
@@ -92,9 +94,9 @@ class SimKD(DistillLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the mean squared error between the projected and the teacher's feature map."""
-        ((ours, theirs),) = self.pairs(student, teacher)
+        ((student_feature, teacher_feature),) = self.pairs(student, teacher)
         projected = student.features.get(self.projected_layer)
         if projected is None:
-            projected = self._project(ours)
+            projected = self._project(student_feature)
         height, width = projected.shape[2:]
-        return mse(projected, pooled_to(theirs, (height, width)))
+        return mse(projected, pooled_to(teacher_feature, (height, width)))

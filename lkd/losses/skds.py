@@ -95,4 +95,4 @@ class SKDS(DistillLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of `skds_loss` over the layers."""
         pairs = [enlarged(*pair) for pair in self.pairs(student, teacher)]
-        return total([skds_loss(self._pooled(ours), self._pooled(theirs)) for ours, theirs in pairs])
+        return total([skds_loss(*map(self._pooled, pair)) for pair in pairs])

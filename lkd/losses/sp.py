@@ -73,4 +73,4 @@ class SP(DistillLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of `sp_loss` over the layers."""
-        return total([sp_loss(ours, theirs) for ours, theirs in self.pairs(student, teacher)])
+        return total([sp_loss(*pair) for pair in self.pairs(student, teacher)])

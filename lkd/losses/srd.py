@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lkd.losses._adapters import normalized_linear
+from lkd.losses._adapters import channel_pairs, normalized_linear
 from lkd.losses._checks import check_temperature
 from lkd.losses._divergence import softened_kl
 from lkd.losses._precision import full_precision
@@ -90,15 +90,18 @@ class SRD(DistillLoss):
         """Create the projectors and the normalization layers."""
         pairs = self.pairs(student.outputs, teacher.outputs, dims=2)
         self.projectors = nn.ModuleList(
-            normalized_linear(ours.shape[1], theirs.shape[1], eps=1e-4, affine=False) for ours, theirs in pairs
+            normalized_linear(*sizes, eps=1e-4, affine=False) for sizes in channel_pairs(pairs)
         )
         self.teacher_norms = nn.ModuleList(
-            nn.BatchNorm1d(theirs.shape[1], eps=1e-4, affine=False) for _, theirs in pairs
+            nn.BatchNorm1d(teacher_feature.shape[1], eps=1e-4, affine=False) for _, teacher_feature in pairs
         )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Compute `features`, the sum of `srd_loss` over the layers, and `logits`."""
         parts = zip(self.projectors, self.teacher_norms, self.pairs(student, teacher), strict=True)
-        losses = [srd_loss(projector(ours), norm(theirs), self.exponent) for projector, norm, (ours, theirs) in parts]
+        losses = [
+            srd_loss(projector(student_feature), norm(teacher_feature), self.exponent)
+            for projector, norm, (student_feature, teacher_feature) in parts
+        ]
         divergence = softened_kl(student.logits, teacher.logits, self.temperature).mean()
         return {"features": total(losses), "logits": divergence}

@@ -97,14 +97,14 @@ class SRRL(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Create the connector and find the teacher's classifier."""
-        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=4)
-        self.connector = nn.Sequential(*projection(ours.shape[1], theirs.shape[1]), nn.ReLU())
+        ((student_feature, teacher_feature),) = self.pairs(student.outputs, teacher.outputs, dims=4)
+        self.connector = nn.Sequential(*projection(student_feature.shape[1], teacher_feature.shape[1]), nn.ReLU())
         # a tuple, so that it is not registered as a submodule
-        self._head = (linear_classifier("SRRL", "teacher", teacher, self.teacher_head, theirs.shape[1]),)
+        self._head = (linear_classifier("SRRL", "teacher", teacher, self.teacher_head, teacher_feature.shape[1]),)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Compute the two terms of `srrl_loss`."""
-        ((ours, theirs),) = self.pairs(student, teacher)
+        ((student_feature, teacher_feature),) = self.pairs(student, teacher)
         head = list(self._head[0].parameters())
-        matching, regression = _srrl(self.connector(ours), theirs, teacher.logits, head)
+        matching, regression = _srrl(self.connector(student_feature), teacher_feature, teacher.logits, head)
         return {"fm": matching, "sr": self.regression_weight * regression}

@@ -211,21 +211,22 @@ class SSKD(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Create the projection heads."""
-        ((ours, theirs),) = self.pairs(student.outputs, teacher.outputs, dims=2)
-        self.student_head = _head(ours)
-        self.teacher_head = _head(theirs)
+        ((student_feature, teacher_feature),) = self.pairs(student.outputs, teacher.outputs, dims=2)
+        self.student_head = _head(student_feature)
+        self.teacher_head = _head(teacher_feature)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Compute the three terms of the student and the loss of the teacher's head."""
-        ((ours, theirs),) = self.pairs(student, teacher)
-        own, other = self.student_head(ours), self.teacher_head(theirs.detach())
+        ((student_feature, teacher_feature),) = self.pairs(student, teacher)
+        student_embedding = self.student_head(student_feature)
+        teacher_embedding = self.teacher_head(teacher_feature.detach())
         target = _unrotated(batch.target)  # rotated views have no labels
         kd = kd_loss(_unrotated(student.logits), _unrotated(teacher.logits), self.kd_temperature)
-        ss = sskd_ss_loss(own, other.detach(), self.ss_temperature, self.ss_ratio)
+        ss = sskd_ss_loss(student_embedding, teacher_embedding.detach(), self.ss_temperature, self.ss_ratio)
         tf = sskd_tf_loss(student.logits, teacher.logits, target, self.tf_temperature, self.tf_ratio)
         return {
             "kd": self.kd_weight * kd,
             "ss": self.ss_weight * ss,
             "tf": self.tf_weight * tf,
-            "teacher_head": self.teacher_head_weight * _assignment_loss(other),
+            "teacher_head": self.teacher_head_weight * _assignment_loss(teacher_embedding),
         }

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkd.losses._adapters import same_size
+from lkd.losses._adapters import channel_pairs, same_size
 from lkd.losses._precision import full_precision
 from lkd.losses._shapes import check_shapes
 from lkd.losses.base import DistillLoss, total
@@ -90,16 +90,18 @@ class VID(DistillLoss):
         pairs = self.pairs(student.outputs, teacher.outputs, dims=4)
         beyond = self.initial_variance - self.eps
         raw = beyond + math.log(-math.expm1(-beyond))  # inverse softplus; expm1(710) would overflow
-        self.regressors = nn.ModuleList(_mean_regressor(ours.shape[1], theirs.shape[1]) for ours, theirs in pairs)
-        self.raw_variances = nn.ParameterList(torch.full((theirs.shape[1],), raw) for _, theirs in pairs)
+        self.regressors = nn.ModuleList(_mean_regressor(*channels) for channels in channel_pairs(pairs))
+        self.raw_variances = nn.ParameterList(
+            torch.full((teacher_feature.shape[1],), raw) for _, teacher_feature in pairs
+        )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of `vid_loss` over the layers."""
         losses = []
         pairs = zip(self.regressors, self.raw_variances, self.pairs(student, teacher), strict=True)
-        for regressor, raw, (ours, theirs) in pairs:
-            ours, theirs = same_size(ours, theirs)
-            losses.append(vid_loss(regressor(ours), theirs, F.softplus(raw) + self.eps))
+        for regressor, raw, (student_feature, teacher_feature) in pairs:
+            student_feature, teacher_feature = same_size(student_feature, teacher_feature)
+            losses.append(vid_loss(regressor(student_feature), teacher_feature, F.softplus(raw) + self.eps))
         return total(losses)
 
 

@@ -118,17 +118,19 @@ class ViTKD(DistillLoss):
         pairs = self.pairs(student.outputs, teacher.outputs, dims=3)
         if len(pairs) < 2:
             raise ValueError("ViTKD requires at least two layers: shallow ones, followed by the one that is generated")
-        for ours, theirs in pairs:
+        for student_feature, teacher_feature in pairs:
             maps = (
-                tokens_to_map("ViTKD", "student", ours, self.student_prefix_tokens),
-                tokens_to_map("ViTKD", "teacher", theirs, self.teacher_prefix_tokens),
+                tokens_to_map("ViTKD", "student", student_feature, self.student_prefix_tokens),
+                tokens_to_map("ViTKD", "teacher", teacher_feature, self.teacher_prefix_tokens),
             )
             if maps[0].shape[2:] != maps[1].shape[2:]:
                 raise ValueError(
                     f"ViTKD requires equal numbers of patches, got {maps[0][0, 0].numel()} from the student and "
                     f"{maps[1][0, 0].numel()} from the teacher; use networks with equal image and patch sizes"
                 )
-        *shallow, last = (_aligned(ours.shape[2], theirs.shape[2]) for ours, theirs in pairs)
+        *shallow, last = (
+            _aligned(student_feature.shape[2], teacher_feature.shape[2]) for student_feature, teacher_feature in pairs
+        )
         width = pairs[-1][1].shape[2]
         self.shallow = nn.ModuleList(shallow)
         self.last = last
@@ -148,20 +150,23 @@ class ViTKD(DistillLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Compute the weighted `vitkd_mimicking_loss` and `vitkd_generation_loss`."""
-        *shallow, (ours, theirs) = (
-            (own[:, self.student_prefix_tokens :], other[:, self.teacher_prefix_tokens :])
-            for own, other in self.pairs(student, teacher)
+        *shallow, (student_feature, teacher_feature) = (
+            (student_feature[:, self.student_prefix_tokens :], teacher_feature[:, self.teacher_prefix_tokens :])
+            for student_feature, teacher_feature in self.pairs(student, teacher)
         )
         pairs = zip(self.shallow, shallow, strict=True)
-        mimicking = [vitkd_mimicking_loss(align(own), other) for align, (own, other) in pairs]
-        aligned = self.last(ours)
+        mimicking = [
+            vitkd_mimicking_loss(align(student_feature), teacher_feature)
+            for align, (student_feature, teacher_feature) in pairs
+        ]
+        aligned = self.last(student_feature)
         num_kept = int(aligned.shape[1] * (1 - self.mask_ratio))
         masked = self.noise(aligned).argsort(1).argsort(1) >= num_kept
         partial = torch.where(masked.unsqueeze(2), self.mask_token.to(aligned.dtype), aligned)
         generated = self.generation(tokens_to_map("ViTKD", "student", partial, 0)).flatten(2).mT
         return {
             "mimicking": self.alpha * total(mimicking),
-            "generation": self.beta / self.mask_ratio * vitkd_generation_loss(generated, theirs, masked),
+            "generation": self.beta / self.mask_ratio * vitkd_generation_loss(generated, teacher_feature, masked),
         }
 
 

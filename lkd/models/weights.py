@@ -158,10 +158,10 @@ def _by_prefix(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _rename(tensors: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
     for pair in _SYNONYMS:
-        for theirs, ours in (pair, pair[::-1]):
-            if _has_part(wanted, ours) and not _has_part(wanted, theirs) and not _has_part(tensors, ours):
-                part = re.compile(rf"(?<![^.]){theirs}(?=\.)")
-                tensors = {part.sub(ours, name): tensor for name, tensor in tensors.items()}
+        for old, new in (pair, pair[::-1]):
+            if _has_part(wanted, new) and not _has_part(wanted, old) and not _has_part(tensors, new):
+                part = re.compile(rf"(?<![^.]){old}(?=\.)")
+                tensors = {part.sub(new, name): tensor for name, tensor in tensors.items()}
     return tensors
 
 

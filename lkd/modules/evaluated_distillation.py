@@ -235,9 +235,9 @@ class EvaluatedDistillation(ClassificationModule):
             return
         self.task.update({name: metrics[f"teacher_{name}"] for name in self.task_metrics}, teacher, target)
         self._num_classes = num_classes
-        ours, theirs = self.task.choice(student, target), self.task.choice(teacher, target)
-        if ours is not None and theirs is not None:
-            metrics["agreement"].update(ours, theirs)
+        choice, teacher_choice = self.task.choice(student, target), self.task.choice(teacher, target)
+        if choice is not None and teacher_choice is not None:
+            metrics["agreement"].update(choice, teacher_choice)
 
     def measure_criterion(
         self, metrics: MutableMapping[str, Metric], batch: Batch, terms: Callable[[], dict[str, Tensor]]

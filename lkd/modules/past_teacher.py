@@ -109,14 +109,14 @@ class PastTeacherModule(DistillModule):
     @torch.no_grad()
     def _follow(self, decay: float) -> None:
         teacher = cast("nn.Module", self.teacher)
-        ours, theirs = (list(chain(network.parameters(), network.buffers())) for network in (self.model, teacher))
+        tensors, averages = (list(chain(network.parameters(), network.buffers())) for network in (self.model, teacher))
         if decay:
-            floats = [pair for pair in zip(ours, theirs, strict=True) if pair[1].is_floating_point()]
-            average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-            average([own for _, own in floats], [new for new, _ in floats], 0)
-        for new, own in zip(ours, theirs, strict=True):
-            if not (decay and own.is_floating_point()):
-                own.copy_(new)
+            floats = [pair for pair in zip(tensors, averages, strict=True) if pair[1].is_floating_point()]
+            update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+            update([average for _, average in floats], [tensor for tensor, _ in floats], 0)
+        for tensor, average in zip(tensors, averages, strict=True):
+            if not (decay and average.is_floating_point()):
+                average.copy_(tensor)
 
     def on_validation_epoch_end(self) -> None:
         """Skip the warning about the teacher's accuracy, which is near chance before the first epoch."""

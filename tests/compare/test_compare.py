@@ -1,4 +1,4 @@
-"""`lkd compare`: from checkpoints to tables, report and TensorBoard figures."""
+"""`lkd compare`: from checkpoints to tables, report and TensorBoard."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ def test_comparison_of_runs(runs, capsys) -> None:
     teacher = _digits(load_weights(resnet8(num_classes=10, in_channels=1), "lkd:digits_resnet8"))
     kd, alone = (_digits(network_of(load_run(str(runs / "digits" / name)).module)) for name in ("kd", "student"))
     for name, (probabilities, target) in {"teacher": teacher, "kd": kd, "alone": alone}.items():
-        figures = found["networks"][name]["figures"]
+        metrics = found["networks"][name]["metrics"]
         accuracy = accuracy_score(target, probabilities.argmax(1))
-        assert figures["top1"]["value"] == pytest.approx(accuracy)
-        assert figures["nll"] == pytest.approx(log_loss(target, probabilities), abs=1e-5)
+        assert metrics["top1"]["value"] == pytest.approx(accuracy)
+        assert metrics["nll"] == pytest.approx(log_loss(target, probabilities), abs=1e-5)
         assert f"{100 * accuracy:.2f}" in shown
     agreement = (kd[0].argmax(1) == teacher[0].argmax(1)).mean()
-    assert found["networks"]["kd"]["figures"]["agreement"]["value"] == pytest.approx(agreement)
+    assert found["networks"]["kd"]["metrics"]["agreement"]["value"] == pytest.approx(agreement)
     assert [time["batch_size"] for time in found["networks"]["kd"]["cost"]["times"]] == [1, 4]
     assert {(pair["first"], pair["second"]) for pair in found["differences"]} == {
         ("teacher", "kd"),
@@ -130,13 +130,13 @@ def test_page_is_self_contained_and_escapes_names(runs, capsys) -> None:
 def test_tensorboard_contains_the_same_figures(runs) -> None:
     assert main(["compare", str(runs / "digits" / "kd"), *QUICK]) == 0
     folder = Path("runs/compare/version_0")
-    found = json.loads((folder / "comparison.json").read_text())["networks"]["kd"]["figures"]
+    found = json.loads((folder / "comparison.json").read_text())["networks"]["kd"]["metrics"]
     curves = EventAccumulator(str(folder / "kd")).Reload()
     for tag, figure in {"acc": found["top1"]["value"], "nll": found["nll"], "kl": found["kl"]}.items():
         (point,) = curves.Scalars(f"compare/{tag}")
         assert point.value == pytest.approx(figure, rel=1e-6)
     own = EventAccumulator(str(folder)).Reload().Tags()
-    assert {"compare/Reliability", "compare/Accuracy against cost", "compare/disputed by kd"} <= set(own["images"])
+    assert {"compare/Reliability", "compare/Accuracy against cost", "compare/disagreements of kd"} <= set(own["images"])
     assert "compare/Accuracy and calibration/text_summary" in own["tensors"]
 
 
@@ -158,21 +158,21 @@ def test_networks_with_their_own_normalization(tmp_path) -> None:
     with torch.no_grad():
         right = [(network(batch.input).argmax(1) == batch.target).float() for batch in data.val_dataloader()]
     accuracy = float(torch.cat(right).mean())
-    assert found["networks"]["as_trained"]["figures"]["top1"]["value"] == pytest.approx(accuracy)
-    assert found["networks"]["shifted"]["figures"]["nll"] != found["networks"]["as_trained"]["figures"]["nll"]
+    assert found["networks"]["as_trained"]["metrics"]["top1"]["value"] == pytest.approx(accuracy)
+    assert found["networks"]["shifted"]["metrics"]["nll"] != found["networks"]["as_trained"]["metrics"]["nll"]
 
 
-def test_disputed_images_differ_the_most(tiny, data, tmp_path) -> None:
+def test_disagreements_are_the_images_that_differ_the_most(tiny, data, tmp_path) -> None:
     networks = {name: tiny(seed) for name, seed in (("teacher", 1), ("student", 2))}
     found = compare([Candidate(*each) for each in networks.items()], data, "teacher", seconds=0.01, accelerator="cpu")
-    disputed, (theirs, ours) = found.predictions.disputed["student"], found.predictions.logits.values()
-    divergence = (theirs.softmax(1) * (theirs.log_softmax(1) - ours.log_softmax(1))).sum(1)
-    differs = theirs.argmax(1) != ours.argmax(1)
+    disagreements, (teacher, student) = found.predictions.disagreements["student"], found.predictions.logits.values()
+    divergence = (teacher.softmax(1) * (teacher.log_softmax(1) - student.log_softmax(1))).sum(1)
+    differs = teacher.argmax(1) != student.argmax(1)
     wanted = divergence.masked_fill(~differs, -1).topk(min(12, int(differs.sum())))
-    assert disputed.position.tolist() == wanted.indices.tolist()
-    assert disputed.divergence.tolist() == pytest.approx(wanted.values.tolist(), rel=1e-5)
+    assert disagreements.position.tolist() == wanted.indices.tolist()
+    assert disagreements.divergence.tolist() == pytest.approx(wanted.values.tolist(), rel=1e-5)
     images = torch.cat([batch.input for batch in data.test_dataloader()])
-    assert torch.equal(disputed.image, images[disputed.position])
+    assert torch.equal(disagreements.image, images[disagreements.position])
     write(found, tmp_path)
     assert (tmp_path / "comparison.md").read_text().startswith("# teacher, student\n")
 
@@ -208,7 +208,7 @@ def test_dict_inputs_cannot_be_renormalized(tiny, data) -> None:
     with pytest.raises(ValueError, match="its input is not a tensor"):
         compare([own], data, seconds=0.01, accelerator="cpu")
     plain = Candidate("a", Dict(), Normalization(data.mean, data.std), unpack=unpack)
-    assert compare([plain], data, seconds=0.01, accelerator="cpu").figures["a"].top1.total == 24
+    assert compare([plain], data, seconds=0.01, accelerator="cpu").metrics["a"].top1.total == 24
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.5, 0.25), ([0.5], np.array([0.25])), ((0.5,), torch.tensor([0.25]))])
@@ -230,8 +230,8 @@ def test_many_classes(tmp_path) -> None:
     write(found, tmp_path)
     text = (tmp_path / "comparison.html").read_text()
     assert "The 30 classes on which the networks differ the most" in text
-    assert found.figures["b"].agreement.value == 1
-    assert found.figures["b"].kl == pytest.approx(0, abs=1e-9)
+    assert found.metrics["b"].agreement.value == 1
+    assert found.metrics["b"].kl == pytest.approx(0, abs=1e-9)
 
 
 def test_invalid_networks(tiny, data) -> None:
@@ -334,7 +334,7 @@ def test_runs_that_differ_only_by_seed_form_one_method(runs, tmp_path, capsys, m
         "kd": ["kd/version_0", "kd/version_1", "kd/version_2"],
         "student": ["student/version_0", "student/version_1"],
     }
-    values = [found["networks"][name]["figures"]["top1"]["value"] for name in members["kd"]]
+    values = [found["networks"][name]["metrics"]["top1"]["value"] for name in members["kd"]]
     assert f"│ kd │ 3 │ {100 * np.mean(values):.2f} │ {100 * np.std(values, ddof=1):.2f} │" in shown
     assert "kd/version_1" not in shown
     assert "kd - student" in shown

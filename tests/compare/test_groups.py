@@ -61,7 +61,7 @@ def test_welchs_test_equals_its_definition() -> None:
 
 def test_means_of_groups(nine) -> None:
     assert [(group.name, len(group.members)) for group in nine.groups] == [("kd", 4), ("dkd", 3)]
-    top1s = [nine.figures[name].top1.value for name in NAMES[1:5]]
+    top1s = [nine.metrics[name].top1.value for name in NAMES[1:5]]
     assert nine.groups[0].measures["top1"].values == tuple(top1s)
     assert [(one.first, one.second) for one in nine.method_differences] == [("kd", "dkd")]
     found = nine.as_dict()
@@ -81,9 +81,9 @@ def test_rows_are_groups_and_single_networks(nine) -> None:
     assert [row[0] for row in against.rows] == ["alone"]
     assert (pairs.place, len(pairs.rows)) == ("folded", 36)
     assert len(classes.head) == 6
-    pooled = sum(nine.figures[name].per_class[0].count for name in NAMES[1:5])
+    pooled = sum(nine.metrics[name].per_class[0].count for name in NAMES[1:5])
     assert float(classes.rows[0][3]) == pytest.approx(
-        25 * pooled / nine.figures["kd/version_0"].per_class[0].total, abs=0.01
+        25 * pooled / nine.metrics["kd/version_0"].per_class[0].total, abs=0.01
     )
     _, shown, *_, against, pairs, _ = tables(nine, members=True)
     assert shown.place == "terminal"
@@ -92,7 +92,7 @@ def test_rows_are_groups_and_single_networks(nine) -> None:
 
 def test_differences_from_the_reference(nine) -> None:
     against = tables(nine)[4]
-    gap = nine.figures["alone"].top1.value - nine.figures["teacher"].top1.value
+    gap = nine.metrics["alone"].top1.value - nine.metrics["teacher"].top1.value
     assert against.rows[0][1] == f"{100 * gap:+.2f}"
     one = next(pair for pair in nine.differences if (pair.first, pair.second) == ("teacher", "alone"))
     assert against.rows[0][3:5] == [str(one.only_second), str(one.only_first)]

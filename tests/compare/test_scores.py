@@ -46,16 +46,16 @@ def test_scores_equal_torchmetrics(found, networks) -> None:
     classes, target = _predictions(networks, found.data)
     settings = {"num_classes": 5, "ignore_index": IGNORE_INDEX}
     for name, own in classes.items():
-        figures = found.figures[name]
+        metrics = found.metrics[name]
         expected = multiclass_jaccard_index(own, target, average="macro", **settings)
-        assert figures.main.value == pytest.approx(float(expected), rel=1e-6)
+        assert metrics.main.value == pytest.approx(float(expected), rel=1e-6)
         accuracy = multiclass_accuracy(own, target, average="micro", **settings)
-        assert figures.scores["pixel accuracy"].value == pytest.approx(float(accuracy), rel=1e-6)
+        assert metrics.scores["pixel accuracy"].value == pytest.approx(float(accuracy), rel=1e-6)
         per_class = multiclass_jaccard_index(own, target, average="none", **settings)
-        assert [one.value for one in figures.per_class] == pytest.approx(per_class.tolist(), rel=1e-6)
+        assert [one.value for one in metrics.per_class] == pytest.approx(per_class.tolist(), rel=1e-6)
     same = (classes["student"] == classes["teacher"])[target != IGNORE_INDEX].double().mean()
-    assert found.figures["student"].to_teacher["pixel accuracy"] == pytest.approx(float(same))
-    assert not found.figures["teacher"].to_teacher
+    assert found.metrics["student"].to_teacher["pixel accuracy"] == pytest.approx(float(same))
+    assert not found.metrics["teacher"].to_teacher
 
 
 def test_interval_is_a_bootstrap_over_images(found, networks) -> None:
@@ -65,7 +65,7 @@ def test_interval_is_a_bootstrap_over_images(found, networks) -> None:
     for _ in range(400):
         rows = random.integers(len(target), size=len(target))
         drawn.append(float(TASK.scores(TASK.tally(classes["student"][rows], target[rows]).sum(0))["mean IoU"]))
-    low, high = found.figures["student"].main.interval
+    low, high = found.metrics["student"].main.interval
     assert (low, high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.15 * (high - low))
 
 
@@ -80,7 +80,7 @@ def test_differences_are_paired(found, networks) -> None:
     first, second = (one.scores["mean IoU"] for one in samples)
     one = found.differences[0]
     assert one.interval == pytest.approx(interval(first - second))
-    assert one.value == pytest.approx(found.figures["teacher"].main.value - found.figures["student"].main.value)
+    assert one.value == pytest.approx(found.metrics["teacher"].main.value - found.metrics["student"].main.value)
     again = bootstrapped(TASK, TASK.tally(classes["teacher"], target))
     torch.testing.assert_close(again.per_class, samples[0].per_class, rtol=0, atol=0, equal_nan=True)
 
@@ -90,7 +90,7 @@ def test_shown_images_have_the_smallest_overlap(found, networks) -> None:
     labelled = classes["teacher"].masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
     overlap = TASK.scores(TASK.tally(classes["student"], labelled))["mean IoU"]
     wanted = [f"no. {one}" for one in overlap.argsort(stable=True)[:12].tolist()]
-    assert [row["image"].text for row in found.disputed["student"]] == wanted
+    assert [row["image"].text for row in found.disagreements["student"]] == wanted
 
 
 def test_report(found, tmp_path) -> None:
@@ -98,8 +98,8 @@ def test_report(found, tmp_path) -> None:
     text = (tmp_path / "comparison.html").read_text()
     assert text.count("data:image/png;base64,") == 2
     assert "IoU per class, %" in text
-    written = json.loads((tmp_path / "comparison.json").read_text())["networks"]["student"]["figures"]
-    assert written["scores"]["mean IoU"]["value"] == found.figures["student"].main.value
+    written = json.loads((tmp_path / "comparison.json").read_text())["networks"]["student"]["metrics"]
+    assert written["scores"]["mean IoU"]["value"] == found.metrics["student"].main.value
     assert (tmp_path / "comparison.md").read_text().startswith("# teacher, student, other\n")
 
 
@@ -109,9 +109,9 @@ def test_seeds_of_a_method_share_a_row(members: bool, found, networks) -> None:
     candidates = [Candidate(name, one, group=None if name == "teacher" else "kd") for name, one in networks.items()]
     seeds = compare(candidates, found.data, "teacher", seconds=0.01, accelerator="cpu", task=TASK)
     tables = seeds.tables(members)
-    values = [100 * found.figures[name].main.value for name in ("student", "other")]
+    values = [100 * found.metrics[name].main.value for name in ("student", "other")]
     assert [row[:4] for row in tables[0].rows] == [
-        ["teacher", "1", f"{100 * found.figures['teacher'].main.value:.2f}", "-"],
+        ["teacher", "1", f"{100 * found.metrics['teacher'].main.value:.2f}", "-"],
         ["kd", "2", f"{np.mean(values):.2f}", f"{np.std(values, ddof=1):.2f}"],
     ]
     shown = {table.title: [row[0] for row in table.rows] for table in tables if table.place == "terminal"}
@@ -122,14 +122,14 @@ def test_seeds_of_a_method_share_a_row(members: bool, found, networks) -> None:
         assert individual.items() <= shown.items()
         assert shown["Differences of trained networks"] == pairs
         (table,) = [table for table in tables if table.title == "Differences of trained networks"]
-        assert table.rows[0][1] == f"{values[0] - 100 * found.figures['teacher'].main.value:+.2f}"
+        assert table.rows[0][1] == f"{values[0] - 100 * found.metrics['teacher'].main.value:+.2f}"
         assert not hidden
     else:
         assert hidden == individual | {"All 3 pairs of trained networks": pairs}
         assert "Differences of trained networks" not in shown
     classes = tables[-1]
     assert classes.head == ["class", "teacher", "kd"]
-    iou = [100 * found.figures[name].per_class[1].value for name in ("student", "other")]
+    iou = [100 * found.metrics[name].per_class[1].value for name in ("student", "other")]
     assert classes.rows[1][2] == f"{np.mean(iou):.2f}"
 
 

@@ -173,7 +173,7 @@ def test_compare(settings: list[str], pretended) -> None:
         assert main(["compare", f"one={run}", *quick]) == 0
     expected, found = (json.loads(next(Path(place).rglob("comparison.json")).read_text()) for place in ("cpu", NAME))
     for name in ("one", "teacher"):
-        assert expected["networks"][name]["figures"] == found["networks"][name]["figures"]
+        assert expected["networks"][name]["metrics"] == found["networks"][name]["metrics"]
 
 
 def test_export_and_layers(pretended, monkeypatch) -> None:

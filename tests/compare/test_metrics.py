@@ -1,4 +1,4 @@
-"""Figures equal those of scikit-learn, torchmetrics, and independent computations of their definitions."""
+"""Metrics equal those of scikit-learn, torchmetrics, and independent computations of their definitions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def random_logits(target: torch.Tensor, seed: int, scale: float = 3.0) -> torch.
     return scale * (noise + 1.5 * torch.nn.functional.one_hot(target, CLASSES))
 
 
-def test_figures_equal_scikit_learn_and_torchmetrics(target) -> None:
+def test_metrics_equal_scikit_learn_and_torchmetrics(target) -> None:
     logits, teacher = random_logits(target, 2), random_logits(target, 3)
     found = measure(logits, target, teacher)
     probabilities, chosen = softmax(logits.double().numpy(), 1), logits.argmax(1).numpy()
