@@ -19,7 +19,7 @@ from lkd.datamodules import DetectionDataModule, PredictedImages
 from lkd.datamodules.predicted import Frame, numbered
 from lkd.losses._dense import interpolated
 from lkd.tasks import Classification, Detection, SemanticSegmentation
-from lkd.tasks.views import class_color, class_name
+from lkd.tasks.visualization import class_color, class_name
 from lkd.types import Batch, Predictions
 
 _AT_ONCE = 16

@@ -16,7 +16,7 @@ from lkd import devices
 from lkd._compat import tree_map_only
 from lkd.callbacks.sheet import Row, sheet
 from lkd.tasks import Task
-from lkd.tasks.views import input_views
+from lkd.tasks.visualization import visualize_inputs
 from lkd.types import Batch
 
 
@@ -46,12 +46,12 @@ class PredictionImages(L.Callback):
         """Check the task and the logger.
 
         Raises:
-            ValueError: If the task does not define `views`.
+            ValueError: If the task does not define `visualize`.
         """
-        if type(pl_module.task).views is Task.views:
+        if type(pl_module.task).visualize is Task.visualize:
             raise ValueError(
                 f"PredictionImages cannot show predictions of {type(pl_module.task).__name__}; override its method "
-                "`views`, or remove the callback"
+                "`visualize`, or remove the callback"
             )
         if stage == TrainerFn.FITTING and trainer.loggers and not _writers(trainer) and not _is_trial(trainer):
             rank_zero_warn("PredictionImages logs nothing without a TensorBoardLogger; add one, or remove the callback")
@@ -71,7 +71,7 @@ class PredictionImages(L.Callback):
         with devices.isolated_random_numbers(pl_module.device), trainer.precision_plugin.forward_context():
             logits = pl_module.network_logits(batch)
         if trainer.is_global_zero:  # all processes run the networks, as sharded weights require
-            self._rows += _views(pl_module, batch, logits, getattr(trainer, "datamodule", None))
+            self._rows += _rows_of(pl_module, batch, logits, getattr(trainer, "datamodule", None))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log the images."""
@@ -109,10 +109,10 @@ def _part(batch: Batch, count: int) -> Batch:
     return part
 
 
-def _views(module: Any, batch: Batch, logits: dict[str, Tensor], data: Any) -> list[Row]:
+def _rows_of(module: Any, batch: Batch, logits: dict[str, Tensor], data: Any) -> list[Row]:
     """Return one row per sample: image, label, and the prediction of each network."""
     names, task = module.class_names, module.task
-    columns = {"label": task.views(batch.target, names)}
-    columns |= {name: task.views(batch.target, names, own) for name, own in logits.items()}
-    inputs = input_views(batch, getattr(data, "mean", None), getattr(data, "std", None))
-    return [{"image": one, **{name: views[row] for name, views in columns.items()}} for row, one in enumerate(inputs)]
+    columns = {"label": task.visualize(batch.target, names)}
+    columns |= {name: task.visualize(batch.target, names, own) for name, own in logits.items()}
+    inputs = visualize_inputs(batch, getattr(data, "mean", None), getattr(data, "std", None))
+    return [{"image": one, **{name: cells[row] for name, cells in columns.items()}} for row, one in enumerate(inputs)]

@@ -1,4 +1,4 @@
-"""Functions that draw views as one image, with one row per sample."""
+"""Functions that draw visualizations as one image, with one row per sample."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lkd.tasks.views import Color, View
+from lkd.tasks.visualization import Color, Visualization
 
-Row: TypeAlias = Mapping[str, View]
-"""Views of one sample, by column title."""
+Row: TypeAlias = Mapping[str, Visualization]
+"""Visualizations of one sample, by column title."""
 
 _CELL, _GAP, _LINE, _SIZE = 140, 6, 22, 18
 """Width of a cell, gap between cells, height of a line of text and font size, in pixels."""
 
 
 def sheet(rows: Sequence[Row]) -> Tensor:
-    """Draw views as a table with one row per sample.
+    """Draw visualizations as a table with one row per sample.
 
     Args:
-        rows: Views of each sample, with the same columns.
+        rows: Visualizations of each sample, with the same columns.
 
     Returns:
         Image `(3, H, W)`, uint8.
     """
     titles = list(rows[0])
-    legend = {name: color for row in rows for view in row.values() for name, color in view.legend.items()}
+    legend = {name: color for row in rows for cell in row.values() for name, color in cell.legend.items()}
     heights = [max(map(_height, row.values())) for row in rows]
     width = _GAP + len(titles) * (_CELL + _GAP)
     lines = _wrapped(legend, width)
@@ -61,17 +61,17 @@ def _scaled(image: Tensor) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST if picture.width <= _CELL else Image.Resampling.BOX)
 
 
-def _height(view: View) -> int:
-    text = _LINE * len(view.text.splitlines())
-    return text + (0 if view.image is None else _scaled(view.image).height)
+def _height(cell: Visualization) -> int:
+    text = _LINE * len(cell.text.splitlines())
+    return text + (0 if cell.image is None else _scaled(cell.image).height)
 
 
-def _paste(canvas: Image.Image, draw: ImageDraw.ImageDraw, view: View, left: int, top: int) -> None:
-    if view.image is not None:
-        picture = _scaled(view.image)
+def _paste(canvas: Image.Image, draw: ImageDraw.ImageDraw, cell: Visualization, left: int, top: int) -> None:
+    if cell.image is not None:
+        picture = _scaled(cell.image)
         canvas.paste(picture, (left, top))
         top += picture.height
-    for line in view.text.splitlines():
+    for line in cell.text.splitlines():
         _write(draw, left, top, line)
         top += _LINE
 

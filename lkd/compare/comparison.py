@@ -25,7 +25,7 @@ from lkd.compare.score_tables import score_tables
 from lkd.compare.scores import ScoreDifference, ScoreMetrics, Tallies, bootstrapped, score_difference, score_metrics
 from lkd.compare.tables import tables
 from lkd.tasks import Classification, Task
-from lkd.tasks.views import class_name
+from lkd.tasks.visualization import class_name
 
 _TITLES = "top-1 accuracy", "top-1 accuracy"
 
@@ -51,7 +51,7 @@ class ScoreComparison(Measurements[ScoreMetrics, ScoreDifference]):
     """Comparison of networks for other tasks, based on the counts that the task defines (`Task.tally`).
 
     Attributes:
-        disagreements: Views of the images on which a network and the teacher differ most, by network.
+        disagreements: Visualizations of the images on which a network and the teacher differ most, by network.
     """
 
     disagreements: dict[str, list[Row]]
@@ -107,7 +107,7 @@ def compare(
     return _by_counts(run, teacher, batch_sizes, task)
 
 
-_COMPARED = ("choice", "tally", "scores", "class_scores", "views")
+_COMPARED = ("choice", "tally", "scores", "class_scores", "visualize")
 """Methods of a task on which the comparison is based."""
 
 

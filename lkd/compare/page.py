@@ -14,7 +14,7 @@ from lkd.callbacks.sheet import sheet
 from lkd.compare.comparison import Comparison, ScoreComparison
 from lkd.compare.plots import Plot
 from lkd.pages import as_svg, rendered
-from lkd.tasks.views import displayable
+from lkd.tasks.visualization import displayable
 
 
 class _Picture(NamedTuple):

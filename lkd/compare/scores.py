@@ -12,7 +12,7 @@ from torch import Tensor
 from lkd.callbacks.sheet import Row
 from lkd.compare.predictions import Candidate, Collector
 from lkd.tasks import Task
-from lkd.tasks.views import input_views
+from lkd.tasks.visualization import visualize_inputs
 from lkd.types import IGNORE_INDEX, Batch
 
 SAMPLES = 10_000
@@ -78,7 +78,7 @@ class ScoreDifference:
 
 
 class Tallies(Collector):
-    """Collector of counts per image, and of views of the images on which a network and the teacher differ most.
+    """Collector of counts per image, and of visualizations of the images on which networks and teacher differ most.
 
     Args:
         candidates: The networks.
@@ -122,7 +122,7 @@ class Tallies(Collector):
     def _keep(
         self, name: str, batch: Batch, logits: Mapping[str, Tensor], choices: tuple[Tensor, Tensor], data: object
     ) -> None:
-        """Store the views of images on which a network and the teacher differ more than on those stored before."""
+        """Store visualizations of images on which a network and the teacher differ more than on those stored before."""
         agreement = next(iter(self.task.scores(self.to_teacher[name][-1]).values())).nan_to_num(1.0)
         kept = self._rows[name]
         worst = kept[-1][0] if len(kept) == self.shown else 1.0
@@ -131,20 +131,20 @@ class Tallies(Collector):
             return
         part = batch._replace(target=batch.target[order])
         choice, teacher_choice = (values[order] for values in choices)
-        images = input_views(_rows_of(batch, order), getattr(data, "mean", None), getattr(data, "std", None))
+        images = visualize_inputs(_rows_of(batch, order), getattr(data, "mean", None), getattr(data, "std", None))
         names, own = self.class_names, {one: logits[one][order] for one in (str(self.teacher), name)}
-        columns = {"image": images, "label": self.task.views(part.target, names)}
-        columns |= {one: self.task.views(part.target, names, values) for one, values in own.items()}
-        columns["differences"] = self.task.views(choice.masked_fill(choice == teacher_choice, IGNORE_INDEX), names)
+        columns = {"image": images, "label": self.task.visualize(part.target, names)}
+        columns |= {one: self.task.visualize(part.target, names, values) for one, values in own.items()}
+        columns["differences"] = self.task.visualize(choice.masked_fill(choice == teacher_choice, IGNORE_INDEX), names)
         kept += [
-            (float(agreement[one]), {title: views[row] for title, views in columns.items()})
+            (float(agreement[one]), {title: cells[row] for title, cells in columns.items()})
             for row, one in enumerate(order)
         ]
         self._rows[name] = sorted(kept, key=lambda pair: pair[0])[: self.shown]
 
     @property
     def disagreements(self) -> dict[str, list[Row]]:
-        """Views of the images on which a network and the teacher differ most, by network."""
+        """Visualizations of the images on which a network and the teacher differ most, by network."""
         return {name: [row for _, row in rows] for name, rows in self._rows.items() if rows}
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torchmetrics import Metric
 
-from lkd.tasks.views import View
+from lkd.tasks.visualization import Visualization
 from lkd.types import Batch, Mixed
 
 
@@ -227,8 +227,10 @@ class Task(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define `class_scores`")
 
-    def views(self, target: Tensor, class_names: Sequence[str], logits: Tensor | None = None) -> list[View]:
-        """Return a view of each target or prediction of a batch, for display.
+    def visualize(
+        self, target: Tensor, class_names: Sequence[str], logits: Tensor | None = None
+    ) -> list[Visualization]:
+        """Return a visualization of each target or prediction of a batch.
 
         Args:
             target: Targets of the batch.
@@ -238,4 +240,4 @@ class Task(ABC):
         Raises:
             NotImplementedError: If the task does not define it.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define `views`")
+        raise NotImplementedError(f"{type(self).__name__} does not define `visualize`")

@@ -13,7 +13,7 @@ from lkd.features.extractor import logits_of
 from lkd.losses._labels import cross_entropies, mean_cross_entropy
 from lkd.tasks.base import Task
 from lkd.tasks.metrics import Accuracy
-from lkd.tasks.views import View, class_name
+from lkd.tasks.visualization import Visualization, class_name
 from lkd.types import IGNORE_INDEX, Mixed
 
 _SHOWN = 3
@@ -84,13 +84,15 @@ class Classification(Task):
         """Return the predicted class of each image `(B,)`."""
         return logits.argmax(1).masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
 
-    def views(self, target: Tensor, class_names: Sequence[str], logits: Tensor | None = None) -> list[View]:
+    def visualize(
+        self, target: Tensor, class_names: Sequence[str], logits: Tensor | None = None
+    ) -> list[Visualization]:
         """Return the class of each image or, with logits, the most probable classes with their probabilities."""
         if logits is None:
-            return [View(class_name(class_names, one) if one >= 0 else "no label") for one in target.tolist()]
+            return [Visualization(class_name(class_names, one) if one >= 0 else "no label") for one in target.tolist()]
         found = logits.float().softmax(1).topk(min(_SHOWN, logits.shape[1]), dim=1)
         rows = zip(found.values.tolist(), found.indices.tolist(), strict=True)
-        return [View("\n".join(_line(*one, class_names) for one in zip(*row, strict=True))) for row in rows]
+        return [Visualization("\n".join(_line(*one, class_names) for one in zip(*row, strict=True))) for row in rows]
 
 
 def _line(probability: float, number: int, class_names: Sequence[str]) -> str:

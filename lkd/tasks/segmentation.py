@@ -13,7 +13,7 @@ from lkd.losses._dense import interpolated
 from lkd.losses._labels import mean_cross_entropy
 from lkd.tasks.base import Task
 from lkd.tasks.metrics import Accuracy, MeanIoU, intersection_over_union
-from lkd.tasks.views import UNLABELLED, View, class_color, class_name, colored
+from lkd.tasks.visualization import UNLABELLED, Visualization, class_color, class_name, colored
 from lkd.types import IGNORE_INDEX, Batch, Mixed
 
 
@@ -169,18 +169,20 @@ class SemanticSegmentation(Task):
         """Return the intersection over union of each class."""
         return intersection_over_union(*counts.unbind(-2))
 
-    def views(self, target: Tensor, class_names: Sequence[str], logits: Tensor | None = None) -> list[View]:
+    def visualize(
+        self, target: Tensor, class_names: Sequence[str], logits: Tensor | None = None
+    ) -> list[Visualization]:
         """Return colored masks and, for predictions, the proportion of correct pixels."""
         masks = target if logits is None else _enlarged(logits, target).argmax(1)
-        views = []
+        shown = []
         for mask, label in zip(masks, target, strict=True):
             known = label != IGNORE_INDEX
             text = "" if logits is None else f"{int((mask == label).sum()) / max(1, int(known.sum())):.0%} correct"
-            found = [one for one in mask.unique().tolist() if one >= 0]
-            legend = {class_name(class_names, one): class_color(one) for one in found}
+            classes = [one for one in mask.unique().tolist() if one >= 0]
+            legend = {class_name(class_names, one): class_color(one) for one in classes}
             legend |= {} if known.all() else {"no label": UNLABELLED}
-            views.append(View(text, colored(mask), legend))
-        return views
+            shown.append(Visualization(text, colored(mask), legend))
+        return shown
 
 
 def _enlarged(logits: Tensor, target: Tensor) -> Tensor:

@@ -15,25 +15,25 @@ from lkd.callbacks.sheet import sheet
 from lkd.losses import KD, PerPixel
 from lkd.models import UNet
 from lkd.tasks import Classification, SemanticSegmentation, Task
-from lkd.tasks.views import UNLABELLED, View, class_color
+from lkd.tasks.visualization import UNLABELLED, Visualization, class_color
 from lkd.types import IGNORE_INDEX
 
 
-def test_views_of_masks() -> None:
+def test_visualization_of_masks() -> None:
     target = torch.tensor([[[0, 2], [IGNORE_INDEX, 1]]])
     logits = torch.nn.functional.one_hot(torch.tensor([[[0, 2], [2, 2]]]), 3).permute(0, 3, 1, 2).float()
-    (label,) = SemanticSegmentation(3).views(target, ["sky", "road"])
-    (found,) = SemanticSegmentation(3).views(target, ["sky", "road"], logits)
+    (label,) = SemanticSegmentation(3).visualize(target, ["sky", "road"])
+    (found,) = SemanticSegmentation(3).visualize(target, ["sky", "road"], logits)
     assert label.image[:, 1, 0].tolist() == list(UNLABELLED)
     assert label.image[:, 0, 1].tolist() == found.image[:, 1, 1].tolist() == list(class_color(2)) == [0, 128, 0]
     assert label.legend == {"sky": (0, 0, 0), "road": (128, 0, 0), "2": (0, 128, 0), "no label": UNLABELLED}
     assert found.text == "67% correct"
 
 
-def test_views_of_classes() -> None:
+def test_visualization_of_classes() -> None:
     target, logits = torch.tensor([1, IGNORE_INDEX]), torch.tensor([[0.0, 9.0], [1.0, 1.0]]).log_softmax(1)
-    assert [view.text for view in Classification().views(target, ["cat", "dog"])] == ["dog", "no label"]
-    assert [view.text for view in Classification().views(target, ["cat"], logits)] == [
+    assert [cell.text for cell in Classification().visualize(target, ["cat", "dog"])] == ["dog", "no label"]
+    assert [cell.text for cell in Classification().visualize(target, ["cat"], logits)] == [
         "100% 1\n0% cat",
         "50% cat\n50% 1",
     ]
@@ -42,7 +42,7 @@ def test_views_of_classes() -> None:
 def test_sheet_shows_the_images() -> None:
     red = torch.zeros(3, 4, 4, dtype=torch.uint8)
     red[0] = 255
-    drawn = sheet([{"image": View("no. 1", red), "label": View("a long text " * 9)}])
+    drawn = sheet([{"image": Visualization("no. 1", red), "label": Visualization("a long text " * 9)}])
     is_red = (drawn == torch.tensor([255, 0, 0]).view(3, 1, 1)).all(0)
     assert is_red.sum() == 140 * 140
     assert (drawn[:, :, -3:] == 255).all()  # the text is truncated to its column
@@ -68,9 +68,9 @@ def test_images_do_not_affect_training(trainer, tmp_path) -> None:
 
 def test_invalid_settings() -> None:
     class Silent(Classification):
-        views = Task.views
+        visualize = Task.visualize
 
     with pytest.raises(ValueError, match="num_images must be at least 1, got 0"):
         PredictionImages(num_images=0)
-    with pytest.raises(ValueError, match="cannot show predictions of Silent; override its method `views`"):
+    with pytest.raises(ValueError, match="cannot show predictions of Silent; override its method `visualize`"):
         PredictionImages().setup(None, SimpleNamespace(task=Silent()), "fit")

@@ -24,7 +24,7 @@ from lkd import (
 from lkd.callbacks import PredictionWriter
 from lkd.datamodules import ImageError, PredictedImages, new_images
 from lkd.tasks import Detection, SemanticSegmentation
-from lkd.tasks.views import class_color
+from lkd.tasks.visualization import class_color
 from lkd.types import Batch, Predictions
 
 LEVELS = (40, 120, 200)

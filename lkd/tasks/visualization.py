@@ -1,4 +1,4 @@
-"""Views of targets and predictions for display: texts and colored masks."""
+"""Visualizations of targets and predictions: texts and colored masks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNLABELLED: Color = (224, 224, 192)
 """Color of pixels without a label, as in PASCAL VOC."""
 
 
-class View(NamedTuple):
+class Visualization(NamedTuple):
     """Text, image or both that show a target or a prediction.
 
     Attributes:
@@ -84,8 +84,8 @@ def displayable(image: Tensor, mean: Sequence[float] | None, std: Sequence[float
     return plain[:, : 3 if image.shape[1] >= 3 else 1].clamp(0, 1)
 
 
-def input_views(batch: Batch, mean: Sequence[float] | None, std: Sequence[float] | None) -> list[View]:
-    """Return a view of each input of a batch: the image and its dataset index; other inputs are only named.
+def visualize_inputs(batch: Batch, mean: Sequence[float] | None, std: Sequence[float] | None) -> list[Visualization]:
+    """Return a visualization of each input of a batch: the image and its dataset index; other inputs are only named.
 
     Args:
         batch: The batch.
@@ -94,7 +94,7 @@ def input_views(batch: Batch, mean: Sequence[float] | None, std: Sequence[float]
     """
     texts = [""] * len(batch.target) if batch.index is None else [f"no. {one:,}" for one in batch.index.tolist()]
     if not isinstance(batch.input, Tensor) or batch.input.dim() != 4:
-        return [View(text or "sample") for text in texts]
+        return [Visualization(text or "sample") for text in texts]
     plain = displayable(batch.input.float(), mean, std)
     images = (255 * plain).round().to(torch.uint8).expand(-1, 3, -1, -1).cpu()
-    return [View(text, image) for text, image in zip(texts, images, strict=True)]
+    return [Visualization(text, image) for text, image in zip(texts, images, strict=True)]
