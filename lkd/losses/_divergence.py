@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lkd.losses._precision import wide
 from lkd.losses._shapes import check_shapes
+from lkd.losses._softmax import log_softmax
 
 
 def kl_divergence(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
@@ -34,5 +35,5 @@ def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     Returns:
         Divergences in nats `(B,)` (float32 for half-precision inputs).
     """
-    student, teacher = (F.log_softmax(wide(logits) / temperature, dim=1) for logits in (student_logits, teacher_logits))
+    student, teacher = (log_softmax(wide(logits) / temperature) for logits in (student_logits, teacher_logits))
     return kl_divergence(student, teacher)

@@ -9,6 +9,7 @@ from torch import Tensor
 from lkd.losses._checks import check_classes
 from lkd.losses._precision import wide
 from lkd.losses._shapes import check_shapes
+from lkd.losses._softmax import log_softmax
 from lkd.types import IGNORE_INDEX
 
 
@@ -142,7 +143,7 @@ def log_others(logits: Tensor, own: Tensor) -> Tensor:
         ValueError: If there are fewer than 3 classes.
     """
     check_classes(logits, 3, "compares the non-target classes")
-    return F.log_softmax(others(logits, own), dim=1)
+    return log_softmax(others(logits, own))
 
 
 def log_binary(logits: Tensor, own: Tensor) -> Tensor:
@@ -156,5 +157,5 @@ def log_binary(logits: Tensor, own: Tensor) -> Tensor:
         ValueError: If there are fewer than 2 classes.
     """
     check_classes(logits, 2, "compares one class with all others")
-    log_p = F.log_softmax(logits, dim=1)
+    log_p = log_softmax(logits)
     return torch.stack([log_p.gather(1, own).squeeze(1), others(log_p, own).logsumexp(1)], dim=1)

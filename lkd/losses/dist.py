@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses._checks import check_positive, check_temperature, check_weights
 from lkd.losses._precision import wide
 from lkd.losses._shapes import check_shapes
+from lkd.losses._softmax import softmax
 from lkd.losses.base import DistillLoss
 from lkd.types import Batch, Outputs
 
@@ -33,7 +33,7 @@ def decorrelation(student: Tensor, teacher: Tensor, dim: int, eps: float) -> Ten
 @check_shapes(student_logits="B K", teacher_logits="B K")
 def _terms(student_logits: Tensor, teacher_logits: Tensor, temperature: float, eps: float) -> tuple[Tensor, Tensor]:
     """Return the inter-class and the intra-class term of `dist_loss` without their weights."""
-    student, teacher = (F.softmax(wide(logits) / temperature, dim=1) for logits in (student_logits, teacher_logits))
+    student, teacher = (softmax(wide(logits) / temperature) for logits in (student_logits, teacher_logits))
     inter, intra = (temperature**2 * decorrelation(student, teacher, dim, eps) for dim in (1, 0))
     return inter, intra
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses._checks import check_temperature
 from lkd.losses._divergence import softened_kl
 from lkd.losses._precision import full_precision, wide
 from lkd.losses._shapes import check_shapes
+from lkd.losses._softmax import softmax
 from lkd.losses.base import DistillLoss, total
 from lkd.types import Batch, Outputs
 
@@ -23,14 +23,14 @@ TEMPERATURES = (4.0, 3.0, 5.0, 2.0, 6.0)
 @full_precision
 def _classes(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Return the squared difference of the class Gram matrices for each class `(K,)`."""
-    student, teacher = (F.softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits))
+    student, teacher = (softmax(logits / temperature) for logits in (student_logits, teacher_logits))
     return (teacher.T @ teacher - student.T @ student).square().sum(1)
 
 
 @full_precision
 def _images(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Return the squared difference of the sample Gram matrices for each sample `(B,)`."""
-    student, teacher = (F.softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits))
+    student, teacher = (softmax(logits / temperature) for logits in (student_logits, teacher_logits))
     return (teacher @ teacher.T - student @ student.T).square().sum(1)
 
 
@@ -93,7 +93,7 @@ def _terms(
 ) -> dict[str, Tensor]:
     views = list(zip(student_logits.chunk(2), teacher_logits.chunk(2), strict=True))
     weak, strong = views
-    teacher = F.softmax(wide(weak[1]), dim=1)
+    teacher = softmax(wide(weak[1]))
     unsure = _lowest(teacher.amax(1), percentile)
     kept = {"kd": unsure, "class": _lowest(teacher.sum(0), percentile), "batch": unsure}
     terms = {}

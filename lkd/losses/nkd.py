@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses._checks import check_temperature, check_weights
 from lkd.losses._labels import labelled_mean, log_others, own_class
 from lkd.losses._precision import wide
 from lkd.losses._shapes import check_shapes
+from lkd.losses._softmax import log_softmax
 from lkd.losses.base import DistillLoss
 from lkd.types import Batch, Outputs
 
@@ -18,7 +18,7 @@ def _nkd_target(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) 
     """Compute the target-class term of `nkd_loss`."""
     own = own_class(target, student_logits)
     student, teacher = (
-        F.log_softmax(wide(logits), dim=1).gather(1, own).squeeze(1) for logits in (student_logits, teacher_logits)
+        log_softmax(wide(logits)).gather(1, own).squeeze(1) for logits in (student_logits, teacher_logits)
     )
     return labelled_mean(-teacher.exp() * student, target)
 

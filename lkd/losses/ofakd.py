@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses._checks import check_positive, check_temperature, check_weights
 from lkd.losses._labels import own_class
 from lkd.losses._precision import wide
 from lkd.losses._shapes import check_shapes
+from lkd.losses._softmax import log_softmax, softmax
 from lkd.losses.base import DistillLoss, read_layers, total
 from lkd.types import IGNORE_INDEX, Batch, Outputs, Probe
 
@@ -48,8 +48,8 @@ def ofa_loss(
         >>> [round(ofa_loss(logits, logits, target, eps).item(), 4) for eps in (1.0, 1.5)]
         [0.6656, 0.4884]
     """
-    log_student = F.log_softmax(wide(student_logits) / temperature, dim=1)
-    teacher = F.softmax(wide(teacher_logits) / temperature, dim=1)
+    log_student = log_softmax(wide(student_logits) / temperature)
+    teacher = softmax(wide(teacher_logits) / temperature)
     classes = torch.arange(teacher.shape[1], device=target.device)
     labelled = (target != IGNORE_INDEX).unsqueeze(1)
     is_target = ((own_class(target, student_logits) == classes) & labelled).to(teacher.dtype)

@@ -113,5 +113,5 @@ class PerPixel(WrapperLoss):
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """Return maps `(B, K, H, W)` as `(B * H * W, K)`."""
-    return logits.permute(0, 2, 3, 1).flatten(0, 2)
+    """Return maps `(B, K, H, W)` as `(B * H * W, K)`, in which the values of a class are contiguous, as in the maps."""
+    return logits.transpose(0, 1).flatten(1).t()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses._checks import check_temperature, check_weights
@@ -11,6 +10,7 @@ from lkd.losses._divergence import kl_divergence
 from lkd.losses._labels import labelled_mean, log_binary, own_class
 from lkd.losses._precision import wide
 from lkd.losses._shapes import check_shapes
+from lkd.losses._softmax import log_softmax
 from lkd.losses.base import DistillLoss
 from lkd.types import Batch, Outputs
 
@@ -30,7 +30,7 @@ def _mcd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, tempera
     is_empty = masked.all(1, keepdim=True)
     masked = masked & ~is_empty  # the softmax of an empty set is NaN; these samples are excluded below
     student, teacher = (
-        F.log_softmax((wide(logits) / temperature).masked_fill(masked, -torch.inf), dim=1).masked_fill(masked, 0)
+        log_softmax((wide(logits) / temperature).masked_fill(masked, -torch.inf)).masked_fill(masked, 0)
         for logits in (student_logits, teacher_logits)
     )
     divergence = kl_divergence(student, teacher).masked_fill(is_empty.squeeze(1), 0)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses._checks import check_temperature
 from lkd.losses._divergence import softened_kl
 from lkd.losses._precision import wide
 from lkd.losses._shapes import check_shapes
+from lkd.losses._softmax import log_softmax
 from lkd.losses.base import DistillLoss
 from lkd.types import Batch, Outputs
 
@@ -69,7 +69,7 @@ def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
         Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024 (arXiv 2402.11148),
         section 4.
     """
-    flatness = torch.logsumexp(F.log_softmax(wide(teacher_logits), dim=1) / temperature, dim=1).exp()
+    flatness = torch.logsumexp(log_softmax(wide(teacher_logits)) / temperature, dim=1).exp()
     return (flatness * _transformed(student_logits, teacher_logits, temperature)).mean()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkd.losses._checks import check_weights
 from lkd.losses._labels import labelled_cross_entropy, labelled_mean, log_others, others, own_class
 from lkd.losses._precision import wide
 from lkd.losses._shapes import check_shapes
+from lkd.losses._softmax import log_softmax, softmax
 from lkd.losses.base import DistillLoss, read_layers
 from lkd.types import Batch, Outputs, Probe
 
@@ -19,7 +19,7 @@ _SMOOTHING = 0.1
 @check_shapes(student_logits="B K", target="B")
 def _uskd_target(student_logits: Tensor, target: Tensor) -> Tensor:
     """Compute the target-class term: cross-entropy weighted by the student's confidence."""
-    log_own = F.log_softmax(wide(student_logits), dim=1).gather(1, own_class(target, student_logits)).squeeze(1)
+    log_own = log_softmax(wide(student_logits)).gather(1, own_class(target, student_logits)).squeeze(1)
     squares = (2 * log_own.detach()).exp()
     return labelled_mean(-(squares + 1 - labelled_mean(squares, target)) * log_own, target)
 
@@ -28,8 +28,8 @@ def _uskd_target(student_logits: Tensor, target: Tensor) -> Tensor:
 def _uskd_nontarget(student_logits: Tensor, weak_logits: Tensor, target: Tensor) -> Tensor:
     """Compute the non-target-class term: cross-entropy with Zipf's law over the ranks of the classes."""
     own, student_logits = own_class(target, student_logits), wide(student_logits)
-    log_student = F.log_softmax(student_logits, dim=1)
-    weak = F.softmax(wide(weak_logits), dim=1)
+    log_student = log_softmax(student_logits)
+    weak = softmax(wide(weak_logits))
     score = weak / (1 - weak.gather(1, own) + 1e-6) + log_student / (1 - log_student.gather(1, own) + 1e-6)
     rank = score.argsort(dim=1, descending=True).argsort(dim=1) + 1
     zipf = others(1 / rank.to(score.dtype), own)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lkd.losses._checks import check_temperature
 from lkd.losses._labels import labelled_mean, own_class
 from lkd.losses._precision import wide
 from lkd.losses._shapes import check_shapes
+from lkd.losses._softmax import log_softmax, softmax
 from lkd.losses.base import DistillLoss
 from lkd.types import Batch, Outputs
 
@@ -40,11 +40,11 @@ def wsld_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
     """
     own, student_logits, teacher_logits = own_class(target, student_logits), wide(student_logits), wide(teacher_logits)
     student_ce, teacher_ce = (
-        -F.log_softmax(logits.detach(), dim=1).gather(1, own).squeeze(1) for logits in (student_logits, teacher_logits)
+        -log_softmax(logits.detach()).gather(1, own).squeeze(1) for logits in (student_logits, teacher_logits)
     )
     weight = 1 - torch.exp(-(student_ce / (teacher_ce + 1e-7)).clamp(min=0))  # 1e-7 as in the authors' code
-    teacher = F.softmax(teacher_logits / temperature, dim=1)
-    soft_ce = -(teacher * F.log_softmax(student_logits / temperature, dim=1)).sum(1)
+    teacher = softmax(teacher_logits / temperature)
+    soft_ce = -(teacher * log_softmax(student_logits / temperature)).sum(1)
     return temperature**2 * labelled_mean(weight * soft_ce, target)
 
 
