@@ -22,7 +22,7 @@ from benchmarks.results import best_student, bundle
 from benchmarks.results.__main__ import main
 from benchmarks.results.plan import STUDENT, TEACHER, Cell, cells, read_plan, rows
 from benchmarks.results.store import Store, steps
-from benchmarks.results.table import interval, summary
+from benchmarks.results.table import interval, summary, write
 from benchmarks.warm import CONTEXT
 from lkd import ClassificationModule, DigitsDataModule
 from lkd.cli.config_files import configs_folder
@@ -207,6 +207,18 @@ def test_missing_cells_are_empty(plan, copy, tmp_path) -> None:
     assert (kd["n"], kd["planned"], kd["best"], kd["difference"]) == (0, 1, None, None)
     assert alone["difference"] == teacher["difference"] == None  # noqa: E711
     assert (tmp_path / "table.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name, page", [("two_cores", "cifar100")])
+def test_published_tables_are_those_of_the_published_results(name, page, tmp_path) -> None:
+    folder = Path(bundle.__file__).parent
+    store = Store(folder / "stores" / name)
+    write(rows(read_plan(name), store.tuned()), store, tmp_path)
+    assert (tmp_path / "table.json").read_text() == (folder / "tables" / f"{name}.json").read_text()
+    shown = (folder.parent / f"{page}.md").read_text().splitlines()
+    table = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
+    assert len(table) > 4
+    assert set(table) <= set(shown)
 
 
 def test_differences_are_paired_with_t_intervals() -> None:

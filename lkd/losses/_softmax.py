@@ -37,9 +37,10 @@ def log_softmax(logits: Tensor) -> Tensor:
 def _over_classes(function: Callable[..., Tensor], logits: Tensor) -> Tensor:
     """Apply a function to dimension 1.
 
-    PyTorch's CPU kernels for the last dimension are slow if it is small, because they are not vectorized then, so the
-    logits of many samples, such as pixels, are transposed first.
+    The logits of pixels are stored by class, so they are processed in this order. Moreover, PyTorch's CPU kernels for
+    the last dimension are slow if it is small, so the logits of many samples with few classes are transposed first.
     """
-    if logits.shape[1] < _FEW_CLASSES and len(logits) >= _MANY_SAMPLES:
+    is_narrow = len(logits) >= _MANY_SAMPLES and logits.shape[1] < _FEW_CLASSES
+    if is_narrow or (len(logits) > 1 and logits.t().is_contiguous()):
         return function(logits.t().contiguous(), dim=0).t()
     return function(logits, dim=1)
