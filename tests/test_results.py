@@ -209,7 +209,7 @@ def test_missing_cells_are_empty(plan, copy, tmp_path) -> None:
     assert (tmp_path / "table.svg").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name, page", [("two_cores", "cifar100")])
+@pytest.mark.parametrize(("name", "page"), [("two_cores", "cifar100")])
 def test_published_tables_are_those_of_the_published_results(name, page, tmp_path) -> None:
     folder = Path(bundle.__file__).parent
     store = Store(folder / "stores" / name)

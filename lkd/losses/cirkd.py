@@ -11,11 +11,12 @@ from torch import Tensor
 from lkd.losses._adapters import projection_head
 from lkd.losses._checks import check_temperature, check_weights
 from lkd.losses._dense import class_masks, enlarged, resized_labels
-from lkd.losses._divergence import softened_kl
+from lkd.losses._divergence import kl_divergence
 from lkd.losses._labels import labelled_mean
 from lkd.losses._memory import drawn, enqueue, gathered, new_memory
 from lkd.losses._precision import full_precision, wide
 from lkd.losses._shapes import check_shapes
+from lkd.losses._softmax import log_softmax
 from lkd.losses._unit_vectors import unit_vectors
 from lkd.losses.base import DistillLoss
 from lkd.types import Batch, Outputs, Probe
@@ -35,8 +36,10 @@ def cross_image_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tens
         Scalar: mean over all rows and images of the divergence between the row's distributions over the image's rows.
     """
     all_rows = (student.flatten(0, 1), teacher.flatten(0, 1))
-    student_scores, teacher_scores = ((rows @ rows.mT).view(-1, student.shape[1]) for rows in all_rows)
-    return softened_kl(student_scores, teacher_scores, temperature).mean()
+    # the rows are divided by the temperature, because there are fewer of them than of similarities
+    scores = (((rows / temperature) @ rows.mT).view(-1, student.shape[1]) for rows in all_rows)
+    student_log_probs, teacher_log_probs = map(log_softmax, scores)
+    return kl_divergence(student_log_probs, teacher_log_probs).mean()
 
 
 @check_shapes(student_feature="B C H W", teacher_feature="B D H W")
@@ -105,11 +108,12 @@ def cirkd_memory_loss(
         >>> cirkd_memory_loss(feature, 3 * feature, keys, target).item() < 1e-6
         True
     """
-    student, teacher = (
-        unit_vectors(values.flatten(2), dim=1).mT.flatten(0, 1) @ keys.mT
+    scaled = keys / (temperature * kd_temperature)
+    student_log_probs, teacher_log_probs = (
+        log_softmax(unit_vectors(values.flatten(2), dim=1).mT.flatten(0, 1) @ scaled.mT)
         for values in (student_embedding, teacher_feature)
     )
-    divergence = softened_kl(student, teacher, temperature * kd_temperature)
+    divergence = kl_divergence(student_log_probs, teacher_log_probs)
     return kd_temperature**2 * labelled_mean(divergence, target.flatten())
 
 
