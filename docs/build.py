@@ -19,6 +19,8 @@ if __name__ == "__main__":
     shutil.copytree(HERE / "pages", SOURCES)
     shutil.copytree(HERE / "static", SOURCES / "static")
     generate.write(SOURCES)
+    for image in (HERE.parent / "benchmarks").glob("*.svg"):
+        shutil.copy(image, SOURCES / "benchmarks")
     shutil.rmtree(TARGET, ignore_errors=True)
     options = ["-q", "--fail-on-warning", "--keep-going", "--fresh-env", "-c", str(HERE)]
     sys.exit(main([*options, "-d", str(SOURCES.with_name("docs-doctrees")), str(SOURCES), str(TARGET)]))

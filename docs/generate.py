@@ -78,7 +78,7 @@ def _pages() -> Iterator[tuple[str, str]]:
 
 
 def _with_links(text: str, folder: Path, depth: int = 1) -> str:
-    """Adapt the links of a file of the repository: images are embedded, and files other than benchmarks are only named.
+    """Adapt the links of a file of the repository: files other than benchmarks and images are only named.
 
     Args:
         text: Content of the file.
@@ -88,11 +88,9 @@ def _with_links(text: str, folder: Path, depth: int = 1) -> str:
 
     def link(found: re.Match[str]) -> str:
         title, target = found.groups()
-        if target.endswith(".svg"):
-            return f"[{title}]({_data_uri(target, (folder / target).read_bytes())})"
         if (folder / target).parent == ROOT / "benchmarks" and target.endswith(".md"):
             return f"[{title}]({'../' * depth}benchmarks/{Path(target).name})"
-        return found[0] if "://" in target or target.startswith("#") else title
+        return found[0] if "://" in target or target.startswith("#") or target.endswith(".svg") else title
 
     return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", link, text)
 

@@ -160,7 +160,7 @@ def _remarks(records: Sequence[Record], has_published: bool) -> Iterator[str]:
         text += (
             " Published accuracies are from the official split, after 240 epochs on all training images: `last` in "
             "RepDistiller (Tian et al. 2020), whereas dkd and logit_standardization report the epoch with the best "
-            "test accuracy."
+            "test accuracy; the code of reviewkd records both."
         )
     yield text
     if not records:
@@ -199,5 +199,5 @@ def _plot(figures: Sequence[dict[str, Any]]) -> Figure:
         )
         axes.set_ylim(max(len(measured), 1) - 0.5, -0.5)
         metric = next((row["metric"] for row in section if row["metric"]), "accuracy")
-        axes.set_xlabel(f"test {metric} of `best`, difference to the student alone, percentage points")
+        axes.set_xlabel(f"test {metric} of the best checkpoint, difference to the student alone, percentage points")
     return figure
