@@ -2,9 +2,9 @@
 
     python -m benchmarks.kills FOLDER [--kills 20] [--seconds 5 30] [--seed 0]
 
-Fills a store with the plan `tiny` without interruption, and a second store with a command that is killed (SIGKILL or
-SIGTERM to all of its processes) after random times and started again. Then it compares all results except durations,
-process counts and revisions. The plan takes minutes and trains on the digits.
+Trains the plan `tiny` into one store without interruption, and into a second one with a command whose processes are all
+killed (SIGKILL or SIGTERM) after random times and which is then restarted. It compares everything in the results except
+durations, devices and revisions.
 """
 
 from __future__ import annotations

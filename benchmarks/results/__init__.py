@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def best_student(store: str | Path, pair: str, method: str | None = None) -> nn.Module:
-    """Load the student of a pair's best cell.
+    """Load a pair's student with the highest validation accuracy among the cells of a store.
 
     Args:
-        store: Folder of the store.
+        store: Folder of the store, with weights (those in the repository contain results only).
         pair: Name of the pair.
         method: Name of the method; `None` selects the best of all methods.
 

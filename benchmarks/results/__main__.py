@@ -8,8 +8,9 @@
 
 PLAN is a YAML file, or the name of one in benchmarks/results/plans. A cell is one `lkd fit`, followed by `lkd test` of
 its best and its last checkpoint. STORE is a folder with one JSON file per finished cell. The command trains the missing
-cells in the order teachers, students alone, methods seed by seed. It may be killed at any time: the same command
-continues, with the same results as without an interruption. Several commands may share a store on one machine.
+cells in this order: teachers, students alone, then methods, seed by seed. It may be killed at any time: the same
+command continues, and the results are the same as without interruption. Several commands may share a store on one
+machine.
 
 FOLDER contains the images in train/<class>/ and test/<class>/, or the original files of the data set. OTHER is another
 store or the name of a bundle. A bundle contains results, unfinished cells and teachers for another machine.
@@ -36,12 +37,12 @@ def parsed(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("plan")
     parser.add_argument("store", type=Path)
     parser.add_argument("--data", type=Path, help="folder of the images")
-    parser.add_argument("--minutes", type=float, help="time limit in minutes; an unfinished cell is saved before")
+    parser.add_argument("--minutes", type=float, help="time limit in minutes; an unfinished cell is saved in time")
     parser.add_argument("--trials", type=int, default=20, help="number of trials of --tune")
     parser.add_argument("--part-size", type=bundle.size, default="15M", help="largest file of a bundle")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--table", type=Path, help="write table.md, table.json and table.svg to a folder")
-    action.add_argument("--tune", metavar="METHOD", help="search a method's settings on validation images, first seed")
+    action.add_argument("--tune", metavar="METHOD", help="tune settings on the validation images with the first seed")
     action.add_argument("--merge", type=Path, metavar="OTHER", help="import the cells of another store or a bundle")
     action.add_argument("--bundle", type=Path, metavar="FILE", help="pack what another machine needs to continue")
     return parser.parse_args(args)

@@ -103,8 +103,8 @@ def _figures(checkpoint: Path, root: list[str], keep: Path | None = None) -> dic
         keep: File for the network's weights in float16; `None` does not write them.
 
     Returns:
-        The epoch, the main metric on validation and test images in percent, a hash of the weights, and that of the
-        file.
+        The number of epochs, the main metric on validation and test images in percent, a hash of the weights, and that
+        of the file.
     """
     content = read_checkpoint(checkpoint)
     states = content["callbacks"].items()
@@ -112,7 +112,7 @@ def _figures(checkpoint: Path, root: list[str], keep: Path | None = None) -> dic
     cli = copy_context().run(LkdCLI, *prepare(["test", f"--ckpt_path={checkpoint}", *root])[:2])
     state, task = content["state_dict"], cli.model.task
     figures = {
-        "epoch": int(content["epoch"]),
+        "epoch": content["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"],
         "metric": task.metric_title,
         "val": 100 * float(validated[f"val/{task.metric}"]),
         "test": 100 * float(cli.trainer.callback_metrics[f"test/{task.metric}"]),

@@ -63,7 +63,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """Row of the table: the same training with several seeds.
+    """Row of the table: one setting, trained with one or more seeds.
 
     Attributes:
         pair: Pair of networks.

@@ -91,8 +91,8 @@ class Store:
     def merge(self, other: Store) -> Iterator[str]:
         """Import finished cells, tuned settings, and unfinished cells that were trained for longer than in this store.
 
-        A cell that is finished in both stores is not changed. A cell whose teacher has other weights than the teacher
-        of this store is skipped, because its results would not be comparable.
+        A cell that is finished in both stores is not changed. A cell whose teacher's weights differ from those
+        in this store is skipped, because its results would not be comparable.
 
         Args:
             other: The other store.
@@ -142,7 +142,7 @@ class Store:
 
 
 def steps(run: Path) -> int:
-    """Return the number of optimizer steps after which a cell continues; 0 without a checkpoint."""
+    """Return the optimizer step from which a cell resumes; 0 without a checkpoint."""
     paths = sorted(run.glob("version_*/checkpoints/last.ckpt"))
     return max((int(read_checkpoint(path)["global_step"]) for path in paths), default=0)
 

@@ -17,16 +17,16 @@ from benchmarks.results.store import Record, Store
 from lkd.io.tensor_cache import replacing
 
 _CONFIDENCE = 0.95
-_HEAD = "| method | n | best, % | last, % | best, difference to the student alone | published | minutes |"
+_HEAD = "| method | n | best, % | last, % | best, difference from the student alone | published | minutes |"
 
 
 def summary(rows: Sequence[Row], store: Store) -> list[dict[str, Any]]:
-    """Summarize the results of each row; entries that require missing cells are `None`.
+    """Summarize the finished cells of each row; entries without any are `None`.
 
     Metrics are in percent, differences in percentage points. `best` is the checkpoint with the highest metric on
     the validation images, `last` the one after the last step; both are evaluated on the test images. `difference` is
     the mean over seeds of the difference of `best` to the student alone with the same seed, `low` and `high` its 95 %
-    confidence interval by Student's t.
+    confidence interval from Student's t-distribution.
 
     Args:
         rows: The rows.
@@ -152,15 +152,15 @@ def _remarks(records: Sequence[Record], has_published: bool) -> Iterator[str]:
     text = (
         f"The metric is the {metric}. `best` is the checkpoint with the highest {metric} on the validation images, "
         "`last` the one after the last step. Both are evaluated on the test images: mean ± standard deviation over n "
-        "seeds. Differences are paired by seed, in percentage points, with their 95 % confidence interval by Student's "
-        "t. All students of a pair have the same teacher, so the intervals do not include the variation between "
-        "teachers."
+        "seeds. Differences are paired by seed, in percentage points, with 95 % confidence intervals from Student's "
+        "t-distribution. All students of a pair have the same teacher, so the intervals do not include the variation "
+        "between teachers."
     )
     if has_published:
         text += (
-            " Published accuracies are from the official split, after 240 epochs on all training images: `last` in "
-            "RepDistiller (Tian et al. 2020), whereas dkd and logit_standardization report the epoch with the best "
-            "test accuracy; the code of reviewkd records both."
+            " Published accuracies are from the official split, after 240 epochs on all training images (sources: "
+            "benchmarks/results/published.yaml). RepDistiller reports `last`, whereas dkd and logit_standardization "
+            "report the epoch with the best test accuracy; the code of reviewkd records both."
         )
     yield text
     if not records:
@@ -199,5 +199,5 @@ def _plot(figures: Sequence[dict[str, Any]]) -> Figure:
         )
         axes.set_ylim(max(len(measured), 1) - 0.5, -0.5)
         metric = next((row["metric"] for row in section if row["metric"]), "accuracy")
-        axes.set_xlabel(f"test {metric} of the best checkpoint, difference to the student alone, percentage points")
+        axes.set_xlabel(f"test {metric} of the best checkpoint, difference from the student alone, percentage points")
     return figure
