@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import lightning as L
 
+from lkd._moved import former_members
 from lkd.compare.cost import Cost
 from lkd.compare.grid import Grid
 from lkd.compare.groups import Group, Measured, MethodDifference, Spread
@@ -20,6 +21,7 @@ F = TypeVar("F", bound=Measured)
 D = TypeVar("D", Difference, ScoreDifference)
 
 
+@former_members(figures="metrics")
 @dataclass
 class Measurements(ABC, Generic[F, D]):
     """Measurements of several networks.

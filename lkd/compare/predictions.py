@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lkd._moved import renamed
+from lkd._moved import former_members, renamed
 from lkd.compare.metrics import divergences
 from lkd.io.refused import first_line
 from lkd.modules import ClassificationModule
@@ -57,6 +57,7 @@ class Disagreements:
     divergence: Tensor
 
 
+@former_members(disputed="disagreements")
 @dataclass
 class Predictions:
     """Predictions of the networks.

@@ -19,7 +19,7 @@ def test_prediction_images(pretended) -> None:
     shown = []
     for device in ("cpu", NAME):
         batch = _part(Batch(logits.to(device), target.to(device)), 2)
-        shown.append(SemanticSegmentation(3).views(batch.target, [], batch.input))
+        shown.append(SemanticSegmentation(3).visualize(batch.target, [], batch.input))
     for ours, theirs in zip(*shown, strict=True):
         assert (ours.text, ours.legend) == (theirs.text, theirs.legend)
         assert torch.equal(ours.image, theirs.image)
