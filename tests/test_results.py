@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -207,6 +208,26 @@ def test_missing_cells_are_empty(plan, copy, tmp_path) -> None:
     assert (kd["n"], kd["planned"], kd["best"], kd["difference"]) == (0, 1, None, None)
     assert alone["difference"] == teacher["difference"] == None  # noqa: E711
     assert (tmp_path / "table.svg").stat().st_size > 1000
+
+
+def test_students_of_a_replaced_teacher_are_missing(plan, copy, tmp_path, capsys) -> None:
+    (teacher,) = [record for record in Store(copy).results() if record["method"] == TEACHER]
+    Store(copy).save("results", teacher["id"], teacher | {"best": teacher["best"] | {"weights": "others"}})
+    counts = {row["method"]: row["n"] for row in summary(rows(read_plan(str(plan))), Store(copy))}
+    assert counts == {TEACHER: 1, STUDENT: 1, "kd": 0}
+    Store(copy).weights(teacher["id"]).unlink()
+    assert main([str(plan), str(copy)]) == 2
+    assert "does not exist, although this teacher is finished" in capsys.readouterr().err
+    assert main([str(plan), str(tmp_path / "misspelt"), "--table", str(tmp_path)]) == 2
+    assert "there is no store" in capsys.readouterr().err
+
+
+def test_repeated_seeds_are_rejected(tmp_path) -> None:
+    path = tmp_path / "plan.yaml"
+    for seeds, message in (([0, 0], "must differ, got [0, 0]"), ([], "must be a list of integers"), (3, "got 3")):
+        path.write_text(yaml.safe_dump({**PLAN, "seeds": seeds}))
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read_plan(str(path))
 
 
 @pytest.mark.parametrize(("name", "page"), [("two_cores", "cifar100")])

@@ -30,11 +30,13 @@ def best_student(store: str | Path, pair: str, method: str | None = None) -> nn.
     Raises:
         ValueError: If no such cell is finished.
     """
+    from benchmarks.results.plan import TEACHER
     from benchmarks.results.store import Store
     from lkd.models import load_weights
 
     results = [record for record in Store(Path(store)).results() if method in (None, record["method"])]
-    results = [record for record in results if record["pair"] == pair and record["best"]["weights"]]
+    results = [record for record in results if record["pair"] == pair and record["method"] != TEACHER]
+    results = [record for record in results if record["best"]["weights"]]
     if not results:
         raise ValueError(f"{store} has no finished cell of {pair}{f' with {method}' if method else ''}")
     best = max(results, key=lambda record: float(record["best"]["val"]))

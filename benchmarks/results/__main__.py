@@ -19,6 +19,7 @@ store or the name of a bundle. A bundle contains results, unfinished cells and t
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -31,13 +32,20 @@ from benchmarks.results.tune import tune
 from benchmarks.results.work import Clock, work
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be greater than 0, got {text}")
+    return value
+
+
 def parsed(args: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan")
     parser.add_argument("store", type=Path)
     parser.add_argument("--data", type=Path, help="folder of the images")
-    parser.add_argument("--minutes", type=float, help="time limit in minutes; an unfinished cell is saved in time")
+    parser.add_argument("--minutes", type=_positive, help="time limit in minutes; an unfinished cell is saved in time")
     parser.add_argument("--trials", type=int, default=20, help="number of trials of --tune")
     parser.add_argument("--part-size", type=bundle.size, default="15M", help="largest file of a bundle")
     action = parser.add_mutually_exclusive_group()
@@ -50,6 +58,8 @@ def parsed(args: Sequence[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     """Execute the selected action; return the exit code."""
+    if not options.store.is_dir() and (options.table or options.tune or options.bundle):
+        raise ValueError(f"there is no store {options.store}; check its name, or train cells first")
     clock, plan, store = Clock(options.minutes), read_plan(options.plan), Store(options.store)
     data = options.data and options.data.resolve()
     planned = rows(plan, store.tuned())
@@ -78,6 +88,8 @@ def main(args: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         return run(parsed(args))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -130,7 +130,7 @@ def read_plan(name: str) -> Plan:
 
     Raises:
         FileNotFoundError: If there is no such plan.
-        ValueError: If a key is unknown or missing.
+        ValueError: If a key is unknown or missing, or seeds are not different integers.
     """
     path = next((path for path in (Path(name), HERE / "plans" / f"{name}.yaml") if path.is_file()), None)
     if path is None:
@@ -143,10 +143,16 @@ def read_plan(name: str) -> Plan:
         for pair, configs in content.get("complete", {}).items():
             if missing := [method for method in (TEACHER, STUDENT) if method not in configs]:
                 raise KeyError(f"{pair} has no config for {missing[0]!r}")
-        return Plan(**content)
+        plan = Plan(**content)
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         keys = ", ".join(part.name for part in fields(Plan))
         raise ValueError(f"{path} is not a plan with the keys {keys}: {error}") from error
+    for seeds in (plan.seeds, *(method.seeds for method in plan.methods.values() if method.seeds is not None)):
+        if not (isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds)):
+            raise ValueError(f"seeds in {path} must be a list of integers, such as [0, 1, 2], got {seeds!r}")
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds in {path} must differ, got {seeds}; repeated seeds would be counted twice")
+    return plan
 
 
 def rows(plan: Plan, tuned: Mapping[str, Config] | None = None) -> list[Row]:

@@ -40,6 +40,15 @@ class Store:
         """Return the result of a cell; `None` if it is not finished."""
         return _read(self.folder / "results" / f"{cell}.json")
 
+    def finished(self, cell: Cell) -> Record | None:
+        """Return the result of a cell; `None` if it is not finished or its teacher has been replaced since."""
+        record = self.result(cell.id)
+        if record is None or not cell.teacher:
+            return record
+        teacher = self.result(cell.teacher)
+        is_same = teacher is not None and teacher["best"]["weights"] == record["teacher"]["weights"]
+        return record if is_same else None
+
     def results(self) -> list[Record]:
         """Return all results."""
         return _all(self.folder / "results")

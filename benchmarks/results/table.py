@@ -94,7 +94,7 @@ def write(rows: Sequence[Row], store: Store, folder: Path) -> None:
 
 
 def _results(row: Row, store: Store) -> list[Record]:
-    return [record for cell in row.cells if (record := store.result(cell.id)) is not None]
+    return [record for cell in row.cells if (record := store.finished(cell)) is not None]
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -54,16 +54,25 @@ def work(cells: Sequence[Cell], store: Store, data: Path | None, clock: Clock) -
 
     Returns:
         The exit code: 0, also if the time limit is reached, or 1 if a cell failed.
+
+    Raises:
+        ValueError: If the weights of a finished teacher are missing.
     """
+    for teacher in {cell.teacher for cell in cells if cell.teacher and store.finished(cell) is None}:
+        if store.result(teacher) is not None and not store.weights(teacher).is_file():
+            raise ValueError(
+                f"{store.weights(teacher)} does not exist, although this teacher is finished; import it with --merge, "
+                f"or delete {store.folder}/results/{teacher}.json to train the teacher and its students again"
+            )
     failed: set[str] = set()
     while not clock.is_over:
         hopeless = {cell.id for cell in cells if cell.teacher in failed} | failed
-        left = [cell for cell in cells if cell.id not in hopeless and store.result(cell.id) is None]
+        left = [cell for cell in cells if cell.id not in hopeless and store.finished(cell) is None]
         if not left:
             break
         if not any(_tried(cell, store, data, clock, failed) for cell in left if store.is_ready(cell)):
             time.sleep(_POLL)  # other processes are training the remaining cells
-    done = sum(store.result(cell.id) is not None for cell in cells)
+    done = sum(store.finished(cell) is not None for cell in cells)
     print(f"{done} of {len(cells)} cells are finished", flush=True)
     return 1 if failed else 0
 
@@ -73,11 +82,11 @@ def _tried(cell: Cell, store: Store, data: Path | None, clock: Clock, failed: se
     with store.claimed(cell.id) as is_free:
         if not is_free:
             return False
-        if store.result(cell.id) is not None:  # finished by another process in the meantime
+        if store.finished(cell) is not None:  # finished by another process in the meantime
             return True
         print(f"{cell.id} ...", flush=True)
         code = in_process(train, (cell, store, data), clock)
-    result = store.result(cell.id)
+    result = store.finished(cell)
     if result is not None:
         best, last = result["best"], result["last"]
         print(
