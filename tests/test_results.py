@@ -217,9 +217,24 @@ def test_students_of_a_replaced_teacher_are_missing(plan, copy, tmp_path, capsys
     assert counts == {TEACHER: 1, STUDENT: 1, "kd": 0}
     Store(copy).weights(teacher["id"]).unlink()
     assert main([str(plan), str(copy)]) == 2
-    assert "does not exist, although this teacher is finished" in capsys.readouterr().err
+    assert "is missing or changed, although this teacher is finished" in capsys.readouterr().err
     assert main([str(plan), str(tmp_path / "misspelt"), "--table", str(tmp_path)]) == 2
     assert "there is no store" in capsys.readouterr().err
+
+
+def test_damaged_bundles_are_rejected(plan, copy, tmp_path, capsys) -> None:
+    assert main([str(plan), str(copy), "--bundle", f"{tmp_path}/parts"]) == 0
+    (part,) = tmp_path.glob("parts.*")
+    whole = part.read_bytes()
+    capsys.readouterr()
+    for content in (whole[: len(whole) // 2], whole[:1024], b"", whole.replace(b'"seed": 0', b'"seed": 1')):
+        part.write_bytes(content)
+        assert main([str(plan), str(tmp_path / "moved"), "--merge", f"{tmp_path}/parts"]) == 2
+        assert "is damaged, or its parts belong to different bundles" in capsys.readouterr().err
+        assert not Store(tmp_path / "moved").results()
+    assert main([str(plan), str(tmp_path / "moved"), "--bundle", f"{tmp_path}/parts"]) == 2
+    assert "contains nothing to bundle" in capsys.readouterr().err
+    assert part.exists()
 
 
 def test_repeated_seeds_are_rejected(tmp_path) -> None:

@@ -33,10 +33,26 @@ from benchmarks.results.work import Clock, work
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be greater than 0, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a number greater than 0, got {text}")
     return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer greater than 0, got {text}")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    try:
+        return bundle.size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parsed(args: Sequence[str] | None) -> argparse.Namespace:
@@ -46,8 +62,8 @@ def parsed(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("store", type=Path)
     parser.add_argument("--data", type=Path, help="folder of the images")
     parser.add_argument("--minutes", type=_positive, help="time limit in minutes; an unfinished cell is saved in time")
-    parser.add_argument("--trials", type=int, default=20, help="number of trials of --tune")
-    parser.add_argument("--part-size", type=bundle.size, default="15M", help="largest file of a bundle")
+    parser.add_argument("--trials", type=_count, default=20, help="number of trials of --tune")
+    parser.add_argument("--part-size", type=_size, default="15M", help="largest file of a bundle")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--table", type=Path, help="write table.md, table.json and table.svg to a folder")
     action.add_argument("--tune", metavar="METHOD", help="tune settings on the validation images with the first seed")
@@ -65,7 +81,8 @@ def run(options: argparse.Namespace) -> int:
     planned = rows(plan, store.tuned())
     if options.merge:
         with bundle.opened(options.merge) as other:
-            print(*store.merge(other), sep="\n")
+            for line in store.merge(other):
+                print(line, flush=True)
     elif options.bundle:
         print(*bundle.pack(store, options.bundle, options.part_size), sep="\n")
     elif options.table:

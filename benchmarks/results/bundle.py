@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import re
 import tarfile
 import tempfile
@@ -10,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.results.plan import TEACHER
-from benchmarks.results.store import Store
+from benchmarks.results.store import Store, sha256
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_MANIFEST = "manifest.json"
 _RUN = ("*.json", "version_*/*.yaml", "version_*/checkpoints/last.ckpt", "version_*/checkpoints/best.ckpt")
 """Files of an unfinished cell; curves are omitted."""
 
@@ -40,14 +44,24 @@ def pack(store: Store, file: Path, part_size: int) -> list[Path]:
 
     Returns:
         The parts. Those of an earlier bundle of the same name are removed.
+
+    Raises:
+        ValueError: If the store is empty.
     """
-    for old in _parts(file):
-        old.unlink()
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=file.parent) as stream:
         with tarfile.open(fileobj=stream, mode="w") as archive:
+            hashes = {}
             for path in _contents(store):
-                archive.add(path, str(path.relative_to(store.folder)))
+                name, content = str(path.relative_to(store.folder)), path.read_bytes()
+                hashes[name] = hashlib.sha256(content).hexdigest()
+                _add(archive, name, content)
+            if not hashes:
+                raise ValueError(f"{store.folder} contains nothing to bundle")
+            # the last file, so that an incomplete bundle lacks it
+            _add(archive, _MANIFEST, json.dumps(hashes).encode())
+        for old in _parts(file):
+            old.unlink()
         number = -(-stream.tell() // part_size)
         stream.seek(0)
         parts = [file.with_name(f"{file.name}.{part}-of-{number}") for part in range(1, number + 1)]
@@ -65,6 +79,7 @@ def opened(place: Path) -> Iterator[Store]:
 
     Raises:
         FileNotFoundError: If there is neither, or a part is missing.
+        ValueError: If a bundle is damaged, or consists of parts of different bundles.
     """
     if place.is_dir():
         yield Store(place)
@@ -80,9 +95,22 @@ def opened(place: Path) -> Iterator[Store]:
         for name in wanted:
             stream.write(place.with_name(name).read_bytes())
         stream.seek(0)
-        with tarfile.open(fileobj=stream) as archive:
-            archive.extractall(folder, filter="data")
+        try:
+            with tarfile.open(fileobj=stream) as archive:
+                archive.extractall(folder, filter="data")
+            hashes = json.loads((Path(folder) / _MANIFEST).read_text())
+            is_whole = all(sha256(Path(folder) / name) == wanted for name, wanted in hashes.items())
+        except (tarfile.TarError, OSError, ValueError):
+            is_whole = False
+        if not is_whole:
+            raise ValueError(f"{place} is damaged, or its parts belong to different bundles; create it again")
         yield Store(Path(folder))
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
 
 
 def _parts(file: Path) -> list[Path]:

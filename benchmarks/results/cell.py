@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks.results.plan import Cell
-from benchmarks.results.store import Record, Store, sha256
+from benchmarks.results.store import TAUGHT, Record, Store, sha256
 from lkd.checkpoints.find import newest_checkpoint, read_checkpoint
 from lkd.cli.arguments import prepare
 from lkd.cli.lightning_cli import LkdCLI
@@ -42,6 +42,7 @@ def train(cell: Cell, store: Store, data: Path | None) -> None:
         SystemExit: With the exit code of `lkd fit`, if it is not 0.
     """
     enter(store, store.run(cell.id) / "log.txt")
+    _remember_teacher(cell, store)
     begun = _begin(store.run(cell.id))
     root = [] if data is None else [f"--data.init_args.root={data}"]
     if code := run(["fit", *arguments(cell, store), *root, "--resume"]):
@@ -52,6 +53,25 @@ def train(cell: Cell, store: Store, data: Path | None) -> None:
     record |= {"seconds": time.time() - begun}
     store.save("results", cell.id, record)
     shutil.rmtree(last.parent)
+
+
+def _remember_teacher(cell: Cell, store: Store) -> None:
+    """Record which teacher a run learns from; a run that was begun with other weights starts again."""
+    taught, run = _teacher(cell, store), store.run(cell.id)
+    if taught is None:
+        return
+    file = run / TAUGHT
+    if file.is_file() and json.loads(file.read_text()) != taught:
+        for version in run.glob("version_*"):
+            shutil.rmtree(version)
+        (run / "begun.json").unlink(missing_ok=True)
+    with replacing(file) as path:
+        path.write_text(json.dumps(taught))
+
+
+def _teacher(cell: Cell, store: Store) -> Record | None:
+    taught = store.result(cell.teacher) if cell.teacher else None
+    return {"id": cell.teacher, "weights": taught["best"]["weights"]} if taught else None
 
 
 def enter(store: Store, log: Path) -> None:
@@ -125,11 +145,10 @@ def _described(cell: Cell, store: Store, folder: Path) -> Record:
     """Return the metadata of a result: the cell, and the versions, devices and images of its run."""
     lives = load_yaml((folder / "run.yaml").read_text())
     config = load_yaml((folder / "config.yaml").read_text())
-    taught = store.result(cell.teacher)
     return {
         **{"id": cell.id, "label": cell.label, "pair": cell.pair, "recipe": cell.recipe, "method": cell.method},
         **{"seed": cell.seed, "network": cell.network, "configs": cell.configs},
-        "teacher": {"id": cell.teacher, "weights": taught["best"]["weights"]} if taught else None,
+        "teacher": _teacher(cell, store),
         "precision": config["trainer"]["precision"],
         **{name: lives[-1][name] for name in ("versions", "images")},
         "revision": lives[-1]["revisions"].get("lkd"),

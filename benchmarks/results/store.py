@@ -17,6 +17,9 @@ from lkd.io.tensor_cache import replacing
 
 Record = dict[str, Any]
 
+TAUGHT = "teacher.json"
+"""File in the folder of a run that identifies the teacher's weights."""
+
 
 class Store:
     """Folder of results.
@@ -117,6 +120,11 @@ class Store:
                 yield f"{path.stem}: tuned settings imported"
         for run in sorted((other.folder / "runs").glob("*")):
             if self.result(run.name) is None and steps(run) > steps(self.run(run.name)):
+                taught = _read(run / TAUGHT)
+                known = self.result(taught["id"]) if taught else None
+                if taught and known is not None and known["best"]["weights"] != taught["weights"]:
+                    yield f"{run.name}: skipped, because its teacher's weights differ from those in this store"
+                    continue
                 with self.claimed(run.name) as is_free:
                     if is_free:
                         self._take_run(run)
@@ -128,7 +136,9 @@ class Store:
         """Copy an unfinished cell; an incomplete copy never replaces that of this store."""
         copied = self.folder / "incoming" / run.name
         shutil.rmtree(copied, ignore_errors=True)
-        shutil.copytree(run, copied)
+        shutil.copytree(run, copied, ignore=shutil.ignore_patterns("sweep"))
+        if (self.run(run.name) / "sweep").is_dir():
+            (self.run(run.name) / "sweep").rename(copied / "sweep")
         shutil.rmtree(self.run(run.name), ignore_errors=True)
         self.run(run.name).parent.mkdir(exist_ok=True)
         copied.rename(self.run(run.name))
@@ -144,7 +154,14 @@ class Store:
         if known is not None and known["best"]["weights"] != teacher["weights"]:
             yield f"{cell}: skipped, because its teacher has other weights than the teacher of this store"
             return
+        with self.claimed(cell) as is_free:
+            if not is_free:
+                yield f"{cell}: skipped, because it is being trained here"
+                return
         if other.weights(cell).is_file():
+            if sha256(other.weights(cell)) != record["best"]["weights"]:
+                yield f"{cell}: skipped, because its weights are not those of its result"
+                return
             _copy(other.weights(cell), self.weights(cell))
         self.save("results", cell, record)
         yield f"{cell}: imported"
@@ -153,7 +170,14 @@ class Store:
 def steps(run: Path) -> int:
     """Return the optimizer step from which a cell resumes; 0 without a checkpoint."""
     paths = sorted(run.glob("version_*/checkpoints/last.ckpt"))
-    return max((int(read_checkpoint(path)["global_step"]) for path in paths), default=0)
+    return max(map(_step, paths), default=0)
+
+
+def _step(checkpoint: Path) -> int:
+    try:
+        return int(read_checkpoint(checkpoint)["global_step"])
+    except ValueError:  # damaged
+        return 0
 
 
 def sha256(path: Path) -> str:
@@ -166,6 +190,8 @@ def _read(path: Path) -> Record | None:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:
         return None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged; delete it, so that its cell is trained again ({error})") from error
 
 
 def _all(folder: Path) -> list[Record]:

@@ -50,7 +50,12 @@ def tune(
         with store.claimed(f"{cell.id}-{_STUDY}") as is_free:
             if is_free and not clock.is_over and cell.id not in store.tuned():
                 space = plan.methods[method].space or _default_space(cell)
-                code = in_process(_sweep, (cell, space, trials, store, data), clock) or code
+                failed = in_process(_sweep, (cell, space, trials, store, data), clock)
+                if failed and not clock.is_over:
+                    print(f"{cell.id}: failed with exit code {failed}: see {store.run(cell.id)}/{_STUDY}.txt")
+                code = failed or code
+            elif cell.id in store.tuned():
+                print(f"{cell.id}: already tuned; delete {store.folder}/tuned/{cell.id}.json to repeat it")
     return 0 if clock.is_over else code
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.results.cell import train
 from benchmarks.results.plan import Cell
-from benchmarks.results.store import Store
+from benchmarks.results.store import Store, sha256
 
 GRACE = 60.0
 """Time in seconds for a cell to write its checkpoint after SIGTERM, before it is killed."""
@@ -56,13 +56,14 @@ def work(cells: Sequence[Cell], store: Store, data: Path | None, clock: Clock) -
         The exit code: 0, also if the time limit is reached, or 1 if a cell failed.
 
     Raises:
-        ValueError: If the weights of a finished teacher are missing.
+        ValueError: If the weights of a finished teacher are missing or changed.
     """
     for teacher in {cell.teacher for cell in cells if cell.teacher and store.finished(cell) is None}:
-        if store.result(teacher) is not None and not store.weights(teacher).is_file():
+        result, weights = store.result(teacher), store.weights(teacher)
+        if result is not None and not (weights.is_file() and sha256(weights) == result["best"]["weights"]):
             raise ValueError(
-                f"{store.weights(teacher)} does not exist, although this teacher is finished; import it with --merge, "
-                f"or delete {store.folder}/results/{teacher}.json to train the teacher and its students again"
+                f"{weights} is missing or changed, although this teacher is finished; restore it, or delete "
+                f"{store.folder}/results/{teacher}.json to train the teacher and its students again"
             )
     failed: set[str] = set()
     while not clock.is_over:
