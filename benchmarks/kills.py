@@ -1,8 +1,8 @@
 """Verify that random kills of `python -m benchmarks.results` do not change any result.
 
-    python -m benchmarks.kills FOLDER [--kills 20] [--seconds 5 30] [--seed 0]
+    python -m benchmarks.kills FOLDER [--kills 20] [--seconds 3 9] [--seed 0]
 
-Trains the plan `tiny` into one store without interruption, and into a second one with a command whose processes are all
+Trains the plan `tiny` into one store without interruption, and into further ones with a command whose processes are all
 killed (SIGKILL or SIGTERM) after random times and which is then restarted. It compares everything in the results except
 durations, devices and revisions.
 """
@@ -56,20 +56,24 @@ def main(args: Sequence[str] | None = None) -> None:
     """Fill both stores and compare them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="new folder for the stores")
-    parser.add_argument("--kills", type=int, default=20, help="largest number of kills")
-    parser.add_argument("--seconds", type=float, nargs=2, default=(5.0, 30.0), help="range of times before a kill")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills")
+    parser.add_argument("--seconds", type=float, nargs=2, default=(3.0, 9.0), help="range of times before a kill")
     parser.add_argument("--seed", type=int, default=0, help="seed of the times and signals")
     given = parser.parse_args(args)
-    stores = given.folder / "uninterrupted", given.folder / "killed"
-    if any(store.exists() for store in stores):
-        raise SystemExit(f"error: {given.folder} already contains stores; choose a new folder")
-    _fill(stores[0], 0, given.seconds, random.Random(0))
-    kills = _fill(stores[1], given.kills, given.seconds, random.Random(given.seed))
-    whole, killed = map(_results, stores)
-    differing = [name for name in whole if whole[name] != killed.get(name)]
-    if differing or not whole:
-        raise SystemExit(f"after {kills} kills, these cells differ: {', '.join(differing)}")
-    print(f"after {kills} kills, the results of all {len(whole)} cells are equal")
+    if given.folder.exists():
+        raise SystemExit(f"error: {given.folder} exists; choose a new folder")
+    numbers, kills, number = random.Random(given.seed), 0, 0
+    _fill(given.folder / "uninterrupted", 0, given.seconds, numbers)
+    whole = _results(given.folder / "uninterrupted")
+    while kills < given.kills:
+        number += 1
+        store = given.folder / f"killed-{number}"
+        kills += _fill(store, given.kills - kills, given.seconds, numbers)
+        killed = _results(store)
+        differing = [name for name in whole if whole[name] != killed.get(name)]
+        if differing or not whole:
+            raise SystemExit(f"after {kills} kills, these cells differ: {', '.join(differing)}")
+        print(f"after {kills} kills, the results of all {len(whole)} cells are equal", flush=True)
 
 
 if __name__ == "__main__":
