@@ -53,7 +53,7 @@ def _fill(store: Path, kills: int, seconds: Sequence[float], numbers: random.Ran
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Fill both stores and compare them."""
+    """Fill the stores and compare their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="new folder for the stores")
     parser.add_argument("--kills", type=int, default=20, help="number of kills")

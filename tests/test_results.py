@@ -178,7 +178,7 @@ def test_stores_are_merged(plan, whole, copy, tmp_path, capsys) -> None:
     assert main([str(plan), str(copy), "--merge", str(other)]) == 0
     said = capsys.readouterr().out
     assert "not changed, although the results in the other store differ" in said
-    assert "skipped, because its teacher has other weights" in said
+    assert "skipped, because its teacher's weights differ" in said
     assert len(figures(copy)) == 2
 
 
@@ -219,7 +219,7 @@ def test_students_of_a_replaced_teacher_are_missing(plan, copy, tmp_path, capsys
     assert main([str(plan), str(copy)]) == 2
     assert "is missing or changed, although this teacher is finished" in capsys.readouterr().err
     assert main([str(plan), str(tmp_path / "misspelt"), "--table", str(tmp_path)]) == 2
-    assert "there is no store" in capsys.readouterr().err
+    assert "is not a store; check the path" in capsys.readouterr().err
 
 
 def test_damaged_bundles_are_rejected(plan, copy, tmp_path, capsys) -> None:
@@ -237,12 +237,25 @@ def test_damaged_bundles_are_rejected(plan, copy, tmp_path, capsys) -> None:
     assert part.exists()
 
 
-def test_repeated_seeds_are_rejected(tmp_path) -> None:
+def test_plans_with_values_of_wrong_types(tmp_path) -> None:
     path = tmp_path / "plan.yaml"
-    for seeds, message in (([0, 0], "must differ, got [0, 0]"), ([], "must be a list of integers"), (3, "got 3")):
-        path.write_text(yaml.safe_dump({**PLAN, "seeds": seeds}))
+    for change, message in (
+        ({"seeds": [0, 0]}, "must differ, got [0, 0]"),
+        ({"seeds": []}, "must be a list of integers"),
+        ({"seeds": 3}, "got 3"),
+        ({"recipes": ["short"]}, "recipes in"),
+        ({"recipes": {"short": None}}, "must be the name of a config, got None"),
+        ({"pairs": {"digits": 5}}, "pairs.digits in"),
+        ({"config": []}, "config in"),
+        ({"methods": {"kd": {"config": 5}}}, "methods.kd.config in"),
+        ({"pairs": {}}, "must contain data, recipes and pairs"),
+    ):
+        path.write_text(yaml.safe_dump({**PLAN, **change}))
         with pytest.raises(ValueError, match=re.escape(message)):
             read_plan(str(path))
+    path.write_text("")
+    with pytest.raises(ValueError, match="it is empty or not a mapping"):
+        read_plan(str(path))
 
 
 @pytest.mark.parametrize(("name", "page"), [("two_cores", "cifar100")])

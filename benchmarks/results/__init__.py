@@ -34,9 +34,12 @@ def best_student(store: str | Path, pair: str, method: str | None = None) -> nn.
     from benchmarks.results.store import Store
     from lkd.models import load_weights
 
-    results = [record for record in Store(Path(store)).results() if method in (None, record["method"])]
-    results = [record for record in results if record["pair"] == pair and record["method"] != TEACHER]
-    results = [record for record in results if record["best"]["weights"]]
+    results = [
+        record
+        for record in Store(Path(store)).results()
+        if record["pair"] == pair and record["method"] != TEACHER and method in (None, record["method"])
+        if record["best"]["weights"] and Store(Path(store)).is_current(record)
+    ]
     if not results:
         raise ValueError(f"{store} has no finished cell of {pair}{f' with {method}' if method else ''}")
     best = max(results, key=lambda record: float(record["best"]["val"]))

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.results import bundle, table
+from benchmarks.results import bundle
 from benchmarks.results.plan import cells, read_plan, rows
 from benchmarks.results.store import Store
 from benchmarks.results.tune import tune
@@ -74,8 +74,10 @@ def parsed(args: Sequence[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     """Execute the selected action; return the exit code."""
+    from benchmarks.results import table  # requires an extra, whose absence is reported before the training
+
     if not options.store.is_dir() and (options.table or options.tune or options.bundle):
-        raise ValueError(f"there is no store {options.store}; check its name, or train cells first")
+        raise ValueError(f"{options.store} is not a store; check the path, or train cells first")
     clock, plan, store = Clock(options.minutes), read_plan(options.plan), Store(options.store)
     data = options.data and options.data.resolve()
     planned = rows(plan, store.tuned())
@@ -105,6 +107,9 @@ def main(args: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         return run(parsed(args))
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed: pip install -e '.[compare]'", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (ValueError, OSError) as error:

@@ -138,6 +138,8 @@ def read_plan(name: str) -> Plan:
         raise FileNotFoundError(f"no plan {name!r}; expected a YAML file or one of {known}")
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError("it is empty or not a mapping")
         content["methods"] = {key: Method(**(value or {})) for key, value in content.get("methods", {}).items()}
         content["pairs"] = {key: value or {} for key, value in content.get("pairs", {}).items()}
         for pair, configs in content.get("complete", {}).items():
@@ -147,12 +149,29 @@ def read_plan(name: str) -> Plan:
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         keys = ", ".join(part.name for part in fields(Plan))
         raise ValueError(f"{path} is not a plan with the keys {keys}: {error}") from error
+    _check_types(plan, path)
     for seeds in (plan.seeds, *(method.seeds for method in plan.methods.values() if method.seeds is not None)):
         if not (isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds)):
             raise ValueError(f"seeds in {path} must be a list of integers, such as [0, 1, 2], got {seeds!r}")
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"seeds in {path} must differ, got {seeds}; repeated seeds would be counted twice")
     return plan
+
+
+def _check_types(plan: Plan, path: Path) -> None:
+    mappings: Config = {name: getattr(plan, name) for name in ("recipes", "pairs", "config", "complete")}
+    mappings |= {f"methods.{name}.config": method.config for name, method in plan.methods.items()}
+    for outer in ("pairs", "complete"):
+        if isinstance(mappings[outer], dict):
+            mappings |= {f"{outer}.{name}": value for name, value in mappings[outer].items()}
+    for name, value in mappings.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} in {path} must be a mapping, got {value!r}")
+    for name, recipe in plan.recipes.items():
+        if not isinstance(recipe, str):
+            raise ValueError(f"recipes.{name} in {path} must be the name of a config, got {recipe!r}")
+    if not plan.complete and not (plan.data and plan.recipes and plan.pairs):
+        raise ValueError(f"{path} must contain data, recipes and pairs, or complete configs")
 
 
 def rows(plan: Plan, tuned: Mapping[str, Config] | None = None) -> list[Row]:

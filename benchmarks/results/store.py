@@ -46,11 +46,14 @@ class Store:
     def finished(self, cell: Cell) -> Record | None:
         """Return the result of a cell; `None` if it is not finished or its teacher has been replaced since."""
         record = self.result(cell.id)
-        if record is None or not cell.teacher:
-            return record
-        teacher = self.result(cell.teacher)
-        is_same = teacher is not None and teacher["best"]["weights"] == record["teacher"]["weights"]
-        return record if is_same else None
+        return record if record is not None and self.is_current(record) else None
+
+    def is_current(self, record: Record) -> bool:
+        """Return whether a result is that of a student of this store's teacher, or of a network without a teacher."""
+        if not record["teacher"]:
+            return True
+        teacher = self.result(record["teacher"]["id"])
+        return teacher is not None and teacher["best"]["weights"] == record["teacher"]["weights"]
 
     def results(self) -> list[Record]:
         """Return all results."""
@@ -146,25 +149,24 @@ class Store:
     def _take(self, other: Store, record: Record) -> Iterator[str]:
         cell, teacher = record["id"], record["teacher"]
         own = self.result(cell)
-        if own is not None:
+        if own is not None and self.is_current(own):
             if own["best"] != record["best"] or own["last"] != record["last"]:
                 yield f"{cell}: not changed, although the results in the other store differ"
             return
         known = self.result(teacher["id"]) if teacher else None
         if known is not None and known["best"]["weights"] != teacher["weights"]:
-            yield f"{cell}: skipped, because its teacher has other weights than the teacher of this store"
+            yield f"{cell}: skipped, because its teacher's weights differ from those in this store"
+            return
+        weights = other.weights(cell)
+        if weights.is_file() and sha256(weights) != record["best"]["weights"]:
+            yield f"{cell}: skipped, because its weights are not those of its result"
             return
         with self.claimed(cell) as is_free:
-            if not is_free:
-                yield f"{cell}: skipped, because it is being trained here"
-                return
-        if other.weights(cell).is_file():
-            if sha256(other.weights(cell)) != record["best"]["weights"]:
-                yield f"{cell}: skipped, because its weights are not those of its result"
-                return
-            _copy(other.weights(cell), self.weights(cell))
-        self.save("results", cell, record)
-        yield f"{cell}: imported"
+            if is_free:
+                if weights.is_file():
+                    _copy(weights, self.weights(cell))
+                self.save("results", cell, record)
+        yield f"{cell}: {'imported' if is_free else 'skipped, because it is being trained here'}"
 
 
 def steps(run: Path) -> int:

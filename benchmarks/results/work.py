@@ -98,7 +98,9 @@ def _tried(cell: Cell, store: Store, data: Path | None, clock: Clock, failed: se
         print("  interrupted; the same command continues it", flush=True)
     else:
         failed.add(cell.id)
-        print(f"  failed with exit code {code}: see {store.run(cell.id)}/log.txt", flush=True)
+        log = store.run(cell.id) / "log.txt"
+        reason = log.read_text().splitlines()[-1:] if log.is_file() else []
+        print(f"  failed with exit code {code}: see {log}", *reason, sep="\n  ", flush=True)
     return True
 
 
