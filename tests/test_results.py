@@ -304,6 +304,7 @@ def test_ids_depend_on_all_inputs_of_a_cell() -> None:
     assert replace(cell, configs=({"seed_everything": 0}, {"trainer": {"b": 2, "a": 1}})).id == cell.id
     changes = [{"label": "others"}, {"configs": ({"seed_everything": 1},)}, {"teacher": "other"}]
     assert len({cell.id, *(replace(cell, **change).id for change in changes)}) == 4
+    assert "/" not in replace(cell, method="segmentation/kd").id  # it is the name of a file
 
 
 def test_plans_train_the_published_settings_in_order() -> None:
@@ -345,5 +346,18 @@ def test_invalid_plans(tmp_path, capsys) -> None:
     assert "unet has no config for 'student alone'" in capsys.readouterr().err
     assert main(["nothing", "store"]) == 2
     assert "no plan 'nothing'; expected a YAML file or one of camvid, detection, literature" in capsys.readouterr().err
+    for change, message in (
+        ({"trainer": {"max_epochs": 1, "max_step": 1}}, "lkd has no setting 'trainer.max_step'"),
+        ({"teacher_caches": {"versions": 1}, "trainer": {"max_epochs": 1}}, "no setting 'teacher_caches'"),
+        ({}, "neither the recipe nor the plan's config sets trainer.max_epochs"),
+    ):
+        Path("plan.yaml").write_text(yaml.safe_dump({**PLAN, "config": change}))
+        assert main(["plan.yaml", "store"]) == 2
+        assert message in capsys.readouterr().err
+    Path("plan.yaml").write_text(yaml.safe_dump(PLAN))
+    Path("folder").mkdir()
+    assert main(["plan.yaml", "store", "--merge", "folder"]) == 2
+    assert "folder is not a store" in capsys.readouterr().err
+    assert list(Path("store").iterdir()) == []
     with pytest.raises(ValueError, match="such as 15M"):
         bundle.size("15 megabytes")

@@ -79,9 +79,11 @@ def opened(place: Path) -> Iterator[Store]:
 
     Raises:
         FileNotFoundError: If there is neither, or a part is missing.
-        ValueError: If a bundle is damaged, or consists of parts of different bundles.
+        ValueError: If a folder is not a store, or a bundle is damaged or consists of parts of different bundles.
     """
     if place.is_dir():
+        if not any((place / kind).is_dir() for kind in ("results", "runs", "tuned")):
+            raise ValueError(f"{place} is not a store, because it contains neither results nor runs")
         yield Store(place)
         return
     parts = _parts(place)

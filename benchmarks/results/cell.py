@@ -13,9 +13,11 @@ from collections.abc import Iterable
 from contextvars import copy_context
 from multiprocessing import connection, parent_process
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -23,6 +25,7 @@ from benchmarks.results.plan import Cell
 from benchmarks.results.store import TAUGHT, Record, Store, sha256
 from lkd.checkpoints.find import newest_checkpoint, read_checkpoint
 from lkd.cli.arguments import prepare
+from lkd.cli.errors import explain
 from lkd.cli.lightning_cli import LkdCLI
 from lkd.cli.main import run
 from lkd.io.tensor_cache import fingerprint, replacing
@@ -45,7 +48,7 @@ def train(cell: Cell, store: Store, data: Path | None) -> None:
     _remember_teacher(cell, store)
     begun = _begin(store.run(cell.id))
     root = [] if data is None else [f"--data.init_args.root={data}"]
-    if code := run(["fit", *arguments(cell, store), *root, "--resume"]):
+    if code := run(["fit", *arguments(cell, Path("runs") / cell.id), *root, "--resume"]):
         sys.exit(code)
     best, last = (newest_checkpoint(store.run(cell.id), name) for name in ("best", "last"))
     record = _described(cell, store, last.parents[1])
@@ -86,13 +89,25 @@ def enter(store: Store, log: Path) -> None:
     threading.Thread(target=_follow_parent, daemon=True).start()
 
 
-def arguments(cell: Cell, store: Store) -> list[str]:
-    """Write the configs of a cell to its folder and return the arguments of `lkd fit`."""
-    folder = store.run(cell.id)
+def check(cell: Cell) -> None:
+    """Parse the settings of a cell.
+
+    Raises:
+        ValueError: If a setting is unknown or its value is invalid.
+    """
+    try:
+        with TemporaryDirectory() as folder:
+            copy_context().run(LkdCLI, *prepare(["fit", *arguments(cell, Path(folder))])[:2], until="parsed")
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"{cell.method} of {cell.pair}: {explain(error)}") from error
+
+
+def arguments(cell: Cell, folder: Path) -> list[str]:
+    """Write the configs of a cell to a folder and return the arguments of `lkd fit`."""
     for number, config in enumerate(cell.configs):
         with replacing(folder / f"{number}.yaml") as path:
             path.write_text(yaml.safe_dump(config, sort_keys=False))
-    files = [f"--config=runs/{cell.id}/{number}.yaml" for number in range(len(cell.configs))]
+    files = [f"--config={folder}/{number}.yaml" for number in range(len(cell.configs))]
     return [*files, f"--name={cell.id}", "--trainer.default_root_dir=runs", "--trainer.enable_progress_bar=false"]
 
 

@@ -57,7 +57,7 @@ class Cell:
         """Readable name with a hash of the settings, the label of the data and the ID of the teacher."""
         content = json.dumps([self.label, self.configs, self.teacher], sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-        names = "-".join((self.pair, self.recipe, self.method)).replace(" ", "_")
+        names = "-".join((self.pair, self.recipe, self.method)).replace(" ", "_").replace("/", "_")
         return f"{names}-{self.seed}-{digest}"
 
 
@@ -289,7 +289,10 @@ def _alone(networks: Config, network: str) -> Config:
 
 def _epochs(*configs: Config) -> int:
     """Return the number of epochs that the last config with one sets."""
-    return next(int(epochs) for config in configs[::-1] if (epochs := config.get("trainer", {}).get("max_epochs")))
+    found = [epochs for config in configs if (epochs := config.get("trainer", {}).get("max_epochs"))]
+    if not found:
+        raise ValueError("neither the recipe nor the plan's config sets trainer.max_epochs")
+    return int(found[-1])
 
 
 def _scaled(overlay: Config, epochs: int) -> Config:

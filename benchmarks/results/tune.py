@@ -76,7 +76,7 @@ def _sweep(cell: Cell, space: Config, trials: int, store: Store, data: Path | No
     enter(store, store.run(cell.id) / f"{_STUDY}.txt")
     root = [] if data is None else [f"--data.init_args.root={data}"]
     searched = [f"--space.{name}={json.dumps(values)}" for name, values in space.items()]
-    main([*arguments(cell, store), *root, *searched, f"--trials={trials}", f"--study={_STUDY}"])
+    main([*arguments(cell, Path("runs") / cell.id), *root, *searched, f"--trials={trials}", f"--study={_STUDY}"])
     best = _best(store.run(cell.id) / _STUDY / "trials.csv", list(space))
     store.save("tuned", cell.id, {"cell": cell.id, "method": cell.method, "space": space, **best})
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results.cell import train
+from benchmarks.results.cell import check, train
 from benchmarks.results.plan import Cell
 from benchmarks.results.store import Store, sha256
 
@@ -56,8 +56,11 @@ def work(cells: Sequence[Cell], store: Store, data: Path | None, clock: Clock) -
         The exit code: 0, also if the time limit is reached, or 1 if a cell failed.
 
     Raises:
-        ValueError: If the weights of a finished teacher are missing or changed.
+        ValueError: If the weights of a finished teacher are missing or changed, or if a setting is invalid.
     """
+    for cell in {(cell.pair, cell.recipe, cell.method): cell for cell in cells}.values():
+        if not store.run(cell.id).exists() and store.result(cell.id) is None:
+            check(cell)
     for teacher in {cell.teacher for cell in cells if cell.teacher and store.finished(cell) is None}:
         result, weights = store.result(teacher), store.weights(teacher)
         if result is not None and not (weights.is_file() and sha256(weights) == result["best"]["weights"]):
