@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lkd.devices import constant
 from lkd.losses._checks import check_classes
 from lkd.losses._precision import wide
 from lkd.losses._shapes import check_shapes
@@ -77,7 +78,13 @@ def labelled_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: floa
 
 
 @check_shapes(logits=("B K", "B K H W"), target=("B", "B H W"))
-def cross_entropies(logits: Tensor, target: Tensor, label_smoothing: float = 0.0, reduction: str = "none") -> Tensor:
+def cross_entropies(
+    logits: Tensor,
+    target: Tensor,
+    label_smoothing: float = 0.0,
+    reduction: str = "none",
+    class_weights: tuple[float, ...] | None = None,
+) -> Tensor:
     """Cross-entropy of each sample or pixel; 0 for those without a label.
 
     Args:
@@ -85,6 +92,7 @@ def cross_entropies(logits: Tensor, target: Tensor, label_smoothing: float = 0.0
         target: Class indices `(B,)` or `(B, H, W)`, or `IGNORE_INDEX`.
         label_smoothing: Label smoothing in [0, 1).
         reduction: `none` or `sum`.
+        class_weights: Weight of each class (K values); with label smoothing, of each term of the sum over classes.
 
     Returns:
         Cross-entropies in nats, in the shape of the target, or their sum (float32 for half-precision inputs).
@@ -92,27 +100,37 @@ def cross_entropies(logits: Tensor, target: Tensor, label_smoothing: float = 0.0
     Raises:
         ValueError: If a label is out of range (on the CPU; on a GPU, a device-side assertion fails).
     """
+    logits = wide(logits)
+    weights = None if class_weights is None else constant(class_weights, logits.dtype, logits.device)
     try:
         return F.cross_entropy(
-            wide(logits), target, ignore_index=IGNORE_INDEX, reduction=reduction, label_smoothing=label_smoothing
+            logits, target, weights, ignore_index=IGNORE_INDEX, reduction=reduction, label_smoothing=label_smoothing
         )
     except IndexError as error:
         raise label_error(logits.shape[1], error) from error
 
 
-def mean_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def mean_cross_entropy(
+    logits: Tensor, target: Tensor, label_smoothing: float = 0.0, class_weights: tuple[float, ...] | None = None
+) -> Tensor:
     """Cross-entropy averaged over the labelled samples or pixels, computed as a sum.
 
     Args:
         logits: Logits `(B, K)` or `(B, K, H, W)`.
         target: Class indices `(B,)` or `(B, H, W)`; missing labels are `IGNORE_INDEX`.
         label_smoothing: Label smoothing factor, in [0, 1).
+        class_weights: Weight of each class (K values). The divisor is then the sum of the weights of the labels.
 
     Returns:
-        Scalar loss in nats; 0 if there are no labels.
+        Scalar loss in nats, as in `torch.nn.CrossEntropyLoss`; 0 if there are no labels, or all their weights are 0.
     """
-    total = cross_entropies(logits, target, label_smoothing, "sum")
-    return total / (target != IGNORE_INDEX).sum().clamp(min=1)
+    total = cross_entropies(logits, target, label_smoothing, "sum", class_weights)
+    labelled = target != IGNORE_INDEX
+    if class_weights is None:
+        return total / labelled.sum().clamp(min=1)
+    weights = constant(class_weights, total.dtype, target.device)[target.masked_fill(~labelled, 0)]
+    weight = weights.masked_fill(~labelled, 0).sum()
+    return torch.where(weight > 0, total, 0) / torch.where(weight > 0, weight, 1)
 
 
 def others(values: Tensor, own: Tensor) -> Tensor:

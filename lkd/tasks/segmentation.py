@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -32,9 +33,12 @@ class SemanticSegmentation(Task):
         num_classes: Number of classes, at least 2.
         ignore_index: Label of pixels that are excluded from the loss and the metrics.
         aux_weight: Weight of the auxiliary head's cross-entropy, at least 0.
+        class_weights: Weight of each class in the supervised loss, at least 0, for example larger weights for rare
+            classes; `None` weights all pixels equally. The loss of a batch is a weighted mean over its labelled pixels,
+            as in `torch.nn.CrossEntropyLoss`.
 
     Raises:
-        ValueError: If there are fewer than 2 classes, or the weight is negative.
+        ValueError: If there are fewer than 2 classes, or weights are negative, all 0, or not one per class.
 
     References:
         Zhao et al.: Pyramid Scene Parsing Network, CVPR 2017 (arXiv 1612.01105), for the auxiliary head and its weight
@@ -46,12 +50,19 @@ class SemanticSegmentation(Task):
     class_metric_title = "IoU"
     pipeline_tag = "image-segmentation"
 
-    def __init__(self, num_classes: int, ignore_index: int = 255, aux_weight: float = 0.4) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        ignore_index: int = 255,
+        aux_weight: float = 0.4,
+        class_weights: Sequence[float] | None = None,
+    ) -> None:
         if num_classes < 2:
             raise ValueError(f"SemanticSegmentation: num_classes must be at least 2, got {num_classes}")
         if not aux_weight >= 0:
             raise ValueError(f"SemanticSegmentation: aux_weight must be at least 0, got {aux_weight}; typically 0.4")
         self.num_classes, self.ignore_index, self.aux_weight = num_classes, ignore_index, aux_weight
+        self.class_weights = None if class_weights is None else _checked(class_weights, num_classes)
 
     def prepare(self, batch: Batch) -> Batch:
         """Convert masks to int64, with `IGNORE_INDEX` where they are `ignore_index`.
@@ -121,8 +132,8 @@ class SemanticSegmentation(Task):
         return torch.zeros_like(logits[:, 0], dtype=torch.int64)
 
     def loss(self, logits: Tensor, target: Tensor, label_smoothing: float = 0.0, mixed: Mixed | None = None) -> Tensor:
-        """Compute the cross-entropy, averaged over the labelled pixels of the batch."""
-        return mean_cross_entropy(_enlarged(logits, target), target, label_smoothing)
+        """Compute the (weighted) cross-entropy, averaged over the labelled pixels of the batch."""
+        return mean_cross_entropy(_enlarged(logits, target), target, label_smoothing, self.class_weights)
 
     def labelled(self, target: Tensor) -> Tensor:
         """Return the number of labelled pixels."""
@@ -183,6 +194,16 @@ class SemanticSegmentation(Task):
             legend |= {} if known.all() else {"no label": UNLABELLED}
             shown.append(Visualization(text, colored(mask), legend))
         return shown
+
+
+def _checked(class_weights: Sequence[float], num_classes: int) -> tuple[float, ...]:
+    weights = tuple(map(float, class_weights))
+    if len(weights) != num_classes or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ValueError(
+            f"SemanticSegmentation: class_weights must contain {num_classes} numbers (num_classes), at least 0 and not "
+            f"all 0, got {list(class_weights)}"
+        )
+    return weights
 
 
 def _enlarged(logits: Tensor, target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A network that returns a dict and has an auxiliary head trains with a graph as on the CPU."""
+"""A network that returns a dict and has an auxiliary head trains with class weights and a graph as on the CPU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def test_auxiliary_head(pretended, capfd) -> None:
     settings = [f"--model.init_args.{name}={NETWORK % width}" for name, width in (("student", 4), ("teacher", 8))]
     settings += [f"--data.init_args.{size}" for size in ("batch_size=4", "train_size=40", "size=16")]
     settings = ["--config=shapes/cwd", *settings, "--model.init_args.teacher_ckpt=null"]
+    settings += ["--model.init_args.task.init_args.class_weights=[0.5,1,1,2,2]"]
     settings += ["--trainer.callbacks+=lkd.callbacks.PredictionImages", "--trainer.callbacks.num_images=3"]
     expected = fit("cpu", "cpu", *settings)
     capfd.readouterr()

@@ -13,6 +13,7 @@ from tests.pretended.device import NAME, waits
 
 KD = ["--config", "digits/kd"]
 SEGMENTATION = ["--config", "shapes/kd", "--model.init_args.teacher_ckpt=null"]
+SEGMENTATION += ["--model.init_args.task.init_args.class_weights=[0.5,1,1,2,2]"]
 SEGMENTATION += ["--model.init_args.lr_scheduler_interval=epoch"]
 """The interval is `epoch`: with `step`, Lightning's `LearningRateMonitor` waits when it logs the learning rate."""
 SEEN: dict[str, Counter[str]] = {}

@@ -138,6 +138,31 @@ def test_iou_of_each_class_is_logged(stage: str, trainer) -> None:
         torch.testing.assert_close(run.callback_metrics[f"{stage}/iou/{number}"].float(), value)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_class_weights(label_smoothing: float) -> None:
+    weights = [0.5, 2.0, 0.0, 3.0]
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, CLASSES, 6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(CLASSES, (2, 6, 5), generator=generator).masked_fill_(torch.eye(6, 5) > 0, IGNORE_INDEX)
+    task = SemanticSegmentation(CLASSES, class_weights=weights)
+    expected = nn.CrossEntropyLoss(
+        torch.tensor(weights).double(), ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing
+    )(logits, target)
+    torch.testing.assert_close(task.loss(logits, target, label_smoothing), expected)
+    equal = SemanticSegmentation(CLASSES, class_weights=[1] * CLASSES)
+    torch.testing.assert_close(equal.loss(logits, target), TASK.loss(logits, target))
+    for without in (torch.full_like(target, IGNORE_INDEX), torch.full_like(target, 2)):
+        loss = task.loss(logits, without, label_smoothing)
+        assert loss == 0
+        assert not torch.autograd.grad(loss, logits)[0].any()
+
+
+@pytest.mark.parametrize("weights", [[1.0, 2.0], [1.0, -1.0, 1.0, 1.0], [0.0] * 4, [float("nan")] * 4, []])
+def test_invalid_class_weights(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"class_weights must contain 4 numbers \(num_classes\)"):
+        SemanticSegmentation(CLASSES, class_weights=weights)
+
+
 @pytest.mark.parametrize("weight", [0.4, 0.0])
 @pytest.mark.parametrize("kind", ["alone", "distilled", "mutual"])
 def test_auxiliary_head(kind: str, weight: float, trainer) -> None:
