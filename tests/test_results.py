@@ -198,6 +198,10 @@ def test_complete_configs_of_another_task(tmp_path) -> None:
     assert "The metric is the mean IoU." in table
     assert "Published" not in table
     assert f"| kd | 1 | {found['kd']['best']['test']:.2f} |" in table
+    classes = found["kd"]["best"]["classes"]
+    assert sum(classes.values()) / len(classes) == pytest.approx(found["kd"]["best"]["test"], abs=1e-4)
+    assert "| class | teacher | student alone | kd |" in table
+    assert all(f"| {name} |" in table and f" {value:.1f} |" in table for name, value in classes.items())
 
 
 def test_missing_cells_are_empty(plan, copy, tmp_path) -> None:

@@ -138,21 +138,23 @@ def _figures(checkpoint: Path, root: list[str], keep: Path | None = None) -> dic
         keep: File for the network's weights in float16; `None` does not write them.
 
     Returns:
-        The number of epochs, the main metric on validation and test images in percent, a hash of the weights, and that
-        of the file.
+        The number of epochs, the main metric on validation and test images in percent, that of each class on the test
+        images (if the task reports it), a hash of the weights, and that of the file.
     """
     content = read_checkpoint(checkpoint)
     states = content["callbacks"].items()
     validated = next(state["metrics"] for name, state in states if name.startswith("LastCheckpoint"))
     cli = copy_context().run(LkdCLI, *prepare(["test", f"--ckpt_path={checkpoint}", *root])[:2])
-    state, task = content["state_dict"], cli.model.task
+    state, task, tested = content["state_dict"], cli.model.task, cli.trainer.callback_metrics
     figures = {
         "epoch": content["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"],
         "metric": task.metric_title,
         "val": 100 * float(validated[f"val/{task.metric}"]),
-        "test": 100 * float(cli.trainer.callback_metrics[f"test/{task.metric}"]),
+        "test": 100 * float(tested[f"test/{task.metric}"]),
         "hash": fingerprint(*(part for name in sorted(state) for part in (name, state[name]))),
     }
+    if classes := {name.split("/", 2)[2]: 100 * float(value) for name, value in tested.items() if name.count("/") > 1}:
+        figures |= {"classes": classes}
     return figures if keep is None else figures | {"weights": _keep_weights(network_of(cli.model), keep)}
 
 

@@ -26,7 +26,8 @@ def summary(rows: Sequence[Row], store: Store) -> list[dict[str, Any]]:
     Metrics are in percent, differences in percentage points. `best` is the checkpoint with the highest metric on
     the validation images, `last` the one after the last step; both are evaluated on the test images. `difference` is
     the mean over seeds of the difference of `best` to the student alone with the same seed, `low` and `high` its 95 %
-    confidence interval from Student's t-distribution.
+    confidence interval from Student's t-distribution. `classes` contains the metric of each class for `best`, as a mean
+    over seeds, if the results include it.
 
     Args:
         rows: The rows.
@@ -50,6 +51,7 @@ def summary(rows: Sequence[Row], store: Store) -> list[dict[str, Any]]:
             "published": row.published,
             "minutes": _mean([record["seconds"] / 60 for record in results]),
             "teachers": sorted({record["teacher"]["weights"] for record in results if record["teacher"]}),
+            **_classes(results),
         })  # fmt: skip
     return found
 
@@ -97,6 +99,14 @@ def _results(row: Row, store: Store) -> list[Record]:
     return [record for cell in row.cells if (record := store.finished(cell)) is not None]
 
 
+def _classes(results: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """Return the means of the metric of each class, as `classes`; nothing if a result lacks them."""
+    scores = [record["best"].get("classes") for record in results]
+    if not scores or not all(scores):
+        return {}
+    return {"classes": {name: statistics.mean(score[name] for score in scores) for name in scores[0]}}
+
+
 def _mean(values: Sequence[float]) -> float | None:
     return statistics.mean(values) if values else None
 
@@ -112,7 +122,20 @@ def _markdown(figures: Sequence[dict[str, Any]], records: Sequence[Record]) -> I
         yield from (f"### {title}", "", _HEAD, "|---|---|---|---|---|---|---|")
         yield from map(_line, section)
         yield ""
+        yield from _class_table([row for row in section if "classes" in row])
     yield from _remarks(records, any(row["published"] is not None for row in figures))
+
+
+def _class_table(section: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Format the metric of each class, one line per class."""
+    if not section:
+        return
+    yield f"| class | {' | '.join(row['method'] for row in section)} |"
+    yield "|---" * (len(section) + 1) + "|"
+    for name in section[0]["classes"]:
+        scores = (f"{row['classes'][name]:.1f}" for row in section)
+        yield f"| {name} | {' | '.join(scores)} |"
+    yield ""
 
 
 def _sections(figures: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -162,6 +185,8 @@ def _remarks(records: Sequence[Record], has_published: bool) -> Iterator[str]:
             "benchmarks/results/published.yaml). RepDistiller reports `last`, whereas dkd and logit_standardization "
             "report the epoch with the best test accuracy; the code of reviewkd records both."
         )
+    if any("classes" in record["best"] for record in records):
+        text += " The metric of each class, in percent, is that of `best`: mean over the seeds."
     yield text
     if not records:
         return
