@@ -34,8 +34,8 @@ class BestCheckpoint(ModelCheckpoint):
         monitor: Name of the monitored metric. `None` keeps the most recent checkpoint. If the loss does not train the
             logits, as with features alone, `val/acc` is replaced by the distillation loss (`val/<criterion>`), or by
             `None` if that is not evaluated. Without validation images, a metric `val/...` is replaced by `None`.
-        mode: Whether the `min` or the `max` of the metric is best. `auto` selects `min` for losses and for the terms of
-            a criterion, and `max` for all other metrics.
+        mode: Whether the `min` or the `max` of the metric is best. `auto` selects `min` for losses, for the terms of a
+            criterion and for metrics of the task whose `higher_is_better` is False, and `max` for all other metrics.
         save_top_k: Number of best checkpoints to keep; -1 keeps all.
         filename: File name without `.ckpt`. If `None`, it is `best`, or `best-{epoch}` if `save_top_k` is not 1.
         enable_version_counter: Whether to keep an existing file of the same name and append a number to the new one. By

@@ -17,6 +17,7 @@ from rich.table import Table
 from lkd.callbacks.checkpoint import BestCheckpoint
 from lkd.callbacks.features import FeatureEvaluation
 from lkd.datamodules.limits import Evaluated, images_measured, is_limited
+from lkd.tasks import Classification, Task
 
 
 class FitReport(L.Callback):
@@ -110,12 +111,10 @@ def _main_metric(module: Any) -> str | None:
     return name
 
 
-def _score_title(module: Any) -> str | None:
-    """Return the title of the main metric if it is a score, such as the accuracy; `None` if it is a loss."""
-    task, name = getattr(module, "task", None), _main_metric(module)
-    if task is not None:
-        return str(task.metric_title) if name == task.metric else None
-    return "accuracy" if name == "acc" else None
+def _scored_task(module: Any) -> Task | None:
+    """Return the task whose metric is the main metric; `None` if the main metric is the distillation loss."""
+    task: Task = getattr(module, "task", None) or Classification()
+    return task if _main_metric(module) == task.metric else None
 
 
 def _metrics(trainer: L.Trainer, module: Any) -> dict[str, float]:
@@ -148,17 +147,17 @@ def _best_checkpoint(trainer: L.Trainer) -> ModelCheckpoint | None:
 
 def _table(module: Any, metrics: dict[str, float], images: str) -> Table:
     network, name = module.network_names[0], _main_metric(module)
-    title = _score_title(module)
-    table = Table("", f"{title} on {images}" if title else f"distillation loss (val/{name}) on {images}")
+    task = _scored_task(module)
+    table = Table("", f"{task.metric_title} on {images}" if task else f"distillation loss (val/{name}) on {images}")
     rows = {"teacher": f"teacher_{name}", f"{network} (best)": f"best_{name}", f"{network} (last)": f"last_{name}"}
     for label, row in rows.items():
         if row in metrics:
-            table.add_row(label, f"{metrics[row]:.2%}" if title else f"{metrics[row]:.4g}")
+            table.add_row(label, task.formatted(metrics[row]) if task else f"{metrics[row]:.4g}")
     for row in sorted({*metrics} - {*rows.values()}):  # metrics of evaluated features
         table.add_row(f"{network} (last), val/{row}", f"{metrics[row]:.2%}")
-    if {f"teacher_{name}", f"best_{name}"} <= set(metrics):
+    if task and {f"teacher_{name}", f"best_{name}"} <= set(metrics):
         gap = metrics[f"best_{name}"] - metrics[f"teacher_{name}"]
-        table.add_row("gap to teacher", f"{100 * gap:+.2f} pp")
+        table.add_row("gap to teacher", task.formatted_difference(gap))
     return table
 
 

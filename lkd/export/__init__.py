@@ -253,18 +253,20 @@ def _check_tolerance(checked: Sequence[Checked]) -> None:
 
 
 def _print(done: Export) -> None:
-    title = done.files[0].task.metric_title
+    task = done.files[0].task
+    title = task.metric_title
     table = Table("file", "bytes", "max. logit difference", "same prediction", title)
     for one in done.files:
-        row = (f"{one.size:,}", f"{one.difference:.2g}", percent(one.agreement), percent(one.score))
+        row = (f"{one.size:,}", f"{one.difference:.2g}", percent(one.agreement), one.task.formatted(one.score))
         table.add_row(one.file, *row)
     console = Console(soft_wrap=True)
     console.print(table)
     first, sizes = done.files[0], {one.file: one.size for one in done.files}
-    lines = [f"Compared on {first.images:,} test images; {title} of the checkpoint: {percent(first.expected_score)}"]
+    expected = task.formatted(first.expected_score)
+    lines = [f"Compared on {first.images:,} test images; {title} of the checkpoint: {expected}"]
     if INT8_FILE in sizes:
-        points = 100 * (done.files[-1].score - first.expected_score)
+        change = task.formatted_difference(done.files[-1].score - first.expected_score)
         share = sizes[INT8_FILE] / sizes[WRITERS["onnx"][0]]
-        lines.append(f"8-bit ONNX: {points:+.2f} pp {title}, {share:.0%} of the size of float32 ONNX")
+        lines.append(f"8-bit ONNX: {change} {title}, {share:.0%} of the size of float32 ONNX")
     for line in [*lines, f"Export:     {done.folder}", f"Model card: {done.folder / CARD}"]:
         console.print(line, highlight=False, markup=False)

@@ -178,15 +178,16 @@ def _plain(value: Any) -> Any:
 
 
 def _compared(checked: Sequence[Checked]) -> Iterator[str]:
-    first, title = checked[0], checked[0].task.metric_title
+    first, task = checked[0], checked[0].task
+    title, expected = task.metric_title, task.formatted(first.expected_score)
     yield (
-        f"Comparison of the files with the checkpoint ({title} {percent(first.expected_score)}), on {first.images:,} "
-        "test images. The logit differences include single images and, if the size is not fixed, a second image size."
+        f"Comparison of the files with the checkpoint ({title} {expected}), on {first.images:,} test images. "
+        "The logit differences include single images and, if the size is not fixed, a second image size."
     )
     yield _table(
         ("file", "bytes", "maximum logit difference", "same prediction", title),
         [
-            (f"`{c.file}`", f"{c.size:,}", f"{c.difference:.2g}", percent(c.agreement), percent(c.score))
+            (f"`{c.file}`", f"{c.size:,}", f"{c.difference:.2g}", percent(c.agreement), task.formatted(c.score))
             for c in checked
         ],
     )
@@ -194,8 +195,8 @@ def _compared(checked: Sequence[Checked]) -> Iterator[str]:
     for one in checked:
         if one.file == INT8_FILE:
             yield (
-                f"With 8 bits, the {title} changes by {100 * (one.score - one.expected_score):+.2f} percentage "
-                f"points, and the file has {one.size / sizes[WRITERS['onnx'][0]]:.0%} of the size of float32 ONNX."
+                f"With 8 bits, the {title} changes by {task.formatted_difference(one.score - one.expected_score)}, "
+                f"and the file has {one.size / sizes[WRITERS['onnx'][0]]:.0%} of the size of float32 ONNX."
             )
 
 

@@ -113,7 +113,7 @@ def cross_entropies(
 def mean_cross_entropy(
     logits: Tensor, target: Tensor, label_smoothing: float = 0.0, class_weights: tuple[float, ...] | None = None
 ) -> Tensor:
-    """Cross-entropy averaged over the labelled samples or pixels, computed as a sum.
+    """Cross-entropy averaged over the labelled samples or pixels: the sum, divided by the number of labels.
 
     Args:
         logits: Logits `(B, K)` or `(B, K, H, W)`.
@@ -123,6 +123,9 @@ def mean_cross_entropy(
 
     Returns:
         Scalar loss in nats, as in `torch.nn.CrossEntropyLoss`; 0 if there are no labels, or all their weights are 0.
+
+    Raises:
+        ValueError: If a label is out of range (on the CPU; on a GPU, a device-side assertion fails).
     """
     total = cross_entropies(logits, target, label_smoothing, "sum", class_weights)
     labelled = target != IGNORE_INDEX

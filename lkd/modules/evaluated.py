@@ -56,12 +56,14 @@ class EvaluatedModule(RecordedModule):
         return self.task.metric
 
     def is_loss(self, curve: str) -> bool:
-        """Return whether lower values of a logged metric are better.
+        """Return whether lower values of a logged metric are better: a loss, or an error that the task measures.
 
         Args:
             curve: Name of the metric, such as `val/loss`.
         """
-        return "loss" in curve or curve.partition("/")[2] == "hard"
+        stage, _, name = curve.partition("/")
+        metric = self.stage_metrics(stage).get(name) if stage in self.metrics else None
+        return "loss" in curve or name == "hard" or getattr(metric, "higher_is_better", None) is False
 
     def setup(self, stage: str) -> None:
         """Reset the metrics, since `validate` leaves inference tensors, which `fit` could not update."""

@@ -285,14 +285,15 @@ class EvaluatedDistillation(ClassificationModule):
             return
         score = float(metric.compute())
         images = images_measured(self.trainer, "val")
-        self.print(f"Teacher {self.task.metric_title} on {images}: {score:.2%}")
+        title, shown = self.task.metric_title, self.task.formatted(score)
+        self.print(f"Teacher {title} on {images}: {shown}")
         chance = None if self._num_classes is None else self.task.chance(self._num_classes)
         if chance is not None and score - chance < 0.1 * (1 - chance):
             weights = "its weights (teacher_ckpt)"
             if not self.hparams.get("teacher_ckpt"):
                 weights = "the weights with which it was created, as teacher_ckpt is not set"
             rank_zero_warn(
-                f"the teacher's {self.task.metric_title} on {images} is {score:.2%}, which is near chance "
-                f"({chance:.2%}); check {weights}, the order of its classes and its input normalization "
-                "(teacher_normalization)"
+                f"the teacher's {title} on {images} is {shown}, which is near chance "
+                f"({self.task.formatted(chance)}); check {weights}, the order of its classes and its input "
+                "normalization (teacher_normalization)"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -23,10 +24,14 @@ class Task(ABC):
     """
 
     metric: ClassVar[str] = "acc"
-    """Name of the main metric, of which higher values are better; logged as `val/<metric>`."""
+    """Name of the main metric, one of `metrics()`; logged as `val/<metric>`. The best checkpoint has the lowest value
+    if the metric's `higher_is_better` is False, as for torchmetrics' `MeanAbsoluteError`, else the highest one."""
 
     metric_title: ClassVar[str] = "accuracy"
     """Main metric in reports."""
+
+    metric_format: ClassVar[str] = ".2%"
+    """Format of the main metric in reports, as in `format(0.5, ".2%")`; for example `.3f` if it is not a proportion."""
 
     class_metric_title: ClassVar[str] = "accuracy"
     """Main metric of a single class in reports."""
@@ -90,7 +95,7 @@ class Task(ABC):
         return int(logits.shape[1]) if self.has_classes else None
 
     def chance(self, num_classes: int) -> float | None:
-        """Return the main metric of random predictions; `None` if it is unknown.
+        """Return the main metric of random predictions; `None` if it is unknown, or if lower values are better.
 
         A teacher near this value causes a warning. The method is called only for tasks with `has_classes`.
 
@@ -163,6 +168,24 @@ class Task(ABC):
             logits: Output of the network.
             target: Targets of the batch.
         """
+
+    def formatted(self, value: float) -> str:
+        """Format a value of the main metric; a dash for NaN.
+
+        Args:
+            value: Value of the metric.
+        """
+        return "-" if math.isnan(value) else format(value, self.metric_format)
+
+    def formatted_difference(self, value: float) -> str:
+        """Format a difference of the main metric, with its sign; proportions in percentage points.
+
+        Args:
+            value: Difference of two values of the metric.
+        """
+        if self.metric_format.endswith("%"):
+            return f"{100 * value:+{self.metric_format[:-1]}f} pp"
+        return format(value, f"+{self.metric_format}")
 
     def class_metrics(self, metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
         """Return metrics of each class `(K,)`, by name; `lkd validate` and `lkd test` log `<stage>/<name>/<class>`.

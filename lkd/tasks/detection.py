@@ -36,7 +36,7 @@ class Detection(Task):
     metric = "map"
     metric_title = "mean AP"
     has_classes = False  # the predictions have classes, but dimension 1 does not contain their logits
-    graph_obstacle = "detectors assign and select boxes on the host"
+    graph_obstacle = "the number of boxes that detectors assign and select depends on the data"
     exports = False
 
     def prepare(self, batch: Batch) -> Batch:

@@ -43,7 +43,7 @@ class WeightedMean(Metric):
 
 
 class Accuracy(Metric):
-    """Fraction of labelled samples that are classified correctly.
+    """Proportion of labelled samples or pixels that are classified correctly.
 
     torchmetrics' `MulticlassAccuracy` selects the labelled samples, which synchronizes with the device to count them.
     """
@@ -61,8 +61,8 @@ class Accuracy(Metric):
         """Add samples.
 
         Args:
-            predictions: Logits `(B, K)` or class indices `(B,)`.
-            target: Class indices `(B,)`; `IGNORE_INDEX` for samples without a label.
+            predictions: Logits `(B, K, ...)` or class indices `(B, ...)`.
+            target: Class indices `(B, ...)`; `IGNORE_INDEX` for samples or pixels without a label.
         """
         classes = predictions.argmax(1) if predictions.dim() > target.dim() else predictions
         labelled = target != IGNORE_INDEX

@@ -33,12 +33,14 @@ class SemanticSegmentation(Task):
         num_classes: Number of classes, at least 2.
         ignore_index: Label of pixels that are excluded from the loss and the metrics.
         aux_weight: Weight of the auxiliary head's cross-entropy, at least 0.
-        class_weights: Weight of each class in the supervised loss, at least 0, for example larger weights for rare
-            classes; `None` weights all pixels equally. The loss of a batch is a weighted mean over its labelled pixels,
-            as in `torch.nn.CrossEntropyLoss`.
+        class_weights: Weight of each class (K values, at least 0) in the supervised loss, including `val/loss` and the
+            loss of an auxiliary head, for example larger weights for rare classes; `None` weights all pixels equally.
+            The loss of a batch is a weighted mean over its labelled pixels, as in `torch.nn.CrossEntropyLoss`, but 0
+            instead of NaN if the weights of all labels are 0.
 
     Raises:
-        ValueError: If there are fewer than 2 classes, or weights are negative, all 0, or not one per class.
+        ValueError: If `num_classes` is less than 2, `aux_weight` is negative, or `class_weights` does not contain one
+            finite number per class, at least 0 and not all 0.
 
     References:
         Zhao et al.: Pyramid Scene Parsing Network, CVPR 2017 (arXiv 1612.01105), for the auxiliary head and its weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import re
 from pathlib import Path
@@ -94,3 +95,40 @@ def test_callback_for_classification_is_rejected(trained, capfd) -> None:
     knn = ["--trainer.callbacks+=lkd.callbacks.KNN", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
     assert main(["fit", "--config=depth_teacher.yaml", *knn]) != 0
     assert "KNN supports classification only, but the task is Depth" in capfd.readouterr().err
+
+
+ERROR = """
+from torchmetrics import MeanAbsoluteError
+
+from depth import Depth
+
+
+class DepthError(Depth):
+    metric, metric_title, metric_format = "mae", "mean absolute error", ".3f"
+
+    def metrics(self) -> dict:
+        return {"mae": MeanAbsoluteError()}
+
+    def update(self, metrics: dict, logits, target) -> None:
+        metrics["mae"].update(logits.squeeze(1), target.log())
+"""
+
+
+def test_error_as_main_metric(trained, capfd) -> None:
+    """If lower values are better, the best checkpoint has the lowest, and reports do not show percentages."""
+    Path("error.py").write_text(ERROR)
+    settings = ["--config=depth.yaml", "--model.init_args.task=error.DepthError", "--trainer.max_epochs=4"]
+    worse = [f"--model.init_args.optimizer{end}" for end in ("=torch.optim.SGD", ".lr=0.02", ".maximize=true")]
+    assert main(["fit", *settings, *worse, "--config=loggers/csv", "--trainer.accelerator=cpu"]) == 0
+    checkpoint = torch.load("runs/depth+csv/version_0/checkpoints/last.ckpt", weights_only=True)
+    (best,) = [state for name, state in checkpoint["callbacks"].items() if "'monitor': 'val/mae'" in name]
+    with Path("runs/csv/version_0/metrics.csv").open() as file:
+        errors = [float(row["val/mae"]) for row in csv.DictReader(file) if row["val/mae"]]
+    assert errors == sorted(errors)
+    assert len(set(errors)) == 4
+    assert float(best["best_model_score"]) == pytest.approx(errors[0])
+    output = capfd.readouterr().out
+    assert "mean absolute error on the validation images" in output
+    assert re.search(r"gap to teacher +│ +\+\d\.\d{3} ", output)
+    assert f"{errors[0]:.3f}" in output
+    assert "%" not in output
