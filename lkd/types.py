@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lkd._compat import tree_map_only
+
 IGNORE_INDEX = -100
-"""Target of images without a label, which are excluded from the cross-entropy and from the metrics."""
+"""Label of images or pixels without a label, which are excluded from the cross-entropy and from the metrics."""
 
 
 class Mixed(NamedTuple):
@@ -40,7 +42,8 @@ class Batch(NamedTuple):
     Attributes:
         input: Input of the networks: normalized float images `(B, C, H, W)`, for detection a list of images
             `(C, H_i, W_i)`, or any other input of custom networks.
-        target: Class indices `(B,)`, int64; `IGNORE_INDEX` for samples without a label. Other tasks define their own.
+        target: Class indices `(B,)`, int64; `IGNORE_INDEX` for samples without a label. Other tasks define their own,
+            for example a list with one entry per image.
         index: Position of each sample in its dataset `(B,)`, int64; None if unknown.
         views: Number of views of each image. With several views, `input` is `(views * B, ...)`, starting with the first
             view of all images; `target` and `index` have the same order. Views that should not be classified have the
@@ -51,11 +54,27 @@ class Batch(NamedTuple):
     """
 
     input: Any
-    target: Tensor
+    target: Any
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which is not needed
     views: int = 1
     version: Tensor | None = None
     mixed: Mixed | None = None
+
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """Return some samples of a batch with one view: rows of tensors, and entries of a list of images or targets.
+
+        Args:
+            rows: Positions of the samples in the batch.
+        """
+        chosen = list(rows)
+        listed = isinstance(self.target, (list, tuple))
+
+        def select(value: Any) -> Any:
+            if listed and isinstance(value, (list, tuple)):
+                return [value[row] for row in chosen]
+            return tree_map_only(Tensor, lambda leaf: leaf[torch.tensor(chosen, device=leaf.device)], value)
+
+        return Batch(select(self.input), select(self.target), select(self.index), version=select(self.version))
 
 
 class Outputs(NamedTuple):
@@ -68,7 +87,7 @@ class Outputs(NamedTuple):
             logits.
     """
 
-    logits: Tensor
+    logits: Any
     features: Mapping[str, Any]
     raw: Any = None
 

@@ -6,14 +6,12 @@ from collections import Counter
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lkd import devices
-from lkd._compat import tree_map_only
 from lkd.callbacks.sheet import Row, sheet
 from lkd.tasks import Task
 from lkd.tasks.visualization import visualize_inputs
@@ -104,9 +102,7 @@ def _is_trial(trainer: L.Trainer) -> bool:
 def _part(batch: Batch, count: int) -> Batch:
     """Return evenly spaced samples of a batch."""
     size = len(batch.target)
-    rows = torch.tensor([number * size // count for number in range(min(count, size))])
-    part: Batch = tree_map_only(Tensor, lambda leaf: leaf[rows.to(leaf.device)], batch)
-    return part
+    return batch.rows([number * size // count for number in range(min(count, size))])
 
 
 def _rows_of(module: Any, batch: Batch, logits: dict[str, Tensor], data: Any) -> list[Row]:

@@ -79,8 +79,8 @@ def compare(
         data: Data module that provides the images.
         teacher: Name of the network with which the others are compared; None if there is no teacher.
         split: `test`, or `val` for the validation images.
-        batch_sizes: Batch sizes for the measurement of latency and throughput. None uses 1 and 64, or, if the task's
-            outputs are too large to be stored, 1 and the batch size of the data.
+        batch_sizes: Batch sizes for the measurement of latency and throughput. None uses 1 and 64 for
+            classification, and 1 and the batch size of the data for other tasks.
         accelerator: Device, as in `lightning.Trainer`.
         seconds: Duration of the measurement for each network and batch size, in seconds.
         progress: Whether to show a progress bar.
@@ -102,8 +102,8 @@ def compare(
         raise ValueError("batch_sizes must contain at least one batch size, got none")
     check_comparable(task or Classification())
     run = Run(candidates, data, split, accelerator, seconds, progress)
-    if task is None or task.caches_logits:
-        return _by_logits(run, teacher, batch_sizes or (1, 64))
+    if task is None or isinstance(task, Classification):
+        return _by_logits(run, teacher, batch_sizes or (1, 64), task)
     return _by_counts(run, teacher, batch_sizes, task)
 
 
@@ -118,10 +118,10 @@ def check_comparable(task: Task) -> None:
         task: The task.
 
     Raises:
-        ValueError: If the task neither stores logits nor defines the methods of `_COMPARED`.
+        ValueError: If the task is neither classification nor defines the methods of `_COMPARED`.
     """
     missing = [name for name in _COMPARED if getattr(type(task), name) is getattr(Task, name)]
-    if missing and not task.caches_logits:
+    if missing and not isinstance(task, Classification):
         raise ValueError(
             f"lkd compare does not support the task {type(task).__name__}, which does not define {', '.join(missing)}; "
             "`lkd test` evaluates it"
@@ -163,9 +163,9 @@ class Run(NamedTuple):
         }
 
 
-def _by_logits(run: Run, teacher: str | None, batch_sizes: Sequence[int]) -> Comparison:
+def _by_logits(run: Run, teacher: str | None, batch_sizes: Sequence[int], task: Classification | None) -> Comparison:
     """Compare classifiers, whose logits are stored for all images."""
-    found = predict(run.candidates, run.data, run.split, teacher, run.accelerator, progress=run.progress)
+    found = predict(run.candidates, run.data, run.split, teacher, run.accelerator, progress=run.progress, task=task)
     reference = None if teacher is None else found.logits[teacher]
     metrics = {
         name: measure(logits, found.target, None if name == teacher else reference)

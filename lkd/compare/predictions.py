@@ -11,8 +11,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lkd._compat import tree_map_only
 from lkd._moved import former_members, renamed
 from lkd.compare.metrics import divergences
+from lkd.features.extractor import tensors_in
 from lkd.io.refused import first_line
 from lkd.modules import ClassificationModule
 from lkd.tasks import Classification, Task
@@ -133,16 +135,16 @@ class _Predictor(L.LightningModule):
         own = (one.unpack for one in candidates if one.unpack)
         self.unpack = next(own, None) or ClassificationModule(nn.Identity()).unpack
         self.example: Any = None
-        self._classes = 0
+        self._classes: int | None = None
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Compute the logits of all networks for a batch."""
         batch = self.task.prepare(self.unpack(batch))
         if self.example is None:
             self.example = _on_cpu(batch.input)
-        logits = {one.name: self._logits_of(one, batch).float() for one in self.candidates}
+        logits = {one.name: tree_map_only(Tensor, _wide, self._logits_of(one, batch)) for one in self.candidates}
         for name, own in logits.items():
-            if not own.isfinite().all():
+            if not all(leaf.isfinite().all() for leaf in tensors_in(own)):
                 raise ValueError(f"the logits of {name} are not finite; check its weights and normalization")
         self.collector.add(batch, logits, getattr(self.trainer, "datamodule", None))
 
@@ -155,12 +157,15 @@ class _Predictor(L.LightningModule):
             reason = first_line(error)
             raise ValueError(f"{candidate.name} does not accept the input of this data: {reason}") from error
         self.task.check(candidate.name, logits)
-        wanted = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None) or logits.shape[1]
-        self._classes = self._classes or logits.shape[1]
-        if self.task.has_classes and (logits.shape[1] < wanted or logits.shape[1] != self._classes):
+        classes = self.task.num_outputs(logits)
+        if classes is None:
+            return logits
+        wanted = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None) or classes
+        self._classes = self._classes or classes
+        if classes < wanted or classes != self._classes:
             raise ValueError(
-                f"{candidate.name} returns logits of shape {tuple(logits.shape)}, but the data has {wanted} classes, "
-                f"and {self.candidates[0].name} has {self._classes}; compare networks with the same classes"
+                f"{candidate.name} returns logits of shape (batch, {classes}, ...), but the data has {wanted} "
+                f"classes, and {self.candidates[0].name} has {self._classes}; compare networks with the same classes"
             )
         return logits
 
@@ -195,6 +200,10 @@ def statistics_of(data: Any) -> Normalization | None:
     return Normalization(mean, std)
 
 
+def _wide(leaf: Tensor) -> Tensor:
+    return leaf.float() if leaf.is_floating_point() else leaf
+
+
 def _on_cpu(input: Any) -> Any:
     return L.pytorch.utilities.move_data_to_device(input, torch.device("cpu"))
 
@@ -207,6 +216,7 @@ def predict(
     accelerator: str = "auto",
     shown: int = 12,
     progress: bool = False,
+    task: Classification | None = None,
 ) -> Predictions:
     """Compute the predictions of all networks for all images of a split, on one device, in float32.
 
@@ -218,6 +228,7 @@ def predict(
         accelerator: Device, as in `lightning.Trainer`.
         shown: Maximum number of stored images per network on which network and teacher disagree.
         progress: Whether to show a progress bar.
+        task: Task of the networks; None for `Classification()`.
 
     Returns:
         Predictions of the networks.
@@ -227,7 +238,7 @@ def predict(
             first network, or there are no images.
     """
     found = _Logits(candidates, teacher, shown)
-    device, example = run_networks(candidates, data, split, Classification(), found, accelerator, progress)
+    device, example = run_networks(candidates, data, split, task or Classification(), found, accelerator, progress)
     logits = {name: torch.cat(parts) for name, parts in found.logits.items()}
     return Predictions(logits, torch.cat(found.target), device, found.disagreements, example)
 

@@ -129,9 +129,9 @@ class Tallies(Collector):
         order = [int(one) for one in agreement.argsort(stable=True)[: self.shown] if agreement[one] < worst]
         if not order:
             return
-        part = batch._replace(target=batch.target[order])
+        part = batch.rows(order)
         choice, teacher_choice = (values[order] for values in choices)
-        images = visualize_inputs(_rows_of(batch, order), getattr(data, "mean", None), getattr(data, "std", None))
+        images = visualize_inputs(part, getattr(data, "mean", None), getattr(data, "std", None))
         names, own = self.class_names, {one: logits[one][order] for one in (str(self.teacher), name)}
         columns = {"image": images, "label": self.task.visualize(part.target, names)}
         columns |= {one: self.task.visualize(part.target, names, values) for one, values in own.items()}
@@ -146,12 +146,6 @@ class Tallies(Collector):
     def disagreements(self) -> dict[str, list[Row]]:
         """Visualizations of the images on which a network and the teacher differ most, by network."""
         return {name: [row for _, row in rows] for name, rows in self._rows.items() if rows}
-
-
-def _rows_of(batch: Batch, rows: list[int]) -> Batch:
-    index = None if batch.index is None else batch.index[rows]
-    input = batch.input[rows] if isinstance(batch.input, Tensor) else batch.input
-    return Batch(input, batch.target[rows], index)
 
 
 @dataclass(frozen=True)

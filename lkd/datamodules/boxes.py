@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 import torchvision.transforms.v2.functional as TF
@@ -127,7 +127,7 @@ class BoxDataset(Dataset[Batch]):
         flipped = (uniform(self.seed, epoch, index, 0)[:, 0] < self.flip).tolist()
         samples = [self._sample(*sample) for sample in zip(index.tolist(), flipped, strict=True)]
         images, target = zip(*samples, strict=True)
-        return Batch(list(images), cast("Tensor", list(target)), index, version=epoch)
+        return Batch(list(images), list(target), index, version=epoch)
 
     def _sample(self, index: int, flipped: bool) -> tuple[Tensor, dict[str, Tensor]]:
         image, target = self.source.images[index].float() / 255, self.source.target(index)

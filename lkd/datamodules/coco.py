@@ -72,8 +72,10 @@ class CocoDetectionDataModule(DetectionDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the categories and the annotation files that a stage needs."""
-        self._set_classes(CocoFile(str(self.paths["train"][1])))
+        self._training = CocoFile(str(self.paths["train"][1]))
+        self._set_classes(self._training)
         super().setup(stage)
+        del self._training  # large
 
     def _set_classes(self, file: CocoFile) -> None:
         self._categories = file.categories
@@ -103,7 +105,7 @@ class CocoDetectionDataModule(DetectionDataModule):
             )
         if folder is None or path is None:
             return None
-        file = CocoFile(path)
+        file = self._training if split == "train" else CocoFile(path)
         for id, name in file.categories.items():
             if self._categories.get(id, name) != name:
                 raise ValueError(

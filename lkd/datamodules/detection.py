@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from lkd import devices
 from lkd.datamodules.base import Split
 from lkd.datamodules.boxes import BoxDataset, BoxSource
-from lkd.datamodules.draws import SPLIT, permutation
+from lkd.datamodules.draws import SPLIT, SUBSET, permutation
+from lkd.datamodules.limits import Evaluated, is_limited
 from lkd.datamodules.loader import Loader, identity
 from lkd.datamodules.sampler import EpochSampler
 from lkd.types import Batch
@@ -136,17 +137,18 @@ class DetectionDataModule(L.LightningDataModule, ABC):
                 f"of objects are 1 to {self.num_classes - 1}, and 0 is the background; correct the labels"
             )
 
-    def _loader(self, split: Split) -> DataLoader[Batch]:
+    def _loader(self, split: Split, shuffled: bool = False) -> DataLoader[Batch]:
         if split not in self.datasets:
             raise ValueError(f"{type(self).__name__} has no {split} images yet; call prepare_data() and setup()")
         dataset, training = self.datasets[split], split == "train"
+        order = permutation(self.split_seed, 0, len(dataset), SUBSET) if shuffled else None
         processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         if len(dataset) < processes:
             raise ValueError(
                 f"the {split} split has {len(dataset)} images for {processes} processes; use fewer processes"
             )
         # In evaluation, each image is assigned to one process only, because a repeated image would count twice.
-        sampler = EpochSampler(dataset, processes, rank, training, dataset.seed, padded=training)
+        sampler = EpochSampler(dataset, processes, rank, training, dataset.seed, training, order)
         workers = self.num_workers
         if workers is None:
             workers = 0 if isinstance(dataset.source.images, list) else min(4, os.cpu_count() or 1)
@@ -164,6 +166,10 @@ class DetectionDataModule(L.LightningDataModule, ABC):
         loader.trainer = self.trainer if training else None
         return loader
 
+    def _evaluation_loader(self, split: Evaluated) -> DataLoader[Batch]:
+        """Return the loader of a split; limited evaluations use a random order, as images are often stored by class."""
+        return self._loader(split, shuffled=is_limited(self.trainer, split))
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of training images, shuffled and flipped at random.
 
@@ -173,11 +179,11 @@ class DetectionDataModule(L.LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return the loader of validation images, or an empty list if there are none."""
-        return self._loader("val") if "val" in self.datasets else []
+        return self._evaluation_loader("val") if "val" in self.datasets else []
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of test images."""
-        return self._loader("test")
+        return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of test images."""

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lkd.types import Predictions
+
+_SAME_AREA = 0.01
+"""Largest relative difference of the areas that feature maps cover; rounding during resizing remains below it."""
+
 
 def check_temperature(temperature: float, name: str = "temperature") -> float:
     """Check a temperature.
@@ -93,6 +98,30 @@ def check_dims(owner: str, dims: int, **features: Tensor) -> None:
         if feature.ndim != dims:
             raise ValueError(
                 f"{owner} reads {forms[dims]}, but the {name} layer returns {tuple(feature.shape)}; use another layer"
+            )
+
+
+def check_same_areas(owner: str, student: object, teacher: object) -> None:
+    """Check that the feature maps of two detectors cover the same area, so that their positions correspond.
+
+    Args:
+        owner: Name of the criterion, for the error message.
+        student: What the student returned; only the `Predictions` of detectors are checked.
+        teacher: What the teacher returned.
+
+    Raises:
+        ValueError: If a side differs by more than 1 %.
+    """
+    if not isinstance(student, Predictions) or not isinstance(teacher, Predictions):
+        return
+    for areas in zip(student.areas, teacher.areas, strict=True):
+        if any(abs(own - other) > _SAME_AREA * other for own, other in zip(*areas, strict=True)):
+            shown = " and ".join(f"{height:.0f}x{width:.0f}" for height, width in areas)
+            raise ValueError(
+                f"{owner} compares features at the same positions, but those of student and teacher cover areas of "
+                f"{shown} pixels of an image, because the detectors resize or pad it differently; use the same sizes "
+                "and the same `size_divisible` in `network.transform` of both, or images whose sides are multiples of "
+                "the larger one"
             )
 
 

@@ -91,13 +91,28 @@ def logit_maps(criterion: DistillLoss, student: Outputs, teacher: Outputs) -> tu
     Raises:
         ValueError: If the logits are not a map.
     """
-    for name, outputs in (("student", student), ("teacher", teacher)):
-        if outputs.logits.ndim != 4:
-            raise ValueError(
-                f"{type(criterion).__name__} reads maps of logits (B, K, H, W), but the {name} returns "
-                f"{tuple(outputs.logits.shape)}; use a network for segmentation, or set layers that return feature maps"
-            )
-    return student.logits, teacher.logits
+    return logit_map(criterion, "student", student), logit_map(criterion, "teacher", teacher)
+
+
+def logit_map(criterion: DistillLoss, name: str, outputs: Outputs) -> Tensor:
+    """Return the logits `(B, K, H, W)` of a network.
+
+    Args:
+        criterion: Criterion, for the error message.
+        name: Name of the network in the error message.
+        outputs: Its outputs.
+
+    Raises:
+        ValueError: If the logits are not a map.
+    """
+    logits = outputs.logits
+    if not isinstance(logits, Tensor) or logits.ndim != 4:
+        got = str(tuple(logits.shape)) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"{type(criterion).__name__} reads maps of logits (B, K, H, W), but the {name} returns {got}; use a "
+            "network for segmentation, or set layers that return feature maps"
+        )
+    return logits
 
 
 def class_masks(target: Tensor, num_classes: int) -> Tensor:

@@ -128,12 +128,27 @@ def mean_cross_entropy(
         ValueError: If a label is out of range (on the CPU; on a GPU, a device-side assertion fails).
     """
     total = cross_entropies(logits, target, label_smoothing, "sum", class_weights)
+    weight = total_weight(target, class_weights)
+    if class_weights is None:
+        return total / weight.clamp(min=1)
+    return torch.where(weight > 0, total, 0) / torch.where(weight > 0, weight, 1)
+
+
+def total_weight(target: Tensor, class_weights: tuple[float, ...] | None = None) -> Tensor:
+    """Return the divisor of `mean_cross_entropy`: the number of labels, or the sum of their weights.
+
+    Args:
+        target: Class indices, or `IGNORE_INDEX`.
+        class_weights: Weight of each class (K values).
+
+    Returns:
+        Scalar, int64 or, with weights, float32.
+    """
     labelled = target != IGNORE_INDEX
     if class_weights is None:
-        return total / labelled.sum().clamp(min=1)
-    weights = constant(class_weights, total.dtype, target.device)[target.masked_fill(~labelled, 0)]
-    weight = weights.masked_fill(~labelled, 0).sum()
-    return torch.where(weight > 0, total, 0) / torch.where(weight > 0, weight, 1)
+        return labelled.sum()
+    weights = constant(class_weights, torch.float32, target.device)[target.masked_fill(~labelled, 0)]
+    return weights.masked_fill(~labelled, 0).sum()
 
 
 def others(values: Tensor, own: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lkd._moved import former_members
 from lkd.features.layers import resolve_layers
-from lkd.losses._checks import check_dims, layer_list
+from lkd.losses._checks import check_dims, check_same_areas, layer_list
 from lkd.types import Batch, Outputs, Probe
 
 RESERVED = ("hard", "loss", "acc", "agreement")
@@ -125,8 +125,8 @@ class DistillLoss(nn.Module, ABC):
             dims: Required number of dimensions of all features, as in `check_dims`; `None` disables the check.
 
         Raises:
-            ValueError: If the numbers of layers differ or are 0, if a feature is not a tensor, or if it has another
-                number of dimensions.
+            ValueError: If the numbers of layers differ or are 0, if a feature is not a tensor, if it has another number
+                of dimensions, or if detectors resize or pad the images differently.
         """
         student_layers, teacher_layers = self.student_layers, self.teacher_layers
         if len(student_layers) != len(teacher_layers):
@@ -135,6 +135,7 @@ class DistillLoss(nn.Module, ABC):
                 f"{len(student_layers)} ({', '.join(student_layers)}) and {len(teacher_layers)} "
                 f"({', '.join(teacher_layers)})"
             )
+        check_same_areas(type(self).__name__, student.logits, teacher.logits)
         pairs = list(zip(read_layers(student, student_layers), read_layers(teacher, teacher_layers), strict=True))
         if dims is not None:
             for student_feature, teacher_feature in pairs:

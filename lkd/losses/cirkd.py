@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lkd.losses._adapters import projection_head
 from lkd.losses._checks import check_temperature, check_weights
-from lkd.losses._dense import class_masks, enlarged, resized_labels
+from lkd.losses._dense import class_masks, enlarged, logit_map, resized_labels
 from lkd.losses._divergence import kl_divergence
 from lkd.losses._labels import labelled_mean
 from lkd.losses._memory import drawn, enqueue, gathered, new_memory
@@ -219,7 +219,7 @@ class CIRKD(DistillLoss):
         ((student_feature, teacher_feature),) = self.pairs(student.outputs, teacher.outputs, dims=4)
         if not any(self._weights):
             return
-        channels, num_classes = teacher_feature.shape[1], student.outputs.logits.shape[1]
+        channels, num_classes = teacher_feature.shape[1], logit_map(self, "student", student.outputs).shape[1]
         self.projection_head = projection_head(student_feature.shape[1], channels)
         named = zip(("pixel", "region"), self._weights, self.memory_size, strict=True)
         sizes = {name: size for name, weight, size in named if weight}

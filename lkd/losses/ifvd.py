@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from lkd.losses._dense import class_masks, enlarged, resized_labels
+from lkd.losses._dense import class_masks, enlarged, logit_map, resized_labels
 from lkd.losses._precision import full_precision
 from lkd.losses._shapes import check_shapes
 from lkd.losses._unit_vectors import unit_vectors
@@ -97,11 +97,12 @@ class IFVD(DistillLoss):
 
     def build(self, student: Probe, teacher: Probe) -> None:
         """Check the shapes of the features."""
+        logit_map(self, "student", student.outputs)
         self.pairs(student.outputs, teacher.outputs, dims=4)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Compute the sum of `ifvd_loss` over the layers."""
-        num_classes, losses = student.logits.shape[1], []
+        num_classes, losses = logit_map(self, "student", student).shape[1], []
         for pair in self.pairs(student, teacher):
             student_feature, teacher_feature = enlarged(*pair)
             target = resized_labels(batch.target, (student_feature.shape[2], student_feature.shape[3]))

@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lkd import devices
 from lkd.modules.checks import evaluated_size
 from lkd.modules.recorded import RecordedModule
 from lkd.tasks.base import Task
@@ -101,7 +102,7 @@ class EvaluatedModule(RecordedModule):
             logits: Output of the network.
             target: Targets; missing labels are `IGNORE_INDEX`.
         """
-        metrics["loss"].update(self.task.loss(logits, target), weight=self.task.labelled(target))
+        metrics["loss"].update(self.task.loss(logits, target), weight=self.task.loss_weight(target))
         self.task.update({name: metrics[name] for name in self.task_metrics}, logits, target)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -113,6 +114,11 @@ class EvaluatedModule(RecordedModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, stage: str, batch: Any) -> None:
+        """Evaluate one batch, without advancing the random number generators of training."""
+        with devices.isolated_random_numbers(self.device):
+            self._update(stage, batch)
+
+    def _update(self, stage: str, batch: Any) -> None:
         metrics, batch = self.stage_metrics(stage), self.read(batch)
         graph = self.eval_graph if stage == "val" and self._can_replay(batch) else None
         if graph is None or not graph.update(metrics, batch):

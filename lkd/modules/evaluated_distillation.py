@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import Any
 
@@ -197,11 +197,6 @@ class EvaluatedDistillation(ClassificationModule):
             target = self.task.blank_target(self(images))
         index = torch.zeros(views * _BLANK, dtype=torch.int64, device=device_of(self.model))
         return Batch(images, target, index, views)
-
-    def _evaluate(self, stage: str, batch: Any) -> None:
-        """Evaluate one batch, without advancing the random number generators of training."""
-        with self._isolated() if self.validates_criterion else nullcontext():
-            super()._evaluate(stage, batch)
 
     def _isolated(self) -> AbstractContextManager[None]:
         return devices.isolated_random_numbers(device_of(self.model))

@@ -180,7 +180,7 @@ class MutualModule(DistillModule):
         """
         named = zip(self.network_names, self.extractors, strict=True)
         probes = [self.probe(name, extractor, example) for name, extractor in named]
-        classes = [probe.outputs.logits.shape[1] for probe in probes]
+        classes = [self.task.num_outputs(probe.outputs.logits) for probe in probes]
         if self.criterion.reads_logits and self.distill_weight and len(set(classes)) > 1:
             raise ValueError(
                 f"the students have {', '.join(map(str, classes))} classes, but the criterion compares their logits; "

@@ -45,7 +45,8 @@ class SimKDModule(DistillModule):
 
     def forward(self, input: Any) -> Tensor:
         """Compute the logits `(B, K)` of the student with the teacher's classifier."""
-        return self.simkd.predict(self.student_extractor(input)).logits
+        logits: Tensor = self.simkd.predict(self.student_extractor(input)).logits
+        return logits
 
     def student_outputs(self, batch: Batch) -> Outputs:
         """Compute the outputs of the student, with the logits of the teacher's classifier."""

@@ -140,11 +140,19 @@ class Task(ABC):
 
     @abstractmethod
     def labelled(self, target: Any) -> Tensor:
-        """Return the number of labelled elements, which weights the validation loss.
+        """Return the number of labelled elements.
 
         Args:
             target: Targets of a batch.
         """
+
+    def loss_weight(self, target: Any) -> Tensor:
+        """Return the weight of a batch in the mean loss of a split: by default, the number of labelled elements.
+
+        Args:
+            target: Targets of a batch.
+        """
+        return self.labelled(target)
 
     def correct(self, logits: Any, target: Any) -> Tensor | None:
         """Return the number of correct predictions, from which `train/acc` is computed; `None` disables `train/acc`.

@@ -50,7 +50,7 @@ class Detection(Task):
             raise ValueError(
                 "Detection supports neither mixing nor several views; remove `mix` and `views` of the data module"
             )
-        target: Any = batch.target
+        target = batch.target
         if not isinstance(target, (list, tuple)) or not all({"boxes", "labels"} <= set(own) for own in target):
             raise ValueError(
                 "Detection requires a list of dicts with `boxes` and `labels` as targets, got "

@@ -11,9 +11,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lkd.losses._dense import interpolated
-from lkd.losses._labels import mean_cross_entropy
+from lkd.losses._labels import mean_cross_entropy, total_weight
 from lkd.tasks.base import Task
-from lkd.tasks.metrics import Accuracy, MeanIoU, intersection_over_union
+from lkd.tasks.metrics import Accuracy, MeanIoU, intersection_over_union, predicted_classes
 from lkd.tasks.visualization import UNLABELLED, Visualization, class_color, class_name, colored
 from lkd.types import IGNORE_INDEX, Batch, Mixed
 
@@ -74,7 +74,7 @@ class SemanticSegmentation(Task):
         """
         if batch.mixed is not None:
             raise ValueError("masks cannot be mixed; remove `mix` of the data module")
-        target: Any = batch.target
+        target = batch.target
         if not isinstance(target, Tensor) or target.ndim != 3:
             got = str(tuple(target.shape)) if isinstance(target, Tensor) else f"a {type(target).__name__}"
             raise ValueError(
@@ -141,9 +141,13 @@ class SemanticSegmentation(Task):
         """Return the number of labelled pixels."""
         return (target != IGNORE_INDEX).sum()
 
+    def loss_weight(self, target: Tensor) -> Tensor:
+        """Return the number of labelled pixels or, with `class_weights`, the sum of their weights."""
+        return total_weight(target, self.class_weights)
+
     def correct(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the number of pixels that are classified correctly."""
-        return (_enlarged(logits, target).argmax(1) == target).sum()
+        return (self._classes(logits, target) == target).sum()
 
     def metrics(self) -> dict[str, Metric]:
         """Create the mean IoU and the pixel accuracy."""
@@ -151,7 +155,7 @@ class SemanticSegmentation(Task):
 
     def update(self, metrics: Mapping[str, Metric], logits: Tensor, target: Tensor) -> None:
         """Update the metrics with a batch."""
-        classes = _enlarged(logits, target).argmax(1)
+        classes = self._classes(logits, target)
         for metric in metrics.values():
             metric.update(classes, target)
 
@@ -162,7 +166,7 @@ class SemanticSegmentation(Task):
 
     def choice(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the predicted class of each pixel `(B, H, W)`."""
-        return _enlarged(logits, target).argmax(1).masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
+        return self._classes(logits, target).masked_fill(target == IGNORE_INDEX, IGNORE_INDEX)
 
     def tally(self, choice: Tensor, target: Tensor) -> Tensor:
         """Return, for each class, the numbers of pixels that are correct, predicted and labelled `(B, 3, K)`."""
@@ -186,7 +190,7 @@ class SemanticSegmentation(Task):
         self, target: Tensor, class_names: Sequence[str], logits: Tensor | None = None
     ) -> list[Visualization]:
         """Return colored masks and, for predictions, the proportion of correct pixels."""
-        masks = target if logits is None else _enlarged(logits, target).argmax(1)
+        masks = target if logits is None else self._classes(logits, target)
         shown = []
         for mask, label in zip(masks, target, strict=True):
             known = label != IGNORE_INDEX
@@ -196,6 +200,10 @@ class SemanticSegmentation(Task):
             legend |= {} if known.all() else {"no label": UNLABELLED}
             shown.append(Visualization(text, colored(mask), legend))
         return shown
+
+    def _classes(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the most probable class of each pixel `(B, H, W)`, other than `ignore_index`."""
+        return predicted_classes(_enlarged(logits, target), self.ignore_index)
 
 
 def _checked(class_weights: Sequence[float], num_classes: int) -> tuple[float, ...]:

@@ -9,14 +9,14 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lkd import DistillModule, SyntheticSegmentationDataModule
+from lkd import ClassificationModule, DistillModule, SyntheticDetectionDataModule, SyntheticSegmentationDataModule
 from lkd.callbacks import PredictionImages
 from lkd.callbacks.sheet import sheet
 from lkd.losses import KD, PerPixel
-from lkd.models import UNet
-from lkd.tasks import Classification, SemanticSegmentation, Task
+from lkd.models import UNet, fcos
+from lkd.tasks import Classification, Detection, SemanticSegmentation, Task
 from lkd.tasks.visualization import UNLABELLED, Visualization, class_color
-from lkd.types import IGNORE_INDEX
+from lkd.types import IGNORE_INDEX, Batch
 
 
 def test_visualization_of_masks() -> None:
@@ -64,6 +64,36 @@ def test_images_do_not_affect_training(trainer, tmp_path) -> None:
     assert [image.step for image in events.Images("predictions")] == [6, 9]
     for ours, theirs in zip(module.state_dict().values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_rows_of_a_batch() -> None:
+    images, boxes = (
+        [torch.full((3, 4, 5), one) for one in range(3)],
+        [{"boxes": torch.zeros(one, 4)} for one in range(3)],
+    )
+    rows = Batch(images, boxes, torch.arange(3)).rows([2, 0])
+    assert [int(image[0, 0, 0]) for image in rows.input] == [2, 0]
+    assert [len(one["boxes"]) for one in rows.target] == [2, 0]
+    assert rows.index.tolist() == [2, 0]
+    pair = {"left": torch.arange(6).view(3, 2), "right": torch.arange(3)}
+    rows = Batch(pair, torch.tensor([4, 5, 6])).rows([1])
+    assert (rows.input["left"].tolist(), rows.input["right"].tolist(), rows.target.tolist()) == ([[2, 3]], [1], [5])
+
+
+class ShownDetection(Detection):
+    """Detection that shows the number of boxes."""
+
+    def visualize(self, target, class_names, logits=None):
+        return [Visualization(f"{len(one['boxes'])} boxes") for one in target]
+
+
+def test_images_of_detection(trainer, tmp_path) -> None:
+    module = ClassificationModule(fcos(5, (4, 8), 32, num_convs=1), task=ShownDetection())
+    data = SyntheticDetectionDataModule((32, 48), train_size=16, val_size=8, batch_size=8)
+    logger = TensorBoardLogger(tmp_path, version=0)
+    trainer(max_epochs=1, logger=logger, callbacks=[PredictionImages(num_images=3)]).fit(module, data)
+    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0")).Reload()
+    assert len(events.Images("predictions")) == 1
 
 
 def test_invalid_settings() -> None:

@@ -7,11 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
 
-from lkd import ClassificationModule, SyntheticSegmentationDataModule
+from lkd import ClassificationModule, SyntheticDataModule, SyntheticSegmentationDataModule
 from lkd.compare import Candidate, compare, write
 from lkd.compare.command import _task_of
+from lkd.compare.comparison import ScoreComparison
 from lkd.compare.scores import bootstrapped, interval
 from lkd.loading import Trained
 from lkd.models import UNet
@@ -40,6 +42,40 @@ def _predictions(networks, data):
     with torch.no_grad():
         classes = {name: torch.cat([one(b.input).argmax(1) for b in batches]) for name, one in networks.items()}
     return classes, torch.cat([batch.target for batch in batches])
+
+
+class Scores(nn.Linear):
+    """A classifier with an output that only its task reads."""
+
+    def forward(self, input):
+        return {"scores": super().forward(input.flatten(1))}
+
+
+class ScoresTask(Classification):
+    """Task that reads the output of `Scores`."""
+
+    def logits(self, output):
+        return output["scores"]
+
+
+class Cached(SemanticSegmentation):
+    """A task that is not classification, although its outputs may be cached."""
+
+    caches_logits = True
+
+
+def test_the_task_determines_the_comparison(networks) -> None:
+    data = SyntheticDataModule(3, (3, 4, 4), train_size=8, test_size=12, batch_size=4)
+    candidate = Candidate("one", Scores(48, 3))
+    result = compare([candidate], data, seconds=0.01, accelerator="cpu", task=ScoresTask())
+    with torch.no_grad():
+        logits = torch.cat([candidate.network(batch.input)["scores"] for batch in data.test_dataloader()])
+    torch.testing.assert_close(result.predictions.logits["one"], logits)
+    data = SyntheticSegmentationDataModule(16, train_size=8, test_size=8, batch_size=8)
+    result = compare(
+        [Candidate(*each) for each in networks.items()], data, seconds=0.01, accelerator="cpu", task=Cached(5)
+    )
+    assert isinstance(result, ScoreComparison)
 
 
 def test_scores_equal_torchmetrics(found, networks) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from lkd import CocoDetectionDataModule, SyntheticDetectionDataModule
 from lkd.datamodules import BoxDataset, BoxSource, ImageError, Key, uniform
+from lkd.datamodules.coco import CocoFile
 from lkd.types import Batch
 
 
@@ -157,6 +158,25 @@ def test_coco_files(coco) -> None:
     assert kept.datasets["train"].source.labels.tolist() == [9, 3]
     with pytest.raises(ValueError, match=r"no test images; set test_images and test_annotations, or .* `lkd validate`"):
         data.setup("test")
+
+
+def test_annotations_are_parsed_once(coco, monkeypatch) -> None:
+    parsed = []
+    original = CocoFile.__init__
+    monkeypatch.setattr(CocoFile, "__init__", lambda self, path: parsed.append(path) or original(self, path))
+    data = coco()
+    data.setup("fit")
+    assert len(parsed) == len(set(parsed)) >= 1
+
+
+def test_limited_evaluation_uses_a_random_subset() -> None:
+    data = SyntheticDetectionDataModule((32, 48), train_size=8, test_size=40, batch_size=4)
+    data.setup("test")
+    data.trainer = SimpleNamespace(world_size=1, global_rank=0, limit_test_batches=2)
+    subset = [int(one) for batch in list(data.test_dataloader())[:2] for one in batch.index]
+    assert subset != sorted(subset)
+    data.trainer.limit_test_batches = 1.0
+    assert [int(one) for batch in data.test_dataloader() for one in batch.index] == list(range(40))
 
 
 def test_training_images_without_boxes_are_reported(coco) -> None:

@@ -60,7 +60,6 @@ class FeatureCase:
         reads_target: Whether it reads the labels; unlabelled images are then ignored.
         signs_only: Whether only the sign of the teacher's features is read; infinite features are then valid.
         min_samples: Minimum batch size; 2 if a BatchNorm reads pooled features.
-        no_compile: Reason why torch.compile cannot capture it as one graph; empty if it can.
         lr: Learning rate of Adam with which 40 steps reduce the loss by at least 10 %.
         classes: Number of classes.
     """
@@ -77,7 +76,6 @@ class FeatureCase:
     reads_target: bool = False
     signs_only: bool = False
     min_samples: int = 1
-    no_compile: str = ""
     lr: float = 0.05
     classes: int = CLASSES
 

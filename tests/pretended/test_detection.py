@@ -32,7 +32,10 @@ def test_training_equals_that_on_the_cpu(pretended, trainer, capsys) -> None:
         fit = trainer(accelerator=device, max_epochs=1, callbacks=[Speed(channels_last=False, fuse_optimizer=False)])
         fit.fit(module, data)
         found[device] = {**module.state_dict(), **fit.callback_metrics}
-    assert "no CUDA graph (the number of boxes that detectors assign and select depends on the data)" in capsys.readouterr().out
+    assert (
+        "no CUDA graph (the number of boxes that detectors assign and select depends on the data)"
+        in capsys.readouterr().out
+    )
     assert found["cpu"].keys() == found[NAME].keys()
     for name, value in found["cpu"].items():
         torch.testing.assert_close(found[NAME][name].cpu(), value, rtol=0, atol=0, msg=name)

@@ -13,11 +13,17 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from lkd import ClassificationModule, DistillModule, SyntheticDetectionDataModule, SyntheticSegmentationDataModule
+from lkd import (
+    ClassificationModule,
+    DistillModule,
+    MutualModule,
+    SyntheticDetectionDataModule,
+    SyntheticSegmentationDataModule,
+)
 from lkd.callbacks import TeacherCache
 from lkd.compare.comparison import check_comparable
 from lkd.features.extractor import FeatureExtractor
-from lkd.losses import AT, CWD, FGD, KD, LD, MGD, PKD, PerAnchor, WeightedSum
+from lkd.losses import AT, CIRKD, CWD, DSD, FGD, IFVD, KD, LD, MGD, PKD, PerAnchor, PerPixel, WeightedSum
 from lkd.losses.fgd import fgd_masks
 from lkd.models import RetinaNetDetector, faster_rcnn, fcos, retinanet, ssdlite
 from lkd.models.distribution import distribution_focal_loss
@@ -99,6 +105,97 @@ def test_losses_and_detections_equal_torchvision(name: str) -> None:
     assert all(torch.equal(losses[term], expected[term]) for term in expected)
     torch.manual_seed(0)
     torch.testing.assert_close(Detection().loss(predictions, TARGET), sum(expected.values()))
+
+
+def test_loss_of_the_distributions() -> None:
+    """A quarter of the mean focal loss over the sides of the boxes to which anchors are assigned."""
+    detector = _detector().eval()
+    predictions = detector(IMAGES)
+    found = predictions.losses(TARGET)["bbox_distribution"]
+    values = predictions.values
+    terms = []
+    with torch.no_grad():
+        stored = {}
+        original = detector.network.head.compute_loss
+        detector.network.head.compute_loss = lambda *given: stored.update(matched=given[3]) or original(*given)
+        predictions.losses(TARGET)
+    for number, matched in enumerate(stored["matched"]):
+        for anchor in (matched >= 0).nonzero().flatten().tolist():
+            x1, y1, x2, y2 = values["anchors"][number][anchor].tolist()
+            box = TARGET[number]["boxes"][matched[anchor]].tolist()
+            x, y, size = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1
+            distances = [(x - box[0]) / size, (y - box[1]) / size, (box[2] - x) / size, (box[3] - y) / size]
+            logits = values["head"]["bbox_distribution"][number, anchor].view(4, -1)
+            for own, distance in zip(logits.log_softmax(1), distances, strict=True):
+                low = min(int(distance), 7)
+                share = min(distance, 8) - low
+                terms.append(-(1 - share) * own[low] - share * own[low + 1])
+    assert len({int(one) for one in stored["matched"][0] if one >= 0}) == 2
+    torch.testing.assert_close(found, 0.25 * torch.stack(terms).mean())
+
+
+@pytest.mark.parametrize("kind", ["alone", "distilled"])
+def test_validation_does_not_change_training(kind: str, trainer) -> None:
+    """The loss of Faster R-CNN draws boxes at random, in validation as well."""
+    weights = []
+    for limit in (0, 1.0):
+        L.seed_everything(0)
+        settings = {"optimizer": lambda parameters: SGD(parameters, lr=0.01), "task": Detection()}
+        network = _detector("faster_rcnn")
+        if kind == "alone":
+            module = ClassificationModule(network, **settings)
+        else:
+            module = DistillModule(network, _detector("faster_rcnn", 1), PKD(*PYRAMID), **settings)
+        trainer(max_epochs=2, limit_val_batches=limit, num_sanity_val_steps=0).fit(module, _data())
+        weights.append(torch.cat([weight.flatten() for weight in network.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_detectors_that_pad_differently_are_rejected() -> None:
+    """Two stages pad 40 rows to 64, and five stages to 128, so that positions would not correspond."""
+    student, teacher = _detector(), fcos(5, (4, 4, 4, 4, 4), 32, num_convs=1)
+    module = DistillModule(student, teacher, PKD(["pyramid.0"], ["pyramid.0"]), task=Detection())
+    module.build([torch.zeros(3, 256, 256)])
+    module.losses(Batch([torch.rand(3, 256, 256)] * 2, TARGET))
+    with pytest.raises(ValueError, match=r"PKD compares features at the same positions.* 64x64 and 128x128 pixels"):
+        module.losses(BATCH)
+
+
+def test_labels_weight_the_validation_loss_by_images(trainer) -> None:
+    module, data = _module(), _data(val_size=5)
+    run = trainer(max_epochs=1)
+    run.validate(module, data, verbose=False)
+    module.eval()
+    losses = [
+        (float(module.task.loss(module(batch.input), batch.target)), len(batch.target))
+        for batch in data.val_dataloader()
+    ]
+    assert [number for _, number in losses] == [4, 1]
+    expected = sum(loss * number for loss, number in losses) / 5
+    assert float(run.callback_metrics["val/loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_mean_ap_without_boxes() -> None:
+    metrics = Detection().metrics()
+    predictions = _detector().eval()(IMAGES)
+    Detection().update(metrics, predictions, [TARGET[1], TARGET[1]])
+    assert [float(metric.compute()) for metric in metrics.values()] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "criterion", [IFVD(["pyramid.0"], ["pyramid.0"]), CIRKD("pyramid.0", "pyramid.0"), DSD(*PYRAMID), PerPixel(KD())]
+)
+def test_criteria_for_maps_of_logits_are_rejected(criterion, trainer) -> None:
+    module = _distill(criterion)
+    with pytest.raises((ValueError, TypeError), match="student returns Predictions; use a network for segmentation"):
+        trainer(max_epochs=1).fit(module, _data())
+
+
+def test_mutual_distillation(trainer) -> None:
+    module = MutualModule([_detector(seed=seed) for seed in (0, 1)], PKD(*PYRAMID), task=Detection())
+    run = trainer(max_epochs=1, limit_train_batches=2)
+    run.fit(module, _data())
+    assert run.callback_metrics["train/pkd_2"] > 0
 
 
 def test_boxes_are_pooled_at_the_scale_of_their_level() -> None:

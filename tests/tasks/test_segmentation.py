@@ -157,6 +157,37 @@ def test_class_weights(label_smoothing: float) -> None:
         assert not torch.autograd.grad(loss, logits)[0].any()
 
 
+@pytest.mark.parametrize("batch_size", [1, 7, 24])
+def test_weighted_validation_loss(batch_size: int, trainer) -> None:
+    """`val/loss` is the loss of the whole split, whatever the batch size."""
+    weights = [0.1, 1.0, 2.0, 8.0]
+    module = ClassificationModule(Net(4), task=SemanticSegmentation(CLASSES, class_weights=weights))
+    run = trainer(max_epochs=1)
+    run.validate(module, DataLoader(_data(), batch_size), verbose=False)
+    image, mask = _data().tensors
+    logits = F.interpolate(module.eval()(image), (16, 16), mode="bilinear", align_corners=False)
+    expected = F.cross_entropy(logits, mask.long(), torch.tensor(weights), ignore_index=255)
+    torch.testing.assert_close(run.callback_metrics["val/loss"], expected)
+
+
+def test_ignored_class_is_never_predicted() -> None:
+    """An `ignore_index` that is a class is excluded from predictions and from the mean IoU."""
+    task, generator = SemanticSegmentation(CLASSES, ignore_index=2), torch.Generator().manual_seed(0)
+    logits = torch.randn(3, CLASSES, 8, 8, generator=generator)
+    batch = task.prepare(Batch(None, torch.randint(CLASSES, (3, 8, 8), generator=generator)))
+    metrics = task.metrics()
+    task.update(metrics, logits, batch.target)
+    classes = logits.index_fill(1, torch.tensor(2), -torch.inf).argmax(1)
+    target = batch.target.masked_fill(batch.target == IGNORE_INDEX, 2)
+    expected = multiclass_jaccard_index(classes, target, CLASSES, average="none", ignore_index=2)[[0, 1, 3]]
+    torch.testing.assert_close(metrics["miou"].compute(), expected.mean())
+    per_class = task.class_metrics(metrics)["iou"]
+    torch.testing.assert_close(per_class[[0, 1, 3]], expected)
+    assert per_class[2].isnan()
+    scores = task.scores(task.tally(task.choice(logits, batch.target), batch.target).sum(0))
+    torch.testing.assert_close(scores["mean IoU"].float(), expected.mean())
+
+
 @pytest.mark.parametrize("weights", [[1.0, 2.0], [1.0, -1.0, 1.0, 1.0], [0.0] * 4, [float("nan")] * 4, []])
 def test_invalid_class_weights(weights: list[float]) -> None:
     with pytest.raises(ValueError, match=r"class_weights must contain 4 numbers \(num_classes\)"):

@@ -103,6 +103,19 @@ def test_crosskd_equals_its_functions() -> None:
     assert not criterion.state_dict()
 
 
+def test_small_sums_of_the_quality_do_not_enlarge_the_loss() -> None:
+    """The class loss is divided by the sum of the teacher's scores, but at least by 1."""
+    teacher, ours, theirs = _Detector().double().eval(), draw(2, 5, 4, 3), draw(2, 5, 4, 3, seed=1)
+    teacher.classes[-1].bias.data.fill_(-9.0)
+    given = outputs(a=ours), outputs(c=theirs)
+    found = built(CrossKD(["a"], ["c"], "classes"), *given, (nn.Identity(), teacher))(*given, BATCH)
+    rows = [
+        teacher.classes(feature).movedim(1, 3).flatten(0, 2) for feature in (KF.crosskd_aligned(ours, theirs), theirs)
+    ]
+    assert rows[1].amax(1).sigmoid().sum() < 1
+    torch.testing.assert_close(found["class"], KF.crosskd_class_loss(*rows, avg_factor=torch.tensor(1.0).double()))
+
+
 def test_crosskd_aligns_means_and_deviations() -> None:
     student, teacher = 5 * draw(3, 4, 2, 6) - 2, draw(3, 4, 5, 5, seed=1)
     found = torch.std_mean(KF.crosskd_aligned(student, teacher), dim=(0, 2, 3))
