@@ -80,7 +80,7 @@ class CriterionMeter:
             metrics: Metrics of the stage by name.
             terms: Function that computes the terms.
             size: Number of images.
-            weight: Number of images over which the terms are averaged.
+            weight: Number of images or pixels over which the terms are averaged.
         """
         if self.recorded is not None:
             self.recorded.update(terms())

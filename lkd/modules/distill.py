@@ -36,8 +36,8 @@ class DistillModule(EvaluatedDistillation):
     To implement a new method, override `distill_loss`, or write a `DistillLoss` and pass it as `criterion`.
 
     Logged metrics, in addition to those of `ClassificationModule`: the weighted terms `train/hard` and
-    `train/<criterion>`, `val/<criterion>`, `val/teacher_acc`, and `val/agreement`, the fraction of images for which
-    student and teacher predict the same class (see "Curves" in the documentation).
+    `train/<criterion>`, `val/<criterion>`, `val/teacher_acc`, and `val/agreement`, the proportion of labelled images or
+    pixels for which student and teacher predict the same class (see "Curves" in the documentation).
 
     Args:
         student: Network to train; returns logits `(B, K)`.

@@ -94,7 +94,7 @@ class EvaluatedDistillation(ClassificationModule):
         """Set the conversion of the student's input to the normalization of the teacher, if they differ."""
 
     def make_metrics(self) -> dict[str, Metric]:
-        """Create the metrics of `ClassificationModule`, the teacher's accuracy, and the agreement of both networks."""
+        """Create the metrics of `ClassificationModule`, those of the teacher, and the agreement of both networks."""
         teacher = {f"teacher_{name}": metric for name, metric in self.task.metrics().items()}
         return {**super().make_metrics(), **teacher, "agreement": Accuracy()}
 
@@ -123,7 +123,7 @@ class EvaluatedDistillation(ClassificationModule):
 
     @property
     def main_metric(self) -> str | None:
-        """Name of the main metric: `acc`, or the distillation loss if the logits are not trained.
+        """Name of the main metric: that of the task, or the distillation loss if the logits are not trained.
 
         None if the logits are not trained and the distillation loss is not evaluated.
         """
@@ -273,7 +273,7 @@ class EvaluatedDistillation(ClassificationModule):
         return self._remembered.outputs(name, lambda: self.teacher_outputs(batch))
 
     def on_validation_epoch_end(self) -> None:
-        """Before the first epoch, print the teacher's accuracy, and warn if it is near chance."""
+        """Before the first epoch, print the teacher's main metric, and warn if it is near chance."""
         super().on_validation_epoch_end()
         metric = self.stage_metrics("val")[f"teacher_{self.task.metric}"]
         if not self.trainer.sanity_checking or not metric.update_called:

@@ -16,7 +16,7 @@ class ValueName(NamedTuple):
     """Name of a value that each training step computes.
 
     Attributes:
-        kind: The loss, one of its terms, a count of images, or the mean logit of a network.
+        kind: The loss, one of its terms, a count of labelled images or pixels, or the mean logit of a network.
         name: Name of the term, the count or the network; empty for the loss.
     """
 
