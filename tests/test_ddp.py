@@ -195,33 +195,38 @@ BOXES = """
     import torch
     import torch.distributed as dist
     from lkd.tasks.average_precision import MeanAP
+    from lkd.tasks.metrics import MeanIoU
 
     rank, world, images = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), int(sys.argv[1])
     if world > 1:
         dist.init_process_group("gloo", rank=rank, world_size=world)
     torch.manual_seed(0)
-    metric = MeanAP()
+    metric, overlap = MeanAP(), MeanIoU(3)
     for number in range(images):
         start, labels = 30 * torch.rand(number % 3, 2), torch.randint(1, 3, (number % 3,))
         boxes = torch.cat((start, start + 5 + 20 * torch.rand(number % 3, 2)), 1)
         found = {"boxes": boxes + torch.randn(number % 3, 4), "scores": torch.rand(number % 3), "labels": labels}
+        masks = torch.randint(3, (2, 1, 8, 8))
         if number % world == rank:
             metric.update([found], [{"boxes": boxes, "labels": labels}])
+            overlap.update(*masks)
     own = len(metric.detection_box)
-    Path(f"map{world}{rank}.json").write_text(json.dumps([float(metric.compute()), own, len(metric.detection_box)]))
+    found = float(metric.compute()), own, len(metric.detection_box), overlap.per_class().tolist()
+    Path(f"map{world}{rank}.json").write_text(json.dumps(found))
 """
 
 
 @pytest.mark.parametrize("images", [5, 1])  # one of two processes has more images, or the only one
-def test_average_precision_equals_that_of_one_process(images: int) -> None:
+def test_metrics_of_dense_prediction_equal_those_of_one_process(images: int) -> None:
     Path("boxes.py").write_text(textwrap.dedent(BOXES))
     for processes in (1, 2):
         for done in warm.ranks(processes, warm.script, "boxes.py", str(images)):
             assert done.code == 0, done.stderr[-2000:]
-    expected, *_ = json.loads(Path("map10.json").read_text())
+    expected, _, _, per_class = json.loads(Path("map10.json").read_text())
     assert (expected > 0) == (images > 1)
+    assert all(0 < one < 1 for one in per_class)
     for rank, own in enumerate((images - images // 2, images // 2)):
-        assert json.loads(Path(f"map2{rank}.json").read_text()) == [pytest.approx(expected), own, own]
+        assert json.loads(Path(f"map2{rank}.json").read_text()) == [pytest.approx(expected), own, own, per_class]
 
 
 def test_predictions_equal_those_of_one_process(capsys) -> None:

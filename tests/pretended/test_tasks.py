@@ -11,7 +11,7 @@ from tests.pretended.device import NAME
 
 
 def test_prediction_images(pretended) -> None:
-    """The views and the selected rows of a batch equal those on the CPU."""
+    """The visualizations and the selected rows of a batch equal those on the CPU."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(-1, 3, (4, 6, 6), generator=generator)
     target[target < 0] = IGNORE_INDEX
