@@ -349,7 +349,7 @@ def test_invalid_plans(tmp_path, capsys) -> None:
     assert main(["plan.yaml", "store"]) == 2
     assert "unet has no config for 'student alone'" in capsys.readouterr().err
     assert main(["nothing", "store"]) == 2
-    assert "no plan 'nothing'; expected a YAML file or one of camvid, detection, literature" in capsys.readouterr().err
+    assert "no plan 'nothing'; expected a YAML file or one of camvid, camvid_weighted, detection, literature" in capsys.readouterr().err
     for change, message in (
         ({"trainer": {"max_epochs": 1, "max_step": 1}}, "lkd has no setting 'trainer.max_step'"),
         ({"teacher_caches": {"versions": 1}, "trainer": {"max_epochs": 1}}, "no setting 'teacher_caches'"),
