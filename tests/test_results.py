@@ -262,7 +262,7 @@ def test_plans_with_values_of_wrong_types(tmp_path) -> None:
         read_plan(str(path))
 
 
-@pytest.mark.parametrize(("name", "page"), [("two_cores", "cifar100"), ("camvid", "camvid")])
+@pytest.mark.parametrize(("name", "page"), [("two_cores", "cifar100"), ("camvid", "camvid"), ("camvid_weighted", "camvid")])
 def test_published_tables_are_those_of_the_published_results(name, page, tmp_path) -> None:
     folder = Path(bundle.__file__).parent
     store = Store(folder / "stores" / name)
