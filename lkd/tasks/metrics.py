@@ -124,7 +124,7 @@ def predicted_classes(logits: Tensor, excluded: int = -1) -> Tensor:
     if 0 <= excluded < logits.shape[1]:
         logits = logits.detach().clone()
         logits.select(1, excluded).fill_(-torch.inf)
-    return logits.max(1).indices
+    return logits.detach().max(1).indices
 
 
 def intersection_over_union(shared: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
