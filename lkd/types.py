@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lkd._compat import tree_map_only
+from lkd._compat import tree_leaves, tree_map_only
 
 IGNORE_INDEX = -100
 """Label of images or pixels without a label, which are excluded from the cross-entropy and from the metrics."""
@@ -60,6 +60,15 @@ class Batch(NamedTuple):
     version: Tensor | None = None
     mixed: Mixed | None = None
 
+    @property
+    def size(self) -> int:
+        """Number of samples, in all views together."""
+        if self.index is not None:
+            return len(self.index)
+        if type(self.target) in (list, tuple):
+            return len(self.target)
+        return len(next(leaf for leaf in tree_leaves(self.target) if isinstance(leaf, Tensor)))
+
     def rows(self, rows: Sequence[int]) -> Batch:
         """Return some samples of a batch with one view: rows of tensors, and entries of a list of images or targets.
 
@@ -67,7 +76,7 @@ class Batch(NamedTuple):
             rows: Positions of the samples in the batch.
         """
         chosen = list(rows)
-        listed = isinstance(self.target, (list, tuple))
+        listed = type(self.target) in (list, tuple)
 
         def select(value: Any) -> Any:
             if listed and isinstance(value, (list, tuple)):

@@ -262,7 +262,9 @@ def test_plans_with_values_of_wrong_types(tmp_path) -> None:
         read_plan(str(path))
 
 
-@pytest.mark.parametrize(("name", "page"), [("two_cores", "cifar100"), ("camvid", "camvid"), ("camvid_weighted", "camvid")])
+@pytest.mark.parametrize(
+    ("name", "page"), [("two_cores", "cifar100"), ("camvid", "camvid"), ("camvid_weighted", "camvid")]
+)
 def test_published_tables_are_those_of_the_published_results(name, page, tmp_path) -> None:
     folder = Path(bundle.__file__).parent
     store = Store(folder / "stores" / name)
@@ -349,7 +351,10 @@ def test_invalid_plans(tmp_path, capsys) -> None:
     assert main(["plan.yaml", "store"]) == 2
     assert "unet has no config for 'student alone'" in capsys.readouterr().err
     assert main(["nothing", "store"]) == 2
-    assert "no plan 'nothing'; expected a YAML file or one of camvid, camvid_weighted, detection, literature" in capsys.readouterr().err
+    assert (
+        "no plan 'nothing'; expected a YAML file or one of camvid, camvid_weighted, detection, literature"
+        in capsys.readouterr().err
+    )
     for change, message in (
         ({"trainer": {"max_epochs": 1, "max_step": 1}}, "lkd has no setting 'trainer.max_step'"),
         ({"teacher_caches": {"versions": 1}, "trainer": {"max_epochs": 1}}, "no setting 'teacher_caches'"),

@@ -101,8 +101,8 @@ def _is_trial(trainer: L.Trainer) -> bool:
 
 def _part(batch: Batch, count: int) -> Batch:
     """Return evenly spaced samples of a batch."""
-    size = len(batch.target)
-    return batch.rows([number * size // count for number in range(min(count, size))])
+    count = min(count, batch.size)
+    return batch.rows([number * batch.size // count for number in range(count)])
 
 
 def _rows_of(module: Any, batch: Batch, logits: dict[str, Tensor], data: Any) -> list[Row]:

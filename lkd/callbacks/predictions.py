@@ -71,14 +71,15 @@ class PredictionWriter(BasePredictionWriter):
         if self._format is None:
             raise RuntimeError("on_predict_start must be called before write_on_batch_end")
         batch = pl_module.unpack(batch)
-        size = len(batch.target)
+        size = batch.size
         if batch.index is not None:
             positions = batch.index.tolist()
         elif batch_indices:  # Lightning provides them for map-style datasets
             positions = list(batch_indices)
         else:  # number the images differently in each process
             positions = [trainer.global_rank + trainer.world_size * (self._images + row) for row in range(size)]
-        self._records += self._format.records(prediction, positions, batch, self.folder)
+        with trainer.precision_plugin.forward_context():  # boxes of Faster R-CNN are computed by a network
+            self._records += self._format.records(prediction, positions, batch, self.folder)
         self._images += size
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -68,6 +69,7 @@ class ScoreDifference:
         value: Metric of the first network minus that of the second, in [-1, 1].
         interval: 95 % interval of the difference.
         p_value: Two-sided p-value: twice the share of samples in which the difference has the opposite sign, or is 0.
+            NaN without labels.
     """
 
     first: str
@@ -215,7 +217,10 @@ def score_difference(
     """
     first_scores, second_scores = (next(iter(samples[name].scores.values())) for name in (first, second))
     differences = first_scores - second_scores
+    value = metrics[first].main.value - metrics[second].main.value
+    if not differences.isfinite().any():  # no labels
+        return ScoreDifference(first, second, value, (math.nan, math.nan), math.nan)
+    differences = differences[differences.isfinite()]
     opposite = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
     p_value = min(1.0, 2 * (opposite + 1) / (len(differences) + 1))
-    value = metrics[first].main.value - metrics[second].main.value
     return ScoreDifference(first, second, value, interval(differences), p_value)

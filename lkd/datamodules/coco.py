@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from lkd.datamodules.dataset import ImageError
 from lkd.datamodules.detection import DetectionDataModule
 from lkd.datamodules.files import ImageFiles
 from lkd.io.refused import said, shown
+
+T = TypeVar("T")
 
 InvalidBoxes = Literal["fail", "skip"]
 
@@ -136,8 +139,8 @@ class CocoFile:
             raise FileNotFoundError(f"annotation file {self.name} not found; set the path of a file in COCO's format")
         try:
             content = json.loads(Path(path).read_bytes())
-            self.images = {int(image["id"]): _image(image) for image in content["images"]}
-            self.categories = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
+            self.images = dict(_unique([(int(image["id"]), _image(image)) for image in content["images"]]))
+            self.categories = dict(_unique([(int(one["id"]), str(one["name"])) for one in content["categories"]]))
             self._annotations = [_annotation(entry) for entry in content["annotations"]]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
@@ -245,3 +248,11 @@ def _clipped(box: Sequence[float], width: int, height: int) -> list[float] | Non
     x, y = box[0], box[1]
     left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + box[2], width), min(y + box[3], height)
     return [left, top, right, bottom] if left < right and top < bottom else None
+
+
+def _unique(entries: list[tuple[int, T]]) -> list[tuple[int, T]]:
+    """Return entries, after a check that their ids differ."""
+    repeated = [id for id, number in Counter(id for id, _ in entries).items() if number > 1]
+    if repeated:
+        raise ValueError(f"the id {repeated[0]} occurs more than once")
+    return entries

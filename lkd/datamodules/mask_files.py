@@ -134,7 +134,10 @@ def listed(file: Path, root: Path) -> tuple[list[str], list[str]]:
         ValueError: If a line does not consist of two names, or the list is empty.
         FileNotFoundError: If a file is missing.
     """
-    pairs = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not file.is_file():
+        raise FileNotFoundError(f"list {shown(file)} not found; create it: one image and its mask per line")
+    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    pairs = [line.split("\t") if "\t" in line else line.split() for line in lines]
     for number, pair in enumerate(pairs, 1):
         if len(pair) != 2:
             line = " ".join(pair)

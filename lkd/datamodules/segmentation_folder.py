@@ -114,8 +114,9 @@ def _pair(name: str, size: int | tuple[int, int] | None) -> tuple[int, int] | No
 class SegmentationFolderDataModule(MaskedFilesDataModule):
     """Images in `root/train/images/` and masks with the same names in `root/train/masks/`; likewise `val` and `test`.
 
-    Instead of the folders of a split, `root/train.txt` (`val.txt`, `test.txt`) may list its files: one image and its
-    mask per line, relative to `root`. Without `test`, `val` is the test set; without `val`, validation images are held
+    Instead of the folders, `root/train.txt` (`val.txt`, `test.txt`) may list the files of each split: one image and its
+    mask per line, relative to `root`, separated by a tab or a space. If there is a `train.txt`, folders are not used as
+    splits. Without `test`, `val` is the test set; without `val`, validation images are held
     out from the training images.
 
     Args:

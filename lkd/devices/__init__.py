@@ -70,17 +70,18 @@ def compiles_well(device: torch.device) -> bool:
 def breaks_channels_last(network: nn.Module, device: torch.device) -> bool:
     """Return whether a convolution of a network corrupts memory on a device if its weights are in channels-last format.
 
-    Without AVX-512, oneDNN 3.12 (in torch 2.14) writes past its buffers in strided 1x1 convolutions with fewer than 8
-    input channels: results are wrong, or the process aborts.
+    oneDNN 3.12 (in torch 2.14) writes past its buffers in strided 1x1 convolutions with few input channels (fewer than
+    16 with AVX-512, fewer than 8 without): results are wrong, or the process aborts.
 
     Args:
         network: Any module.
         device: Any device.
     """
-    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512":
+    if device.type != "cpu":
         return False
+    least = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
     convolutions = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
-    return any(max(c.kernel_size) == 1 < max(c.stride) and c.in_channels // c.groups < 8 for c in convolutions)
+    return any(max(c.kernel_size) == 1 < max(c.stride) and c.in_channels // c.groups < least for c in convolutions)
 
 
 def has_fused_optimizers(device: torch.device) -> bool:

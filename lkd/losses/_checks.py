@@ -95,10 +95,9 @@ def check_dims(owner: str, dims: int, **features: Tensor) -> None:
     """
     forms = {4: "feature maps (B, C, H, W)", 3: "tokens (B, N, C)", 2: "pooled features (B, C)"}
     for name, feature in features.items():
-        if feature.ndim != dims:
-            raise ValueError(
-                f"{owner} reads {forms[dims]}, but the {name} layer returns {tuple(feature.shape)}; use another layer"
-            )
+        if not isinstance(feature, Tensor) or feature.ndim != dims:
+            got = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+            raise ValueError(f"{owner} reads {forms[dims]}, but the {name} layer returns {got}; use another layer")
 
 
 def check_same_areas(owner: str, student: object, teacher: object) -> None:

@@ -19,6 +19,7 @@ from lkd.features.extractor import FeatureExtractor
 from lkd.io.refused import first_line
 from lkd.losses import DistillLoss
 from lkd.modules.meter import LOSS, ValueName
+from lkd.tasks.base import Task
 from lkd.types import Batch, Probe
 
 
@@ -247,3 +248,21 @@ def check_finite(first_bad: dict[ValueName, int]) -> None:
         else "lower the learning rate, clip gradients (--trainer.gradient_clip_val 1) or use a higher precision"
     )
     raise ValueError(f"the loss is not finite from step {step} on (terms: {', '.join(terms)}; {blame}); {remedy}")
+
+
+def checked_names(task: Task) -> tuple[str, ...]:
+    """Return the names of a task's metrics.
+
+    Args:
+        task: The task.
+
+    Raises:
+        ValueError: If the main metric is missing, or a name is that of another metric of lkd.
+    """
+    names, kind = tuple(task.metrics()), type(task).__name__
+    if task.metric not in names:
+        raise ValueError(f"the main metric {task.metric!r} of {kind} is not among its metrics {', '.join(names)}")
+    for name in names:
+        if name in ("loss", "agreement") or name.startswith("teacher_"):
+            raise ValueError(f"{kind} has a metric {name!r}, which is the name of another logged value; rename it")
+    return names

@@ -23,6 +23,7 @@ from lkd.modules.checks import (
     check_covers_classes,
     check_finite,
     check_saved_by,
+    checked_names,
     evaluated_size,
     probe_network,
     warn_of_unused_outputs,
@@ -90,7 +91,7 @@ class ClassificationModule(EvaluatedModule):
         self.model = load_weights(model, model_ckpt) if model_ckpt else model
         self.label_smoothing = label_smoothing
         self.task = task if task is not None else Classification()
-        self.task_metrics = tuple(self.task.metrics())
+        self.task_metrics = checked_names(self.task)
         self.logit_metrics = (*self.logit_metrics, *self.task_metrics)
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict(self.make_metrics()) for stage in ("val", "test")})
         self._make_optimizer = optimizer

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -309,6 +310,12 @@ class DistillModule(EvaluatedDistillation):
         """Check that networks, criterion and data match, before the run starts."""
         self._set_normalizer()
         super().setup(stage)
+        is_unused = self.criterion.skips_unlabelled is True and self._data_attribute("num_labelled") == 0
+        if stage == TrainerFn.FITTING and is_unused:
+            raise ValueError(
+                f"no training image has a label, but {type(self.criterion).__name__} uses labelled images only; use "
+                "another criterion, such as KD, or increase label_size of the data module"
+            )
         self._remembered, self.teacher_cache, self._criterion_meter = RememberedLogits(), None, CriterionMeter()
         if not self._built and self.criterion.needs_build and self.example_input() is None:
             raise ValueError(

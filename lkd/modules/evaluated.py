@@ -64,7 +64,9 @@ class EvaluatedModule(RecordedModule):
         """
         stage, _, name = curve.partition("/")
         metric = self.stage_metrics(stage).get(name) if stage in self.metrics else None
-        return "loss" in curve or name == "hard" or getattr(metric, "higher_is_better", None) is False
+        if metric is not None and not isinstance(metric, WeightedMean):  # which averages losses
+            return metric.higher_is_better is False
+        return "loss" in curve or name == "hard"
 
     def setup(self, stage: str) -> None:
         """Reset the metrics, since `validate` leaves inference tensors, which `fit` could not update."""

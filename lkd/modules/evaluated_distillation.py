@@ -202,7 +202,7 @@ class EvaluatedDistillation(ClassificationModule):
         return devices.isolated_random_numbers(device_of(self.model))
 
     def _can_replay(self, batch: Batch) -> bool:
-        return not self.validates_criterion or self._criterion_meter.is_tried(len(batch.target))
+        return not self.validates_criterion or self._criterion_meter.is_tried(batch.size)
 
     def update_metrics(self, metrics: MutableMapping[str, Metric], batch: Batch) -> Tensor:
         """Evaluate student, teacher and criterion on one batch."""
@@ -245,7 +245,7 @@ class EvaluatedDistillation(ClassificationModule):
             terms: Function that computes the weighted terms from the outputs of the networks in eval mode.
         """
         is_trial = self._criterion_meter.recorded is not None
-        size = len(batch.target)
+        size = batch.size
         sizes = {getattr(part, "batch_size", None) for part in self.criterion.modules()} - {None}
         if is_trial or (self.validates_criterion and sizes <= {size}):
             weight = self.task.labelled(batch.target) if self.criterion.skips_unlabelled else size

@@ -28,7 +28,7 @@ class Task(ABC):
     if the metric's `higher_is_better` is False, as for torchmetrics' `MeanAbsoluteError`, else the highest one."""
 
     metric_title: ClassVar[str] = "accuracy"
-    """Main metric in reports."""
+    """Main metric in reports; by default, the name of a metric that a subclass sets."""
 
     metric_format: ClassVar[str] = ".2%"
     """Format of the main metric in reports, as in `format(0.5, ".2%")`; for example `.3f` if it is not a proportion."""
@@ -53,6 +53,11 @@ class Task(ABC):
 
     aux_weight: float = 0.0
     """Weight of the supervised loss of an auxiliary head, relative to that of the network itself."""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "metric" in vars(cls) and "metric_title" not in vars(cls):
+            cls.metric_title = cls.metric
 
     def prepare(self, batch: Batch) -> Batch:
         """Convert the labels of a batch from the data module, for example the label of ignored pixels.

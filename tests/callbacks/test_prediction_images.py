@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lkd import ClassificationModule, DistillModule, SyntheticDetectionDataModule, SyntheticSegmentationDataModule
 from lkd.callbacks import PredictionImages
+from lkd.callbacks.prediction_images import _part
 from lkd.callbacks.sheet import sheet
 from lkd.losses import KD, PerPixel
 from lkd.models import UNet, fcos
@@ -78,6 +79,14 @@ def test_rows_of_a_batch() -> None:
     pair = {"left": torch.arange(6).view(3, 2), "right": torch.arange(3)}
     rows = Batch(pair, torch.tensor([4, 5, 6])).rows([1])
     assert (rows.input["left"].tolist(), rows.input["right"].tolist(), rows.target.tolist()) == ([[2, 3]], [1], [5])
+
+
+def test_small_batches_are_not_repeated() -> None:
+    batch = Batch(torch.zeros(4, 1), torch.arange(4))
+    assert [_part(batch, count).target.tolist() for count in (8, 4, 2)] == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 2]]
+    pair = {"left": torch.zeros(3, 2), "right": torch.zeros(3)}
+    assert Batch(None, pair).size == 3
+    assert Batch(None, [pair] * 4).size == 4
 
 
 class ShownDetection(Detection):

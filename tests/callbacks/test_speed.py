@@ -69,7 +69,7 @@ def tiny() -> Callable[..., nn.Module]:
 
     def make(seed: int = 0, num_classes: int = 4, in_channels: int = 3) -> nn.Module:
         torch.manual_seed(seed)
-        return CIFARResNet(8, (8, 8, 8, 8), num_classes, in_channels)
+        return CIFARResNet(8, (16, 16, 16, 16), num_classes, in_channels)
 
     return make
 
@@ -330,12 +330,13 @@ def test_precision(monkeypatch, network, has_units: bool, precision: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("capability", "channels", "unsafe"), [("AVX2", 4, True), ("AVX2", 8, False), ("AVX512", 4, False)]
+    ("capability", "channels", "unsafe"),
+    [("AVX2", 4, True), ("AVX2", 8, False), ("AVX512", 8, True), ("AVX512", 16, False)],
 )
 def test_channels_last_is_disabled_for_the_onednn_bug(
     monkeypatch, fit, capability: str, channels: int, unsafe: bool
 ) -> None:
-    network = CIFARResNet(8, (channels, channels, 8, 8), num_classes=4)
+    network = CIFARResNet(8, (channels, channels, 16, 16), num_classes=4)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert devices.breaks_channels_last(network, torch.device("cpu")) == unsafe
     assert not devices.breaks_channels_last(network, torch.device("meta"))

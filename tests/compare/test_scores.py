@@ -14,7 +14,7 @@ from lkd import ClassificationModule, SyntheticDataModule, SyntheticSegmentation
 from lkd.compare import Candidate, compare, write
 from lkd.compare.command import _task_of
 from lkd.compare.comparison import ScoreComparison
-from lkd.compare.scores import bootstrapped, interval
+from lkd.compare.scores import bootstrapped, interval, score_difference, score_metrics
 from lkd.loading import Trained
 from lkd.models import UNet
 from lkd.tasks import Classification, SemanticSegmentation
@@ -119,6 +119,14 @@ def test_differences_are_paired(found, networks) -> None:
     assert one.value == pytest.approx(found.metrics["teacher"].main.value - found.metrics["student"].main.value)
     again = bootstrapped(TASK, TASK.tally(classes["teacher"], target))
     torch.testing.assert_close(again.per_class, samples[0].per_class, rtol=0, atol=0, equal_nan=True)
+
+
+def test_differences_without_labels_are_undefined(found, networks) -> None:
+    counts = torch.zeros(4, 3, 5, dtype=torch.int64)
+    samples = {name: bootstrapped(TASK, counts) for name in "ab"}
+    metrics = {name: score_metrics(TASK, counts, samples[name], None) for name in "ab"}
+    undefined = score_difference("a", "b", metrics, samples)
+    assert np.isnan([undefined.value, *undefined.interval, undefined.p_value]).all()
 
 
 def test_shown_images_have_the_smallest_overlap(found, networks) -> None:

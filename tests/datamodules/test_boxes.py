@@ -160,6 +160,15 @@ def test_coco_files(coco) -> None:
         data.setup("test")
 
 
+@pytest.mark.parametrize("part", ["images", "categories"])
+def test_repeated_ids_are_rejected(coco, part: str) -> None:
+    def repeat(content) -> None:
+        content[part].append(content[part][0])
+
+    with pytest.raises(ValueError, match=r"is not in COCO's format \(ValueError: the id \d+ occurs more than once\)"):
+        coco(repeat).setup("fit")
+
+
 def test_annotations_are_parsed_once(coco, monkeypatch) -> None:
     parsed = []
     original = CocoFile.__init__

@@ -257,6 +257,9 @@ def test_missing_folders_and_invalid_lists(root) -> None:
         ValueError, match=r"line 2 of \S+train.txt must name an image and its mask, got 'train/images/01"
     ):
         _data(root)
+    (root / "train.txt").write_text("\ufefftrain/images/00.png\ttrain/masks/00.png\n", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"list \S+test.txt not found; create it"):
+        _data(root, val_size=0).setup("test")
     (root / "train.txt").write_text("train/images/00.png train/masks/no.png\n")
     with pytest.raises(FileNotFoundError, match=r"1 files listed in \S+train.txt are not in \S+: train/masks/no.png"):
         _data(root)

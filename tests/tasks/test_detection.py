@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import lightning as L
@@ -20,7 +21,7 @@ from lkd import (
     SyntheticDetectionDataModule,
     SyntheticSegmentationDataModule,
 )
-from lkd.callbacks import TeacherCache
+from lkd.callbacks import PredictionWriter, TeacherCache
 from lkd.compare.comparison import check_comparable
 from lkd.features.extractor import FeatureExtractor
 from lkd.losses import AT, CIRKD, CWD, DSD, FGD, IFVD, KD, LD, MGD, PKD, PerAnchor, PerPixel, WeightedSum
@@ -149,6 +150,15 @@ def test_validation_does_not_change_training(kind: str, trainer) -> None:
         trainer(max_epochs=2, limit_val_batches=limit, num_sanity_val_steps=0).fit(module, _data())
         weights.append(torch.cat([weight.flatten() for weight in network.parameters()]))
     assert torch.equal(*weights)
+
+
+def test_predictions_of_faster_rcnn_in_mixed_precision(tmp_path, trainer) -> None:
+    """Its boxes are computed by a network, outside of `predict_step`."""
+    module = ClassificationModule(_detector("faster_rcnn"), task=Detection())
+    writer = PredictionWriter(str(tmp_path))
+    run = trainer(precision="bf16-mixed", callbacks=[writer])
+    run.predict(module, _data(test_size=4), return_predictions=False)
+    assert json.loads((writer.folder / "detections.json").read_text())
 
 
 def test_detectors_that_pad_differently_are_rejected() -> None:

@@ -13,9 +13,16 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
 
-from lkd import ClassificationModule, DistillModule, MutualModule
+from lkd import (
+    ClassificationModule,
+    DistillModule,
+    MutualModule,
+    SyntheticDataModule,
+    SyntheticSegmentationDataModule,
+)
 from lkd.callbacks import Speed
-from lkd.losses import DIST, KD, PerPixel, WeightedSum
+from lkd.losses import DIST, DKD, KD, PerPixel, WeightedSum
+from lkd.models import CIFARResNet, UNet
 from lkd.tasks import SemanticSegmentation
 from lkd.tasks.metrics import MeanIoU
 from lkd.types import IGNORE_INDEX, Batch, Outputs
@@ -155,6 +162,48 @@ def test_class_weights(label_smoothing: float) -> None:
         loss = task.loss(logits, without, label_smoothing)
         assert loss == 0
         assert not torch.autograd.grad(loss, logits)[0].any()
+
+
+class Renamed(SemanticSegmentation):
+    """Task with other names of its metrics."""
+
+    metric = "glossiness"
+    names = ("glossiness", "acc")
+
+    def metrics(self):
+        return dict(zip(self.names, super().metrics().values(), strict=True))
+
+
+def test_names_of_metrics() -> None:
+    """Only `higher_is_better` states that lower values are better, whatever the name."""
+    module = DistillModule(Net(4), Net(4), PerPixel(KD()), task=Renamed(CLASSES))
+    lower = [
+        name for name in ("val/glossiness", "val/teacher_glossiness", "val/loss", "val/kd") if module.is_loss(name)
+    ]
+    assert lower == ["val/loss", "val/kd"]
+    assert Renamed.metric_title == "glossiness"
+    for names, message in (
+        (("a", "b"), "the main metric 'glossiness' of Renamed is not among its metrics a, b"),
+        (("glossiness", "loss"), "Renamed has a metric 'loss', which is the name of another logged value"),
+        (("glossiness", "teacher_b"), "Renamed has a metric 'teacher_b'"),
+    ):
+        task = Renamed(CLASSES)
+        task.names = names
+        with pytest.raises(ValueError, match=message):
+            ClassificationModule(Net(4), task=task)
+
+
+@pytest.mark.parametrize("criterion", [PerPixel(KD()), DKD()])
+def test_training_without_any_label(criterion, trainer) -> None:
+    """A criterion that uses labelled images only would learn nothing."""
+    if isinstance(criterion, DKD):
+        module = DistillModule(*(CIFARResNet(8, (2, 2, 2, 2), num_classes=10) for _ in range(2)), criterion)
+        data = SyntheticDataModule(train_size=200, label_size=0)
+    else:
+        module = DistillModule(UNet((2, 3), 5), UNet((2, 3), 5), criterion, task=SemanticSegmentation(5))
+        data = SyntheticSegmentationDataModule(16, train_size=16, label_size=0)
+    with pytest.raises(ValueError, match=f"has a label, but {type(criterion).__name__} uses labelled images only"):
+        trainer(max_epochs=1).fit(module, data)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 24])
