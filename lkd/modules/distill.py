@@ -313,8 +313,8 @@ class DistillModule(EvaluatedDistillation):
         is_unused = self.criterion.skips_unlabelled is True and self._data_attribute("num_labelled") == 0
         if stage == TrainerFn.FITTING and is_unused:
             raise ValueError(
-                f"no training image has a label, but {type(self.criterion).__name__} uses labelled images only; increase "
-                "label_size of the data module, or use a criterion that does not require labels, such as KD or, for "
+                f"no training image has a label, but {type(self.criterion).__name__} uses labelled images only; "
+                "increase label_size of the data module, or use a criterion that does not require labels, such as KD or, for "
                 "segmentation, CWD"
             )
         self._remembered, self.teacher_cache, self._criterion_meter = RememberedLogits(), None, CriterionMeter()
