@@ -314,8 +314,8 @@ class DistillModule(EvaluatedDistillation):
         if stage == TrainerFn.FITTING and is_unused:
             raise ValueError(
                 f"no training image has a label, but {type(self.criterion).__name__} uses labelled images only; "
-                "increase label_size of the data module, or use a criterion that does not require labels, such as KD or, for "
-                "segmentation, CWD"
+                "increase label_size of the data module, or use a criterion that does not require labels, such as KD "
+                "or, for segmentation, CWD"
             )
         self._remembered, self.teacher_cache, self._criterion_meter = RememberedLogits(), None, CriterionMeter()
         if not self._built and self.criterion.needs_build and self.example_input() is None:
