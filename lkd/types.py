@@ -75,13 +75,12 @@ class Batch(NamedTuple):
         Args:
             rows: Positions of the samples in the batch.
         """
-        chosen = list(rows)
         listed = type(self.target) in (list, tuple)
 
         def select(value: Any) -> Any:
             if listed and isinstance(value, (list, tuple)):
-                return [value[row] for row in chosen]
-            return tree_map_only(Tensor, lambda leaf: leaf[torch.tensor(chosen, device=leaf.device)], value)
+                return [value[row] for row in rows]
+            return tree_map_only(Tensor, lambda leaf: leaf[torch.tensor(rows, device=leaf.device)], value)
 
         return Batch(select(self.input), select(self.target), select(self.index), version=select(self.version))
 

@@ -261,7 +261,10 @@ def checked_names(task: Task) -> tuple[str, ...]:
     """
     names, kind = tuple(task.metrics()), type(task).__name__
     if task.metric not in names:
-        raise ValueError(f"the main metric {task.metric!r} of {kind} is not among its metrics {', '.join(names)}")
+        raise ValueError(
+            f"the main metric {task.metric!r} of {kind} is not among its metrics {', '.join(names)}; set `metric` to "
+            "one of them, or add it to `metrics`"
+        )
     for name in names:
         if name in ("loss", "agreement") or name.startswith("teacher_"):
             raise ValueError(f"{kind} has a metric {name!r}, which is the name of another logged value; rename it")
